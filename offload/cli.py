@@ -1,0 +1,1 @@
+"""`expertier simulate`, `generate`, `fit`: run a model whose experts do not fit in fast memory."""

@@ -1,0 +1,1 @@
+"""Who goes where: routings, routers, balance losses, routing traces."""
