@@ -56,6 +56,11 @@ class Routing:
         """int64 slots per routable expert, empty slots left out."""
         return torch.bincount(self.expert_TK.flatten(), minlength=self.num_routable + 1)[: self.num_routable]
 
+    def ffn_view(self) -> tuple[Tensor, Tensor]:
+        """What an experts module takes: ids with E for every slot that no FFN expert computes, and weights 0 there."""
+        is_ffn_TK = self.expert_TK < self.num_experts
+        return self.expert_TK.clamp(max=self.num_experts), torch.where(is_ffn_TK, self.weight_TK, 0.0)
+
     def validate(self) -> Self:
         """Check ids and the weights of empty slots.
 

@@ -14,7 +14,7 @@ CapacityPolicy = Callable[[Routing], Tensor]
 
 
 def first(routing: Routing) -> Tensor:
-    """First come, first served; second choices queue behind all first ones. Source: GShard, arXiv:2006.16668, alg. 1."""
+    """First come, first served; second choices queue last. Source: GShard, arXiv:2006.16668, algorithm 1."""
     return torch.zeros_like(routing.weight_TK)
 
 
