@@ -5,6 +5,7 @@ import sys
 import typer
 from rich.console import Console
 
+import moe.cli
 import placement.cli
 import routing.cli
 
@@ -25,6 +26,7 @@ def options(debug: bool = typer.Option(False, "--debug", help="Show the tracebac
     """Options that every command accepts, in any place; `main` reads them before Typer does."""
 
 
+app.command("export")(moe.cli.export)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(placement.cli.app, name="place")
 
