@@ -6,7 +6,10 @@ from typing import Annotated
 
 import typer
 
+app = typer.Typer(pretty_exceptions_enable=False)
 
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder of ours.")],
     family: Annotated[str, typer.Option("--to", help="olmoe, qwen3_moe or mixtral.")],
