@@ -9,6 +9,7 @@ from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .config import MoEConfig
+from .norm import RMSNorm
 
 
 def rotary_angles(position_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         else:
             widths = (config.head_dim, config.head_dim) if self.norms_heads else (query_width, key_width)
-            self.q_norm, self.k_norm = (nn.RMSNorm(width, eps=config.rms_norm_eps) for width in widths)
+            self.q_norm, self.k_norm = (RMSNorm(width, eps=config.rms_norm_eps) for width in widths)
 
     def forward(self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
         """[B, S, D]; appends this step's keys and values to `cache`."""

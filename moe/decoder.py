@@ -27,6 +27,7 @@ from routing import Carry, RouterModule, RouterStats, RoutingContext, auxiliary_
 from .attention import Attention, rotary_angles
 from .config import MoEConfig
 from .layer import FeedForward, MoELayer
+from .norm import RMSNorm
 
 
 @dataclass
@@ -53,9 +54,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: MoEConfig, layer_idx: int, mlp: nn.Module) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, layer_idx)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = mlp
 
     def forward(
@@ -119,7 +120,7 @@ class MoEModel(MoEPreTrainedModel):
         ]
         mlps = [*dense, *(MoELayer(config, router) for router in routers)]
         self.layers = nn.ModuleList(DecoderLayer(config, index, mlp) for index, mlp in enumerate(mlps))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.optimizer_step = 0
         self.top_k: int | None = None
         self.post_init()
