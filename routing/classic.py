@@ -28,7 +28,7 @@ class ClassicRouter(RouterModule):
         score_width: what the scores are linear in, if not the D-wide hidden state.
 
     Raises:
-        ValueError: if the groups do not divide the experts or leave fewer than K of them, or a load target does not fit.
+        ValueError: if groups do not divide the experts or leave fewer than K of them, or the load target does not fit.
     """
 
     def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule, score_width: int | None = None) -> None:
@@ -179,7 +179,7 @@ class ClassicRouter(RouterModule):
 
 
 def _masked_softmax(logit_TK: Tensor, counts_TK: Tensor) -> Tensor:
-    """Softmax over the slots that count, 0 elsewhere; rows where none counts are 0. The rest gets no gradient at all."""
+    """Softmax over the slots that count; 0 elsewhere and in rows where none counts. Other slots get no gradient."""
     any_T1 = counts_TK.any(dim=-1, keepdim=True)
     masked_TK = logit_TK.masked_fill(~counts_TK, -torch.inf)
     weight_TK = torch.where(any_T1, masked_TK, 0.0).softmax(dim=-1)

@@ -83,7 +83,7 @@ class Router(Protocol):
         ...
 
     def post_step(self, count_R: Tensor, num_tokens: int) -> None:
-        """After an optimiser step, with its counts and valid tokens summed over micro-batches and ranks; no gradient."""
+        """After an optimiser step, with its counts and valid tokens over all micro-batches and ranks; no gradient."""
         ...
 
 

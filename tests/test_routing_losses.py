@@ -46,7 +46,7 @@ def test_null_averaged_by_hand():
 
 
 def test_trap_null_average_runs_over_nulls_not_slots():
-    """The released Mixtral code slices the slot axis, which is empty for K <= 8: nulls are balanced one by one there."""
+    """Released code slices the slot axis, which is empty for K <= 8: nulls are balanced one by one there."""
     one_by_one = stats_of([[0, 1], [1, 1]], [[0.6, 0.3, 0.1], [0.4, 0.3, 0.3]], num_zero=2)
     assert BALANCE_LOSSES["null_averaged"](one_by_one) != switch_balance_loss(one_by_one)
     same_sum = stats_of([[0, 1], [2, 1]], [[0.6, 0.3, 0.1], [0.4, 0.3, 0.3]], num_zero=2)
