@@ -119,8 +119,8 @@ def train_step(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    model.model.post_step(count_LR)
     tokens = config.accumulation * config.batch_size * config.sequence_length
+    model.model.post_step(count_LR, tokens)
     return {
         "step": step + 1,
         "loss": loss,

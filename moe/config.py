@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from routing import ROUTERS, RouterSizes
+from routing import RouterSizes, expect_router
 
 QK_NORMS = ("none", "head", "full")
 ZERO_COMPUTE_KINDS = ("zero", "copy", "constant")
@@ -66,8 +66,7 @@ class MoEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.router not in ROUTERS:
-            raise ValueError(f"unknown router {self.router!r}; known are {', '.join(ROUTERS)}")
+        expect_router(self.router)
         if self.qk_norm not in QK_NORMS:
             raise ValueError(f"qk_norm must be one of {', '.join(QK_NORMS)}; got {self.qk_norm!r}")
         if unknown := set(self.zero_compute_experts) - set(ZERO_COMPUTE_KINDS):
@@ -96,7 +95,8 @@ class MoEConfig(PreTrainedConfig):
         return RouterSizes(
             width=self.hidden_size,
             num_experts=self.num_experts,
-            num_zero_compute=len(self.zero_compute_experts),
+            zero_compute=tuple(self.zero_compute_experts),
             top_k=self.num_experts_per_tok,
             num_layers=self.num_moe_layers,
+            vocab_size=self.vocab_size,
         )

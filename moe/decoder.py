@@ -22,7 +22,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
-from routing import Carry, RouterStats, RoutingContext, auxiliary_loss, build_routers
+from routing import Carry, RouterModule, RouterStats, RoutingContext, auxiliary_loss, build_routers
 
 from .attention import Attention, rotary_angles
 from .config import MoEConfig
@@ -84,6 +84,7 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = False
     _no_split_modules = ("DecoderLayer",)
+    _keep_in_fp32_modules_strict = ("bias_R",)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -96,6 +97,9 @@ class MoEPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.Linear | nn.Embedding):
+            return
+        if isinstance(module, RouterModule):
+            module.init_parameters(self.config.initializer_range)
             return
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1:
@@ -119,6 +123,7 @@ class MoEModel(MoEPreTrainedModel):
         self.layers = nn.ModuleList(DecoderLayer(config, index, mlp) for index, mlp in enumerate(mlps))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.optimizer_step = 0
+        self.top_k: int | None = None
         self.post_init()
 
     @property
@@ -161,11 +166,16 @@ class MoEModel(MoEPreTrainedModel):
                 stats.append(layer_stats)
         return self.norm(x_BSD), past_key_values, stats
 
-    def post_step(self, count_LR: Tensor) -> None:
-        """Tell every router that an optimiser step is done, with the step's counts [L, R]."""
+    def post_step(self, count_LR: Tensor, num_tokens: int) -> None:
+        """Tell every router that an optimiser step is done.
+
+        Args:
+            count_LR: how many tokens chose each routable expert, summed over the step's micro-batches.
+            num_tokens: the valid tokens of the step.
+        """
         self.optimizer_step += 1
         for layer, count_R in zip(self.moe_layers, count_LR, strict=True):
-            layer.router.post_step(count_R)
+            layer.router.post_step(count_R, num_tokens)
 
     def _routing_context(
         self, x_BSD: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor
@@ -179,7 +189,9 @@ class MoEModel(MoEPreTrainedModel):
             step=self.optimizer_step,
             token_id_T=None if input_ids is None else input_ids.flatten(),
             position_T=position_ids.expand(B, S).flatten(),
+            sequence_T=torch.arange(B, device=x_BSD.device).repeat_interleave(S),
             is_valid_T=is_valid_T,
+            top_k=self.top_k,
         )
 
 

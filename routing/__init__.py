@@ -11,10 +11,12 @@ from .traces import RoutingTrace
 if TYPE_CHECKING:
     from .assignment import Routing
     from .capacity import CAPACITY_POLICIES, limit_capacity
-    from .catalogue import ROUTERS, build_routers
-    from .classic import ClassicRouter, ClassicRule
-    from .losses import auxiliary_loss, switch_balance_loss, z_loss
-    from .router import Carry, Router, RouterSizes, RouterStats, RoutingContext, router_stats
+    from .catalogue import ROUTERS, build_routers, expect_router
+    from .classic import ClassicRouter
+    from .losses import BALANCE_LOSSES, auxiliary_loss, switch_balance_loss, z_loss
+    from .router import Carry, Router, RouterModule, RouterSizes, RoutingContext, router_stats
+    from .rule import ClassicRule
+    from .stats import RouterStats
 
 _HOME = {
     "Routing": ".assignment",
@@ -23,25 +25,30 @@ _HOME = {
     "ROUTERS": ".catalogue",
     "build_routers": ".catalogue",
     "ClassicRouter": ".classic",
-    "ClassicRule": ".classic",
+    "expect_router": ".catalogue",
+    "BALANCE_LOSSES": ".losses",
+    "ClassicRule": ".rule",
     "auxiliary_loss": ".losses",
     "switch_balance_loss": ".losses",
     "z_loss": ".losses",
     "Carry": ".router",
     "Router": ".router",
     "RouterSizes": ".router",
-    "RouterStats": ".router",
+    "RouterModule": ".router",
+    "RouterStats": ".stats",
     "RoutingContext": ".router",
     "router_stats": ".router",
 }
 
 __all__ = [
+    "BALANCE_LOSSES",
     "CAPACITY_POLICIES",
     "ROUTERS",
     "Carry",
     "ClassicRouter",
     "ClassicRule",
     "Router",
+    "RouterModule",
     "RouterSizes",
     "RouterStats",
     "Routing",
@@ -49,6 +56,7 @@ __all__ = [
     "RoutingTrace",
     "auxiliary_loss",
     "build_routers",
+    "expect_router",
     "limit_capacity",
     "router_stats",
     "switch_balance_loss",

@@ -3,14 +3,15 @@
 Shapes: T tokens, D model width, R = E + Z routable experts (FFN and zero-compute).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .assignment import Routing
+from .stats import RouterStats
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,16 +23,20 @@ class RoutingContext:
         step: optimiser steps taken so far, for schedules.
         token_id_T: int64 vocabulary ids, for routers that hash them.
         position_T: int64 position of each token in its sequence.
+        sequence_T: int64 row of the batch that each token belongs to, for sequence-wise losses.
         is_valid_T: bool, False for padding; None when no token is padding.
         logit_bias_LR: added to the logits of layer l (rewiring at test time, task bias), or None.
+        top_k: experts per token in this call instead of the configured K, or None.
     """
 
     is_training: bool = False
     step: int = 0
     token_id_T: Tensor | None = None
     position_T: Tensor | None = None
+    sequence_T: Tensor | None = None
     is_valid_T: Tensor | None = None
     logit_bias_LR: Tensor | None = None
+    top_k: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,32 +64,15 @@ class Carry:
         return replace(self, tensors={name: value[token_id] for name, value in self.tensors.items()})
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RouterStats:
-    """Raw quantities of one router call over its valid tokens; losses and their weights live in `routing.losses`.
-
-    Args:
-        probability_R: mean router probability per routable expert, with gradient.
-        count_R: int64 tokens that chose each routable expert, before any capacity drop.
-        kept_R: the same after capacity drops; `kept_R[:E]` is the load that the FFN experts compute.
-        logsumexp_T: log of the summed exponentials of each token's logits, with gradient.
-        entropy: mean entropy of the router's distribution in nats, no gradient.
-        num_tokens: valid tokens.
-        num_experts: E.
-    """
-
-    probability_R: Tensor
-    count_R: Tensor
-    kept_R: Tensor
-    logsumexp_T: Tensor
-    entropy: Tensor
-    num_tokens: int
-    num_experts: int
-
-
 @runtime_checkable
 class Router(Protocol):
-    """One per MoE layer; may hold a reference to a core that all layers share."""
+    """One per MoE layer; may hold a reference to a core that all layers share.
+
+    `is_causal` says whether, outside training, a token's routing depends on earlier tokens only, so that the model can
+    generate.
+    """
+
+    is_causal: bool
 
     def begin(self, context: RoutingContext) -> Carry:
         """The carry that enters the first MoE layer of a forward pass; only layer 0's router is asked."""
@@ -94,8 +82,8 @@ class Router(Protocol):
         """Route the normed inputs of this layer's experts."""
         ...
 
-    def post_step(self, count_R: Tensor) -> None:
-        """After an optimiser step, with this step's counts summed over micro-batches and ranks; no gradient."""
+    def post_step(self, count_R: Tensor, num_tokens: int) -> None:
+        """After an optimiser step, with its counts and valid tokens over all micro-batches and ranks; no gradient."""
         ...
 
 
@@ -106,9 +94,10 @@ class RouterSizes:
     Args:
         width: D.
         num_experts: E.
-        num_zero_compute: Z.
         top_k: K.
         num_layers: L, MoE layers.
+        zero_compute: kinds of the Z zero-compute experts, in the order of their ids.
+        vocab_size: V, for routers that hash token ids.
 
     Raises:
         ValueError: if a size is not positive or K exceeds E + Z.
@@ -118,16 +107,20 @@ class RouterSizes:
     num_experts: int
     top_k: int
     num_layers: int
-    num_zero_compute: int = 0
+    zero_compute: tuple[str, ...] = ()
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("width", "num_experts", "num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.num_zero_compute < 0:
-            raise ValueError(f"num_zero_compute must not be negative; got {self.num_zero_compute}")
         if not 1 <= self.top_k <= self.num_routable:
             raise ValueError(f"top_k must lie in 1..{self.num_routable} (E + Z); got {self.top_k}")
+
+    @property
+    def num_zero_compute(self) -> int:
+        """Z."""
+        return len(self.zero_compute)
 
     @property
     def num_routable(self) -> int:
@@ -135,25 +128,92 @@ class RouterSizes:
         return self.num_experts + self.num_zero_compute
 
 
+class RouterModule(nn.Module):
+    """What our routers share: an empty carry, nothing to do after a step, float32 buffers whatever the model's dtype.
+
+    Args:
+        sizes: D, E, Z, K, L.
+        layer: which MoE layer this router serves.
+    """
+
+    is_causal = True
+
+    def __init__(self, sizes: RouterSizes, layer: int) -> None:
+        super().__init__()
+        self.sizes, self.layer = sizes, layer
+
+    def begin(self, context: RoutingContext) -> Carry:
+        return Carry()
+
+    def post_step(self, count_R: Tensor, num_tokens: int) -> None:
+        """Stateless routers have nothing to update."""
+
+    def init_parameters(self, std: float) -> None:
+        """Initialise this module's own parameters and buffers; `std` is the model's initialiser range.
+
+        Only through `torch.nn.init`, whose functions transformers guards while it loads a checkpoint.
+        """
+        for parameter in self.parameters(recurse=False):
+            nn.init.normal_(parameter, std=std)
+
+    def routing(self, expert_TK: Tensor, weight_TK: Tensor) -> Routing:
+        """A routing of this router's sizes."""
+        return Routing(
+            expert_TK=expert_TK,
+            weight_TK=weight_TK,
+            num_experts=self.sizes.num_experts,
+            num_zero_compute=self.sizes.num_zero_compute,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, after.float() if before.is_meta else before.to(after.device))
+        return self
+
+
+def drop_padding(routing: Routing, context: RoutingContext) -> Routing:
+    """The routing with every slot of a padding token empty."""
+    if context.is_valid_T is None:
+        return routing
+    return routing.drop(~context.is_valid_T[:, None].expand_as(routing.expert_TK))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Routers compute in float32, or in float64 when the model does."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def router_stats(
-    probability_TR: Tensor, logit_TR: Tensor, chosen: Routing, kept: Routing, is_valid_T: Tensor | None
+    chosen: Routing,
+    kept: Routing,
+    context: RoutingContext,
+    *,
+    probability_TR: Tensor,
+    logit_TR: Tensor | None = None,
+    penalty_T: Tensor | None = None,
+    target_share_R: Tensor | None = None,
+    balance_loss: str = "switch",
 ) -> RouterStats:
-    """Reduce one router call to its raw statistics; padding tokens do not count."""
-    if is_valid_T is not None:
-        probability_TR, logit_TR = probability_TR[is_valid_T], logit_TR[is_valid_T]
-        chosen, kept = _select(chosen, is_valid_T), _select(kept, is_valid_T)
-    with torch.no_grad():
-        entropy = torch.special.entr(probability_TR).sum(dim=-1).mean()
+    """The raw quantities of one router call (see `RouterStats`); padding tokens do not count."""
+    valid_T = context.is_valid_T
+
+    def of_valid(x: Tensor | None) -> Tensor | None:
+        return x if x is None or valid_T is None else x[valid_T]
+
+    def rows(routing: Routing) -> Routing:
+        return replace(routing, expert_TK=of_valid(routing.expert_TK), weight_TK=of_valid(routing.weight_TK))
+
     return RouterStats(
-        probability_R=probability_TR.mean(dim=0),
-        count_R=chosen.count_R,
-        kept_R=kept.count_R,
-        logsumexp_T=logit_TR.logsumexp(dim=-1),
-        entropy=entropy,
-        num_tokens=probability_TR.shape[0],
-        num_experts=chosen.num_experts,
+        chosen=rows(chosen),
+        kept=rows(kept),
+        probability_TR=of_valid(probability_TR),
+        logit_TR=of_valid(logit_TR),
+        sequence_T=of_valid(context.sequence_T),
+        target_share_R=target_share_R,
+        balance_loss=balance_loss,
+        penalty_T=of_valid(penalty_T),
     )
-
-
-def _select(routing: Routing, is_valid_T: Tensor) -> Routing:
-    return replace(routing, expert_TK=routing.expert_TK[is_valid_T], weight_TK=routing.weight_TK[is_valid_T])
