@@ -9,7 +9,7 @@ from rich.console import Console
 import placement.cli
 import routing.cli
 
-from .train_cli import train
+from .commands import demo, train
 
 app = typer.Typer(
     name="expertier",
@@ -29,6 +29,7 @@ def options(debug: bool = typer.Option(False, "--debug", help="Show the tracebac
     """Options that every command accepts, in any place; `main` reads them before Typer does."""
 
 
+app.command("demo")(demo)
 app.command("train")(train)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(placement.cli.app, name="place")

@@ -19,7 +19,7 @@ def run(*arguments):
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def files(make_trace, tmp_path):
     make_trace().save(tmp_path / "t.npz")
     (tmp_path / "c.yaml").write_text(CLUSTER)
