@@ -5,6 +5,7 @@ import sys
 import typer
 from rich.console import Console
 
+import offload.cli
 import placement.cli
 import routing.cli
 
@@ -25,7 +26,9 @@ def options(debug: bool = typer.Option(False, "--debug", help="Show the tracebac
     """Options that every command accepts, in any place; `main` reads them before Typer does."""
 
 
+routing.cli.trace_app.command("record")(offload.cli.record)
 app.add_typer(routing.cli.trace_app, name="trace")
+app.add_typer(offload.cli.app)
 app.add_typer(placement.cli.app, name="place")
 
 

@@ -194,8 +194,8 @@ def plan_memory(
         if fixed + floor > limit_bytes:
             enough = int((fixed - slack + floor) / (1 - SLACK_SHARE)) + MIN_SLACK_BYTES
             raise ValueError(
-                f"{format_size(limit_bytes)} is too small for one token's experts: {format_size(fixed)} are needed besides "
-                f"experts and {format_size(floor)} for {top_k} experts in each of {len(experts_L)} layers; "
+                f"{format_size(limit_bytes)} is too small for one token's experts: {format_size(fixed)} are needed "
+                f"besides experts and {format_size(floor)} for {top_k} experts in each of {len(experts_L)} layers; "
                 f"give at least {format_size(enough)}"
             )
         num_slots = spread_slots(limit_bytes - fixed, slot_bytes_L, experts_L, least)
@@ -224,4 +224,7 @@ def spread_slots(
 
 def describe(plan: MemoryPlan) -> Mapping[str, int | list[int]]:
     """A plan as JSON."""
-    return {**{name: value for name, value in vars(plan).items() if name != "num_slots"}, "num_slots": list(plan.num_slots)}
+    return {
+        **{name: value for name, value in vars(plan).items() if name != "num_slots"},
+        "num_slots": list(plan.num_slots),
+    }

@@ -176,7 +176,9 @@ def read_into(entry_file: Path, descriptor: int, offset: int, target: memoryview
         try:
             count = os.preadv(descriptor, [target[done:]], offset + done)
         except OSError as error:
-            raise OSError(error.errno, f"{entry_file}: reading {len(target)} bytes at {offset}: {error.strerror}") from error
+            raise OSError(
+                error.errno, f"{entry_file}: reading {len(target)} bytes at {offset}: {error.strerror}"
+            ) from error
         if count == 0:
             raise OSError(
                 f"{entry_file}: the file ends at byte {offset + done}, {len(target) - done} bytes short; "

@@ -1,13 +1,20 @@
-"""What one expert computes, in the arithmetic of transformers' `grouped_mm` implementation.
+"""What one expert computes, in the arithmetic of the implementation that transformers itself would use.
+
+On the CPU that is `grouped_mm`, which needs rows of a multiple of 16 bytes; models with other shapes run in
+transformers only with `experts_implementation="eager"`, so for those the model's own loop over experts is run here too.
 
 Shapes: T tokens, K experts per token, N = T * K routed rows sorted by expert, n the rows of one expert, D model width,
 F expert width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+from .layout import ExpertLayer
+
+GROUPED_ALIGNMENT_BYTES = 16
 
 
 class RoutedRows:
@@ -33,6 +40,11 @@ class RoutedRows:
         self._x_ND = x_TD[self._order_N // self.top_k]
         self.span: dict[int, tuple[int, int]] = _spans(expert_N.tolist(), num_experts)
         self._out_ND: torch.Tensor | None = None
+
+    @property
+    def num_rows(self) -> dict[int, int]:
+        """Rows of each expert that has any."""
+        return {expert: stop - start for expert, (start, stop) in self.span.items()}
 
     def compute(self, expert: int, weights: Mapping[str, torch.Tensor]) -> None:
         """Run one expert on its rows."""
@@ -75,3 +87,49 @@ def _spans(sorted_ids: list[int], num_experts: int) -> dict[int, tuple[int, int]
                 spans[sorted_ids[start]] = (start, position)
             start = position
     return spans
+
+
+def can_group(layer: ExpertLayer) -> bool:
+    """Whether `torch.nn.functional.grouped_mm` accepts the shapes of this layer."""
+    return all(
+        length * parameter.dtype.itemsize % GROUPED_ALIGNMENT_BYTES == 0
+        for parameter in layer.parameters
+        for length in parameter.shape
+    )
+
+
+def eager_forward(
+    module: Any,
+    fetch: Callable[[int], Mapping[str, torch.Tensor]],
+    num_experts: int,
+    x_TD: torch.Tensor,
+    expert_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+) -> torch.Tensor:
+    """Run the model's own loop over experts, with weights that are fetched when the loop asks for them.
+
+    Args:
+        fetch: gives an expert's weights.
+    """
+    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    for name in names:
+        module.__dict__[name] = _FetchedWeight(name, fetch, num_experts, x_TD)
+    try:
+        result: torch.Tensor = type(module).forward.__wrapped__(module, x_TD, expert_TK, weight_TK)
+        return result
+    finally:
+        for name in names:
+            del module.__dict__[name]
+
+
+class _FetchedWeight:
+    """Looks like `weight[E, ...]` to a loop that indexes it with one expert at a time."""
+
+    def __init__(
+        self, name: str, fetch: Callable[[int], Mapping[str, torch.Tensor]], num_experts: int, like: torch.Tensor
+    ) -> None:
+        self._name, self._fetch = name, fetch
+        self.dtype, self.device, self.shape = like.dtype, like.device, (num_experts,)
+
+    def __getitem__(self, expert: Any) -> torch.Tensor:
+        return self._fetch(int(expert))[self._name]

@@ -37,9 +37,7 @@ class Counters:
         """Totals, rates and latency percentiles, JSON-serialisable."""
         hits = sum(layer.hits for layer in self.layers)
         misses = sum(layer.misses for layer in self.layers)
-        decode_s = sorted(
-            seconds for seconds, tokens in zip(self.step_s, self.step_tokens, strict=True) if tokens == 1
-        )
+        decode_s = sorted(seconds for seconds, tokens in zip(self.step_s, self.step_tokens, strict=True) if tokens == 1)
         return {
             "hits": hits,
             "misses": misses,

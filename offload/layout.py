@@ -1,8 +1,8 @@
 """From checkpoint keys to experts: which bytes of which file make up each expert of each layer.
 
 transformers fuses experts while it loads them; its conversion mapping says how. The same operations, run on one expert
-whose elements are numbered, show where every element comes from. If those places are a few contiguous runs, an expert is
-read straight into its slot; otherwise its parts are read and converted one expert at a time.
+whose elements are numbered, show where every element comes from. If those places are a few contiguous runs, an expert
+is read straight into its slot; otherwise its parts are read and converted one expert at a time.
 
 No model family is named here: layout flags of the experts module and the mapping say everything.
 """
@@ -10,6 +10,7 @@ No model family is named here: layout flags of the experts module and the mappin
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -97,7 +98,7 @@ def weight_names(module: nn.Module) -> tuple[str, str]:
 
 
 def match_checkpoint(model: Any, entries: Mapping[str, TensorEntry]) -> dict[str, list[tuple[str, str | None]]]:
-    """Parameter name -> the checkpoint keys it is made of, each with the pattern that matched, in transformers' order."""
+    """Parameter name -> the checkpoint keys it is made of, with the pattern that matched, in transformers' order."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -206,7 +207,11 @@ def _parameter(
 
 
 def convert_expert(
-    model: Any, full_name: str, sources: Sequence[Source], converter: WeightConverter | None, parts: Sequence[torch.Tensor]
+    model: Any,
+    full_name: str,
+    sources: Sequence[Source],
+    converter: WeightConverter | None,
+    parts: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Run transformers' own conversion on the parts of one expert; gives the parameter `[1, ...]`."""
     if converter is None:
@@ -265,7 +270,7 @@ def _runs(origin: torch.Tensor, sources: Sequence[Source]) -> tuple[tuple[int, i
     edges = [*starts.tolist(), origin.numel()]
     sizes = [prod(source.shape()) for source in sources]
     runs: list[tuple[int, int, int, int]] = []
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         element = int(origin[begin])
         while begin < end:
             index, inside = _which(sizes, element)

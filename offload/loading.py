@@ -23,7 +23,8 @@ from .budget import (
 )
 from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
 from .handle import Offload
-from .layout import experts_modules, locate_experts, match_checkpoint, weight_names
+from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
+from .record import ExpertRecord
 from .store import READ_BYTES, ExpertStore
 from .tracing import TraceRecorder
 
@@ -73,10 +74,8 @@ def load(
     layers = locate_experts(model, entries, dtypes)
     _drop_expert_weights(model)
     top_k = experts_per_token(config)
-    num_slots, plan = None, None
-    store_options = {"num_threads": io_threads}
-    records = ExpertStore(model, layers, **store_options)
-    slot_bytes = [record.slot_bytes for record in records.records]
+    num_slots = None
+    slot_bytes = [ExpertRecord.of(layer).slot_bytes for layer in layers]
     experts = [layer.num_experts for layer in layers]
     limit = int(AUTO_SHARE * available_memory()) if cpu_memory == "auto" else parse_size(cpu_memory)
     if cache_experts is not None:
@@ -85,15 +84,11 @@ def load(
         num_slots = [min(cache_experts, count) for count in experts]
     needs = memory_needs(config, model, running_dtype, context, io_threads, process_bytes)
     plan = plan_memory(limit, needs, slot_bytes, experts, top_k, num_slots)
-    if _wants_direct(io, plan, layers):
-        records.close()
-        records = ExpertStore(model, layers, is_direct=True, **store_options)
-    return _attach(model, records, plan, _policy(policy), record_trace, str(path_or_id))
+    store = ExpertStore(model, layers, num_threads=io_threads, is_direct=_wants_direct(io, plan, layers))
+    return _attach(model, store, plan, _policy(policy), record_trace, str(path_or_id))
 
 
-def _attach(
-    model: Any, store: ExpertStore, plan: MemoryPlan, policy: str, record_trace: bool, source: str
-) -> Any:
+def _attach(model: Any, store: ExpertStore, plan: MemoryPlan, policy: str, record_trace: bool, source: str) -> Any:
     experts = [record.layer.num_experts for record in store.records]
     metadata = {"model": source, "source": "expertier"}
     recorder = TraceRecorder(len(experts), max(experts), metadata) if record_trace else None
@@ -262,19 +257,19 @@ def memory_needs(
 ) -> Needs:
     """What the process needs besides expert slots, with `context` tokens of KV cache."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     width, vocabulary = int(getattr(text, "hidden_size", 0) or 0), int(getattr(text, "vocab_size", 0) or 0)
     rows = context * max(experts_per_token(config), 1)
     return Needs(
         process_bytes=process_bytes,
-        weight_bytes=sum(tensors.values()),
+        weight_bytes=weight_bytes,
         kv_bytes=context * kv_bytes_per_token(config, dtype.itemsize),
         activation_bytes=4 * vocabulary * 4 + rows * width * dtype.itemsize * 4,
         staging_bytes=io_threads * READ_BYTES,
     )
 
 
-def _wants_direct(io: str, plan: MemoryPlan, layers: list[Any]) -> bool:
+def _wants_direct(io: str, plan: MemoryPlan, layers: list[ExpertLayer]) -> bool:
     if io not in ("auto", "direct", "cached"):
         raise ValueError(f"io must be auto, direct or cached; got {io!r}")
     if io != "auto":

@@ -1,4 +1,4 @@
-"""How one expert lies in a slot: regions, the extents of files that fill them, and the views that kernels compute with."""
+"""How one expert lies in a slot: regions, the extents of files that fill them, and the views to compute with."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The running model's side: finds each layer's experts in RAM slots, reads the missing ones, computes them as they land.
+"""The running model's side: finds experts in RAM slots, reads the missing ones, computes them as they land.
 
 Order of one call of one layer: look all experts up, start reading all that are missing, compute those that are there,
 compute the others in the order in which they arrive, combine in a fixed order. Slots that a call uses are not evicted
@@ -7,7 +7,7 @@ during that call.
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .cache import ScoredCache, make_cache
-from .compute import RoutedRows
+from .compute import RoutedRows, can_group, eager_forward
 from .counters import Counters, LayerCounters
 from .reading import Ticket
 from .store import ExpertStore, Slots
@@ -47,6 +47,8 @@ class LayerSlots:
         self.layer, self.num_slots = layer, num_slots
         self.num_experts = store.records[layer].layer.num_experts
         self._store, self._record = store, store.records[layer]
+        self.expert_bytes = self._record.layer.expert_bytes
+        self.is_grouped = can_group(self._record.layer)
         self._slots = Slots(num_slots, self._record.slot_bytes)
         self._free = list(range(num_slots))[::-1]
         self._resident: dict[int, Resident] = {}
@@ -62,7 +64,7 @@ class LayerSlots:
     def num_free(self) -> int:
         return len(self._free)
 
-    def start_read(self, expert: int, pinned: Sequence[int], landed: "SimpleQueue[Ticket]") -> Ticket:
+    def start_read(self, expert: int, pinned: Collection[int], landed: "SimpleQueue[Ticket]") -> Ticket:
         """Take a slot, evicting if there is no free one, and start reading an expert into it."""
         if not self._free:
             self.release(self.cache.evict(pinned))
@@ -105,37 +107,85 @@ class OffloadRuntime:
             if self.recorder is not None:
                 self.recorder.note(layer, expert_TK, weight_TK)
             slots = self.layers[layer]
+            if not slots.is_grouped:
+                return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
             rows = RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK)
-            _ExpertStep(slots, self.counters, rows).run()
+            ExpertStep(slots, self.counters, rows.num_rows).run(rows.compute)
             return rows.combine()
 
+    def _forward_eager(
+        self, slots: LayerSlots, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> torch.Tensor:
+        expert_ids, counts = expert_TK.unique(return_counts=True)
+        num_rows = {
+            expert: count
+            for expert, count in zip(expert_ids.tolist(), counts.tolist(), strict=True)
+            if 0 <= expert < slots.num_experts
+        }
+        with ExpertStep(slots, self.counters, num_rows) as step:
+            return eager_forward(module, step.fetch, slots.num_experts, x_TD, expert_TK, weight_TK)
 
-class _ExpertStep:
-    """One call of one layer."""
 
-    def __init__(self, slots: LayerSlots, counters: Counters, rows: RoutedRows) -> None:
-        self._slots, self._rows, self._counters = slots, rows, counters
+class ExpertStep:
+    """One call of one layer: which experts it needs, and how many rows each of them has.
+
+    `run` computes them in the order in which they are there; as a context, `fetch` gives one after the other.
+    """
+
+    def __init__(self, slots: LayerSlots, counters: Counters, num_rows: Mapping[int, int]) -> None:
+        self._slots, self._num_rows, self._counters = slots, num_rows, counters
         self._landed: SimpleQueue[Ticket] = SimpleQueue()
         self._in_flight: dict[int, Ticket] = {}
 
-    def run(self) -> None:
-        slots, needed = self._slots, list(self._rows.span)
-        hits = [expert for expert in needed if expert in slots]
-        misses = sorted((expert for expert in needed if expert not in slots), key=self._num_rows)
-        self._count(len(hits), len(misses))
-        for expert in sorted(needed, key=self._num_rows):
-            slots.cache.touch(expert)
+    def run(self, compute: Callable[[int, Mapping[str, torch.Tensor]], None]) -> None:
+        """Compute every needed expert once."""
+        hits, misses = self._look_up()
         try:
-            if len(needed) <= slots.num_slots:
+            if self._fits:
                 while misses:
-                    self._read(misses.pop(0), pinned=needed)
+                    self._read(misses.pop(0), pinned=self._num_rows)
             for expert in hits:
-                self._compute(expert)
-            self._drain(misses)
+                self._compute(expert, compute)
+            self._drain(misses, compute)
         finally:
             self._settle()
 
-    def _drain(self, waiting: list[int]) -> None:
+    def __enter__(self) -> "ExpertStep":
+        _, misses = self._look_up()
+        if self._fits:
+            for expert in misses:
+                self._read(expert, pinned=self._num_rows)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._settle()
+
+    def fetch(self, expert: int) -> Mapping[str, torch.Tensor]:
+        """The weights of one needed expert; they stay until another is fetched."""
+        if expert not in self._slots:
+            self._read(expert, pinned=())
+        while expert in self._in_flight:
+            self._next_landed()
+        return self._slots[expert]
+
+    @property
+    def _fits(self) -> bool:
+        return len(self._num_rows) <= self._slots.num_slots
+
+    def _look_up(self) -> tuple[list[int], list[int]]:
+        """Hits, and misses with few rows first, so that the most used are the last to come and stay."""
+        rising = sorted(self._num_rows, key=lambda expert: (self._num_rows[expert], expert))
+        hits = [expert for expert in rising if expert in self._slots]
+        misses = [expert for expert in rising if expert not in self._slots]
+        for expert in rising:
+            self._slots.cache.touch(expert)
+        counters = self._counters.layers[self._slots.layer]
+        counters.hits += len(hits)
+        counters.misses += len(misses)
+        counters.bytes_read += len(misses) * self._slots.expert_bytes
+        return hits, misses
+
+    def _drain(self, waiting: list[int], compute: Callable[[int, Mapping[str, torch.Tensor]], None]) -> None:
         """Compute experts as they land; those that are still waiting for a slot take the slots of computed ones."""
         slots, waiting = self._slots, waiting[::-1]
         while waiting and slots.num_free:
@@ -145,7 +195,7 @@ class _ExpertStep:
             self._read(waiting.pop(), pinned=list(self._in_flight))
         while self._in_flight:
             expert = self._next_landed()
-            self._compute(expert)
+            self._compute(expert, compute)
             if waiting:
                 slots.release(expert)
                 self._read(waiting.pop(), pinned=list(self._in_flight))
@@ -170,23 +220,13 @@ class _ExpertStep:
             self._slots.release(expert)
         self._in_flight.clear()
 
-    def _read(self, expert: int, pinned: Sequence[int]) -> None:
+    def _read(self, expert: int, pinned: Collection[int]) -> None:
         self._in_flight[expert] = self._slots.start_read(expert, pinned, self._landed)
 
-    def _compute(self, expert: int) -> None:
+    def _compute(self, expert: int, compute: Callable[[int, Mapping[str, torch.Tensor]], None]) -> None:
         started = time.perf_counter()
-        self._rows.compute(expert, self._slots[expert])
+        compute(expert, self._slots[expert])
         self._counters.compute_s += time.perf_counter() - started
-
-    def _num_rows(self, expert: int) -> int:
-        start, stop = self._rows.span[expert]
-        return stop - start
-
-    def _count(self, hits: int, misses: int) -> None:
-        counters = self._counters.layers[self._slots.layer]
-        counters.hits += hits
-        counters.misses += misses
-        counters.bytes_read += misses * self._slots._record.layer.expert_bytes
 
 
 def offloaded_experts_forward(

@@ -32,7 +32,11 @@ class Simulated:
 
 
 def simulate(
-    trace: RoutingTrace, cache_experts: int, *, per_layer: bool = True, policies: Sequence[str] = ("lru", "lfu", "belady")
+    trace: RoutingTrace,
+    cache_experts: int,
+    *,
+    per_layer: bool = True,
+    policies: Sequence[str] = ("lru", "lfu", "belady"),
 ) -> dict[str, Simulated]:
     """Replay a trace against caches of `cache_experts` experts.
 

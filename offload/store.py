@@ -121,8 +121,7 @@ class ExpertStore:
                 return os.open(file, flags | os.O_DIRECT)
             except OSError as error:
                 raise ValueError(
-                    f"{file}: this file system does not read with O_DIRECT ({error.strerror}); "
-                    'use io="cached"'
+                    f'{file}: this file system does not read with O_DIRECT ({error.strerror}); use io="cached"'
                 ) from error
         return os.open(file, flags)
 
