@@ -6,6 +6,7 @@ import sys
 import typer
 from rich.console import Console
 
+import offload.cli
 import placement.cli
 import routing.cli
 
@@ -31,7 +32,9 @@ def options(debug: bool = typer.Option(False, "--debug", help="Show the tracebac
 
 app.command("demo")(demo)
 app.command("train")(train)
+routing.cli.trace_app.command("record")(offload.cli.record)
 app.add_typer(routing.cli.trace_app, name="trace")
+app.add_typer(offload.cli.app)
 app.add_typer(placement.cli.app, name="place")
 
 
