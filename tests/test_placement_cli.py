@@ -1,8 +1,11 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
+
+from placement.generators import generate_trace
 
 CLUSTER = """
 model: {experts: 16}
@@ -11,6 +14,11 @@ nodes: [{type: n, count: 2}]
 ep: {size: 8}
 """
 KEYS = {"objective", "bound", "gap", "balancedness", "gpu_fanout", "node_fanout", "seconds"}
+
+
+@pytest.fixture
+def make_trace():
+    return partial(generate_trace, tokens=400, layers=3, experts=16, top_k=2, blocks=4, tokens_per_sequence=20)
 
 
 def run(*arguments):
