@@ -84,7 +84,7 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = False
     _no_split_modules = ("DecoderLayer",)
-    _keep_in_fp32_modules_strict = ("bias_R",)
+    _keep_in_fp32_modules_strict = ("bias_R", "penalty_weight", "weight_PK")
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -237,6 +237,15 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                     stats, balance_weight=self.config.balance_loss_weight, z_weight=self.config.z_loss_weight
                 )
         return MoEOutput(loss=loss, lm_loss=lm_loss, logits=logits, past_key_values=cache, router_stats=stats)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Raises ValueError if a router looks at later tokens, which do not exist yet."""
+        if not all(layer.router.is_causal for layer in self.model.moe_layers):
+            raise ValueError(
+                f"the router {self.config.router!r} is not causal: a token's experts depend on later tokens, so this "
+                "model cannot generate; train another router, or use it for scoring whole sequences only"
+            )
+        return super().generate(*args, **kwargs)
 
 
 AutoConfig.register(MoEConfig.model_type, MoEConfig)
