@@ -20,7 +20,7 @@ def ngram_bits_per_byte(train: NDArray[np.uint8], held_out: NDArray[np.uint8], o
     Raises:
         ValueError: if the order is not 1, 2 or 3, or a stream is shorter than it.
     """
-    if order not in (1, 2, 3) or min(len(train), len(held_out)) <= order:
+    if order not in (1, 2, 3) or min(len(train), len(held_out)) < order:
         raise ValueError(f"order must be 1, 2 or 3 and the streams longer; got {order}, {len(train)}, {len(held_out)}")
     probability = np.full(len(held_out) - order + 1, 1 / BYTES)
     for n in range(1, order + 1):

@@ -31,7 +31,8 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
     is_ours_N1 = (expert_N < E)[:, None]
     bias_id_N = expert_N.clamp(max=E - 1)
 
-    x_ND = x_TD[order_N // K]
+    # rows past the last offset stay uninitialised in what grouped_mm returns, forward and backward
+    x_ND = torch.where(is_ours_N1, x_TD[order_N // K], 0.0)
     if experts.has_gate:
         hidden = _project(x_ND, experts, "gate_up_proj", offset_E, bias_id_N)
         hidden_NF = experts._apply_gate(hidden)
@@ -40,7 +41,6 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
     y_ND = _project(hidden_NF, experts, "down_proj", offset_E, bias_id_N)
     if experts.has_post_expert_norm:
         y_ND = experts.post_expert_norm(y_ND)
-    # rows past the last offset are uninitialised by grouped_mm's contract
     y_ND = torch.where(is_ours_N1, y_ND * weight_TK.flatten()[order_N, None], 0.0)
     y_TKD = y_ND[_inverse(order_N)].view(T, K, -1)
     return y_TKD.sum(dim=1).to(x_TD.dtype)
