@@ -148,8 +148,7 @@ class MoEModel(MoEPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            num_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(num_seen, num_seen + x_BSD.shape[1], device=x_BSD.device)[None]
+            position_ids = _positions(x_BSD, attention_mask, past_key_values)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x_BSD,
@@ -193,6 +192,15 @@ class MoEModel(MoEPreTrainedModel):
             is_valid_T=is_valid_T,
             top_k=self.top_k,
         )
+
+
+def _positions(x_BSD: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
+    """int64 [B or 1, S]: how many tokens stand before each one in its sequence, padding not counted."""
+    S = x_BSD.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(dim=-1) - 1).clamp_min(0)[:, -S:]
+    num_seen = cache.get_seq_length() if cache is not None else 0
+    return torch.arange(num_seen, num_seen + S, device=x_BSD.device)[None]
 
 
 class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
