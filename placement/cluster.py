@@ -164,11 +164,7 @@ class Cluster:
 
     def to_json(self) -> dict[str, Any]:
         """Everything needed to build this cluster again, as JSON values."""
-        arrays = {
-            name: _finite(value)
-            for name, value in vars(self).items()
-            if isinstance(value, np.ndarray | float)
-        }
+        arrays = {name: _finite(value) for name, value in vars(self).items() if isinstance(value, np.ndarray | float)}
         sections = {"model": self.model, "ep": self.ep, "tiers": self.tiers}
         return arrays | {name: section.model_dump(exclude_defaults=True) for name, section in sections.items()}
 

@@ -97,7 +97,7 @@ def _pack_groups(weight_LE: Float, groups: int, nodes: int) -> Integer:
     """Experts reordered so that node n owns the n-th part of each row."""
     L, E = weight_LE.shape
     size = E // groups
-    if nodes == 1:
+    if groups == 1:
         return np.tile(np.arange(E), (L, 1))
     node, rank = balanced_packing(weight_LE.reshape(L, groups, size).sum(axis=2), nodes)
     start = ((node * (groups // nodes) + rank) * size)[:, :, None] + np.arange(size)

@@ -5,7 +5,7 @@ import re
 _NUMBER = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµ/]*)\s*$")
 _DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40, "Pi": 2.0**50}
-_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e3, "us": 1e6, "µs": 1e6, "ns": 1e9}  # divisors: 5 / 1e6 is exactly 5e-6
 _PREFIX = _DECIMAL | _BINARY
 
 
@@ -30,7 +30,7 @@ def parse_seconds(value: object) -> float:
     number, unit = _split(value, "a time such as 5us")
     if unit not in _SECONDS:
         raise ValueError(f"expected a time such as 5us; got {value!r}")
-    return number * _SECONDS[unit]
+    return number / _SECONDS[unit]
 
 
 def parse_flops(value: object) -> float:

@@ -1,8 +1,11 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
+
+from placement.generators import generate_trace
 
 CLUSTER = """
 model: {experts: 16}
@@ -13,13 +16,18 @@ ep: {size: 8}
 KEYS = {"objective", "bound", "gap", "balancedness", "gpu_fanout", "node_fanout", "seconds"}
 
 
+@pytest.fixture
+def make_trace():
+    return partial(generate_trace, tokens=400, layers=3, experts=16, top_k=2, blocks=4, tokens_per_sequence=20)
+
+
 def run(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "experiments.cli", *map(str, arguments)], capture_output=True, text=True, check=False
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def files(make_trace, tmp_path):
     make_trace().save(tmp_path / "t.npz")
     (tmp_path / "c.yaml").write_text(CLUSTER)

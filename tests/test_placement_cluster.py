@@ -15,7 +15,7 @@ ep: {size: 8}
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def cluster_file(tmp_path):
     path = tmp_path / "cluster.yaml"
     path.write_text(CLUSTER)

@@ -1,13 +1,20 @@
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 
 from placement import Cluster, Problem, score, solve
 from placement.dispatch import nearest_share_EG, quota_share_EG, share_EG, uniform_share_EG
+from placement.generators import generate_trace
 from placement.objectives.fanout import gpu_fanout, node_fanout
 from placement.objectives.hops import hop_share
 from routing.traces import RoutingTrace
+
+
+@pytest.fixture
+def make_trace():
+    return partial(generate_trace, tokens=400, layers=3, experts=16, top_k=2, blocks=4, tokens_per_sequence=20)
 
 
 def test_fanout_by_hand():

@@ -1,11 +1,18 @@
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from placement import Cluster, Plan, Problem, solve
 from placement.check import check_plan
+from placement.generators import generate_trace
+
+
+@pytest.fixture
+def make_trace():
+    return partial(generate_trace, tokens=400, layers=3, experts=16, top_k=2, blocks=4, tokens_per_sequence=20)
 
 
 def test_plan_file_round_trip_and_damage(make_trace, tmp_path):

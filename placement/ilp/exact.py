@@ -85,8 +85,13 @@ def _build(model: LayerModel) -> tuple[pulp.LpProblem, dict[tuple[int, int, int]
     E, G, S = model.weight_WE.shape[1], len(model.speed_G), model.slots_per_gpu
     copies = range(1, model.max_copies + 1)
     programme = pulp.LpProblem("layer", pulp.LpMinimize)
-    z = {(e, r, g): pulp.LpVariable(f"z_{e}_{r}_{g}", cat="Binary") for e in range(E) for r in copies for g in range(G)}
-    peak = pulp.LpVariable("peak", lowBound=0)
+    z = {
+        (e, r, g): programme.add_variable(f"z_{e}_{r}_{g}", cat="Binary")
+        for e in range(E)
+        for r in copies
+        for g in range(G)
+    }
+    peak = programme.add_variable("peak", lowBound=0)
     terms = [(peak, model.level), *_fanout_terms(model, programme, z)]
     programme += pulp.LpAffineExpression(terms)
     for e in range(E):
@@ -109,7 +114,7 @@ def _one_count(
     if len(copies) == 1:
         programme += pulp.LpAffineExpression([(z[e, 1, g], 1) for g in range(G)]) == 1
         return
-    has = {r: pulp.LpVariable(f"y_{e}_{r}", cat="Binary") for r in copies}
+    has = {r: programme.add_variable(f"y_{e}_{r}", cat="Binary") for r in copies}
     programme += pulp.LpAffineExpression([(variable, 1) for variable in has.values()]) == 1
     for r in copies:
         programme += pulp.LpAffineExpression([(z[e, r, g], 1) for g in range(G)] + [(has[r], -r)]) == 0
@@ -142,7 +147,7 @@ def _touch_terms(
     terms = []
     for b, (items, count) in enumerate(zip(bundles.item_BK.tolist(), bundles.count_B.tolist(), strict=True)):
         for part, gpus in enumerate(members):
-            touched = pulp.LpVariable(f"{letter}_{b}_{part}", lowBound=0, upBound=1)
+            touched = programme.add_variable(f"{letter}_{b}_{part}", lowBound=0, upBound=1)
             terms.append((touched, weight * count / bundles.tokens))
             for e in items:
                 if e >= 0:
