@@ -10,7 +10,7 @@ import offload.cli
 import placement.cli
 import routing.cli
 
-from .commands import demo, train
+from .commands import compare, demo, train
 
 app = typer.Typer(
     name="expertier",
@@ -32,6 +32,7 @@ def options(debug: bool = typer.Option(False, "--debug", help="Show the tracebac
 
 app.command("demo")(demo)
 app.command("train")(train)
+app.command("compare")(compare)
 routing.cli.trace_app.command("record")(offload.cli.record)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)
