@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from routing.traces import atomic_write
 
@@ -22,6 +23,7 @@ PANELS = (
     "lru_hit_rate",
     "srp",
 )
+FROM_ZERO = set(PANELS) - {"held_out_bits_per_byte", "inner_balance"}
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1f2933;max-width:1180px;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
@@ -87,23 +89,26 @@ def trade_off(rows: list[dict[str, Any]]) -> Figure:
 
 
 def panels(rows: list[dict[str, Any]]) -> Figure:
-    """One panel per metric, one bar per variant, seeds as dots."""
+    """One panel per metric: means as bars where zero means something, as ticks elsewhere; seeds as dots."""
     names = [row["variant"] for row in rows]
     height = max(2.4, 0.24 * len(names) + 0.8)
     figure, grid = plt.subplots(2, len(PANELS) // 2, figsize=(12, 2 * height), sharey=True, layout="constrained")
     for axes, metric in zip(grid.flat, PANELS, strict=True):
         for place, row in enumerate(rows):
             value = row["metrics"][metric]
-            axes.barh(place, value["mean"], color=ACCENT, alpha=0.35, height=0.7)
+            if metric in FROM_ZERO:
+                axes.barh(place, value["mean"], color=ACCENT, alpha=0.35, height=0.7)
+            else:
+                axes.plot([value["mean"]], [place], "|", color=ACCENT, ms=12, mew=3)
             axes.plot(value["values"], [place] * len(value["values"]), "o", color=INK, ms=3)
         axes.set_title(METRICS[metric].label, fontsize=10)
         axes.set_yticks(range(len(names)), names, fontsize=8)
-        if metric == "held_out_bits_per_byte":
-            means = [row["metrics"][metric]["mean"] for row in rows]
-            room = 0.1 * (max(means) - min(means)) + 0.01
-            axes.set_xlim(min(means) - room, max(means) + room)
+        axes.grid(axis="y", color=SOFT, lw=0.3)
         if metric == "inner_balance":
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
         _bare(axes)
     grid.flat[0].invert_yaxis()
     return figure
