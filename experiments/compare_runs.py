@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from routing.traces import write_json
@@ -88,7 +89,7 @@ def execute(runs: list[Run], processes: int, done: Callable[[Run, dict[str, Any]
             done(run, execute_one(run, threads=None))
         return
     threads = max(1, (os.cpu_count() or 1) // processes)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         futures = {pool.submit(execute_one, run, threads): run for run in waiting}
         for future, run in _as_they_end(futures):
             done(run, future.result())
@@ -137,6 +138,18 @@ def _train_and_measure(run: Run, corpus: Any) -> dict[str, Any]:
         batch_size=run.config.batch_size,
     )
     return {"status": "finished", **asdict(trained), **measured}
+
+
+def _end_with_parent() -> None:
+    """Make a worker die with the process that started it: two processes must never train in one folder."""
+
+    def watch() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _as_they_end(futures: dict[Future[dict[str, Any]], Run]) -> Iterator[tuple[Future[dict[str, Any]], Run]]:

@@ -187,7 +187,8 @@ def test_report_and_continuation(tiny, text, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_comparison_continues_where_it_was(tiny, text, tmp_path):
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_killed_comparison_continues_where_it_was(processes, text, tmp_path):
     import os
     import signal
     import subprocess
@@ -197,7 +198,7 @@ def test_killed_comparison_continues_where_it_was(tiny, text, tmp_path):
     out = tmp_path / "out"
     command = [
         sys.executable, "-m", "experiments.cli", "compare", "--routers", "top2,rmoe", "--preset", "smoke",
-        "--steps", "80", "--seeds", "1", "--data", text, "--out", str(out),
+        "--steps", "80", "--seeds", "1", "--data", text, "--out", str(out), "--processes", processes,
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     checkpoint = out / "runs/top2/seed_0/checkpoints/step_00000020"
