@@ -8,6 +8,7 @@ from .certificate import Bound
 from .fanout_bounds import fanout_bound_L
 from .objectives import Objective, Robustness, join_scenarios
 from .objectives.activated import activation_weight_LE
+from .objectives.registry import imbalance_price
 from .plan import Plan
 from .problem import Problem, Scenario
 
@@ -47,10 +48,12 @@ def tighten(bound: Bound | None, proved_L: Float | None) -> Bound | None:
 
 def _part_bound(name: str, scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, str] | None:
     cluster, slots = plan.cluster, plan.num_slots
-    if name == "balance":
+    if name in ("balance", "imbalance-price"):
         total_L1 = scenario.load_LE.sum(axis=1, keepdims=True)
         weight_LE = np.divide(scenario.load_LE, total_L1, out=np.zeros_like(scenario.load_LE), where=total_L1 > 0)
-        return imbalance_bound_L(weight_LE, slots, cluster.speed_G, equal_shares=plan.dispatch == "uniform")
+        price = 1.0 if name == "balance" else imbalance_price(cluster)
+        bound_L, label = imbalance_bound_L(weight_LE, slots, cluster.speed_G, equal_shares=plan.dispatch == "uniform")
+        return price * bound_L, label
     if name == "activated":
         ones = np.ones(scenario.load_LE.shape, np.int64)
         weight_LE = activation_weight_LE(scenario.load_LE, ones, problem.batch_routes)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from routing.traces import RoutingTrace
 
+from .objectives.registry import fanout_weights
 from .plan import Plan
 
 Float = NDArray[np.float64]
@@ -18,8 +19,9 @@ def fanout_bound_L(name: str, trace: RoutingTrace, plan: Plan) -> tuple[Float, s
     gpu_slots = plan.slots_per_gpu
     node_slots = gpu_slots * int(np.bincount(plan.cluster.node_G).max())
     gpu_L, node_L = _capacity_bound_L(trace, gpu_slots), _capacity_bound_L(trace, node_slots)
-    extra = plan.cluster.node_link_ratio - 1
-    value_L = {"gpu-fanout": gpu_L, "node-fanout": node_L, "fanout": gpu_L + extra * node_L}[name]
+    gpu_weight, node_weight = fanout_weights(plan.cluster)
+    joined_L = gpu_weight * gpu_L + node_weight * node_L
+    value_L = {"gpu-fanout": gpu_L, "node-fanout": node_L, "fanout": joined_L}[name]
     return value_L, "capacity"
 
 

@@ -7,13 +7,15 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from .affinity_search import search_affinity
 from .balance_search import kick_and_swap, lpt_swap_LP
 from .baselines import contiguous_LP, random_LP, round_robin_LP
 from .budget import Budget, Progress
 from .certificate import PROVEN, Certificate
 from .check import require_valid
 from .eplb import eplb
-from .objectives import Objective, Robustness, find_objective
+from .layer_search import Effort
+from .objectives import Objective, Robustness, find_objective, part_weights
 from .plan import Plan
 from .problem import Problem
 from .scoring import score
@@ -160,8 +162,14 @@ def _lpt(problem: Problem, objective: Objective, budget: Budget) -> Integer:
 
 
 def _search(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    """Balance first; then, for objectives of the tokens' sets, fan-out from there."""
     map_LP = lpt_swap_LP(problem, problem.weight_WLE)
     budget.offer(map_LP)
+    weights = part_weights(objective, problem.cluster)
+    if weights.fan or weights.node:
+        return search_affinity(
+            problem, map_LP, budget, fan=weights.fan, node=weights.node, level=weights.level, effort=Effort()
+        )
     return kick_and_swap(problem, problem.weight_WLE, map_LP, budget)
 
 

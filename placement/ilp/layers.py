@@ -5,12 +5,12 @@ from numpy.typing import NDArray
 
 from ..budget import Budget
 from ..bundles import Bundles, unique_sets
-from ..objectives import Objective
+from ..objectives import Objective, part_weights
 from ..problem import Problem
 from .exact import LayerModel, solve_layer
 
 Integer = NDArray[np.int64]
-EXACT_PARTS = ("balance", "gpu-fanout", "node-fanout", "fanout")
+EXACT_PARTS = ("balance", "imbalance-price", "gpu-fanout", "node-fanout", "fanout")
 MAX_BUNDLES = 20_000
 
 
@@ -18,6 +18,10 @@ def is_small(problem: Problem, objective: Objective, binaries: int) -> bool:
     """Whether every layer's programme has at most that many binaries and this objective has a linear form."""
     if not _is_linear(problem, objective):
         return False
+    weights = part_weights(objective, problem.cluster)
+    if weights.fan or weights.node:
+        rows = max(len(_bundles(problem, layer).count_B) for layer in range(problem.num_layers))
+        return rows * problem.num_gpus <= 2 * binaries
     return layer_model(problem, objective, 0, with_bundles=False).num_binaries <= binaries
 
 
@@ -43,17 +47,16 @@ def solve_layers_exactly(problem: Problem, objective: Objective, budget: Budget,
 
 def layer_model(problem: Problem, objective: Objective, layer: int, *, with_bundles: bool = True) -> LayerModel:
     """The programme's data of one layer."""
-    weight_of = _part_weights(problem, objective)
-    needs_bundles = weight_of["gpu"] or weight_of["node"]
+    weights = part_weights(objective, problem.cluster)
     return LayerModel(
         weight_WE=problem.weight_WLE[:, layer],
         speed_G=problem.cluster.speed_G,
         node_G=problem.cluster.node_G,
         slots_per_gpu=problem.slots_per_gpu,
-        level=weight_of["level"],
-        fan=weight_of["gpu"],
-        node=weight_of["node"],
-        bundles=_bundles(problem, layer) if with_bundles and needs_bundles else None,
+        level=weights.level,
+        fan=weights.fan,
+        node=weights.node,
+        bundles=_bundles(problem, layer) if with_bundles and (weights.fan or weights.node) else None,
     )
 
 
@@ -65,17 +68,6 @@ def _is_linear(problem: Problem, objective: Objective) -> bool:
         and problem.cluster.ep.dispatch == "uniform"
         and not (is_fan and (problem.num_slots > problem.num_experts or len(problem.scenarios) > 1))
     )
-
-
-def _part_weights(problem: Problem, objective: Objective) -> dict[str, float]:
-    total = {"level": 0.0, "gpu": 0.0, "node": 0.0}
-    for weight, name in objective.parts or ((1.0, objective.name),):
-        total["level"] += weight if name == "balance" else 0.0
-        total["gpu"] += weight if name in ("gpu-fanout", "fanout") else 0.0
-        total["node"] += weight if name == "node-fanout" else 0.0
-        if name == "fanout":
-            total["node"] += weight * (problem.cluster.node_link_ratio - 1)
-    return total
 
 
 def _bundles(problem: Problem, layer: int) -> Bundles:

@@ -4,15 +4,28 @@ Every objective gives one value per layer and scenario; `evaluate` joins them: o
 layer), then the mean over layers.
 """
 
-from .registry import OBJECTIVES, Objective, Robustness, evaluate, evaluate_L, find_objective, join_scenarios, weighted
+from .registry import (
+    OBJECTIVES,
+    Objective,
+    PartWeights,
+    Robustness,
+    evaluate,
+    evaluate_L,
+    find_objective,
+    join_scenarios,
+    part_weights,
+    weighted,
+)
 
 __all__ = [
     "OBJECTIVES",
     "Objective",
+    "PartWeights",
     "Robustness",
     "evaluate",
     "evaluate_L",
     "find_objective",
     "join_scenarios",
+    "part_weights",
     "weighted",
 ]

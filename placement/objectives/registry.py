@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cluster import Cluster
 from ..plan import Plan
 from ..problem import Problem, Scenario
 from .activated import activated_L
@@ -18,7 +19,8 @@ from .latency import layer_seconds_L
 Float = NDArray[np.float64]
 Robustness = Literal["mean", "max", "cvar"]
 CVAR_SHARE = 0.5
-BALANCE_WEIGHT = 1.0
+PRICE_ONE_NODE, PRICE_SEVERAL_NODES = 1.25, 0.5  # measured on GPT-OSS-20B: balancedness 0.90 on data not planned on
+HOP_IMBALANCE_PRICE = 0.5
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,38 @@ def weighted(parts: Sequence[tuple[float, str]], name: str | None = None) -> Obj
     return Objective(label, layers, any(part.needs_tokens for _, part in chosen), tuple(parts))
 
 
+def fanout_weights(cluster: Cluster) -> tuple[float, float]:
+    """Weights of GPU and node fan-out in `fanout`: GPUs alone on one node, else nodes plus GPUs at NVLink's price."""
+    return (1.0, 0.0) if cluster.num_nodes == 1 else (1 / cluster.node_link_ratio, 1.0)
+
+
+def imbalance_price(cluster: Cluster) -> float:
+    """What `fanout+balance` pays for the fullest GPU being twice as full as the mean one."""
+    return PRICE_ONE_NODE if cluster.num_nodes == 1 else PRICE_SEVERAL_NODES
+
+
+@dataclass(frozen=True)
+class PartWeights:
+    """An objective as fan * GPU fan-out + node * node fan-out + level * imbalance + hops * hop share."""
+
+    fan: float = 0.0
+    node: float = 0.0
+    level: float = 0.0
+    hops: float = 0.0
+
+
+def part_weights(objective: Objective, cluster: Cluster) -> PartWeights:
+    """The weights of those four quantities in an objective; other parts (latency, activated) are left out."""
+    fan = node = level = hops = 0.0
+    for weight, name in objective.parts or ((1.0, objective.name),):
+        gpu_weight, node_weight = fanout_weights(cluster)
+        fan += weight * {"gpu-fanout": 1.0, "fanout": gpu_weight}.get(name, 0.0)
+        node += weight * {"node-fanout": 1.0, "fanout": node_weight}.get(name, 0.0)
+        level += weight * {"balance": 1.0, "imbalance-price": imbalance_price(cluster)}.get(name, 0.0)
+        hops += weight if name == "hops" else 0.0
+    return PartWeights(fan, node, level, hops)
+
+
 def find_objective(name: str) -> Objective:
     """The objective of that name.
 
@@ -87,6 +121,10 @@ def find_objective(name: str) -> Objective:
 
 def _balance(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
     return imbalance_L(plan, scenario.load_LE)
+
+
+def _imbalance_price(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
+    return imbalance_price(problem.cluster) * imbalance_L(plan, scenario.load_LE)
 
 
 def _activated(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
@@ -104,10 +142,9 @@ def _node_fanout(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
 
 
 def _fanout(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
-    """GPU fan-out, and for several nodes also node fan-out times what a byte between nodes costs more."""
-    extra = problem.cluster.node_link_ratio - 1
-    fanout_L = _gpu_fanout(plan, scenario, problem)
-    return fanout_L + extra * _node_fanout(plan, scenario, problem) if extra else fanout_L
+    gpu_weight, node_weight = fanout_weights(problem.cluster)
+    fanout_L = gpu_weight * _gpu_fanout(plan, scenario, problem)
+    return fanout_L + node_weight * _node_fanout(plan, scenario, problem) if node_weight else fanout_L
 
 
 def _hops(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
@@ -127,7 +164,8 @@ OBJECTIVES: dict[str, Objective] = {
     "node-fanout": Objective("node-fanout", _node_fanout, needs_tokens=True),
     "fanout": Objective("fanout", _fanout, needs_tokens=True),
     "hops": Objective("hops", _hops, needs_tokens=True),
+    "imbalance-price": Objective("imbalance-price", _imbalance_price, needs_tokens=False),
     "latency": Objective("latency", _latency, needs_tokens=False),
 }
-OBJECTIVES["fanout+balance"] = weighted([(1.0, "fanout"), (BALANCE_WEIGHT, "balance")], "fanout+balance")
-OBJECTIVES["hops+balance"] = weighted([(1.0, "hops"), (BALANCE_WEIGHT, "balance")], "hops+balance")
+OBJECTIVES["fanout+balance"] = weighted([(1.0, "fanout"), (1.0, "imbalance-price")], "fanout+balance")
+OBJECTIVES["hops+balance"] = weighted([(1.0, "hops"), (HOP_IMBALANCE_PRICE, "balance")], "hops+balance")
