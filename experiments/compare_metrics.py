@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe import MoEForCausalLM
-from offload.simulate import simulate
+from offload import simulate
 from routing import RouterStats, RoutingTrace
 from routing.traces import EMPTY
 
