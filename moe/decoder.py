@@ -26,7 +26,7 @@ from routing import Carry, RouterModule, RouterStats, RoutingContext, auxiliary_
 
 from .attention import Attention, rotary_angles
 from .config import MoEConfig
-from .layer import FeedForward, MoELayer
+from .layer import FeedForward, MoELayer, build_moe_layer
 from .norm import RMSNorm
 
 
@@ -119,7 +119,7 @@ class MoEModel(MoEPreTrainedModel):
             FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
             for _ in range(config.num_dense_layers)
         ]
-        mlps = [*dense, *(MoELayer(config, router) for router in routers)]
+        mlps = [*dense, *(build_moe_layer(config, router) for router in routers)]
         self.layers = nn.ModuleList(DecoderLayer(config, index, mlp) for index, mlp in enumerate(mlps))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.optimizer_step = 0

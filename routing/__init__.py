@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .losses import BALANCE_LOSSES, auxiliary_loss, switch_balance_loss, z_loss
     from .router import Carry, Router, RouterModule, RouterSizes, RoutingContext
     from .rule import ClassicRule
+    from .soft import SoftRouter
     from .stats import RouterStats
 
 _HOME = {
@@ -36,6 +37,7 @@ _HOME = {
     "RouterSizes": ".router",
     "RouterModule": ".router",
     "RouterStats": ".stats",
+    "SoftRouter": ".soft",
     "RoutingContext": ".router",
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "Routing",
     "RoutingContext",
     "RoutingTrace",
+    "SoftRouter",
     "auxiliary_loss",
     "build_routers",
     "expect_router",
