@@ -10,11 +10,15 @@ Overrides = dict[str, Any]
 
 
 def _nulls(num: int, top_k: int, **changes: Any) -> Callable[[int, int], Overrides]:
-    """AdaMoE with E * num / 16 null experts, so that its expected load is the same share of any preset's E."""
+    """AdaMoE with E * num / 16 null experts, so that its expected load is the same share of any preset's E.
+
+    The balance coefficient is the paper's first-phase 0.02, whose load shares sum to K where ours sum to 1.
+    """
 
     def build(num_experts: int, base_k: int) -> Overrides:
         nulls = max(1, num_experts * num // 16)
-        return {"router": "adamoe", "zero_compute_experts": ["zero"] * nulls, "num_experts_per_tok": top_k} | changes
+        own = {"router": "adamoe", "zero_compute_experts": ["zero"] * nulls, "num_experts_per_tok": top_k}
+        return own | {"balance_loss_weight": 0.02 * top_k} | changes
 
     return build
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .capacity import CAPACITY_POLICIES, limit_capacity
     from .catalogue import ROUTERS, build_routers, expect_router
     from .classic import ClassicRouter
-    from .losses import BALANCE_LOSSES, auxiliary_loss, switch_balance_loss, z_loss
+    from .losses import BALANCE_LOSSES, auxiliary_loss, scheduled_weight, switch_balance_loss, z_loss
     from .router import Carry, Router, RouterModule, RouterSizes, RoutingContext
     from .rule import ClassicRule
     from .soft import SoftRouter
@@ -30,6 +30,7 @@ _HOME = {
     "BALANCE_LOSSES": ".losses",
     "ClassicRule": ".rule",
     "auxiliary_loss": ".losses",
+    "scheduled_weight": ".losses",
     "switch_balance_loss": ".losses",
     "z_loss": ".losses",
     "Carry": ".router",
@@ -60,6 +61,7 @@ __all__ = [
     "build_routers",
     "expect_router",
     "limit_capacity",
+    "scheduled_weight",
     "switch_balance_loss",
     "z_loss",
 ]
