@@ -12,7 +12,7 @@ from .presets import PRESETS, preset
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     preset_name: Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}.")] = "demo",
-    router: Annotated[str | None, typer.Option(help="A router by name; the preset's own without it.")] = None,
+    router: Annotated[str | None, typer.Option(help="A router, or a variant of `compare`; the preset's own without it.")] = None,
     data: Annotated[
         str | None, typer.Option(help="Text file, folder, .jsonl or .parquet; the standard library without it.")
     ] = None,
@@ -26,6 +26,7 @@ def train(
 
     Example: `expertier train --preset smoke --out runs/smoke`
     """
+    from .compare_variants import model_overrides
     from .corpus import load_corpus
     from .train import train as run
 
@@ -33,7 +34,7 @@ def train(
     if steps is not None:
         config = replace(config, steps=steps)
     if router is not None:
-        config = replace(config, model=config.model | {"router": router})
+        config = replace(config, model=model_overrides(router, config.model))
     result = run(config, load_corpus(data, column=column, tokenizer=tokenizer), out, resume=resume)
     typer.echo(
         f"{out}: {result.steps} steps, {result.held_out_bits_per_byte:.3f} bits per byte on held-out text, "
