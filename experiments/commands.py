@@ -12,7 +12,9 @@ from .presets import PRESETS, preset
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     preset_name: Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}.")] = "demo",
-    router: Annotated[str | None, typer.Option(help="A router, or a variant of `compare`; the preset's own without it.")] = None,
+    router: Annotated[
+        str | None, typer.Option(help="A router, or a variant of `compare`; the preset's own without it.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Text file, folder, .jsonl or .parquet; the standard library without it.")
     ] = None,
@@ -55,6 +57,7 @@ def compare(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; the preset's own without it.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report there.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Keep the runs under experiments/records.")] = False,
 ) -> None:
     """Train the same model with several routers and seeds, and report loss, cost, balance and how well experts cache.
 
@@ -63,7 +66,7 @@ def compare(
     from routing.traces import write_json
 
     from .compare import compare as run
-    from .compare import print_table
+    from .compare import print_table, record_comparison
     from .compare_variants import VARIANTS
 
     base = preset(preset_name)
@@ -74,6 +77,8 @@ def compare(
     print_table(report["variants"])
     if json_file:
         write_json(json_file, report)
+    if record:
+        typer.echo(f"record: {record_comparison(report)}")
     typer.echo(f"report: {(out / 'compare.html').resolve()}")
 
 

@@ -16,6 +16,7 @@ from .compare_runs import Run, execute, plan_runs
 from .compare_summary import METRICS, cell, summarise
 from .metrics import read_log
 from .presets import TrainConfig
+from .record import save_record
 
 SHOWN = (
     "held_out_bits_per_byte",
@@ -95,7 +96,7 @@ def report(runs: list[Run], results: dict[Path, dict[str, Any]], base: TrainConf
         f"{runs[0].data or 'the standard library of the running Python'}. "
         f"{len(ended)} of {len(runs)} runs have ended. ± is the standard deviation over seeds."
     )
-    content = {"facts": facts, "config": asdict(base), "variants": rows, "runs": list(results.values())}
+    content = {"facts": facts, "config": asdict(base), "variants": rows, "runs": [results[run.folder] for run in ended]}
     write_json(out / "compare.json", content)
     write_page(out / "compare.html", rows, curves, facts)
     return content
@@ -108,6 +109,14 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         name = f"{row['variant']} ({row['status']})" if row["status"] else row["variant"]
         table.add_row(name, *(cell(row, metric) for metric in SHOWN))
     Console().print(table)
+
+
+def record_comparison(content: dict[str, Any]) -> Path:
+    """Save a report's runs under experiments/records; a person adds the README beside them."""
+    columns = ["variant", "seed", "status", "steps", *METRICS]
+    rows = [{name: run.get(name, "") for name in columns} for run in content["runs"]]
+    config = content["config"] | {"variants": [row["variant"] for row in content["variants"]]}
+    return save_record("router-comparison", rows, config=config, seed=content["config"]["seed"])
 
 
 def _order(runs: list[Run], run: Run) -> tuple[int, int]:

@@ -154,6 +154,16 @@ def test_permuting_tokens_permutes_the_routing(case):
         torch.testing.assert_close(routing.weight_TK[order], other.weight_TK)
 
 
+def test_trap_recomputing_a_forward_pass_counts_nothing_twice(case):
+    """Activation checkpointing runs a forward pass again: state may change in post_step only, and only in training."""
+    routers, x_LTD = build(case), torch.randn(L, T, D).double()
+    before = [{name: buffer.clone() for name, buffer in router.named_buffers()} for router in routers]
+    for is_training in (True, False, True):
+        run_layers(routers, x_LTD, context_of(is_training=is_training))
+    for router, buffers in zip(routers, before, strict=True):
+        assert all(torch.equal(buffer, buffers[name]) for name, buffer in router.named_buffers())
+
+
 def test_padding_changes_nothing_for_the_other_tokens(case):
     routers, x_LTD = build(case), torch.randn(L, T, D).double()
     valid_T = torch.arange(T) % 5 != 0
