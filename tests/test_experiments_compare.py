@@ -18,11 +18,12 @@ from experiments.compare_metrics import (
     sharpness,
     trace_of,
 )
-from experiments.compare_runs import execute, plan_runs
+from experiments.compare_runs import execute, execute_one, plan_runs
 from experiments.compare_summary import METRICS, cell, summarise
 from experiments.compare_variants import VARIANTS, model_overrides
 from experiments.corpus import load_corpus
 from experiments.presets import preset
+from experiments.train import train
 from moe import MoEConfig, MoEForCausalLM
 from routing import ROUTERS, RouterStats, Routing, RoutingTrace
 
@@ -184,6 +185,14 @@ def test_report_and_continuation(tiny, text, tmp_path):
     assert "@import" not in page
     with pytest.raises(ValueError, match="other settings"):
         compare(["top2"], replace(tiny, steps=5), out, seeds=1, data=text, quiet=True)
+
+
+def test_a_checkpoint_of_another_run_is_not_continued(tiny, text, tmp_path):
+    (run,) = plan_runs(["top2"], tiny, 1, text, tmp_path / "out")
+    train(replace(run.config, steps=2), load_corpus(text), run.folder, quiet=True)
+    result = execute_one(run, threads=None)
+    assert result["status"] == "failed"
+    assert "other settings" in result["message"]
 
 
 @pytest.mark.slow
