@@ -10,7 +10,9 @@ import offload.cli
 import placement.cli
 import routing.cli
 
-from .commands import demo, train
+from . import bench_routers
+from .commands import compare, demo, train
+from .leverage import leverage
 
 app = typer.Typer(
     name="expertier",
@@ -20,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+bench = typer.Typer(help="Measurements whose numbers are quoted anywhere.", no_args_is_help=True)
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 TORCH_EXTRA = ("torch", "transformers", "safetensors", "pyarrow")
@@ -32,6 +36,10 @@ def options(debug: bool = typer.Option(False, "--debug", help="Show the tracebac
 
 app.command("demo")(demo)
 app.command("train")(train)
+app.command("compare")(compare)
+app.command("leverage")(leverage)
+bench.command("routers")(bench_routers.routers)
+app.add_typer(bench, name="bench")
 routing.cli.trace_app.command("record")(offload.cli.record)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)
