@@ -113,9 +113,7 @@ def activate(gate, up, INNER: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.const
 
 
 @triton.jit
-def activate_with_slopes(
-    gate, up, INNER: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr
-):
+def activate_with_slopes(gate, up, INNER: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
     """A gated activation and its derivatives with respect to gate and up."""
     if LIMIT is not None:
         is_gate_free = gate <= LIMIT

@@ -35,7 +35,8 @@ def my_slot(slot_R, row_R, group, num_slots, BY_ROW: tl.constexpr):
         slot = tl.sum(tl.where(row_R == group, slot_R, 0), 0)
         is_taken = tl.sum(((slot_R == slot) & (row_R < group)).to(tl.int32), 0) > 0
         return tl.where(is_taken, num_slots, slot)
-    return group
+    else:
+        return group
 
 
 @triton.jit

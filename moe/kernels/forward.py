@@ -59,9 +59,7 @@ def forward(
         run=run,
     )
     y_ND = x_TD.new_empty(num_rows, x_TD.shape[1])
-    project_down(
-        activated_NF, groups, tile_map, weights.down, weights.down_bias, y_ND, tile=tiles.down, run=run
-    )
+    project_down(activated_NF, groups, tile_map, weights.down, weights.down_bias, y_ND, tile=tiles.down, run=run)
     y_TD = torch.empty_like(x_TD)
     gather_sum(y_ND, groups.position_N, combine_TK, y_TD, run)
     return y_TD, pre_NO, groups

@@ -20,6 +20,55 @@ from .metadata import Groups, TileMap
 from .tiles import Tile
 from .tiling import tile_and_block
 
+FEATURES_IN_PARTS = 128
+
+
+@triton.jit
+def write_gradients(
+    raw_MF,
+    combine_M,
+    place_M,
+    is_row_M,
+    first_feature,
+    pre_ptr,
+    grad_pre_ptr,
+    weighted_ptr,
+    num_features,
+    INNER: tl.constexpr,
+    GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """Recompute a block of activations, write what follows from it, and return rowsum(raw * activation)."""
+    feature = first_feature + tl.arange(0, BLOCK_F)
+    place_M1 = place_M.to(tl.int64)[:, None]
+    combine_M1 = combine_M[:, None]
+    at_MF = place_M1 * num_features + feature[None, :]
+    is_stored = is_row_M[:, None] & (feature < num_features)[None, :]
+    if GATED:
+        BLOCK_O: tl.constexpr = 2 * BLOCK_F
+        out = 2 * first_feature + tl.arange(0, BLOCK_O)
+        is_out = is_row_M[:, None] & (out < 2 * num_features)[None, :]
+        at_MO = place_M1 * (2 * num_features) + out[None, :]
+        pre_MO = tl.load(pre_ptr + at_MO, mask=is_out, other=0).to(ACCUMULATE)
+        gate_MF, up_MF = tl.split(tl.reshape(pre_MO, (BLOCK_M, BLOCK_F, 2)))
+        a_MF, gate_slope_MF, up_slope_MF = activate_with_slopes(gate_MF, up_MF, INNER, ALPHA, LIMIT, SHIFT)
+        grad_MF = raw_MF * combine_M1
+        pair = tl.join(grad_MF * gate_slope_MF, grad_MF * up_slope_MF)
+        grad_pre = tl.reshape(pair, (BLOCK_M, BLOCK_O)).to(grad_pre_ptr.dtype.element_ty)
+        tl.store(grad_pre_ptr + at_MO, grad_pre, mask=is_out)
+    else:
+        pre_MF = tl.load(pre_ptr + at_MF, mask=is_stored, other=0).to(ACCUMULATE)
+        a_MF, slope_MF = inner_and_slope(pre_MF, INNER, ALPHA)
+        grad_pre = (raw_MF * combine_M1 * slope_MF).to(grad_pre_ptr.dtype.element_ty)
+        tl.store(grad_pre_ptr + at_MF, grad_pre, mask=is_stored)
+    tl.store(weighted_ptr + at_MF, (a_MF * combine_M1).to(weighted_ptr.dtype.element_ty), mask=is_stored)
+    return tl.sum(tl.where(is_stored, raw_MF * a_MF, 0.0), 1)
+
 
 @triton.jit
 def grad_activation_kernel(
@@ -51,6 +100,7 @@ def grad_activation_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     COMPUTE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -82,30 +132,25 @@ def grad_activation_kernel(
         w_DF = tl.load(w_tile_ptr + offset_DF, mask=is_weight, other=0).to(COMPUTE)
         raw_MF = tl.dot(g_MD, w_DF, raw_MF, input_precision=PRECISION, out_dtype=ACCUMULATE)
 
-    combine_M = tl.load(combine_ptr + routed, mask=is_row, other=0).to(ACCUMULATE)[:, None]
-    place = place.to(tl.int64)[:, None]
-    is_stored = is_row[:, None] & is_feature[None, :]
-    if GATED:
-        BLOCK_O: tl.constexpr = 2 * BLOCK_F
-        out = block * BLOCK_O + tl.arange(0, BLOCK_O)
-        is_out = is_row[:, None] & (out < 2 * num_features)[None, :]
-        at_MO = place * (2 * num_features) + out[None, :]
-        pre_MO = tl.load(pre_ptr + at_MO, mask=is_out, other=0).to(ACCUMULATE)
-        gate_MF, up_MF = tl.split(tl.reshape(pre_MO, (BLOCK_M, BLOCK_F, 2)))
-        a_MF, gate_slope_MF, up_slope_MF = activate_with_slopes(gate_MF, up_MF, INNER, ALPHA, LIMIT, SHIFT)
-        grad_MF = raw_MF * combine_M
-        pair = tl.join(grad_MF * gate_slope_MF, grad_MF * up_slope_MF)
-        grad_pre = tl.reshape(pair, (BLOCK_M, BLOCK_O)).to(grad_pre_ptr.dtype.element_ty)
-        tl.store(grad_pre_ptr + at_MO, grad_pre, mask=is_out)
+    combine_M = tl.load(combine_ptr + routed, mask=is_row, other=0).to(ACCUMULATE)
+    first = block * BLOCK_F
+    if IN_PARTS:
+        # half of the features at a time: all at once do not fit in registers
+        HALF: tl.constexpr = BLOCK_F // 2
+        low_MF, high_MF = tl.split(tl.permute(tl.reshape(raw_MF, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        dot_M = write_gradients(
+            low_MF, combine_M, place, is_row, first, pre_ptr, grad_pre_ptr, weighted_ptr, num_features,
+            INNER, GATED, ALPHA, LIMIT, SHIFT, BLOCK_M, HALF, ACCUMULATE,
+        )  # fmt: skip
+        dot_M += write_gradients(
+            high_MF, combine_M, place, is_row, first + HALF, pre_ptr, grad_pre_ptr, weighted_ptr, num_features,
+            INNER, GATED, ALPHA, LIMIT, SHIFT, BLOCK_M, HALF, ACCUMULATE,
+        )  # fmt: skip
     else:
-        at_MF = place * num_features + feature[None, :]
-        pre_MF = tl.load(pre_ptr + at_MF, mask=is_stored, other=0).to(ACCUMULATE)
-        a_MF, slope_MF = inner_and_slope(pre_MF, INNER, ALPHA)
-        grad_pre = (raw_MF * combine_M * slope_MF).to(grad_pre_ptr.dtype.element_ty)
-        tl.store(grad_pre_ptr + at_MF, grad_pre, mask=is_stored)
-    weighted = (a_MF * combine_M).to(weighted_ptr.dtype.element_ty)
-    tl.store(weighted_ptr + place * num_features + feature[None, :], weighted, mask=is_stored)
-    dot_M = tl.sum(tl.where(is_stored, raw_MF * a_MF, 0.0), 1)
+        dot_M = write_gradients(
+            raw_MF, combine_M, place, is_row, first, pre_ptr, grad_pre_ptr, weighted_ptr, num_features,
+            INNER, GATED, ALPHA, LIMIT, SHIFT, BLOCK_M, BLOCK_F, ACCUMULATE,
+        )  # fmt: skip
     tl.store(grad_combine_ptr + block.to(tl.int64) * num_rows + routed, dot_M, mask=is_row)
 
 
@@ -172,6 +217,7 @@ def grad_activation(
         "BLOCK_F": block_f,
         "BLOCK_D": tile.block_k,
         "EVEN_D": width % tile.block_k == 0,
+        "IN_PARTS": block_f >= FEATURES_IN_PARTS,
         **activation.arguments(),
         **kinds,
     }

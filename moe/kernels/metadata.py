@@ -31,7 +31,8 @@ def slot_of(expert_ptr, slot_ptr, row, is_row, num_experts, num_slots, HAS_SLOTS
     if HAS_SLOTS:
         slot = tl.load(slot_ptr + expert, mask=is_ours, other=-1)
         return tl.where((slot >= 0) & (slot < num_slots), slot, num_slots)
-    return tl.where(is_ours, expert, num_slots)
+    else:
+        return tl.where(is_ours, expert, num_slots)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from .quantise import QuantisedWeight
 from .tiles import chosen_tiles
 from .weights import ExpertWeights
 
+
 def compute_experts(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights: ExpertWeights) -> Tensor:
     """Weighted sum of each token's experts: few tokens without gradient take the decode path, others the grouped path.
 

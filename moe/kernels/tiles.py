@@ -69,7 +69,7 @@ def _uniform(tile: Tile, grad_weight: Tile | None = None, grad_activation: Tile 
     return LayerTiles(tile, tile, grad_activation or tile, tile, grad_weight or tile)
 
 
-_SM90_WIDE = Tile(128, 256, 64, 8, 3)
+_SM90_WIDE = Tile(128, 256, 64, 8, 4)
 _SM90_SQUARE = Tile(128, 128, 64, 8, 3)
 _SM90_NARROW = Tile(64, 128, 64, 4, 4)
 _SM80_SQUARE = Tile(128, 128, 32, 8, 4)

@@ -24,7 +24,8 @@ def memory_row(pair_order, half, HALVES: tl.constexpr):
     """Where an output of the up projection lies in memory: gates before ups (`HALVES`), or in pair order already."""
     if HALVES:
         return (pair_order % 2) * half + pair_order // 2
-    return pair_order
+    else:
+        return pair_order
 
 
 @triton.jit
@@ -113,18 +114,19 @@ def load_weight(
     )
     if FORMAT == "dense":
         return code
-    group = slot.to(tl.int64) * scale_stride_slot
-    scale = load_scale(
-        scale_ptr + group, out, is_out, in_start, scale_stride_out, scale_stride_in, OUT_GROUP, IN_GROUP
-    )
-    if FORMAT == "int4":
-        zero = load_scale(
-            zero_ptr + group, out, is_out, in_start, scale_stride_out, scale_stride_in, OUT_GROUP, IN_GROUP
-        )
-        value = (code.to(tl.float32) - (zero + int4_bias(COMPUTE))[:, None]) * scale[:, None]
     else:
-        value = code.to(tl.float32) * scale[:, None]
-    return value.to(COMPUTE)
+        group = slot.to(tl.int64) * scale_stride_slot
+        scale = load_scale(
+            scale_ptr + group, out, is_out, in_start, scale_stride_out, scale_stride_in, OUT_GROUP, IN_GROUP
+        )
+        if FORMAT == "int4":
+            zero = load_scale(
+                zero_ptr + group, out, is_out, in_start, scale_stride_out, scale_stride_in, OUT_GROUP, IN_GROUP
+            )
+            value = (code.to(tl.float32) - (zero + int4_bias(COMPUTE))[:, None]) * scale[:, None]
+        else:
+            value = code.to(tl.float32) * scale[:, None]
+        return value.to(COMPUTE)
 
 
 def weight_arguments(weight: Tensor | QuantisedWeight, block_in: int) -> dict:
