@@ -1,7 +1,7 @@
 """The functions between the projections, with their derivatives, for use inside kernels.
 
-All are of one form: `y = inner(min(gate, limit)) * (clamp(up, -limit, limit) + shift)`, or `inner(gate)` without a gate.
-SwiGLU has no limit and no shift; the experts of gpt-oss have limit 7, alpha 1.702 and shift 1.
+All are of one form: `y = inner(min(gate, limit)) * (clamp(up, -limit, limit) + shift)`, or `inner(gate)` without a
+gate. SwiGLU has no limit and no shift; the experts of gpt-oss have limit 7, alpha 1.702 and shift 1.
 
 Source: Shazeer 2020, arXiv:2002.05202, eq. 6; So et al. 2021, arXiv:2109.08668 (squared ReLU); gpt-oss, transformers'
 `GptOssExperts._apply_gate`.
@@ -67,6 +67,9 @@ class Activation:
         if self.limit is not None:
             up = up.clamp(-self.limit, self.limit)
         return y * (up + self.shift)
+
+
+SWIGLU = Activation()
 
 
 def _inner_reference(x: Tensor, inner: str, alpha: float) -> Tensor:

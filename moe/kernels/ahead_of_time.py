@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .activation import Activation
+from .activation import SWIGLU, Activation
 from .backward import Needs, backward
 from .decode import decode
 from .forward import forward
@@ -128,7 +128,7 @@ def meta_weights(
     has_bias: bool = False,
     is_transposed: bool = False,
     is_halves: bool = True,
-    activation: Activation | None = None,
+    activation: Activation = SWIGLU,
 ) -> ExpertWeights:
     """Experts without storage.
 
@@ -141,7 +141,6 @@ def meta_weights(
     Returns:
         The weights.
     """
-    activation = activation or Activation()
     outputs = features * (2 if activation.gated else 1)
 
     def projection(num_outputs: int, num_inputs: int) -> Tensor | QuantisedWeight:

@@ -19,7 +19,7 @@ from .launch import Launch, Run, arithmetic
 from .metadata import slot_of
 from .quantise import QuantisedWeight
 from .tiles import DECODE_TILES, DecodeTile, num_processors, number_format
-from .weight import int4_bias, load_codes, load_scale, memory_row, weight_arguments
+from .weight_tile import int4_bias, load_codes, load_scale, memory_row, weight_arguments
 from .weights import ExpertWeights
 
 # the path is taken up to here; beyond, each expert has enough rows for the grouped path
@@ -199,7 +199,7 @@ def decode_activation_kernel(
     BLOCK: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """Put the splits of one row's up projection together and activate them; rows of nobody give rubbish nobody reads."""
+    """Add the splits of one row's up projection and activate the sum; of rows of nobody, which nobody reads, too."""
     row = tl.program_id(0)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_feature = feature < num_features

@@ -12,7 +12,7 @@ from .metadata import Groups, TileMap
 from .quantise import QuantisedWeight
 from .tiles import Tile
 from .tiling import tile_and_block
-from .weight import load_weight, weight_arguments
+from .weight_tile import load_weight, weight_arguments
 
 
 @triton.jit

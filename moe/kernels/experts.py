@@ -1,4 +1,4 @@
-"""From an experts module of transformers, or ours, to the kernels: layouts by its flags, its activation by its behaviour.
+"""From an experts module of transformers, or ours, to the kernels: layout by its flags, activation by its behaviour.
 
 Which function lies between the projections is found by comparing, on a few numbers, what the module computes with what
 the kernels can compute; so a family with a gate of its own is either computed exactly or left to plain torch.

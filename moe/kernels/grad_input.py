@@ -11,7 +11,7 @@ from .launch import Launch, Run, arithmetic
 from .metadata import Groups, TileMap
 from .tiles import Tile
 from .tiling import tile_and_block
-from .weight import memory_row
+from .weight_tile import memory_row
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from torch import Tensor
 from .launch import Launch, Run, arithmetic
 from .metadata import Groups
 from .tiles import Tile
-from .weight import memory_row
+from .weight_tile import memory_row
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The kernels as operators of PyTorch: with autograd, with fake implementations, so that `torch.compile` sees them whole.
+"""The kernels as operators of PyTorch: with autograd, and with fake implementations so that `torch.compile` works.
 
 `compute_experts` is what other code calls. `expertier::experts` computes with dense weights and can be differentiated;
 `expertier::quantised_experts` computes with quantised ones.

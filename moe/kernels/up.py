@@ -14,7 +14,7 @@ from .metadata import Groups, TileMap
 from .quantise import QuantisedWeight
 from .tiles import Tile
 from .tiling import tile_and_block
-from .weight import load_weight, memory_row, weight_arguments
+from .weight_tile import load_weight, memory_row, weight_arguments
 
 
 @triton.jit

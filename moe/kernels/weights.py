@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .activation import Activation
+from .activation import SWIGLU, Activation
 from .quantise import QuantisedWeight
 
 
@@ -34,7 +34,7 @@ class ExpertWeights:
     down: Tensor | QuantisedWeight
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
-    activation: Activation = Activation()
+    activation: Activation = SWIGLU
     is_halves: bool = True
     slot_E: Tensor | None = None
 
