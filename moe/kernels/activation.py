@@ -17,9 +17,10 @@ from torch import Tensor
 INNER = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
-SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 CUBIC = tl.constexpr(0.044715)
+THRICE_CUBIC = tl.constexpr(0.134145)
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,14 @@ def inner_and_slope(x, INNER: tl.constexpr, ALPHA: tl.constexpr):
     """inner(x) and its derivative."""
     if INNER == "silu":
         s = tl.sigmoid(x * ALPHA)
-        return x * s, s + ALPHA * x * s * (1 - s)
+        return x * s, s + x * s * (1 - s) * ALPHA
     elif INNER == "gelu":
         below = 0.5 * (1 + tl.erf(x * SQRT_HALF))
         return x * below, below + x * tl.exp(-0.5 * x * x) * INVERSE_SQRT_2_PI
     elif INNER == "gelu_tanh":
         # 0.5 * (1 + tanh(u)) = sigmoid(2u)
-        s = tl.sigmoid(2 * SQRT_2_OVER_PI * (x + CUBIC * x * x * x))
-        slope = 2 * SQRT_2_OVER_PI * (1 + 3 * CUBIC * x * x)
+        s = tl.sigmoid((x + x * x * x * CUBIC) * TWICE_SQRT_2_OVER_PI)
+        slope = (x * x * THRICE_CUBIC + 1) * TWICE_SQRT_2_OVER_PI
         return x * s, s + x * s * (1 - s) * slope
     elif INNER == "relu":
         return tl.maximum(x, 0.0), (x > 0).to(x.dtype)
