@@ -20,6 +20,9 @@ from .launch import Launch, Run
 
 ROWS_PER_BLOCK = 128
 TILES_PER_PROGRAM = 64
+# what stands in a tile map in place of a slot
+NOBODY = tl.constexpr(-2)
+UNUSED = tl.constexpr(-1)
 BLOCKS_PER_STEP = 1024
 
 
@@ -80,15 +83,17 @@ def write_tile_map(
     offset_ptr,
     tile_slot_ptr,
     tile_start_ptr,
+    num_rows,
     num_tiles,
     num_slots,
     BLOCK_M: tl.constexpr,
     BINS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Write the slot and the first row of `TILES` tiles; slot -1 marks the unused tiles after the last."""
+    """Write the slot and the first row of `TILES` tiles, those of nobody's rows and unused ones included."""
     bins = tl.arange(0, BINS)
     total = tl.load(total_ptr + bins, mask=bins < num_slots, other=0)
+    total = tl.where(bins == num_slots, num_rows - tl.sum(total, 0), total)
     row_end = tl.cumsum(total, 0)
     tiles = (total + BLOCK_M - 1) // BLOCK_M
     tile_end = tl.cumsum(tiles, 0)
@@ -100,8 +105,8 @@ def write_tile_map(
     is_owner = owner[:, None] == bins[None, :]
     first_tile = tl.sum(tl.where(is_owner, (tile_end - tiles)[None, :], 0), 1)
     first_row = tl.sum(tl.where(is_owner, (row_end - total)[None, :], 0), 1)
-    is_used = owner < num_slots
-    tl.store(tile_slot_ptr + tile, tl.where(is_used, owner, -1), mask=tile < num_tiles)
+    slot = tl.where(owner < num_slots, owner, tl.where(owner == num_slots, NOBODY, UNUSED))
+    tl.store(tile_slot_ptr + tile, slot, mask=tile < num_tiles)
     tl.store(tile_start_ptr + tile, first_row + (tile - first_tile) * BLOCK_M, mask=tile < num_tiles)
 
 
@@ -136,6 +141,7 @@ def group_kernel(
             offset_ptr,
             tile_slot_ptr,
             tile_start_ptr,
+            num_rows,
             num_tiles,
             num_slots,
             BLOCK_M,
@@ -164,6 +170,7 @@ def tile_map_kernel(
     offset_ptr,
     tile_slot_ptr,
     tile_start_ptr,
+    num_rows,
     num_tiles,
     num_slots,
     BLOCK_M: tl.constexpr,
@@ -177,6 +184,7 @@ def tile_map_kernel(
         offset_ptr,
         tile_slot_ptr,
         tile_start_ptr,
+        num_rows,
         num_tiles,
         num_slots,
         BLOCK_M,
@@ -190,7 +198,8 @@ class TileMap:
     """Tiles of at most `block_m` rows of one slot each.
 
     Args:
-        slot_I: slot of each tile, -1 for the unused tiles at the end (the length is an upper bound).
+        slot_I: slot of each tile; then `NOBODY` for tiles of nobody's rows, and `UNUSED` up to the end (the length is
+            an upper bound, so that it need not be asked of the device).
         start_I: the first row of each tile, in grouped order.
         block_m: rows per tile.
     """
@@ -285,7 +294,7 @@ def map_tiles(groups: Groups, block_m: int, run: Run) -> TileMap:
 
 def _empty_tile_map(groups: Groups, block_m: int) -> TileMap:
     num_rows = len(groups.order_N)
-    num_tiles = triton.cdiv(num_rows, block_m) + min(groups.num_slots, num_rows)
+    num_tiles = triton.cdiv(num_rows, block_m) + min(groups.num_slots + 1, num_rows)
     slot_I = torch.empty(num_tiles, dtype=torch.int32, device=groups.order_N.device)
     return TileMap(slot_I, torch.empty_like(slot_I), block_m)
 
@@ -296,6 +305,7 @@ def _tile_map_arguments(groups: Groups, tiles: TileMap) -> dict:
         "offset_ptr": groups.offset_C1,
         "tile_slot_ptr": tiles.slot_I,
         "tile_start_ptr": tiles.start_I,
+        "num_rows": len(groups.order_N),
         "num_tiles": len(tiles.slot_I),
         "num_slots": groups.num_slots,
         "BLOCK_M": tiles.block_m,

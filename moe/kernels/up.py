@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .activation import Activation, activate, inner_and_slope
 from .launch import Launch, Run, arithmetic
-from .metadata import Groups, TileMap
+from .metadata import NOBODY, Groups, TileMap
 from .quantise import QuantisedWeight
 from .tiles import Tile
 from .tiling import tile_and_block
@@ -30,6 +30,7 @@ def up_kernel(
     bias_ptr,
     pre_ptr,
     activated_ptr,
+    num_rows,
     num_tiles,
     num_outputs,
     num_inputs,
@@ -63,15 +64,21 @@ def up_kernel(
     """One tile of rows by one block of outputs in pair order."""
     tile, block = tile_and_block(num_tiles, tl.cdiv(num_outputs, BLOCK_OUT))
     slot = tl.load(tile_slot_ptr + tile)
-    if slot < 0:
-        return
     place = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
+    out = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    is_out = out < num_outputs
+    if slot < 0:
+        if SAVE_PRE:
+            # an operator's output must be defined everywhere
+            if slot == NOBODY:
+                nothing = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=pre_ptr.dtype.element_ty)
+                pre_tile_ptr = pre_ptr + place.to(tl.int64)[:, None] * num_outputs + out[None, :]
+                tl.store(pre_tile_ptr, nothing, mask=(place < num_rows)[:, None] & is_out[None, :])
+        return
     is_row = place < tl.load(offset_ptr + slot + 1)
     token = tl.load(order_ptr + place, mask=is_row, other=0) // top_k
     x_row_ptr = x_ptr + token.to(tl.int64) * x_stride
 
-    out = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    is_out = out < num_outputs
     out_row = memory_row(out, num_outputs // 2, HALVES)
     local = tl.arange(0, BLOCK_IN)
 
@@ -165,6 +172,7 @@ def project_up(
         "bias_ptr": bias_CO,
         "pre_ptr": pre_NO,
         "activated_ptr": activated_NF,
+        "num_rows": len(groups.order_N),
         "num_tiles": len(tiles.slot_I),
         "num_outputs": num_outputs,
         "num_inputs": num_inputs,
