@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -284,34 +284,43 @@ def shipped_launches(arch: str) -> Iterator[tuple[str, Launch]]:
         yield "single", launch
 
 
+def compile_shipped(arch: str, prefix: str = "", kernels: Container[str] = ()) -> Iterator[tuple[str, Compiled]]:
+    """Compile what the table ships for an architecture, each different launch once.
+
+    Args:
+        arch: a key of `TARGETS`.
+        prefix: of the configurations' names; all by default.
+        kernels: names of kernels; all by default.
+
+    Returns:
+        Pairs of configuration and what its kernel needs.
+    """
+    seen = set()
+    for name, launch in shipped_launches(arch):
+        kernel = launch.kernel.__name__
+        scalars = ((key, str(value)) for key, value in launch.arguments.items() if not isinstance(value, Tensor))
+        identity = (name, kernel, tuple(sorted(scalars)))
+        if name.startswith(prefix) and (not kernels or kernel in kernels) and identity not in seen:
+            seen.add(identity)
+            yield name, compile_launch(launch, arch)
+
+
 def main() -> None:
     """Print a line per compiled kernel; with `--json`, one JSON object per line."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--arch", choices=list(TARGETS), required=True)
-    parser.add_argument("--only", default="", help="names that start so")
+    parser.add_argument("--arch", choices=list(TARGETS), nargs="+", required=True)
+    parser.add_argument("--only", default="", help="configurations whose name starts so")
     parser.add_argument("--kernels", default="", help="kernels separated by commas; all if empty")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    wanted = set(filter(None, options.kernels.split(",")))
-    seen = set()
-    for name, launch in shipped_launches(options.arch):
-        kernel = launch.kernel.__name__
-        is_wanted = name.startswith(options.only) and (not wanted or kernel in wanted)
-        key = (
-            name,
-            kernel,
-            tuple(sorted((k, str(v)) for k, v in launch.arguments.items() if not isinstance(v, Tensor))),
-        )
-        if not is_wanted or key in seen:
-            continue
-        seen.add(key)
-        found = compile_launch(launch, options.arch)
-        if options.json:
-            print(json.dumps({"name": name, **asdict(found)}), flush=True)
-        else:
+    for arch in options.arch:
+        for name, found in compile_shipped(arch, options.only, tuple(filter(None, options.kernels.split(",")))):
+            if options.json:
+                print(json.dumps({"name": name, **asdict(found)}), flush=True)
+                continue
             used = {key: count for key, count in found.instructions.items() if count}
             print(
-                f"{name:24} {kernel:26} {found.registers:4} regs {found.spill_bytes:5} B spilled "
+                f"{arch:6} {name:24} {found.kernel:26} {found.registers:4} registers {found.spill_bytes:5} B spilled "
                 f"{found.shared_bytes:7} B shared {used}",
                 flush=True,
             )

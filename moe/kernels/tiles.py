@@ -89,7 +89,7 @@ TILES = {
     ("sm90", "half", "many"): _uniform(_SM90_WIDE, _SM90_WIDE, _SM90_WIDE),
     ("sm100", "half", "few"): _uniform(Tile(16, 128, 64, 4, 4), _SM90_NARROW, Tile(16, 64, 64, 4, 4)),
     ("sm100", "half", "some"): _uniform(_SM90_NARROW, _SM90_SQUARE),
-    ("sm100", "half", "many"): _uniform(_SM90_SQUARE),
+    ("sm100", "half", "many"): _uniform(_SM90_WIDE, _SM90_WIDE, _SM90_WIDE),
     ("sm80", "half", "few"): _uniform(Tile(16, 128, 64, 4, 3), _SM80_NARROW, Tile(16, 64, 64, 4, 3)),
     ("sm80", "half", "some"): _uniform(_SM80_NARROW, _SM80_SQUARE),
     ("sm80", "half", "many"): _uniform(_SM80_SQUARE),
