@@ -10,6 +10,7 @@ import offload.cli
 import placement.cli
 import routing.cli
 
+from .bench_kernels import bench_kernels
 from .commands import demo, train
 
 app = typer.Typer(
@@ -36,6 +37,11 @@ routing.cli.trace_app.command("record")(offload.cli.record)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)
 app.add_typer(placement.cli.app, name="place")
+bench = typer.Typer(
+    help="Benchmarks: every number that is quoted anywhere comes from one of these.", no_args_is_help=True
+)
+bench.command("kernels")(bench_kernels)
+app.add_typer(bench, name="bench")
 
 
 @app.command(
