@@ -8,7 +8,7 @@ Shapes: T tokens, K slots, N = T * K rows, E experts, D model width, F expert wi
 """
 
 import importlib.util
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .looped_product import looped_product
 
+# up to here a loop in Python costs less than looking at every expert
+LOOPED_ROWS = 32
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -56,49 +58,71 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
     T, K = expert_TK.shape
     E = experts.num_experts
     expert_N, order_N = expert_TK.flatten().sort(stable=True)
-    end_E = torch.bincount(expert_N, minlength=E)[:E].cumsum(0)
-    ends = end_E.tolist() if _is_loop_in_python(x_TD) else end_E.to(torch.int32)
+    end_E = torch.bincount(expert_N, minlength=E)[:E].cumsum(0).to(torch.int32)
+    groups = _Groups(end_E, end_E.tolist() if _is_eager_cpu(x_TD) else None, T * K)
     expert_N = expert_N.clamp(max=E - 1) if experts.has_bias else expert_N
 
-    x_ND = x_TD[order_N // K]
+    x_ND = _rows(x_TD, order_N // K)
     if experts.has_gate:
-        hidden_NF = experts._apply_gate(_project(x_ND, experts, "gate_up_proj", ends, expert_N))
+        hidden_NF = experts._apply_gate(_project(x_ND, experts, "gate_up_proj", groups, expert_N))
     else:
-        hidden_NF = experts.act_fn(_project(x_ND, experts, "up_proj", ends, expert_N))
-    y_ND = _project(hidden_NF, experts, "down_proj", ends, expert_N)
+        hidden_NF = experts.act_fn(_project(x_ND, experts, "up_proj", groups, expert_N))
+    y_ND = _project(hidden_NF, experts, "down_proj", groups, expert_N)
     if experts.has_post_expert_norm:
         y_ND = experts.post_expert_norm(y_ND)
-    if isinstance(ends, Tensor) or ends[-1] < T * K:
+    if not groups.has_all_rows:
         weight_TK = torch.where(expert_TK < E, weight_TK, 0.0)
-    if T == 1:
-        return (weight_TK.flatten()[order_N, None] * y_ND).sum(dim=0, keepdim=True).to(x_TD.dtype)
-    y_TKD = y_ND[_inverse(order_N)].view(T, K, -1)
-    return (y_TKD * weight_TK[..., None]).sum(dim=1).to(x_TD.dtype)
+    y_TKD = y_ND.index_select(0, _inverse(order_N)).view(T, K, -1)
+    wide = torch.promote_types(y_TKD.dtype, weight_TK.dtype)
+    return torch.bmm(weight_TK[:, None].to(wide), y_TKD.to(wide))[:, 0].to(x_TD.dtype)
 
 
-def _is_loop_in_python(x_TD: Tensor) -> bool:
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """Where each expert's rows end: on the device, and as numbers where that costs no waiting (None elsewhere)."""
+
+    end_E: Tensor
+    ends: list[int] | None
+    num_rows: int
+
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether every row is known to belong to an expert."""
+        return self.ends is not None and self.ends[-1] == self.num_rows
+
+
+def _is_eager_cpu(x_TD: Tensor) -> bool:
     return x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _project(x_ND: Tensor, experts: nn.Module, name: str, ends: Sequence[int] | Tensor, expert_N: Tensor) -> Tensor:
-    """Multiply each row by its own expert's matrix of that name; rows of no expert become zero (or some bias)."""
+def _rows(x_TD: Tensor, token_N: Tensor) -> Tensor:
+    """Gather rows; `index_select` is faster, but on a GPU its gradient adds in no fixed order."""
+    return x_TD[token_N] if x_TD.is_cuda else x_TD.index_select(0, token_N)
+
+
+def _project(x_ND: Tensor, experts: nn.Module, name: str, groups: _Groups, expert_N: Tensor) -> Tensor:
+    """Multiply each row by its own expert's matrix of that name; rows of no expert become zero, or some bias."""
     weight = getattr(experts, name)
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    right = (weight if experts.is_transposed else weight.transpose(-2, -1)).to(dtype)
-    if weight.is_cuda and dtype != torch.float64:
-        y_ND = _grouped_mm(x_ND.to(dtype), right, ends)
-    else:
-        y_ND = looped_product(x_ND.to(dtype), right, ends)
+    right = weight if experts.is_transposed else weight.transpose(-2, -1)
+    y_ND = _product(x_ND.to(dtype), right.to(dtype), groups)
     if experts.has_bias:
         y_ND = y_ND + getattr(experts, f"{name}_bias")[expert_N].to(dtype)
     return y_ND
 
 
-def _grouped_mm(x_ND: Tensor, right_EDF: Tensor, offset_E: Tensor) -> Tensor:
-    """`grouped_mm` leaves rows past the last offset uninitialised, forward and backward; here they are zero."""
-    is_ours_N1 = (torch.arange(len(x_ND), device=x_ND.device) < offset_E[-1])[:, None]
-    return torch.where(is_ours_N1, grouped_mm(torch.where(is_ours_N1, x_ND, 0.0), right_EDF, offs=offset_E), 0.0)
+def _product(x_ND: Tensor, right_EDF: Tensor, groups: _Groups) -> Tensor:
+    """The faster of two ways: a loop over the experts in use, or `grouped_mm`, which looks at all of them."""
+    is_compiling_cpu = not x_ND.is_cuda and torch.compiler.is_compiling()
+    if x_ND.dtype == torch.float64 or is_compiling_cpu or (groups.ends and groups.num_rows <= LOOPED_ROWS):
+        return looped_product(x_ND, right_EDF, groups.ends or groups.end_E)
+    if groups.has_all_rows:
+        return grouped_mm(x_ND, right_EDF, offs=groups.end_E)
+    # grouped_mm leaves rows past the last offset uninitialised, forward and backward
+    is_ours_N1 = (torch.arange(groups.num_rows, device=x_ND.device) < groups.end_E[-1])[:, None]
+    y_ND = grouped_mm(torch.where(is_ours_N1, x_ND, 0.0), right_EDF, offs=groups.end_E)
+    return torch.where(is_ours_N1, y_ND, 0.0)
 
 
 def _inverse(order_N: Tensor) -> Tensor:

@@ -67,13 +67,12 @@ def _multiply(x_NI: Tensor, right_EIO: Tensor, ends: Sequence[int]) -> Tensor:
 
 def _multiply_back(x_NI: Tensor, grad_NO: Tensor, right_EIO: Tensor, ends: Sequence[int]) -> Tensor:
     grad_EIO = torch.empty_like(right_EIO)
-    start = 0
-    for group, end in enumerate(ends):
-        if end > start:
-            torch.mm(x_NI[start:end].T, grad_NO[start:end], out=grad_EIO[group])
-        else:
-            grad_EIO[group].zero_()
-        start = end
+    first_idle = 0
+    for group, rows in _groups(ends):
+        grad_EIO[first_idle:group].zero_()
+        torch.mm(x_NI[rows].T, grad_NO[rows], out=grad_EIO[group])
+        first_idle = group + 1
+    grad_EIO[first_idle:].zero_()
     return grad_EIO
 
 
