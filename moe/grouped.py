@@ -17,7 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .looped_product import looped_product
 
-# up to here a loop in Python costs less than looking at every expert
+# up to here, without gradient, a loop in Python costs less than looking at every expert
 LOOPED_ROWS = 32
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -115,7 +115,9 @@ def _project(x_ND: Tensor, experts: nn.Module, name: str, groups: _Groups, exper
 def _product(x_ND: Tensor, right_EDF: Tensor, groups: _Groups) -> Tensor:
     """The faster of two ways: a loop over the experts in use, or `grouped_mm`, which looks at all of them."""
     is_compiling_cpu = not x_ND.is_cuda and torch.compiler.is_compiling()
-    if x_ND.dtype == torch.float64 or is_compiling_cpu or (groups.ends and groups.num_rows <= LOOPED_ROWS):
+    is_training = torch.is_grad_enabled() and (x_ND.requires_grad or right_EDF.requires_grad)
+    is_few = groups.ends is not None and groups.num_rows <= LOOPED_ROWS and not is_training
+    if x_ND.dtype == torch.float64 or is_compiling_cpu or is_few:
         return looped_product(x_ND, right_EDF, groups.ends or groups.end_E)
     if groups.has_all_rows:
         return grouped_mm(x_ND, right_EDF, offs=groups.end_E)

@@ -70,7 +70,8 @@ def _multiply_back(x_NI: Tensor, grad_NO: Tensor, right_EIO: Tensor, ends: Seque
     first_idle = 0
     for group, rows in _groups(ends):
         grad_EIO[first_idle:group].zero_()
-        torch.mm(x_NI[rows].T, grad_NO[rows], out=grad_EIO[group])
+        # checkpoints mostly store [E, O, I], whose gradient this writes without a copy
+        torch.mm(grad_NO[rows].T, x_NI[rows], out=grad_EIO[group].T)
         first_idle = group + 1
     grad_EIO[first_idle:].zero_()
     return grad_EIO

@@ -188,3 +188,17 @@ def test_a_model_of_transformers_trains_to_the_same_losses():
             losses[implementation].append(loss.item())
     assert losses["eager"][0] - losses["eager"][-1] > 0.1
     assert losses["kernels_under_test"] == pytest.approx(losses["eager"], rel=1e-5)
+
+
+def test_an_experts_module_compiles_whole(tiny_config):
+    module = Experts(tiny_config(hidden_size=16, moe_intermediate_size=16)).to(DEVICE)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    (x, combine, *_), expert = tensors(E=6)
+
+    def layer(x, expert, combine):
+        return fused_experts(module, x, expert, combine) if can_compute(module, x) else x
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, expert, combine), layer(x, expert, combine))

@@ -130,6 +130,7 @@ def _recognise(experts: nn.Module, limit: float | None, alpha: float | None) -> 
     return None
 
 
+@torch._dynamo.assume_constant_result
 def _is_device_ready(device: torch.device) -> bool:
     if is_interpreted():
         return True
