@@ -10,7 +10,8 @@ import offload.cli
 import placement.cli
 import routing.cli
 
-from . import bench_routers
+from .bench_kernels import bench_kernels
+from .bench_routers import routers as bench_routers
 from .commands import compare, demo, train
 from .leverage import leverage
 
@@ -38,7 +39,8 @@ app.command("demo")(demo)
 app.command("train")(train)
 app.command("compare")(compare)
 app.command("leverage")(leverage)
-bench.command("routers")(bench_routers.routers)
+bench.command("kernels")(bench_kernels)
+bench.command("routers")(bench_routers)
 app.add_typer(bench, name="bench")
 routing.cli.trace_app.command("record")(offload.cli.record)
 app.add_typer(routing.cli.trace_app, name="trace")
