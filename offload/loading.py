@@ -21,6 +21,7 @@ from .budget import (
     plan_memory,
     resident_bytes,
 )
+from .cache import NEEDS_FUTURE
 from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
 from .handle import Offload
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
@@ -28,7 +29,7 @@ from .record import ExpertRecord
 from .store import READ_BYTES, ExpertStore
 from .tracing import TraceRecorder
 
-DEFAULT_POLICY = "lru"
+DEFAULT_POLICY = "learned"
 
 
 def load(
@@ -279,4 +280,6 @@ def _wants_direct(io: str, plan: MemoryPlan, layers: list[ExpertLayer]) -> bool:
 
 
 def _policy(name: str) -> str:
+    if name in NEEDS_FUTURE:
+        raise ValueError(f"policy {name} needs to know the future; it is for `simulate` only")
     return DEFAULT_POLICY if name == "auto" else name

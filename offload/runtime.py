@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .cache import ScoredCache, make_cache
+from .cache import Cache, make_cache
 from .compute import RoutedRows, can_group, eager_forward
 from .counters import Counters, LayerCounters
 from .reading import Ticket
@@ -23,6 +23,7 @@ from .store import ExpertStore, Slots
 from .tracing import TraceRecorder
 
 IMPLEMENTATION = "expertier_offload"
+LEARN_FROM_TOKENS = 512
 
 
 @dataclass(eq=False)
@@ -52,7 +53,7 @@ class LayerSlots:
         self._slots = Slots(num_slots, self._record.slot_bytes)
         self._free = list(range(num_slots))[::-1]
         self._resident: dict[int, Resident] = {}
-        self.cache: ScoredCache = make_cache(policy, num_slots)
+        self.cache: Cache = make_cache(policy, num_slots, self.num_experts)
 
     def __contains__(self, expert: int) -> bool:
         return expert in self._resident
@@ -110,7 +111,7 @@ class OffloadRuntime:
             if not slots.is_grouped:
                 return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
             rows = RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK)
-            ExpertStep(slots, self.counters, rows.num_rows).run(rows.compute)
+            ExpertStep(slots, self.counters, rows.num_rows, expert_TK).run(rows)
             return rows.combine()
 
     def _forward_eager(
@@ -122,7 +123,7 @@ class OffloadRuntime:
             for expert, count in zip(expert_ids.tolist(), counts.tolist(), strict=True)
             if 0 <= expert < slots.num_experts
         }
-        with ExpertStep(slots, self.counters, num_rows) as step:
+        with ExpertStep(slots, self.counters, num_rows, expert_TK) as step:
             return eager_forward(module, step.fetch, slots.num_experts, x_TD, expert_TK, weight_TK)
 
 
@@ -132,23 +133,53 @@ class ExpertStep:
     `run` computes them in the order in which they are there; as a context, `fetch` gives one after the other.
     """
 
-    def __init__(self, slots: LayerSlots, counters: Counters, num_rows: Mapping[int, int]) -> None:
+    def __init__(
+        self, slots: LayerSlots, counters: Counters, num_rows: Mapping[int, int], expert_TK: torch.Tensor
+    ) -> None:
         self._slots, self._num_rows, self._counters = slots, num_rows, counters
+        self._expert_TK = expert_TK
         self._landed: SimpleQueue[Ticket] = SimpleQueue()
         self._in_flight: dict[int, Ticket] = {}
 
-    def run(self, compute: Callable[[int, Mapping[str, torch.Tensor]], None]) -> None:
+    def run(self, rows: RoutedRows) -> None:
         """Compute every needed expert once."""
         hits, misses = self._look_up()
         try:
             if self._fits:
-                while misses:
-                    self._read(misses.pop(0), pinned=self._num_rows)
-            for expert in hits:
-                self._compute(expert, compute)
-            self._drain(misses, compute)
+                self._run_together(rows, hits, misses)
+            else:
+                self._run_in_waves(rows, hits, misses)
         finally:
             self._settle()
+
+    def _run_together(self, rows: RoutedRows, hits: list[int], misses: list[int]) -> None:
+        """All experts are held until the end: first products as they land, one gate, second products."""
+        for expert in misses:
+            self._read(expert, pinned=self._num_rows)
+        for expert in hits:
+            self._timed(rows.up, expert)
+        while self._in_flight:
+            self._timed(rows.up, self._next_landed())
+        rows.gate()
+        for expert in self._num_rows:
+            self._timed(rows.down, expert)
+
+    def _run_in_waves(self, rows: RoutedRows, hits: list[int], misses: list[int]) -> None:
+        """Fewer slots than experts: those that wait take the slots of computed ones, at most half of the slots."""
+        slots, waiting = self._slots, misses[::-1]
+        for expert in hits:
+            self._timed(rows.compute, expert)
+        while waiting and slots.num_free:
+            self._read(waiting.pop(), pinned=())
+        window = max(1, slots.num_slots // 2)
+        while waiting and len(self._in_flight) < window:
+            self._read(waiting.pop(), pinned=list(self._in_flight))
+        while self._in_flight:
+            expert = self._next_landed()
+            self._timed(rows.compute, expert)
+            if waiting:
+                slots.release(expert)
+                self._read(waiting.pop(), pinned=list(self._in_flight))
 
     def __enter__(self) -> "ExpertStep":
         _, misses = self._look_up()
@@ -173,32 +204,19 @@ class ExpertStep:
         return len(self._num_rows) <= self._slots.num_slots
 
     def _look_up(self) -> tuple[list[int], list[int]]:
-        """Hits, and misses with few rows first, so that the most used are the last to come and stay."""
-        rising = sorted(self._num_rows, key=lambda expert: (self._num_rows[expert], expert))
-        hits = [expert for expert in rising if expert in self._slots]
-        misses = [expert for expert in rising if expert not in self._slots]
-        for expert in rising:
-            self._slots.cache.touch(expert)
+        """Hits, and misses with the least promising first, so that those worth keeping are the last to come."""
+        cache = self._slots.cache
+        hits = [expert for expert in self._num_rows if expert in self._slots]
+        misses = [expert for expert in self._num_rows if expert not in self._slots]
+        for experts in self._expert_TK[-LEARN_FROM_TOKENS:].tolist():
+            cache.demand([expert for expert in dict.fromkeys(experts) if 0 <= expert < self._slots.num_experts])
+        if len(misses) > 1:
+            misses.sort(key=cache.rank)
         counters = self._counters.layers[self._slots.layer]
         counters.hits += len(hits)
         counters.misses += len(misses)
         counters.bytes_read += len(misses) * self._slots.expert_bytes
         return hits, misses
-
-    def _drain(self, waiting: list[int], compute: Callable[[int, Mapping[str, torch.Tensor]], None]) -> None:
-        """Compute experts as they land; those that are still waiting for a slot take the slots of computed ones."""
-        slots, waiting = self._slots, waiting[::-1]
-        while waiting and slots.num_free:
-            self._read(waiting.pop(), pinned=())
-        window = max(1, min(slots.num_slots // 2, len(waiting))) if waiting else 0
-        while waiting and len(self._in_flight) < window:
-            self._read(waiting.pop(), pinned=list(self._in_flight))
-        while self._in_flight:
-            expert = self._next_landed()
-            self._compute(expert, compute)
-            if waiting:
-                slots.release(expert)
-                self._read(waiting.pop(), pinned=list(self._in_flight))
 
     def _next_landed(self) -> int:
         started = time.perf_counter()
@@ -223,7 +241,7 @@ class ExpertStep:
     def _read(self, expert: int, pinned: Collection[int]) -> None:
         self._in_flight[expert] = self._slots.start_read(expert, pinned, self._landed)
 
-    def _compute(self, expert: int, compute: Callable[[int, Mapping[str, torch.Tensor]], None]) -> None:
+    def _timed(self, compute: Callable[[int, Mapping[str, torch.Tensor]], None], expert: int) -> None:
         started = time.perf_counter()
         compute(expert, self._slots[expert])
         self._counters.compute_s += time.perf_counter() - started

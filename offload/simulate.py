@@ -108,13 +108,13 @@ def _distinct(experts: list[int], upcoming: list[int], weights: list[float]) -> 
 def _per_layer(steps: list[list[Step]], policy: str, capacity: int, num_experts: int) -> list[int]:
     hits = []
     for layer in steps:
-        cache = make_cache(policy, capacity)
+        cache = make_cache(policy, capacity, num_experts)
         hits.append(sum(cache.access(*step) for step in layer))
     return hits
 
 
 def _shared(steps: list[list[Step]], policy: str, capacity: int, num_experts: int) -> list[int]:
-    cache = make_cache(policy, capacity)
+    cache = make_cache(policy, capacity, num_experts * len(steps))
     hits = [0] * len(steps)
     num_layers = len(steps)
     for token in range(len(steps[0])):
