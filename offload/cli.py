@@ -118,12 +118,12 @@ def simulate(
 
     Example: `expertier simulate routing.npz --cache-experts 8 --per-layer --policy lru --policy belady`
     """
-    from .cache import CACHES
+    from .simulate import DEFAULT_POLICIES
     from .simulate import simulate as run
 
     _expect_folder(json_file)
     recorded = RoutingTrace.load(trace).rows(0, rows)
-    results = run(recorded, cache_experts, per_layer=per_layer, policies=policy or list(CACHES))
+    results = run(recorded, cache_experts, per_layer=per_layer, policies=policy or DEFAULT_POLICIES)
     table = Table("policy", "hit rate", "worst layer", "best layer")
     for name, result in results.items():
         worst, best = result.hit_rate_L.min(), result.hit_rate_L.max()

@@ -74,13 +74,11 @@ class RoutedRows:
         self.up(expert, weights)
         assert self._up is not None
         start, stop = self.span[expert]
-        width = self._up.shape[1] // 2 if self._module.has_gate else self._up.shape[1]
-        if (
-            width % VECTOR_ELEMENTS == 0
-            and self._up.shape[0] * width % (VECTOR_ELEMENTS * torch.get_num_threads()) == 0
-        ):
+        num_rows, width = self._up.shape
+        width = width // 2 if self._module.has_gate else width
+        if width % VECTOR_ELEMENTS == 0 and num_rows * width % (VECTOR_ELEMENTS * torch.get_num_threads()) == 0:
             if self._gated is None:
-                self._gated = self._up.new_empty(self._up.shape[0], width)
+                self._gated = self._up.new_empty(num_rows, width)
             self._gated[start:stop] = self._apply_gate(self._up[start:stop])
         else:
             self._gated = self._apply_gate(self._up)

@@ -14,6 +14,9 @@ from routing.traces import EMPTY, RoutingTrace
 from .cache import CACHES, NEVER, make_cache
 
 
+DEFAULT_POLICIES = ("lru", "lfu", "score", "belady")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Simulated:
     """Hits of one policy on one trace; `hits_L` and `accesses_L` count expert accesses per layer."""
@@ -36,7 +39,7 @@ def simulate(
     cache_experts: int,
     *,
     per_layer: bool = True,
-    policies: Sequence[str] = ("lru", "lfu", "belady"),
+    policies: Sequence[str] = DEFAULT_POLICIES,
 ) -> dict[str, Simulated]:
     """Replay a trace against caches of `cache_experts` experts.
 
