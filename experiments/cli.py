@@ -1,5 +1,6 @@
 """The one `expertier` command: joins what the packages own, and turns errors into one line and an exit code."""
 
+import os
 import sys
 
 import typer
@@ -8,6 +9,8 @@ from rich.console import Console
 import offload.cli
 import placement.cli
 import routing.cli
+
+from .commands import demo, train
 
 app = typer.Typer(
     name="expertier",
@@ -19,6 +22,7 @@ app = typer.Typer(
 )
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+TORCH_EXTRA = ("torch", "transformers", "safetensors", "pyarrow")
 
 
 @app.callback()
@@ -26,14 +30,28 @@ def options(debug: bool = typer.Option(False, "--debug", help="Show the tracebac
     """Options that every command accepts, in any place; `main` reads them before Typer does."""
 
 
+app.command("demo")(demo)
+app.command("train")(train)
 routing.cli.trace_app.command("record")(offload.cli.record)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)
 app.add_typer(placement.cli.app, name="place")
 
 
+@app.command(
+    "export", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+def export(context: typer.Context) -> None:
+    """Write a trained model as a native transformers family, so that other engines load it unchanged."""
+    # importing moe imports torch and transformers, which `expertier --help` and `expertier place` do without
+    import moe.cli
+
+    moe.cli.app(context.args, prog_name="expertier export", standalone_mode=False)
+
+
 def main() -> None:
     """Run the command line; exit 2 for bad input, 1 for a failure, 130 after Ctrl-C, without a traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
@@ -46,6 +64,11 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
         sys.exit(INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if debug or error.name not in TORCH_EXTRA:
+            raise
+        _complain(f"this command needs {error.name}; install it with: pip install 'expertier[torch]'")
+        sys.exit(BAD_INPUT)
     except Exception as error:
         if debug:
             raise

@@ -1,0 +1,99 @@
+"""Checkpoints of a training run: the model as a Hugging Face folder, the rest beside it; whole or not there at all."""
+
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from moe import MoEForCausalLM
+from routing.traces import write_json
+
+from .presets import TrainConfig
+
+STATE_FILE = "training_state.pt"
+CONFIG_FILE = "training_config.json"
+KEPT = 2
+
+
+def save_checkpoint(run: Path, step: int, model: MoEForCausalLM, optimizer: Optimizer, config: TrainConfig) -> Path:
+    """Write `<run>/checkpoints/step_<n>`; older ones but the last are removed afterwards.
+
+    Args:
+        run: folder of the run.
+        step: optimiser steps done.
+        model, optimizer: their whole state is kept, and that of torch's random generators.
+        config: with the precision resolved, so that a resumed run computes the same.
+    """
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"step_{step:08d}"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as staging:
+        finished = Path(staging) / "checkpoint"
+        model.save_pretrained(finished)
+        torch.save(
+            {"step": step, "optimizer": optimizer.state_dict(), "random": _random_state()}, finished / STATE_FILE
+        )
+        write_json(finished / CONFIG_FILE, asdict(config))
+        _sync(finished)
+        finished.rename(target)
+    for old in checkpoints(run)[:-KEPT]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    folder = run / "checkpoints"
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if re.fullmatch(r"step_\d{8}", path.name))
+
+
+def restore(folder: Path, model: MoEForCausalLM, optimizer: Optimizer) -> int:
+    """Put a checkpoint's state into a model and an optimiser that were built alike; returns its step.
+
+    Raises:
+        ValueError: if the state does not fit the model.
+    """
+    state: dict[str, Any] = torch.load(folder / STATE_FILE, weights_only=True)
+    saved = MoEForCausalLM.from_pretrained(folder).state_dict()
+    try:
+        model.load_state_dict(saved)
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"{folder} does not fit this model: {error}") from error
+    model.model.optimizer_step = state["step"]
+    torch.set_rng_state(state["random"]["cpu"])
+    if torch.cuda.is_available() and state["random"]["cuda"]:
+        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    return state["step"]
+
+
+def publish(run: Path, checkpoint: Path) -> None:
+    """Make the model of a checkpoint the run's own: `<run>` itself becomes a Hugging Face folder."""
+    for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.name not in (STATE_FILE, CONFIG_FILE):
+            staging = run / f".{path.name}.part"
+            shutil.copyfile(path, staging)
+            os.replace(staging, run / path.name)
+
+
+def _random_state() -> dict[str, Any]:
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _sync(folder: Path) -> None:
+    """Force files to the disk before the folder gets its final name."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,58 @@
+"""`expertier train` and `expertier demo`: the commands; what they do needs torch and is imported when they run."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .presets import PRESETS, preset
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    preset_name: Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}.")] = "demo",
+    router: Annotated[str | None, typer.Option(help="A router by name; the preset's own without it.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text file, folder, .jsonl or .parquet; the standard library without it.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="Text column of a table.")] = "text",
+    tokenizer: Annotated[str | None, typer.Option(help="Folder of a Hugging Face tokenizer; bytes without it.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; the preset's own without it.")] = None,
+    seed: Annotated[int, typer.Option(help="Of initialisation and data order.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+) -> None:
+    """Train a small mixture-of-experts model; safe to kill, `--resume` continues bit by bit.
+
+    Example: `expertier train --preset smoke --out runs/smoke`
+    """
+    from .corpus import load_corpus
+    from .train import train as run
+
+    config = replace(preset(preset_name), seed=seed)
+    if steps is not None:
+        config = replace(config, steps=steps)
+    if router is not None:
+        config = replace(config, model=config.model | {"router": router})
+    result = run(config, load_corpus(data, column=column, tokenizer=tokenizer), out, resume=resume)
+    typer.echo(
+        f"{out}: {result.steps} steps, {result.held_out_bits_per_byte:.3f} bits per byte on held-out text, "
+        f"{result.tokens_per_second:.0f} tokens/s"
+    )
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the model, the trace, the plan and the report.")] = Path(
+        "runs/demo"
+    ),
+    data: Annotated[str | None, typer.Option(help="Text to train on; the standard library without it.")] = None,
+    train_seconds: Annotated[float, typer.Option(min=1, help="About how long training may take.")] = 240.0,
+) -> None:
+    """Train a model, run it with its experts on the SSD, record its routing, place it on a cluster; ends with a page.
+
+    Example: `expertier demo`
+    """
+    from .demo import run_demo
+
+    report = run_demo(out, data=data, train_seconds=train_seconds)
+    typer.echo(f"report: {report.resolve()}")

@@ -1,0 +1,74 @@
+"""Training metrics: one JSON line per step, safe to kill at any moment, and what they are computed from."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from routing import RouterStats
+from routing.traces import atomic_write
+
+
+class MetricsLog:
+    """Appends one line per step; a line that a kill tore off is dropped when the log is opened again.
+
+    Args:
+        file: an open text file in append mode.
+    """
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def append(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+
+@contextmanager
+def open_log(path: Path, *, last_step: int) -> Iterator[MetricsLog]:
+    """Open the log of a run that continues after `last_step`; later lines, if any, are dropped first."""
+    if path.exists():
+        kept = [row for row in read_log(path) if row["step"] <= last_step]
+        with atomic_write(path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+    with path.open("a", encoding="utf-8") as file:
+        yield MetricsLog(file)
+        os.fsync(file.fileno())
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a log, in order."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def routing_metrics(stats: Sequence[RouterStats], load_LE: Tensor) -> dict[str, Any]:
+    """Balance of one optimiser step.
+
+    Args:
+        stats: of its last micro-batch, one per MoE layer, for the entropy.
+        load_LE: tokens that each FFN expert computed, summed over micro-batches.
+
+    Returns:
+        `max_vio` (largest over mean load minus 1, mean over layers), `dead_experts`, `router_entropy` (nats),
+        `load` (share of each expert, per layer).
+    """
+    load_LE = load_LE.double()
+    mean_L = load_LE.mean(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    share_LE = load_LE / load_LE.sum(dim=1, keepdim=True).clamp_min(1)
+    return {
+        "max_vio": float((load_LE.amax(dim=1) / mean_L - 1).mean()),
+        "dead_experts": int((load_LE == 0).sum()),
+        "router_entropy": float(torch.stack([layer.entropy for layer in stats]).mean()),
+        "load": [[round(share, 4) for share in row] for row in share_LE.tolist()],
+    }

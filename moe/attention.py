@@ -1,0 +1,73 @@
+"""Grouped-query attention with rotary positions, optional query/key norm and a key/value cache.
+
+Shapes: B batch, S positions, D model width, H heads (query or key/value), A = head width.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .config import MoEConfig
+from .norm import RMSNorm
+
+
+def rotary_angles(position_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [B, 1, S, A] in float32 for rotary position embedding with half-split pairs.
+
+    Source: Su et al. 2021 (RoFormer), arXiv:2104.09864, eq. 34; pairs (i, i + A/2) as in GPT-NeoX and Llama.
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=position_BS.device, dtype=torch.float32) / head_dim)
+    angle_BSA = torch.cat([position_BS[..., None].float() * frequency] * 2, dim=-1)
+    return angle_BSA.cos()[:, None], angle_BSA.sin()[:, None]
+
+
+def rotate(x_BHSA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary angles to queries or keys."""
+    first, second = x_BHSA.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x_BHSA * cos.to(x_BHSA.dtype) + turned * sin.to(x_BHSA.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention of one decoder layer.
+
+    Args:
+        config: the model's config.
+        layer_idx: its place in the decoder, which is its place in the cache.
+    """
+
+    def __init__(self, config: MoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.is_causal = True
+        self.norms_heads = config.qk_norm == "head"
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        if config.qk_norm == "none":
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        else:
+            widths = (config.head_dim, config.head_dim) if self.norms_heads else (query_width, key_width)
+            self.q_norm, self.k_norm = (RMSNorm(width, eps=config.rms_norm_eps) for width in widths)
+
+    def forward(self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """[B, S, D]; appends this step's keys and values to `cache`."""
+        query = rotate(self._normed_heads(self.q_proj(x_BSD), self.q_norm), *angles)
+        key = rotate(self._normed_heads(self.k_proj(x_BSD), self.k_norm), *angles)
+        value = self._heads(self.v_proj(x_BSD))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        y_BSHA, _ = sdpa_attention_forward(self, query, key, value, mask, scaling=self.head_dim**-0.5)
+        return self.o_proj(y_BSHA.flatten(2))
+
+    def _normed_heads(self, x: Tensor, norm: nn.Module) -> Tensor:
+        return norm(self._heads(x)) if self.norms_heads else self._heads(norm(x))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -1,0 +1,102 @@
+"""MoEConfig: everything that defines a model of ours; it is the `config.json` of its checkpoints."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from routing import RouterSizes, expect_router
+
+QK_NORMS = ("none", "head", "full")
+ZERO_COMPUTE_KINDS = ("zero", "copy", "constant")
+
+
+class MoEConfig(PreTrainedConfig):
+    """A decoder language model whose feed-forward layers are mixtures of experts.
+
+    Args:
+        vocab_size: V; 256 for byte-level models.
+        hidden_size: D.
+        num_hidden_layers: decoder layers, dense ones included.
+        num_dense_layers: the first so many layers have a plain SwiGLU feed-forward of width `intermediate_size`.
+        num_attention_heads, num_key_value_heads, head_dim: grouped-query attention.
+        qk_norm: RMSNorm of queries and keys: `none`, per `head`, or over the `full` width.
+        num_experts: E.
+        num_experts_per_tok: K.
+        moe_intermediate_size: F.
+        num_shared_experts: shared experts of width F that every token visits, fused into one of width `F * n`.
+        zero_compute_experts: kinds of the Z zero-compute experts: `zero`, `copy`, `constant`.
+        router: a key of `routing.ROUTERS`; `router_options` refine it.
+        balance_loss_weight, z_loss_weight: coefficients of `routing.auxiliary_loss`, added to the loss in training.
+
+    Raises:
+        ValueError: if a value is unknown or values do not fit together.
+    """
+
+    model_type = "expertier"
+    keys_to_ignore_at_inference = ("past_key_values", "router_stats")
+
+    vocab_size: int = 256
+    hidden_size: int = 256
+    intermediate_size: int = 1024
+    num_hidden_layers: int = 8
+    num_dense_layers: int = 0
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+    qk_norm: str = "head"
+    num_experts: int = 16
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 256
+    num_shared_experts: int = 0
+    zero_compute_experts: list[str] | tuple[str, ...] = ()
+    router: str = "olmoe"
+    router_options: dict[str, Any] | None = None
+    balance_loss_weight: float = 0.01
+    z_loss_weight: float = 0.001
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        expect_router(self.router)
+        if self.qk_norm not in QK_NORMS:
+            raise ValueError(f"qk_norm must be one of {', '.join(QK_NORMS)}; got {self.qk_norm!r}")
+        if unknown := set(self.zero_compute_experts) - set(ZERO_COMPUTE_KINDS):
+            raise ValueError(
+                f"zero_compute_experts must be of {', '.join(ZERO_COMPUTE_KINDS)}; got {', '.join(sorted(unknown))}"
+            )
+        if not 0 <= self.num_dense_layers < self.num_hidden_layers:
+            raise ValueError(
+                f"num_dense_layers must leave at least one of {self.num_hidden_layers} layers to experts; "
+                f"got {self.num_dense_layers}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+
+    @property
+    def num_moe_layers(self) -> int:
+        """L."""
+        return self.num_hidden_layers - self.num_dense_layers
+
+    @property
+    def router_sizes(self) -> RouterSizes:
+        """The sizes that routers are built from."""
+        return RouterSizes(
+            width=self.hidden_size,
+            num_experts=self.num_experts,
+            zero_compute=tuple(self.zero_compute_experts),
+            top_k=self.num_experts_per_tok,
+            num_layers=self.num_moe_layers,
+            vocab_size=self.vocab_size,
+        )

@@ -1,0 +1,261 @@
+"""The decoder language model, as an ordinary transformers model: generate, save_pretrained, from_pretrained.
+
+Shapes: B batch, S positions, T = B * S tokens, D model width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import ModelOutput
+
+from routing import Carry, RouterModule, RouterStats, RoutingContext, auxiliary_loss, build_routers
+
+from .attention import Attention, rotary_angles
+from .config import MoEConfig
+from .layer import FeedForward, MoELayer
+from .norm import RMSNorm
+
+
+@dataclass
+class MoEOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Args:
+        loss: language-model loss plus weighted auxiliary losses, when labels are given.
+        lm_loss: mean cross entropy per predicted token in nats, when labels are given.
+        logits: [B, S, V].
+        past_key_values: the key/value cache.
+        router_stats: one `RouterStats` per MoE layer.
+    """
+
+    loss: Tensor | None = None
+    lm_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    router_stats: list[RouterStats] | None = None
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward; `mlp` is a `MoELayer`, or a `FeedForward` in dense layers."""
+
+    def __init__(self, config: MoEConfig, layer_idx: int, mlp: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = mlp
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: Cache | None,
+        carry: Carry,
+        context: RoutingContext,
+    ) -> tuple[Tensor, Carry, RouterStats | None]:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), angles, mask, cache)
+        normed_BSD = self.post_attention_layernorm(x_BSD)
+        if isinstance(self.mlp, FeedForward):
+            return x_BSD + self.mlp(normed_BSD), carry, None
+        y_TD, carry, stats = self.mlp(normed_BSD.flatten(0, 1), carry, context)
+        return x_BSD + y_TD.view_as(x_BSD), carry, stats
+
+
+class MoEPreTrainedModel(PreTrainedModel):
+    """Initialisation and what transformers needs to know about the architecture."""
+
+    config_class = MoEConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    _supports_attention_backend = False
+    _no_split_modules = ("DecoderLayer",)
+    _keep_in_fp32_modules_strict = ("bias_R", "penalty_weight", "weight_PK")
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or "expertier")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear | nn.Embedding):
+            return
+        if isinstance(module, RouterModule):
+            module.init_parameters(self.config.initializer_range)
+            return
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1:
+                initialization.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+            else:
+                initialization.ones_(parameter) if name == "weight" else initialization.zeros_(parameter)
+
+
+class MoEModel(MoEPreTrainedModel):
+    """Embedding, decoder layers and the final norm."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        routers = build_routers(config.router, config.router_sizes, config.router_options)
+        dense = [
+            FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
+            for _ in range(config.num_dense_layers)
+        ]
+        mlps = [*dense, *(MoELayer(config, router) for router in routers)]
+        self.layers = nn.ModuleList(DecoderLayer(config, index, mlp) for index, mlp in enumerate(mlps))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.optimizer_step = 0
+        self.top_k: int | None = None
+        self.post_init()
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        """The L layers with experts, first to last."""
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoELayer)]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Cache | None, list[RouterStats]]:
+        """Final hidden states [B, S, D], the cache and the routers' statistics."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = _positions(x_BSD, attention_mask, past_key_values)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x_BSD,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        context = self._routing_context(x_BSD, input_ids, attention_mask, position_ids)
+        angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+        carry, stats = self.moe_layers[0].router.begin(context), []
+        for layer in self.layers:
+            x_BSD, carry, layer_stats = layer(x_BSD, angles, mask, past_key_values, carry, context)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return self.norm(x_BSD), past_key_values, stats
+
+    def post_step(self, count_LR: Tensor, num_tokens: int) -> None:
+        """Tell every router that an optimiser step is done.
+
+        Args:
+            count_LR: how many tokens chose each routable expert, summed over the step's micro-batches.
+            num_tokens: the valid tokens of the step.
+        """
+        self.optimizer_step += 1
+        for layer, count_R in zip(self.moe_layers, count_LR, strict=True):
+            layer.router.post_step(count_R, num_tokens)
+
+    def _routing_context(
+        self, x_BSD: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor
+    ) -> RoutingContext:
+        B, S, _ = x_BSD.shape
+        is_valid_T = None
+        if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.all():
+            is_valid_T = attention_mask[:, -S:].bool().flatten()
+        return RoutingContext(
+            is_training=self.training,
+            step=self.optimizer_step,
+            token_id_T=None if input_ids is None else input_ids.flatten(),
+            position_T=position_ids.expand(B, S).flatten(),
+            sequence_T=torch.arange(B, device=x_BSD.device).repeat_interleave(S),
+            is_valid_T=is_valid_T,
+            top_k=self.top_k,
+        )
+
+
+def _positions(x_BSD: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
+    """int64 [B or 1, S]: how many tokens stand before each one in its sequence, padding not counted."""
+    S = x_BSD.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(dim=-1) - 1).clamp_min(0)[:, -S:]
+    num_seen = cache.get_seq_length() if cache is not None else 0
+    return torch.arange(num_seen, num_seen + S, device=x_BSD.device)[None]
+
+
+class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
+    """The decoder with its language-model head.
+
+    Args:
+        config: sizes, router and losses.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers reads it so)
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        self.model = MoEModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoEOutput:
+        """Logits, and the loss when `labels` are given.
+
+        Args:
+            input_ids: int64 [B, S].
+            labels: int64 [B, S], the same tokens as `input_ids` (the shift happens here); -100 is ignored.
+            logits_to_keep: compute only the last so many positions; 0 means all.
+            **kwargs: `attention_mask`, `position_ids`, `past_key_values`, `inputs_embeds`, `use_cache`.
+        """
+        x_BSD, cache, stats = self.model(input_ids, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(x_BSD[:, kept])
+        loss = lm_loss = None
+        if labels is not None:
+            lm_loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            loss = lm_loss
+            if self.training:
+                loss = lm_loss + auxiliary_loss(
+                    stats, balance_weight=self.config.balance_loss_weight, z_weight=self.config.z_loss_weight
+                )
+        return MoEOutput(loss=loss, lm_loss=lm_loss, logits=logits, past_key_values=cache, router_stats=stats)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Raises ValueError if a router looks at later tokens, which do not exist yet."""
+        if not all(layer.router.is_causal for layer in self.model.moe_layers):
+            raise ValueError(
+                f"the router {self.config.router!r} is not causal: a token's experts depend on later tokens, so this "
+                "model cannot generate; train another router, or use it for scoring whole sequences only"
+            )
+        return super().generate(*args, **kwargs)
+
+
+AutoConfig.register(MoEConfig.model_type, MoEConfig)
+AutoModel.register(MoEConfig, MoEModel)
+AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM)

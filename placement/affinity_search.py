@@ -1,0 +1,149 @@
+"""Fan-out and balance together, all layers in parallel.
+
+Loads are taken per fold of the sequences, and the mean of the folds' fullest GPUs is what counts: a plan that is level
+on every part of the data is level on data that was not seen. With several scenarios the worst one's level counts.
+Shapes: W folds or scenarios, L layers, E experts, X items (copies), G GPUs, P slots.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .budget import Budget
+from .bundles import Bundles, unique_sets
+from .layer_search import Effort, search_layer
+from .problem import Problem
+from .replication import counts_of
+from .tabu import LayerTask
+
+Float = NDArray[np.float64]
+Integer = NDArray[np.int64]
+FOLDS = 8
+MIN_SEQUENCES = 4 * FOLDS
+PARALLEL_WORK = 200_000
+
+
+def search_affinity(
+    problem: Problem, start_LP: Integer, budget: Budget, *, fan: float, node: float, level: float, effort: Effort
+) -> Integer:
+    """Improve a map layer by layer for fan * GPU fan-out + node * node fan-out + level * imbalance.
+
+    Args:
+        problem: has tokens.
+        start_LP: a map to start from; its copy counts are kept.
+        budget: time, seed, processes; told of progress.
+        fan, node, level: weights of the objective.
+        effort: how hard to try.
+    """
+    map_LP = start_LP.copy()
+    deadline = budget.began + budget.time_limit_s
+    jobs = [
+        (layer, layer_task(problem, start_LP[layer], layer, fan=fan, node=node, level=level, seed=budget.seed))
+        for layer in range(problem.num_layers)
+    ]
+    for done, (layer, gpu_X, expert_X) in enumerate(_run(jobs, problem, budget, effort, deadline)):
+        map_LP[layer] = expert_X[np.argsort(gpu_X, kind="stable")]
+        budget.offer(map_LP)
+        budget.tell("searching layers", (done + 1) / problem.num_layers)
+    return map_LP
+
+
+def layer_task(
+    problem: Problem, map_P: Integer, layer: int, *, fan: float, node: float, level: float, seed: int
+) -> LayerTask:
+    """One layer as the search sees it: slots are items, tokens are dealt to the copies of an expert at random."""
+    random = np.random.default_rng([seed, layer])
+    sets = [
+        _item_sets(scenario.trace.expert_TLK[:, layer], map_P, random)  # type: ignore[union-attr]
+        for scenario in problem.scenarios
+    ]
+    count_E = np.maximum(np.bincount(map_P, minlength=problem.num_experts), 1)
+    weight_WE = _fold_weights(problem, layer, random)
+    return LayerTask(
+        bundles=_joined(sets),
+        weight_WX=(weight_WE / count_E)[:, map_P],
+        expert_X=map_P,
+        speed_G=problem.cluster.speed_G,
+        node_G=problem.cluster.node_G,
+        fan=fan,
+        node=node,
+        level=level,
+        worst=len(problem.scenarios) > 1,
+    )
+
+
+def _run(
+    jobs: list[tuple[int, LayerTask]], problem: Problem, budget: Budget, effort: Effort, deadline: float
+) -> Iterator[tuple[int, Integer, Integer]]:
+    work = sum(len(task.bundles.count_B) for _, task in jobs)
+    is_parallel = budget.processes > 1 and len(jobs) > 1 and work > PARALLEL_WORK // 4
+    arguments = [
+        (layer, task, problem.slots_per_gpu, effort, budget.seed, *_window(index, len(jobs), budget, deadline))
+        for index, (layer, task) in enumerate(jobs)
+    ]
+    if not is_parallel:
+        yield from map(_search_one, arguments)
+        return
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(budget.processes, mp_context=context) as pool:
+        try:
+            yield from pool.map(_search_one, arguments)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _window(index: int, jobs: int, budget: Budget, deadline: float) -> tuple[float, float]:
+    """Seconds that a layer may take, and when all layers must be done."""
+    return (deadline - time.monotonic()) * min(budget.processes, jobs) / jobs * 0.9, deadline
+
+
+def _search_one(argument: tuple[int, LayerTask, int, Effort, int, float, float]) -> tuple[int, Integer, Integer]:
+    layer, task, per_gpu, effort, seed, share_s, deadline = argument
+    known_X = np.arange(len(task.expert_X)) // per_gpu
+    until = min(deadline, time.monotonic() + share_s)
+    gpu_X, _ = search_layer(task, known_X, effort, seed * 1000 + layer, until)
+    return layer, gpu_X, task.expert_X
+
+
+def _item_sets(expert_TK: NDArray[np.int16], map_P: Integer, random: np.random.Generator) -> Bundles:
+    """Sets of slots: each use of an expert goes to one of its copies."""
+    experts = int(map_P.max()) + 1
+    count_E = counts_of(map_P[None], experts)[0]
+    first_E = np.concatenate([[0], np.cumsum(count_E)[:-1]])
+    slot_of = np.append(np.argsort(map_P, kind="stable"), -1)
+    safe_TK = np.where(expert_TK >= 0, expert_TK, 0)
+    pick_TK = (random.random(expert_TK.shape) * count_E[safe_TK]).astype(np.int64)
+    return unique_sets(np.where(expert_TK >= 0, slot_of[first_E[safe_TK] + pick_TK], -1))
+
+
+def _joined(sets: list[Bundles]) -> Bundles:
+    """All scenarios together, each with the same total weight."""
+    if len(sets) == 1:
+        return sets[0]
+    most = max(one.tokens for one in sets)
+    items = np.concatenate([one.item_BK for one in sets])
+    return unique_sets(items, np.concatenate([one.count_B * (most / max(one.tokens, 1)) for one in sets]))
+
+
+def _fold_weights(problem: Problem, layer: int, random: np.random.Generator) -> Float:
+    """Loads of one layer per scenario, or per fold of the sequences if there is one scenario with enough of them."""
+    if len(problem.scenarios) > 1:
+        return problem.weight_WLE[:, layer]
+    trace = problem.scenarios[0].trace
+    assert trace is not None
+    sequences, of_T = np.unique(trace.sequence_T, return_inverse=True)
+    if len(sequences) < MIN_SEQUENCES:
+        return problem.weight_WLE[:, layer]
+    fold_S = np.random.default_rng(0).permutation(len(sequences)) % FOLDS
+    expert_TK = trace.expert_TLK[:, layer]
+    fold_TK = np.broadcast_to(fold_S[of_T][:, None], expert_TK.shape)
+    used = expert_TK >= 0
+    flat = fold_TK[used].astype(np.int64) * problem.num_experts + expert_TK[used]
+    load_WE = np.bincount(flat, minlength=FOLDS * problem.num_experts).reshape(FOLDS, -1).astype(np.float64)
+    total_W1 = load_WE.sum(axis=1, keepdims=True)
+    return np.divide(load_WE, total_W1, out=np.zeros_like(load_WE), where=total_W1 > 0)

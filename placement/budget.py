@@ -1,0 +1,50 @@
+"""Budget: how long a solver may run, what it has found so far, whom it tells."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integer = NDArray[np.int64]
+Float = NDArray[np.float64]
+Progress = Callable[[str, float], None]
+
+
+@dataclass(kw_only=True)
+class Budget:
+    """Time, randomness and processes of one solve.
+
+    Args:
+        time_limit_s: wall time from now.
+        seed: for every random choice.
+        processes: worker processes for layers; 1 stays in this process.
+        progress: called with a phase and the share of it that is done.
+    """
+
+    time_limit_s: float = 60.0
+    seed: int = 0
+    processes: int = 1
+    progress: Progress | None = None
+    incumbent_LP: Integer | None = None
+    proved_L: Float | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self.began + self.time_limit_s - time.monotonic())
+
+    def offer(self, map_LP: Integer) -> None:
+        """Keep a complete map that is the best so far; Ctrl-C returns it."""
+        self.incumbent_LP = map_LP.copy()
+
+    def prove(self, layer: int, bound: float, layers: int) -> None:
+        """Keep a valid lower bound of one layer."""
+        if self.proved_L is None:
+            self.proved_L = np.full(layers, -np.inf)
+        self.proved_L[layer] = max(self.proved_L[layer], bound)
+
+    def tell(self, phase: str, share: float) -> None:
+        if self.progress is not None:
+            self.progress(phase, share)

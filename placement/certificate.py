@@ -1,0 +1,83 @@
+"""Certificate: how good a plan is, how good any plan could be, and how that is known."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.float64]
+PROVEN = 1e-4  # relative gap below which a plan counts as optimal, as in MIP solvers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """A value that no feasible plan can go below.
+
+    Args:
+        value: lower bound on the objective.
+        name: which bound it is.
+        value_L: the same per layer, or None if layers cannot be told apart.
+    """
+
+    value: float
+    name: str
+    value_L: Float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """Objective of a plan, best valid lower bound, and the numbers beside them.
+
+    Args:
+        objective_name: what was minimised.
+        objective: its value on the planning data.
+        bound: best valid lower bound, or None if there is none for this objective.
+        bound_name: which bound it is.
+        gap_L: (objective - bound) / objective of each layer, where both are known.
+        in_sample: metrics on the planning data.
+        out_of_sample: metrics on held-out data, by name of the data.
+        seconds: wall time of solving, certificate included.
+    """
+
+    objective_name: str
+    objective: float
+    bound: float | None
+    bound_name: str
+    gap_L: list[float] = field(default_factory=list)
+    in_sample: dict[str, float | None] = field(default_factory=dict)
+    out_of_sample: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def gap(self) -> float | None:
+        """(objective - bound) / objective, at least 0; None without a bound."""
+        return None if self.bound is None else relative_gap(self.objective, self.bound)
+
+    @property
+    def is_proven_optimal(self) -> bool:
+        """Whether the gap is within the tolerance that MIP solvers call optimal (1e-4)."""
+        return self.gap is not None and self.gap <= PROVEN
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "gap": self.gap, "proven_optimal": self.is_proven_optimal}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Certificate":
+        known = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise ValueError(f"certificate: {error}") from error
+
+
+def relative_gap(objective: float, bound: float) -> float:
+    """(objective - bound) / |objective|, 0 if the objective is 0 or rounding puts the bound above it."""
+    if objective == 0:
+        return 0.0
+    return max(0.0, (objective - bound) / abs(objective))
+
+
+def best_bound(bounds: list[Bound]) -> Bound | None:
+    """The largest of several valid lower bounds."""
+    return max(bounds, key=lambda bound: bound.value, default=None)

@@ -1,0 +1,105 @@
+"""Independent checker: reads a plan slot by slot with plain loops and recomputes what is claimed about it.
+
+Shares no code with solvers and objectives on purpose.
+"""
+
+from collections import Counter
+
+from .plan import Plan
+from .problem import Problem
+
+TOLERANCE = 1e-6
+
+
+def check_plan(plan: Plan, data: Problem | None = None, *, made_from: Problem | None = None) -> list[str]:
+    """Everything that is wrong with a plan; an empty list means that it may be written.
+
+    Args:
+        plan: the plan.
+        data: if given, the plan has to fit its shapes.
+        made_from: if given, the plan has to fit it, and what the certificate claims is recomputed on it.
+
+    Returns:
+        One sentence per fault.
+    """
+    faults = _coverage_faults(plan)
+    fits = data or made_from
+    if fits is not None and not faults:
+        faults += _fit_faults(plan, fits)
+    if made_from is not None and not faults:
+        faults += _claim_faults(plan, made_from)
+    return faults
+
+
+def require_valid(plan: Plan, made_from: Problem) -> None:
+    """Raise RuntimeError with the first faults, if there are any: a solver that makes such a plan is wrong."""
+    if faults := check_plan(plan, made_from=made_from):
+        raise RuntimeError(f"the plan failed its check: {'; '.join(faults[:4])}")
+
+
+def doubled_copies(plan: Plan) -> int:
+    """Slots that hold a second copy of an expert on the same GPU: wasted memory, refused by some engines."""
+    per_gpu, wasted = plan.slots_per_gpu, 0
+    for row in plan.physical_to_logical_LP.tolist():
+        for start in range(0, len(row), per_gpu):
+            slots = row[start : start + per_gpu]
+            wasted += len(slots) - len(set(slots))
+    return wasted
+
+
+def _coverage_faults(plan: Plan) -> list[str]:
+    faults = []
+    for index, row in enumerate(plan.physical_to_logical_LP.tolist()):
+        seen = set(row)
+        if plan.tier_LE is not None:
+            seen |= {expert for expert, tier in enumerate(plan.tier_LE[index].tolist()) if tier > 0}
+        if missing := [expert for expert in range(plan.num_experts) if expert not in seen]:
+            faults.append(f"layer {plan.layer_ids[index]}: experts {missing[:8]} have no copy")
+        if outside := [expert for expert in row if not 0 <= expert < plan.num_experts]:
+            faults.append(f"layer {plan.layer_ids[index]}: slots name experts {outside[:8]} of {plan.num_experts}")
+    return faults
+
+
+def _fit_faults(plan: Plan, problem: Problem) -> list[str]:
+    faults = []
+    if (plan.num_layers, plan.num_experts) != (problem.num_layers, problem.num_experts):
+        faults.append(
+            f"the plan is for {plan.num_layers} layers x {plan.num_experts} experts, "
+            f"the data has {problem.num_layers} x {problem.num_experts}"
+        )
+    size = plan.cluster.model.expert_bytes
+    if size is not None and plan.tier_LE is None:
+        needed = plan.slots_per_gpu * plan.num_layers * size
+        for gpu, memory in enumerate(plan.cluster.memory_bytes_G.tolist()):
+            if needed > memory * (1 + 1e-12):
+                faults.append(f"GPU {gpu} needs {needed:.4g} bytes for its experts and has {memory:.4g}")
+                break
+    return faults
+
+
+def _claim_faults(plan: Plan, problem: Problem) -> list[str]:
+    certificate = plan.certificate
+    if certificate is None:
+        return []
+    faults = []
+    if certificate.bound is not None and certificate.bound > certificate.objective * (1 + TOLERANCE) + TOLERANCE:
+        faults.append(f"the bound {certificate.bound} lies above the objective {certificate.objective}")
+    claimed = certificate.in_sample.get("balancedness")
+    if claimed is not None and plan.dispatch == "uniform" and plan.tier_LE is None:
+        found = min(_balancedness(plan, scenario.load_LE.tolist()) for scenario in problem.scenarios)
+        if abs(found - claimed) > TOLERANCE:
+            faults.append(f"balancedness is {found}, the certificate claims {claimed}")
+    return faults
+
+
+def _balancedness(plan: Plan, loads: list[list[float]]) -> float:
+    speeds, per_gpu = plan.cluster.speed_G.tolist(), plan.slots_per_gpu
+    total = 0.0
+    for row, load in zip(plan.physical_to_logical_LP.tolist(), loads, strict=True):
+        copies = Counter(row)
+        gpu_load = [0.0] * len(speeds)
+        for slot, expert in enumerate(row):
+            gpu_load[slot // per_gpu] += load[expert] / copies[expert]
+        mean = sum(gpu_load) / sum(speeds)
+        total += mean / max(one / speed for one, speed in zip(gpu_load, speeds, strict=True)) if mean else 1.0
+    return total / len(loads)

@@ -1,0 +1,267 @@
+"""Cluster: the machines as arrays, one entry per GPU (G, in rank order, node-major) or per node (M)."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from .spec import ClusterSpec, ExpertParallel, GpuType, ModelSpec, NodeGroup, NodeType, Tiers
+
+Float = NDArray[np.float64]
+Integer = NDArray[np.int64]
+MAX_SPEC_BYTES = 64 << 20
+MAX_GPUS = 1_000_000
+Dispatch = Literal["uniform", "nearest", "quota"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cluster:
+    """GPUs in rank order and what joins them; bandwidths are one direction, bytes per second, per GPU.
+
+    Args:
+        node_G: node of each GPU, 0..M-1, not decreasing.
+        rack_M: rack of each node.
+        speed_G: relative speed; a GPU of speed 0.9 should carry 0.9 of the mean load.
+        memory_bytes_G: memory for experts, after what is reserved; inf where it is not known.
+        hbm_bytes_per_s_G, flops_G, nvlink_bytes_per_s_G, nic_bytes_per_s_G: rates; `nic` is the GPU's share.
+        node_latency_s, rack_latency_s: extra time of a message that leaves the node, the rack.
+        rack_bytes_per_s: a GPU's share of the bandwidth between racks; inf if racks do not matter.
+        dram_bytes_M, ssd_bytes_M, dram_bytes_per_s, ssd_bytes_per_s, pcie_bytes_per_s: the lower tiers.
+        rank_cost_GG: relative cost per byte between GPUs, or None.
+        model, ep, tiers: the sections of the cluster file that are not hardware.
+    """
+
+    node_G: Integer
+    rack_M: Integer
+    speed_G: Float
+    memory_bytes_G: Float
+    hbm_bytes_per_s_G: Float
+    flops_G: Float
+    nvlink_bytes_per_s_G: Float
+    nic_bytes_per_s_G: Float
+    node_latency_s: float = 5e-6
+    rack_latency_s: float = 0.0
+    rack_bytes_per_s: float = float("inf")
+    dram_bytes_M: Float
+    ssd_bytes_M: Float
+    dram_bytes_per_s: float = 0.0
+    ssd_bytes_per_s: float = 0.0
+    pcie_bytes_per_s: float = 64e9
+    rank_cost_GG: Float | None = None
+    model: ModelSpec = field(default_factory=ModelSpec)
+    ep: ExpertParallel = field(default_factory=ExpertParallel)
+    tiers: Tiers = field(default_factory=Tiers)
+
+    def __post_init__(self) -> None:
+        G = len(self.node_G)
+        if G == 0 or self.node_G[0] != 0 or np.any((steps := np.diff(self.node_G)) < 0) or np.any(steps > 1):
+            raise ValueError(f"node_G must start at 0 and number nodes in rank order; got {self.node_G[:16].tolist()}")
+        for name in ("speed_G", "memory_bytes_G", "hbm_bytes_per_s_G", "flops_G", "nvlink_bytes_per_s_G"):
+            if len(getattr(self, name)) != G:
+                raise ValueError(f"{name} must have one entry per GPU ({G}); got {len(getattr(self, name))}")
+        if not np.all(self.speed_G > 0):
+            raise ValueError(f"speed_G must be positive; got {self.speed_G.min()}")
+        if self.rank_cost_GG is not None and self.rank_cost_GG.shape != (G, G):
+            raise ValueError(f"rank_cost_matrix must be {G} x {G}; got {self.rank_cost_GG.shape}")
+
+    @property
+    def num_gpus(self) -> int:
+        return len(self.node_G)
+
+    @property
+    def num_nodes(self) -> int:
+        return int(self.node_G[-1]) + 1
+
+    @property
+    def gpus_per_node(self) -> int | None:
+        """GPUs of each node, or None if nodes differ."""
+        counts = np.bincount(self.node_G)
+        return int(counts[0]) if np.all(counts == counts[0]) else None
+
+    @property
+    def node_link_ratio(self) -> float:
+        """How many times a byte between nodes costs what it costs inside one; 1 on a single node."""
+        if self.num_nodes == 1:
+            return 1.0
+        return max(1.0, float(np.median(self.nvlink_bytes_per_s_G / self.nic_bytes_per_s_G)))
+
+    @classmethod
+    def grid(cls, nodes: int = 1, gpus_per_node: int = 8, **settings: Any) -> Self:
+        """A cluster of equal nodes without a file: `Cluster.grid(2, 4)`.
+
+        Args:
+            nodes: M.
+            gpus_per_node: GPUs of each node.
+            settings: keys of the `ep` section of a cluster file, and `model` as a mapping.
+        """
+        model = settings.pop("model", {})
+        spec = {
+            "model": model,
+            "node_types": {"node": {"gpus": {"count": gpus_per_node}}},
+            "nodes": [{"type": "node", "count": nodes}],
+            "ep": settings,
+        }
+        return cls.from_mapping(spec, "Cluster.grid")
+
+    @classmethod
+    def from_mapping(cls, value: Any, source: str = "cluster") -> Self:
+        """Check a mapping against the schema of cluster files and build the arrays.
+
+        Raises:
+            ValueError: one line for each key that is unknown, missing or out of range.
+        """
+        try:
+            spec = ClusterSpec.model_validate(value)
+        except ValidationError as error:
+            raise ValueError(f"{source}: {_explain(error)}") from error
+        try:
+            return cls._from_spec(spec)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    @classmethod
+    def _from_spec(cls, spec: ClusterSpec) -> Self:
+        groups = [(group, spec.node_types[group.type]) for group in spec.nodes]
+        total = sum(group.count * kind.gpus.count for group, kind in groups)
+        size = spec.ep.size or total
+        if total > MAX_GPUS:
+            raise ValueError(f"{total} GPUs; at most {MAX_GPUS} are supported")
+        if size > total:
+            raise ValueError(f"ep.size is {size} but the nodes have only {total} GPUs; use at most {total}")
+        rows = [row for group, kind in groups for row in _gpu_rows(spec, group, kind)]
+        columns = {name: np.array([row[name] for row in rows[:size]], np.float64) for name in rows[0]}
+        node_G = np.repeat(
+            np.arange(sum(g.count for g, _ in groups)), [k.gpus.count for g, k in groups for _ in range(g.count)]
+        )
+        nodes = [(group, kind) for group, kind in groups for _ in range(group.count)][: int(node_G[size - 1]) + 1]
+        racks = {name: index for index, name in enumerate(dict.fromkeys(group.rack for group, _ in nodes))}
+        rack = spec.links.inter_rack
+        matrix = spec.links.rank_cost_matrix
+        if matrix is not None and any(len(row) != len(matrix) for row in matrix):
+            raise ValueError("links.rank_cost_matrix must be square")
+        return cls(
+            node_G=node_G[:size].astype(np.int64),
+            rack_M=np.array([racks[group.rack] for group, _ in nodes], np.int64),
+            node_latency_s=spec.links.inter_node.latency,
+            rack_latency_s=rack.latency if rack else 0.0,
+            rack_bytes_per_s=rack.bandwidth / rack.oversubscription if rack else float("inf"),
+            dram_bytes_M=np.array([kind.dram.size if kind.dram else 0.0 for _, kind in nodes]),
+            ssd_bytes_M=np.array([kind.ssd.size if kind.ssd else 0.0 for _, kind in nodes]),
+            dram_bytes_per_s=min((kind.dram.bandwidth for _, kind in nodes if kind.dram), default=0.0),
+            ssd_bytes_per_s=min((kind.ssd.bandwidth for _, kind in nodes if kind.ssd), default=0.0),
+            pcie_bytes_per_s=min(kind.pcie for _, kind in nodes),
+            rank_cost_GG=None if matrix is None else np.array(matrix, np.float64),
+            model=spec.model,
+            ep=spec.ep,
+            tiers=spec.tiers,
+            **columns,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything needed to build this cluster again, as JSON values."""
+        arrays = {name: _finite(value) for name, value in vars(self).items() if isinstance(value, np.ndarray | float)}
+        sections = {"model": self.model, "ep": self.ep, "tiers": self.tiers}
+        return arrays | {name: section.model_dump(exclude_defaults=True) for name, section in sections.items()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Inverse of `to_json`; the file may come from outside, so every key is checked."""
+        try:
+            arrays: dict[str, Any] = {
+                name: _array(name, entry) if name.rpartition("_")[2] in ("G", "M", "GG") else _scalar(entry)
+                for name, entry in value.items()
+                if name not in ("model", "ep", "tiers")
+            }
+            return cls(
+                model=ModelSpec.model_validate(value.get("model", {})),
+                ep=ExpertParallel.model_validate(value.get("ep", {})),
+                tiers=Tiers.model_validate(value.get("tiers", {})),
+                **arrays,
+            )
+        except (TypeError, ValidationError, OverflowError) as error:
+            raise ValueError(f"cluster section: {error}") from error
+
+
+def load_cluster(path: str | os.PathLike[str]) -> Cluster:
+    """Read a cluster file (YAML, schema in docs/placement.md).
+
+    Raises:
+        ValueError: if the file is missing, is not YAML, or does not follow the schema; the message names the key.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"cluster {path}: no such file")
+    if file.stat().st_size > MAX_SPEC_BYTES:
+        raise ValueError(f"cluster {path}: larger than {MAX_SPEC_BYTES} bytes")
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"cluster {path}: not readable as YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"cluster {path}: expected a mapping with node_types and nodes; got {type(value).__name__}")
+    return Cluster.from_mapping(value, f"cluster {path}")
+
+
+def _gpu_rows(spec: ClusterSpec, group: NodeGroup, kind: NodeType) -> list[dict[str, float]]:
+    gpu_type: GpuType = spec.gpu_types[kind.gpus.type] if kind.gpus.type else next(iter(spec.gpu_types.values()))
+    between = spec.links.inter_node.bandwidth
+    nic = kind.nic.bandwidth * kind.nic.count / kind.gpus.count if between == "nic" else between
+    rows = []
+    for index in range(kind.gpus.count):
+        override = group.gpus.get(index)
+        reserve = group.reserve if override is None else override.reserve
+        memory = float("inf") if gpu_type.memory is None else gpu_type.memory - reserve
+        if memory <= 0:
+            raise ValueError(f"GPU {index} of {group.type!r} reserves {reserve:.3g} of {gpu_type.memory:.3g} bytes")
+        rows.append(
+            {
+                "speed_G": group.speed if override is None else override.speed,
+                "memory_bytes_G": memory,
+                "hbm_bytes_per_s_G": gpu_type.hbm,
+                "flops_G": max(gpu_type.flops.values()) * gpu_type.efficiency,
+                "nvlink_bytes_per_s_G": kind.nvlink,
+                "nic_bytes_per_s_G": nic,
+            }
+        )
+    return rows * group.count
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False, include_context=False):
+        where = ".".join(str(part) for part in problem["loc"]) or "file"
+        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {what}" + (f" (got {problem['input']!r})" if _is_short(problem["input"]) else ""))
+    return "; ".join(lines[:8])
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, str | int | float | None)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no inf: it is written as null."""
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if value.ndim == 2:
+        return value.tolist()
+    return [entry if np.isfinite(entry) else None for entry in value.tolist()]
+
+
+def _array(name: str, entry: Any) -> NDArray[Any] | None:
+    if entry is None:
+        return None
+    if name in ("node_G", "rack_M"):
+        return np.array(entry, np.int64)
+    if name == "rank_cost_GG":
+        return np.array(entry, np.float64)
+    return np.array([np.inf if number is None else number for number in entry], np.float64)
+
+
+def _scalar(entry: Any) -> float:
+    return float("inf") if entry is None else float(entry)

@@ -1,0 +1,1 @@
+"""Integer programmes: the only folder that imports PuLP."""

@@ -1,0 +1,82 @@
+"""The exact programme over all layers of a problem, each on its own, from the best map known."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..budget import Budget
+from ..bundles import Bundles, unique_sets
+from ..objectives import Objective, part_weights
+from ..problem import Problem
+from .exact import LayerModel, solve_layer
+
+Integer = NDArray[np.int64]
+EXACT_PARTS = ("balance", "imbalance-price", "gpu-fanout", "node-fanout", "fanout")
+MAX_BUNDLES = 20_000
+
+
+def is_small(problem: Problem, objective: Objective, binaries: int) -> bool:
+    """Whether every layer's programme has at most that many binaries and this objective has a linear form."""
+    if not _is_linear(problem, objective):
+        return False
+    weights = part_weights(objective, problem.cluster)
+    if weights.fan or weights.node:
+        rows = max(len(_bundles(problem, layer).count_B) for layer in range(problem.num_layers))
+        return rows * problem.num_gpus <= 2 * binaries
+    return layer_model(problem, objective, 0, with_bundles=False).num_binaries <= binaries
+
+
+def solve_layers_exactly(problem: Problem, objective: Objective, budget: Budget, start_LP: Integer) -> Integer:
+    """Solve layer after layer; the bound that is proved is kept in `budget.proved_L`."""
+    if not _is_linear(problem, objective):
+        raise ValueError(
+            f"the exact programme knows sums of {', '.join(EXACT_PARTS)} under uniform dispatch, fan-out only without "
+            f"replicas; objective {objective.name} needs --solver search"
+        )
+    map_LP = start_LP.copy()
+    for layer in range(problem.num_layers):
+        budget.tell("exact programme", layer / problem.num_layers)
+        share_s = budget.left_s / (problem.num_layers - layer)
+        model = layer_model(problem, objective, layer)
+        found_P, result = solve_layer(model, time_limit_s=max(share_s, 0.5), start_P=map_LP[layer])
+        if found_P is not None:
+            map_LP[layer] = found_P
+        budget.prove(layer, result.bound, problem.num_layers)
+        budget.offer(map_LP)
+    return map_LP
+
+
+def layer_model(problem: Problem, objective: Objective, layer: int, *, with_bundles: bool = True) -> LayerModel:
+    """The programme's data of one layer."""
+    weights = part_weights(objective, problem.cluster)
+    return LayerModel(
+        weight_WE=problem.weight_WLE[:, layer],
+        speed_G=problem.cluster.speed_G,
+        node_G=problem.cluster.node_G,
+        slots_per_gpu=problem.slots_per_gpu,
+        level=weights.level,
+        fan=weights.fan,
+        node=weights.node,
+        bundles=_bundles(problem, layer) if with_bundles and (weights.fan or weights.node) else None,
+    )
+
+
+def _is_linear(problem: Problem, objective: Objective) -> bool:
+    names = [name for _, name in objective.parts or ((1.0, objective.name),)]
+    is_fan = any("fanout" in name for name in names)
+    return (
+        all(name in EXACT_PARTS for name in names)
+        and problem.cluster.ep.dispatch == "uniform"
+        and not (is_fan and (problem.num_slots > problem.num_experts or len(problem.scenarios) > 1))
+    )
+
+
+def _bundles(problem: Problem, layer: int) -> Bundles:
+    trace = problem.scenarios[0].trace
+    assert trace is not None
+    bundles = unique_sets(trace.expert_TLK[:, layer])
+    if len(bundles.count_B) > MAX_BUNDLES:
+        raise ValueError(
+            f"layer {layer} has {len(bundles.count_B)} distinct expert sets, the exact programme takes at most "
+            f"{MAX_BUNDLES}; use fewer --rows or --solver search"
+        )
+    return bundles

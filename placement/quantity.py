@@ -1,0 +1,57 @@
+"""Numbers with units as people write them in a cluster file: `80GiB`, `3.35TB/s`, `400Gb/s`, `5us`, `1979T`."""
+
+import re
+
+_NUMBER = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµ/]*)\s*$")
+_DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+_BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40, "Pi": 2.0**50}
+_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e3, "us": 1e6, "µs": 1e6, "ns": 1e9}  # divisors: 5 / 1e6 is exactly 5e-6
+_PREFIX = _DECIMAL | _BINARY
+
+
+def parse_bytes(value: object) -> float:
+    """Bytes from a number or from text such as `80GiB` or `2TB`."""
+    number, unit = _split(value, "a size such as 80GiB")
+    return number * _prefix(unit.removesuffix("B"), value, "a size such as 80GiB")
+
+
+def parse_bytes_per_s(value: object) -> float:
+    """Bytes per second from a number or from text; `GB/s` are bytes, `Gb/s` are bits."""
+    wanted = "a bandwidth such as 450GB/s or 400Gb/s"
+    number, unit = _split(value, wanted)
+    rate = unit.removesuffix("/s").removesuffix("ps")
+    if rate.endswith("b"):
+        return number * _prefix(rate.removesuffix("b"), value, wanted) / 8
+    return number * _prefix(rate.removesuffix("B"), value, wanted)
+
+
+def parse_seconds(value: object) -> float:
+    """Seconds from a number or from text such as `5us`."""
+    number, unit = _split(value, "a time such as 5us")
+    if unit not in _SECONDS:
+        raise ValueError(f"expected a time such as 5us; got {value!r}")
+    return number / _SECONDS[unit]
+
+
+def parse_flops(value: object) -> float:
+    """Operations per second from a number or from text such as `989T`."""
+    number, unit = _split(value, "a compute rate such as 989T")
+    bare = re.sub(r"(?i)flops?(/s)?$", "", unit)
+    return number * _prefix(bare, value, "a compute rate such as 989T")
+
+
+def _split(value: object, wanted: str) -> tuple[float, str]:
+    if isinstance(value, bool):
+        raise ValueError(f"expected {wanted}; got {value!r}")
+    if isinstance(value, int | float):
+        return float(value), ""
+    match = _NUMBER.match(str(value))
+    if match is None:
+        raise ValueError(f"expected {wanted}; got {value!r}")
+    return float(match[1]), match[2]
+
+
+def _prefix(text: str, value: object, wanted: str) -> float:
+    if text not in _PREFIX:
+        raise ValueError(f"expected {wanted}; got {value!r}")
+    return _PREFIX[text]

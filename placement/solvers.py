@@ -1,0 +1,205 @@
+"""The solvers by name, and `solve`: run one, check its plan, certify it."""
+
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .affinity_search import search_affinity
+from .balance_search import kick_and_swap, lpt_swap_LP
+from .baselines import contiguous_LP, random_LP, round_robin_LP
+from .budget import Budget, Progress
+from .certificate import PROVEN, Certificate
+from .check import require_valid
+from .eplb import eplb
+from .layer_search import Effort
+from .objectives import Objective, Robustness, find_objective, part_weights
+from .plan import Plan
+from .problem import Problem
+from .scoring import score
+
+Float = NDArray[np.float64]
+Integer = NDArray[np.int64]
+Solver = Callable[[Problem, Objective, Budget], Integer]
+ILP_BINARIES = 2000
+
+
+def solve(
+    problem: Problem,
+    *,
+    objective: str | Objective = "balance",
+    solver: str = "auto",
+    time_limit_s: float = 30.0,
+    seed: int = 0,
+    robustness: Robustness = "max",
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Find a plan, check it independently, and certify it.
+
+    Args:
+        problem: what to place where.
+        objective: a name of OBJECTIVES or an objective of your own.
+        solver: a name of SOLVERS; `auto` searches and proves what is small.
+        time_limit_s: wall time for the solver.
+        seed: for every random choice.
+        robustness: how scenarios are joined.
+        processes: worker processes; None takes the machine's cores.
+        progress: called with a phase and the share of it that is done.
+
+    Returns:
+        The plan with its certificate. Ctrl-C while solving returns the best plan so far.
+
+    Raises:
+        ValueError: if a name is unknown or the objective needs tokens that the data lacks.
+        KeyboardInterrupt: if Ctrl-C comes before there is any plan.
+    """
+    chosen = find_objective(objective) if isinstance(objective, str) else objective
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; there are {', '.join(SOLVERS)}")
+    if chosen.needs_tokens and not problem.has_tokens:
+        raise ValueError(f"objective {chosen.name} needs a routing trace (--trace); loads only tell balance")
+    if not time_limit_s > 0:
+        raise ValueError(f"the time limit must be positive; got {time_limit_s} s")
+    began = time.perf_counter()
+    budget = Budget(
+        time_limit_s=time_limit_s, seed=seed, processes=processes or len(os.sched_getaffinity(0)), progress=progress
+    )
+    try:
+        map_LP = SOLVERS[solver](problem, chosen, budget)
+    except KeyboardInterrupt:
+        if budget.incumbent_LP is None:
+            raise
+        map_LP = budget.incumbent_LP
+    plan = make_plan(problem, map_LP, solver=solver, objective=chosen)
+    return certify(problem, plan, chosen, robustness, began, budget.proved_L)
+
+
+def make_plan(problem: Problem, map_LP: Integer, *, solver: str, objective: Objective) -> Plan:
+    """The plan of a map, without a certificate."""
+    return Plan(
+        physical_to_logical_LP=map_LP,
+        num_experts=problem.num_experts,
+        cluster=problem.cluster,
+        layer_ids=problem.layer_ids,
+        hidden_layers=problem.hidden_layers,
+        dispatch=problem.cluster.ep.dispatch,
+        solver=solver,
+        objective_name=objective.name,
+    )
+
+
+def certify(
+    problem: Problem,
+    plan: Plan,
+    objective: Objective,
+    robustness: Robustness,
+    began: float,
+    proved_L: Float | None = None,
+) -> Plan:
+    """Attach the certificate and check plan and certificate with independent code.
+
+    Args:
+        problem, plan, objective, robustness: what was solved, and how.
+        began: `time.perf_counter()` at the start.
+        proved_L: lower bounds per layer that the solver proved itself, or None.
+    """
+    found = score(problem, plan, objective, robustness=robustness, proved_L=proved_L)
+    certificate = Certificate(
+        objective_name=objective.name,
+        objective=found.objective,
+        bound=found.bound,
+        bound_name=found.bound_name,
+        gap_L=found.gap_L,
+        in_sample={
+            "balancedness": found.balancedness,
+            "gpu_fanout": found.gpu_fanout,
+            "node_fanout": found.node_fanout,
+            "hops": found.hops,
+        },
+        seconds=time.perf_counter() - began,
+    )
+    plan = plan.with_certificate(certificate)
+    require_valid(plan, problem)
+    return plan
+
+
+def _shape(problem: Problem) -> tuple[int, int, int, int]:
+    return problem.num_layers, problem.num_experts, problem.num_slots, problem.num_gpus
+
+
+def _contiguous(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    return contiguous_LP(*_shape(problem))
+
+
+def _round_robin(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    return round_robin_LP(*_shape(problem))
+
+
+def _random(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    return random_LP(*_shape(problem), budget.seed)
+
+
+def _eplb(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    return _eplb_map(problem, problem.groups)
+
+
+def _eplb_global(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    return _eplb_map(problem, 1)
+
+
+def _eplb_map(problem: Problem, groups: int) -> Integer:
+    nodes = problem.cluster.num_nodes
+    if problem.num_gpus % nodes:
+        raise ValueError(f"EPLB needs equal nodes; {problem.num_gpus} GPUs on {nodes} nodes are not")
+    return eplb(problem.load_WLE.sum(axis=0), problem.num_slots, groups, nodes if groups > 1 else 1, problem.num_gpus)
+
+
+def _lpt(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    return lpt_swap_LP(problem, problem.weight_WLE)
+
+
+def _search(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    """Balance first; then, for objectives of the tokens' sets, fan-out from there."""
+    map_LP = lpt_swap_LP(problem, problem.weight_WLE)
+    budget.offer(map_LP)
+    weights = part_weights(objective, problem.cluster)
+    if weights.fan or weights.node:
+        return search_affinity(
+            problem, map_LP, budget, fan=weights.fan, node=weights.node, level=weights.level, effort=Effort()
+        )
+    return kick_and_swap(problem, problem.weight_WLE, map_LP, budget)
+
+
+def _ilp(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    from .ilp.layers import solve_layers_exactly
+
+    return solve_layers_exactly(problem, objective, budget, _search(problem, objective, budget))
+
+
+def _auto(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    """Search; then prove and improve by integer programming what is small enough for it."""
+    from .ilp.layers import is_small, solve_layers_exactly
+
+    map_LP = _search(problem, objective, budget)
+    if not is_small(problem, objective, ILP_BINARIES):
+        return map_LP
+    found = score(problem, make_plan(problem, map_LP, solver="auto", objective=objective), objective)
+    if found.gap is not None and found.gap <= PROVEN:
+        return map_LP
+    return solve_layers_exactly(problem, objective, budget, map_LP)
+
+
+SOLVERS: dict[str, Solver] = {
+    "auto": _auto,
+    "contiguous": _contiguous,
+    "round-robin": _round_robin,
+    "random": _random,
+    "eplb": _eplb,
+    "eplb-global": _eplb_global,
+    "lpt": _lpt,
+    "search": _search,
+    "ilp": _ilp,
+}

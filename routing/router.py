@@ -1,0 +1,223 @@
+"""The contract of every router: what it sees, what it carries from layer to layer, what it returns.
+
+Shapes: T tokens, D model width, R = E + Z routable experts (FFN and zero-compute).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from .assignment import Routing
+from .stats import RouterStats
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RoutingContext:
+    """What a router may look at besides the token's hidden state; the same for all layers of a forward pass.
+
+    Args:
+        is_training: whether capacity limits, noise and the like apply.
+        step: optimiser steps taken so far, for schedules.
+        token_id_T: int64 vocabulary ids, for routers that hash them.
+        position_T: int64 position of each token in its sequence.
+        sequence_T: int64 row of the batch that each token belongs to, for sequence-wise losses.
+        is_valid_T: bool, False for padding; None when no token is padding.
+        logit_bias_LR: added to the logits of layer l (rewiring at test time, task bias), or None.
+        top_k: experts per token in this call instead of the configured K, or None.
+    """
+
+    is_training: bool = False
+    step: int = 0
+    token_id_T: Tensor | None = None
+    position_T: Tensor | None = None
+    sequence_T: Tensor | None = None
+    is_valid_T: Tensor | None = None
+    logit_bias_LR: Tensor | None = None
+    top_k: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Carry:
+    """Token-aligned tensors on their way from layer to layer: a recurrent state, earlier logits, a pre-gated plan.
+
+    It starts empty in every forward pass and never crosses decode steps.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def get(self, name: str) -> Tensor | None:
+        return self.tensors.get(name)
+
+    def put(self, **tensors: Tensor) -> Self:
+        """A carry with some tensors added or replaced."""
+        return replace(self, tensors={**self.tensors, **tensors})
+
+    def drop(self, *names: str) -> Self:
+        """A carry without some tensors."""
+        return replace(self, tensors={name: value for name, value in self.tensors.items() if name not in names})
+
+    def gather(self, token_id: Tensor) -> Self:
+        """The carry of some tokens, for layers that process a subset or another order."""
+        return replace(self, tensors={name: value[token_id] for name, value in self.tensors.items()})
+
+
+@runtime_checkable
+class Router(Protocol):
+    """One per MoE layer; may hold a reference to a core that all layers share.
+
+    `is_causal` says whether, outside training, a token's routing depends on earlier tokens only, so that the model can
+    generate.
+    """
+
+    is_causal: bool
+
+    def begin(self, context: RoutingContext) -> Carry:
+        """The carry that enters the first MoE layer of a forward pass; only layer 0's router is asked."""
+        ...
+
+    def __call__(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
+        """Route the normed inputs of this layer's experts."""
+        ...
+
+    def post_step(self, count_R: Tensor, num_tokens: int) -> None:
+        """After an optimiser step, with its counts and valid tokens over all micro-batches and ranks; no gradient."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSizes:
+    """The sizes that every router is built from.
+
+    Args:
+        width: D.
+        num_experts: E.
+        top_k: K.
+        num_layers: L, MoE layers.
+        zero_compute: kinds of the Z zero-compute experts, in the order of their ids.
+        vocab_size: V, for routers that hash token ids.
+
+    Raises:
+        ValueError: if a size is not positive or K exceeds E + Z.
+    """
+
+    width: int
+    num_experts: int
+    top_k: int
+    num_layers: int
+    zero_compute: tuple[str, ...] = ()
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_experts", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not 1 <= self.top_k <= self.num_routable:
+            raise ValueError(f"top_k must lie in 1..{self.num_routable} (E + Z); got {self.top_k}")
+
+    @property
+    def num_zero_compute(self) -> int:
+        """Z."""
+        return len(self.zero_compute)
+
+    @property
+    def num_routable(self) -> int:
+        """R = E + Z."""
+        return self.num_experts + self.num_zero_compute
+
+
+class ExactBuffers(nn.Module):
+    """A module whose float32 buffers stay float32, bit for bit, when the model is cast to another dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, after.float() if before.is_meta else before.to(after.device))
+        return self
+
+
+class RouterModule(ExactBuffers):
+    """What our routers share: an empty carry, nothing to do after a step, statistics over valid tokens.
+
+    Args:
+        sizes: D, E, Z, K, L.
+        layer: which MoE layer this router serves.
+    """
+
+    is_causal = True
+    balance_loss = "none"
+
+    def __init__(self, sizes: RouterSizes, layer: int) -> None:
+        super().__init__()
+        self.sizes, self.layer = sizes, layer
+
+    def begin(self, context: RoutingContext) -> Carry:
+        return Carry()
+
+    def post_step(self, count_R: Tensor, num_tokens: int) -> None:
+        """Stateless routers have nothing to update."""
+
+    def init_parameters(self, std: float) -> None:
+        """Initialise this module's own parameters; `std` is the model's initialiser range.
+
+        Only through `torch.nn.init`, whose functions transformers guards while it loads a checkpoint.
+        """
+        for parameter in self.parameters(recurse=False):
+            nn.init.normal_(parameter, std=std)
+
+    def target_share_R(self, device: torch.device) -> Tensor | None:
+        """The load shares that the balance loss aims at; None means uniform."""
+        return None
+
+    def routing(self, expert_TK: Tensor, weight_TK: Tensor) -> Routing:
+        """A routing of this router's sizes."""
+        return Routing(
+            expert_TK=expert_TK,
+            weight_TK=weight_TK,
+            num_experts=self.sizes.num_experts,
+            num_zero_compute=self.sizes.num_zero_compute,
+        )
+
+    def stats(
+        self,
+        chosen: Routing,
+        kept: Routing,
+        context: RoutingContext,
+        *,
+        probability_TR: Tensor,
+        logit_TR: Tensor | None = None,
+        penalty_T: Tensor | None = None,
+    ) -> RouterStats:
+        """The raw quantities of one call of this router; padding tokens do not count."""
+        valid_T = context.is_valid_T
+
+        def of_valid(x: Tensor | None) -> Tensor | None:
+            return x if x is None or valid_T is None else x[valid_T]
+
+        return RouterStats(
+            chosen=self.routing(of_valid(chosen.expert_TK), of_valid(chosen.weight_TK)),
+            kept=self.routing(of_valid(kept.expert_TK), of_valid(kept.weight_TK)),
+            probability_TR=of_valid(probability_TR),
+            logit_TR=of_valid(logit_TR),
+            sequence_T=of_valid(context.sequence_T),
+            target_share_R=self.target_share_R(probability_TR.device),
+            balance_loss=self.balance_loss,
+            penalty_T=of_valid(penalty_T),
+        )
+
+
+def drop_padding(routing: Routing, context: RoutingContext) -> Routing:
+    """The routing with every slot of a padding token empty."""
+    if context.is_valid_T is None:
+        return routing
+    return routing.drop(~context.is_valid_T[:, None].expand_as(routing.expert_TK))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Routers compute in float32, or in float64 when the model does."""
+    return x if x.dtype == torch.float64 else x.float()

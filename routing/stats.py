@@ -1,0 +1,79 @@
+"""RouterStats: the raw quantities of one router call; what is derived from them is computed when it is asked for.
+
+Shapes: T valid tokens, R = E + Z routable experts, B sequences.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .assignment import Routing
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RouterStats:
+    """One router call over its valid tokens; losses and their weights live in `routing.losses`.
+
+    Args:
+        probability_TR: the distribution that balance losses see, with gradient.
+        chosen: what the router chose, before any capacity drop.
+        kept: what is left after capacity drops, and is computed.
+        logit_TR: raw logits with gradient; None for routers without.
+        sequence_T: int64 row of the batch that each token belongs to, or None.
+        target_share_R: the load shares that the balance loss aims at; None means uniform.
+        balance_loss: the name in `routing.losses.BALANCE_LOSSES` of the loss that this router is trained with.
+        penalty_T: per token, a regulariser that the router weighs itself (ReMoE's adaptive L1), or None.
+    """
+
+    probability_TR: Tensor
+    chosen: Routing
+    kept: Routing
+    logit_TR: Tensor | None = None
+    sequence_T: Tensor | None = None
+    target_share_R: Tensor | None = None
+    balance_loss: str = "switch"
+    penalty_T: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Valid tokens."""
+        return self.probability_TR.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.chosen.num_experts
+
+    @cached_property
+    def probability_R(self) -> Tensor:
+        """Mean router probability per routable expert, with gradient."""
+        return self.probability_TR.mean(dim=0)
+
+    @cached_property
+    def count_R(self) -> Tensor:
+        """int64 tokens that chose each routable expert, before any capacity drop."""
+        return self.chosen.count_R
+
+    @cached_property
+    def kept_R(self) -> Tensor:
+        """The same after capacity drops; `kept_R[:E]` is the load that the FFN experts compute."""
+        return self.kept.count_R
+
+    @cached_property
+    def logsumexp_T(self) -> Tensor:
+        """Log of the summed exponentials of each token's logits, with gradient; 0 for routers without logits."""
+        if self.logit_TR is None:
+            return self.probability_TR.new_zeros(self.num_tokens)
+        return self.logit_TR.logsumexp(dim=-1)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """Mean entropy of the router's distribution in nats, no gradient."""
+        return torch.special.entr(self.probability_TR.detach()).sum(dim=-1).mean()
+
+    @property
+    def true_load(self) -> Tensor:
+        """FFN experts that a token visits on average, after capacity drops."""
+        return self.kept_R[: self.num_experts].sum() / max(self.num_tokens, 1)

@@ -1,0 +1,157 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.checkpoint import checkpoints
+from experiments.corpus import Corpus
+from experiments.metrics import open_log, read_log
+from experiments.presets import PRESETS, TrainConfig, preset
+from experiments.schedule import learning_rate
+from experiments.train import train
+from moe import MoEForCausalLM
+
+TINY = TrainConfig(
+    model={
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "num_experts": 4,
+        "moe_intermediate_size": 8,
+        "router": "switch",
+    },
+    steps=8,
+    batch_size=4,
+    sequence_length=16,
+    accumulation=2,
+    warmup_steps=2,
+    evaluate_every=4,
+    checkpoint_every=3,
+    precision="float32",
+)
+
+
+@pytest.fixture
+def corpus():
+    tokens = np.random.default_rng(0).integers(0, 32, 4_000).astype(np.uint8)
+    return Corpus(train=tokens[:3_500], held_out=tokens[3_500:], vocab_size=32, tokens_per_byte=1.0, source="random")
+
+
+def parameters(run):
+    return MoEForCausalLM.from_pretrained(run).state_dict()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, corpus, precision):
+    config = replace(TINY, precision=precision)
+    train(config, corpus, tmp_path / "whole", quiet=True)
+    train(config, corpus, tmp_path / "cut", quiet=True)
+    for folder in checkpoints(tmp_path / "cut")[1:]:
+        shutil.rmtree(folder)
+    train(config, corpus, tmp_path / "cut", resume=True, quiet=True)
+    whole, resumed = parameters(tmp_path / "whole"), parameters(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    ignored = ("tokens_per_second",)
+    for one, other in zip(*(read_log(tmp_path / run / "metrics.jsonl") for run in ("whole", "cut")), strict=True):
+        assert {k: v for k, v in one.items() if k not in ignored} == {
+            k: v for k, v in other.items() if k not in ignored
+        }
+
+
+def test_metrics_have_what_a_run_is_judged_by(tmp_path, corpus):
+    train(TINY, corpus, tmp_path / "run", quiet=True)
+    rows = read_log(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    keys = {
+        "loss",
+        "lm_loss",
+        "bits_per_byte",
+        "tokens_per_second",
+        "max_vio",
+        "router_entropy",
+        "dead_experts",
+        "load",
+    }
+    assert keys <= rows[0].keys()
+    assert np.asarray(rows[0]["load"]).shape == (2, 4)
+    assert [row["step"] for row in rows if "held_out_bits_per_byte" in row] == [4, 8]
+
+
+def test_training_learns(tmp_path):
+    text = np.frombuffer(b"abcdefgh" * 2_000, np.uint8)
+    corpus = Corpus(train=text, held_out=text[:500], vocab_size=256, tokens_per_byte=1.0, source="cycle")
+    config = replace(TINY, model=TINY.model | {"vocab_size": 256}, steps=60, learning_rate=1e-2)
+    assert train(config, corpus, tmp_path / "run", quiet=True).held_out_bits_per_byte < 0.5
+
+
+def test_a_torn_last_line_and_lines_after_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    with open_log(path, last_step=2) as log:
+        log.append({"step": 3, "new": True})
+    assert read_log(path) == [{"step": 1}, {"step": 2}, {"step": 3, "new": True}]
+
+
+def test_an_existing_run_is_neither_overwritten_nor_resumed_by_accident(tmp_path, corpus):
+    with pytest.raises(ValueError, match="nothing to resume"):
+        train(TINY, corpus, tmp_path / "run", resume=True, quiet=True)
+    train(replace(TINY, steps=1), corpus, tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match="--resume"):
+        train(TINY, corpus, tmp_path / "run", quiet=True)
+
+
+def test_kill_minus_nine_during_training_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 2_000)
+    command = [sys.executable, "-m", "experiments.cli", "train", "--preset", "smoke", "--data", str(text)]
+    command += ["--out", str(tmp_path / "run"), "--steps", "30"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=os.getcwd())
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not checkpoints(tmp_path / "run"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoints(tmp_path / "run")
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, cwd=os.getcwd())
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_log(log)] == list(range(1, 31))
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 30
+    assert not list(Path(tmp_path / "run").rglob("*.part"))
+
+
+def test_schedules_by_hand():
+    cosine = replace(TINY, steps=102, warmup_steps=2, learning_rate=1.0, min_learning_rate=0.1)
+    assert learning_rate(cosine, 0) == 0.5
+    assert learning_rate(cosine, 2) == 1.0
+    assert learning_rate(cosine, 52) == pytest.approx(0.55)
+    assert learning_rate(cosine, 102) == pytest.approx(0.1)
+    wsd = replace(cosine, schedule="wsd", decay_share=0.5)
+    assert learning_rate(wsd, 51) == 1.0
+    assert learning_rate(wsd, 102) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build(name):
+    assert preset(name).steps > 0
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="unknown preset"):
+        preset("huge")
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        replace(TINY, steps=0)
+    with pytest.raises(ValueError, match="schedule"):
+        replace(TINY, schedule="linear")
