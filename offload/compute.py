@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .fast import fits_matvec, matvec
 from .layout import ExpertLayer
 
 GROUPED_ALIGNMENT_BYTES = 16
@@ -29,12 +30,20 @@ class RoutedRows:
         x_TD: hidden states.
         expert_TK: expert ids; ids >= E are left out (they contribute nothing).
         weight_TK: combine weights.
+        is_fast: use our own product for experts with one row, where it can.
     """
 
     def __init__(
-        self, module: Any, num_experts: int, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
+        self,
+        module: Any,
+        num_experts: int,
+        x_TD: torch.Tensor,
+        expert_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        *,
+        is_fast: bool = False,
     ) -> None:
-        self._module = module
+        self._module, self._is_fast = module, is_fast
         self._x_TD, self._weight_TK = x_TD, weight_TK
         self.num_tokens, self.top_k = expert_TK.shape
         expert_N, self._order_N = torch.sort(expert_TK.reshape(-1))
@@ -109,7 +118,11 @@ class RoutedRows:
         if out is None:
             out = torch.zeros(rows.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
         start, stop = self.span[expert]
-        torch.mm(rows[start:stop].to(weight.dtype), weight, out=out[start:stop])
+        mine = rows[start:stop].to(weight.dtype)
+        if self._is_fast and fits_matvec(mine, weight.t()):
+            matvec(mine, weight.t(), out[start:stop])
+        else:
+            torch.mm(mine, weight, out=out[start:stop])
         if self._module.has_bias:
             out[start:stop].add_(getattr(self._module, f"{name}_bias")[expert])
         return out

@@ -1,7 +1,7 @@
 """`offload.load`: an ordinary transformers model whose experts stay on disk and visit RAM slots."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .budget import (
 )
 from .cache import NEEDS_FUTURE
 from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
+from .fast import quicken_linears
 from .handle import Offload
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
 from .record import ExpertRecord
@@ -42,6 +43,7 @@ def load(
     io_threads: int = 4,
     dtype: str | torch.dtype = "auto",
     context: int = 2048,
+    arithmetic: str = "exact",
     record_trace: bool = False,
 ) -> Any:
     """Load a mixture-of-experts model without ever holding all its experts in memory.
@@ -56,6 +58,8 @@ def load(
         io_threads: reads in flight at most.
         dtype: dtype of the running model; `"auto"` is that of the checkpoint.
         context: tokens of KV cache that the budget keeps room for.
+        arithmetic: `"exact"` gives the bits of the resident model; `"fast"` computes single bfloat16 tokens with a
+            kernel of our own, which is quicker and differs in the last bits.
         record_trace: record the routing; `model.offload.trace()` gives it.
 
     Returns:
@@ -65,6 +69,9 @@ def load(
         ValueError: if the checkpoint is damaged or incomplete, its experts cannot be offloaded, or the budget is too
             small.
     """
+    if arithmetic not in ("exact", "fast"):
+        raise ValueError(f"arithmetic must be exact or fast; got {arithmetic!r}")
+    policy = _policy(policy)
     folder = _local_folder(path_or_id)
     entries = read_checkpoint(folder)
     config = _config(folder)
@@ -86,14 +93,19 @@ def load(
     needs = memory_needs(config, model, running_dtype, context, io_threads, process_bytes)
     plan = plan_memory(limit, needs, slot_bytes, experts, top_k, num_slots)
     store = ExpertStore(model, layers, num_threads=io_threads, is_direct=_wants_direct(io, plan, layers))
-    return _attach(model, store, plan, _policy(policy), record_trace, str(path_or_id))
+    recorder = _recorder(layers, str(path_or_id)) if record_trace else None
+    running = _runtime.OffloadRuntime(store, plan.num_slots, policy, recorder, arithmetic)
+    if arithmetic == "fast":
+        quicken_linears(model)
+    return _attach(model, running, plan, policy)
 
 
-def _attach(model: Any, store: ExpertStore, plan: MemoryPlan, policy: str, record_trace: bool, source: str) -> Any:
-    experts = [record.layer.num_experts for record in store.records]
+def _recorder(layers: Sequence[ExpertLayer], source: str) -> TraceRecorder:
     metadata = {"model": source, "source": "expertier"}
-    recorder = TraceRecorder(len(experts), max(experts), metadata) if record_trace else None
-    running = _runtime.OffloadRuntime(store, plan.num_slots, policy, recorder)
+    return TraceRecorder(len(layers), max(layer.num_experts for layer in layers), metadata)
+
+
+def _attach(model: Any, running: _runtime.OffloadRuntime, plan: MemoryPlan, policy: str) -> Any:
     for layer, module in enumerate(experts_modules(model).values()):
         module._expertier_place = (running, layer)
         module.config._experts_implementation = _runtime.IMPLEMENTATION

@@ -89,11 +89,18 @@ class OffloadRuntime:
         num_slots: RAM slots of each layer.
         policy: name in CACHES.
         recorder: records the routing, or None.
+        arithmetic: `"exact"` has the bits of transformers' own implementation; `"fast"` differs in the last ones.
     """
 
     def __init__(
-        self, store: ExpertStore, num_slots: Sequence[int], policy: str, recorder: TraceRecorder | None
+        self,
+        store: ExpertStore,
+        num_slots: Sequence[int],
+        policy: str,
+        recorder: TraceRecorder | None,
+        arithmetic: str = "exact",
     ) -> None:
+        self._is_fast = arithmetic == "fast"
         self.store = store
         self.layers = [LayerSlots(store, layer, count, policy) for layer, count in enumerate(num_slots)]
         self.counters = Counters([LayerCounters() for _ in self.layers])
@@ -110,7 +117,7 @@ class OffloadRuntime:
             slots = self.layers[layer]
             if not slots.is_grouped:
                 return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
-            rows = RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK)
+            rows = RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK, is_fast=self._is_fast)
             ExpertStep(slots, self.counters, rows.num_rows, expert_TK).run(rows)
             return rows.combine()
 

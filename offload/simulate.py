@@ -13,7 +13,6 @@ from routing.traces import EMPTY, RoutingTrace
 
 from .cache import CACHES, NEVER, make_cache
 
-
 DEFAULT_POLICIES = ("lru", "lfu", "score", "belady")
 
 
