@@ -33,6 +33,14 @@ def generate(
     cpu_memory: CpuMemory = "auto",
     cache_experts: CacheExperts = None,
     policy: Policy = "auto",
+    arithmetic: Annotated[
+        str,
+        typer.Option("--arithmetic", help="exact: the resident model's bits; fast: a quicker kernel, other last bits."),
+    ] = "exact",
+    io: Annotated[
+        str, typer.Option("--io", help="direct reads past the page cache, cached through it, or auto.")
+    ] = "auto",
+    packed: Annotated[Path | None, typer.Option("--pack", help="Read experts from this packed copy.")] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Record the routing into this .npz file.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -48,7 +56,14 @@ def generate(
     for target in (trace, json_file):
         _expect_folder(target)
     loaded = load(
-        model, cpu_memory=cpu_memory, cache_experts=cache_experts, policy=policy, record_trace=trace is not None
+        model,
+        cpu_memory=cpu_memory,
+        cache_experts=cache_experts,
+        policy=policy,
+        io=io,
+        arithmetic=arithmetic,
+        pack=packed,
+        record_trace=trace is not None,
     )
     text = text_of(Path(loaded.name_or_path), int(loaded.config.get_text_config().vocab_size))
     result = generate_text(
@@ -63,6 +78,29 @@ def generate(
     )
     if json_file:
         write_json(json_file, {"model": model, "prompt": prompt, **result})
+
+
+@app.command("pack")
+def pack(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="The file to write; its index goes beside it.")],
+) -> None:
+    """Copy all experts of a model into one file of aligned, checksummed records; resumes if it was interrupted.
+
+    Example: `expertier pack my-model --out my-model.experts`
+    """
+    from rich.progress import Progress
+
+    from .fit import skeleton_of
+    from .packing import write_pack
+
+    _quiet_transformers()
+    skeleton, entries, layers = skeleton_of(model)
+    total = sum(layer.num_experts * layer.expert_bytes for layer in layers)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("packing", total=total)
+        write_pack(skeleton, layers, entries, out, lambda nbytes: progress.advance(task, nbytes))
+    Console(stderr=True).print(f"{format_size(total)} of experts packed in {out}", highlight=False)
 
 
 @app.command("fit")

@@ -26,6 +26,7 @@ from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
 from .fast import quicken_linears
 from .handle import Offload
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
+from .packing import read_pack
 from .record import ExpertRecord
 from .store import READ_BYTES, ExpertStore
 from .tracing import TraceRecorder
@@ -44,6 +45,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     context: int = 2048,
     arithmetic: str = "exact",
+    pack: str | Path | None = None,
     record_trace: bool = False,
 ) -> Any:
     """Load a mixture-of-experts model without ever holding all its experts in memory.
@@ -60,6 +62,7 @@ def load(
         context: tokens of KV cache that the budget keeps room for.
         arithmetic: `"exact"` gives the bits of the resident model; `"fast"` computes single bfloat16 tokens with a
             kernel of our own, which is quicker and differs in the last bits.
+        pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files.
         record_trace: record the routing; `model.offload.trace()` gives it.
 
     Returns:
@@ -79,7 +82,10 @@ def load(
     process_bytes = resident_bytes()
     model = _load_resident(folder, config, entries, running_dtype)
     dtypes = {name: parameter.dtype for name, parameter in model.state_dict().items()}
-    layers = locate_experts(model, entries, dtypes)
+    layers, checksums = locate_experts(model, entries, dtypes), None
+    if pack is not None:
+        packed = read_pack(Path(pack), layers, entries)
+        layers, checksums = packed.layers, packed.checksums
     _drop_expert_weights(model)
     top_k = experts_per_token(config)
     num_slots = None
@@ -92,7 +98,8 @@ def load(
         num_slots = [min(cache_experts, count) for count in experts]
     needs = memory_needs(config, model, running_dtype, context, io_threads, process_bytes)
     plan = plan_memory(limit, needs, slot_bytes, experts, top_k, num_slots)
-    store = ExpertStore(model, layers, num_threads=io_threads, is_direct=_wants_direct(io, plan, layers))
+    is_direct = _wants_direct(io, plan, layers)
+    store = ExpertStore(model, layers, num_threads=io_threads, is_direct=is_direct, checksums=checksums)
     recorder = _recorder(layers, str(path_or_id)) if record_trace else None
     running = _runtime.OffloadRuntime(store, plan.num_slots, policy, recorder, arithmetic)
     if arithmetic == "fast":

@@ -10,8 +10,17 @@ from queue import SimpleQueue
 class Ticket:
     """The reading of one expert: finished when all its jobs are; `error` says what went wrong, if anything did."""
 
-    def __init__(self, layer: int, expert: int, slot: int, num_jobs: int, landed: "SimpleQueue[Ticket]") -> None:
+    def __init__(
+        self,
+        layer: int,
+        expert: int,
+        slot: int,
+        num_jobs: int,
+        landed: "SimpleQueue[Ticket]",
+        check: Callable[[], None] | None = None,
+    ) -> None:
         self.layer, self.expert, self.slot = layer, expert, slot
+        self._check = check
         self.error: BaseException | None = None
         self.is_cancelled = False
         self.landed = landed
@@ -33,7 +42,12 @@ class Ticket:
             self._left -= 1
             if self._left:
                 return
-            self._finished.set()
+        if self._check is not None and self.error is None and not self.is_cancelled:
+            try:
+                self._check()
+            except Exception as caught:
+                self.error = caught
+        self._finished.set()
         self.landed.put(self)
 
 
