@@ -108,6 +108,13 @@ def fit(
     model: Model,
     cpu_memory: CpuMemory = "auto",
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens of KV cache to keep room for.")] = 2048,
+    hardware: Annotated[
+        Path | None, typer.Option("--hardware", help="Rates of this machine from `calibrate`, to predict the speed.")
+    ] = None,
+    arithmetic: Annotated[str, typer.Option("--arithmetic", help="exact or fast.")] = "exact",
+    hit_rate: Annotated[
+        float | None, typer.Option("--hit-rate", min=0, max=1, help="Known hit rate, for example from `simulate`.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Say whether a model fits a memory budget, and how many of its experts stay in memory.
@@ -139,8 +146,42 @@ def fit(
             "experts per layer in memory",
             highlight=False,
         )
+    predicted: dict[str, Any] = {}
+    if hardware is not None and fitted.plan is not None:
+        from .hardware import Hardware
+
+        prediction = fitted.predict(Hardware.load(hardware), is_fast=arithmetic == "fast", hit_rate=hit_rate)
+        console.print(
+            f"expected {1 / prediction.token_s:.2f} tok/s (at best {1 / prediction.floor_s:.2f}); "
+            f"{prediction.binds} binds: disk {prediction.disk_s:.3f} s, memory {prediction.compute_s:.3f} s per token",
+            highlight=False,
+        )
+        predicted = {"tokens_per_second": 1 / prediction.token_s, "binds": prediction.binds, **vars(prediction)}
     if json_file:
-        write_json(json_file, {"model": model, **fitted.as_json()})
+        write_json(json_file, {"model": model, **fitted.as_json(), "predicted": predicted or None})
+
+
+@app.command("calibrate")
+def calibrate(
+    out: Annotated[Path, typer.Option("--out", help="Where the rates go.")] = Path("hardware.toml"),
+    folder: Annotated[Path, typer.Option("--folder", help="A folder on the disk that holds the models.")] = Path(),
+) -> None:
+    """Measure the disk, the memory and the kernels of this machine.
+
+    Example: `expertier calibrate --out hardware.toml --folder /data/models`
+    """
+    from .calibrate import calibrate as measure
+
+    _expect_folder(out)
+    if not folder.is_dir():
+        raise ValueError(f"folder {folder}: no such folder")
+    found = measure(folder)
+    found.save(out)
+    table = Table("rate", "value")
+    for name, value in vars(found).items():
+        shown = f"{value / 1e9:.2f} GB/s" if name.endswith("_bytes_per_s") else f"{value * 1e6:.1f} us"
+        table.add_row(name.removesuffix("_bytes_per_s"), shown)
+    Console().print(table)
 
 
 @app.command("simulate")

@@ -8,6 +8,8 @@ import torch
 
 from .budget import AUTO_SHARE, MemoryPlan, Needs, available_memory, parse_size, plan_memory
 from .checkpoint import TensorEntry, read_checkpoint
+from .cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
+from .hardware import Hardware
 from .layout import ExpertLayer, experts_modules, locate_experts, weight_names
 from .loading import _config, _local_folder, _model_class, _running_dtype, experts_per_token, memory_needs
 from .record import ExpertRecord
@@ -32,6 +34,27 @@ class Fit:
     @property
     def expert_bytes(self) -> int:
         return sum(layer.num_experts * layer.expert_bytes for layer in self.layers)
+
+    def predict(self, hardware: Hardware, *, is_fast: bool, hit_rate: float | None = None) -> Prediction:
+        """Seconds per decoded token; without a hit rate, one that is typical for the share of experts in memory.
+
+        Raises:
+            ValueError: if the model does not fit.
+        """
+        if self.plan is None:
+            raise ValueError(f"nothing to predict: {self.shortfall}")
+        experts = sum(layer.num_experts for layer in self.layers)
+        if hit_rate is None:
+            share = sum(self.plan.num_slots) / experts
+            hit_rate = expected_hit_rate(share, self.top_k, self.layers[0].num_experts)
+        work = DecodeWork(
+            num_layers=len(self.layers),
+            experts_per_layer=self.top_k,
+            expert_bytes=self.expert_bytes // experts,
+            resident_bytes=self.needs.weight_bytes,
+            hit_rate=hit_rate,
+        )
+        return predict_decode(work, hardware, is_fast=is_fast)
 
     @property
     def active_bytes(self) -> int:
