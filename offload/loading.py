@@ -27,7 +27,9 @@ from .fast import quicken_linears
 from .handle import Offload
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
 from .packing import read_pack
+from .prefetch import PREDICTORS
 from .record import ExpertRecord
+from .routers import make_prefetcher
 from .store import READ_BYTES, ExpertStore
 from .tracing import TraceRecorder
 
@@ -46,6 +48,7 @@ def load(
     context: int = 2048,
     arithmetic: str = "exact",
     pack: str | Path | None = None,
+    prefetch: str = "auto",
     record_trace: bool = False,
 ) -> Any:
     """Load a mixture-of-experts model without ever holding all its experts in memory.
@@ -63,6 +66,8 @@ def load(
         arithmetic: `"exact"` gives the bits of the resident model; `"fast"` computes single bfloat16 tokens with a
             kernel of our own, which is quicker and differs in the last bits.
         pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files.
+        prefetch: `"gate"` or `"transitions"` reads what the next layer will probably need while the disk is idle, and
+            stops when it does not pay; `"off"`, which is what `"auto"` means, does not.
         record_trace: record the routing; `model.offload.trace()` gives it.
 
     Returns:
@@ -74,6 +79,8 @@ def load(
     """
     if arithmetic not in ("exact", "fast"):
         raise ValueError(f"arithmetic must be exact or fast; got {arithmetic!r}")
+    if prefetch not in ("auto", "off", *PREDICTORS):
+        raise ValueError(f"prefetch must be auto, off or one of {', '.join(PREDICTORS)}; got {prefetch!r}")
     policy = _policy(policy)
     folder = _local_folder(path_or_id)
     entries = read_checkpoint(folder)
@@ -102,6 +109,7 @@ def load(
     store = ExpertStore(model, layers, num_threads=io_threads, is_direct=is_direct, checksums=checksums)
     recorder = _recorder(layers, str(path_or_id)) if record_trace else None
     running = _runtime.OffloadRuntime(store, plan.num_slots, policy, recorder, arithmetic)
+    running.prefetcher = make_prefetcher(prefetch, model, layers, top_k)
     if arithmetic == "fast":
         quicken_linears(model)
     return _attach(model, running, plan, policy)

@@ -74,7 +74,7 @@ def test_closing_ends_the_threads_and_what_waits():
     threads.close()
     waiting.wait()
     assert isinstance(waiting.error, RuntimeError)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("expertier-read")]
+    assert not any(thread.is_alive() for thread in threads._threads)
     with pytest.raises(ValueError, match="at least 1 reading thread"):
         ReadingThreads(0)
 

@@ -111,6 +111,22 @@ def test_fast_product_against_float64(shape):
     assert (error <= 2**-8 * expected.abs() + 1e-5 * shape[1]).all()
 
 
+@pytest.mark.parametrize("prefetch", ["gate", "transitions"])
+@pytest.mark.parametrize("name", ["olmoe", "qwen3_moe"])
+def test_reading_ahead_changes_no_bits(saved, name, prefetch):
+    folder, resident = saved(name)
+    tokens = torch.arange(3, 9)[None]
+    expected = resident.generate(tokens, max_new_tokens=60, do_sample=False)
+    for cache_experts in (3, 6, 7):
+        model = offload.load(folder, cache_experts=cache_experts, prefetch=prefetch, policy="score")
+        assert torch.equal(model.generate(tokens, max_new_tokens=60, do_sample=False), expected)
+        tried = model.offload.report()["prefetch"]
+        assert tried["issued"] >= tried["useful"] + tried["late"] + tried["wasted"]
+        if cache_experts == 6:
+            assert tried["issued"] > 0
+        model.offload.close()
+
+
 def test_everything_hits_once_it_is_read(saved, tokens):
     folder, _ = saved("olmoe")
     model = offload.load(folder, cache_experts=8)
