@@ -69,7 +69,7 @@ def smoke() -> TrainConfig:
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
             "head_dim": 32,
-            "num_experts": 4,
+            "num_experts": 8,
             "moe_intermediate_size": 64,
         },
         steps=40,
