@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 import offload.cli
+import offload.trace_cli
 import placement.cli
 import routing.cli
 
@@ -43,6 +44,8 @@ bench.command("kernels")(bench_kernels)
 bench.command("routers")(bench_routers)
 app.add_typer(bench, name="bench")
 routing.cli.trace_app.command("record")(offload.cli.record)
+routing.cli.trace_app.command("locality")(offload.trace_cli.locality)
+routing.cli.trace_app.command("batches")(offload.trace_cli.batches)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)
 app.add_typer(placement.cli.app, name="place")
