@@ -9,7 +9,8 @@ app = typer.Typer(help="Solve where experts should live on a cluster.", no_args_
 
 TraceOption = Annotated[Path | None, typer.Option("--trace", help="A routing trace (.npz).")]
 LoadsOption = Annotated[
-    list[Path] | None, typer.Option("--loads", help='JSON with "logical_count"; repeat it for several scenarios.')
+    list[Path] | None,
+    typer.Option("--loads", help='JSON with "logical_count"; repeat it for scenarios.'),
 ]
 RowsOption = Annotated[str | None, typer.Option("--rows", help="Only rows A:B of the trace.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.")]
@@ -77,6 +78,31 @@ def score_command(
     print_score(found)
     if json_file:
         write_json(json_file, _report(found.to_json()))
+
+
+@app.command("cluster")
+def cluster_command(
+    file: Annotated[Path, typer.Argument(help="Text of `nvidia-smi topo -m`, or NCCL's topology XML.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the cluster file goes (YAML).")],
+    nodes: Annotated[int, typer.Option(help="How many such nodes there are.")] = 1,
+) -> None:
+    """Make a cluster file from what a node says about itself, to be edited.
+
+    Example: `nvidia-smi topo -m > topo.txt; expertier place cluster topo.txt --nodes 4 --out cluster.yaml`
+    """
+    import yaml
+    from rich.console import Console
+
+    from routing.traces import atomic_write
+
+    from .cluster import Cluster
+    from .topology import read_nccl_topology, read_nvidia_smi_topo
+
+    found = (read_nccl_topology if file.suffix == ".xml" else read_nvidia_smi_topo)(file, nodes=nodes)
+    cluster = Cluster.from_mapping(found, str(file))
+    with atomic_write(out) as target:
+        yaml.safe_dump(found, target, sort_keys=False)
+    Console().print(f"wrote {out}: {cluster.num_gpus} GPUs on {cluster.num_nodes} node(s)", highlight=False)
 
 
 @app.command("export")

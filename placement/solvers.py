@@ -14,6 +14,7 @@ from .budget import Budget, Progress
 from .certificate import PROVEN, Certificate
 from .check import require_valid
 from .eplb import eplb
+from .hops_search import search_hops
 from .layer_search import Effort
 from .objectives import Objective, Robustness, find_objective, part_weights
 from .plan import Plan
@@ -24,6 +25,7 @@ Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
 Solver = Callable[[Problem, Objective, Budget], Integer]
 ILP_BINARIES = 2000
+HOP_RESTARTS = 1
 
 
 def solve(
@@ -88,6 +90,7 @@ def make_plan(problem: Problem, map_LP: Integer, *, solver: str, objective: Obje
         dispatch=problem.cluster.ep.dispatch,
         solver=solver,
         objective_name=objective.name,
+        metadata={"load": problem.load_WLE.mean(axis=0).round(3).tolist()},
     )
 
 
@@ -166,6 +169,9 @@ def _search(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     map_LP = lpt_swap_LP(problem, problem.weight_WLE)
     budget.offer(map_LP)
     weights = part_weights(objective, problem.cluster)
+    if weights.hops:
+        start_LP = contiguous_LP(*_shape(problem)) if problem.num_slots == problem.num_experts else map_LP
+        return search_hops(problem, start_LP, budget, restarts=HOP_RESTARTS, **vars(weights))
     if weights.fan or weights.node:
         return search_affinity(
             problem, map_LP, budget, fan=weights.fan, node=weights.node, level=weights.level, effort=Effort()
