@@ -53,10 +53,11 @@ def search_hops(
     chain = _Chain(problem, tasks, hops, budget)
     known = [np.arange(problem.num_slots) // problem.slots_per_gpu for _ in tasks]
     best, best_cost = known, chain.cost(known)
-    for restart in range(restarts):
+    has_copies = problem.num_slots > problem.num_experts
+    for restart in range(1 if has_copies else restarts):
         budget.tell("searching hops", restart / restarts)
         share_s = 0.85 * budget.left_s / (restarts - restart)
-        cooled = chain.anneal(level, seed=budget.seed + restart, seconds=share_s)
+        cooled = known if has_copies else chain.anneal(level, seed=budget.seed + restart, seconds=share_s)
         found, cost = chain.descend(cooled, np.random.default_rng(budget.seed + restart))
         if cost < best_cost:
             best, best_cost = found, cost
@@ -76,7 +77,7 @@ class _Chain:
     def __init__(self, problem: Problem, tasks: list[LayerTask], hops: float, budget: Budget) -> None:
         self.tasks, self.budget, self.G = tasks, budget, problem.num_gpus
         self.weight = hops * len(tasks) / max(len(tasks) - 1, 1)
-        pairs = [_pair_shares(problem, layer) for layer in range(len(tasks) - 1)]
+        pairs = [pair_shares(problem, layer) for layer in range(len(tasks) - 1)]
         self.pair_XX = [
             _per_item(pair, tasks[layer].expert_X, tasks[layer + 1].expert_X) for layer, pair in enumerate(pairs)
         ]
@@ -86,7 +87,7 @@ class _Chain:
         return own - self.weight * sum(self._stay(layer, gpus) for layer in range(len(self.pair_XX)))
 
     def anneal(self, level: float, *, seed: int, seconds: float) -> list[Integer]:
-        """Cool down from a random start; copies that meet on one GPU are separated by the caller's checks."""
+        """Cool down from a random start; for one copy per expert."""
         X = len(self.tasks[0].expert_X)
         random = np.random.default_rng(seed)
         start_LX = np.stack([random.permutation(np.arange(X) * self.G // X) for _ in self.tasks])
@@ -143,7 +144,7 @@ def _transport(linear_XG: Float) -> Integer:
     return np.asarray(column_G[column])
 
 
-def _pair_shares(problem: Problem, layer: int) -> Float:
+def pair_shares(problem: Problem, layer: int) -> Float:
     """Share of tokens whose first choice is e at `layer` and f at the next, mean over scenarios."""
     E = problem.num_experts
     total = np.zeros((E, E))

@@ -56,7 +56,7 @@ def read_tensorrt_statistics(path: Path) -> Float:
 
 
 def read_vllm_load_stats(path: Path) -> Float:
-    """vLLM pull request 41141: JSON lines of `eplb_load_stats`; physical loads are folded by their own map, and summed."""
+    """vLLM pull request 41141: JSON lines of `eplb_load_stats`; physical loads are folded by their map and summed."""
     total: Float | None = None
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -105,6 +105,25 @@ def _statistic_tensors(file: Path) -> dict[tuple[int, int], Float]:
             raise ValueError(f"{file}: expected keys iteration_layer; got {name!r}")
         found[int(match[1]), int(match[2])] = np.asarray(tensor, np.float64)
     return found
+
+
+def import_loads(path: Path, format_name: str) -> Float:
+    """Read a recording by the name of its format.
+
+    Raises:
+        ValueError: if there is no such format or the recording does not follow it.
+    """
+    if format_name not in LOAD_IMPORTERS:
+        raise ValueError(f"unknown loads format {format_name!r}; there are {', '.join(LOAD_IMPORTERS)}")
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    try:
+        load = LOAD_IMPORTERS[format_name](path)
+    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a {format_name} recording: {type(error).__name__} {error}") from error
+    if not np.all(np.isfinite(load)) or np.any(load < 0):
+        raise ValueError(f"{path}: loads must be finite and not negative")
+    return load
 
 
 LOAD_IMPORTERS: dict[str, Callable[[Path], Float]] = {

@@ -2,13 +2,14 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .affinity_search import search_affinity
-from .balance_search import kick_and_swap, lpt_swap_LP
+from .balance_search import kick_and_swap, lpt_swap_LP, robust_weights
 from .baselines import contiguous_LP, random_LP, round_robin_LP
 from .budget import Budget, Progress
 from .certificate import PROVEN, Certificate
@@ -129,6 +130,17 @@ def certify(
     return plan
 
 
+def validate_plan(plan: Plan, held: Mapping[str, Problem]) -> Plan:
+    """Add the plan's metrics on held-out data to its certificate."""
+    if plan.certificate is None or not held:
+        return plan
+    found = {}
+    for name, data in held.items():
+        scored = score(data, plan, "balance")
+        found[name] = {key: getattr(scored, key) for key in ("balancedness", "gpu_fanout", "node_fanout", "hops")}
+    return plan.with_certificate(replace(plan.certificate, out_of_sample=found))
+
+
 def _shape(problem: Problem) -> tuple[int, int, int, int]:
     return problem.num_layers, problem.num_experts, problem.num_slots, problem.num_gpus
 
@@ -166,7 +178,8 @@ def _lpt(problem: Problem, objective: Objective, budget: Budget) -> Integer:
 
 def _search(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     """Balance first; then, for objectives of the tokens' sets, fan-out from there."""
-    map_LP = lpt_swap_LP(problem, problem.weight_WLE)
+    weight_WLE = robust_weights(problem.weight_WLE)
+    map_LP = lpt_swap_LP(problem, weight_WLE)
     budget.offer(map_LP)
     weights = part_weights(objective, problem.cluster)
     if weights.hops:
@@ -176,13 +189,25 @@ def _search(problem: Problem, objective: Objective, budget: Budget) -> Integer:
         return search_affinity(
             problem, map_LP, budget, fan=weights.fan, node=weights.node, level=weights.level, effort=Effort()
         )
-    return kick_and_swap(problem, problem.weight_WLE, map_LP, budget)
+    return kick_and_swap(problem, weight_WLE, map_LP, budget)
 
 
 def _ilp(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     from .ilp.layers import solve_layers_exactly
 
     return solve_layers_exactly(problem, objective, budget, _search(problem, objective, budget))
+
+
+def _moetuner(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    from .ilp.published import moetuner_LP
+
+    return moetuner_LP(problem, budget)
+
+
+def _exflow(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    from .ilp.published import exflow_LP
+
+    return exflow_LP(problem, budget)
 
 
 def _auto(problem: Problem, objective: Objective, budget: Budget) -> Integer:
@@ -208,4 +233,6 @@ SOLVERS: dict[str, Solver] = {
     "lpt": _lpt,
     "search": _search,
     "ilp": _ilp,
+    "moetuner": _moetuner,
+    "exflow": _exflow,
 }

@@ -81,9 +81,7 @@ def read_megatron_jsonl(path: Path, top_k: int | None) -> Pair:
     tables = []
     for key in sorted(rows):
         if sorted(rows[key]) != layers or len({table.shape for table in rows[key].values()}) != 1:
-            raise ValueError(
-                f"{path}: step {key[0]}, rank {key[1]} lacks some of the layers {layers}, or their sizes differ"
-            )
+            raise ValueError(f"{path}: step {key[0]}, rank {key[1]} must have layers {layers}, all of one size")
         tables.append(np.stack([rows[key][layer] for layer in layers], axis=1))
     return _stack_sequences(path, tables)
 
@@ -228,9 +226,7 @@ def _table(path: Path, rows: Any) -> NDArray[np.int64]:
     except ValueError as error:
         raise ValueError(f"{path}: rows of unequal length: {error}") from error
     if table.ndim != 3 or not np.issubdtype(table.dtype, np.integer):
-        raise ValueError(
-            f"{path}: expected integers [tokens, layers, K]; got {table.dtype} {table.shape}"
-        )
+        raise ValueError(f"{path}: expected integers [tokens, layers, K]; got {table.dtype} {table.shape}")
     return table.astype(np.int64)
 
 
@@ -238,9 +234,7 @@ def _stack_sequences(path: Path, tables: list[NDArray[np.int64]]) -> Pair:
     if not tables:
         raise ValueError(f"{path}: holds no routed tokens")
     if len({table.shape[1:] for table in tables}) != 1:
-        raise ValueError(
-            f"{path}: sequences differ in layers or experts per token: {sorted({t.shape[1:] for t in tables})}"
-        )
+        raise ValueError(f"{path}: sequences differ in [layers, K]: {sorted({t.shape[1:] for t in tables})}")
     return np.concatenate(tables), np.repeat(np.arange(len(tables)), [len(table) for table in tables])
 
 
