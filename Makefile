@@ -7,11 +7,12 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/expertier demo
 
+# one thread per worker: the tests' matrices are too small for more
 test: $(INSTALLED)
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto
 
 test-all: $(INSTALLED)
-	$(BIN)/pytest -q -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -m "slow or not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

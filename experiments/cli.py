@@ -6,10 +6,11 @@ import sys
 import typer
 from rich.console import Console
 
+import offload.cli
 import placement.cli
 import routing.cli
 
-from .train_cli import train
+from .commands import demo, train
 
 app = typer.Typer(
     name="expertier",
@@ -29,8 +30,11 @@ def options(debug: bool = typer.Option(False, "--debug", help="Show the tracebac
     """Options that every command accepts, in any place; `main` reads them before Typer does."""
 
 
+app.command("demo")(demo)
 app.command("train")(train)
+routing.cli.trace_app.command("record")(offload.cli.record)
 app.add_typer(routing.cli.trace_app, name="trace")
+app.add_typer(offload.cli.app)
 app.add_typer(placement.cli.app, name="place")
 
 

@@ -65,11 +65,8 @@ def train(config: TrainConfig, corpus: Corpus, run: Path, *, resume: bool = Fals
     found = _prepare(run, resume)
     precision = _precision_of(found[-1]) if found else resolve_precision(config.precision, device)
     config = replace(config, precision=precision)
-    torch.manual_seed(config.seed)
-    model = MoEForCausalLM(MoEConfig(**({"vocab_size": corpus.vocab_size} | config.model))).to(device).train()
-    optimizer = build_optimizer(model, config)
+    model, optimizer, order = build(config, corpus, device)
     done = restore(found[-1], model, optimizer) if found else 0
-    order = BatchOrder(windows(corpus.train, config.sequence_length), config.batch_size, config.seed)
     start, row = time.perf_counter(), {}
     with open_log(run / "metrics.jsonl", last_step=done) as log, _progress(config.steps, done, quiet) as advance:
         try:
@@ -150,6 +147,14 @@ def evaluate(model: MoEForCausalLM, corpus: Corpus, config: TrainConfig) -> floa
     return bits_per_byte(total / len(rows), corpus)
 
 
+def build(config: TrainConfig, corpus: Corpus, device: torch.device) -> tuple[MoEForCausalLM, AdamW, BatchOrder]:
+    """The model as its seed initialises it, its optimiser, and the order of its batches."""
+    torch.manual_seed(config.seed)
+    model = MoEForCausalLM(MoEConfig(**({"vocab_size": corpus.vocab_size} | config.model))).to(device).train()
+    order = BatchOrder(windows(corpus.train, config.sequence_length), config.batch_size, config.seed)
+    return model, build_optimizer(model, config), order
+
+
 def build_optimizer(model: MoEForCausalLM, config: TrainConfig) -> AdamW:
     """AdamW; matrices decay, norms and biases do not."""
     parameters = list(model.parameters())
@@ -217,3 +222,17 @@ def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
             progress.update(task, advance=1, text=text)
 
         yield advance
+
+
+def measure_step_s(config: TrainConfig, corpus: Corpus, *, num_steps: int = 4) -> float:
+    """Median seconds of an optimiser step of this run here, on a model that is thrown away."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = replace(config, precision=resolve_precision(config.precision, device))
+    model, optimizer, order = build(config, corpus, device)
+    train_step(model, optimizer, order, config, 0)
+    seconds = []
+    for step in range(num_steps):
+        start = time.perf_counter()
+        train_step(model, optimizer, order, config, step)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[num_steps // 2]

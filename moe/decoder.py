@@ -84,7 +84,7 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = False
     _no_split_modules = ("DecoderLayer",)
-    _keep_in_fp32_modules_strict = ("bias_R",)
+    _keep_in_fp32_modules_strict = ("bias_R", "penalty_weight", "weight_PK")
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -148,8 +148,7 @@ class MoEModel(MoEPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            num_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(num_seen, num_seen + x_BSD.shape[1], device=x_BSD.device)[None]
+            position_ids = _positions(x_BSD, attention_mask, past_key_values)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x_BSD,
@@ -195,6 +194,15 @@ class MoEModel(MoEPreTrainedModel):
         )
 
 
+def _positions(x_BSD: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
+    """int64 [B or 1, S]: how many tokens stand before each one in its sequence, padding not counted."""
+    S = x_BSD.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(dim=-1) - 1).clamp_min(0)[:, -S:]
+    num_seen = cache.get_seq_length() if cache is not None else 0
+    return torch.arange(num_seen, num_seen + S, device=x_BSD.device)[None]
+
+
 class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     """The decoder with its language-model head.
 
@@ -237,6 +245,15 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                     stats, balance_weight=self.config.balance_loss_weight, z_weight=self.config.z_loss_weight
                 )
         return MoEOutput(loss=loss, lm_loss=lm_loss, logits=logits, past_key_values=cache, router_stats=stats)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Raises ValueError if a router looks at later tokens, which do not exist yet."""
+        if not all(layer.router.is_causal for layer in self.model.moe_layers):
+            raise ValueError(
+                f"the router {self.config.router!r} is not causal: a token's experts depend on later tokens, so this "
+                "model cannot generate; train another router, or use it for scoring whole sequences only"
+            )
+        return super().generate(*args, **kwargs)
 
 
 AutoConfig.register(MoEConfig.model_type, MoEConfig)

@@ -1,1 +1,218 @@
-"""`expertier simulate`, `generate`, `fit`: run a model whose experts do not fit in fast memory."""
+"""`expertier generate`, `fit`, `simulate`, `trace record`: run a model whose experts do not fit in fast memory."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from routing.traces import RoutingTrace, write_json
+
+from .budget import format_size
+
+app = typer.Typer()
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face model folder (safetensors) or a model id.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the report as JSON.")]
+CpuMemory = Annotated[
+    str, typer.Option("--cpu-memory", help="Budget for everything the process has in RAM, such as 6GiB.")
+]
+CacheExperts = Annotated[
+    int | None, typer.Option("--cache-experts", help="RAM slots per MoE layer, instead of what the budget pays for.")
+]
+Policy = Annotated[str, typer.Option("--policy", help="Which expert leaves the cache when another needs its slot.")]
+
+
+@app.command("generate")
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")] = 64,
+    cpu_memory: CpuMemory = "auto",
+    cache_experts: CacheExperts = None,
+    policy: Policy = "auto",
+    trace: Annotated[Path | None, typer.Option("--trace", help="Record the routing into this .npz file.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Continue a text greedily with the experts on disk and in a bounded part of RAM.
+
+    Example: `expertier generate my-model --prompt "def main():" --cpu-memory 6GiB --json report.json`
+    """
+    from .generation import generate_text
+    from .loading import load
+    from .text import text_of
+
+    _quiet_transformers()
+    for target in (trace, json_file):
+        _expect_folder(target)
+    loaded = load(
+        model, cpu_memory=cpu_memory, cache_experts=cache_experts, policy=policy, record_trace=trace is not None
+    )
+    text = text_of(Path(loaded.name_or_path), int(loaded.config.get_text_config().vocab_size))
+    result = generate_text(
+        loaded, text, text.encode(prompt), max_new_tokens=max_new_tokens, show=_show, trace_file=trace
+    )
+    _show("\n")
+    Console(stderr=True).print(
+        f"{result['tokens_per_second']:.2f} tok/s, prefill {result['prefill_seconds']:.2f} s, "
+        f"hit rate {result['hit_rate']:.3f}, read {format_size(result['bytes_read'])}, "
+        f"peak memory {format_size(result['peak_memory_bytes'])}",
+        highlight=False,
+    )
+    if json_file:
+        write_json(json_file, {"model": model, "prompt": prompt, **result})
+
+
+@app.command("fit")
+def fit(
+    model: Model,
+    cpu_memory: CpuMemory = "auto",
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of KV cache to keep room for.")] = 2048,
+    json_file: JsonFile = None,
+) -> None:
+    """Say whether a model fits a memory budget, and how many of its experts stay in memory.
+
+    Example: `expertier fit my-model --cpu-memory 6GiB`
+    """
+    from .fit import fit as fit_model
+
+    _quiet_transformers()
+    fitted = fit_model(model, cpu_memory=cpu_memory, context=context)
+    console = Console()
+    first = fitted.layers[0]
+    console.print(
+        f"{len(fitted.layers)} MoE layers x {first.num_experts} experts of {format_size(first.expert_bytes)}, "
+        f"top-{fitted.top_k}: {format_size(fitted.expert_bytes)} of experts, "
+        f"{format_size(fitted.active_bytes)} used by each token",
+        highlight=False,
+    )
+    if fitted.plan is None:
+        console.print(f"does not fit: {fitted.shortfall}", highlight=False)
+    else:
+        table = Table("memory", "size")
+        for name, size in fitted.plan.table():
+            table.add_row(name, format_size(size))
+        console.print(table)
+        slots = fitted.plan.num_slots
+        console.print(
+            f"fits {format_size(fitted.plan.limit_bytes)} with {min(slots)} to {max(slots)} of {first.num_experts} "
+            "experts per layer in memory",
+            highlight=False,
+        )
+    if json_file:
+        write_json(json_file, {"model": model, **fitted.as_json()})
+
+
+@app.command("simulate")
+def simulate(
+    trace: Annotated[Path, typer.Argument(help="A routing trace (.npz).")],
+    cache_experts: Annotated[int, typer.Option("--cache-experts", min=1, help="Experts the cache holds.")],
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="That many for each layer, not in total.")] = False,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Only the first rows of the trace.")] = None,
+    policy: Annotated[list[str] | None, typer.Option("--policy", help="Policy to simulate; repeat for more.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Print the hit rate that each cache policy would have had on a recorded trace.
+
+    Example: `expertier simulate routing.npz --cache-experts 8 --per-layer --policy lru --policy belady`
+    """
+    from .cache import CACHES
+    from .simulate import simulate as run
+
+    _expect_folder(json_file)
+    recorded = RoutingTrace.load(trace).rows(0, rows)
+    results = run(recorded, cache_experts, per_layer=per_layer, policies=policy or list(CACHES))
+    table = Table("policy", "hit rate", "worst layer", "best layer")
+    for name, result in results.items():
+        worst, best = result.hit_rate_L.min(), result.hit_rate_L.max()
+        table.add_row(name, f"{result.hit_rate:.4f}", f"{worst:.4f}", f"{best:.4f}")
+    Console().print(table)
+    if json_file:
+        write_json(
+            json_file,
+            {
+                "trace": str(trace),
+                "rows": recorded.num_tokens,
+                "cache_experts": cache_experts,
+                "per_layer": per_layer,
+                "policies": {
+                    name: {
+                        "hit_rate": result.hit_rate,
+                        "hits": int(result.hits_L.sum()),
+                        "accesses": int(result.accesses_L.sum()),
+                        "hit_rate_L": result.hit_rate_L.tolist(),
+                    }
+                    for name, result in results.items()
+                },
+            },
+        )
+
+
+def record(
+    model: Model,
+    data: Annotated[Path, typer.Option("--data", help="A text file, or a folder of text files.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the trace goes (.npz).")],
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to run.")] = 8192,
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens per sequence.")] = 512,
+    cpu_memory: CpuMemory = "auto",
+    cache_experts: CacheExperts = None,
+) -> None:
+    """Run a model over text and record which experts each token uses.
+
+    Example: `expertier trace record my-model --data book.txt --out routing.npz`
+    """
+    from .corpus import sequences, text_files
+    from .loading import load
+    from .text import text_of
+
+    _quiet_transformers()
+    _expect_folder(out)
+    text_files(data)
+    loaded = load(model, cpu_memory=cpu_memory, cache_experts=cache_experts, record_trace=True)
+    text = text_of(Path(loaded.name_or_path), int(loaded.config.get_text_config().vocab_size))
+    done = _run_over(loaded, sequences(data, text, length, tokens), tokens, out)
+    Console(stderr=True).print(f"{done} tokens recorded in {out}", highlight=False)
+
+
+def _run_over(model: Any, pieces: Any, tokens: int, out: Path) -> int:
+    import time
+
+    import torch
+    from rich.progress import Progress
+
+    done, saved_s = 0, time.perf_counter()
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as progress, torch.no_grad():
+            task = progress.add_task("recording", total=tokens)
+            for piece in pieces:
+                model(torch.tensor([piece]), use_cache=False)
+                done += len(piece)
+                progress.advance(task, len(piece))
+                if time.perf_counter() - saved_s > 5:
+                    model.offload.save_trace(out)
+                    saved_s = time.perf_counter()
+    finally:
+        if done:
+            model.offload.save_trace(out)
+    if not done:
+        raise ValueError("the data holds no text")
+    return done
+
+
+def _expect_folder(file: Path | None) -> None:
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {file}: the folder {file.absolute().parent} does not exist; create it first")
+
+
+def _show(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .catalogue import ROUTERS, build_routers, expect_router
     from .classic import ClassicRouter
     from .losses import BALANCE_LOSSES, auxiliary_loss, switch_balance_loss, z_loss
-    from .router import Carry, Router, RouterModule, RouterSizes, RoutingContext, router_stats
+    from .router import Carry, Router, RouterModule, RouterSizes, RoutingContext
     from .rule import ClassicRule
     from .stats import RouterStats
 
@@ -37,7 +37,6 @@ _HOME = {
     "RouterModule": ".router",
     "RouterStats": ".stats",
     "RoutingContext": ".router",
-    "router_stats": ".router",
 }
 
 __all__ = [
@@ -58,7 +57,6 @@ __all__ = [
     "build_routers",
     "expect_router",
     "limit_capacity",
-    "router_stats",
     "switch_balance_loss",
     "z_loss",
 ]

@@ -74,6 +74,22 @@ class Routing:
             raise ValueError("empty slots must have weight 0")
         return self
 
+    @classmethod
+    def from_dense(cls, weight_TR: Tensor, is_chosen_TR: Tensor, *, num_experts: int) -> Self:
+        """From a weight per token and routable expert: choices heaviest first, padded to the longest row."""
+        R = weight_TR.shape[1]
+        K = max(1, int(is_chosen_TR.sum(dim=-1).max()))
+        rank_TR = weight_TR.detach().masked_fill(~is_chosen_TR, -torch.inf)
+        expert_TK = rank_TR.topk(K, dim=-1).indices
+        is_empty_TK = ~is_chosen_TR.gather(-1, expert_TK)
+        chosen = cls(
+            expert_TK=expert_TK,
+            weight_TK=weight_TR.gather(-1, expert_TK),
+            num_experts=num_experts,
+            num_zero_compute=R - num_experts,
+        )
+        return chosen.drop(is_empty_TK)
+
     def drop(self, is_dropped_TK: Tensor) -> Self:
         """The same routing with some slots emptied."""
         return replace(

@@ -1,5 +1,9 @@
-"""ROUTERS: every router by name, as a function from sizes and options to one router per MoE layer."""
+"""ROUTERS: every router by name, as a function from sizes and options to one router per MoE layer.
 
+Options are plain values (they live in config.json): fields of `ClassicRule`, and what a variant adds to them.
+"""
+
+import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
@@ -7,21 +11,100 @@ from typing import Any
 
 from torch import nn
 
+from .balanced import BaseRouter, SinkhornRouter
 from .classic import ClassicRouter
+from .cosine import CosineRouter
+from .expert_choice import ExpertChoiceRouter
+from .fixed import ForcedRouter, HashRouter
+from .pathway import PathwayRouter
+from .pregate import PreGate
+from .random_choice import GShardRouter, SigmaRouter
+from .recurrent import RecurrentRouter
+from .relu import ReluRouter, SparsityControl
 from .router import RouterSizes
-from .rule import parse_rule
+from .rule import ClassicRule, parse_rule
 
 
-def classic(sizes: RouterSizes, **rule: Any) -> list[ClassicRouter]:
-    """Independent routers with one rule; the keyword arguments are those of `ClassicRule`."""
-    parsed = parse_rule(rule)
-    return [ClassicRouter(sizes, layer, parsed) for layer in range(sizes.num_layers)]
+def classic(sizes: RouterSizes, *, kind: type[ClassicRouter] = ClassicRouter, **options: Any) -> list[nn.Module]:
+    """Independent routers of one kind: options are the fields of `ClassicRule` and the kind's own keywords."""
+    own_names = [name for name in inspect.signature(kind).parameters if name not in _NOT_OPTIONS]
+    _expect_options(options, [*own_names, *ClassicRule.__dataclass_fields__])
+    own = {name: options.pop(name) for name in own_names if name in options}
+    rule = parse_rule(options)
+    return [kind(sizes, layer, rule, **own) for layer in range(sizes.num_layers)]
 
 
-ROUTERS: dict[str, Callable[..., list[Any]]] = {
+def recurrent(sizes: RouterSizes, *, state_width: int = 128, **options: Any) -> list[nn.Module]:
+    """RMoE: one GRU cell of width `state_width` for all layers; options as for `classic`, and `recurrence`."""
+    if state_width < 1:
+        raise ValueError(f"state_width must be at least 1; got {state_width}")
+    cell = nn.GRUCell(state_width, state_width)
+    return classic(sizes, kind=partial(RecurrentRouter, cell=cell), **options)  # type: ignore[arg-type]
+
+
+def moepp(sizes: RouterSizes, *, gating_residual: bool = True, **options: Any) -> list[nn.Module]:
+    """MoE++: a gating residual between layers; without it the rule alone is left."""
+    return classic(sizes, kind=PathwayRouter if gating_residual else ClassicRouter, **options)
+
+
+def longcat(sizes: RouterSizes, *, target_load: float | None = None, **options: Any) -> list[nn.Module]:
+    """Nulls steered by the bias; as published, two thirds of the K experts are FFN experts on average."""
+    target_load = sizes.top_k * 2 / 3 if target_load is None else target_load
+    return classic(sizes, target_load=target_load, **options)
+
+
+def sinkhorn(sizes: RouterSizes, **options: Any) -> list[nn.Module]:
+    """The gate is a sigmoid for K = 1, else a softmax."""
+    options = {"score": "sigmoid" if sizes.top_k == 1 else "softmax"} | options
+    return classic(sizes, kind=SinkhornRouter, **options)
+
+
+def remoe(sizes: RouterSizes, *, initial_penalty: float = 1e-8, penalty_growth: float = 1.2) -> list[nn.Module]:
+    """ReLU routing; the penalty weight is common to all layers."""
+    target_share = sizes.top_k / sizes.num_routable
+    control = SparsityControl(sizes.num_layers, target_share, initial_penalty, penalty_growth)
+    return [ReluRouter(sizes, layer, control) for layer in range(sizes.num_layers)]
+
+
+def hashed(sizes: RouterSizes, *, seed: int = 0) -> list[nn.Module]:
+    """A table from token id to experts per layer."""
+    return [HashRouter(sizes, layer, seed) for layer in range(sizes.num_layers)]
+
+
+def forced(sizes: RouterSizes, *, num_rows: int = 1, row_by: str = "position") -> list[nn.Module]:
+    """Room for `num_rows` rows of a routing to replay."""
+    return [ForcedRouter(sizes, layer, num_rows, row_by) for layer in range(sizes.num_layers)]
+
+
+def pregate(
+    sizes: RouterSizes, *, ahead: int = 1, inner: str = "mixtral", inner_options: dict[str, Any] | None = None
+) -> list[nn.Module]:
+    """Each gate of the `inner` router is read `ahead` blocks before the block it decides for; 0 is `inner` itself.
+
+    Raises:
+        ValueError: if `ahead` leaves no block to plan for, or `inner` cannot be pre-gated.
+    """
+    if inner in NOT_PREGATED:
+        raise ValueError(f"{inner} cannot be pre-gated: {NOT_PREGATED[inner]}")
+    if not 0 <= ahead < sizes.num_layers:
+        raise ValueError(f"ahead must lie in 0..{sizes.num_layers - 1} (MoE layers - 1); got {ahead}")
+    gates = build_routers(inner, sizes, inner_options)
+    return [PreGate(gates, layer, ahead) for layer in range(sizes.num_layers)] if ahead else gates
+
+
+NOT_PREGATED = {
+    "pregate": "its plan is already made ahead; raise `ahead` instead",
+    "hash": "it reads token ids only, so every layer's experts are known from the start",
+    "forced": "its routing is given beforehand",
+    "expert_choice": "pre-gating serves decoding, which expert choice cannot do",
+}
+
+ROUTERS: dict[str, Callable[..., list[nn.Module]]] = {
     "classic": classic,
-    # Fedus et al. 2022, arXiv:2101.03961: raw softmax weight, capacity, jitter; meant for top_k = 1
-    "switch": partial(classic, score="softmax", capacity_factor=1.25, capacity_policy="first", jitter=0.01),
+    # Fedus et al. 2022, arXiv:2101.03961: raw softmax weight, capacity, jitter, small init; meant for K = 1
+    "switch": partial(classic, capacity_factor=1.25, jitter=0.01, init_scale=0.1),
+    # Lepikhin et al. 2020, arXiv:2006.16668: top-2 renormalised, random second expert, loss on first choices
+    "gshard": partial(classic, kind=GShardRouter, renormalise=True, capacity_factor=1.0, balance_loss="first_choice"),
     # Jiang et al. 2024, arXiv:2401.04088: softmax over the selected logits
     "mixtral": partial(classic, score="selected_softmax"),
     # Muennighoff et al. 2024, arXiv:2409.02060: softmax over all, no renormalisation, dropless
@@ -30,9 +113,48 @@ ROUTERS: dict[str, Callable[..., list[Any]]] = {
     "qwen3_moe": partial(classic, score="softmax", renormalise=True),
     # DeepSeek-AI 2024, arXiv:2405.04434: softmax scores, best-expert groups by option (8, keep 3), no renormalisation
     "deepseek_v2": partial(classic, score="softmax", scale=16.0, group_score="max"),
-    # DeepSeek-AI 2024, arXiv:2412.19437: sigmoid scores, balancing bias, renormalised; groups by option
-    "deepseek_v3": partial(classic, score="sigmoid", renormalise=True, scale=2.5, bias_rate=1e-3, group_score="top2"),
+    # DeepSeek-AI 2024, arXiv:2412.19437, and Ling 2.0, arXiv:2510.22115: sigmoid scores, balancing bias, renormalised,
+    # groups by option (8, keep 4); a small loss per sequence beside the bias
+    "deepseek_v3": partial(
+        classic,
+        score="sigmoid",
+        renormalise=True,
+        scale=2.5,
+        bias_rate=1e-3,
+        group_score="top2",
+        balance_loss="sequence",
+    ),
+    # Wang et al. 2024, arXiv:2408.15664: the balancing bias alone
+    "loss_free": partial(classic, score="sigmoid", bias_rate=1e-3, balance_loss="none"),
+    # Zeng et al. 2024, arXiv:2406.13233: nulls (zero_compute "zero"), weights normalised over FFN experts only
+    "adamoe": partial(classic, score="selected_softmax", normalise_over="ffn", balance_loss="null_averaged"),
+    # Meituan 2025, arXiv:2509.01322: nulls (zero_compute "copy") with raw weights, share steered by the bias
+    "longcat": partial(longcat, score="softmax", bias_rate=0.1, balance_loss="none"),
+    # Jin et al. 2024, arXiv:2410.07348: zero, copy and constant experts, gating residual, weighted loss and capacity
+    "moepp": partial(moepp, score="selected_softmax", normalise_over="nonzero", ffn_share=0.75, capacity_factor=1.1),
+    # Qiu et al. 2024, arXiv:2408.06793: a GRU across layers
+    "rmoe": partial(recurrent, score="selected_softmax"),
+    # Hwang et al. 2023, arXiv:2308.12066: gates read `ahead` blocks before
+    "pregate": pregate,
+    # Csordas et al. 2023, arXiv:2310.10837: sigmoid, expert dropout, entropy of the batch mean
+    "sigma_moe": partial(classic, kind=SigmaRouter, score="sigmoid", balance_loss="entropy"),
+    # Chi et al. 2022, arXiv:2204.09179: cosine scores
+    "xmoe": partial(classic, kind=CosineRouter, score="softmax"),
+    # Wang et al. 2024, arXiv:2412.14711: ReLU weights, adaptive L1
+    "remoe": remoe,
+    # Zhou et al. 2022, arXiv:2202.09368: experts pick tokens; cannot generate
+    "expert_choice": partial(classic, kind=ExpertChoiceRouter, score="softmax", balance_loss="none"),
+    # Clark et al. 2022, arXiv:2202.01169: doubly normalised selection in training
+    "sinkhorn": partial(sinkhorn, balance_loss="none"),
+    # Lewis et al. 2021, arXiv:2103.16716: optimal balanced assignment in training, K = 1
+    "base": partial(classic, kind=BaseRouter, score="sigmoid", balance_loss="none"),
+    # Roller et al. 2021, arXiv:2106.04426: a fixed table of token ids
+    "hash": hashed,
+    # a given routing, replayed
+    "forced": forced,
 }
+
+_NOT_OPTIONS = ("sizes", "layer", "rule", "score_width", "cell")
 
 
 def build_routers(name: str, sizes: RouterSizes, options: dict[str, Any] | None = None) -> list[nn.Module]:
@@ -40,14 +162,19 @@ def build_routers(name: str, sizes: RouterSizes, options: dict[str, Any] | None 
 
     Args:
         name: a key of `ROUTERS`.
-        sizes: D, E, Z, K, L.
+        sizes: D, E, Z, K, L, V.
         options: keyword arguments that refine the named router.
 
     Raises:
         ValueError: if the name or an option is unknown, or sizes and options do not fit together.
     """
     expect_router(name)
-    return ROUTERS[name](sizes, **(options or {}))
+    build = ROUTERS[name]
+    known = [option for option, kind in inspect.signature(build).parameters.items() if kind.kind == kind.KEYWORD_ONLY]
+    takes_any = any(kind.kind == kind.VAR_KEYWORD for kind in inspect.signature(build).parameters.values())
+    if not takes_any:
+        _expect_options(options or {}, known)
+    return build(sizes, **(options or {}))
 
 
 def expect_router(name: str) -> None:
@@ -56,3 +183,10 @@ def expect_router(name: str) -> None:
         near = get_close_matches(name, ROUTERS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown router {name!r}; {hint}known are {', '.join(ROUTERS)}")
+
+
+def _expect_options(options: dict[str, Any], known: list[str]) -> None:
+    if unknown := sorted(set(options) - set(known)):
+        near = get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown router option {', '.join(unknown)}; {hint}known are {', '.join(known)}")

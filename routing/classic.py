@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from .assignment import Routing
 from .capacity import CAPACITY_POLICIES, limit_capacity, share_capacity_R, tutel_capacity
-from .router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding, router_stats
+from .router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
 from .rule import ClassicRule
 from .stats import RouterStats
 
@@ -34,7 +34,7 @@ class ClassicRouter(RouterModule):
     def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule, score_width: int | None = None) -> None:
         super().__init__(sizes, layer)
         rule.check_sizes(sizes)
-        self.rule = rule
+        self.rule, self.balance_loss = rule, rule.balance_loss
         self.weight = nn.Parameter(torch.empty(sizes.num_routable, score_width or sizes.width))
         self.bias_R: Tensor | None
         self.register_buffer("bias_R", torch.zeros(sizes.num_routable) if rule.bias_rate else None)
@@ -53,18 +53,10 @@ class ClassicRouter(RouterModule):
             if context.logit_bias_LR is not None:
                 logit_TR = logit_TR + context.logit_bias_LR[self.layer]
             probability_TR, score_TR = self.score(logit_TR)
-            expert_TK = self.select(score_TR, context)
+            expert_TK = self.select(logit_TR.detach(), score_TR.detach(), context)
             chosen = drop_padding(self.routing(expert_TK, self.weigh(score_TR, expert_TK)), context)
             kept = self.drop_overflow(self.thin(chosen), context) if context.is_training else chosen
-            stats = router_stats(
-                chosen,
-                kept,
-                context,
-                probability_TR=probability_TR,
-                logit_TR=logit_TR,
-                target_share_R=None if self.rule.ffn_share == 1 else self._target_share_R(x_TD.device),
-                balance_loss=self.rule.balance_loss,
-            )
+            stats = self.stats(chosen, kept, context, probability_TR=probability_TR, logit_TR=logit_TR)
         return kept, carry, stats
 
     def logits(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry]:
@@ -79,9 +71,8 @@ class ClassicRouter(RouterModule):
         probability_TR = logit_TR.softmax(dim=-1)
         return probability_TR, logit_TR if self.rule.score == "selected_softmax" else probability_TR
 
-    def select(self, score_TR: Tensor, context: RoutingContext) -> Tensor:
-        """int64 [T, K], best first. The balancing bias acts here and nowhere else."""
-        score_TR = score_TR.detach()
+    def select(self, logit_TR: Tensor, score_TR: Tensor, context: RoutingContext) -> Tensor:
+        """int64 [T, K], best first, without gradient. The balancing bias acts here and nowhere else."""
         if self.bias_R is not None:
             score_TR = score_TR + self.bias_R
         if self.rule.num_groups > 1:
@@ -98,6 +89,14 @@ class ClassicRouter(RouterModule):
             weight_TK = weight_TK if counts_TK is None else torch.where(counts_TK, weight_TK, 0.0)
             weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp_min(TINY)
         return weight_TK * self.rule.scale
+
+    def target_share_R(self, device: torch.device) -> Tensor | None:
+        """FFN and zero-compute experts in the proportion of the rule; sums to 1."""
+        if self.rule.ffn_share == 1:
+            return None
+        share_R = torch.ones(self.sizes.num_routable, device=device)
+        share_R[: self.sizes.num_experts] = self.rule.ffn_share
+        return share_R / share_R.sum()
 
     def thin(self, chosen: Routing) -> Routing:
         """What training leaves out at random before capacities apply."""
@@ -169,13 +168,10 @@ class ClassicRouter(RouterModule):
                 factor, count_R=chosen.count_R, num_tokens=num_tokens, top_k=chosen.expert_TK.shape[1]
             )
         num_slots = (chosen.expert_TK < chosen.empty_id).sum()
-        return share_capacity_R(factor, num_slots, self._target_share_R(chosen.expert_TK.device))
-
-    def _target_share_R(self, device: torch.device) -> Tensor:
-        """The load share that each routable expert should take; sums to 1."""
-        share_R = torch.ones(self.sizes.num_routable, device=device)
-        share_R[: self.sizes.num_experts] = self.rule.ffn_share
-        return share_R / share_R.sum()
+        share_R = self.target_share_R(chosen.expert_TK.device)
+        if share_R is None:
+            share_R = num_slots.new_full((self.sizes.num_routable,), 1 / self.sizes.num_routable, dtype=torch.float64)
+        return share_capacity_R(factor, num_slots, share_R)
 
 
 def _masked_softmax(logit_TK: Tensor, counts_TK: Tensor) -> Tensor:

@@ -128,8 +128,21 @@ class RouterSizes:
         return self.num_experts + self.num_zero_compute
 
 
-class RouterModule(nn.Module):
-    """What our routers share: an empty carry, nothing to do after a step, float32 buffers whatever the model's dtype.
+class ExactBuffers(nn.Module):
+    """A module whose float32 buffers stay float32, bit for bit, when the model is cast to another dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, after.float() if before.is_meta else before.to(after.device))
+        return self
+
+
+class RouterModule(ExactBuffers):
+    """What our routers share: an empty carry, nothing to do after a step, statistics over valid tokens.
 
     Args:
         sizes: D, E, Z, K, L.
@@ -137,6 +150,7 @@ class RouterModule(nn.Module):
     """
 
     is_causal = True
+    balance_loss = "none"
 
     def __init__(self, sizes: RouterSizes, layer: int) -> None:
         super().__init__()
@@ -149,12 +163,16 @@ class RouterModule(nn.Module):
         """Stateless routers have nothing to update."""
 
     def init_parameters(self, std: float) -> None:
-        """Initialise this module's own parameters and buffers; `std` is the model's initialiser range.
+        """Initialise this module's own parameters; `std` is the model's initialiser range.
 
         Only through `torch.nn.init`, whose functions transformers guards while it loads a checkpoint.
         """
         for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, std=std)
+
+    def target_share_R(self, device: torch.device) -> Tensor | None:
+        """The load shares that the balance loss aims at; None means uniform."""
+        return None
 
     def routing(self, expert_TK: Tensor, weight_TK: Tensor) -> Routing:
         """A routing of this router's sizes."""
@@ -165,14 +183,32 @@ class RouterModule(nn.Module):
             num_zero_compute=self.sizes.num_zero_compute,
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.dtype == torch.float32}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            after = getattr(self, name)
-            if after.dtype != before.dtype:
-                setattr(self, name, after.float() if before.is_meta else before.to(after.device))
-        return self
+    def stats(
+        self,
+        chosen: Routing,
+        kept: Routing,
+        context: RoutingContext,
+        *,
+        probability_TR: Tensor,
+        logit_TR: Tensor | None = None,
+        penalty_T: Tensor | None = None,
+    ) -> RouterStats:
+        """The raw quantities of one call of this router; padding tokens do not count."""
+        valid_T = context.is_valid_T
+
+        def of_valid(x: Tensor | None) -> Tensor | None:
+            return x if x is None or valid_T is None else x[valid_T]
+
+        return RouterStats(
+            chosen=self.routing(of_valid(chosen.expert_TK), of_valid(chosen.weight_TK)),
+            kept=self.routing(of_valid(kept.expert_TK), of_valid(kept.weight_TK)),
+            probability_TR=of_valid(probability_TR),
+            logit_TR=of_valid(logit_TR),
+            sequence_T=of_valid(context.sequence_T),
+            target_share_R=self.target_share_R(probability_TR.device),
+            balance_loss=self.balance_loss,
+            penalty_T=of_valid(penalty_T),
+        )
 
 
 def drop_padding(routing: Routing, context: RoutingContext) -> Routing:
@@ -185,35 +221,3 @@ def drop_padding(routing: Routing, context: RoutingContext) -> Routing:
 def at_least_float32(x: Tensor) -> Tensor:
     """Routers compute in float32, or in float64 when the model does."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def router_stats(
-    chosen: Routing,
-    kept: Routing,
-    context: RoutingContext,
-    *,
-    probability_TR: Tensor,
-    logit_TR: Tensor | None = None,
-    penalty_T: Tensor | None = None,
-    target_share_R: Tensor | None = None,
-    balance_loss: str = "switch",
-) -> RouterStats:
-    """The raw quantities of one router call (see `RouterStats`); padding tokens do not count."""
-    valid_T = context.is_valid_T
-
-    def of_valid(x: Tensor | None) -> Tensor | None:
-        return x if x is None or valid_T is None else x[valid_T]
-
-    def rows(routing: Routing) -> Routing:
-        return replace(routing, expert_TK=of_valid(routing.expert_TK), weight_TK=of_valid(routing.weight_TK))
-
-    return RouterStats(
-        chosen=rows(chosen),
-        kept=rows(kept),
-        probability_TR=of_valid(probability_TR),
-        logit_TR=of_valid(logit_TR),
-        sequence_T=of_valid(context.sequence_T),
-        target_share_R=target_share_R,
-        balance_loss=balance_loss,
-        penalty_T=of_valid(penalty_T),
-    )

@@ -65,12 +65,12 @@ class ClassicRule:
     init_scale: float | None = None
 
     def __post_init__(self) -> None:
-        _expect_one_of("score", self.score, get_args(Score))
-        _expect_one_of("normalise_over", self.normalise_over, get_args(NormaliseOver))
-        _expect_one_of("group_score", self.group_score, get_args(GroupScore))
-        _expect_one_of("capacity_rule", self.capacity_rule, get_args(CapacityRule))
-        _expect_one_of("capacity_policy", self.capacity_policy, tuple(CAPACITY_POLICIES))
-        _expect_one_of("balance_loss", self.balance_loss, tuple(BALANCE_LOSSES))
+        expect_one_of("score", self.score, get_args(Score))
+        expect_one_of("normalise_over", self.normalise_over, get_args(NormaliseOver))
+        expect_one_of("group_score", self.group_score, get_args(GroupScore))
+        expect_one_of("capacity_rule", self.capacity_rule, get_args(CapacityRule))
+        expect_one_of("capacity_policy", self.capacity_policy, tuple(CAPACITY_POLICIES))
+        expect_one_of("balance_loss", self.balance_loss, tuple(BALANCE_LOSSES))
         if not 1 <= self.groups_kept <= self.num_groups:
             raise ValueError(f"groups_kept must lie in 1..{self.num_groups} (num_groups); got {self.groups_kept}")
         for name in ("capacity_factor", "target_load", "ffn_share", "init_scale"):
@@ -120,6 +120,7 @@ def parse_rule(options: dict[str, object]) -> ClassicRule:
     return ClassicRule(**options)  # type: ignore[arg-type]
 
 
-def _expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError if a setting is not among its choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

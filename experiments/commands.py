@@ -1,4 +1,4 @@
-"""`expertier train`: the command; the training itself is in `experiments.train`, which needs torch."""
+"""`expertier train` and `expertier demo`: the commands; what they do needs torch and is imported when they run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,3 +39,20 @@ def train(
         f"{out}: {result.steps} steps, {result.held_out_bits_per_byte:.3f} bits per byte on held-out text, "
         f"{result.tokens_per_second:.0f} tokens/s"
     )
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the model, the trace, the plan and the report.")] = Path(
+        "runs/demo"
+    ),
+    data: Annotated[str | None, typer.Option(help="Text to train on; the standard library without it.")] = None,
+    train_seconds: Annotated[float, typer.Option(min=1, help="About how long training may take.")] = 240.0,
+) -> None:
+    """Train a model, run it with its experts on the SSD, record its routing, place it on a cluster; ends with a page.
+
+    Example: `expertier demo`
+    """
+    from .demo import run_demo
+
+    report = run_demo(out, data=data, train_seconds=train_seconds)
+    typer.echo(f"report: {report.resolve()}")

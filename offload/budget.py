@@ -1,0 +1,230 @@
+"""Memory: what the process may use, what it needs besides experts, and how many expert slots the rest pays for.
+
+Without torch.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+SLACK_SHARE, MIN_SLACK_BYTES = 0.03, 96 << 20
+AUTO_SHARE = 0.9
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as `6GiB`, `512MB` or `1000000`.
+
+    Raises:
+        ValueError: if it is not a positive number with a known unit.
+    """
+    if isinstance(text, int):
+        size = text
+    else:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+        if match is None or match[2].upper() not in UNITS:
+            raise ValueError(f"cannot read {text!r} as a size; write it like 6GiB, 512MB or 4000000000")
+        size = int(float(match[1]) * UNITS[match[2].upper()])
+    if size <= 0:
+        raise ValueError(f"a size must be positive; got {text!r}")
+    return size
+
+
+def format_size(size: float) -> str:
+    """A size as people read it, in binary units."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int | None:
+    """The smallest memory limit of this process's control groups (v1 and v2), in bytes; None without one."""
+    try:
+        lines = process.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    limits = []
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            bases, name = (root, root / "unified"), "memory.max"
+        elif "memory" in controllers.split(","):
+            bases, name = (root / "memory",), "memory.limit_in_bytes"
+        else:
+            continue
+        for base in bases:
+            limits.extend(_limits_upwards(base, path, name))
+    real = [limit for limit in limits if limit < 1 << 60]
+    return min(real) if real else None
+
+
+def _limits_upwards(base: Path, path: str, name: str) -> list[int]:
+    folder, limits = base / path.lstrip("/"), []
+    while True:
+        try:
+            text = (folder / name).read_text(encoding="utf-8").strip()
+            if text != "max":
+                limits.append(int(text))
+        except (OSError, ValueError):
+            pass
+        if folder == base or base not in folder.parents:
+            return limits
+        folder = folder.parent
+
+
+def available_memory() -> int:
+    """Bytes that this process may still hope to use in total: free memory plus what it has, within its cgroup limit."""
+    found: dict[str, int] = {}
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+        name, _, rest = line.partition(":")
+        found[name] = int(rest.split()[0]) << 10
+    total = found["MemAvailable"] + resident_bytes()
+    limit = cgroup_limit()
+    return total if limit is None else min(total, limit)
+
+
+def resident_bytes() -> int:
+    """Memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes() -> int:
+    """The most memory this process has had."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    return resident_bytes()
+
+
+def kv_bytes_per_token(config: Any, item_bytes: int) -> int:
+    """An upper bound of the KV cache that one token takes in all layers, from the names that configs share."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers = int(getattr(text, "num_hidden_layers", 0) or 0)
+    heads = int(getattr(text, "num_attention_heads", 0) or 0)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    width = int(getattr(text, "hidden_size", 0) or 0)
+    head = int(getattr(text, "head_dim", None) or (width // heads if heads else 0))
+    key = int(getattr(text, "qk_head_dim", None) or head)
+    value = int(getattr(text, "v_head_dim", None) or head)
+    return layers * kv_heads * (max(key, head) + max(value, head)) * item_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """How one memory budget is divided, in bytes; `num_slots` is the number of expert slots of each MoE layer."""
+
+    limit_bytes: int
+    process_bytes: int
+    weight_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    staging_bytes: int
+    slack_bytes: int
+    slot_bytes: int
+    num_slots: tuple[int, ...]
+
+    @property
+    def fixed_bytes(self) -> int:
+        return (
+            self.process_bytes
+            + self.weight_bytes
+            + self.kv_bytes
+            + self.activation_bytes
+            + self.staging_bytes
+            + self.slack_bytes
+        )
+
+    def table(self) -> list[tuple[str, int]]:
+        """What the budget goes to, for people."""
+        return [
+            ("Python and libraries", self.process_bytes),
+            ("weights that stay resident", self.weight_bytes),
+            ("KV cache", self.kv_bytes),
+            ("activations", self.activation_bytes),
+            ("reading buffers", self.staging_bytes),
+            ("slack of the allocator", self.slack_bytes),
+            (f"expert slots ({sum(self.num_slots)})", self.slot_bytes),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a model needs besides expert slots, in bytes."""
+
+    process_bytes: int
+    weight_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    staging_bytes: int
+
+
+def plan_memory(
+    limit_bytes: int,
+    needs: Needs,
+    slot_bytes_L: Sequence[int],
+    experts_L: Sequence[int],
+    top_k: int,
+    num_slots: Sequence[int] | None = None,
+) -> MemoryPlan:
+    """Divide a budget; slots are spread evenly over the layers, as many as fit and at most all experts.
+
+    Args:
+        limit_bytes: the whole budget.
+        needs: everything that is not expert slots.
+        slot_bytes_L: bytes of a slot in each layer.
+        experts_L: experts of each layer.
+        top_k: experts that one token uses in one layer; fewer slots are refused.
+        num_slots: slots of each layer, if they are already decided.
+
+    Raises:
+        ValueError: if fewer than `top_k` slots per layer fit; the message says which budget would do.
+    """
+    slack = max(int(SLACK_SHARE * limit_bytes), MIN_SLACK_BYTES)
+    fixed = sum(vars(needs).values()) + slack
+    least = [min(top_k, count) for count in experts_L]
+    floor = sum(count * size for count, size in zip(least, slot_bytes_L, strict=True))
+    if num_slots is None:
+        if fixed + floor > limit_bytes:
+            enough = int((fixed - slack + floor) / (1 - SLACK_SHARE)) + MIN_SLACK_BYTES
+            raise ValueError(
+                f"{format_size(limit_bytes)} is too small for one token's experts: {format_size(fixed)} are needed "
+                f"besides experts and {format_size(floor)} for {top_k} experts in each of {len(experts_L)} layers; "
+                f"give at least {format_size(enough)}"
+            )
+        num_slots = spread_slots(limit_bytes - fixed, slot_bytes_L, experts_L, least)
+    slot_bytes = sum(count * size for count, size in zip(num_slots, slot_bytes_L, strict=True))
+    return MemoryPlan(
+        limit_bytes=limit_bytes, **vars(needs), slack_bytes=slack, slot_bytes=slot_bytes, num_slots=tuple(num_slots)
+    )
+
+
+def spread_slots(
+    free_bytes: int, slot_bytes_L: Sequence[int], experts_L: Sequence[int], least_L: Sequence[int]
+) -> list[int]:
+    """As many slots as fit, one layer after the other in turn, never more than a layer has experts."""
+    slots = list(least_L)
+    free = free_bytes - sum(count * size for count, size in zip(slots, slot_bytes_L, strict=True))
+    grew = True
+    while grew:
+        grew = False
+        for layer, size in enumerate(slot_bytes_L):
+            if slots[layer] < experts_L[layer] and size <= free:
+                slots[layer] += 1
+                free -= size
+                grew = True
+    return slots
+
+
+def describe(plan: MemoryPlan) -> Mapping[str, int | list[int]]:
+    """A plan as JSON."""
+    return {
+        **{name: value for name, value in vars(plan).items() if name != "num_slots"},
+        "num_slots": list(plan.num_slots),
+    }

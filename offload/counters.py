@@ -1,0 +1,56 @@
+"""What happened: hits, misses, bytes, seconds, per layer and in total."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class LayerCounters:
+    """Counts of one layer; a hit is an expert that was in memory when its layer asked for it (per expert and call)."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+
+
+@dataclass
+class Counters:
+    """Counts of one model since it was loaded or `reset`."""
+
+    layers: list[LayerCounters]
+    compute_s: float = 0.0
+    stall_s: float = 0.0
+    step_s: list[float] = field(default_factory=list)
+    """Seconds of each call of the model."""
+    step_tokens: list[int] = field(default_factory=list)
+    started_s: float = field(default_factory=time.perf_counter)
+
+    def reset(self) -> None:
+        for layer in self.layers:
+            layer.hits = layer.misses = layer.bytes_read = 0
+        self.compute_s = self.stall_s = 0.0
+        self.step_s.clear()
+        self.step_tokens.clear()
+
+    def summary(self) -> dict[str, Any]:
+        """Totals, rates and latency percentiles, JSON-serialisable."""
+        hits = sum(layer.hits for layer in self.layers)
+        misses = sum(layer.misses for layer in self.layers)
+        decode_s = sorted(seconds for seconds, tokens in zip(self.step_s, self.step_tokens, strict=True) if tokens == 1)
+        return {
+            "hits": hits,
+            "misses": misses,
+            "hit_rate": hits / max(hits + misses, 1),
+            "bytes_read": sum(layer.bytes_read for layer in self.layers),
+            "compute_s": self.compute_s,
+            "stall_s": self.stall_s,
+            "steps": len(self.step_s),
+            "decode_s_p50": _quantile(decode_s, 0.50),
+            "decode_s_p95": _quantile(decode_s, 0.95),
+            "decode_s_p99": _quantile(decode_s, 0.99),
+        }
+
+
+def _quantile(ordered: list[float], share: float) -> float | None:
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None

@@ -1,0 +1,85 @@
+"""Will it fit? What a model needs in memory, from the headers of its checkpoint, without loading it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .budget import AUTO_SHARE, MemoryPlan, Needs, available_memory, parse_size, plan_memory
+from .checkpoint import read_checkpoint
+from .layout import ExpertLayer, experts_modules, locate_experts, weight_names
+from .loading import _config, _local_folder, _model_class, _running_dtype, experts_per_token, memory_needs
+from .record import ExpertRecord
+
+PROCESS_BYTES = 450 << 20
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fit:
+    """What a model needs and what a budget buys.
+
+    `plan` is None if the budget is too small; `shortfall` then says what would do.
+    """
+
+    layers: list[ExpertLayer]
+    top_k: int
+    needs: Needs
+    slot_bytes_L: list[int]
+    plan: MemoryPlan | None
+    shortfall: str | None
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(layer.num_experts * layer.expert_bytes for layer in self.layers)
+
+    @property
+    def active_bytes(self) -> int:
+        """Bytes of the experts that one token uses."""
+        return sum(min(self.top_k, layer.num_experts) * layer.expert_bytes for layer in self.layers)
+
+    def as_json(self) -> dict[str, Any]:
+        slots = list(self.plan.num_slots) if self.plan else None
+        return {
+            "fits": self.plan is not None,
+            "reason": self.shortfall,
+            "moe_layers": len(self.layers),
+            "experts_per_layer": [layer.num_experts for layer in self.layers],
+            "experts_per_token": self.top_k,
+            "expert_bytes": self.expert_bytes,
+            "active_expert_bytes_per_token": self.active_bytes,
+            "resident_weight_bytes": self.needs.weight_bytes,
+            "kv_bytes": self.needs.kv_bytes,
+            "slots_per_layer": slots,
+            "share_of_experts_in_memory": None
+            if slots is None
+            else sum(slots) / sum(layer.num_experts for layer in self.layers),
+        }
+
+
+def fit(path_or_id: str | Path, *, cpu_memory: str | int = "auto", context: int = 2048, io_threads: int = 4) -> Fit:
+    """What `load` would do with this budget.
+
+    Raises:
+        ValueError: if the checkpoint is damaged or its experts cannot be offloaded.
+    """
+    folder = _local_folder(path_or_id)
+    entries, config = read_checkpoint(folder), _config(folder)
+    dtype = _running_dtype("auto", config, entries)
+    with torch.device("meta"):
+        skeleton = _model_class(config)._from_config(config, dtype=dtype)
+    dtypes = {name: parameter.dtype for name, parameter in skeleton.state_dict().items()}
+    layers = locate_experts(skeleton, entries, dtypes)
+    for module in experts_modules(skeleton).values():
+        for name in weight_names(module):
+            delattr(module, name)
+    top_k = experts_per_token(config)
+    needs = memory_needs(config, skeleton, dtype, context, io_threads, PROCESS_BYTES)
+    slot_bytes_L = [ExpertRecord.of(layer).slot_bytes for layer in layers]
+    limit = int(AUTO_SHARE * available_memory()) if cpu_memory == "auto" else parse_size(cpu_memory)
+    plan, shortfall = None, None
+    try:
+        plan = plan_memory(limit, needs, slot_bytes_L, [layer.num_experts for layer in layers], top_k)
+    except ValueError as error:
+        shortfall = str(error)
+    return Fit(layers=layers, top_k=top_k, needs=needs, slot_bytes_L=slot_bytes_L, plan=plan, shortfall=shortfall)

@@ -1,0 +1,95 @@
+"""Greedy generation with a live text, timings and a trace that is on disk while it grows."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from .text import ByteText, TokenizerText
+
+TRACE_EVERY_S = 5.0
+
+
+class LiveText(BaseStreamer):  # type: ignore[misc]
+    """Receives tokens from `generate`: shows them, notes when they came, saves the trace now and then."""
+
+    def __init__(
+        self, text: ByteText | TokenizerText, show: Callable[[str], None], save_trace: Callable[[], None] | None
+    ) -> None:
+        self.token_ids: list[int] = []
+        self.time_s: list[float] = []
+        self._text, self._show, self._save_trace = text, show, save_trace
+        self._shown = ""
+        self._saved_s = time.perf_counter()
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self.token_ids.extend(value.reshape(-1).tolist())
+        self.time_s.append(time.perf_counter())
+        whole = self._text.decode(self.token_ids)
+        if not whole.endswith("�"):
+            self._show(whole[len(self._shown) :])
+            self._shown = whole
+        if self._save_trace and self.time_s[-1] - self._saved_s > TRACE_EVERY_S:
+            self._save_trace()
+            self._saved_s = time.perf_counter()
+
+    def end(self) -> None:
+        self._show(self._text.decode(self.token_ids)[len(self._shown) :])
+
+
+def generate_text(
+    model: Any,
+    text: ByteText | TokenizerText,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    show: Callable[[str], None],
+    trace_file: Path | None = None,
+) -> dict[str, Any]:
+    """Continue a prompt greedily.
+
+    Args:
+        model: a model from `load`.
+        prompt_ids: tokens of the prompt.
+        show: receives pieces of text as they come.
+        trace_file: where the routing goes; written every few seconds and at the end, also after Ctrl-C.
+
+    Returns:
+        tokens_per_second (of decoding), prefill_seconds, hit_rate, bytes_read, peak_memory_bytes, token_ids and the
+        report of the offloading.
+    """
+    if not prompt_ids:
+        raise ValueError("the prompt is empty; give at least one token")
+    save_trace = None if trace_file is None else lambda: model.offload.save_trace(trace_file)
+    live = LiveText(text, show, save_trace)
+    model.offload.reset()
+    started = time.perf_counter()
+    try:
+        model.generate(
+            torch.tensor([list(prompt_ids)]),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=live,
+        )
+    finally:
+        if save_trace is not None and live.time_s:
+            save_trace()
+    report = model.offload.report()
+    decode_s = live.time_s[-1] - live.time_s[0]
+    return {
+        "tokens_per_second": (len(live.time_s) - 1) / decode_s if decode_s > 0 else 0.0,
+        "prefill_seconds": live.time_s[0] - started,
+        "hit_rate": report["hit_rate"],
+        "bytes_read": report["bytes_read"],
+        "peak_memory_bytes": report["peak_memory_bytes"],
+        "token_ids": live.token_ids,
+        "report": report,
+    }

@@ -1,0 +1,89 @@
+"""`model.offload`: what the offloading did, and the routing it saw."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from routing.traces import RoutingTrace
+
+from .budget import MemoryPlan, describe, peak_bytes
+from .runtime import OffloadRuntime
+
+
+class Offload:
+    """The offloading of one model.
+
+    Args:
+        model: the model; its calls are timed.
+        runtime: its experts.
+        plan: how the memory budget was divided.
+        policy: name of the cache policy.
+    """
+
+    def __init__(self, model: Any, runtime: OffloadRuntime, plan: MemoryPlan, policy: str) -> None:
+        self.plan, self.policy = plan, policy
+        self._runtime = runtime
+        self._call_started_s = 0.0
+        self._call_tokens = 0
+        model.register_forward_pre_hook(self._before_call, with_kwargs=True)
+        model.register_forward_hook(self._after_call, with_kwargs=True)
+
+    @property
+    def num_slots(self) -> tuple[int, ...]:
+        return self.plan.num_slots
+
+    def report(self) -> dict[str, Any]:
+        """Hits, misses, bytes, seconds and memory since loading or `reset`, JSON-serialisable."""
+        counters = self._runtime.counters
+        return {
+            **counters.summary(),
+            "policy": self.policy,
+            "slots_per_layer": list(self.plan.num_slots),
+            "is_direct": self._runtime.store.is_direct,
+            "peak_memory_bytes": peak_bytes(),
+            "memory": dict(describe(self.plan)),
+            "hit_rate_L": [layer.hits / max(layer.hits + layer.misses, 1) for layer in counters.layers],
+        }
+
+    def reset(self) -> None:
+        """Start counting anew; what is cached stays."""
+        self._runtime.counters.reset()
+
+    def trace(self) -> RoutingTrace:
+        """The routing recorded so far.
+
+        Raises:
+            ValueError: if the model was loaded without `record_trace=True` or has not run yet.
+        """
+        if self._runtime.recorder is None:
+            raise ValueError("this model does not record its routing; load it with record_trace=True")
+        return self._runtime.recorder.trace()
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write the routing recorded so far, atomically."""
+        self.trace().save(path)
+
+    def close(self) -> None:
+        """Stop the reading threads and close the files; the model cannot run afterwards."""
+        self._runtime.store.close()
+
+    def _before_call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
+        batch, length = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, torch.Tensor) else (1, 1)
+        self._call_tokens = length
+        if self._runtime.recorder is not None:
+            cache = kwargs.get("past_key_values")
+            past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+            mask = kwargs.get("attention_mask")
+            is_mask = isinstance(mask, torch.Tensor) and mask.dim() == 2
+            self._runtime.recorder.begin_call(batch, length, past, mask.bool().cpu().numpy() if is_mask else None)
+        self._call_started_s = time.perf_counter()
+
+    def _after_call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        counters = self._runtime.counters
+        counters.step_s.append(time.perf_counter() - self._call_started_s)
+        counters.step_tokens.append(self._call_tokens)

@@ -1,0 +1,282 @@
+"""`offload.load`: an ordinary transformers model whose experts stay on disk and visit RAM slots."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+import moe  # noqa: F401  registers our own model type with transformers
+
+from . import runtime as _runtime
+from .budget import (
+    AUTO_SHARE,
+    MemoryPlan,
+    Needs,
+    available_memory,
+    kv_bytes_per_token,
+    parse_size,
+    plan_memory,
+    resident_bytes,
+)
+from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
+from .handle import Offload
+from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
+from .record import ExpertRecord
+from .store import READ_BYTES, ExpertStore
+from .tracing import TraceRecorder
+
+DEFAULT_POLICY = "lru"
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    cpu_memory: str | int = "auto",
+    cache_experts: int | None = None,
+    policy: str = "auto",
+    io: str = "auto",
+    io_threads: int = 4,
+    dtype: str | torch.dtype = "auto",
+    context: int = 2048,
+    record_trace: bool = False,
+) -> Any:
+    """Load a mixture-of-experts model without ever holding all its experts in memory.
+
+    Args:
+        path_or_id: a Hugging Face model folder with safetensors weights, or a model id.
+        cpu_memory: the whole budget of the process, such as `"6GiB"`; `"auto"` takes 90 % of what the machine and the
+            control group leave.
+        cache_experts: RAM slots per MoE layer instead of what a budget pays for.
+        policy: cache policy by name (see CACHES), or `"auto"`.
+        io: `"direct"` reads past the page cache, `"cached"` through it, `"auto"` decides by the size of the model.
+        io_threads: reads in flight at most.
+        dtype: dtype of the running model; `"auto"` is that of the checkpoint.
+        context: tokens of KV cache that the budget keeps room for.
+        record_trace: record the routing; `model.offload.trace()` gives it.
+
+    Returns:
+        The transformers model, in eval mode; `model.offload` is its Offload.
+
+    Raises:
+        ValueError: if the checkpoint is damaged or incomplete, its experts cannot be offloaded, or the budget is too
+            small.
+    """
+    folder = _local_folder(path_or_id)
+    entries = read_checkpoint(folder)
+    config = _config(folder)
+    running_dtype = _running_dtype(dtype, config, entries)
+    process_bytes = resident_bytes()
+    model = _load_resident(folder, config, entries, running_dtype)
+    dtypes = {name: parameter.dtype for name, parameter in model.state_dict().items()}
+    layers = locate_experts(model, entries, dtypes)
+    _drop_expert_weights(model)
+    top_k = experts_per_token(config)
+    num_slots = None
+    slot_bytes = [ExpertRecord.of(layer).slot_bytes for layer in layers]
+    experts = [layer.num_experts for layer in layers]
+    limit = int(AUTO_SHARE * available_memory()) if cpu_memory == "auto" else parse_size(cpu_memory)
+    if cache_experts is not None:
+        if cache_experts < 1:
+            raise ValueError(f"cache_experts must be at least 1 slot per layer; got {cache_experts}")
+        num_slots = [min(cache_experts, count) for count in experts]
+    needs = memory_needs(config, model, running_dtype, context, io_threads, process_bytes)
+    plan = plan_memory(limit, needs, slot_bytes, experts, top_k, num_slots)
+    store = ExpertStore(model, layers, num_threads=io_threads, is_direct=_wants_direct(io, plan, layers))
+    return _attach(model, store, plan, _policy(policy), record_trace, str(path_or_id))
+
+
+def _attach(model: Any, store: ExpertStore, plan: MemoryPlan, policy: str, record_trace: bool, source: str) -> Any:
+    experts = [record.layer.num_experts for record in store.records]
+    metadata = {"model": source, "source": "expertier"}
+    recorder = TraceRecorder(len(experts), max(experts), metadata) if record_trace else None
+    running = _runtime.OffloadRuntime(store, plan.num_slots, policy, recorder)
+    for layer, module in enumerate(experts_modules(model).values()):
+        module._expertier_place = (running, layer)
+        module.config._experts_implementation = _runtime.IMPLEMENTATION
+    model.offload = Offload(model, running, plan, policy)
+    return model
+
+
+def _local_folder(path_or_id: str | Path) -> Path:
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(path_or_id).startswith(".") or str(path_or_id).count("/") != 1:
+        raise ValueError(f"model {path_or_id}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(str(path_or_id), allow_patterns=wanted))
+    except Exception as error:
+        raise ValueError(
+            f"model {path_or_id}: neither a folder here nor a model id that can be downloaded ({error})"
+        ) from error
+
+
+def _config(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model {folder}: config.json is missing")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (KeyError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"model {folder}: config.json cannot be read: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        method = dict(config.to_dict()["quantization_config"]).get("quant_method", "unknown")
+        raise ValueError(
+            f"model {folder}: its weights are quantised ({method}); offloading reads plain float weights, "
+            "so save a dequantised copy first"
+        )
+    return config
+
+
+def _running_dtype(dtype: str | torch.dtype, config: Any, entries: Mapping[str, TensorEntry]) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"dtype must be auto, bfloat16, float16 or float32; got {dtype!r}")
+        return found
+    declared = getattr(config, "dtype", None)
+    if isinstance(declared, torch.dtype):
+        return declared
+    return next(
+        (entry.torch_dtype() for entry in entries.values() if entry.dtype in ("F32", "F16", "BF16")), torch.float32
+    )
+
+
+class _Hollow:
+    """Stands in for an experts weight while transformers loads the rest: the right shape, no memory."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def __getitem__(self, key: Any) -> "_Hollow":
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.zeros((), dtype=dtype or self.dtype).expand(self.shape)
+
+
+def _load_resident(folder: Path, config: Any, entries: Mapping[str, TensorEntry], dtype: torch.dtype) -> Any:
+    """Let transformers load everything but the experts' matrices, which stay hollow."""
+    with torch.device("meta"):
+        skeleton = _model_class(config)._from_config(config)
+    modules = experts_modules(skeleton)
+    if not modules:
+        raise ValueError(
+            f"model {folder}: {type(skeleton).__name__} does not compute its experts through transformers' experts "
+            "interface (or has none), so they cannot be offloaded"
+        )
+    found = match_checkpoint(skeleton, entries)
+    state: dict[str, Any] = {}
+    shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
+    hollow = {f"{name}.{weight}" for name, module in modules.items() for weight in weight_names(module)}
+    for name, keys in found.items():
+        if name not in hollow:
+            state.update({key: StoredTensor(entries[key]) for key, _ in keys})
+    for name in hollow & shapes.keys():
+        if name not in found:
+            raise ValueError(f"model {folder}: the checkpoint has no tensor for {name}; is a shard missing?")
+        state[name] = _Hollow(shapes[name], dtype)
+    model, info = _model_class(config).from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        experts_implementation=_runtime.IMPLEMENTATION,
+        output_loading_info=True,
+    )
+    _check_loaded(folder, info)
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.requires_grad_(False)
+
+
+def _model_class(config: Any) -> Any:
+    import transformers
+
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) in mapping:
+        return mapping[type(config)]
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    raise ValueError(f"no causal language model is known for model type {config.model_type!r}")
+
+
+def _check_loaded(folder: Path, info: Mapping[str, Any]) -> None:
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"model {folder}: the checkpoint has no tensor for {missing[0]} and {len(missing) - 1} others; "
+            "is a shard missing?"
+        )
+    for kind in ("mismatched_keys", "conversion_errors", "error_msgs"):
+        if problems := info.get(kind):
+            raise ValueError(f"model {folder}: {kind.replace('_', ' ')}: {str(problems)[:500]}")
+
+
+def _drop_expert_weights(model: Any) -> None:
+    """Take the hollow weights out, so that nothing can compute with them or save them."""
+    for module in experts_modules(model).values():
+        for name in weight_names(module):
+            delattr(module, name)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("an offloaded model has no expert weights to save; copy its checkpoint folder instead")
+
+    model.save_pretrained = refuse
+
+
+def experts_per_token(config: Any) -> int:
+    """K, from the names that configs use for it."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("num_experts_per_tok", "moe_topk", "moe_top_k", "num_selected_experts", "top_k_experts", "expert_top_k")
+    for name in names:
+        value = getattr(text, name, None)
+        if isinstance(value, list | tuple) and value:
+            value = max(value)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 1
+
+
+def memory_needs(
+    config: Any, model: Any, dtype: torch.dtype, context: int, io_threads: int, process_bytes: int
+) -> Needs:
+    """What the process needs besides expert slots, with `context` tokens of KV cache."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    width, vocabulary = int(getattr(text, "hidden_size", 0) or 0), int(getattr(text, "vocab_size", 0) or 0)
+    rows = context * max(experts_per_token(config), 1)
+    return Needs(
+        process_bytes=process_bytes,
+        weight_bytes=weight_bytes,
+        kv_bytes=context * kv_bytes_per_token(config, dtype.itemsize),
+        activation_bytes=4 * vocabulary * 4 + rows * width * dtype.itemsize * 4,
+        staging_bytes=io_threads * READ_BYTES,
+    )
+
+
+def _wants_direct(io: str, plan: MemoryPlan, layers: list[ExpertLayer]) -> bool:
+    if io not in ("auto", "direct", "cached"):
+        raise ValueError(f"io must be auto, direct or cached; got {io!r}")
+    if io != "auto":
+        return io == "direct"
+    model_bytes = sum(layer.num_experts * layer.expert_bytes for layer in layers)
+    return model_bytes > 0.8 * (min(available_memory(), plan.limit_bytes) - plan.fixed_bytes)
+
+
+def _policy(name: str) -> str:
+    return DEFAULT_POLICY if name == "auto" else name

@@ -1,0 +1,92 @@
+"""Recording of a routing trace while a model runs.
+
+Shapes: T tokens of a call, L MoE layers, K experts per token, B sequences in a batch.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from routing.traces import EMPTY, RoutingTrace
+
+
+class TraceRecorder:
+    """Collects what each MoE layer is asked for, call by call; padding and zero-compute experts become -1.
+
+    Args:
+        num_layers: L.
+        num_experts: E.
+        metadata: facts for the trace.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, metadata: dict[str, Any]) -> None:
+        self._num_layers, self._num_experts, self._metadata = num_layers, num_experts, metadata
+        self._calls: list[tuple[NDArray[np.int16], NDArray[np.float16], NDArray[np.int32], NDArray[np.int32]]] = []
+        self._layers: dict[int, tuple[NDArray[np.int16], NDArray[np.float16]]] = {}
+        self._sequence_T: NDArray[np.int32] | None = None
+        self._position_T: NDArray[np.int32] | None = None
+        self._keep_T: NDArray[np.bool_] | None = None
+        self._lengths_B: NDArray[np.int32] = np.zeros(0, np.int32)
+        self._next_sequence = 0
+
+    def begin_call(self, batch: int, length: int, past: int, mask_BS: NDArray[np.bool_] | None) -> None:
+        """A call of the model starts: `batch` sequences of `length` new tokens after `past` cached ones."""
+        self._finish_call()
+        if past == 0 or batch != len(self._lengths_B):
+            self._next_sequence += len(self._lengths_B)
+            self._lengths_B = np.zeros(batch, np.int32)
+        keep_BS = np.ones((batch, length), bool) if mask_BS is None else mask_BS[:, -length:]
+        position_BS = self._lengths_B[:, None] + np.cumsum(keep_BS, axis=1, dtype=np.int32) - 1
+        sequence_BS = np.repeat(self._next_sequence + np.arange(batch, dtype=np.int32)[:, None], length, axis=1)
+        self._lengths_B = self._lengths_B + keep_BS.sum(axis=1, dtype=np.int32)
+        self._keep_T, self._position_T = keep_BS.reshape(-1), position_BS.reshape(-1).astype(np.int32)
+        self._sequence_T = sequence_BS.reshape(-1)
+
+    def note(self, layer: int, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> None:
+        """One layer's routing of the call that has begun."""
+        ids = expert_TK.cpu().numpy().astype(np.int16)
+        ids = np.where((ids >= 0) & (ids < self._num_experts), ids, np.int16(EMPTY))
+        self._layers[layer] = (ids, weight_TK.float().cpu().numpy().astype(np.float16))
+
+    def trace(self) -> RoutingTrace:
+        """Everything recorded so far.
+
+        Raises:
+            ValueError: if nothing was recorded.
+        """
+        self._finish_call()
+        if not self._calls:
+            raise ValueError("nothing was recorded yet; run the model first")
+        width = max(call[0].shape[2] for call in self._calls)
+        return RoutingTrace(
+            expert_TLK=np.concatenate([_pad(call[0], width, EMPTY) for call in self._calls]),
+            weight_TLK=np.concatenate([_pad(call[1], width, 0) for call in self._calls]),
+            sequence_T=np.concatenate([call[2] for call in self._calls]),
+            position_T=np.concatenate([call[3] for call in self._calls]),
+            metadata={**self._metadata, "num_experts": self._num_experts},
+        )
+
+    def _finish_call(self) -> None:
+        layers, self._layers = self._layers, {}
+        if not layers:
+            return
+        num_tokens = max(ids.shape[0] for ids, _ in layers.values())
+        width = max(ids.shape[1] for ids, _ in layers.values())
+        expert_TLK = np.full((num_tokens, self._num_layers, width), EMPTY, np.int16)
+        weight_TLK = np.zeros((num_tokens, self._num_layers, width), np.float16)
+        for layer, (ids, weights) in layers.items():
+            if ids.shape[0] == num_tokens:
+                expert_TLK[:, layer, : ids.shape[1]] = ids
+                weight_TLK[:, layer, : ids.shape[1]] = weights
+        keep_T, sequence_T, position_T = self._keep_T, self._sequence_T, self._position_T
+        if keep_T is None or sequence_T is None or position_T is None or len(keep_T) != num_tokens:
+            keep_T = np.ones(num_tokens, bool)
+            sequence_T = np.full(num_tokens, self._next_sequence, np.int32)
+            position_T = np.arange(num_tokens, dtype=np.int32)
+        self._calls.append((expert_TLK[keep_T], weight_TLK[keep_T], sequence_T[keep_T], position_T[keep_T]))
+
+
+def _pad(array: NDArray[Any], width: int, fill: int) -> NDArray[Any]:
+    return np.pad(array, ((0, 0), (0, 0), (0, width - array.shape[2])), constant_values=fill)

@@ -1,0 +1,56 @@
+"""Expert choice: each expert picks its tokens, later ones included, so such a model cannot generate.
+
+Shapes: T tokens, D model width, R routable experts.
+"""
+
+import torch
+from torch import Tensor
+
+from .assignment import Routing
+from .classic import ClassicRouter
+from .router import Carry, RouterSizes, RoutingContext, at_least_float32
+from .rule import ClassicRule
+from .stats import RouterStats
+
+
+class ExpertChoiceRouter(ClassicRouter):
+    """Every expert takes the `C = c T / R` tokens with its largest scores; a token gets 0 to R experts.
+
+    Args:
+        sizes: D, E, Z, K, L.
+        layer: which MoE layer this router serves.
+        rule: its score must be `softmax`; the rest of a token-choice rule does not apply.
+        mean_experts: c, experts per token on average; K when None.
+
+    Source: Zhou et al. 2022, arXiv:2202.09368, eqs. 1-2. Balanced by construction: no loss, no renormalisation.
+    """
+
+    is_causal = False
+
+    def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule, mean_experts: float | None = None) -> None:
+        if rule != ClassicRule(score="softmax", balance_loss="none"):
+            raise ValueError("expert_choice has no token-choice rule; its only option is mean_experts")
+        if mean_experts is not None and not 0 < mean_experts <= sizes.num_routable:
+            raise ValueError(f"mean_experts must lie in 0..{sizes.num_routable} (E + Z); got {mean_experts}")
+        super().__init__(sizes, layer, rule)
+        self.mean_experts = mean_experts
+
+    def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logit_TR, carry = self.logits(at_least_float32(x_TD), carry, context)
+            if context.logit_bias_LR is not None:
+                logit_TR = logit_TR + context.logit_bias_LR[self.layer]
+            probability_TR = logit_TR.softmax(dim=-1)
+            is_chosen_TR = self._pick(probability_TR.detach(), context)
+            routing = Routing.from_dense(probability_TR, is_chosen_TR, num_experts=self.sizes.num_experts)
+        return routing, carry, self.stats(routing, routing, context, probability_TR=probability_TR, logit_TR=logit_TR)
+
+    def _pick(self, probability_TR: Tensor, context: RoutingContext) -> Tensor:
+        T, R = probability_TR.shape
+        if context.is_valid_T is not None:
+            T = int(context.is_valid_T.sum())
+            probability_TR = probability_TR.masked_fill(~context.is_valid_T[:, None], -1.0)
+        mean_experts = self.mean_experts or self.top_k(context)
+        capacity = min(T, max(1, int(mean_experts * T / R)))
+        token_CR = probability_TR.topk(capacity, dim=0).indices
+        return torch.zeros_like(probability_TR, dtype=torch.bool).scatter(0, token_CR, True)

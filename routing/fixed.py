@@ -1,0 +1,94 @@
+"""Routers that do not look at hidden states: a hash of the token id, or a given routing replayed.
+
+Shapes: T tokens, K experts per token, R routable experts, V vocabulary, P positions of a replayed routing.
+"""
+
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .assignment import Routing
+from .router import Carry, RouterModule, RouterSizes, RoutingContext, drop_padding
+from .rule import expect_one_of
+from .stats import RouterStats
+
+RowBy = Literal["position", "order"]
+
+
+class HashRouter(RouterModule):
+    """A fixed, random, balanced table from token id to experts; weights 1 / K, no parameters.
+
+    Args:
+        sizes: E, K, L and V.
+        layer: which MoE layer this router serves; every layer has its own table.
+        seed: of the tables.
+
+    Source: Roller et al. 2021, arXiv:2106.04426, section 3.1 (balanced random assignment).
+    """
+
+    def __init__(self, sizes: RouterSizes, layer: int, seed: int = 0) -> None:
+        super().__init__(sizes, layer)
+        if sizes.vocab_size is None:
+            raise ValueError("hash routing needs the vocabulary size")
+        R, V = sizes.num_routable, sizes.vocab_size
+        place_V = np.random.default_rng([seed, layer]).permutation(V)
+        self.register_buffer("expert_VK", torch.from_numpy((place_V[:, None] + np.arange(sizes.top_k)) % R))
+
+    def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
+        if context.token_id_T is None:
+            raise ValueError("hash routing needs token ids; the model got embeddings instead of input_ids")
+        expert_TK = self.expert_VK[context.token_id_T]
+        weight_TK = torch.full(expert_TK.shape, 1 / self.sizes.top_k, device=expert_TK.device)
+        return _fixed(self, self.routing(expert_TK, weight_TK), carry, context)
+
+
+class ForcedRouter(RouterModule):
+    """Replays a routing that was set with `replay`; before that every slot is empty.
+
+    Args:
+        sizes: E, Z, K, L.
+        layer: which MoE layer this router serves.
+        num_rows: rows of the routing.
+        row_by: a token takes the row of its `position` in its sequence, or of its `order` among the call's tokens.
+    """
+
+    def __init__(self, sizes: RouterSizes, layer: int, num_rows: int = 1, row_by: RowBy = "position") -> None:
+        super().__init__(sizes, layer)
+        expect_one_of("row_by", row_by, get_args(RowBy))
+        if num_rows < 1:
+            raise ValueError(f"num_rows must be at least 1; got {num_rows}")
+        self.row_by = row_by
+        self.register_buffer("expert_PK", torch.full((num_rows, sizes.top_k), sizes.num_routable))
+        self.register_buffer("weight_PK", torch.zeros(num_rows, sizes.top_k))
+
+    @torch.no_grad()
+    def replay(self, expert_PK: Tensor, weight_PK: Tensor | None = None) -> None:
+        """Set the rows; weights are 1 / K without `weight_PK`. Raises ValueError if they do not fit."""
+        if expert_PK.shape != self.expert_PK.shape:
+            raise ValueError(f"expected a routing of {tuple(self.expert_PK.shape)}; got {tuple(expert_PK.shape)}")
+        if weight_PK is None:
+            weight_PK = (expert_PK < self.sizes.num_routable) / self.sizes.top_k
+        self.routing(expert_PK.long(), weight_PK.float()).validate()
+        self.expert_PK.copy_(expert_PK)
+        self.weight_PK.copy_(weight_PK)
+
+    def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
+        row_T = context.position_T if self.row_by == "position" else torch.arange(len(x_TD), device=x_TD.device)
+        if row_T is None:
+            raise ValueError("a forced routing by position needs positions in the context")
+        if int(row_T.max()) >= len(self.expert_PK):
+            raise ValueError(f"the forced routing has {len(self.expert_PK)} rows; row {int(row_T.max())} was asked for")
+        return _fixed(self, self.routing(self.expert_PK[row_T], self.weight_PK[row_T]), carry, context)
+
+
+def _fixed(
+    router: RouterModule, routing: Routing, carry: Carry, context: RoutingContext
+) -> tuple[Routing, Carry, RouterStats]:
+    """Statistics of a routing without scores: the distribution is the choice itself."""
+    routing = drop_padding(routing, context)
+    share_TR = torch.zeros(len(routing.expert_TK), routing.num_routable + 1, device=routing.expert_TK.device)
+    share_TR = share_TR.scatter(1, routing.expert_TK, 1.0)[:, : routing.num_routable]
+    share_TR = share_TR / share_TR.sum(dim=-1, keepdim=True).clamp_min(1.0)
+    return routing, carry, router.stats(routing, routing, context, probability_TR=share_TR)

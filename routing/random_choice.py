@@ -1,0 +1,67 @@
+"""Routers whose training draws lots: GShard's second expert, sigma-MoE's expert dropout.
+
+Shapes: T tokens, K experts per token, R routable experts.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .assignment import Routing
+from .classic import ClassicRouter
+from .router import RouterSizes, RoutingContext
+from .rule import ClassicRule
+
+
+class GShardRouter(ClassicRouter):
+    """Top-2 where training keeps the second expert with probability `min(1, 2 * its weight)`.
+
+    Source: Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1.
+
+    Raises:
+        ValueError: if K is not 2.
+    """
+
+    def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule) -> None:
+        if sizes.top_k != 2:
+            raise ValueError(f"gshard routes to exactly 2 experts; got top_k = {sizes.top_k}")
+        super().__init__(sizes, layer, rule)
+
+    def thin(self, chosen: Routing) -> Routing:
+        second_T = chosen.weight_TK[:, 1].detach()
+        is_lost_TK = torch.zeros_like(chosen.expert_TK, dtype=torch.bool)
+        is_lost_TK[:, 1] = torch.rand_like(second_T) >= 2 * second_T
+        return chosen.drop(is_lost_TK)
+
+
+class SigmaRouter(ClassicRouter):
+    """Independent sigmoid scores; training hides a random share of the experts from each token.
+
+    Args:
+        sizes: D, E, Z, K, L.
+        layer: which MoE layer this router serves.
+        rule: how logits become a routing.
+        expert_dropout: share of the experts that a token cannot choose in a training step.
+
+    Source: Csordas et al. 2023 (sigma-MoE), arXiv:2310.10837, section 5.
+    """
+
+    def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule, expert_dropout: float = 0.05) -> None:
+        if not 0 <= expert_dropout < 1:
+            raise ValueError(f"expert_dropout must lie in 0..1; got {expert_dropout}")
+        super().__init__(sizes, layer, rule)
+        self.expert_dropout = expert_dropout
+
+    def init_parameters(self, std: float) -> None:
+        """Rows of equal norm, as large as their standard deviation `sqrt(2 / (L D))` asks for."""
+        super().init_parameters(std)
+        if self.rule.init_scale is None:
+            std = (2 / self.sizes.num_layers / self.sizes.width) ** 0.5
+            nn.init.normal_(self.weight, std=std)
+            if not getattr(self.weight, "_is_hf_initialized", False):
+                with torch.no_grad():
+                    self.weight.div_(self.weight.norm(dim=1, keepdim=True)).mul_(std * self.sizes.width**0.5)
+
+    def select(self, logit_TR: Tensor, score_TR: Tensor, context: RoutingContext) -> Tensor:
+        if context.is_training and self.expert_dropout:
+            score_TR = score_TR.masked_fill(torch.rand_like(score_TR) < self.expert_dropout, -torch.inf)
+        return super().select(logit_TR, score_TR, context)

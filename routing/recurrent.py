@@ -1,0 +1,56 @@
+"""RMoE: a recurrent state runs through the depth of the model, so that a layer's router knows how earlier ones routed.
+
+Source: Qiu et al. 2024, arXiv:2408.06793, eqs. 3-4. The recurrence is over layers, never over tokens: nothing crosses
+decode steps.
+
+Shapes: T tokens, D model width, R routable experts, p = width of the recurrent state.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .classic import ClassicRouter
+from .router import Carry, RouterSizes, RoutingContext
+from .rule import ClassicRule, expect_one_of
+
+STATE = "recurrent_state"
+Recurrence = Literal["full", "detach", "none"]
+
+
+class RecurrentRouter(ClassicRouter):
+    """Projects the hidden state, feeds it to a GRU that all layers share, and scores experts from the GRU's state.
+
+    Args:
+        sizes: D, E, Z, K, L.
+        layer: which MoE layer this router serves; layer 0 owns the shared cell, so checkpoints hold it once.
+        rule: how logits become a routing.
+        cell: the GRU cell of all layers, p to p.
+        recurrence: `full` backpropagates through all earlier layers, `detach` keeps the state but not its gradient,
+            `none` starts every layer from the zero state with the same parameters (the paper's NP).
+    """
+
+    def __init__(
+        self, sizes: RouterSizes, layer: int, rule: ClassicRule, cell: nn.GRUCell, recurrence: Recurrence = "full"
+    ) -> None:
+        super().__init__(sizes, layer, rule, score_width=cell.hidden_size)
+        expect_one_of("recurrence", recurrence, get_args(Recurrence))
+        self.recurrence = recurrence
+        self.projection = nn.Parameter(torch.empty(cell.hidden_size, sizes.width))
+        if layer == 0:
+            self.cell = cell
+        self._shared = (cell,)  # in a tuple, or torch would register it again
+
+    def logits(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry]:
+        projected = linear(x_TD, self.projection.to(x_TD.dtype))
+        before = carry.get(STATE)
+        if before is None or self.recurrence == "none":
+            before = torch.zeros_like(projected)
+        elif self.recurrence == "detach":
+            before = before.detach()
+        cell = self._shared[0]
+        weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+        state = torch.gru_cell(projected, before, *(weight.to(x_TD.dtype) for weight in weights))
+        return linear(state, self.weight.to(x_TD.dtype)), carry.put(**{STATE: state})

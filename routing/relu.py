@@ -1,0 +1,86 @@
+"""ReMoE: weights are ReLU scores, so routing is differentiable; an adaptive L1 penalty holds the sparsity.
+
+Shapes: T tokens, D model width, R routable experts.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .assignment import Routing
+from .router import Carry, ExactBuffers, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
+from .stats import RouterStats
+
+
+class SparsityControl(ExactBuffers):
+    """One penalty weight for all layers: up by `growth` while too many experts are active, else down.
+
+    Args:
+        num_layers: L; the weight moves when all of them have reported a step.
+        target_share: active share of the experts to hold, K / R.
+        initial: the weight before the first step.
+        growth: factor of one step.
+
+    Source: Wang et al. 2024 (ReMoE), arXiv:2412.14711, eqs. 8-9.
+    """
+
+    def __init__(self, num_layers: int, target_share: float, initial: float, growth: float) -> None:
+        if initial <= 0 or growth <= 1:
+            raise ValueError(f"expected a positive initial penalty and growth above 1; got {initial} and {growth}")
+        super().__init__()
+        self.num_layers, self.target_share, self.growth = num_layers, target_share, growth
+        self.register_buffer("penalty_weight", torch.full((1,), initial))
+        self._reported: list[Tensor] = []
+
+    def report(self, active_share: Tensor) -> None:
+        """The active share of one layer in this step."""
+        self._reported.append(active_share)
+        if len(self._reported) == self.num_layers:
+            is_too_dense = torch.stack(self._reported).mean() > self.target_share
+            self.penalty_weight *= torch.where(is_too_dense, self.growth, 1 / self.growth)
+            self._reported.clear()
+
+
+class ReluRouter(RouterModule):
+    """Every expert with a positive score is active; K is what the penalty aims at on average.
+
+    Args:
+        sizes: D, E, Z, K, L.
+        layer: which MoE layer this router serves; layer 0 owns the shared control.
+        control: holds the penalty weight.
+    """
+
+    def __init__(self, sizes: RouterSizes, layer: int, control: SparsityControl) -> None:
+        super().__init__(sizes, layer)
+        self.weight = nn.Parameter(torch.empty(sizes.num_routable, sizes.width))
+        if layer == 0:
+            self.control = control
+        self._shared = (control,)  # in a tuple, or torch would register it again
+
+    def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD = at_least_float32(x_TD)
+            logit_TR = linear(x_TD, self.weight.to(x_TD.dtype))
+            if context.logit_bias_LR is not None:
+                logit_TR = logit_TR + context.logit_bias_LR[self.layer]
+            weight_TR = logit_TR.relu()
+            routing = Routing.from_dense(weight_TR, weight_TR > 0, num_experts=self.sizes.num_experts)
+            routing = drop_padding(routing, context)
+            stats = self.stats(
+                routing,
+                routing,
+                context,
+                probability_TR=logit_TR.softmax(dim=-1),
+                penalty_T=self._penalty_T(weight_TR, routing, context),
+            )
+        return routing, carry, stats
+
+    @torch.no_grad()
+    def post_step(self, count_R: Tensor, num_tokens: int) -> None:
+        self._shared[0].report(count_R.sum() / (num_tokens * self.sizes.num_routable))
+
+    def _penalty_T(self, weight_TR: Tensor, routing: Routing, context: RoutingContext) -> Tensor:
+        """Its mean over tokens is `lambda R / (K T^2) * sum_r count_r * (sum of r's weights)`, the balanced L1 term."""
+        num_tokens = len(weight_TR) if context.is_valid_T is None else context.is_valid_T.sum()
+        factor = self._shared[0].penalty_weight.to(weight_TR.dtype) * self.sizes.num_routable / self.sizes.top_k
+        return factor * (weight_TR * (routing.count_R / num_tokens)).sum(dim=-1)

@@ -1,0 +1,112 @@
+"""Cache policies: hand-computed cases, a list-based oracle, brute force for Belady, and what every policy promises."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload.cache import CACHES, LRU, NEVER, Belady, make_cache
+from offload.simulate import next_use_TK
+
+TOKENS = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=3, unique=True), min_size=1, max_size=40)
+SINGLES = st.lists(st.integers(0, 6).map(lambda key: [key]), min_size=1, max_size=60)
+
+
+def _next_uses(tokens):
+    """Next uses of a ragged list of tokens, as the simulator gives them."""
+    width = max(len(token) for token in tokens)
+    padded = np.array([token + [-1 - slot for slot in range(width - len(token))] for token in tokens])
+    return [row[: len(token)] for row, token in zip(next_use_TK(padded).tolist(), tokens, strict=True)]
+
+
+def _hits(name, tokens, capacity):
+    cache = make_cache(name, capacity)
+    return sum(cache.access(token, upcoming) for token, upcoming in zip(tokens, _next_uses(tokens), strict=True))
+
+
+def test_lru_by_hand():
+    cache = LRU(2)
+    assert [cache.access([key]) for key in (1, 2, 1, 3, 2, 1)] == [0, 0, 1, 0, 0, 0]
+    assert set(cache.resident) == {1, 2}
+
+
+def test_belady_by_hand():
+    tokens = [[1], [2], [3], [1], [2], [3]]
+    assert _hits("belady", tokens, 2) == 2
+    assert _hits("lru", tokens, 2) == 0
+
+
+def test_all_keys_of_a_token_are_looked_up_before_any_is_inserted():
+    cache = LRU(2)
+    cache.access([1, 2])
+    assert cache.access([3, 1]) == 1
+    assert set(cache.resident) == {1, 3}
+
+
+@given(tokens=TOKENS, capacity=st.integers(1, 8))
+def test_lru_equals_a_list(tokens, capacity):
+    recency, hits = [], 0
+    for token in tokens:
+        hits += sum(key in recency[:capacity] for key in token)
+        for key in token:
+            recency = [key] + [other for other in recency if other != key]
+    assert _hits("lru", tokens, capacity) == hits
+
+
+@settings(max_examples=60)
+@given(keys=st.lists(st.integers(0, 3), min_size=1, max_size=9), capacity=st.integers(1, 3))
+def test_belady_equals_the_best_of_all_choices(keys, capacity):
+    def best(position, resident):
+        if position == len(keys):
+            return 0
+        key = keys[position]
+        if key in resident:
+            return 1 + best(position + 1, resident)
+        if len(resident) < capacity:
+            return best(position + 1, resident | {key})
+        return max(best(position + 1, resident - {victim} | {key}) for victim in resident)
+
+    assert _hits("belady", [[key] for key in keys], capacity) == best(0, frozenset())
+
+
+@pytest.mark.parametrize("name", sorted(CACHES))
+@given(tokens=TOKENS, capacity=st.integers(1, 8))
+def test_every_policy_stays_within_capacity_and_keeps_the_token(name, tokens, capacity):
+    cache = make_cache(name, capacity)
+    for token, upcoming in zip(tokens, _next_uses(tokens), strict=True):
+        cache.access(token, upcoming)
+        assert len(cache) <= capacity
+        if len(token) <= capacity:
+            assert all(key in cache for key in token)
+
+
+@pytest.mark.parametrize("name", sorted(set(CACHES) - {"belady"}))
+@given(tokens=SINGLES, capacity=st.integers(1, 8))
+def test_no_policy_beats_belady(name, tokens, capacity):
+    assert _hits(name, tokens, capacity) <= _hits("belady", tokens, capacity)
+
+
+def test_pinned_keys_go_last():
+    cache = LRU(3)
+    cache.access([1, 2, 3])
+    assert cache.evict(pinned=[1, 2]) == 3
+    assert cache.evict(pinned=[1, 2]) == 1
+
+
+def test_heap_stays_small():
+    cache = Belady(2)
+    for _ in range(5000):
+        cache.access([1, 2])
+    assert len(cache._heap) < 200
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="capacity 0"):
+        make_cache("lru", 0)
+    with pytest.raises(ValueError, match=r"there are .*lru"):
+        make_cache("fifo", 2)
+
+
+def test_next_use_by_hand():
+    expert_TK = np.array([[0, 1], [2, 0], [1, 2]])
+    assert next_use_TK(expert_TK).tolist() == [[1, 2], [2, NEVER], [NEVER, NEVER]]
