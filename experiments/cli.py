@@ -10,6 +10,7 @@ import offload.cli
 import placement.cli
 import routing.cli
 
+from .bench_placement import bench_placement
 from .commands import demo, train
 
 app = typer.Typer(
@@ -36,6 +37,10 @@ routing.cli.trace_app.command("record")(offload.cli.record)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)
 app.add_typer(placement.cli.app, name="place")
+
+bench = typer.Typer(help="Benchmarks: every one whose number is quoted anywhere.", no_args_is_help=True)
+bench.command("placement")(bench_placement)
+app.add_typer(bench, name="bench")
 
 
 @app.command(

@@ -1,11 +1,11 @@
 """`expertier place`: solve, score and export expert placements."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
-from .command_data import read_problem, require_folder
+from .command_data import read_problem, read_validation, require_folder, split_by_sequence
 
 app = typer.Typer(help="Solve where experts should live on a cluster.", no_args_is_help=True)
 
@@ -34,7 +34,7 @@ def solve_command(
     holdout: Annotated[float, typer.Option(help="Share of the trace's sequences to check with, not to plan on.")] = 0.0,
     validate: Annotated[list[Path] | None, typer.Option(help="Data to check with (.npz trace, .json loads).")] = None,
     current: Annotated[
-        Path | None, typer.Option(help="The plan that runs now: GPUs are numbered to move least.")
+        Path | None, typer.Option(help="The plan that runs now; GPUs are numbered to move least.")
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -45,14 +45,37 @@ def solve_command(
     from routing.traces import write_json
 
     from .cluster import load_cluster
+    from .elastic import match_gpus
+    from .objectives import Robustness
+    from .objectives.churn import churn
+    from .plan import Plan
     from .progress import solving
-    from .solvers import solve
+    from .solvers import solve, validate_plan
     from .terminal import print_certificate
 
     require_folder(out, json_file)
+    if robustness not in get_args(Robustness):
+        raise ValueError(f"--robustness must be one of {', '.join(get_args(Robustness))}; got {robustness!r}")
     problem = read_problem(trace, loads, rows, load_cluster(cluster), replicas)
+    held = read_validation(validate or [], problem)
+    if holdout:
+        problem, held["held-out sequences"] = split_by_sequence(problem, holdout, seed)
+    running = None if current is None else Plan.load(current)
     with solving() as progress:
-        plan = solve(problem, objective=objective, solver=solver, time_limit_s=time_limit, seed=seed, progress=progress)
+        plan = solve(
+            problem,
+            objective=objective,
+            solver=solver,
+            time_limit_s=time_limit,
+            seed=seed,
+            robustness=cast(Robustness, robustness),
+            progress=progress,
+        )
+    plan = validate_plan(plan, held)
+    moved = None
+    if running is not None:
+        plan = match_gpus(running, plan)
+        moved = vars(churn(running, plan, plan.cluster.model.expert_bytes or 1.0))
     plan.save(out)
     assert plan.certificate is not None
     print_certificate(plan, out)
@@ -186,7 +209,8 @@ def migrate_command(
         found.plan.save(plan_out)
     Console().print(
         f"wrote {out}: {len(steps)} steps, {found.moved_bytes / 1e9:.3g} GB moved "
-        f"({found.node_crossing_bytes / 1e9:.3g} GB between nodes), at most {found.peak_extra_bytes / 1e6:.3g} MB extra",
+        f"({found.node_crossing_bytes / 1e9:.3g} GB between nodes), "
+        f"{found.peak_extra_bytes / 1e6:.3g} MB extra at most",
         highlight=False,
     )
 
@@ -205,7 +229,7 @@ def tiers_command(
 ) -> None:
     """Place experts over GPU, CPU and SSD of one machine by expected seconds per decoded token.
 
-    Example: `expertier place tiers --trace t.npz --hardware hardware.toml --expert-size 26MB --cpu-memory 8GiB --out p.json`
+    Example: `expertier place tiers --trace t.npz --hardware hw.toml --expert-size 26MB --cpu-memory 8GiB --out p.json`
     """
     import numpy as np
     from rich.console import Console

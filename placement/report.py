@@ -27,6 +27,7 @@ Float = NDArray[np.float64]
 PARETO_PRICES = (0.05, 0.2, 0.5, 1.5, 5.0)
 A2A_TIME_PER_BYTE_SAVED = (9 / 20, 12 / 20)  # 20 % fewer bytes gave 9 to 12 % less all-to-all time
 SAMPLE_TOKENS = 20_000
+METRICS = ("balancedness", "gpu_fanout", "node_fanout", "hops")
 CSS = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.3rem .7rem;text-align:right}
 th:first-child,td:first-child{text-align:left}img{max-width:100%}figcaption{color:#555}figure{margin:1.5rem 0}"""
@@ -78,14 +79,14 @@ def _table(scores: dict[str, Score]) -> str:
 
 def _gain(before: Score, after: Score) -> str:
     lines = [
-        f"Expert time, which the fullest GPU sets, goes to {before.balancedness / after.balancedness:.3f} of what it was."
+        f"Expert time, which the fullest GPU sets, goes to {before.balancedness / after.balancedness:.3f} of before."
     ]
     if before.gpu_fanout and after.gpu_fanout:
         saved = 1 - after.gpu_fanout / before.gpu_fanout
         low, high = (saved * share for share in A2A_TIME_PER_BYTE_SAVED)
         lines.append(
             f"{saved:.1%} fewer copies of tokens are sent between GPUs. Kernels pad to the fullest rank: in published "
-            f"measurements 20 % fewer bytes gave only 9 to 12 % less all-to-all time, so expect {low:.1%} to {high:.1%}."
+            f"measurements 20 % fewer bytes gave 9 to 12 % less all-to-all time, so expect {low:.1%} to {high:.1%}."
         )
     lines.append("These are model values on the given data, not measurements of an engine.")
     return f"<h2>Expected gain over the contiguous layout</h2><p>{' '.join(map(html.escape, lines))}</p>"
@@ -97,7 +98,7 @@ def _certificate(plan: Plan) -> str:
         return ""
     gap = "no bound" if certificate.gap is None else f"gap {certificate.gap:.3%}"
     text = (
-        f"Objective {certificate.objective_name} = {certificate.objective:.6g}, lower bound {_number(certificate.bound)} "
+        f"Objective {certificate.objective_name} = {certificate.objective:.6g}, bound {_number(certificate.bound)} "
         f"({certificate.bound_name}), {gap}; solver {plan.solver}, {certificate.seconds:.1f} s."
     )
     rows = "".join(
@@ -179,7 +180,7 @@ def _pareto(problem: Problem, scores: dict[str, Score]) -> Figure:
 
 def _figure(figure: Figure, caption: str) -> str:
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    FigureCanvasAgg(figure).print_figure(buffer, format="png")
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     text = html.escape(caption)
     return f"<figure><img alt='{text}' src='data:image/png;base64,{data}'><figcaption>{text}</figcaption></figure>"
