@@ -12,6 +12,7 @@ import placement.cli
 import routing.cli
 
 from .bench_kernels import bench_kernels
+from .bench_placement import bench_placement
 from .bench_routers import routers as bench_routers
 from .commands import compare, demo, train
 from .leverage import leverage
@@ -41,6 +42,7 @@ app.command("train")(train)
 app.command("compare")(compare)
 app.command("leverage")(leverage)
 bench.command("kernels")(bench_kernels)
+bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)
 app.add_typer(bench, name="bench")
 routing.cli.trace_app.command("record")(offload.cli.record)
