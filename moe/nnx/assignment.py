@@ -1,7 +1,7 @@
 """What goes into a router and comes out of it, as pytrees; the twins of `routing`'s classes of the same names.
 
-The one difference: shapes are static under `jit`, so padding tokens stay in the statistics' arrays and are masked out of
-every mean and count.
+The one difference: shapes are static under `jit`, so padding tokens stay in the statistics' arrays and are masked out
+of every mean and count.
 
 Shapes: T tokens, K slots per token, E FFN experts, Z zero-compute experts, R = E + Z routable experts.
 """

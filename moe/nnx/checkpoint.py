@@ -1,7 +1,7 @@
 """Hugging Face checkpoints, the same files as the torch side writes: same keys, same layouts, bit for bit.
 
-In memory, matrices are [input, output] here and [output, input] there; expert weights are [E, D, 2, F] and [E, F, D] here,
-[E, 2F, D] and [E, D, F] there.
+In memory, matrices are [input, output] here and [output, input] there; expert weights are [E, D, 2, F] and [E, F, D]
+here, [E, 2F, D] and [E, D, F] there.
 """
 
 import json

@@ -104,26 +104,26 @@ def _over_mesh(
     Tokens are split over `data` only, experts over `expert`, each expert's width over `tensor`.
     """
 
-    def local(x_TD: Array, expert_TK: Array, weight_TK: Array, gate_up_proj: Array, down_proj: Array) -> Array:
+    tokens = P("data")
+    splits = [partition(("experts", "gate_up_proj"), gate_up_proj.shape, mesh)]
+    splits += [partition(("experts", "down_proj"), down_proj.shape, mesh)]
+    splits = [tokens, tokens, tokens, *splits]
+
+    def local(*arrays: Array) -> Array:
         # what is equal on several devices is made to differ before it meets what does; the transpose is the sum over
         # those devices that a gradient needs
-        arrays = [_varying(array) for array in (x_TD, expert_TK, weight_TK, gate_up_proj, down_proj)]
+        arrays = tuple(_varying(array, split) for array, split in zip(arrays, splits, strict=True))
         x_TD, expert_TK, weight_TK, gate_up_proj, down_proj = arrays
         E = gate_up_proj.shape[0]
         mine_TK = expert_TK - lax.axis_index("expert") * E
         mine_TK = jnp.where((mine_TK >= 0) & (mine_TK < E), mine_TK, E)
         y_TD = compute(x_TD, mine_TK, weight_TK, gate_up_proj, down_proj)
-        return lax.psum(y_TD, ("expert", "tensor"))
+        return lax.psum(y_TD, "expert" if splits[-1][1] is None else ("expert", "tensor"))
 
-    tokens = P("data")
-    weights = [
-        partition(("experts", name), array.shape, mesh)
-        for name, array in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj))
-    ]
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(tokens, tokens, tokens, *weights), out_specs=tokens)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=tuple(splits), out_specs=tokens)
     return mapped(x_TD, expert_TK, weight_TK, gate_up_proj, down_proj)
 
 
-def _varying(array: Array) -> Array:
-    missing = tuple(axis for axis in AXES if axis not in jax.typeof(array).vma)
-    return lax.pcast(array, missing, to="varying") if missing else array
+def _varying(array: Array, split: P) -> Array:
+    """The same array, typed as different on all devices."""
+    return lax.pcast(array, tuple(axis for axis in AXES if axis not in split), to="varying")

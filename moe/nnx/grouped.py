@@ -1,7 +1,7 @@
 """Grouped matrix products: sorted rows, each multiplied by its own expert's matrix, without dropping any.
 
-`ragged` is XLA's own; `block` walks over blocks of rows of one expert each, which is what XLA's own does on TPUs but not
-on CPUs, where it multiplies every row by every expert.
+`ragged` is XLA's own, made for TPUs; on CPUs it multiplies every row by every expert. `block` walks over blocks of rows of
+one expert each.
 
 Shapes: N rows sorted by expert, D and F input and output width, E experts.
 """
@@ -65,7 +65,7 @@ def _product(x_ND: Array, weight_EDF: Array, count_E: Array, *, contracted: int)
     """
     num_rows, rows = x_ND.shape[0], block_rows(x_ND.shape[0], weight_EDF.shape[0])
     x_ND = jnp.pad(x_ND, ((0, rows), (0, 0)))
-    y_ND = _zeros_like_device(x_ND, (num_rows + rows, weight_EDF.shape[2 - contracted]), x_ND.dtype)
+    y_ND = jnp.zeros_like(x_ND, shape=(num_rows + rows, weight_EDF.shape[2 - contracted]))
     offset_E = jnp.cumsum(count_E) - count_E
 
     def expert(index: Array, y_ND: Array) -> Array:
@@ -89,6 +89,7 @@ def _weight_gradient(x_ND: Array, dy_NF: Array, count_E: Array) -> Array:
     rows = block_rows(x_ND.shape[0], num_experts)
     x_ND, dy_NF = (jnp.pad(array, ((0, rows), (0, 0))) for array in (x_ND, dy_NF))
     shape = (x_ND.shape[1], dy_NF.shape[1])
+    zeros = partial(jnp.zeros_like, dy_NF, dtype=jnp.float32)  # inside shard_map, of the varying type of dy_NF
     offset_E = jnp.cumsum(count_E) - count_E
 
     def expert(index: Array, gradient_EDF: Array) -> Array:
@@ -100,14 +101,7 @@ def _weight_gradient(x_ND: Array, dy_NF: Array, count_E: Array) -> Array:
             product = partial(lax.dot_general, preferred_element_type=jnp.float32)
             return gradient + product(left, right, (((0,), (0,)), ((), ())))
 
-        gradient = lax.fori_loop(0, -(-count_E[index] // rows), block, _zeros_like_device(dy_NF, shape, jnp.float32))
+        gradient = lax.fori_loop(0, -(-count_E[index] // rows), block, zeros(shape=shape))
         return lax.dynamic_update_index_in_dim(gradient_EDF, gradient, index, 0)
 
-    return lax.fori_loop(0, num_experts, expert, _zeros_like_device(dy_NF, (num_experts, *shape), jnp.float32))
-
-
-def _zeros_like_device(like: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """Zeros that inside `shard_map` vary over the same mesh axes as `like`, as a loop's carry must."""
-    zeros = jnp.zeros(shape, dtype)
-    varying = tuple(getattr(jax.typeof(like), "vma", ()))
-    return lax.pcast(zeros, varying, to="varying") if varying else zeros
+    return lax.fori_loop(0, num_experts, expert, zeros(shape=(num_experts, *shape)))
