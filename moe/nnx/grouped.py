@@ -1,7 +1,7 @@
 """Grouped matrix products: sorted rows, each multiplied by its own expert's matrix, without dropping any.
 
-`ragged` is XLA's own, made for TPUs; on CPUs it multiplies every row by every expert. `block` walks over blocks of rows of
-one expert each.
+`ragged` is XLA's own, made for TPUs; on CPUs it multiplies every row by every expert. `block` walks over blocks of
+rows of one expert each.
 
 Shapes: N rows sorted by expert, D and F input and output width, E experts.
 """

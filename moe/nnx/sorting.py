@@ -31,8 +31,8 @@ class Order(NamedTuple):
 def sort_by_expert(expert_TK: Array, num_experts: int) -> Order:
     """Stable order of the routed rows by expert id.
 
-    By `lax.sort` with an index operand: inside `shard_map` jax types what `argsort` returns as equal on all devices, and
-    gradients then lose a sum over devices without a word.
+    By `lax.sort` with an index operand: inside `shard_map` jax types what `argsort` returns as equal on all devices,
+    and gradients then lose a sum over devices without a word.
     """
     id_N = expert_TK.reshape(-1)
     row_N = _iota_like(id_N)
