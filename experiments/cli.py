@@ -7,10 +7,13 @@ import typer
 from rich.console import Console
 
 import offload.cli
+import offload.trace_cli
 import placement.cli
 import routing.cli
 
-from . import bench_routers
+from .bench_kernels import bench_kernels
+from .bench_placement import bench_placement
+from .bench_routers import routers as bench_routers
 from .commands import compare, demo, train
 from .leverage import leverage
 
@@ -38,9 +41,13 @@ app.command("demo")(demo)
 app.command("train")(train)
 app.command("compare")(compare)
 app.command("leverage")(leverage)
-bench.command("routers")(bench_routers.routers)
+bench.command("kernels")(bench_kernels)
+bench.command("placement")(bench_placement)
+bench.command("routers")(bench_routers)
 app.add_typer(bench, name="bench")
 routing.cli.trace_app.command("record")(offload.cli.record)
+routing.cli.trace_app.command("locality")(offload.trace_cli.locality)
+routing.cli.trace_app.command("batches")(offload.trace_cli.batches)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)
 app.add_typer(placement.cli.app, name="place")

@@ -1,8 +1,9 @@
 """`expertier train`, `compare` and `demo`: the commands; what they do needs torch and is imported when they run."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,6 +24,8 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; the preset's own without it.")] = None,
     seed: Annotated[int, typer.Option(help="Of initialisation and data order.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    backend: Annotated[Literal["torch", "jax"], typer.Option(help="What computes.")] = "torch",
+    mesh: Annotated[str | None, typer.Option(help="jax: devices per axis, such as data=2,expert=4.")] = None,
 ) -> None:
     """Train a small mixture-of-experts model; safe to kill, `--resume` continues bit by bit.
 
@@ -30,7 +33,15 @@ def train(
     """
     from .compare_variants import model_overrides
     from .corpus import load_corpus
-    from .train import train as run
+
+    if backend == "jax":
+        from .train_jax import train as train_jax
+
+        run = partial(train_jax, mesh=mesh)
+    elif mesh is not None:
+        raise ValueError("--mesh is for --backend jax")
+    else:
+        from .train import train as run
 
     config = replace(preset(preset_name), seed=seed)
     if steps is not None:
