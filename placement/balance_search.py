@@ -17,6 +17,7 @@ from .swaps import balance_by_swaps
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
 SMALL_STEP = 1e-5
+GOOD_WITH_COPIES = 1e-3  # the bound itself is no tighter with replicas
 
 
 def robust_weights(weight_WLE: Float) -> Float:
@@ -68,7 +69,8 @@ def kick_and_swap(
     """Shuffle a few slots between GPUs of the layers that are not proved good, swap again, keep what improved."""
     random = np.random.default_rng(budget.seed)
     speed_G, G = problem.cluster.speed_G, problem.num_gpus
-    target_L = peak_target_L(problem, weight_WLE) * (1 + PROVEN / 2)
+    has_copies = problem.num_slots > problem.num_experts
+    target_L = peak_target_L(problem, weight_WLE) * (1 + (GOOD_WITH_COPIES if has_copies else PROVEN / 2))
     best_LP, peak_L = map_LP.copy(), peaks_L(weight_WLE, map_LP, speed_G)
     for turn in range(max_rounds):
         layers = np.flatnonzero(peak_L > target_L)
