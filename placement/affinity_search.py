@@ -9,6 +9,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from .budget import Budget
 from .bundles import Bundles, unique_sets
 from .layer_search import Effort, search_layer
+from .objectives import PartWeights
 from .problem import Problem
 from .replication import counts_of
 from .tabu import LayerTask
@@ -24,7 +26,7 @@ Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
 FOLDS = 8
 MIN_SEQUENCES = 4 * FOLDS
-PARALLEL_WORK = 200_000
+PARALLEL_TOKENS = 100_000  # tokens x layers that pay for starting processes
 
 
 def search_affinity(
@@ -40,13 +42,22 @@ def search_affinity(
         effort: how hard to try.
     """
     map_LP = start_LP.copy()
-    deadline = budget.began + budget.time_limit_s
-    jobs = [
-        (layer, layer_task(problem, start_LP[layer], layer, fan=fan, node=node, level=level, seed=budget.seed))
+    weights = PartWeights(fan=fan, node=node, level=level)
+    jobs = (
+        _LayerJob(
+            problem=problem.restrict(np.array([layer])),
+            map_P=start_LP[layer],
+            layer=layer,
+            weights=weights,
+            effort=effort,
+            seed=budget.seed,
+            deadline=budget.deadline,
+            rounds_left=-(-(problem.num_layers - layer) // budget.processes),
+        )
         for layer in range(problem.num_layers)
-    ]
-    for done, (layer, gpu_X, expert_X) in enumerate(_run(jobs, problem, budget, effort, deadline)):
-        map_LP[layer] = expert_X[np.argsort(gpu_X, kind="stable")]
+    )
+    for done, (layer, map_P) in enumerate(_run(jobs, problem, budget)):
+        map_LP[layer] = map_P
         budget.offer(map_LP)
         budget.tell("searching layers", (done + 1) / problem.num_layers)
     return map_LP
@@ -76,38 +87,47 @@ def layer_task(
     )
 
 
-def _run(
-    jobs: list[tuple[int, LayerTask]], problem: Problem, budget: Budget, effort: Effort, deadline: float
-) -> Iterator[tuple[int, Integer, Integer]]:
-    work = sum(len(task.bundles.count_B) for _, task in jobs)
-    is_parallel = budget.processes > 1 and len(jobs) > 1 and work > PARALLEL_WORK // 4
-    arguments = [
-        (layer, task, problem.slots_per_gpu, effort, budget.seed, *_window(index, len(jobs), budget, deadline))
-        for index, (layer, task) in enumerate(jobs)
-    ]
-    if not is_parallel:
-        yield from map(_search_one, arguments)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _LayerJob:
+    """One layer for a worker process, which builds its own task; `rounds_left` layers follow one another until then."""
+
+    problem: Problem
+    map_P: Integer
+    layer: int
+    weights: PartWeights
+    effort: Effort
+    seed: int
+    deadline: float
+    rounds_left: int
+
+
+def _run(jobs: Iterator[_LayerJob], problem: Problem, budget: Budget) -> Iterator[tuple[int, Integer]]:
+    tokens = sum(scenario.trace.num_tokens for scenario in problem.scenarios if scenario.trace is not None)
+    if budget.processes == 1 or problem.num_layers == 1 or tokens * problem.num_layers < PARALLEL_TOKENS:
+        yield from map(_search_one, jobs)
         return
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(budget.processes, mp_context=context) as pool:
         try:
-            yield from pool.map(_search_one, arguments)
+            yield from pool.map(_search_one, jobs)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _window(index: int, jobs: int, budget: Budget, deadline: float) -> tuple[float, float]:
-    """Seconds that a layer may take, and when all layers must be done."""
-    return (deadline - time.monotonic()) * min(budget.processes, jobs) / jobs * 0.9, deadline
-
-
-def _search_one(argument: tuple[int, LayerTask, int, Effort, int, float, float]) -> tuple[int, Integer, Integer]:
-    layer, task, per_gpu, effort, seed, share_s, deadline = argument
-    known_X = np.arange(len(task.expert_X)) // per_gpu
-    until = min(deadline, time.monotonic() + share_s)
-    gpu_X, _ = search_layer(task, known_X, effort, seed * 1000 + layer, until)
-    return layer, gpu_X, task.expert_X
+def _search_one(job: _LayerJob) -> tuple[int, Integer]:
+    """The searched map of one layer; its old map once the time is up."""
+    now = time.monotonic()
+    if now >= job.deadline:
+        return job.layer, job.map_P
+    weights = job.weights
+    task = layer_task(
+        job.problem, job.map_P, 0, fan=weights.fan, node=weights.node, level=weights.level, seed=job.seed + job.layer
+    )
+    known_X = np.arange(len(job.map_P)) // job.problem.slots_per_gpu
+    until = now + (job.deadline - now) / job.rounds_left
+    gpu_X, _ = search_layer(task, known_X, job.effort, job.seed * 1000 + job.layer, until)
+    return job.layer, job.map_P[np.argsort(gpu_X, kind="stable")]
 
 
 def _item_sets(expert_TK: NDArray[np.int16], map_P: Integer, random: np.random.Generator) -> Bundles:

@@ -33,7 +33,7 @@ def robust_weights(weight_WLE: Float) -> Float:
     return np.concatenate([weight_WLE, mean, (mean + even) / 2])
 
 
-def lpt_swap_LP(problem: Problem, weight_WLE: Float) -> Integer:
+def lpt_swap_LP(problem: Problem, weight_WLE: Float, deadline: float = float("inf")) -> Integer:
     """LPT and pair swaps for weights that are split evenly between copies."""
     if problem.num_gpus > MAX_GPUS:
         raise ValueError(
@@ -44,7 +44,7 @@ def lpt_swap_LP(problem: Problem, weight_WLE: Float) -> Integer:
     count_LE = replicate_LE(weight_WLE, problem.num_slots, problem.num_gpus)
     start_LP = lpt_LP(weight_WLE / count_LE, slots_of(count_LE), speed_G)
     target_L = peak_target_L(problem, weight_WLE)
-    return balance_by_swaps(weight_WLE / count_LE, start_LP, speed_G, target_L=target_L)
+    return balance_by_swaps(weight_WLE / count_LE, start_LP, speed_G, target_L=target_L, deadline=deadline)
 
 
 def peak_target_L(problem: Problem, weight_WLE: Float) -> Float:
@@ -85,7 +85,9 @@ def kick_and_swap(
         budget.tell("improving balance", turn / max_rounds)
         kicked_LP = _kick(best_LP[layers], weight_WLE.shape[2], G, random)
         per_copy = weight_WLE[:, layers] / counts_of(kicked_LP, weight_WLE.shape[2])
-        tried_LP = balance_by_swaps(per_copy, kicked_LP, speed_G, target_L=target_L[layers])
+        tried_LP = balance_by_swaps(
+            per_copy, kicked_LP, speed_G, target_L=target_L[layers], deadline=budget.deadline
+        )
         tried_L = peaks_L(weight_WLE[:, layers], tried_LP, speed_G)
         better = tried_L < peak_L[layers]
         best_LP[layers[better]], peak_L[layers[better]] = tried_LP[better], tried_L[better]

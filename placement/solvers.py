@@ -27,6 +27,8 @@ Integer = NDArray[np.int64]
 Solver = Callable[[Problem, Objective, Budget], Integer]
 ILP_BINARIES = 2000
 HOP_RESTARTS = 1
+SCORING_S = 3e-6  # per token and layer
+SEARCH_SHARE = 0.3  # of the time, where an integer programme comes after
 
 
 def solve(
@@ -46,7 +48,7 @@ def solve(
         problem: what to place where.
         objective: a name of OBJECTIVES or an objective of your own.
         solver: a name of SOLVERS; `auto` searches and proves what is small.
-        time_limit_s: wall time for the solver.
+        time_limit_s: wall time, certificate included.
         seed: for every random choice.
         robustness: how scenarios are joined.
         processes: worker processes; None takes the machine's cores.
@@ -68,7 +70,10 @@ def solve(
         raise ValueError(f"the time limit must be positive; got {time_limit_s} s")
     began = time.perf_counter()
     budget = Budget(
-        time_limit_s=time_limit_s, seed=seed, processes=processes or len(os.sched_getaffinity(0)), progress=progress
+        time_limit_s=time_limit_s - _scoring_s(problem, time_limit_s),
+        seed=seed,
+        processes=processes or len(os.sched_getaffinity(0)),
+        progress=progress,
     )
     try:
         map_LP = SOLVERS[solver](problem, chosen, budget)
@@ -78,6 +83,12 @@ def solve(
         map_LP = budget.incumbent_LP
     plan = make_plan(problem, map_LP, solver=solver, objective=chosen)
     return certify(problem, plan, chosen, robustness, began, budget.proved_L)
+
+
+def _scoring_s(problem: Problem, time_limit_s: float) -> float:
+    """Time to keep for the certificate, which looks at every token."""
+    tokens = sum(scenario.trace.num_tokens for scenario in problem.scenarios if scenario.trace is not None)
+    return min(tokens * problem.num_layers * SCORING_S, 0.3 * time_limit_s)
 
 
 def make_plan(problem: Problem, map_LP: Integer, *, solver: str, objective: Objective) -> Plan:
@@ -173,13 +184,13 @@ def _eplb_map(problem: Problem, groups: int) -> Integer:
 
 
 def _lpt(problem: Problem, objective: Objective, budget: Budget) -> Integer:
-    return lpt_swap_LP(problem, problem.weight_WLE)
+    return lpt_swap_LP(problem, problem.weight_WLE, budget.deadline)
 
 
 def _search(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     """Balance first; then, for objectives of the tokens' sets, fan-out from there."""
     weight_WLE = robust_weights(problem.weight_WLE)
-    map_LP = lpt_swap_LP(problem, weight_WLE)
+    map_LP = lpt_swap_LP(problem, weight_WLE, budget.deadline)
     budget.offer(map_LP)
     weights = part_weights(objective, problem.cluster)
     if weights.hops:
@@ -195,7 +206,9 @@ def _search(problem: Problem, objective: Objective, budget: Budget) -> Integer:
 def _ilp(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     from .ilp.layers import solve_layers_exactly
 
-    return solve_layers_exactly(problem, objective, budget, _search(problem, objective, budget))
+    map_LP = _search(problem, objective, budget.part(SEARCH_SHARE))
+    budget.offer(map_LP)
+    return solve_layers_exactly(problem, objective, budget, map_LP)
 
 
 def _moetuner(problem: Problem, objective: Objective, budget: Budget) -> Integer:
@@ -214,9 +227,10 @@ def _auto(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     """Search; then prove and improve by integer programming what is small enough for it."""
     from .ilp.layers import is_small, solve_layers_exactly
 
-    map_LP = _search(problem, objective, budget)
     if not is_small(problem, objective, ILP_BINARIES):
-        return map_LP
+        return _search(problem, objective, budget)
+    map_LP = _search(problem, objective, budget.part(SEARCH_SHARE))
+    budget.offer(map_LP)
     found = score(problem, make_plan(problem, map_LP, solver="auto", objective=objective), objective)
     if found.gap is not None and found.gap <= PROVEN:
         return map_LP
