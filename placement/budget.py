@@ -21,12 +21,14 @@ class Budget:
         seed: for every random choice.
         processes: worker processes for layers; 1 stays in this process.
         progress: called with a phase and the share of it that is done.
+        balance_floor: balancedness to expect on unseen data, or None.
     """
 
     time_limit_s: float = 60.0
     seed: int = 0
     processes: int = 1
     progress: Progress | None = None
+    balance_floor: float | None = None
     incumbent_LP: Integer | None = None
     proved_L: Float | None = None
     began: float = field(default_factory=time.monotonic)

@@ -76,9 +76,13 @@ def _attempts(task: LayerTask, known_X: Integer, effort: Effort, seed: int, dead
     """Results of the searches, one after another: from transport starts and from the known assignment."""
     random = np.random.default_rng(seed)
     if len(known_X) > WHOLE_ITEMS:
-        yield _by_nodes(task, known_X, effort, random, seed, deadline)
+        if task.linear_XG is not None or not (task.fan or task.node):
+            yield tabu_search(task, known_X, rounds=effort.rounds, seed=seed, deadline=deadline)[0]
+        else:
+            yield _by_nodes(task, known_X, effort, random, seed, deadline)
         return
-    for index, start_X in enumerate([*_starts(task, effort, random, deadline), known_X]):
+    starts = _starts(task, effort, random, deadline) if task.fan or task.node else []
+    for index, start_X in enumerate([known_X, *starts]):
         yield tabu_search(task, start_X, rounds=effort.rounds, seed=seed + index, deadline=deadline)[0]
 
 
@@ -107,7 +111,9 @@ def _starts(task: LayerTask, effort: Effort, random: np.random.Generator, deadli
     return found
 
 
-def _inside_start(pair_XX: Float, weight_X: Float, inside: Integer, gpus: int, random: np.random.Generator, deadline: float) -> Integer:
+def _inside_start(
+    pair_XX: Float, weight_X: Float, inside: Integer, gpus: int, random: np.random.Generator, deadline: float
+) -> Integer:
     weight = weight_X[inside] / max(float(weight_X[inside].sum()), 1e-30)
     pair = pair_XX[np.ix_(inside, inside)]
     return transport_starts(pair, weight, gpus, starts=2, keep=1, price=0.1, random=random, deadline=deadline)[0]
