@@ -21,7 +21,7 @@ Integer = NDArray[np.int64]
 MOST_FREED = 4
 MOST_ITEMS = 16
 MOST_BUNDLES = 600
-PROGRAMME_S = 3.0
+PROGRAMME_S = 1.5
 
 
 def improve_by_neighbourhoods(

@@ -21,7 +21,7 @@ Float = NDArray[np.float64]
 Robustness = Literal["mean", "max", "cvar"]
 CVAR_SHARE = 0.5
 IMBALANCE_PRICE = 1.25  # measured on GPT-OSS-20B: balancedness 0.90 on data not planned on, on one node and on two
-HOP_IMBALANCE_PRICE = 0.5
+HOP_IMBALANCE_PRICE = 0.25
 GOAL_PRICE = 100.0
 
 
