@@ -8,7 +8,7 @@ from .certificate import Bound
 from .fanout_bounds import fanout_bound_L
 from .objectives import Objective, Robustness, join_scenarios
 from .objectives.activated import activation_weight_LE
-from .objectives.registry import IMBALANCE_PRICE, split_goal
+from .objectives.registry import imbalance_price, split_goal
 from .plan import Plan
 from .problem import Problem, Scenario
 
@@ -52,7 +52,7 @@ def _part_bound(name: str, scenario: Scenario, problem: Problem, plan: Plan) -> 
     if name in ("balance", "imbalance-price"):
         total_L1 = scenario.load_LE.sum(axis=1, keepdims=True)
         weight_LE = np.divide(scenario.load_LE, total_L1, out=np.zeros_like(scenario.load_LE), where=total_L1 > 0)
-        price = 1.0 if name == "balance" else IMBALANCE_PRICE
+        price = 1.0 if name == "balance" else imbalance_price(cluster)
         bound_L, label = imbalance_bound_L(weight_LE, slots, cluster.speed_G, equal_shares=plan.dispatch == "uniform")
         return price * bound_L, label
     if name == "activated":

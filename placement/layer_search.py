@@ -35,8 +35,8 @@ class Effort:
     """
 
     starts: int = 40
-    keep: int = 2
-    rounds: int = 200
+    keep: int = 3
+    rounds: int = 250
     polish: int = 70
     bundles: int = 4000
 

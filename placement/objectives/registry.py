@@ -20,8 +20,8 @@ from .latency import layer_seconds_L
 Float = NDArray[np.float64]
 Robustness = Literal["mean", "max", "cvar"]
 CVAR_SHARE = 0.5
-IMBALANCE_PRICE = 1.25  # measured on GPT-OSS-20B: balancedness 0.90 on data not planned on, on one node and on two
-HOP_IMBALANCE_PRICE = 0.25
+PRICE_ONE_NODE, PRICE_SEVERAL_NODES = 1.6, 1.0  # measured on GPT-OSS-20B: balancedness 0.90 on data not planned on
+HOP_IMBALANCE_PRICE = 0.26
 GOAL_PRICE = 100.0
 
 
@@ -125,6 +125,11 @@ def fanout_weights(cluster: Cluster) -> tuple[float, float]:
     return (1.0, 0.0) if cluster.num_nodes == 1 else (1 / cluster.node_link_ratio, 1.0)
 
 
+def imbalance_price(cluster: Cluster) -> float:
+    """What `fanout+balance` pays for the fullest GPU being twice as full as the mean one."""
+    return PRICE_ONE_NODE if cluster.num_nodes == 1 else PRICE_SEVERAL_NODES
+
+
 @dataclass(frozen=True)
 class PartWeights:
     """fan * GPU fan-out + node * node fan-out + level * (imbalance above goal) + hops * share + churn * GB moved."""
@@ -148,7 +153,7 @@ def part_weights(objective: Objective, cluster: Cluster) -> PartWeights:
         gpu_weight, node_weight = fanout_weights(cluster)
         fan += weight * {"gpu-fanout": 1.0, "fanout": gpu_weight}.get(name, 0.0)
         node += weight * {"node-fanout": 1.0, "fanout": node_weight}.get(name, 0.0)
-        level += weight * {"balance": 1.0, "imbalance-price": IMBALANCE_PRICE}.get(name, 0.0)
+        level += weight * {"balance": 1.0, "imbalance-price": imbalance_price(cluster)}.get(name, 0.0)
         hops += weight if name == "hops" else 0.0
         churned += weight if name == "churn" else 0.0
     return PartWeights(fan, node, level, hops, churned, goal)
@@ -185,7 +190,7 @@ def _balance(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
 
 
 def _imbalance_price(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
-    return IMBALANCE_PRICE * imbalance_L(plan, scenario.load_LE)
+    return imbalance_price(problem.cluster) * imbalance_L(plan, scenario.load_LE)
 
 
 def _activated(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
