@@ -14,6 +14,7 @@ from .baselines import contiguous_LP, random_LP, round_robin_LP
 from .budget import Budget, Progress
 from .certificate import PROVEN, Certificate
 from .check import require_valid
+from .elastic import match_gpus
 from .eplb import eplb
 from .hops_search import search_hops
 from .layer_search import Effort
@@ -208,6 +209,9 @@ def _search(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     weights = part_weights(objective, problem.cluster)
     start_LP = running_LP(problem) if weights.churn else None
     map_LP = lpt_swap_LP(problem, weight_WLE, budget.deadline) if start_LP is None else start_LP
+    if weights.churn and problem.current is not None:
+        target = make_plan(problem, map_LP, solver="search", objective=objective)
+        map_LP = match_gpus(problem.current, target).physical_to_logical_LP
     budget.offer(map_LP)
     if weights.hops:
         if weights.churn or weights.goal:

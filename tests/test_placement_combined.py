@@ -60,7 +60,17 @@ def test_churn_weight_trades_moves_for_quality(problem):
         moved.append(churn(running, plan).moved_copies)
         assert plan.certificate.bound <= plan.certificate.objective
     assert moved[0] > moved[1] > moved[2] == 0
-    assert score(problem, plan).objective > 0  # without the running plan the churn part is left out
+    # without the running plan the churn part is left out, and the price of imbalance stays
+    assert score(problem, plan).objective == pytest.approx(score(problem, plan, "fanout+balance").objective)
+
+
+def test_churn_counts_when_the_cluster_grows(problem):
+    running = contiguous(problem)
+    grown = Problem.from_trace(problem.scenarios[0].trace, Cluster.grid(1, 8, model={"expert_bytes": 1e9}))
+    grown = type(grown)(**{**vars(grown), "current": running})
+    careful = solve(grown, objective="fanout+balance+10*churn", time_limit_s=1.5)
+    afresh = solve(grown, objective="fanout+balance", time_limit_s=1.5)
+    assert churn(running, careful).moved_copies <= churn(running, afresh).moved_copies
 
 
 def test_churn_of_loads_with_replicas():

@@ -170,6 +170,9 @@ def find_objective(name: str) -> Objective:
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
+    base, _, last = name.rpartition("+")
+    if base and last.endswith("*churn"):
+        return with_churn(find_objective(base), _term(last)[0])
     if "," in name:
         return lexicographic(name.split(","))
     return weighted([_term(term) for term in name.split("+")], name)
