@@ -94,8 +94,8 @@ def test_neighbourhoods_improve_a_bad_plan_and_never_worsen_one(problem, replica
     wide = Problem.from_trace(problem.scenarios[0].trace, problem.cluster, replicas=replicas)
     objective = find_objective("fanout+balance")
     start = solve(wide, objective=objective, solver="lpt")
-    budget = Budget(time_limit_s=3, seed=1)
-    map_LP = improve_by_neighbourhoods(wide, start.physical_to_logical_LP, objective, budget, tries=9)
+    budget = Budget(time_limit_s=20, seed=1)
+    map_LP = improve_by_neighbourhoods(wide, start.physical_to_logical_LP, objective, budget, tries=6)
     better = Plan.from_json({**start.to_json(), "physical_to_logical_map": map_LP.tolist(), "certificate": None})
     assert check_plan(better, made_from=wide) == []
     assert doubled_copies(better) == 0

@@ -19,8 +19,8 @@ from .exact import LayerModel, solve_layer
 
 Integer = NDArray[np.int64]
 MOST_FREED = 4
-MOST_ITEMS = 16
-MOST_BUNDLES = 600
+MOST_ITEMS = 12
+MOST_BUNDLES = 200
 PROGRAMME_S = 1.5
 
 
