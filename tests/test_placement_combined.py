@@ -64,6 +64,7 @@ def test_churn_weight_trades_moves_for_quality(problem):
     assert score(problem, plan).objective == pytest.approx(score(problem, plan, "fanout+balance").objective)
 
 
+@pytest.mark.slow
 def test_churn_counts_when_the_cluster_grows(problem):
     running = contiguous(problem)
     grown = Problem.from_trace(problem.scenarios[0].trace, Cluster.grid(1, 8, model={"expert_bytes": 1e9}))
@@ -89,7 +90,7 @@ def test_churn_of_loads_with_replicas():
         solve(first, objective=with_churn(find_objective("balance"), 0.01))
 
 
-@pytest.mark.parametrize("replicas", [0, 4])
+@pytest.mark.parametrize("replicas", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_neighbourhoods_improve_a_bad_plan_and_never_worsen_one(problem, replicas):
     wide = Problem.from_trace(problem.scenarios[0].trace, problem.cluster, replicas=replicas)
     objective = find_objective("fanout+balance")

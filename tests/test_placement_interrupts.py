@@ -62,7 +62,14 @@ def test_a_killed_writer_leaves_no_torn_plan(tmp_path):
             assert json.loads((tmp_path / "p.json").read_text()) == plan.to_json()
 
 
-@pytest.mark.parametrize(("solver", "objective"), [("search", "fanout+balance"), ("lns", "fanout"), ("ilp", "balance")])
+@pytest.mark.parametrize(
+    ("solver", "objective"),
+    [
+        ("search", "fanout+balance"),
+        pytest.param("lns", "fanout", marks=pytest.mark.slow),
+        pytest.param("ilp", "balance", marks=pytest.mark.slow),
+    ],
+)
 def test_the_time_limit_binds(solver, objective):
     trace = generate_trace(tokens=3000, layers=8, experts=64, top_k=6, blocks=8, tokens_per_sequence=30)
     problem = Problem.from_trace(trace, Cluster.grid(2, 4))
