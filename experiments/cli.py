@@ -5,6 +5,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import offload.cli
 import offload.trace_cli
@@ -29,7 +30,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measurements whose numbers are quoted anywhere.", no_args_is_help=True)
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
-TORCH_EXTRA = ("torch", "transformers", "safetensors", "pyarrow")
+EXTRAS = {"torch": "torch", "transformers": "torch", "safetensors": "torch", "pyarrow": "torch", "jax": "jax"}
 
 
 @app.callback()
@@ -80,9 +81,9 @@ def main() -> None:
         _complain("interrupted")
         sys.exit(INTERRUPTED)
     except ModuleNotFoundError as error:
-        if debug or error.name not in TORCH_EXTRA:
+        if debug or error.name not in EXTRAS:
             raise
-        _complain(f"this command needs {error.name}; install it with: pip install 'expertier[torch]'")
+        _complain(f"this command needs {error.name}; install it with: pip install 'expertier[{EXTRAS[error.name]}]'")
         sys.exit(BAD_INPUT)
     except Exception as error:
         if debug:
@@ -97,7 +98,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _complain(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]expertier:[/] {message}", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]expertier:[/] {escape(message)}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def train(
             or the mesh does not fit.
         KeyboardInterrupt: after Ctrl-C, once the last finished step is saved.
     """
-    found = prepare(run, resume)
+    found = prepare(run, config, resume=resume)
     precision = precision_of(found[-1]) if found else resolve_precision(config.precision)
     config = replace(config, precision=precision)
     trainable = build(config, corpus, run, mesh=mesh)
