@@ -7,10 +7,10 @@ import typer
 from rich.console import Console
 
 import offload.cli
-import offload.trace_cli
 import placement.cli
 import routing.cli
 
+from .bench_offload import bench_offload
 from .commands import demo, train
 
 app = typer.Typer(
@@ -34,11 +34,14 @@ def options(debug: bool = typer.Option(False, "--debug", help="Show the tracebac
 app.command("demo")(demo)
 app.command("train")(train)
 routing.cli.trace_app.command("record")(offload.cli.record)
-routing.cli.trace_app.command("locality")(offload.trace_cli.locality)
-routing.cli.trace_app.command("batches")(offload.trace_cli.batches)
+routing.cli.trace_app.command("locality")(offload.cli.locality)
+routing.cli.trace_app.command("batches")(offload.cli.batches)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)
 app.add_typer(placement.cli.app, name="place")
+bench = typer.Typer(help="Every benchmark whose number is quoted anywhere.", no_args_is_help=True)
+bench.command("offload")(bench_offload)
+app.add_typer(bench, name="bench")
 
 
 @app.command(

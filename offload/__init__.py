@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 from .budget import format_size, parse_size
 from .cache import CACHES, make_cache
+from .calibrate import disk_bandwidth
 from .simulate import Simulated, simulate
 
 if TYPE_CHECKING:
     from .handle import Offload
     from .loading import load
 
-__all__ = ["CACHES", "Offload", "Simulated", "format_size", "load", "make_cache", "parse_size", "simulate"]
+__all__ = [
+    "CACHES",
+    "Offload",
+    "Simulated",
+    "disk_bandwidth",
+    "format_size",
+    "load",
+    "make_cache",
+    "parse_size",
+    "simulate",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -149,6 +149,25 @@ def test_expert_weights_are_not_in_the_model(saved):
         model.save_pretrained(folder / "copy")
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"zero_compute_experts": ["zero", "copy", "constant"]}, {"num_shared_experts": 1, "num_dense_layers": 1}],
+)
+def test_our_own_model(tiny_config, tmp_path, overrides):
+    config = tiny_config(**overrides)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    resident = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = torch.randint(0, config.vocab_size, (2, 11), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = resident(tokens).logits
+    expected_ids = resident.generate(tokens, max_new_tokens=8, do_sample=False)
+    for cache_experts in (1, 3):
+        model = offload.load(tmp_path, cache_experts=cache_experts, record_trace=True)
+        assert torch.equal(model(tokens).logits, expected)
+        assert torch.equal(model.generate(tokens, max_new_tokens=8, do_sample=False), expected_ids)
+        assert model.offload.trace().num_experts == config.num_experts
+
+
 def test_fused_checkpoints_need_no_conversion(tmp_path, tokens):
     """A checkpoint whose experts are stored fused, as [E, 2F, D] and [E, D, F]."""
     torch.manual_seed(0)
