@@ -149,6 +149,24 @@ def test_expert_weights_are_not_in_the_model(saved):
         model.save_pretrained(folder / "copy")
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("width", [64, 96])
+def test_bits_do_not_depend_on_where_vectors_and_threads_end(tmp_path, width, threads):
+    """Enough rows for several threads to share an elementwise operation, at widths with and without a remainder."""
+    config = OlmoeConfig(**{**SHARED, "hidden_size": 64}, intermediate_size=width, num_experts=8, num_experts_per_tok=2)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
+    resident = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.set_num_threads(threads)
+    for length in (1, 211):
+        tokens = torch.randint(0, 97, (1, length), generator=torch.Generator().manual_seed(4))
+        with torch.no_grad():
+            expected = resident(tokens).logits
+        for cache_experts in (2, 8):
+            model = offload.load(tmp_path, cache_experts=cache_experts)
+            assert torch.equal(model(tokens).logits, expected)
+            model.offload.close()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [{}, {"zero_compute_experts": ["zero", "copy", "constant"]}, {"num_shared_experts": 1, "num_dense_layers": 1}],
