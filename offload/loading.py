@@ -296,7 +296,7 @@ def memory_needs(
         process_bytes=process_bytes,
         weight_bytes=weight_bytes,
         kv_bytes=context * kv_bytes_per_token(config, dtype.itemsize),
-        activation_bytes=4 * vocabulary * 4 + rows * width * dtype.itemsize * 4,
+        activation_bytes=4 * vocabulary * 4 + rows * width * dtype.itemsize * 8,
         staging_bytes=io_threads * READ_BYTES,
     )
 
