@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from offload import disk_bandwidth, format_size, parse_size
+from offload import format_size, parse_size
 
 from .memory_limit import drop_cached, run_limited
 
@@ -154,6 +154,8 @@ def _ensure_checkpoint(checkpoint: Path, trace: Path | None, rows: int) -> None:
 
 
 def _read_bandwidth(checkpoint: Path) -> float:
+    from offload import disk_bandwidth
+
     drop_cached(checkpoint)
     files = sorted(checkpoint.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     return disk_bandwidth(files[-1], num_threads=4, read_bytes=4 << 20)

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,16 @@ def save_checkpoint(run: Path, step: int, model: MoEForCausalLM, optimizer: Opti
         model, optimizer: their whole state is kept, and that of torch's random generators.
         config: with the precision resolved, so that a resumed run computes the same.
     """
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        torch.save({"step": step, "optimizer": optimizer.state_dict(), "random": _random_state()}, folder / STATE_FILE)
+
+    return write_checkpoint(run, step, config, write)
+
+
+def write_checkpoint(run: Path, step: int, config: TrainConfig, write: Callable[[Path], None]) -> Path:
+    """Write `<run>/checkpoints/step_<n>`, whose files `write` makes; older ones but the last are removed afterwards."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step_{step:08d}"
@@ -37,10 +48,7 @@ def save_checkpoint(run: Path, step: int, model: MoEForCausalLM, optimizer: Opti
         return target
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as staging:
         finished = Path(staging) / "checkpoint"
-        model.save_pretrained(finished)
-        torch.save(
-            {"step": step, "optimizer": optimizer.state_dict(), "random": _random_state()}, finished / STATE_FILE
-        )
+        write(finished)
         write_json(finished / CONFIG_FILE, asdict(config))
         _sync(finished)
         finished.rename(target)
@@ -62,6 +70,8 @@ def restore(folder: Path, model: MoEForCausalLM, optimizer: Optimizer) -> int:
     Raises:
         ValueError: if the state does not fit the model.
     """
+    if not (folder / STATE_FILE).is_file():
+        raise ValueError(f"{folder} has no {STATE_FILE}: it was not trained by torch; resume it with its own backend")
     state: dict[str, Any] = torch.load(folder / STATE_FILE, weights_only=True)
     saved = MoEForCausalLM.from_pretrained(folder).state_dict()
     try:
@@ -79,7 +89,7 @@ def restore(folder: Path, model: MoEForCausalLM, optimizer: Optimizer) -> int:
 def publish(run: Path, checkpoint: Path) -> None:
     """Make the model of a checkpoint the run's own: `<run>` itself becomes a Hugging Face folder."""
     for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == "config.json"):
-        if path.name not in (STATE_FILE, CONFIG_FILE):
+        if not path.name.startswith("training_"):
             staging = run / f".{path.name}.part"
             shutil.copyfile(path, staging)
             os.replace(staging, run / path.name)

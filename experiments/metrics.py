@@ -2,15 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from routing import RouterStats
 from routing.traces import atomic_write
 
 
@@ -52,23 +51,22 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def routing_metrics(stats: Sequence[RouterStats], load_LE: Tensor) -> dict[str, Any]:
+def routing_metrics(entropy: float, load_LE: NDArray[np.integer]) -> dict[str, Any]:
     """Balance of one optimiser step.
 
     Args:
-        stats: of its last micro-batch, one per MoE layer, for the entropy.
+        entropy: of the routers' distributions in its last micro-batch, mean over tokens and layers, in nats.
         load_LE: tokens that each FFN expert computed, summed over micro-batches.
 
     Returns:
         `max_vio` (largest over mean load minus 1, mean over layers), `dead_experts`, `router_entropy` (nats),
         `load` (share of each expert, per layer).
     """
-    load_LE = load_LE.double()
-    mean_L = load_LE.mean(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-    share_LE = load_LE / load_LE.sum(dim=1, keepdim=True).clamp_min(1)
+    mean_L = np.maximum(load_LE.mean(axis=1), np.finfo(np.float64).tiny)
+    share_LE = load_LE / np.maximum(load_LE.sum(axis=1, keepdims=True), 1)
     return {
-        "max_vio": float((load_LE.amax(dim=1) / mean_L - 1).mean()),
+        "max_vio": float((load_LE.max(axis=1) / mean_L - 1).mean()),
         "dead_experts": int((load_LE == 0).sum()),
-        "router_entropy": float(torch.stack([layer.entropy for layer in stats]).mean()),
+        "router_entropy": entropy,
         "load": [[round(share, 4) for share in row] for row in share_LE.tolist()],
     }

@@ -3,16 +3,19 @@
 `load` and `Offload` need torch and are imported when they are first used.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .budget import format_size, parse_size
 from .cache import CACHES, make_cache
-from .calibrate import disk_bandwidth
 from .simulate import Simulated, simulate
 
 if TYPE_CHECKING:
+    from .calibrate import disk_bandwidth
     from .handle import Offload
     from .loading import load
+
+_HOME = {"Offload": ".handle", "disk_bandwidth": ".calibrate", "load": ".loading"}
 
 __all__ = [
     "CACHES",
@@ -28,12 +31,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from .loading import load
-
-        return load
-    if name == "Offload":
-        from .handle import Offload
-
-        return Offload
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)

@@ -11,9 +11,6 @@ from rich.table import Table
 from routing.traces import RoutingTrace, write_json
 
 from .budget import format_size
-from .trace_cli import batches, locality
-
-__all__ = ["app", "batches", "locality", "record"]
 
 app = typer.Typer()
 

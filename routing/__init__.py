@@ -13,15 +13,24 @@ if TYPE_CHECKING:
     from .capacity import CAPACITY_POLICIES, limit_capacity
     from .catalogue import ROUTERS, build_routers, expect_router
     from .classic import ClassicRouter
-    from .losses import BALANCE_LOSSES, auxiliary_loss, switch_balance_loss, z_loss
+    from .fixed import ForcedRouter
+    from .losses import BALANCE_LOSSES, auxiliary_loss, scheduled_weight, switch_balance_loss, z_loss
+    from .nulls import copy_ffn_rows_to_nulls, expected_true_load
+    from .pregate import PreGate, planned_experts
     from .router import Carry, Router, RouterModule, RouterSizes, RoutingContext
     from .rule import ClassicRule
+    from .soft import SoftRouter
     from .stats import RouterStats
 
 _HOME = {
     "Routing": ".assignment",
     "CAPACITY_POLICIES": ".capacity",
     "limit_capacity": ".capacity",
+    "ForcedRouter": ".fixed",
+    "copy_ffn_rows_to_nulls": ".nulls",
+    "expected_true_load": ".nulls",
+    "PreGate": ".pregate",
+    "planned_experts": ".pregate",
     "ROUTERS": ".catalogue",
     "build_routers": ".catalogue",
     "ClassicRouter": ".classic",
@@ -29,6 +38,7 @@ _HOME = {
     "BALANCE_LOSSES": ".losses",
     "ClassicRule": ".rule",
     "auxiliary_loss": ".losses",
+    "scheduled_weight": ".losses",
     "switch_balance_loss": ".losses",
     "z_loss": ".losses",
     "Carry": ".router",
@@ -36,6 +46,7 @@ _HOME = {
     "RouterSizes": ".router",
     "RouterModule": ".router",
     "RouterStats": ".stats",
+    "SoftRouter": ".soft",
     "RoutingContext": ".router",
 }
 
@@ -46,6 +57,8 @@ __all__ = [
     "Carry",
     "ClassicRouter",
     "ClassicRule",
+    "ForcedRouter",
+    "PreGate",
     "Router",
     "RouterModule",
     "RouterSizes",
@@ -53,10 +66,15 @@ __all__ = [
     "Routing",
     "RoutingContext",
     "RoutingTrace",
+    "SoftRouter",
     "auxiliary_loss",
     "build_routers",
+    "copy_ffn_rows_to_nulls",
     "expect_router",
+    "expected_true_load",
     "limit_capacity",
+    "planned_experts",
+    "scheduled_weight",
     "switch_balance_loss",
     "z_loss",
 ]

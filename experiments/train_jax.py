@@ -1,0 +1,106 @@
+"""Train with JAX: the same presets, data order, schedule, metrics and folders as `experiments.train`."""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe import MoEConfig
+from moe.nnx.mesh import parse_mesh
+from moe.nnx.training import Optimisation, Trainer, resolve_precision
+
+from .checkpoint import write_checkpoint
+from .corpus import BatchOrder, Corpus, windows
+from .metrics import routing_metrics
+from .presets import TrainConfig
+from .schedule import learning_rate
+from .train_loop import TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
+
+
+def train(
+    config: TrainConfig,
+    corpus: Corpus,
+    run: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    mesh: str | None = None,
+) -> TrainResult:
+    """Train a model; everything it leaves behind is under `run`.
+
+    Args:
+        config: the run.
+        corpus: the text.
+        run: folder for checkpoints, `metrics.jsonl`, and at the end the model itself.
+        resume: continue after the last finished checkpoint, bit by bit as if nothing had happened.
+        quiet: no progress bar.
+        mesh: devices per axis, such as `data=2,expert=4`; None trains on one device.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        ValueError: if `run` holds another run or one of torch, the corpus is too short, the router has no twin in JAX,
+            or the mesh does not fit.
+        KeyboardInterrupt: after Ctrl-C, once the last finished step is saved.
+    """
+    found = prepare(run, resume)
+    precision = precision_of(found[-1]) if found else resolve_precision(config.precision)
+    config = replace(config, precision=precision)
+    trainable = build(config, corpus, run, mesh=mesh)
+    if not found:
+        return run_steps(trainable, config, corpus, run, 0, quiet=quiet)
+    trainable.trainer.restore(found[-1])
+    return run_steps(trainable, config, corpus, run, int(found[-1].name.removeprefix("step_")), quiet=quiet)
+
+
+@dataclass(frozen=True, eq=False)
+class JaxRun:
+    """A training run on JAX; see `train_loop.Trainable`."""
+
+    trainer: Trainer
+    order: BatchOrder
+    corpus: Corpus
+    config: TrainConfig
+    run: Path
+
+    def step(self, number: int) -> dict[str, Any]:
+        start, A = time.perf_counter(), self.config.accumulation
+        rate = learning_rate(self.config, number)
+        token_ABS = np.stack([self.order.batch(number * A + micro) for micro in range(A)])
+        result = self.trainer.step(token_ABS, rate, number)
+        return {
+            "step": number + 1,
+            "loss": float(result.loss),
+            "lm_loss": float(result.lm_loss),
+            "learning_rate": rate,
+            "gradient_norm": float(result.gradient_norm),
+            "tokens_per_second": token_ABS.size / (time.perf_counter() - start),
+            **routing_metrics(float(result.entropy), result.kept_LE),
+        }
+
+    def evaluate(self) -> float:
+        rows, size = held_out_rows(self.corpus, self.config), self.config.batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        total = sum(self.trainer.evaluate(batch) * len(batch) for batch in batches)
+        return bits_per_byte(total / len(rows), self.corpus)
+
+    def save(self, done: int) -> Path:
+        return write_checkpoint(self.run, done, self.config, self.trainer.save)
+
+
+def build(config: TrainConfig, corpus: Corpus, run: Path, *, mesh: str | None = None) -> JaxRun:
+    """A run before its first step, with weights as its seed initialises them here (torch draws others)."""
+    how = Optimisation(
+        weight_decay=config.weight_decay,
+        betas=config.betas,
+        clip_norm=config.clip_norm,
+        precision=config.precision,
+        seed=config.seed,
+    )
+    model = MoEConfig(**({"vocab_size": corpus.vocab_size} | config.model))
+    trainer = Trainer(model, how, mesh=None if mesh is None else parse_mesh(mesh))
+    order = BatchOrder(windows(corpus.train, config.sequence_length), config.batch_size, config.seed)
+    return JaxRun(trainer, order, corpus, config, run)

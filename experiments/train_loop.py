@@ -1,0 +1,147 @@
+"""What every training run does around its steps, whatever computes them: folder, metrics, evaluations, checkpoints."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from routing.traces import write_json
+
+from .checkpoint import CONFIG_FILE, checkpoints, publish
+from .corpus import Corpus, windows
+from .metrics import MetricsLog, open_log
+from .presets import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended.
+
+    Args:
+        steps: optimiser steps done.
+        held_out_bits_per_byte: of the final model.
+        train_bits_per_byte: of the last step's batch.
+        tokens_per_second: of the last step.
+        seconds: wall time, evaluations and checkpoints included.
+    """
+
+    steps: int
+    held_out_bits_per_byte: float
+    train_bits_per_byte: float
+    tokens_per_second: float
+    seconds: float
+
+
+class Trainable(Protocol):
+    """A model and its optimiser on one backend."""
+
+    def step(self, number: int) -> dict[str, Any]:
+        """Do the optimiser step after `number` others; its metrics, `lm_loss` in nats among them."""
+        ...
+
+    def evaluate(self) -> float:
+        """Bits per byte on held-out documents."""
+        ...
+
+    def save(self, done: int) -> Path:
+        """Write the checkpoint of `done` steps; its folder."""
+        ...
+
+
+def run_steps(
+    trainable: Trainable, config: TrainConfig, corpus: Corpus, run: Path, done: int, *, quiet: bool
+) -> TrainResult:
+    """Train from step `done` to the end; everything that is left behind is under `run`.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once the last finished step is saved.
+    """
+    start, row = time.perf_counter(), {}
+    with open_log(run / "metrics.jsonl", last_step=done) as log, _progress(config.steps, done, quiet) as advance:
+        try:
+            for step in range(done, config.steps):
+                row = trainable.step(step)
+                row["bits_per_byte"] = bits_per_byte(row["lm_loss"], corpus)
+                done = step + 1
+                _after_step(row, done, trainable, config, log)
+                advance(row)
+        except KeyboardInterrupt:
+            trainable.save(done)
+            raise
+    publish(run, trainable.save(done))
+    seconds = time.perf_counter() - start
+    result = TrainResult(
+        steps=done,
+        held_out_bits_per_byte=trainable.evaluate(),
+        train_bits_per_byte=row.get("bits_per_byte", math.nan),
+        tokens_per_second=row.get("tokens_per_second", math.nan),
+        seconds=seconds,
+    )
+    write_json(run / "result.json", asdict(result))
+    return result
+
+
+def prepare(run: Path, resume: bool) -> list[Path]:
+    """The finished checkpoints of a run that may start or continue, oldest first.
+
+    Raises:
+        ValueError: if there is nothing to resume, or a run that was not to be resumed.
+    """
+    found = checkpoints(run)
+    if resume and not found:
+        raise ValueError(f"nothing to resume: {run} has no finished checkpoint; start without --resume")
+    if found and not resume:
+        raise ValueError(f"{run} already holds a run ({found[-1].name}); use --resume to continue it or another --out")
+    run.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def precision_of(checkpoint: Path) -> str:
+    """The precision that a run was started with."""
+    return json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))["precision"]
+
+
+def bits_per_byte(nats_per_token: float, corpus: Corpus) -> float:
+    """Cross entropy per token as bits per byte of text."""
+    return nats_per_token / math.log(2) * corpus.tokens_per_byte
+
+
+def held_out_rows(corpus: Corpus, config: TrainConfig) -> NDArray[np.integer]:
+    """The held-out sequences that an evaluation scores."""
+    rows = windows(corpus.held_out, min(config.sequence_length, len(corpus.held_out)))
+    return rows[: max(1, config.held_out_tokens // rows.shape[1])]
+
+
+def _after_step(row: dict[str, Any], done: int, trainable: Trainable, config: TrainConfig, log: MetricsLog) -> None:
+    if done % config.evaluate_every == 0:
+        row["held_out_bits_per_byte"] = trainable.evaluate()
+    log.append(row)
+    if done % config.checkpoint_every == 0:
+        trainable.save(done)
+
+
+@contextmanager
+def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}  {task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=quiet, console=Console(stderr=True)) as progress:
+        task = progress.add_task("train", total=total, completed=done, text="")
+
+        def advance(row: dict[str, Any]) -> None:
+            text = f"{row['bits_per_byte']:.3f} bits/byte  {row['tokens_per_second']:.0f} tok/s"
+            progress.update(task, advance=1, text=text)
+
+        yield advance

@@ -1,0 +1,104 @@
+"""Data, tensor and expert parallelism from a mesh of devices and two rules that look at names and shapes only.
+
+1. Experts are split over the axis `expert`: the first axis of everything under `experts`.
+2. A matrix is split over the axis `tensor`: along its input if it writes to the residual stream (`o_proj`,
+   `down_proj`), else along its output. Between two such matrices nothing needs to be exchanged.
+
+Whatever does not divide, vectors and routers stay whole on every device. Sequences are split over `data` and `expert`.
+jax inserts the communication. Source of the idea: Tan et al. 2023 (Redco), arXiv:2310.16355, section 3.1.
+"""
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "expert", "tensor")
+WRITES_RESIDUAL = ("o_proj", "down_proj")
+
+
+def build_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of the first `data * expert * tensor` devices.
+
+    Raises:
+        ValueError: if a size is not positive or there are fewer devices.
+    """
+    sizes = (data, expert, tensor)
+    if min(sizes) < 1:
+        raise ValueError(f"mesh axes must be at least 1; got data={data}, expert={expert}, tensor={tensor}")
+    needed, devices = int(np.prod(sizes)), jax.devices()
+    if needed > len(devices):
+        raise ValueError(f"a mesh of {' x '.join(map(str, sizes))} needs {needed} devices; jax sees {len(devices)}")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
+
+
+def parse_mesh(text: str) -> Mesh:
+    """A mesh from text such as `data=2,expert=4`; axes that are not named have size 1.
+
+    Raises:
+        ValueError: if the text does not read so, or there are too few devices.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES or not size.isdecimal() or axis in sizes:
+            raise ValueError(f"a mesh reads like data=2,expert=4 with axes {', '.join(AXES)}; got {text!r}")
+        sizes[axis] = int(size)
+    return build_mesh(**sizes)
+
+
+def partition(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    """How a parameter is split, by the two rules above.
+
+    Args:
+        path: names of the modules that it is in, and its own, outermost first.
+        shape: its shape; matrices are [..., input, output].
+        mesh: devices by axis.
+    """
+    axes: list[str | None] = [None] * len(shape)
+    if "router" in path or len(shape) < 2:
+        return P(*axes)
+    if "experts" in path and shape[0] % mesh.shape["expert"] == 0:
+        axes[0] = "expert"
+    inner = len(shape) - (2 if any(name in WRITES_RESIDUAL for name in path) else 1)
+    if axes[inner] is None and shape[inner] % mesh.shape["tensor"] == 0:
+        axes[inner] = "tensor"
+    return P(*axes)
+
+
+def distribute(model: nnx.Module, mesh: Mesh) -> None:
+    """Place a model's state on a mesh, in place.
+
+    Raises:
+        ValueError: if the experts do not divide over the axis `expert`.
+    """
+    from .experts import Experts
+
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Experts):
+            num_experts = module.down_proj.shape[0]
+            if num_experts % mesh.shape["expert"]:
+                raise ValueError(f"{num_experts} experts do not divide over {mesh.shape['expert']} devices")
+            module.mesh = mesh
+    state = nnx.to_flat_state(nnx.state(model))
+    for path, variable in state:
+        names = tuple(map(str, path))
+        sharding = NamedSharding(mesh, partition(names, variable.shape, mesh))
+        variable[...] = jax.device_put(variable[...], sharding)
+    nnx.update(model, nnx.from_flat_state(state))
+
+
+def place_batch(token_BS: np.ndarray, mesh: Mesh | None) -> Array:
+    """Sequences on their devices.
+
+    Raises:
+        ValueError: if they do not divide over the axis `data`.
+    """
+    if mesh is None:
+        return jax.numpy.asarray(token_BS)
+    if len(token_BS) % mesh.shape["data"]:
+        raise ValueError(f"{len(token_BS)} sequences do not divide over {mesh.shape['data']} devices")
+    divides = len(token_BS) % (mesh.shape["data"] * mesh.shape["expert"]) == 0
+    return jax.device_put(token_BS, NamedSharding(mesh, P(("data", "expert") if divides else "data")))
