@@ -13,6 +13,7 @@ import placement.cli
 import routing.cli
 
 from .bench_kernels import bench_kernels
+from .bench_offload import bench_offload
 from .bench_placement import bench_placement
 from .bench_routers import routers as bench_routers
 from .commands import compare, demo, train
@@ -43,6 +44,7 @@ app.command("train")(train)
 app.command("compare")(compare)
 app.command("leverage")(leverage)
 bench.command("kernels")(bench_kernels)
+bench.command("offload")(bench_offload)
 bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)
 app.add_typer(bench, name="bench")
