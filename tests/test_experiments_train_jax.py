@@ -10,15 +10,15 @@ import torch
 pytest.importorskip("jax", reason="needs the extra expertier[jax]")
 pytest.importorskip("optax", reason="needs the extra expertier[jax]")
 
-from experiments import train as torch_training  # noqa: E402
-from experiments import train_jax  # noqa: E402
-from experiments.checkpoint import checkpoints  # noqa: E402
-from experiments.corpus import Corpus  # noqa: E402
-from experiments.metrics import read_log  # noqa: E402
-from experiments.presets import TrainConfig  # noqa: E402
-from experiments.train_jax import train  # noqa: E402
-from moe import MoEForCausalLM  # noqa: E402
-from moe.nnx.checkpoint import read_tensors, set_tensors  # noqa: E402
+from experiments import train as torch_training
+from experiments import train_jax
+from experiments.checkpoint import checkpoints
+from experiments.corpus import Corpus
+from experiments.metrics import read_log
+from experiments.presets import TrainConfig
+from experiments.train_jax import train
+from moe import MoEForCausalLM
+from moe.nnx.checkpoint import read_tensors, set_tensors
 
 TINY = TrainConfig(
     model={

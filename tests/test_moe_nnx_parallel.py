@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("jax", reason="needs the extra expertier[jax]")
 
-from moe.nnx import build_mesh, parse_mesh  # noqa: E402
-from moe.nnx.mesh import partition  # noqa: E402
+from moe.nnx import build_mesh, parse_mesh
+from moe.nnx.mesh import partition
 
 ROOT = Path(__file__).parent.parent
 

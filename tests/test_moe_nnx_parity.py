@@ -142,7 +142,7 @@ def test_a_pregated_block_hands_its_counts_to_the_gate_that_decided(tiny_config,
 def test_a_router_without_a_twin_is_refused_by_name(tiny_config):
     from moe.nnx import MoEForCausalLM as Twin
 
-    with pytest.raises(ValueError, match="'remoe'.*no JAX twin"):
+    with pytest.raises(ValueError, match=r"'remoe'.*no JAX twin"):
         Twin(tiny_config(router="remoe"), nnx.Rngs(0))
     with pytest.raises(ValueError, match="hidden_act"):
         Twin(tiny_config(hidden_act="tanh"), nnx.Rngs(0))
