@@ -7,10 +7,15 @@ import typer
 from rich.console import Console
 
 import offload.cli
+import offload.trace_cli
 import placement.cli
 import routing.cli
 
-from .commands import demo, train
+from .bench_kernels import bench_kernels
+from .bench_placement import bench_placement
+from .bench_routers import routers as bench_routers
+from .commands import compare, demo, train
+from .leverage import leverage
 
 app = typer.Typer(
     name="expertier",
@@ -20,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+bench = typer.Typer(help="Measurements whose numbers are quoted anywhere.", no_args_is_help=True)
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 TORCH_EXTRA = ("torch", "transformers", "safetensors", "pyarrow")
@@ -32,7 +39,15 @@ def options(debug: bool = typer.Option(False, "--debug", help="Show the tracebac
 
 app.command("demo")(demo)
 app.command("train")(train)
+app.command("compare")(compare)
+app.command("leverage")(leverage)
+bench.command("kernels")(bench_kernels)
+bench.command("placement")(bench_placement)
+bench.command("routers")(bench_routers)
+app.add_typer(bench, name="bench")
 routing.cli.trace_app.command("record")(offload.cli.record)
+routing.cli.trace_app.command("locality")(offload.trace_cli.locality)
+routing.cli.trace_app.command("batches")(offload.trace_cli.batches)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)
 app.add_typer(placement.cli.app, name="place")

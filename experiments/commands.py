@@ -1,4 +1,4 @@
-"""`expertier train` and `expertier demo`: the commands; what they do needs torch and is imported when they run."""
+"""`expertier train`, `compare` and `demo`: the commands; what they do needs torch and is imported when they run."""
 
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,9 @@ from .presets import PRESETS, preset
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     preset_name: Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}.")] = "demo",
-    router: Annotated[str | None, typer.Option(help="A router by name; the preset's own without it.")] = None,
+    router: Annotated[
+        str | None, typer.Option(help="A router, or a variant of `compare`; the preset's own without it.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Text file, folder, .jsonl or .parquet; the standard library without it.")
     ] = None,
@@ -29,6 +31,7 @@ def train(
 
     Example: `expertier train --preset smoke --out runs/smoke`
     """
+    from .compare_variants import model_overrides
     from .corpus import load_corpus
 
     if backend == "jax":
@@ -44,12 +47,50 @@ def train(
     if steps is not None:
         config = replace(config, steps=steps)
     if router is not None:
-        config = replace(config, model=config.model | {"router": router})
+        config = replace(config, model=model_overrides(router, config.model))
     result = run(config, load_corpus(data, column=column, tokenizer=tokenizer), out, resume=resume)
     typer.echo(
         f"{out}: {result.steps} steps, {result.held_out_bits_per_byte:.3f} bits per byte on held-out text, "
         f"{result.tokens_per_second:.0f} tokens/s"
     )
+
+
+def compare(
+    routers: Annotated[
+        str, typer.Option(help="Variants or routers, with commas between them; `all` for every variant.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the comparison; call again to continue it.")],
+    preset_name: Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}.")] = "routers",
+    data: Annotated[
+        str | None, typer.Option(help="Text file, folder, .jsonl or .parquet; the standard library without it.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per variant.")] = 2,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; the preset's own without it.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report there.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Keep the runs under experiments/records.")] = False,
+) -> None:
+    """Train the same model with several routers and seeds, and report loss, cost, balance and how well experts cache.
+
+    Example: `expertier compare --routers top2,rmoe,pregate-1 --preset routers --out runs/compare`
+    """
+    from routing.traces import write_json
+
+    from .compare import compare as run
+    from .compare import print_table, record_comparison
+    from .compare_variants import VARIANTS
+
+    base = preset(preset_name)
+    if steps is not None:
+        base = replace(base, steps=steps, warmup_steps=min(base.warmup_steps, steps))
+    names = list(VARIANTS) if routers == "all" else [name.strip() for name in routers.split(",") if name.strip()]
+    report = run(names, base, out, seeds=seeds, data=data, processes=processes)
+    print_table(report["variants"])
+    if json_file:
+        write_json(json_file, report)
+    if record:
+        typer.echo(f"record: {record_comparison(report)}")
+    typer.echo(f"report: {(out / 'compare.html').resolve()}")
 
 
 def demo(

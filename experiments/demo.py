@@ -24,8 +24,8 @@ from .presets import TrainConfig, preset
 from .train import TrainResult, measure_step_s, train
 
 TRAIN_SECONDS = 240.0
-FEWEST_STEPS, MOST_STEPS = 250, 600
-PROMPT_BYTES, NEW_TOKENS = 96, 96
+FEWEST_STEPS, MOST_STEPS = 150, 600
+PROMPT_BYTES, NEW_TOKENS, TEMPERATURE = 64, 192, 0.7
 TRACE_SEQUENCES, TRACE_LENGTH = 24, 256
 CLUSTER_NODES, CLUSTER_GPUS = 2, 4
 POLICIES = ("lru", "lfu", "belady")
@@ -207,9 +207,15 @@ def _offload(model_dir: Path, corpus: Corpus) -> OffloadedRun:
 
 
 def _generate(model: Any, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    torch.manual_seed(0)
     start = time.perf_counter()
     output = model.generate(
-        prompt, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True
+        prompt,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=True,
+        temperature=TEMPERATURE,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
     return output.sequences, torch.stack(output.logits), time.perf_counter() - start
 

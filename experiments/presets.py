@@ -69,7 +69,7 @@ def smoke() -> TrainConfig:
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
             "head_dim": 32,
-            "num_experts": 4,
+            "num_experts": 8,
             "moe_intermediate_size": 64,
         },
         steps=40,
@@ -106,6 +106,30 @@ def demo() -> TrainConfig:
     )
 
 
+def routers() -> TrainConfig:
+    """For comparing routers on two cores: the demo's depth and experts, narrow, about a minute and a half a run."""
+    return TrainConfig(
+        model={
+            "hidden_size": 96,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "head_dim": 32,
+            "num_experts": 16,
+            "moe_intermediate_size": 96,
+        },
+        steps=300,
+        batch_size=8,
+        sequence_length=128,
+        learning_rate=3e-3,
+        warmup_steps=30,
+        precision="float32",
+        evaluate_every=100,
+        checkpoint_every=50,
+        held_out_tokens=32_768,
+    )
+
+
 def e16() -> TrainConfig:
     """16 experts, top-2, 8 layers, wider than the demo: half an hour on two cores."""
     return TrainConfig(
@@ -139,7 +163,7 @@ def e64() -> TrainConfig:
     )
 
 
-PRESETS = {"smoke": smoke, "demo": demo, "e16": e16, "e64": e64}
+PRESETS = {"smoke": smoke, "demo": demo, "routers": routers, "e16": e16, "e64": e64}
 
 
 def preset(name: str) -> TrainConfig:

@@ -35,6 +35,7 @@ def train(config: TrainConfig, corpus: Corpus, run: Path, *, resume: bool = Fals
 
     Raises:
         ValueError: if `run` holds another run, or the corpus is too short.
+        FloatingPointError: if the loss or its gradient is no longer finite; the last checkpoint is from before.
         KeyboardInterrupt: after Ctrl-C, once the last finished step is saved.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,6 +87,8 @@ def train_step(
         count_LR = count_LR + torch.stack([layer.count_R for layer in output.router_stats])
         kept_LR = kept_LR + torch.stack([layer.kept_R for layer in output.router_stats])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    if not (math.isfinite(loss) and torch.isfinite(norm)):
+        raise FloatingPointError(f"diverged at step {step + 1}: loss {loss}, gradient norm {norm.item()}")
     optimizer.step()
     optimizer.zero_grad()
     tokens = config.accumulation * config.batch_size * config.sequence_length

@@ -27,6 +27,8 @@ class MoEConfig(PreTrainedConfig):
         zero_compute_experts: kinds of the Z zero-compute experts: `zero`, `copy`, `constant`.
         router: a key of `routing.ROUTERS`; `router_options` refine it.
         balance_loss_weight, z_loss_weight: coefficients of `routing.auxiliary_loss`, added to the loss in training.
+        balance_loss_schedule: pairs (optimiser step, weight) in rising order; from that step on the weight replaces
+            `balance_loss_weight`.
 
     Raises:
         ValueError: if a value is unknown or values do not fit together.
@@ -52,6 +54,7 @@ class MoEConfig(PreTrainedConfig):
     router: str = "olmoe"
     router_options: dict[str, Any] | None = None
     balance_loss_weight: float = 0.01
+    balance_loss_schedule: list[list[float]] | None = None
     z_loss_weight: float = 0.001
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
@@ -67,6 +70,11 @@ class MoEConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         expect_router(self.router)
+        steps = [pair[0] for pair in self.balance_loss_schedule or () if len(pair) == 2]
+        if len(steps) != len(self.balance_loss_schedule or ()) or steps != sorted(steps):
+            raise ValueError(
+                f"balance_loss_schedule must be pairs (step, weight) in rising order; got {self.balance_loss_schedule}"
+            )
         if self.qk_norm not in QK_NORMS:
             raise ValueError(f"qk_norm must be one of {', '.join(QK_NORMS)}; got {self.qk_norm!r}")
         if unknown := set(self.zero_compute_experts) - set(ZERO_COMPUTE_KINDS):

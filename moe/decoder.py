@@ -22,11 +22,11 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
-from routing import Carry, RouterModule, RouterStats, RoutingContext, auxiliary_loss, build_routers
+from routing import Carry, RouterModule, RouterStats, RoutingContext, auxiliary_loss, build_routers, scheduled_weight
 
 from .attention import Attention, rotary_angles
 from .config import MoEConfig
-from .layer import FeedForward, MoELayer
+from .layer import FeedForward, MoELayer, build_moe_layer
 from .norm import RMSNorm
 
 
@@ -119,7 +119,7 @@ class MoEModel(MoEPreTrainedModel):
             FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
             for _ in range(config.num_dense_layers)
         ]
-        mlps = [*dense, *(MoELayer(config, router) for router in routers)]
+        mlps = [*dense, *(build_moe_layer(config, router) for router in routers)]
         self.layers = nn.ModuleList(DecoderLayer(config, index, mlp) for index, mlp in enumerate(mlps))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.optimizer_step = 0
@@ -242,9 +242,13 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             loss = lm_loss
             if self.training:
                 loss = lm_loss + auxiliary_loss(
-                    stats, balance_weight=self.config.balance_loss_weight, z_weight=self.config.z_loss_weight
+                    stats, balance_weight=self._balance_weight(), z_weight=self.config.z_loss_weight
                 )
         return MoEOutput(loss=loss, lm_loss=lm_loss, logits=logits, past_key_values=cache, router_stats=stats)
+
+    def _balance_weight(self) -> float:
+        config = self.config
+        return scheduled_weight(config.balance_loss_weight, config.balance_loss_schedule, self.model.optimizer_step)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. Raises ValueError if a router looks at later tokens, which do not exist yet."""

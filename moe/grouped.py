@@ -1,19 +1,50 @@
-"""Experts as grouped matrix products: rows sorted by expert, one product per projection, in plain torch.
+"""Experts as grouped matrix products: rows sorted by expert, one product per projection and expert that has rows.
 
 It understands every layout that transformers' experts modules declare (bias, transposed weights, no gate, a norm after
-the expert), and is registered there as `expertier`.
+the expert). Registered there as `expertier`: fused Triton kernels on a GPU, where they know the activation and the
+number format, and this path everywhere else.
 
 Shapes: T tokens, K slots, N = T * K rows, E experts, D model width, F expert width.
 """
+
+import importlib.util
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .looped_product import looped_product
+
+# up to here, without gradient, a loop in Python costs less than looking at every expert
+LOOPED_ROWS = 32
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def expertier_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Weighted sum of the chosen experts' outputs, by kernels on a GPU, by `grouped_experts` elsewhere.
+
+    Args:
+        experts: an experts module of transformers or ours: projections and layout flags.
+        x_TD: inputs.
+        expert_TK: int64 ids; ids >= E contribute nothing.
+        weight_TK: combine weights.
+
+    Returns:
+        [T, D] in the dtype of `x_TD`.
+    """
+    if x_TD.is_cuda and HAS_TRITON:
+        # triton is imported only where it runs
+        from .kernels import can_compute, fused_experts
+
+        if can_compute(experts, x_TD):
+            return fused_experts(experts, x_TD, expert_TK, weight_TK)
+    return grouped_experts(experts, x_TD, expert_TK, weight_TK)
+
 
 def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """Weighted sum of the chosen experts' outputs.
+    """Weighted sum of the chosen experts' outputs, in plain torch.
 
     Args:
         experts: an experts module of transformers or ours: projections and layout flags.
@@ -27,44 +58,73 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
     T, K = expert_TK.shape
     E = experts.num_experts
     expert_N, order_N = expert_TK.flatten().sort(stable=True)
-    offset_E = torch.bincount(expert_N, minlength=E)[:E].cumsum(0).to(torch.int32)
-    is_ours_N1 = (expert_N < E)[:, None]
-    bias_id_N = expert_N.clamp(max=E - 1)
+    end_E = torch.bincount(expert_N, minlength=E)[:E].cumsum(0).to(torch.int32)
+    groups = _Groups(end_E, end_E.tolist() if _is_eager_cpu(x_TD) else None, T * K)
+    expert_N = expert_N.clamp(max=E - 1) if experts.has_bias else expert_N
 
-    # rows past the last offset stay uninitialised in what grouped_mm returns, forward and backward
-    x_ND = torch.where(is_ours_N1, x_TD[order_N // K], 0.0)
+    x_ND = _rows(x_TD, order_N // K)
     if experts.has_gate:
-        hidden = _project(x_ND, experts, "gate_up_proj", offset_E, bias_id_N)
-        hidden_NF = experts._apply_gate(hidden)
+        hidden_NF = experts._apply_gate(_project(x_ND, experts, "gate_up_proj", groups, expert_N))
     else:
-        hidden_NF = experts.act_fn(_project(x_ND, experts, "up_proj", offset_E, bias_id_N))
-    y_ND = _project(hidden_NF, experts, "down_proj", offset_E, bias_id_N)
+        hidden_NF = experts.act_fn(_project(x_ND, experts, "up_proj", groups, expert_N))
+    y_ND = _project(hidden_NF, experts, "down_proj", groups, expert_N)
     if experts.has_post_expert_norm:
         y_ND = experts.post_expert_norm(y_ND)
-    y_ND = torch.where(is_ours_N1, y_ND * weight_TK.flatten()[order_N, None], 0.0)
-    y_TKD = y_ND[_inverse(order_N)].view(T, K, -1)
-    return y_TKD.sum(dim=1).to(x_TD.dtype)
+    if not groups.has_all_rows:
+        weight_TK = torch.where(expert_TK < E, weight_TK, 0.0)
+    y_TKD = y_ND.index_select(0, _inverse(order_N)).view(T, K, -1)
+    wide = torch.promote_types(y_TKD.dtype, weight_TK.dtype)
+    return torch.bmm(weight_TK[:, None].to(wide), y_TKD.to(wide))[:, 0].to(x_TD.dtype)
 
 
-def _project(x_ND: Tensor, experts: nn.Module, name: str, offset_E: Tensor, bias_id_N: Tensor) -> Tensor:
-    """Multiply each row by its own expert's matrix of that name."""
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """Where each expert's rows end: on the device, and as numbers where that costs no waiting (None elsewhere)."""
+
+    end_E: Tensor
+    ends: list[int] | None
+    num_rows: int
+
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether every row is known to belong to an expert."""
+        return self.ends is not None and self.ends[-1] == self.num_rows
+
+
+def _is_eager_cpu(x_TD: Tensor) -> bool:
+    return x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _rows(x_TD: Tensor, token_N: Tensor) -> Tensor:
+    """Gather rows; `index_select` is faster, but on a GPU its gradient adds in no fixed order."""
+    return x_TD[token_N] if x_TD.is_cuda else x_TD.index_select(0, token_N)
+
+
+def _project(x_ND: Tensor, experts: nn.Module, name: str, groups: _Groups, expert_N: Tensor) -> Tensor:
+    """Multiply each row by its own expert's matrix of that name; rows of no expert become zero, or some bias."""
     weight = getattr(experts, name)
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     right = weight if experts.is_transposed else weight.transpose(-2, -1)
-    y_ND = _grouped_product(x_ND.to(dtype), right.to(dtype), offset_E)
+    y_ND = _product(x_ND.to(dtype), right.to(dtype), groups)
     if experts.has_bias:
-        y_ND = y_ND + getattr(experts, f"{name}_bias")[bias_id_N].to(dtype)
+        y_ND = y_ND + getattr(experts, f"{name}_bias")[expert_N].to(dtype)
     return y_ND
 
 
-def _grouped_product(x_ND: Tensor, right_EDF: Tensor, offset_E: Tensor) -> Tensor:
-    if x_ND.dtype != torch.float64:
-        return grouped_mm(x_ND, right_EDF, offs=offset_E)
-    ends = offset_E.tolist()
-    pieces = [x_ND[start:end] @ right for start, end, right in zip([0, *ends], ends, right_EDF, strict=False)]
-    tail = x_ND.new_zeros(len(x_ND) - ends[-1], right_EDF.shape[-1])
-    return torch.cat([*pieces, tail])
+def _product(x_ND: Tensor, right_EDF: Tensor, groups: _Groups) -> Tensor:
+    """The faster of two ways: a loop over the experts in use, or `grouped_mm`, which looks at all of them."""
+    is_compiling_cpu = not x_ND.is_cuda and torch.compiler.is_compiling()
+    is_training = torch.is_grad_enabled() and (x_ND.requires_grad or right_EDF.requires_grad)
+    is_few = groups.ends is not None and groups.num_rows <= LOOPED_ROWS and not is_training
+    if x_ND.dtype == torch.float64 or is_compiling_cpu or is_few:
+        return looped_product(x_ND, right_EDF, groups.ends or groups.end_E)
+    if groups.has_all_rows:
+        return grouped_mm(x_ND, right_EDF, offs=groups.end_E)
+    # grouped_mm leaves rows past the last offset uninitialised, forward and backward
+    is_ours_N1 = (torch.arange(groups.num_rows, device=x_ND.device) < groups.end_E[-1])[:, None]
+    y_ND = grouped_mm(torch.where(is_ours_N1, x_ND, 0.0), right_EDF, offs=groups.end_E)
+    return torch.where(is_ours_N1, y_ND, 0.0)
 
 
 def _inverse(order_N: Tensor) -> Tensor:
@@ -73,4 +133,4 @@ def _inverse(order_N: Tensor) -> Tensor:
     return inverse_N
 
 
-ALL_EXPERTS_FUNCTIONS.register("expertier", grouped_experts)
+ALL_EXPERTS_FUNCTIONS.register("expertier", expertier_experts)

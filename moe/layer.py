@@ -6,7 +6,7 @@ Shapes: T tokens, D model width.
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from routing import Carry, Router, RouterStats, RoutingContext
+from routing import Carry, Router, RouterStats, RoutingContext, SoftRouter
 
 from .config import MoEConfig
 from .experts import Experts
@@ -61,3 +61,26 @@ class MoELayer(nn.Module):
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD, carry, stats
+
+
+class SoftMoELayer(MoELayer):
+    """Soft MoE: experts compute slots, which are mixtures of a sequence's tokens; tokens read mixtures of slots.
+
+    Source: Puigcerver et al. 2023, arXiv:2308.00951, eqs. 1-3.
+    """
+
+    def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry, RouterStats]:
+        mix, carry, stats = self.router(x_TD, carry, context)
+        B, _, Q = mix.dispatch_BSQ.shape
+        slot_BQD = mix.dispatch_BSQ.mT.to(x_TD.dtype) @ x_TD.unflatten(0, (B, -1))
+        expert_N1 = mix.expert_Q.repeat(B)[:, None]
+        slot_ND = self.experts(slot_BQD.flatten(0, 1), expert_N1, stats.kept.weight_TK)
+        y_TD = (mix.combine_BSQ.to(x_TD.dtype) @ slot_ND.unflatten(0, (B, Q))).flatten(0, 1)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD, carry, stats
+
+
+def build_moe_layer(config: MoEConfig, router: Router | SoftRouter) -> MoELayer:
+    """The kind of layer that a router needs."""
+    return (SoftMoELayer if isinstance(router, SoftRouter) else MoELayer)(config, router)

@@ -106,14 +106,20 @@ def peak_bytes() -> int:
 def kv_bytes_per_token(config: Any, item_bytes: int) -> int:
     """An upper bound of the KV cache that one token takes in all layers, from the names that configs share."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    layers = int(getattr(text, "num_hidden_layers", 0) or 0)
-    heads = int(getattr(text, "num_attention_heads", 0) or 0)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    width = int(getattr(text, "hidden_size", 0) or 0)
-    head = int(getattr(text, "head_dim", None) or (width // heads if heads else 0))
-    key = int(getattr(text, "qk_head_dim", None) or head)
-    value = int(getattr(text, "v_head_dim", None) or head)
-    return layers * kv_heads * (max(key, head) + max(value, head)) * item_bytes
+    num_layers = int(getattr(text, "num_hidden_layers", 0) or 0)
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * num_layers
+    return sum(_kv_width(layers[layer]) for layer in range(num_layers)) * item_bytes
+
+
+def _kv_width(config: Any) -> int:
+    """Elements of keys and values of one token in one layer."""
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    width = int(getattr(config, "hidden_size", 0) or 0)
+    head = int(getattr(config, "head_dim", None) or (width // heads if heads else 0))
+    key = max(int(getattr(config, "qk_head_dim", None) or head), head)
+    value = max(int(getattr(config, "v_head_dim", None) or head), head)
+    return kv_heads * (key + value)
 
 
 @dataclass(frozen=True, kw_only=True)

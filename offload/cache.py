@@ -2,11 +2,14 @@
 
 A cache holds at most `capacity` keys. A key is an expert id (one cache per layer) or layer * E + expert (one cache for
 all layers). Every policy gives each key a score that changes only when the key is touched, and evicts the lowest score
-(ties: the least recently touched), so one lazy heap serves them all.
+(ties: the least recently touched), so one lazy heap serves them all; only LearnedReuse scores anew for every token.
 """
 
 import heapq
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
 
 NEVER = 1 << 62
 
@@ -22,10 +25,9 @@ class ScoredCache:
     """
 
     def __init__(self, capacity: int) -> None:
-        if capacity < 1:
-            raise ValueError(f"a cache needs room for at least 1 expert; got capacity {capacity}")
+        _expect_room(capacity)
         self.capacity = capacity
-        self._time = 0
+        self._time = self._tokens = 0
         self._entry: dict[int, tuple[float, int]] = {}
         self._resident: set[int] = set()
         self._heap: list[tuple[float, int, int]] = []
@@ -40,14 +42,23 @@ class ScoredCache:
     def resident(self) -> Collection[int]:
         return self._resident
 
-    def touch(self, key: int, next_use: int = NEVER, weight: float = 1.0) -> None:
-        """Note that `key` is used now, whether or not it is resident.
+    def demand(self, keys: Sequence[int], next_uses: Sequence[int] = (), weights: Sequence[float] = ()) -> None:
+        """One token uses `keys`, whether or not they are resident; nothing is inserted yet.
 
         Args:
-            key: the expert.
-            next_use: when it will be used again, for policies that know the future.
-            weight: router weight of this use, for policies that look at it.
+            keys: the experts, each once.
+            next_uses: when each will be used again, for policies that know the future.
+            weights: router weight of each, for policies that look at it.
         """
+        self._tokens += 1
+        for position, key in enumerate(keys):
+            self._touch(
+                key,
+                next_uses[position] if next_uses else NEVER,
+                weights[position] if weights else 1.0,
+            )
+
+    def _touch(self, key: int, next_use: int, weight: float) -> None:
         self._time += 1
         entry = (self._score(key, next_use, weight), self._time)
         self._entry[key] = entry
@@ -55,12 +66,16 @@ class ScoredCache:
             heapq.heappush(self._heap, (*entry, key))
             self._compact()
 
+    def rank(self, key: int) -> tuple[float, float]:
+        """How much a key is worth keeping: a higher rank is evicted later."""
+        return self._entry.get(key, (-math.inf, 0))
+
     def insert(self, key: int) -> None:
-        """Make `key`, which was touched before, resident; there must be room."""
+        """Make `key` resident; there must be room."""
         if len(self._resident) >= self.capacity:
             raise RuntimeError(f"cache of {self.capacity} is full; evict before inserting {key}")
         self._resident.add(key)
-        heapq.heappush(self._heap, (*self._entry[key], key))
+        heapq.heappush(self._heap, (*self._entry.setdefault(key, (-math.inf, 0)), key))
 
     def evict(self, pinned: Collection[int] = ()) -> int:
         """Remove and return the key with the lowest score; keys in `pinned` go only when there is no other."""
@@ -94,18 +109,7 @@ class ScoredCache:
         Returns:
             How many of the keys were resident before the first was inserted.
         """
-        hits = sum(key in self._resident for key in keys)
-        for position, key in enumerate(keys):
-            self.touch(
-                key,
-                next_uses[position] if next_uses else NEVER,
-                weights[position] if weights else 1.0,
-            )
-            if key not in self._resident:
-                if len(self._resident) >= self.capacity:
-                    self.evict(pinned=keys)
-                self.insert(key)
-        return hits
+        return access(self, keys, next_uses, weights)
 
     def _score(self, key: int, next_use: int, weight: float) -> float:
         raise NotImplementedError
@@ -145,16 +149,164 @@ class Belady(ScoredCache):
         return -next_use
 
 
-CACHES: dict[str, type[ScoredCache]] = {"lru": LRU, "lfu": LFU, "belady": Belady}
-ORACLES = frozenset({"belady"})
+class DecayedFrequency(ScoredCache):
+    """Evicts the expert with the least uses, where a use counts half after 11 tokens and less ever after.
+
+    All scores shrink alike between uses, so instead of shrinking them, new uses weigh more; scores are logarithms.
+    """
+
+    DECAY = 0.94
+
+    def _score(self, key: int, next_use: int, weight: float) -> float:
+        now = -self._tokens * math.log(self.DECAY)
+        before = self._entry.get(key, (-math.inf, 0))[0]
+        return now if before == -math.inf else now + math.log1p(math.exp(before - now))
 
 
-def make_cache(policy: str, capacity: int) -> ScoredCache:
+class LearnedReuse:
+    """Evicts the expert with the least expected use soon, as a linear model that is learned while it runs says.
+
+    Inputs are the recent frequencies of all experts of the layer at three speeds, so that experts which tend to come
+    together are known; the target is the discounted number of uses to come. The model starts as a plain decayed
+    frequency and is pulled towards what ridge regression finds, once per `BLOCK` tokens.
+
+    Args:
+        capacity: keys it can hold.
+        num_keys: keys there are; past `MOST_KEYS` the model is not trained and stays the decayed frequency.
+    """
+
+    DECAYS, START, DISCOUNT = (0.5, 0.92, 0.99), 1, 0.8
+    BLOCK, HORIZON, RIDGE, MOST_KEYS = 512, 40, 3e-3, 128
+
+    def __init__(self, capacity: int, num_keys: int) -> None:
+        _expect_room(capacity)
+        self.capacity, self._num_keys = capacity, num_keys
+        self._resident: set[int] = set()
+        self._decay = np.array(self.DECAYS, np.float64)[:, None]
+        self._frequency = np.zeros((len(self.DECAYS), num_keys))
+        self._start = np.zeros((len(self.DECAYS) * num_keys + 1, num_keys))
+        self._start[self.START * num_keys : (self.START + 1) * num_keys] = np.eye(num_keys)
+        self._model = self._start
+        self._score: np.ndarray | None = None
+        self._inputs: list[np.ndarray] = []
+        self._demands: list[Sequence[int]] = []
+        self._gram = np.zeros((len(self._start), len(self._start)))
+        self._moment = np.zeros_like(self._start)
+        self._num_learned = 0
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._resident
+
+    def __len__(self) -> int:
+        return len(self._resident)
+
+    @property
+    def resident(self) -> Collection[int]:
+        return self._resident
+
+    def demand(self, keys: Sequence[int], next_uses: Sequence[int] = (), weights: Sequence[float] = ()) -> None:
+        """One token uses `keys`."""
+        self._frequency *= self._decay
+        self._frequency[:, keys] += 1 - self._decay
+        self._score = None
+        if self._num_keys <= self.MOST_KEYS:
+            self._inputs.append(np.append(self._frequency.reshape(-1), 1.0))
+            self._demands.append(keys)
+            if len(self._inputs) == self.BLOCK + self.HORIZON:
+                self._learn()
+
+    def insert(self, key: int) -> None:
+        """Make `key` resident; there must be room."""
+        if len(self._resident) >= self.capacity:
+            raise RuntimeError(f"cache of {self.capacity} is full; evict before inserting {key}")
+        self._resident.add(key)
+
+    def evict(self, pinned: Collection[int] = ()) -> int:
+        """Remove and return the least promising key; keys in `pinned` go only when there is no other."""
+        candidates = [key for key in self._resident if key not in pinned] or list(self._resident)
+        if not candidates:
+            raise RuntimeError("nothing to evict: the cache is empty")
+        victim = min(candidates, key=self.rank)
+        self._resident.discard(victim)
+        return victim
+
+    def discard(self, key: int) -> None:
+        """Forget that `key` is resident, for example because reading it failed."""
+        self._resident.discard(key)
+
+    def rank(self, key: int) -> tuple[float, float]:
+        """Expected use soon, and how recent the last use is."""
+        if self._score is None:
+            self._score = np.append(self._frequency.reshape(-1), 1.0) @ self._model
+        return float(self._score[key]), float(self._frequency[0, key])
+
+    def access(self, keys: Sequence[int], next_uses: Sequence[int] = (), weights: Sequence[float] = ()) -> int:
+        """One token at one layer: look all keys up, then insert them; gives the number of hits."""
+        return access(self, keys, next_uses, weights)
+
+    def _learn(self) -> None:
+        """Add the oldest block, whose future is known by now, and solve for the model again."""
+        uses = np.zeros((len(self._demands), self._num_keys))
+        for row, keys in enumerate(self._demands):
+            uses[row, keys] = 1
+        coming = np.zeros_like(uses)
+        for row in range(len(uses) - 2, -1, -1):
+            coming[row] = self.DISCOUNT * coming[row + 1] + (1 - self.DISCOUNT) * uses[row + 1]
+        inputs = np.stack(self._inputs[: self.BLOCK])
+        self._gram += inputs.T @ inputs
+        self._moment += inputs.T @ coming[: self.BLOCK]
+        self._num_learned += self.BLOCK
+        pull = self.RIDGE * self._num_learned
+        left = self._gram + pull * np.eye(len(self._gram))
+        self._model = np.linalg.solve(left, self._moment + pull * self._start)
+        del self._inputs[: self.BLOCK], self._demands[: self.BLOCK]
+
+
+Cache = ScoredCache | LearnedReuse
+
+
+def access(cache: Cache, keys: Sequence[int], next_uses: Sequence[int], weights: Sequence[float]) -> int:
+    """One token at one layer: look all keys up, then insert them.
+
+    Returns:
+        How many of the keys were resident before the first was inserted.
+    """
+    hits = sum(key in cache for key in keys)
+    cache.demand(keys, next_uses, weights)
+    for key in keys:
+        if key not in cache:
+            if len(cache) >= cache.capacity:
+                cache.evict(pinned=keys)
+            cache.insert(key)
+    return hits
+
+
+CACHES: dict[str, Callable[[int, int], Cache]] = {
+    "lru": lambda capacity, num_keys: LRU(capacity),
+    "lfu": lambda capacity, num_keys: LFU(capacity),
+    "score": lambda capacity, num_keys: DecayedFrequency(capacity),
+    "learned": LearnedReuse,
+    "belady": lambda capacity, num_keys: Belady(capacity),
+}
+NEEDS_FUTURE = frozenset({"belady"})
+
+
+def make_cache(policy: str, capacity: int, num_keys: int) -> Cache:
     """A cache by the name of its policy.
+
+    Args:
+        policy: name in CACHES.
+        capacity: keys it can hold.
+        num_keys: keys there are.
 
     Raises:
         ValueError: if no policy has this name; the message lists those there are.
     """
     if policy not in CACHES:
         raise ValueError(f"unknown cache policy {policy!r}; there are {', '.join(sorted(CACHES))}")
-    return CACHES[policy](capacity)
+    return CACHES[policy](capacity, num_keys)
+
+
+def _expect_room(capacity: int) -> None:
+    if capacity < 1:
+        raise ValueError(f"a cache needs room for at least 1 expert; got capacity {capacity}")

@@ -33,6 +33,14 @@ def generate(
     cpu_memory: CpuMemory = "auto",
     cache_experts: CacheExperts = None,
     policy: Policy = "auto",
+    arithmetic: Annotated[
+        str,
+        typer.Option("--arithmetic", help="exact: the resident model's bits; fast: a quicker kernel, other last bits."),
+    ] = "exact",
+    io: Annotated[
+        str, typer.Option("--io", help="direct reads past the page cache, cached through it, or auto.")
+    ] = "auto",
+    packed: Annotated[Path | None, typer.Option("--pack", help="Read experts from this packed copy.")] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Record the routing into this .npz file.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -48,7 +56,14 @@ def generate(
     for target in (trace, json_file):
         _expect_folder(target)
     loaded = load(
-        model, cpu_memory=cpu_memory, cache_experts=cache_experts, policy=policy, record_trace=trace is not None
+        model,
+        cpu_memory=cpu_memory,
+        cache_experts=cache_experts,
+        policy=policy,
+        io=io,
+        arithmetic=arithmetic,
+        pack=packed,
+        record_trace=trace is not None,
     )
     text = text_of(Path(loaded.name_or_path), int(loaded.config.get_text_config().vocab_size))
     result = generate_text(
@@ -65,11 +80,41 @@ def generate(
         write_json(json_file, {"model": model, "prompt": prompt, **result})
 
 
+@app.command("pack")
+def pack(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="The file to write; its index goes beside it.")],
+) -> None:
+    """Copy all experts of a model into one file of aligned, checksummed records; resumes if it was interrupted.
+
+    Example: `expertier pack my-model --out my-model.experts`
+    """
+    from rich.progress import Progress
+
+    from .fit import skeleton_of
+    from .packing import write_pack
+
+    _quiet_transformers()
+    skeleton, entries, layers = skeleton_of(model)
+    total = sum(layer.num_experts * layer.expert_bytes for layer in layers)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("packing", total=total)
+        write_pack(skeleton, layers, entries, out, lambda nbytes: progress.advance(task, nbytes))
+    Console(stderr=True).print(f"{format_size(total)} of experts packed in {out}", highlight=False)
+
+
 @app.command("fit")
 def fit(
     model: Model,
     cpu_memory: CpuMemory = "auto",
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens of KV cache to keep room for.")] = 2048,
+    hardware: Annotated[
+        Path | None, typer.Option("--hardware", help="Rates of this machine from `calibrate`, to predict the speed.")
+    ] = None,
+    arithmetic: Annotated[str, typer.Option("--arithmetic", help="exact or fast.")] = "exact",
+    hit_rate: Annotated[
+        float | None, typer.Option("--hit-rate", min=0, max=1, help="Known hit rate, for example from `simulate`.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Say whether a model fits a memory budget, and how many of its experts stay in memory.
@@ -101,8 +146,42 @@ def fit(
             "experts per layer in memory",
             highlight=False,
         )
+    predicted: dict[str, Any] = {}
+    if hardware is not None and fitted.plan is not None:
+        from .hardware import Hardware
+
+        prediction = fitted.predict(Hardware.load(hardware), is_fast=arithmetic == "fast", hit_rate=hit_rate)
+        console.print(
+            f"expected {1 / prediction.token_s:.2f} tok/s (at best {1 / prediction.floor_s:.2f}); "
+            f"{prediction.binds} binds: disk {prediction.disk_s:.3f} s, memory {prediction.compute_s:.3f} s per token",
+            highlight=False,
+        )
+        predicted = {"tokens_per_second": 1 / prediction.token_s, "binds": prediction.binds, **vars(prediction)}
     if json_file:
-        write_json(json_file, {"model": model, **fitted.as_json()})
+        write_json(json_file, {"model": model, **fitted.as_json(), "predicted": predicted or None})
+
+
+@app.command("calibrate")
+def calibrate(
+    out: Annotated[Path, typer.Option("--out", help="Where the rates go.")] = Path("hardware.toml"),
+    folder: Annotated[Path, typer.Option("--folder", help="A folder on the disk that holds the models.")] = Path(),
+) -> None:
+    """Measure the disk, the memory and the kernels of this machine.
+
+    Example: `expertier calibrate --out hardware.toml --folder /data/models`
+    """
+    from .calibrate import calibrate as measure
+
+    _expect_folder(out)
+    if not folder.is_dir():
+        raise ValueError(f"folder {folder}: no such folder")
+    found = measure(folder)
+    found.save(out)
+    table = Table("rate", "value")
+    for name, value in vars(found).items():
+        shown = f"{value / 1e9:.2f} GB/s" if name.endswith("_bytes_per_s") else f"{value * 1e6:.1f} us"
+        table.add_row(name.removesuffix("_bytes_per_s"), shown)
+    Console().print(table)
 
 
 @app.command("simulate")
@@ -118,12 +197,12 @@ def simulate(
 
     Example: `expertier simulate routing.npz --cache-experts 8 --per-layer --policy lru --policy belady`
     """
-    from .cache import CACHES
+    from .simulate import DEFAULT_POLICIES
     from .simulate import simulate as run
 
     _expect_folder(json_file)
     recorded = RoutingTrace.load(trace).rows(0, rows)
-    results = run(recorded, cache_experts, per_layer=per_layer, policies=policy or list(CACHES))
+    results = run(recorded, cache_experts, per_layer=per_layer, policies=policy or DEFAULT_POLICIES)
     table = Table("policy", "hit rate", "worst layer", "best layer")
     for name, result in results.items():
         worst, best = result.hit_rate_L.min(), result.hit_rate_L.max()

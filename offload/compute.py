@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from .fast import fits_matvec, matvec
 from .layout import ExpertLayer
 
 GROUPED_ALIGNMENT_BYTES = 16
+VECTOR_ELEMENTS = 64
 
 
 class RoutedRows:
@@ -28,44 +30,74 @@ class RoutedRows:
         x_TD: hidden states.
         expert_TK: expert ids; ids >= E are left out (they contribute nothing).
         weight_TK: combine weights.
+        is_fast: use our own product for experts with one row, where it can.
     """
 
     def __init__(
-        self, module: Any, num_experts: int, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
+        self,
+        module: Any,
+        num_experts: int,
+        x_TD: torch.Tensor,
+        expert_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        *,
+        is_fast: bool = False,
     ) -> None:
-        self._module = module
+        self._module, self._is_fast = module, is_fast
         self._x_TD, self._weight_TK = x_TD, weight_TK
         self.num_tokens, self.top_k = expert_TK.shape
         expert_N, self._order_N = torch.sort(expert_TK.reshape(-1))
         self._x_ND = x_TD[self._order_N // self.top_k]
         self.span: dict[int, tuple[int, int]] = _spans(expert_N.tolist(), num_experts)
-        self._out_ND: torch.Tensor | None = None
+        self._up: torch.Tensor | None = None
+        self._gated: torch.Tensor | None = None
+        self._out: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> dict[int, int]:
         """Rows of each expert that has any."""
         return {expert: stop - start for expert, (start, stop) in self.span.items()}
 
+    def up(self, expert: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """First product of one expert on its rows."""
+        name = "gate_up_proj" if self._module.has_gate else "up_proj"
+        self._up = self._linear(self._up, expert, self._x_ND, weights[name], name)
+
+    def gate(self) -> None:
+        """Gate or activation on the rows of all experts at once."""
+        if self._up is not None:
+            self._gated = self._apply_gate(self._up)
+
+    def down(self, expert: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Second product of one expert on its rows."""
+        assert self._gated is not None
+        self._out = self._linear(self._out, expert, self._gated, weights["down_proj"], "down_proj")
+
     def compute(self, expert: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Run one expert on its rows."""
-        module, (start, stop) = self._module, self.span[expert]
-        up_name = "gate_up_proj" if module.has_gate else "up_proj"
-        hidden_nF = self._linear(self._x_ND[start:stop], weights[up_name])
-        if module.has_bias:
-            hidden_nF.add_(getattr(module, f"{up_name}_bias")[expert])
-        hidden_nF = module._apply_gate(hidden_nF) if module.has_gate else module.act_fn(hidden_nF)
-        out_nD = self._linear(hidden_nF, weights["down_proj"])
-        if module.has_bias:
-            out_nD.add_(module.down_proj_bias[expert])
-        if self._out_ND is None:
-            self._out_ND = out_nD.new_zeros(self._order_N.numel(), out_nD.shape[-1])
-        self._out_ND[start:stop] = out_nD
+        """All of one expert, for when not all experts can be held at the same time.
+
+        The bits of an elementwise operation may depend on an element's place: vector instructions and their scalar
+        remainder round differently. Unless no remainder can occur, the gate therefore runs over the rows of all
+        experts, in the same places as in `gate`, and only this expert's are used.
+        """
+        self.up(expert, weights)
+        assert self._up is not None
+        start, stop = self.span[expert]
+        num_rows, width = self._up.shape
+        width = width // 2 if self._module.has_gate else width
+        if width % VECTOR_ELEMENTS == 0 and num_rows * width % (VECTOR_ELEMENTS * torch.get_num_threads()) == 0:
+            if self._gated is None:
+                self._gated = self._up.new_empty(num_rows, width)
+            self._gated[start:stop] = self._apply_gate(self._up[start:stop])
+        else:
+            self._gated = self._apply_gate(self._up)
+        self.down(expert, weights)
 
     def combine(self) -> torch.Tensor:
         """The weighted sum over each token's experts, `[T, D]`."""
-        if self._out_ND is None:
+        if self._out is None:
             return torch.zeros_like(self._x_TD)
-        out_ND, order_N = self._out_ND, self._order_N
+        out_ND, order_N = self._out, self._order_N
         if getattr(self._module, "has_post_expert_norm", False):
             out_ND = self._module.post_expert_norm(out_ND)
         weighted_ND = out_ND * self._weight_TK.reshape(-1)[order_N].unsqueeze(-1)
@@ -74,8 +106,26 @@ class RoutedRows:
         summed_TD = weighted_ND[place_N].view(self.num_tokens, self.top_k, -1).sum(dim=1)
         return summed_TD.to(self._x_TD.dtype)
 
-    def _linear(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return torch.mm(rows.to(weight.dtype), weight if self._module.is_transposed else weight.t())
+    def _apply_gate(self, rows: torch.Tensor) -> torch.Tensor:
+        module = self._module
+        gated: torch.Tensor = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+        return gated
+
+    def _linear(
+        self, out: torch.Tensor | None, expert: int, rows: torch.Tensor, weight: torch.Tensor, name: str
+    ) -> torch.Tensor:
+        weight = weight if self._module.is_transposed else weight.t()
+        if out is None:
+            out = torch.zeros(rows.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
+        start, stop = self.span[expert]
+        mine = rows[start:stop].to(weight.dtype)
+        if self._is_fast and fits_matvec(mine, weight.t()):
+            matvec(mine, weight.t(), out[start:stop])
+        else:
+            torch.mm(mine, weight, out=out[start:stop])
+        if self._module.has_bias:
+            out[start:stop].add_(getattr(self._module, f"{name}_bias")[expert])
+        return out
 
 
 def _spans(sorted_ids: list[int], num_experts: int) -> dict[int, tuple[int, int]]:

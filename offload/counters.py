@@ -15,6 +15,16 @@ class LayerCounters:
 
 
 @dataclass
+class AheadCounters:
+    """What became of experts that were read before they were asked for, in one layer."""
+
+    issued: int = 0
+    useful: int = 0
+    late: int = 0
+    wasted: int = 0
+
+
+@dataclass
 class Counters:
     """Counts of one model since it was loaded or `reset`."""
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from .budget import AUTO_SHARE, MemoryPlan, Needs, available_memory, parse_size, plan_memory
-from .checkpoint import read_checkpoint
+from .checkpoint import TensorEntry, read_checkpoint
+from .cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
+from .hardware import Hardware
 from .layout import ExpertLayer, experts_modules, locate_experts, weight_names
 from .loading import _config, _local_folder, _model_class, _running_dtype, experts_per_token, memory_needs
 from .record import ExpertRecord
@@ -33,6 +35,27 @@ class Fit:
     def expert_bytes(self) -> int:
         return sum(layer.num_experts * layer.expert_bytes for layer in self.layers)
 
+    def predict(self, hardware: Hardware, *, is_fast: bool, hit_rate: float | None = None) -> Prediction:
+        """Seconds per decoded token; without a hit rate, one that is typical for the share of experts in memory.
+
+        Raises:
+            ValueError: if the model does not fit.
+        """
+        if self.plan is None:
+            raise ValueError(f"nothing to predict: {self.shortfall}")
+        experts = sum(layer.num_experts for layer in self.layers)
+        if hit_rate is None:
+            share = sum(self.plan.num_slots) / experts
+            hit_rate = expected_hit_rate(share, self.top_k, self.layers[0].num_experts)
+        work = DecodeWork(
+            num_layers=len(self.layers),
+            experts_per_layer=self.top_k,
+            expert_bytes=self.expert_bytes // experts,
+            resident_bytes=self.needs.weight_bytes,
+            hit_rate=hit_rate,
+        )
+        return predict_decode(work, hardware, is_fast=is_fast)
+
     @property
     def active_bytes(self) -> int:
         """Bytes of the experts that one token uses."""
@@ -57,19 +80,30 @@ class Fit:
         }
 
 
-def fit(path_or_id: str | Path, *, cpu_memory: str | int = "auto", context: int = 2048, io_threads: int = 4) -> Fit:
-    """What `load` would do with this budget.
+def skeleton_of(path_or_id: str | Path) -> tuple[Any, dict[str, TensorEntry], list[ExpertLayer]]:
+    """A model without weights, its checkpoint's tensors, and where its experts lie.
 
     Raises:
         ValueError: if the checkpoint is damaged or its experts cannot be offloaded.
     """
     folder = _local_folder(path_or_id)
     entries, config = read_checkpoint(folder), _config(folder)
-    dtype = _running_dtype("auto", config, entries)
     with torch.device("meta"):
-        skeleton = _model_class(config)._from_config(config, dtype=dtype)
+        skeleton = _model_class(config)._from_config(config, dtype=_running_dtype("auto", config, entries))
+    if not experts_modules(skeleton):
+        raise ValueError(f"model {folder}: {type(skeleton).__name__} has no experts that can be offloaded")
     dtypes = {name: parameter.dtype for name, parameter in skeleton.state_dict().items()}
-    layers = locate_experts(skeleton, entries, dtypes)
+    return skeleton, entries, locate_experts(skeleton, entries, dtypes)
+
+
+def fit(path_or_id: str | Path, *, cpu_memory: str | int = "auto", context: int = 2048, io_threads: int = 4) -> Fit:
+    """What `load` would do with this budget.
+
+    Raises:
+        ValueError: if the checkpoint is damaged or its experts cannot be offloaded.
+    """
+    skeleton, _, layers = skeleton_of(path_or_id)
+    config, dtype = skeleton.config, skeleton.dtype
     for module in experts_modules(skeleton).values():
         for name in weight_names(module):
             delattr(module, name)

@@ -44,8 +44,16 @@ class Offload:
             "is_direct": self._runtime.store.is_direct,
             "peak_memory_bytes": peak_bytes(),
             "memory": dict(describe(self.plan)),
+            "prefetch": self._prefetch(),
             "hit_rate_L": [layer.hits / max(layer.hits + layer.misses, 1) for layer in counters.layers],
         }
+
+    def _prefetch(self) -> dict[str, Any]:
+        total = {
+            name: sum(getattr(layer.ahead_counters, name) for layer in self._runtime.layers)
+            for name in ("issued", "useful", "late", "wasted")
+        }
+        return {**total, "is_active": self._runtime.prefetcher is not None and self._runtime.prefetcher.is_active}
 
     def reset(self) -> None:
         """Start counting anew; what is cached stays."""
@@ -84,6 +92,9 @@ class Offload:
         self._call_started_s = time.perf_counter()
 
     def _after_call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._runtime.prefetcher is not None:
+            tried = self._prefetch()
+            self._runtime.prefetcher.judge(tried["issued"], tried["useful"], tried["late"])
         counters = self._runtime.counters
         counters.step_s.append(time.perf_counter() - self._call_started_s)
         counters.step_tokens.append(self._call_tokens)

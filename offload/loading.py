@@ -1,7 +1,7 @@
 """`offload.load`: an ordinary transformers model whose experts stay on disk and visit RAM slots."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,19 @@ from .budget import (
     plan_memory,
     resident_bytes,
 )
+from .cache import NEEDS_FUTURE
 from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
+from .fast import quicken_linears
 from .handle import Offload
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
+from .packing import read_pack
+from .prefetch import PREDICTORS
 from .record import ExpertRecord
+from .routers import make_prefetcher
 from .store import READ_BYTES, ExpertStore
 from .tracing import TraceRecorder
 
-DEFAULT_POLICY = "lru"
+DEFAULT_POLICY = "learned"
 
 
 def load(
@@ -41,6 +46,9 @@ def load(
     io_threads: int = 4,
     dtype: str | torch.dtype = "auto",
     context: int = 2048,
+    arithmetic: str = "exact",
+    pack: str | Path | None = None,
+    prefetch: str = "auto",
     record_trace: bool = False,
 ) -> Any:
     """Load a mixture-of-experts model without ever holding all its experts in memory.
@@ -55,6 +63,11 @@ def load(
         io_threads: reads in flight at most.
         dtype: dtype of the running model; `"auto"` is that of the checkpoint.
         context: tokens of KV cache that the budget keeps room for.
+        arithmetic: `"exact"` gives the bits of the resident model; `"fast"` computes single bfloat16 tokens with a
+            kernel of our own, which is quicker and differs in the last bits.
+        pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files.
+        prefetch: `"gate"` or `"transitions"` reads what the next layer will probably need while the disk is idle, and
+            stops when it does not pay; `"off"`, which is what `"auto"` means, does not.
         record_trace: record the routing; `model.offload.trace()` gives it.
 
     Returns:
@@ -64,6 +77,11 @@ def load(
         ValueError: if the checkpoint is damaged or incomplete, its experts cannot be offloaded, or the budget is too
             small.
     """
+    if arithmetic not in ("exact", "fast"):
+        raise ValueError(f"arithmetic must be exact or fast; got {arithmetic!r}")
+    if prefetch not in ("auto", "off", *PREDICTORS):
+        raise ValueError(f"prefetch must be auto, off or one of {', '.join(PREDICTORS)}; got {prefetch!r}")
+    policy = _policy(policy)
     folder = _local_folder(path_or_id)
     entries = read_checkpoint(folder)
     config = _config(folder)
@@ -71,7 +89,10 @@ def load(
     process_bytes = resident_bytes()
     model = _load_resident(folder, config, entries, running_dtype)
     dtypes = {name: parameter.dtype for name, parameter in model.state_dict().items()}
-    layers = locate_experts(model, entries, dtypes)
+    layers, checksums = locate_experts(model, entries, dtypes), None
+    if pack is not None:
+        packed = read_pack(Path(pack), layers, entries)
+        layers, checksums = packed.layers, packed.checksums
     _drop_expert_weights(model)
     top_k = experts_per_token(config)
     num_slots = None
@@ -84,15 +105,22 @@ def load(
         num_slots = [min(cache_experts, count) for count in experts]
     needs = memory_needs(config, model, running_dtype, context, io_threads, process_bytes)
     plan = plan_memory(limit, needs, slot_bytes, experts, top_k, num_slots)
-    store = ExpertStore(model, layers, num_threads=io_threads, is_direct=_wants_direct(io, plan, layers))
-    return _attach(model, store, plan, _policy(policy), record_trace, str(path_or_id))
+    is_direct = _wants_direct(io, plan, layers)
+    store = ExpertStore(model, layers, num_threads=io_threads, is_direct=is_direct, checksums=checksums)
+    recorder = _recorder(layers, str(path_or_id)) if record_trace else None
+    running = _runtime.OffloadRuntime(store, plan.num_slots, policy, recorder, arithmetic)
+    running.prefetcher = make_prefetcher(prefetch, model, layers, top_k)
+    if arithmetic == "fast":
+        quicken_linears(model)
+    return _attach(model, running, plan, policy)
 
 
-def _attach(model: Any, store: ExpertStore, plan: MemoryPlan, policy: str, record_trace: bool, source: str) -> Any:
-    experts = [record.layer.num_experts for record in store.records]
+def _recorder(layers: Sequence[ExpertLayer], source: str) -> TraceRecorder:
     metadata = {"model": source, "source": "expertier"}
-    recorder = TraceRecorder(len(experts), max(experts), metadata) if record_trace else None
-    running = _runtime.OffloadRuntime(store, plan.num_slots, policy, recorder)
+    return TraceRecorder(len(layers), max(layer.num_experts for layer in layers), metadata)
+
+
+def _attach(model: Any, running: _runtime.OffloadRuntime, plan: MemoryPlan, policy: str) -> Any:
     for layer, module in enumerate(experts_modules(model).values()):
         module._expertier_place = (running, layer)
         module.config._experts_implementation = _runtime.IMPLEMENTATION
@@ -279,4 +307,6 @@ def _wants_direct(io: str, plan: MemoryPlan, layers: list[ExpertLayer]) -> bool:
 
 
 def _policy(name: str) -> str:
+    if name in NEEDS_FUTURE:
+        raise ValueError(f"policy {name} needs to know the future; it is for `simulate` only")
     return DEFAULT_POLICY if name == "auto" else name

@@ -10,8 +10,18 @@ from queue import SimpleQueue
 class Ticket:
     """The reading of one expert: finished when all its jobs are; `error` says what went wrong, if anything did."""
 
-    def __init__(self, layer: int, expert: int, slot: int, num_jobs: int, landed: "SimpleQueue[Ticket]") -> None:
+    def __init__(
+        self,
+        layer: int,
+        expert: int,
+        slot: int,
+        num_jobs: int,
+        landed: "SimpleQueue[Ticket]",
+        check: Callable[[], None] | None = None,
+    ) -> None:
         self.layer, self.expert, self.slot = layer, expert, slot
+        self._check = check
+        self._skipped = False
         self.error: BaseException | None = None
         self.is_cancelled = False
         self.landed = landed
@@ -23,6 +33,23 @@ class Ticket:
     def is_finished(self) -> bool:
         return self._finished.is_set()
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all bytes were read; a cancelled ticket may still be, if no job was skipped."""
+        return self.is_finished and not self._skipped and self.error is None
+
+    def redirect(self, landed: "SimpleQueue[Ticket]") -> None:
+        """Land in another queue, at once if it is finished already."""
+        with self._lock:
+            self.landed = landed
+            if self._finished.is_set():
+                landed.put(self)
+
+    def skip(self) -> None:
+        """Called by a reading thread instead of running a job that is not wanted any more."""
+        self._skipped = True
+        self.job_done()
+
     def wait(self) -> None:
         self._finished.wait()
 
@@ -33,8 +60,14 @@ class Ticket:
             self._left -= 1
             if self._left:
                 return
+        if self._check is not None and self.error is None and not self._skipped:
+            try:
+                self._check()
+            except Exception as caught:
+                self.error = caught
+        with self._lock:
             self._finished.set()
-        self.landed.put(self)
+            self.landed.put(self)
 
 
 Job = tuple[Ticket, Callable[[], None]]
@@ -91,13 +124,15 @@ def _work(state: _Queues) -> None:
             if state.is_closed:
                 return
             ticket, job = (state.demand or state.ahead).popleft()
-        error: BaseException | None = None
-        if not (ticket.is_cancelled or ticket.error):
+        if ticket.is_cancelled or ticket.error:
+            ticket.skip()
+        else:
+            error: BaseException | None = None
             try:
                 job()
             except BaseException as caught:
                 error = caught
-        ticket.job_done(error)
+            ticket.job_done(error)
         del ticket, job
 
 

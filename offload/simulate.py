@@ -13,6 +13,8 @@ from routing.traces import EMPTY, RoutingTrace
 
 from .cache import CACHES, NEVER, make_cache
 
+DEFAULT_POLICIES = ("lru", "lfu", "score", "belady")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Simulated:
@@ -36,7 +38,7 @@ def simulate(
     cache_experts: int,
     *,
     per_layer: bool = True,
-    policies: Sequence[str] = ("lru", "lfu", "belady"),
+    policies: Sequence[str] = DEFAULT_POLICIES,
 ) -> dict[str, Simulated]:
     """Replay a trace against caches of `cache_experts` experts.
 
@@ -108,13 +110,13 @@ def _distinct(experts: list[int], upcoming: list[int], weights: list[float]) -> 
 def _per_layer(steps: list[list[Step]], policy: str, capacity: int, num_experts: int) -> list[int]:
     hits = []
     for layer in steps:
-        cache = make_cache(policy, capacity)
+        cache = make_cache(policy, capacity, num_experts)
         hits.append(sum(cache.access(*step) for step in layer))
     return hits
 
 
 def _shared(steps: list[list[Step]], policy: str, capacity: int, num_experts: int) -> list[int]:
-    cache = make_cache(policy, capacity)
+    cache = make_cache(policy, capacity, num_experts * len(steps))
     hits = [0] * len(steps)
     num_layers = len(steps)
     for token in range(len(steps[0])):

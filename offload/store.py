@@ -3,6 +3,7 @@
 import mmap
 import os
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -45,6 +46,7 @@ class ExpertStore:
         num_threads: reads in flight at most.
         is_direct: read with O_DIRECT, past the page cache.
         read_bytes: one read is at most this long; longer extents are split and read in parallel.
+        checksums: CRC-32 of each expert of each layer; every expert is compared when it is first read.
     """
 
     def __init__(
@@ -55,7 +57,10 @@ class ExpertStore:
         num_threads: int = 4,
         is_direct: bool = False,
         read_bytes: int = READ_BYTES,
+        checksums: Sequence[Sequence[int]] | None = None,
     ) -> None:
+        self._checksums = checksums
+        self._checked: set[tuple[int, int]] = set()
         self.records = [ExpertRecord.of(layer) for layer in layers]
         self.is_direct = is_direct
         self.read_bytes = read_bytes
@@ -98,13 +103,33 @@ class ExpertStore:
                 shifts_of(record, extents) if self.is_direct and record.is_shiftable else (0,) * len(record.regions)
             )
             jobs = [job for extent in extents for job in self._jobs(extent, shifts, slots.raw(slot))]
-        ticket = Ticket(layer, expert, slot, len(jobs), landed)
+        check = self._check_of(layer, expert, slots.raw(slot)) if self._checksums is not None else None
+        ticket = Ticket(layer, expert, slot, len(jobs), landed, check)
         self._threads.submit(ticket, jobs, is_demand=is_demand)
         return ticket, shifts
 
     def promote(self, ticket: Ticket) -> None:
         """Read this one before anything that is not needed yet."""
         self._threads.promote(ticket)
+
+    def _check_of(self, layer: int, expert: int, raw: memoryview) -> Callable[[], None] | None:
+        if (layer, expert) in self._checked:
+            return None
+        record = self.records[layer]
+        assert self._checksums is not None
+        expected, data = self._checksums[layer][expert], raw[: record.layer.expert_bytes]
+
+        def check() -> None:
+            found = zlib.crc32(data)
+            if found != expected:
+                file = record.parameters[0].sources[0].entry_E[expert].file
+                raise OSError(
+                    f"{file}: checksum {found:08x} instead of {expected:08x}: "
+                    "the packed copy is damaged, make it again with `expertier pack`"
+                )
+            self._checked.add((layer, expert))
+
+        return check
 
     def _open_files(self) -> None:
         for record in self.records:

@@ -210,7 +210,7 @@ def load_cluster(path: str | os.PathLike[str]) -> Cluster:
 def _gpu_rows(spec: ClusterSpec, group: NodeGroup, kind: NodeType) -> list[dict[str, float]]:
     gpu_type: GpuType = spec.gpu_types[kind.gpus.type] if kind.gpus.type else next(iter(spec.gpu_types.values()))
     between = spec.links.inter_node.bandwidth
-    nic = kind.nic.bandwidth * kind.nic.count / kind.gpus.count if between == "nic" else between
+    nic = kind.nic.bandwidth * (kind.nic.count or kind.gpus.count) / kind.gpus.count if between == "nic" else between
     rows = []
     for index in range(kind.gpus.count):
         override = group.gpus.get(index)

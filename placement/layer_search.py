@@ -126,7 +126,11 @@ def _by_nodes(
     task: LayerTask, known_X: Integer, effort: Effort, random: np.random.Generator, seed: int, deadline: float
 ) -> Integer:
     """Items to nodes, each node's items to its GPUs, then swaps over the whole layer."""
-    sample = replace(task, bundles=_most_frequent(task.bundles, effort.bundles))
+    sample = replace(
+        task,
+        bundles=_most_frequent(task.bundles, effort.bundles),
+        weight_WX=task.weight_WX if task.worst else task.weight_WX.mean(axis=0, keepdims=True),
+    )
     gpu_X = known_X
     if int(task.node_G[-1]) > 0 and _equal_nodes(task.node_G):
         gpu_X = _nodes_then_gpus(sample, known_X, effort, random, seed, deadline)

@@ -2,18 +2,20 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .affinity_search import search_affinity
-from .balance_search import kick_and_swap, lpt_swap_LP
+from .balance_search import kick_and_swap, lpt_swap_LP, robust_weights
 from .baselines import contiguous_LP, random_LP, round_robin_LP
 from .budget import Budget, Progress
 from .certificate import PROVEN, Certificate
 from .check import require_valid
 from .eplb import eplb
+from .hops_search import search_hops
 from .layer_search import Effort
 from .objectives import Objective, Robustness, find_objective, part_weights
 from .plan import Plan
@@ -24,6 +26,7 @@ Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
 Solver = Callable[[Problem, Objective, Budget], Integer]
 ILP_BINARIES = 2000
+HOP_RESTARTS = 1
 
 
 def solve(
@@ -88,6 +91,7 @@ def make_plan(problem: Problem, map_LP: Integer, *, solver: str, objective: Obje
         dispatch=problem.cluster.ep.dispatch,
         solver=solver,
         objective_name=objective.name,
+        metadata={"load": problem.load_WLE.mean(axis=0).round(3).tolist()},
     )
 
 
@@ -124,6 +128,17 @@ def certify(
     plan = plan.with_certificate(certificate)
     require_valid(plan, problem)
     return plan
+
+
+def validate_plan(plan: Plan, held: Mapping[str, Problem]) -> Plan:
+    """Add the plan's metrics on held-out data to its certificate."""
+    if plan.certificate is None or not held:
+        return plan
+    found = {}
+    for name, data in held.items():
+        scored = score(data, plan, "balance")
+        found[name] = {key: getattr(scored, key) for key in ("balancedness", "gpu_fanout", "node_fanout", "hops")}
+    return plan.with_certificate(replace(plan.certificate, out_of_sample=found))
 
 
 def _shape(problem: Problem) -> tuple[int, int, int, int]:
@@ -163,20 +178,36 @@ def _lpt(problem: Problem, objective: Objective, budget: Budget) -> Integer:
 
 def _search(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     """Balance first; then, for objectives of the tokens' sets, fan-out from there."""
-    map_LP = lpt_swap_LP(problem, problem.weight_WLE)
+    weight_WLE = robust_weights(problem.weight_WLE)
+    map_LP = lpt_swap_LP(problem, weight_WLE)
     budget.offer(map_LP)
     weights = part_weights(objective, problem.cluster)
+    if weights.hops:
+        start_LP = contiguous_LP(*_shape(problem)) if problem.num_slots == problem.num_experts else map_LP
+        return search_hops(problem, start_LP, budget, restarts=HOP_RESTARTS, **vars(weights))
     if weights.fan or weights.node:
         return search_affinity(
             problem, map_LP, budget, fan=weights.fan, node=weights.node, level=weights.level, effort=Effort()
         )
-    return kick_and_swap(problem, problem.weight_WLE, map_LP, budget)
+    return kick_and_swap(problem, weight_WLE, map_LP, budget)
 
 
 def _ilp(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     from .ilp.layers import solve_layers_exactly
 
     return solve_layers_exactly(problem, objective, budget, _search(problem, objective, budget))
+
+
+def _moetuner(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    from .ilp.published import moetuner_LP
+
+    return moetuner_LP(problem, budget)
+
+
+def _exflow(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    from .ilp.published import exflow_LP
+
+    return exflow_LP(problem, budget)
 
 
 def _auto(problem: Problem, objective: Objective, budget: Budget) -> Integer:
@@ -202,4 +233,6 @@ SOLVERS: dict[str, Solver] = {
     "lpt": _lpt,
     "search": _search,
     "ilp": _ilp,
+    "moetuner": _moetuner,
+    "exflow": _exflow,
 }

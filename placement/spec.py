@@ -56,9 +56,9 @@ class GpusOfNode(Strict):
 
 
 class Nic(Strict):
-    """Network cards of one node; bandwidth is one card's, one direction."""
+    """Network cards of one node, one per GPU by default; bandwidth is one card's, one direction."""
 
-    count: Count = 1
+    count: Count | None = None
     bandwidth: BytesPerSecond = 50e9
 
 

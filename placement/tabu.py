@@ -31,6 +31,7 @@ class LayerTask:
         node_G: node of each GPU.
         fan, node, level: weights of the cost.
         worst: level of the worst scenario instead of the mean.
+        linear_XG: further cost of having an item on a GPU, or None.
     """
 
     bundles: Bundles
@@ -42,6 +43,7 @@ class LayerTask:
     node: float
     level: float
     worst: bool = False
+    linear_XG: Float | None = None
 
 
 class SearchState:
@@ -68,13 +70,19 @@ class SearchState:
     @property
     def cost(self) -> float:
         fanout = sum(weight * state.fanout for weight, state, _ in self.groups) / self.tokens
-        return fanout + self.task.level * self.level.level
+        linear_XG = self.task.linear_XG
+        placed = 0.0 if linear_XG is None else float(linear_XG[np.arange(len(self.gpu_X)), self.gpu_X].sum())
+        return fanout + self.task.level * self.level.level + placed
 
     def change_XX(self) -> Float:
         """Change of the cost by each swap; inf where both are on one GPU or a copy would be doubled."""
         change_XX = self.task.level * (self.level.after_XX() - self.level.level)
         for weight, state, _ in self.groups:
             change_XX += weight / self.tokens * state.change_XX()
+        if self.task.linear_XG is not None:
+            at_XX = self.task.linear_XG[:, self.gpu_X]
+            move_XX = at_XX - np.diagonal(at_XX)[:, None]
+            change_XX += move_XX + move_XX.T
         change_XX[self.gpu_X[:, None] == self.gpu_X] = np.inf
         if self.has_copies:
             change_XX[self._doubles_XX()] = np.inf

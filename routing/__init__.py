@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from .capacity import CAPACITY_POLICIES, limit_capacity
     from .catalogue import ROUTERS, build_routers, expect_router
     from .classic import ClassicRouter
-    from .losses import BALANCE_LOSSES, auxiliary_loss, switch_balance_loss, z_loss
+    from .losses import BALANCE_LOSSES, auxiliary_loss, scheduled_weight, switch_balance_loss, z_loss
     from .router import Carry, Router, RouterModule, RouterSizes, RoutingContext
     from .rule import ClassicRule
+    from .soft import SoftRouter
     from .stats import RouterStats
 
 _HOME = {
@@ -29,6 +30,7 @@ _HOME = {
     "BALANCE_LOSSES": ".losses",
     "ClassicRule": ".rule",
     "auxiliary_loss": ".losses",
+    "scheduled_weight": ".losses",
     "switch_balance_loss": ".losses",
     "z_loss": ".losses",
     "Carry": ".router",
@@ -36,6 +38,7 @@ _HOME = {
     "RouterSizes": ".router",
     "RouterModule": ".router",
     "RouterStats": ".stats",
+    "SoftRouter": ".soft",
     "RoutingContext": ".router",
 }
 
@@ -53,10 +56,12 @@ __all__ = [
     "Routing",
     "RoutingContext",
     "RoutingTrace",
+    "SoftRouter",
     "auxiliary_loss",
     "build_routers",
     "expect_router",
     "limit_capacity",
+    "scheduled_weight",
     "switch_balance_loss",
     "z_loss",
 ]

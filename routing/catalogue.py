@@ -23,6 +23,7 @@ from .recurrent import RecurrentRouter
 from .relu import ReluRouter, SparsityControl
 from .router import RouterSizes
 from .rule import ClassicRule, parse_rule
+from .soft import SoftRouter
 
 
 def classic(sizes: RouterSizes, *, kind: type[ClassicRouter] = ClassicRouter, **options: Any) -> list[nn.Module]:
@@ -76,6 +77,11 @@ def forced(sizes: RouterSizes, *, num_rows: int = 1, row_by: str = "position") -
     return [ForcedRouter(sizes, layer, num_rows, row_by) for layer in range(sizes.num_layers)]
 
 
+def soft_moe(sizes: RouterSizes, *, slots_per_expert: int = 8) -> list[nn.Module]:
+    """Mixing weights between tokens and slots."""
+    return [SoftRouter(sizes, layer, slots_per_expert) for layer in range(sizes.num_layers)]
+
+
 def pregate(
     sizes: RouterSizes, *, ahead: int = 1, inner: str = "mixtral", inner_options: dict[str, Any] | None = None
 ) -> list[nn.Module]:
@@ -96,6 +102,7 @@ NOT_PREGATED = {
     "pregate": "its plan is already made ahead; raise `ahead` instead",
     "hash": "it reads token ids only, so every layer's experts are known from the start",
     "forced": "its routing is given beforehand",
+    "soft_moe": "it runs every expert for every sequence, so there is nothing to fetch ahead",
     "expert_choice": "pre-gating serves decoding, which expert choice cannot do",
 }
 
@@ -150,6 +157,8 @@ ROUTERS: dict[str, Callable[..., list[nn.Module]]] = {
     "base": partial(classic, kind=BaseRouter, score="sigmoid", balance_loss="none"),
     # Roller et al. 2021, arXiv:2106.04426: a fixed table of token ids
     "hash": hashed,
+    # Puigcerver et al. 2023, arXiv:2308.00951: slots read mixtures of tokens; cannot generate
+    "soft_moe": soft_moe,
     # a given routing, replayed
     "forced": forced,
 }

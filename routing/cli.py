@@ -48,6 +48,29 @@ def show(
         write_json(json_file, {**summary, "per_layer": layers})
 
 
+@trace_app.command("import")
+def import_command(
+    file: Annotated[Path, typer.Argument(help="What another program recorded: a file, or a folder of files.")],
+    format_name: Annotated[str, typer.Option("--format", help="sglang, vllm, megatron, hf-logits, exflow, csv, npz.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the trace goes (.npz).")],
+    num_experts: Annotated[int | None, typer.Option(help="E, if the recording does not show all.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="K, for router logits.")] = None,
+) -> None:
+    """Turn another program's recording into a routing trace.
+
+    Example: `expertier trace import routing.jsonl --format megatron --out routing.npz`
+    """
+    from .traces.importers import import_trace
+
+    trace = import_trace(file, format_name, num_experts=num_experts, top_k=top_k)
+    trace.save(out)
+    Console().print(
+        f"wrote {out}: {trace.num_tokens} tokens, {trace.num_layers} MoE layers, {trace.num_experts} experts, "
+        f"top-{trace.top_k}",
+        highlight=False,
+    )
+
+
 def _median_reuse(trace: RoutingTrace, layer: int) -> float | None:
     distance_TK = reuse_distance_TK(trace, layer)
     reused = distance_TK[distance_TK >= 0]

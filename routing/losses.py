@@ -112,6 +112,17 @@ def auxiliary_loss(stats: Sequence[RouterStats], *, balance_weight: float, z_wei
     return torch.stack(per_layer).mean()
 
 
+def scheduled_weight(weight: float, schedule: Sequence[Sequence[float]] | None, step: int) -> float:
+    """The coefficient at an optimiser step: `weight`, then that of the last (from_step, weight) pair reached.
+
+    AdaMoE goes from tight to loose with one such pair. Source: Zeng et al. 2024, arXiv:2406.13233, section 3.3.
+    """
+    for from_step, later_weight in schedule or ():
+        if step >= from_step:
+            weight = later_weight
+    return weight
+
+
 def _share(count_R: Tensor) -> Tensor:
     return count_R / count_R.sum().clamp_min(1)
 

@@ -1,10 +1,14 @@
 """Shared fixtures: quiet libraries, tolerances, tiny models."""
 
+import math
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if not any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/kfd")):
+    # without a GPU kernels run in Triton's interpreter; it must be told before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
@@ -14,7 +18,9 @@ TOLERANCES = {
     torch.float32: {"atol": 1e-5, "rtol": 1e-4},
     # half an ulp of bfloat16 is 2**-9 of the value; sums of a few such terms
     torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2},
+    torch.float16: {"atol": 4e-3, "rtol": 4e-3},
 }
+GUARD_NUMBER = 123
 
 
 @pytest.fixture
@@ -50,3 +56,41 @@ def tiny_config():
         return MoEConfig(**(sizes | overrides))
 
     return build
+
+
+@pytest.fixture
+def guarded_memory(monkeypatch):
+    """New tensors start as NaN between two guard zones; a write outside of a tensor fails the test."""
+    guard = 64
+    made = []
+    allocate = torch.empty
+
+    def surround(size, dtype, device):
+        numel = math.prod(size)
+        flat = allocate(numel + 2 * guard, dtype=dtype, device=device)
+        flat.fill_(float("nan") if dtype.is_floating_point else GUARD_NUMBER)
+        made.append((flat, numel))
+        return flat[guard : guard + numel]
+
+    def empty(*size, dtype=None, device=None, **others):
+        size = size[0] if size and not isinstance(size[0], int) else size
+        if others or str(device) == "meta":
+            return allocate(*size, dtype=dtype, device=device, **others)
+        return surround(size, dtype or torch.get_default_dtype(), device).view(tuple(size))
+
+    def new_empty(self, *size, dtype=None, **_):
+        return empty(*size, dtype=dtype or self.dtype, device=self.device)
+
+    def empty_like(self, **_):
+        return surround(self.shape, self.dtype, self.device).as_strided(self.shape, self.stride())
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield
+    monkeypatch.undo()
+    assert made, "nothing was allocated"
+    for flat, numel in made:
+        zones = torch.cat([flat[:guard], flat[guard + numel :]])
+        is_intact = zones.isnan() if flat.is_floating_point() else zones == GUARD_NUMBER
+        assert is_intact.all(), f"a kernel wrote outside of a tensor of {numel} elements"

@@ -20,7 +20,7 @@ def _next_uses(tokens):
 
 
 def _hits(name, tokens, capacity):
-    cache = make_cache(name, capacity)
+    cache = make_cache(name, capacity, 7)
     return sum(cache.access(token, upcoming) for token, upcoming in zip(tokens, _next_uses(tokens), strict=True))
 
 
@@ -72,7 +72,7 @@ def test_belady_equals_the_best_of_all_choices(keys, capacity):
 @pytest.mark.parametrize("name", sorted(CACHES))
 @given(tokens=TOKENS, capacity=st.integers(1, 8))
 def test_every_policy_stays_within_capacity_and_keeps_the_token(name, tokens, capacity):
-    cache = make_cache(name, capacity)
+    cache = make_cache(name, capacity, 7)
     for token, upcoming in zip(tokens, _next_uses(tokens), strict=True):
         cache.access(token, upcoming)
         assert len(cache) <= capacity
@@ -102,11 +102,41 @@ def test_heap_stays_small():
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="capacity 0"):
-        make_cache("lru", 0)
+        make_cache("lru", 0, 4)
     with pytest.raises(ValueError, match=r"there are .*lru"):
-        make_cache("fifo", 2)
+        make_cache("fifo", 2, 4)
 
 
 def test_next_use_by_hand():
     expert_TK = np.array([[0, 1], [2, 0], [1, 2]])
     assert next_use_TK(expert_TK).tolist() == [[1, 2], [2, NEVER], [NEVER, NEVER]]
+
+
+def test_learning_which_experts_come_together_beats_their_frequency():
+    """Experts come in two shifting groups: the model learns that one member announces the others."""
+    rng = np.random.default_rng(0)
+    tokens = []
+    for _ in range(400):
+        group = rng.integers(3)
+        tokens += [[int(4 * group + rng.integers(4))] for _ in range(6)]
+    hits = {}
+    for name in ("score", "learned", "lru"):
+        cache = make_cache(name, 4, 12)
+        hits[name] = sum(cache.access(token) for token in tokens[:])
+    assert hits["learned"] > 1.03 * hits["score"]
+
+
+def test_the_learned_model_starts_as_a_decayed_frequency():
+    cache = make_cache("learned", 2, 4)
+    for key in (0, 0, 0, 1, 2):
+        cache.access([key])
+    assert set(cache.resident) == {0, 2}
+
+
+def test_rank_orders_evictions():
+    for name in sorted(set(CACHES) - {"belady"}):
+        cache = make_cache(name, 3, 4)
+        for key in (0, 1, 0, 2, 0, 1):
+            cache.access([key])
+        ranked = sorted(cache.resident, key=cache.rank)
+        assert [cache.evict() for _ in range(3)] == ranked

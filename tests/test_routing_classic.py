@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from moe import MoEForCausalLM
 from routing import ROUTERS, Carry, RouterSizes, RoutingContext, build_routers
 
 T, D, E, K = 9, 5, 8, 3
@@ -242,6 +243,23 @@ def test_top_k_of_one_call_may_differ():
         torch.testing.assert_close(routing.weight_TK.sum(dim=1), torch.ones(T, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"1\.\.8"):
         run(router, x_TD, top_k=9)
+
+
+def test_top_k_of_a_model_may_change_between_calls(tiny_config):
+    model = MoEForCausalLM(tiny_config(router="qwen3_moe")).eval()
+    token_BS = torch.randint(0, 96, (1, 5))
+    for k in (1, 4, None):
+        model.model.top_k = k
+        stats = model(token_BS).router_stats
+        assert {layer.chosen.expert_TK.shape[1] for layer in stats} == {k or 2}
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("olmoe", 0.0, 1.0), ("mixtral", 1, 1), ("deepseek_v3", 2.5, 2.5)])
+def test_weights_sum_to_what_their_normalisation_says(name, low, high):
+    routing, _, _ = run(build(name), torch.randn(64, D, dtype=torch.float64))
+    sum_T = routing.weight_TK.sum(dim=1)
+    assert low - 1e-9 <= sum_T.min()
+    assert sum_T.max() <= high + 1e-9
 
 
 def test_tutel_factor_zero_drops_nothing():

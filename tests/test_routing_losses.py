@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from routing import BALANCE_LOSSES, RouterStats, Routing, auxiliary_loss, switch_balance_loss, z_loss
+from moe import MoEConfig, MoEForCausalLM
+from routing import BALANCE_LOSSES, RouterStats, Routing, auxiliary_loss, scheduled_weight, switch_balance_loss, z_loss
 
 
 def stats_of(expert_TK, probability_TR, num_zero=0, **fields):
@@ -110,3 +111,26 @@ def test_shares_are_not_differentiated_and_probabilities_are():
 def test_sequence_loss_without_sequences_is_refused():
     with pytest.raises(ValueError, match="sequence_T"):
         BALANCE_LOSSES["sequence"](uniform_stats(4, 1))
+
+
+def test_scheduled_weight_is_that_of_the_last_pair_reached():
+    schedule = [[100, 1e-4], [200, 0.0]]
+    assert [scheduled_weight(0.02, schedule, step) for step in (0, 99, 100, 199, 200, 999)] == [
+        0.02, 0.02, 1e-4, 1e-4, 0.0, 0.0,
+    ]  # fmt: skip
+    assert scheduled_weight(0.02, None, 5) == 0.02
+
+
+def test_model_follows_the_schedule_and_keeps_it_in_its_config(tiny_config, tmp_path):
+    config = tiny_config(balance_loss_weight=1.0, z_loss_weight=0.0, balance_loss_schedule=[[2, 0.0]])
+    config.save_pretrained(tmp_path)
+    model = MoEForCausalLM(MoEConfig.from_pretrained(tmp_path)).train()
+    token_BS = torch.randint(0, 96, (2, 8))
+    weighs = []
+    for _ in range(3):
+        output = model(token_BS, labels=token_BS)
+        weighs.append(bool(output.loss > output.lm_loss))
+        model.model.post_step(torch.stack([layer.count_R for layer in output.router_stats]), 16)
+    assert weighs == [True, True, False]
+    with pytest.raises(ValueError, match="rising order"):
+        tiny_config(balance_loss_schedule=[[5, 0.1], [2, 0.0]])

@@ -16,6 +16,14 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not readable as JSON: {error}") from error
 
 
+def require_complete(path: Path, rows: list[list[int]], experts: int | None) -> None:
+    """Every row holds every expert 0..experts-1 (or up to the largest id seen) and no other."""
+    wanted = set(range(experts if experts is not None else max(map(max, rows)) + 1))
+    for index, row in enumerate(rows):
+        if set(row) != wanted:
+            raise ValueError(f"{path}: row {index} must hold every expert 0..{len(wanted) - 1} and no other")
+
+
 def table_of_ints(path: Path, rows: Any) -> list[list[int]]:
     """Rows of equal length of integers >= 0."""
     if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):

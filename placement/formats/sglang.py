@@ -11,7 +11,8 @@ from typing import Any
 from routing.traces import write_json
 
 from ..plan import Plan
-from .reading import read_json, table_of_ints
+from .ktransformers import export_ktransformers, validate_ktransformers
+from .reading import read_json, require_complete, table_of_ints
 
 KEY = "physical_to_logical_map"
 
@@ -19,11 +20,20 @@ KEY = "physical_to_logical_map"
 def export_sglang(plan: Plan, path: Path) -> None:
     """Write `{"physical_to_logical_map": [[...] per hidden layer]}`; dense layers get the initial layout."""
     identity = [slot % plan.num_experts for slot in range(plan.num_slots)]
-    rows = [identity] * plan.hidden_layers
-    rows = [list(row) for row in rows]
+    rows = [identity for _ in range(plan.hidden_layers)]
     for layer, row in zip(plan.layer_ids, plan.physical_to_logical_LP.tolist(), strict=True):
         rows[layer] = row
     write_json(path, {KEY: rows})
+
+
+def export_sglang_count(plan: Plan, path: Path) -> None:
+    """Write the other form, `{"logical_count": [[...]]}`: SGLang then runs its own EPLB on these loads at start-up."""
+    export_ktransformers(plan, path)
+
+
+def validate_sglang_count(path: Path, plan: Plan | None = None) -> None:
+    """The same file as KTransformers reads: one key, [hidden layers, experts] of finite numbers."""
+    validate_ktransformers(path, plan)
 
 
 def validate_sglang(path: Path, plan: Plan | None = None) -> None:
@@ -37,10 +47,7 @@ def validate_sglang(path: Path, plan: Plan | None = None) -> None:
         got = list(value) if isinstance(value, dict) else type(value).__name__
         raise ValueError(f"{path}: SGLang takes exactly one key {KEY!r}; got {json.dumps(got)}")
     rows = table_of_ints(path, value[KEY])
-    experts = plan.num_experts if plan else max(map(max, rows)) + 1
-    for index, row in enumerate(rows):
-        if set(row) != set(range(experts)):
-            raise ValueError(f"{path}: row {index} must hold every expert 0..{experts - 1} and no other")
+    require_complete(path, rows, plan.num_experts if plan else None)
     if plan is None:
         return
     if len(rows) != plan.hidden_layers:

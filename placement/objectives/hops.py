@@ -39,11 +39,13 @@ def hop_share(plan: Plan, trace: RoutingTrace) -> float:
     return float(hops_L(plan, trace)[1:].mean()) if plan.num_layers > 1 else 0.0
 
 
-def first_choice_TL(trace: RoutingTrace) -> NDArray[np.int64]:
+def first_choice_TL(trace: RoutingTrace, layers: slice = slice(None)) -> NDArray[np.int64]:
+    """The expert of the largest weight (slot 0 without weights) of each token at some layers."""
+    expert_TLK = trace.expert_TLK[:, layers]
     if trace.weight_TLK is None:
-        return trace.expert_TLK[:, :, 0].astype(np.int64)
-    best_TL1 = np.asarray(trace.weight_TLK, np.float32).argmax(axis=2)[:, :, None]
-    return np.take_along_axis(trace.expert_TLK, best_TL1, axis=2)[:, :, 0].astype(np.int64)
+        return expert_TLK[:, :, 0].astype(np.int64)
+    best_TL1 = np.asarray(trace.weight_TLK[:, layers], np.float32).argmax(axis=2)[:, :, None]
+    return np.take_along_axis(expert_TLK, best_TL1, axis=2)[:, :, 0].astype(np.int64)
 
 
 def count_pairs(here_T: NDArray[np.int64], there_T: NDArray[np.int64]) -> tuple[NDArray[np.int64], Float]:

@@ -1,0 +1,210 @@
+"""`expertier bench offload`: decode speed of several engines on one replay checkpoint under the same memory limit."""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from offload import format_size, parse_size
+
+from .memory_limit import drop_cached, run_limited
+
+DEFAULT_CONTESTANTS = ("ours", "ours-fast", "ours-lru", "accelerate", "resident")
+NEEDS_LIMIT = {"accelerate": True, "resident": False}
+TIMEOUT_S = 1800.0
+
+
+def bench_offload(
+    checkpoint: Annotated[Path, typer.Argument(help="A replay checkpoint; made from --trace if it is not there.")],
+    trace: Annotated[Path | None, typer.Option("--trace", help="The trace to build it from.")] = None,
+    rows: Annotated[int, typer.Option("--rows", help="Rows of the trace to build in.")] = 20480,
+    limit: Annotated[list[str] | None, typer.Option("--limit", help="Memory limit, or none; repeat for more.")] = None,
+    contestant: Annotated[list[str] | None, typer.Option("--contestant", help="Who runs; repeat for more.")] = None,
+    prefill: Annotated[int, typer.Option("--prefill", min=1, help="Tokens of the first call.")] = 64,
+    decode: Annotated[int, typer.Option("--decode", min=2, help="Tokens decoded one by one.")] = 48,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the table as JSON.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Save a record.")] = False,
+) -> None:
+    """Feed a recorded trace through each engine under a memory limit, and print tokens per second.
+
+    Example: `expertier bench offload /tmp/replay --trace routing.npz --limit 6GiB --limit none`
+    """
+    _ensure_checkpoint(checkpoint, trace, rows)
+    bandwidth = _read_bandwidth(checkpoint)
+    console, results = Console(), []
+    console.print(
+        f"the disk gives {bandwidth / 1e9:.2f} GB/s to 4 threads reading 4 MiB with O_DIRECT", highlight=False
+    )
+    for text in limit or ["6GiB", "4GiB", "none"]:
+        for name in contestant or DEFAULT_CONTESTANTS:
+            if name in NEEDS_LIMIT and NEEDS_LIMIT[name] != (text != "none"):
+                continue
+            result = _run(name, checkpoint, text, prefill, decode)
+            result["bound_tok_per_s"] = _bound(result, bandwidth)
+            results.append(result)
+            console.print(_line(result), highlight=False)
+    _print(console, results)
+    if json_file:
+        json_file.write_text(json.dumps(results, indent=2))
+    if record:
+        from .record import save_record
+
+        config = {"prefill": prefill, "decode": decode, "read_bytes_per_s": bandwidth}
+        save_record("bench-offload", results, config=config)
+
+
+def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int) -> dict[str, Any]:
+    drop_cached(checkpoint)
+    limit_bytes = None if limit == "none" else parse_size(limit)
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.bench_offload",
+        name,
+        str(checkpoint),
+        limit,
+        str(prefill),
+        str(decode),
+    ]
+    row: dict[str, Any] = {"contestant": name, "limit": limit}
+    finished = run_limited(command, limit_bytes, TIMEOUT_S)
+    measured: dict[str, Any] = {}
+    if finished.returncode == 0:
+        measured = json.loads(finished.stdout.strip().splitlines()[-1])
+    else:
+        reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+        row["note"] = f"exit {finished.returncode}: {reason}"[:160]
+    step_s = measured.get("step_s", [])
+    ordered = sorted(step_s)
+    return {
+        **row,
+        "tok_per_s": len(step_s) / sum(step_s) if step_s else None,
+        "median_s": median(ordered) if ordered else None,
+        "p20_s": ordered[len(ordered) // 5] if ordered else None,
+        "p80_s": ordered[len(ordered) * 4 // 5] if ordered else None,
+        "prefill_s": measured.get("prefill_s"),
+        "load_s": measured.get("load_s"),
+        "hit_rate": measured.get("hit_rate"),
+        "bytes_per_token": measured.get("bytes_per_token"),
+        "prefill_bytes": measured.get("prefill_bytes"),
+        "io_and_compute_share": measured.get("io_and_compute_share"),
+        "peak_bytes": finished.peak_bytes,
+        "logits": measured.get("logits"),
+        "note": row.get("note", ""),
+    }
+
+
+def _bound(result: dict[str, Any], bandwidth: float) -> float | None:
+    missed = result["bytes_per_token"]
+    return bandwidth / missed if missed else None
+
+
+def _ensure_checkpoint(checkpoint: Path, trace: Path | None, rows: int) -> None:
+    from routing.traces import RoutingTrace
+
+    from .replay import ReplaySize, build_replay, check_replay
+
+    if not (checkpoint / "model.safetensors.index.json").is_file():
+        if trace is None:
+            raise ValueError(f"{checkpoint} is not there; give --trace to build it")
+        build_replay(RoutingTrace.load(trace).rows(0, rows), checkpoint, ReplaySize())
+    if trace is not None:
+        share = check_replay(checkpoint, RoutingTrace.load(trace).rows(0, rows), 1000)
+        if share < 1:
+            raise ValueError(f"{checkpoint} routes only {share:.2%} of the experts as recorded; build it again")
+
+
+def _read_bandwidth(checkpoint: Path) -> float:
+    from offload.calibrate import disk_bandwidth
+
+    drop_cached(checkpoint)
+    files = sorted(checkpoint.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    return disk_bandwidth(files[-1], num_threads=4, read_bytes=4 << 20)
+
+
+def _line(result: dict[str, Any]) -> str:
+    speed = "failed" if result["tok_per_s"] is None else f"{result['tok_per_s']:.3f} tok/s"
+    return f"{result['limit']:>6}  {result['contestant']:<12} {speed}  {result['note']}"
+
+
+def _print(console: Console, results: list[dict[str, Any]]) -> None:
+    table = Table("limit", "contestant", "tok/s", "median s", "p20", "p80", "bound", "hit rate", "prefill s", "peak")
+    for row in results:
+        numbers = [row[key] for key in ("tok_per_s", "median_s", "p20_s", "p80_s", "bound_tok_per_s", "hit_rate")]
+        shown = ["-" if number is None else f"{number:.3f}" for number in [*numbers, row["prefill_s"]]]
+        peak = "-" if row["peak_bytes"] is None else format_size(row["peak_bytes"])
+        table.add_row(row["limit"], row["contestant"], *shown, peak)
+    console.print(table)
+
+
+def _contest(name: str, checkpoint: Path, limit: str, prefill: int, decode: int) -> dict[str, Any]:
+    """In the limited process: load, prefill, decode along the trace.
+
+    Prefetching by the next layer's gate stays off: a replay checkpoint marks the experts of all layers in one hidden
+    state, so that such a guess would always be right here.
+    """
+    import torch
+
+    started = time.perf_counter()
+    model = _load(name, checkpoint, limit, prefill + decode)
+    load_s = time.perf_counter() - started
+    ids = torch.arange(prefill + decode)[None]
+    step_s: list[float] = []
+    with torch.inference_mode():
+        started = time.perf_counter()
+        output = model(ids[:, :prefill], use_cache=True, logits_to_keep=1)
+        prefill_s = time.perf_counter() - started
+        after_prefill = model.offload.report() if hasattr(model, "offload") else {}
+        if after_prefill:
+            model.offload.reset()
+        for position in range(prefill, prefill + decode):
+            started = time.perf_counter()
+            output = model(ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True)
+            step_s.append(time.perf_counter() - started)
+    measured = {"load_s": load_s, "prefill_s": prefill_s, "step_s": step_s}
+    measured["logits"] = output.logits[0, -1, :4].float().tolist()
+    if after_prefill:
+        report = model.offload.report()
+        measured["hit_rate"] = report["hit_rate"]
+        measured["bytes_per_token"] = report["bytes_read"] / decode
+        measured["prefill_bytes"] = after_prefill["bytes_read"]
+        measured["compute_s"], measured["stall_s"] = report["compute_s"], report["stall_s"]
+        measured["io_and_compute_share"] = (report["compute_s"] + report["stall_s"]) / sum(step_s)
+    return measured
+
+
+def _load(name: str, checkpoint: Path, limit: str, context: int) -> Any:
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if name.startswith("ours"):
+        import offload
+
+        memory: Any = "auto" if limit == "none" else parse_size(limit)
+        options: dict[str, Any] = {"context": context}
+        for part in name.split("-")[1:]:
+            options |= {"arithmetic": "fast"} if part == "fast" else {"policy": part}
+        return offload.load(checkpoint, cpu_memory=memory, **options)
+    if name == "resident":
+        return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    if name == "accelerate":
+        folder = tempfile.mkdtemp(prefix="expertier-accelerate-", dir=os.environ.get("TMPDIR"))
+        room = int(parse_size(limit) * 0.75) - (1 << 30)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.bfloat16, device_map="auto", max_memory={"cpu": room}, offload_folder=folder
+        ).eval()
+    raise ValueError(f"unknown contestant {name!r}; there are {', '.join(DEFAULT_CONTESTANTS)}")
+
+
+if __name__ == "__main__":
+    print(json.dumps(_contest(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))))

@@ -1,0 +1,214 @@
+"""What a trained router is like: balance, sharpness, how layers relate, how well its experts cache.
+
+Shapes: T tokens, L MoE layers, K slots, E FFN experts, R routable experts, B sequences.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe import MoEForCausalLM
+from offload import simulate
+from routing import RouterStats, RoutingTrace
+from routing.traces import EMPTY
+
+from .compare_flops import parameters, token_flops
+from .corpus import Corpus, windows
+from .metrics import routing_metrics
+
+SEGMENT = 16
+CACHED_SHARE = 0.25
+
+
+@torch.no_grad()
+def router_metrics(
+    model: MoEForCausalLM, corpus: Corpus, *, sequence_length: int, max_tokens: int, batch_size: int
+) -> dict[str, float]:
+    """Everything `compare` tabulates about a trained model, on held-out text.
+
+    Args:
+        model: in evaluation mode.
+        corpus: its held-out part is read.
+        sequence_length, batch_size: of a call.
+        max_tokens: at most so many tokens are read.
+
+    Returns:
+        By name; see `compare_page.METRICS` for what each one is.
+    """
+    rows = windows(corpus.held_out, min(sequence_length, len(corpus.held_out)))
+    rows = rows[: max(1, max_tokens // rows.shape[1])]
+    calls, foresight = [], []
+    for start in range(0, len(rows), batch_size):
+        token_BS = torch.from_numpy(rows[start : start + batch_size].astype("int64"))
+        with _router_inputs(model) as seen:
+            calls.append(model(token_BS.to(model.device), use_cache=False).router_stats)
+        foresight.append(predictability(model, seen))
+    load_LR = sum(torch.stack([layer.kept_R for layer in call]) for call in calls)
+    num_tokens = rows.size
+    per_kind = _load_by_kind(model, load_LR / num_tokens)
+    E = model.config.num_experts
+    true_load = float(load_LR[:, :E].sum() / num_tokens / len(load_LR))
+    trace = trace_of(calls, rows.shape, E, source=model.config.router)
+    flops = token_flops(model, true_load=true_load, zero_compute_load=per_kind, sequence_length=rows.shape[1])
+    balance = routing_metrics(calls[-1], load_LR[:, :E])
+    count = parameters(model, true_load)
+    return {
+        "true_load": true_load,
+        "max_vio": balance["max_vio"],
+        "dead_experts": balance["dead_experts"],
+        "router_entropy": float(np.mean([[float(layer.entropy) for layer in call] for call in calls])),
+        **sharpness(calls, model.config.num_experts_per_tok),
+        "mutual_information": mutual_information(calls),
+        "predictability": float(np.mean(foresight)),
+        "lru_hit_rate": simulate(trace, max(1, round(CACHED_SHARE * E)), policies=("lru",))["lru"].hit_rate,
+        "srp": segment_routing_performance(trace, SEGMENT),
+        "flops_per_token": flops.total,
+        "expert_flops_per_token": flops.experts,
+        "router_flops_per_token": flops.router,
+        "parameters": count["total"],
+        "router_parameters": count["router"],
+        "active_parameters": count["active"],
+    }
+
+
+def sharpness(calls: list[list[RouterStats]], top_k: int) -> dict[str, float]:
+    """Inner balance: median ratio of the best to the second score; outer balance: mean sum of the K best.
+
+    Source: Qiu et al. 2024 (RMoE), arXiv:2408.06793, section 5.
+    """
+    ratios, sums = [], []
+    for call in calls:
+        for layer in call:
+            best = layer.probability_TR.sort(dim=-1, descending=True).values.cpu()
+            ratios.append(best[:, 0] / best[:, min(1, best.shape[1] - 1)].clamp_min(1e-30))
+            sums.append(best[:, :top_k].sum(dim=-1))
+    return {"inner_balance": float(torch.cat(ratios).median()), "outer_balance": float(torch.cat(sums).mean())}
+
+
+def mutual_information(calls: list[list[RouterStats]]) -> float:
+    """Nats that a token's first choice at a layer tells about its first choice at the next, mean over layers."""
+    first_LT = np.concatenate(
+        [np.stack([layer.probability_TR.argmax(dim=-1).cpu().numpy() for layer in call]) for call in calls], axis=1
+    )
+    R = calls[0][0].probability_TR.shape[1]
+    pairs = pairwise(first_LT)
+    return float(np.mean([_information(np.bincount(a * R + b, minlength=R * R).reshape(R, R)) for a, b in pairs]))
+
+
+def predictability(model: MoEForCausalLM, seen: list[tuple[Tensor, Any, Any, Any]]) -> float:
+    """Share of a layer's experts that its own router would already have named from the previous layer's input.
+
+    Pre-gated layers score 1 where the plan is in the carry. `seen` holds, per layer, input, outgoing carry, context and
+    routing.
+    """
+    overlaps = []
+    layers = model.model.moe_layers
+    for layer, ((x_TD, carry, context, _), (_, _, _, routing)) in enumerate(pairwise(seen)):
+        guess, _, _ = layers[layer + 1].router(x_TD, carry, context)
+        is_used_TR, is_guessed_TR = _used(routing), _used(guess)
+        overlaps.append(float((is_used_TR & is_guessed_TR).sum() / is_used_TR.sum().clamp_min(1)))
+    return float(np.mean(overlaps)) if overlaps else float("nan")
+
+
+def trace_of(calls: list[list[RouterStats]], shape_BS: tuple[int, ...], num_experts: int, source: str) -> RoutingTrace:
+    """The FFN experts that were computed, as a routing trace; variable numbers of experts are padded with -1."""
+    K = max(layer.kept.expert_TK.shape[1] for call in calls for layer in call)
+    expert_TLK = np.concatenate([np.stack([_padded(layer, K) for layer in call], axis=1) for call in calls])
+    B, S = shape_BS
+    return RoutingTrace(
+        expert_TLK=expert_TLK,
+        sequence_T=np.repeat(np.arange(B, dtype=np.int32), S),
+        metadata={"num_experts": num_experts, "source": source},
+    )
+
+
+def segment_routing_performance(trace: RoutingTrace, window: int) -> float:
+    """Best F1 of keeping, for each window of tokens, the experts used at least so often in it; mean over layers.
+
+    Args:
+        trace: rows in order; windows do not cross sequences.
+        window: m tokens.
+
+    Source: Liang et al. 2025, arXiv:2505.16056, appendix C.
+    """
+    starts = np.flatnonzero(np.r_[True, trace.sequence_T[1:] != trace.sequence_T[:-1]])
+    ends = np.r_[starts[1:], trace.num_tokens]
+    E, best_L = trace.num_experts, []
+    for layer in range(trace.num_layers):
+        used_TE = _one_hot(trace.expert_TLK[:, layer], E)
+        histogram = np.zeros(window + 1, dtype=np.int64)
+        for start, end in zip(starts, ends, strict=True):
+            if end - start < window:
+                continue
+            total = np.cumsum(np.concatenate([np.zeros((1, E), np.int64), used_TE[start:end]]), axis=0)
+            histogram += np.bincount((total[window:] - total[:-window]).ravel(), minlength=window + 1)
+        best_L.append(_best_f1(histogram))
+    return float(np.mean(best_L))
+
+
+def _best_f1(histogram: NDArray[np.int64]) -> float:
+    """Over all thresholds; `histogram[f]` counts windows and experts with f uses."""
+    window = len(histogram) - 1
+    uses = histogram * np.arange(window + 1)
+    kept_uses = uses[::-1].cumsum()[::-1][1:]
+    kept = histogram[::-1].cumsum()[::-1][1:]
+    return float((2 * kept_uses / np.maximum(window * kept + uses.sum(), 1)).max())
+
+
+def _one_hot(expert_TK: NDArray[np.int16], num_experts: int) -> NDArray[np.int64]:
+    used_TE = np.zeros((len(expert_TK), num_experts + 1), dtype=np.int64)
+    used_TE[np.arange(len(expert_TK))[:, None], np.where(expert_TK == EMPTY, num_experts, expert_TK)] = 1
+    return used_TE[:, :num_experts]
+
+
+def _padded(layer: RouterStats, K: int) -> NDArray[np.int16]:
+    expert_TK = layer.kept.expert_TK.cpu().numpy()
+    expert_TK = np.where(expert_TK < layer.num_experts, expert_TK, EMPTY).astype(np.int16)
+    return np.pad(expert_TK, ((0, 0), (0, K - expert_TK.shape[1])), constant_values=EMPTY)
+
+
+def _used(routing: Any) -> Tensor:
+    """bool [T, R]."""
+    used = torch.zeros(
+        len(routing.expert_TK), routing.num_routable + 1, dtype=torch.bool, device=routing.weight_TK.device
+    )
+    return used.scatter(1, routing.expert_TK, True)[:, : routing.num_routable]
+
+
+def _information(count: NDArray[np.int64]) -> float:
+    joint = count / count.sum()
+    independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    seen = joint > 0
+    return float((joint[seen] * np.log(joint[seen] / independent[seen])).sum())
+
+
+def _load_by_kind(model: MoEForCausalLM, load_LR: Tensor) -> dict[str, float]:
+    """Zero-compute experts per token and layer, by kind."""
+    mean_Z = load_LR[:, model.config.num_experts :].mean(dim=0).tolist()
+    loads: dict[str, float] = {}
+    for kind, load in zip(model.config.zero_compute_experts, mean_Z, strict=True):
+        loads[kind] = loads.get(kind, 0.0) + load
+    return loads
+
+
+@contextmanager
+def _router_inputs(model: MoEForCausalLM) -> Iterator[list[tuple[Tensor, Any, Any, Any]]]:
+    """Collects what each layer's router read and returned during a call."""
+    seen: list[tuple[Tensor, Any, Any, Any]] = []
+
+    def note(_module: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+        routing, carry, _ = outputs
+        seen.append((inputs[0], carry, inputs[2], routing))
+
+    handles = [layer.router.register_forward_hook(note) for layer in model.model.moe_layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,202 @@
+"""The runs of a comparison: every variant with every seed, each in its own folder, resumable, in parallel processes."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from routing.traces import write_json
+
+from .compare_variants import model_overrides
+from .presets import TrainConfig
+
+RESULT_FILE, CONFIG_FILE = "compare_result.json", "compare_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One variant with one seed.
+
+    Args:
+        variant: its name.
+        config: everything that training depends on besides the text.
+        data: the text, as `load_corpus` takes it.
+        folder: where it lives.
+    """
+
+    variant: str
+    config: TrainConfig
+    data: str | None
+    folder: Path
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What came out, if the run has ended."""
+        path = self.folder / RESULT_FILE
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def plan_runs(variants: list[str], base: TrainConfig, seeds: int, data: str | None, out: Path) -> list[Run]:
+    """Every variant with every seed, seeds outermost, so that an interrupted comparison has all variants.
+
+    Raises:
+        ValueError: if a variant is unknown or named twice, or does not fit the preset's sizes.
+    """
+    if len(set(variants)) != len(variants):
+        raise ValueError(f"a variant is named twice in {', '.join(variants)}")
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1; got {seeds}")
+    models = {name: model_overrides(name, base.model) for name in variants}
+    for name, model in models.items():
+        _expect_fits(name, model)
+    return [
+        Run(
+            variant=name,
+            config=replace(base, model=models[name], seed=base.seed + seed),
+            data=data,
+            folder=out / "runs" / name / f"seed_{base.seed + seed}",
+        )
+        for seed in range(seeds)
+        for name in variants
+    ]
+
+
+def execute(runs: list[Run], processes: int, done: Callable[[Run, dict[str, Any]], None]) -> None:
+    """Finish every run that has no result yet; one that fails does not stop the others.
+
+    Args:
+        runs: as planned.
+        processes: how many at a time, sharing the cores.
+        done: called with each run and its result as it ends.
+
+    Raises:
+        ValueError: if a folder holds a run with other settings.
+    """
+    for run in runs:
+        _expect_same(run)
+    waiting = [run for run in runs if run.result is None]
+    for run in runs:
+        if run.result is not None:
+            done(run, run.result)
+    if processes == 1:
+        for run in waiting:
+            done(run, execute_one(run, threads=None))
+        return
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+        futures = {pool.submit(execute_one, run, threads): run for run in waiting}
+        for future, run in _as_they_end(futures):
+            done(run, future.result())
+
+
+def execute_one(run: Run, threads: int | None) -> dict[str, Any]:
+    """Train, or continue training, then measure; the result is on disk when this returns.
+
+    A loss that is no longer finite ends the run with the status `diverged`; any other error of the run, with `failed`.
+    """
+    import torch
+
+    from .corpus import load_corpus
+
+    if threads:
+        torch.set_num_threads(threads)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_json(run.folder / CONFIG_FILE, _settings(run))
+    try:
+        result = _train_and_measure(run, load_corpus(run.data))
+    except FloatingPointError as error:
+        result = {"status": "diverged", "message": str(error)}
+    except (RuntimeError, ValueError) as error:
+        result = {"status": "failed", "message": f"{type(error).__name__}: {error}"}
+    result = {"variant": run.variant, "seed": run.config.seed} | result
+    write_json(run.folder / RESULT_FILE, result)
+    return result
+
+
+def _train_and_measure(run: Run, corpus: Any) -> dict[str, Any]:
+    from moe import MoEForCausalLM
+
+    from .checkpoint import CONFIG_FILE as TRAINING_FILE
+    from .checkpoint import checkpoints
+    from .compare_metrics import router_metrics
+    from .train import train
+
+    found = checkpoints(run.folder)
+    if found:
+        begun = json.loads((found[-1] / TRAINING_FILE).read_text(encoding="utf-8"))
+        _expect_equal(run.folder, begun | {"precision": ""}, _plain(asdict(run.config)) | {"precision": ""})
+    trained = train(run.config, corpus, run.folder, resume=bool(found), quiet=True)
+    if not math.isfinite(trained.held_out_bits_per_byte):
+        raise FloatingPointError("held-out loss is not finite")
+    model = MoEForCausalLM.from_pretrained(run.folder).eval()
+    measured = router_metrics(
+        model,
+        corpus,
+        sequence_length=run.config.sequence_length,
+        max_tokens=min(run.config.held_out_tokens, 16_384),
+        batch_size=run.config.batch_size,
+    )
+    return {"status": "finished", **asdict(trained), **measured}
+
+
+def _end_with_parent() -> None:
+    """Make a worker die with the process that started it: two processes must never train in one folder."""
+
+    def watch() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def _as_they_end(futures: dict[Future[dict[str, Any]], Run]) -> Iterator[tuple[Future[dict[str, Any]], Run]]:
+    try:
+        for future in as_completed(futures):
+            yield future, futures[future]
+    except KeyboardInterrupt:
+        for future in futures:
+            future.cancel()
+        raise
+
+
+def _expect_fits(name: str, model: dict[str, Any]) -> None:
+    """Build the variant's routers on no device, so that misfits show before any run starts."""
+    import torch
+
+    from moe import MoEConfig
+    from routing import build_routers
+
+    config = MoEConfig(**model)
+    try:
+        with torch.device("meta"):
+            build_routers(config.router, config.router_sizes, config.router_options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from a JSON file."""
+    return json.loads(json.dumps(value))
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    return _plain({"variant": run.variant, "data": run.data, "config": asdict(run.config)})
+
+
+def _expect_same(run: Run) -> None:
+    path = run.folder / CONFIG_FILE
+    if path.is_file():
+        _expect_equal(run.folder, json.loads(path.read_text(encoding="utf-8")), _settings(run))
+
+
+def _expect_equal(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if found != wanted:
+        raise ValueError(f"{folder} holds a run with other settings; use another --out or remove it")

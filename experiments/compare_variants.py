@@ -1,0 +1,87 @@
+"""VARIANTS: what `expertier compare` compares: a router with the experts, top-k and options that go with it."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+from routing import ROUTERS
+
+Overrides = dict[str, Any]
+
+
+def _nulls(num: int, top_k: int, **changes: Any) -> Callable[[int, int], Overrides]:
+    """AdaMoE with E * num / 16 null experts, so that its expected load is the same share of any preset's E.
+
+    The balance coefficient is the paper's first-phase 0.02, whose load shares sum to K where ours sum to 1.
+    """
+
+    def build(num_experts: int, base_k: int) -> Overrides:
+        nulls = max(1, num_experts * num // 16)
+        own = {"router": "adamoe", "zero_compute_experts": ["zero"] * nulls, "num_experts_per_tok": top_k}
+        return own | {"balance_loss_weight": 0.02 * top_k} | changes
+
+    return build
+
+
+def _longcat(num_experts: int, base_k: int) -> Overrides:
+    """Half as many copy experts as FFN experts, one more choice, true load steered to 3/4 of the base."""
+    return {
+        "router": "longcat",
+        "router_options": {"target_load": 0.75 * base_k},
+        "zero_compute_experts": ["copy"] * max(1, num_experts // 2),
+        "num_experts_per_tok": base_k + 1,
+    }
+
+
+def _moepp(num_experts: int, base_k: int) -> Overrides:
+    """One zero, one copy and E/4 - 2 constant experts, as published."""
+    return {
+        "router": "moepp",
+        "zero_compute_experts": ["zero", "copy"] + ["constant"] * max(num_experts // 4 - 2, 1),
+    }
+
+
+def _router(name: str, **options: Any) -> Callable[[int, int], Overrides]:
+    return lambda num_experts, base_k: {"router": name, "router_options": options}
+
+
+VARIANTS: dict[str, Callable[[int, int], Overrides]] = {
+    "top2": _router("mixtral"),
+    "adamoe-2.0": _nulls(16, 4),
+    "adamoe-1.5": _nulls(16, 3),
+    "adamoe-1.5-per-null": _nulls(16, 3, router_options={"balance_loss": "switch"}),
+    "adamoe-1.5-over-all": _nulls(16, 3, router_options={"normalise_over": "selected"}),
+    "longcat-nulls": _longcat,
+    "moe++": _moepp,
+    "rmoe": _router("rmoe"),
+    "rmoe-np": _router("rmoe", recurrence="none"),
+    "rmoe-detach": _router("rmoe", recurrence="detach"),
+    "pregate-1": _router("pregate", ahead=1),
+    "pregate-2": _router("pregate", ahead=2),
+    "pregate-3": _router("pregate", ahead=3),
+    "pregate-rmoe": _router("pregate", ahead=1, inner="rmoe"),
+    "loss-free": _router("loss_free"),
+    "remoe": _router("remoe"),
+    "expert-choice": _router("expert_choice"),
+}
+
+
+def model_overrides(name: str, model: dict[str, Any]) -> dict[str, Any]:
+    """The model settings of a variant.
+
+    Args:
+        name: a key of `VARIANTS`, or of `routing.ROUTERS` for that router with the preset's own experts.
+        model: the preset's settings.
+
+    Raises:
+        ValueError: if there is no such variant or router.
+    """
+    if name in VARIANTS:
+        return model | VARIANTS[name](model.get("num_experts", 16), model.get("num_experts_per_tok", 2))
+    if name in ROUTERS:
+        return model | {"router": name}
+    near = get_close_matches(name, [*VARIANTS, *ROUTERS], n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"unknown variant {name!r}; {hint}variants are {', '.join(VARIANTS)}; routers are {', '.join(ROUTERS)}"
+    )

@@ -1,0 +1,111 @@
+"""Times of one call: on a GPU by replaying a graph with a cold cache, on a CPU by taking turns."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+Call = Callable[[], object]
+FLUSH_BYTES = 512 << 20
+WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call: median, 20th and 80th percentile, and how it was measured."""
+
+    median_s: float
+    p20_s: float
+    p80_s: float
+    samples: int
+    is_graph: bool
+
+
+def summary(samples_s: list[float], is_graph: bool) -> Times:
+    """The percentiles of samples."""
+    p20_s, median_s, p80_s = np.percentile(samples_s, [20, 50, 80])
+    return Times(float(median_s), float(p20_s), float(p80_s), len(samples_s), is_graph)
+
+
+def time_on_gpu(call: Call, samples: int = 20) -> Times:
+    """Replays of a captured call, each after its weights have been pushed out of the cache.
+
+    Args:
+        call: launches work on the current device; called without a graph where it cannot be captured.
+        samples: how many replays.
+
+    Returns:
+        The times.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+        replay, is_graph = graph.replay, True
+    except RuntimeError:
+        torch.cuda.synchronize()
+        replay, is_graph = call, False
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples)]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        replay()
+        end.record()
+    torch.cuda.synchronize()
+    return summary([start.elapsed_time(end) / 1e3 for start, end in events], is_graph)
+
+
+def copy_bytes_per_s() -> float:
+    """What the device moves when it only copies, reads and writes counted."""
+    size = 2 << 30
+    source = torch.empty(size, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * size / time_on_gpu(lambda: target.copy_(source)).median_s
+
+
+def peak_bytes(call: Call) -> int:
+    """Device memory that a call needs beyond what is allocated before it."""
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def time_in_turns(
+    calls: Mapping[str, Call], seconds: float = 3.0, most: int = 200, least: int = 10
+) -> dict[str, Times]:
+    """Times on a CPU: A B A B ..., so that a change of the machine's speed meets all contestants alike.
+
+    Args:
+        calls: by name.
+        seconds: about how long to go on, for all together.
+        most, least: samples of each.
+
+    Returns:
+        Times by name.
+    """
+    for call in list(calls.values()) * 2:
+        call()
+    samples_s: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    for taken in range(most):
+        if taken >= least and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            samples_s[name].append(time.perf_counter() - start)
+    return {name: summary(samples, False) for name, samples in samples_s.items()}

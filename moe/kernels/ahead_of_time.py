@@ -1,0 +1,330 @@
+"""Compile launches for devices that are not there, and read what came out: registers, spills, memory, instructions.
+
+`python -m moe.kernels.ahead_of_time --arch sm90` prints a line per kernel of every shipped configuration. It must run
+in a process without `TRITON_INTERPRET`.
+
+Shapes: T tokens, E experts, K experts per token, O up outputs, D model width, F expert width.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Container, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .activation import SWIGLU, Activation
+from .backward import Needs, backward
+from .decode import decode
+from .forward import forward
+from .launch import Launch, is_interpreted
+from .quantise import BLOCK, QuantisedWeight
+from .tiles import FALLBACKS, ROW_CLASSES, LayerTiles, table_tiles
+from .weights import ExpertWeights
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm86": GPUTarget("cuda", 86, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# the most a program may ask for: opt-in limits of A100, RTX 3090/4090, H100/H200, B200; local data share of MI300
+SHARED_LIMIT_BYTES = {"sm80": 163 << 10, "sm86": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
+INSTRUCTIONS = {
+    "wgmma": r"\bHGMMA\b",
+    "mma": r"\bHMMA\b",
+    "tcgen05": r"\bUTCHMMA\b|\bUTCOMMA\b|\bUTC\w*MMA\b",
+    "async_copy": r"\bLDGSTS\b|\bUTMALDG\b",
+    "integer_to_float": r"\bI2F\w*\b",
+    "mfma": r"\bv_mfma_\w+",
+}
+DIVISIBILITY = 16
+TYPE_NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel needs on a target.
+
+    Args:
+        kernel, arch: which.
+        registers: per thread.
+        spill_bytes: per thread, to local memory (spilled registers times four on AMD).
+        shared_bytes: per program.
+        instructions: how often those of `INSTRUCTIONS` occur.
+    """
+
+    kernel: str
+    arch: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int]
+
+
+def layer_launches(
+    weights: ExpertWeights, num_tokens: int, top_k: int, dtype: torch.dtype, tiles: LayerTiles, *, trains: bool
+) -> list[Launch]:
+    """The launches of a layer, recorded on the meta device.
+
+    Args:
+        weights: experts on the meta device.
+        num_tokens, top_k: T, K.
+        dtype: of the tokens.
+        tiles: tile sizes.
+        trains: forward and backward pass; else the inference pass with the same tiles.
+
+    Returns:
+        Launches in order.
+    """
+    launches: list[Launch] = []
+    x_TD, expert_TK, combine_TK = _inputs(weights, num_tokens, top_k, dtype)
+    _, pre_NO, groups = forward(x_TD, expert_TK, combine_TK, weights, tiles, launches.append, saves=trains)
+    if trains:
+        backward(x_TD, x_TD, combine_TK, pre_NO, groups, weights, Needs(), tiles, launches.append)
+    return launches
+
+
+def decode_launches(weights: ExpertWeights, num_tokens: int, top_k: int, dtype: torch.dtype) -> list[Launch]:
+    """The launches of the decode path, recorded on the meta device; arguments as of `layer_launches`."""
+    launches: list[Launch] = []
+    decode(*_inputs(weights, num_tokens, top_k, dtype), weights, launches.append)
+    return launches
+
+
+def _inputs(weights: ExpertWeights, num_tokens: int, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    x_TD = torch.empty(num_tokens, weights.up.shape[2], dtype=dtype, device="meta")
+    expert_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device="meta")
+    return x_TD, expert_TK, torch.empty(num_tokens, top_k, dtype=torch.float32, device="meta")
+
+
+def meta_weights(
+    width: int,
+    features: int,
+    num_experts: int,
+    dtype: torch.dtype,
+    *,
+    quantised: str | None = None,
+    has_bias: bool = False,
+    is_transposed: bool = False,
+    is_halves: bool = True,
+    activation: Activation = SWIGLU,
+) -> ExpertWeights:
+    """Experts without storage.
+
+    Args:
+        width, features, num_experts: D, F, E.
+        dtype: of dense weights.
+        quantised: a format of `quantise` instead.
+        has_bias, is_transposed, is_halves, activation: the layout.
+
+    Returns:
+        The weights.
+    """
+    outputs = features * (2 if activation.gated else 1)
+
+    def projection(num_outputs: int, num_inputs: int) -> Tensor | QuantisedWeight:
+        if quantised is not None:
+            return _meta_quantised(quantised, num_experts, num_outputs, num_inputs)
+        if is_transposed:
+            return torch.empty(num_experts, num_inputs, num_outputs, dtype=dtype, device="meta").transpose(1, 2)
+        return torch.empty(num_experts, num_outputs, num_inputs, dtype=dtype, device="meta")
+
+    def bias(num_outputs: int) -> Tensor | None:
+        return torch.empty(num_experts, num_outputs, dtype=dtype, device="meta") if has_bias else None
+
+    return ExpertWeights(
+        projection(outputs, width),
+        projection(width, features),
+        bias(outputs),
+        bias(width),
+        activation,
+        is_halves,
+    )
+
+
+def _meta_quantised(name: str, slots: int, outputs: int, inputs: int) -> QuantisedWeight:
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    if name == "int4":
+        scale = empty(slots, outputs, inputs // BLOCK)
+        data = empty(slots, outputs, inputs // 2, dtype=torch.uint8)
+        return QuantisedWeight("int4", data, scale, torch.empty_like(scale), 1, BLOCK, inputs)
+    if name == "int8":
+        data = empty(slots, outputs, inputs, dtype=torch.int8)
+        return QuantisedWeight("int8", data, empty(slots, outputs, 1), None, 1, inputs, inputs)
+    data = empty(slots, outputs, inputs, dtype=torch.float8_e4m3fn)
+    if name == "fp8":
+        return QuantisedWeight("fp8", data, empty(slots, outputs, 1), None, 1, inputs, inputs)
+    scale = empty(slots, triton.cdiv(outputs, BLOCK), triton.cdiv(inputs, BLOCK))
+    return QuantisedWeight("fp8", data, scale, None, BLOCK, BLOCK, inputs)
+
+
+def compile_launch(launch: Launch, arch: str) -> Compiled:
+    """Compile one launch as the runtime would for these arguments.
+
+    Args:
+        launch: from `layer_launches` or `decode_launches`.
+        arch: a key of `TARGETS`.
+
+    Returns:
+        What the kernel needs.
+
+    Raises:
+        ValueError: if this process interprets kernels, or the target is unknown.
+    """
+    if is_interpreted():
+        raise ValueError("kernels are interpreted in this process; compile them in one without TRITON_INTERPRET")
+    if arch not in TARGETS:
+        raise ValueError(f"unknown target {arch!r}; known are {', '.join(TARGETS)}")
+    source = _source(launch)
+    compiled = triton.compile(source, target=TARGETS[arch], options=launch.options())
+    if TARGETS[arch].backend == "hip":
+        registers, spill_bytes, assembly = _read_amd(compiled.asm["amdgcn"])
+    else:
+        registers, spill_bytes, assembly = _read_nvidia(compiled.asm["cubin"])
+    counts = {name: len(re.findall(pattern, assembly)) for name, pattern in INSTRUCTIONS.items()}
+    name = launch.kernel.__name__
+    return Compiled(name, arch, registers, spill_bytes, compiled.metadata.shared, counts)
+
+
+def _source(launch: Launch) -> ASTSource:
+    """The signature that Triton's own launcher would derive: constants, types, and what is divisible by 16."""
+    kernel = launch.kernel
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = launch.arguments[parameter.name]
+        if isinstance(value, Tensor):
+            signature[parameter.name] = f"*{TYPE_NAMES[value.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", DIVISIBILITY]]
+        elif parameter.is_constexpr or value is None or value == 1:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % DIVISIBILITY == 0:
+                attributes[(index,)] = [["tt.divisibility", DIVISIBILITY]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _read_nvidia(cubin: bytes) -> tuple[int, int, str]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", path)
+        assembly = _output(tools / "nvdisasm", path)
+    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    spill_bytes = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))
+    return registers, spill_bytes, assembly
+
+
+def _output(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def _read_amd(assembly: str) -> tuple[int, int, str]:
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly).group(1))
+    spilled = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly).group(1))
+    return registers, 4 * spilled, assembly
+
+
+def shipped_launches(arch: str) -> Iterator[tuple[str, Launch]]:
+    """Every configuration of the table for an architecture, with a name: dense, quantised, gpt-oss's layout, decode."""
+    gpt_oss = Activation(alpha=1.702, limit=7.0, shift=1.0)
+    dense = meta_weights(2048, 768, 128, torch.bfloat16)
+    layouts = {
+        "gpt_oss": meta_weights(
+            2880, 2880, 128, torch.bfloat16, has_bias=True, is_transposed=True, is_halves=False, activation=gpt_oss
+        ),
+        "relu2": meta_weights(2048, 768, 128, torch.bfloat16, activation=Activation("relu2", gated=False)),
+    }
+    quantised = {
+        name: meta_weights(2048, 768, 128, torch.bfloat16, quantised=name)
+        for name in ("int8", "int4", "fp8", "fp8_block")
+    }
+    for rows in ROW_CLASSES:
+        tiles = table_tiles(arch, "half", rows)
+        for launch in layer_launches(dense, 4096, 8, torch.bfloat16, tiles, trains=True):
+            yield f"dense/{rows}", launch
+    tiles = table_tiles(arch, "half", "some")
+    for name, weights in layouts.items():
+        for launch in layer_launches(weights, 4096, 4, torch.bfloat16, tiles, trains=True):
+            yield name, launch
+    for name, weights in quantised.items():
+        for launch in layer_launches(weights, 4096, 8, torch.bfloat16, tiles, trains=False):
+            yield name, launch
+    for name, weights in {"dense": dense, **layouts, **quantised}.items():
+        for num_tokens in (1, 64):
+            for launch in decode_launches(weights, num_tokens, 8, torch.bfloat16):
+                yield f"decode/{name}/T{num_tokens}", launch
+    single = meta_weights(768, 256, 64, torch.float32)
+    for launch in layer_launches(single, 512, 4, torch.float32, FALLBACKS["single"], trains=True):
+        yield "single", launch
+
+
+def compile_shipped(arch: str, prefix: str = "", kernels: Container[str] = ()) -> Iterator[tuple[str, Compiled]]:
+    """Compile what the table ships for an architecture, each different launch once.
+
+    Args:
+        arch: a key of `TARGETS`.
+        prefix: of the configurations' names; all by default.
+        kernels: names of kernels; all by default.
+
+    Returns:
+        Pairs of configuration and what its kernel needs.
+    """
+    seen = set()
+    for name, launch in shipped_launches(arch):
+        kernel = launch.kernel.__name__
+        scalars = ((key, str(value)) for key, value in launch.arguments.items() if not isinstance(value, Tensor))
+        identity = (name, kernel, tuple(sorted(scalars)))
+        if name.startswith(prefix) and (not kernels or kernel in kernels) and identity not in seen:
+            seen.add(identity)
+            yield name, compile_launch(launch, arch)
+
+
+def main() -> None:
+    """Print a line per compiled kernel; with `--json`, one JSON object per line."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--arch", choices=list(TARGETS), nargs="+", required=True)
+    parser.add_argument("--only", default="", help="configurations whose name starts so")
+    parser.add_argument("--kernels", default="", help="kernels separated by commas; all if empty")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    for arch in options.arch:
+        for name, found in compile_shipped(arch, options.only, tuple(filter(None, options.kernels.split(",")))):
+            if options.json:
+                print(json.dumps({"name": name, **asdict(found)}), flush=True)
+                continue
+            used = {key: count for key, count in found.instructions.items() if count}
+            print(
+                f"{arch:6} {name:24} {found.kernel:26} {found.registers:4} registers {found.spill_bytes:5} B spilled "
+                f"{found.shared_bytes:7} B shared {used}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

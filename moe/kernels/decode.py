@@ -1,0 +1,380 @@
+"""The forward pass for few tokens: no sort, no atomics, the weights of each active expert read once.
+
+A program belongs to one expert and one block of outputs. It finds its tokens among the ids itself, and takes weights as
+the rows of the matrix product and tokens as its columns, so that few tokens still fill the tensor cores' shape.
+Quantised codes enter the product as they are; scales and zeros are applied to the sums, once per group of inputs.
+Where there are too few programs to fill the device, the sum over inputs is split and put together by the next kernel.
+
+Shapes: T tokens, K experts per token, N = T * K routed rows in routed order, C slots, O up outputs, D model width,
+F expert width, S splits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activate, inner_and_slope
+from .launch import Launch, Run, arithmetic
+from .metadata import slot_of
+from .quantise import QuantisedWeight
+from .tiles import DECODE_TILES, DecodeTile, num_processors, number_format
+from .weight_tile import int4_bias, load_codes, load_scale, memory_row, weight_arguments
+from .weights import ExpertWeights
+
+# the path is taken up to here; beyond, each expert has enough rows for the grouped path
+MAX_ROWS = 512
+PROGRAMS_PER_PROCESSOR = 2
+MAX_SPLITS = 8
+
+
+@triton.jit
+def my_slot(slot_R, row_R, group, num_slots, BY_ROW: tl.constexpr):
+    """The slot of a program's group, `num_slots` for none: the group is a slot, or the first row that wants it."""
+    if BY_ROW:
+        slot = tl.sum(tl.where(row_R == group, slot_R, 0), 0)
+        is_taken = tl.sum(((slot_R == slot) & (row_R < group)).to(tl.int32), 0) > 0
+        return tl.where(is_taken, num_slots, slot)
+    else:
+        return group
+
+
+@triton.jit
+def decode_kernel(
+    in_ptr,
+    expert_ptr,
+    slot_ptr,
+    weight_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    out_ptr,
+    num_rows,
+    num_experts,
+    num_slots,
+    num_outputs,
+    num_inputs,
+    inputs_per_split,
+    rows_per_input,
+    in_stride,
+    weight_stride_slot,
+    weight_stride_out,
+    weight_stride_in,
+    scale_stride_slot,
+    scale_stride_out,
+    scale_stride_in,
+    ACTIVATES: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    HALVES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    INNER: tl.constexpr,
+    GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    OUT_GROUP: tl.constexpr,
+    IN_GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    EVEN_IN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of outputs of one group over one split of the inputs; `ACTIVATES` ends the up projection."""
+    row_R = tl.arange(0, ROWS)
+    slot_R = slot_of(expert_ptr, slot_ptr, row_R, row_R < num_rows, num_experts, num_slots, HAS_SLOTS)
+    slot = my_slot(slot_R, row_R, tl.program_id(1), num_slots, BY_ROW)
+    if slot >= num_slots:
+        return
+    is_mine_R = (slot_R == slot).to(tl.int32)
+    rank_R = tl.cumsum(is_mine_R, 0) - 1
+    count = tl.sum(is_mine_R, 0)
+
+    block = tl.program_id(0)
+    split = tl.program_id(2)
+    out = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    is_out = out < num_outputs
+    out_row = memory_row(out, num_outputs // 2, HALVES)
+    local = tl.arange(0, BLOCK_IN)
+    tile_ptr = weight_ptr + slot.to(tl.int64) * weight_stride_slot
+    scale_start = slot.to(tl.int64) * scale_stride_slot
+    first_input = split * inputs_per_split
+    last_input = tl.minimum(first_input + inputs_per_split, num_inputs)
+
+    for first in range(0, count, BLOCK_T):
+        rank_T = first + tl.arange(0, BLOCK_T)
+        is_row_T = rank_T < count
+        is_same_TR = (rank_R[None, :] == rank_T[:, None]) & (is_mine_R[None, :] > 0)
+        row_T = tl.sum(tl.where(is_same_TR, row_R[None, :], 0), 1)
+        in_row_ptr = in_ptr + (row_T // rows_per_input).to(tl.int64) * in_stride
+
+        sum_OT = tl.zeros((BLOCK_OUT, BLOCK_T), dtype=ACCUMULATE)
+        for start in range(first_input, last_input, BLOCK_IN):
+            mask = is_row_T[None, :]
+            if not EVEN_IN:
+                mask = mask & ((start + local)[:, None] < num_inputs)
+            x_IT = tl.load(in_row_ptr[None, :] + (start + local)[:, None], mask=mask, other=0).to(COMPUTE)
+            code_OI = load_codes(
+                tile_ptr,
+                out_row * weight_stride_out,
+                is_out,
+                start,
+                num_inputs,
+                weight_stride_in,
+                FORMAT,
+                BLOCK_OUT,
+                BLOCK_IN,
+                EVEN_IN,
+                COMPUTE,
+            )
+            if FORMAT == "dense":
+                sum_OT = tl.dot(code_OI, x_IT, sum_OT, input_precision=PRECISION, out_dtype=ACCUMULATE)
+            else:
+                part_OT = tl.dot(code_OI, x_IT, input_precision=PRECISION, out_dtype=ACCUMULATE)
+                scale_O = load_scale(
+                    scale_ptr + scale_start,
+                    out_row,
+                    is_out,
+                    start,
+                    scale_stride_out,
+                    scale_stride_in,
+                    OUT_GROUP,
+                    IN_GROUP,
+                )
+                if FORMAT == "int4":
+                    zero_O = load_scale(
+                        zero_ptr + scale_start,
+                        out_row,
+                        is_out,
+                        start,
+                        scale_stride_out,
+                        scale_stride_in,
+                        OUT_GROUP,
+                        IN_GROUP,
+                    )
+                    x_sum_T = tl.sum(x_IT.to(ACCUMULATE), 0)
+                    part_OT -= (zero_O + int4_bias(COMPUTE))[:, None] * x_sum_T[None, :]
+                sum_OT += part_OT * scale_O[:, None]
+
+        if HAS_BIAS:
+            if split == 0:
+                bias_O = tl.load(bias_ptr + slot.to(tl.int64) * num_outputs + out_row, mask=is_out, other=0)
+                sum_OT += bias_O.to(ACCUMULATE)[:, None]
+        if ACTIVATES:
+            if GATED:
+                pair = tl.permute(tl.reshape(sum_OT, (BLOCK_OUT // 2, 2, BLOCK_T)), (0, 2, 1))
+                gate_FT, up_FT = tl.split(pair)
+                y_FT = activate(gate_FT, up_FT, INNER, ALPHA, LIMIT, SHIFT)
+                feature = block * (BLOCK_OUT // 2) + tl.arange(0, BLOCK_OUT // 2)
+                num_features = num_outputs // 2
+            else:
+                y_FT, _ = inner_and_slope(sum_OT, INNER, ALPHA)
+                feature = out
+                num_features = num_outputs
+            at_FT = row_T[None, :] * num_features + feature[:, None]
+            is_stored = is_row_T[None, :] & (feature < num_features)[:, None]
+            tl.store(out_ptr + at_FT, y_FT.to(out_ptr.dtype.element_ty), mask=is_stored)
+        else:
+            at_OT = (split * num_rows + row_T)[None, :] * num_outputs + out[:, None]
+            tl.store(out_ptr + at_OT, sum_OT, mask=is_row_T[None, :] & is_out[:, None])
+
+
+@triton.jit
+def decode_activation_kernel(
+    partial_ptr,
+    activated_ptr,
+    num_rows,
+    num_features,
+    num_splits,
+    INNER: tl.constexpr,
+    GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """Add the splits of one row's up projection and activate the sum; of rows of nobody, which nobody reads, too."""
+    row = tl.program_id(0)
+    feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_feature = feature < num_features
+    STEP: tl.constexpr = 2 if GATED else 1
+    gate = tl.zeros((BLOCK,), dtype=ACCUMULATE)
+    up = tl.zeros((BLOCK,), dtype=ACCUMULATE)
+    for split in range(num_splits):
+        ptr = partial_ptr + (split * num_rows + row) * (num_features * STEP) + feature * STEP
+        gate += tl.load(ptr, mask=is_feature, other=0)
+        if GATED:
+            up += tl.load(ptr + 1, mask=is_feature, other=0)
+    if GATED:
+        y = activate(gate, up, INNER, ALPHA, LIMIT, SHIFT)
+    else:
+        y, _ = inner_and_slope(gate, INNER, ALPHA)
+    tl.store(activated_ptr + row * num_features + feature, y.to(activated_ptr.dtype.element_ty), mask=is_feature)
+
+
+@triton.jit
+def combine_kernel(
+    partial_ptr,
+    expert_ptr,
+    slot_ptr,
+    weight_ptr,
+    out_ptr,
+    num_rows,
+    num_experts,
+    num_slots,
+    width,
+    top_k,
+    num_splits,
+    HAS_SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """One token by one block of columns: sum over its rows and over splits."""
+    token = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_column = column < width
+    total = tl.zeros((BLOCK,), dtype=ACCUMULATE)
+    for k in range(top_k):
+        row = token * top_k + k
+        slot = slot_of(expert_ptr, slot_ptr, row, row < num_rows, num_experts, num_slots, HAS_SLOTS)
+        # spread before comparing: the interpreter has no mask of a scalar condition and a vector one
+        is_computed = is_column & (slot + tl.zeros((BLOCK,), dtype=tl.int32) < num_slots)
+        weight = tl.load(weight_ptr + row, mask=slot < num_slots, other=0).to(ACCUMULATE)
+        for split in range(num_splits):
+            ptr = partial_ptr + (split * num_rows + row) * width + column
+            total += weight * tl.load(ptr, mask=is_computed, other=0)
+    tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=is_column)
+
+
+def decode(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights: ExpertWeights, run: Run) -> Tensor:
+    """Weighted sum of each token's experts, for at most `MAX_ROWS` routed rows.
+
+    Args:
+        x_TD: tokens, contiguous.
+        expert_TK: expert ids, contiguous.
+        combine_TK: combine weights, contiguous.
+        weights: the experts.
+        run: what to do with the launches.
+
+    Returns:
+        [T, D].
+    """
+    num_rows, top_k = expert_TK.numel(), expert_TK.shape[1]
+    numbers = number_format(x_TD.dtype)
+    is_quantised = numbers == "half" and isinstance(weights.up, QuantisedWeight)
+    tile = DECODE_TILES["quantised" if is_quantised else numbers]
+    activated_NF = x_TD.new_empty(num_rows, weights.num_features)
+    up_splits = _num_splits(weights.up, num_rows, tile, x_TD.device)
+    sum_dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+    up_out = activated_NF
+    if up_splits > 1:
+        up_out = x_TD.new_empty(up_splits, num_rows, weights.num_outputs, dtype=sum_dtype)
+    _product(x_TD, top_k, expert_TK, weights, True, up_out, up_splits, tile, run)
+    if up_splits > 1:
+        _activate_splits(up_out, activated_NF, weights, run)
+    down_splits = _num_splits(weights.down, num_rows, tile, x_TD.device)
+    partial_SND = x_TD.new_empty(down_splits, num_rows, x_TD.shape[1], dtype=sum_dtype)
+    _product(activated_NF, 1, expert_TK, weights, False, partial_SND, down_splits, tile, run)
+    y_TD = torch.empty_like(x_TD)
+    _combine(partial_SND, expert_TK, combine_TK, weights, y_TD, run)
+    return y_TD
+
+
+def _num_splits(weight: Tensor | QuantisedWeight, num_rows: int, tile: DecodeTile, device: torch.device) -> int:
+    num_slots, num_outputs, num_inputs = weight.shape
+    programs = min(num_rows, num_slots) * triton.cdiv(num_outputs, tile.block_out)
+    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(device), programs)
+    return max(1, min(wanted, MAX_SPLITS, num_inputs // (4 * tile.block_in)))
+
+
+def _product(
+    x: Tensor,
+    rows_per_input: int,
+    expert_TK: Tensor,
+    weights: ExpertWeights,
+    is_up: bool,
+    out: Tensor,
+    num_splits: int,
+    tile: DecodeTile,
+    run: Run,
+) -> None:
+    weight, bias = (weights.up, weights.up_bias) if is_up else (weights.down, weights.down_bias)
+    num_rows = expert_TK.numel()
+    _, num_outputs, num_inputs = weight.shape
+    described = weight_arguments(weight, tile.block_in)
+    block_in = described["BLOCK_IN"]
+    block_t = min(max(16, triton.next_power_of_2(2 * num_rows // weights.num_slots)), 64)
+    arguments = {
+        "in_ptr": x,
+        "expert_ptr": expert_TK,
+        "slot_ptr": weights.slot_E,
+        "bias_ptr": bias,
+        "out_ptr": out,
+        "num_rows": num_rows,
+        "num_experts": weights.num_experts,
+        "num_slots": weights.num_slots,
+        "num_outputs": num_outputs,
+        "num_inputs": num_inputs,
+        "inputs_per_split": triton.cdiv(triton.cdiv(num_inputs, block_in), num_splits) * block_in,
+        "rows_per_input": rows_per_input,
+        "in_stride": x.stride(0),
+        "ACTIVATES": is_up and num_splits == 1,
+        "HAS_SLOTS": weights.slot_E is not None,
+        "BY_ROW": num_rows <= weights.num_slots,
+        "HALVES": is_up and weights.is_halves and weights.activation.gated,
+        "HAS_BIAS": bias is not None,
+        "ROWS": max(16, triton.next_power_of_2(num_rows)),
+        "BLOCK_T": block_t,
+        "BLOCK_OUT": tile.block_out,
+        **described,
+        **weights.activation.arguments(),
+        **arithmetic(x.dtype),
+    }
+    grid = (triton.cdiv(num_outputs, tile.block_out), min(num_rows, weights.num_slots), num_splits)
+    run(Launch(decode_kernel, grid, arguments, tile.num_warps, tile.num_stages))
+
+
+def _activate_splits(partial_SNO: Tensor, activated_NF: Tensor, weights: ExpertWeights, run: Run) -> None:
+    num_rows, num_features = activated_NF.shape
+    block = min(triton.next_power_of_2(num_features), 256)
+    arguments = {
+        "partial_ptr": partial_SNO,
+        "activated_ptr": activated_NF,
+        "num_rows": num_rows,
+        "num_features": num_features,
+        "num_splits": len(partial_SNO),
+        "BLOCK": block,
+        "ACCUMULATE": arithmetic(activated_NF.dtype)["ACCUMULATE"],
+        **weights.activation.arguments(),
+    }
+    run(Launch(decode_activation_kernel, (num_rows, triton.cdiv(num_features, block)), arguments))
+
+
+def _combine(
+    partial_SND: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights: ExpertWeights, y_TD: Tensor, run: Run
+) -> None:
+    num_tokens, width = y_TD.shape
+    block = min(triton.next_power_of_2(width), 256)
+    arguments = {
+        "partial_ptr": partial_SND,
+        "expert_ptr": expert_TK,
+        "slot_ptr": weights.slot_E,
+        "weight_ptr": combine_TK,
+        "out_ptr": y_TD,
+        "num_rows": expert_TK.numel(),
+        "num_experts": weights.num_experts,
+        "num_slots": weights.num_slots,
+        "width": width,
+        "top_k": expert_TK.shape[1],
+        "num_splits": len(partial_SND),
+        "HAS_SLOTS": weights.slot_E is not None,
+        "BLOCK": block,
+        "ACCUMULATE": arithmetic(y_TD.dtype)["ACCUMULATE"],
+    }
+    run(Launch(combine_kernel, (num_tokens, triton.cdiv(width, block)), arguments))

@@ -1,0 +1,139 @@
+"""From an experts module of transformers, or ours, to the kernels: layout by its flags, activation by its behaviour.
+
+Which function lies between the projections is found by comparing, on a few numbers, what the module computes with what
+the kernels can compute; so a family with a gate of its own is either computed exactly or left to plain torch.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from .activation import INNER, Activation
+from .launch import TRITON_TYPES, is_interpreted
+from .operators import compute_experts
+from .weights import ExpertWeights
+
+LIMIT_NAMES = ("limit", "swiglu_limit")
+ALPHA_NAMES = ("alpha", "swiglu_alpha")
+QUICK_GELU_ALPHA = 1.702
+PROBE_ROWS, PROBE_FEATURES = 64, 4
+OLDEST_CAPABILITY = (8, 0)
+
+_recognised: dict[tuple, Activation | None] = {}
+
+
+def can_compute(experts: nn.Module, x_TD: Tensor) -> bool:
+    """Whether the kernels compute this module on this input's device.
+
+    Args:
+        experts: an experts module.
+        x_TD: its input.
+
+    Returns:
+        False for norms after the experts, unknown activations, number formats or devices without kernels.
+    """
+    weight = experts.down_proj
+    if experts.has_post_expert_norm or weight.dtype not in TRITON_TYPES or not _is_device_ready(x_TD.device):
+        return False
+    return activation_of(experts) is not None
+
+
+def fused_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Weighted sum of the chosen experts' outputs, by kernels; the signature of a transformers experts implementation.
+
+    Args:
+        experts: an experts module that `can_compute` accepts.
+        x_TD: inputs.
+        expert_TK: int64 ids; ids >= E contribute nothing.
+        weight_TK: combine weights.
+
+    Returns:
+        [T, D] in the dtype of `x_TD`.
+    """
+    return compute_experts(x_TD, expert_TK, weight_TK, weights_of(experts))
+
+
+def weights_of(experts: nn.Module) -> ExpertWeights:
+    """The module's parameters as the kernels see them: views, no copies.
+
+    Args:
+        experts: an experts module.
+
+    Returns:
+        Its weights.
+
+    Raises:
+        ValueError: if its activation is none that the kernels know.
+    """
+    activation = activation_of(experts)
+    if activation is None:
+        raise ValueError(f"{type(experts).__name__} has an activation without a kernel; use grouped_experts")
+    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    up, down = getattr(experts, name), experts.down_proj
+    if experts.is_transposed:
+        up, down = up.transpose(-2, -1), down.transpose(-2, -1)
+    return ExpertWeights(
+        up,
+        down,
+        getattr(experts, f"{name}_bias") if experts.has_bias else None,
+        experts.down_proj_bias if experts.has_bias else None,
+        activation,
+        is_halves=experts.is_concatenated,
+    )
+
+
+@torch._dynamo.assume_constant_result
+def activation_of(experts: nn.Module) -> Activation | None:
+    """The kernels' name for what the module does between its projections; None if they have none.
+
+    Args:
+        experts: an experts module.
+
+    Returns:
+        The activation.
+    """
+    limit = _first_number(experts, LIMIT_NAMES)
+    alpha = _first_number(experts, ALPHA_NAMES)
+    key = (type(experts), repr(getattr(experts, "act_fn", None)), experts.has_gate, limit, alpha)
+    if key not in _recognised:
+        _recognised[key] = _recognise(experts, limit, alpha)
+    return _recognised[key]
+
+
+def _first_number(experts: nn.Module, names: tuple[str, ...]) -> float | None:
+    values = [getattr(experts, name, None) for name in names]
+    return next((float(value) for value in values if isinstance(value, int | float)), None)
+
+
+@torch.no_grad()
+def _recognise(experts: nn.Module, limit: float | None, alpha: float | None) -> Activation | None:
+    width = PROBE_FEATURES * (2 if experts.has_gate else 1)
+    probe = torch.linspace(-9, 9, PROBE_ROWS * width, dtype=torch.float32).view(width, PROBE_ROWS).T.contiguous()
+    # both halves of a gate must see large and small values in all combinations
+    probe = probe[:, torch.randperm(width, generator=torch.Generator().manual_seed(0))]
+    try:
+        wanted = experts._apply_gate(probe) if experts.has_gate else experts.act_fn(probe)
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+    gate, up = probe, None
+    if experts.has_gate:
+        gate, up = probe.chunk(2, -1) if experts.is_concatenated else (probe[:, ::2], probe[:, 1::2])
+    alphas = {1.0, QUICK_GELU_ALPHA, *([] if alpha is None else [alpha])}
+    limits = [None, *([] if limit is None else [limit])]
+    shifts = [0.0, 1.0] if experts.has_gate else [0.0]
+    for inner, alpha_, limit_, shift in itertools.product(INNER, sorted(alphas), limits, shifts):
+        candidate = Activation(inner, experts.has_gate, alpha_, limit_, shift)
+        found = candidate.reference(gate, up)
+        if found.shape == wanted.shape and torch.allclose(found, wanted.float(), rtol=1e-5, atol=1e-5):
+            return candidate
+    return None
+
+
+@torch._dynamo.assume_constant_result
+def _is_device_ready(device: torch.device) -> bool:
+    if is_interpreted():
+        return True
+    if device.type != "cuda":
+        return False
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY

@@ -1,0 +1,168 @@
+"""How kernels read the weights of one slot: a tile `[outputs, inputs]`, dense or dequantised on the way.
+
+Weights are always seen as `[C, O, I]` (slot, output, input); a transposed checkpoint is the same tensor with other
+strides. The outputs of a gated up projection are visited in pair order (gate 0, up 0, gate 1, up 1, ...), whatever
+their order in memory, so that one accumulator holds both halves of a gate and the halves of a pair sit in one thread.
+
+Formats: `dense`; `int8` (one scale per output); `int4` (two inputs per byte, a scale and a zero per group of inputs);
+`fp8` (e4m3 as bytes, a scale per output or per block of outputs and inputs).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .quantise import QuantisedWeight
+
+# e4m3 bits moved into float32's place have an exponent that is short by the difference of the biases, 127 - 7
+FP8_EXPONENT_GAP = tl.constexpr(2.0**120)
+
+
+@triton.jit
+def memory_row(pair_order, half, HALVES: tl.constexpr):
+    """Where an output of the up projection lies in memory: gates before ups (`HALVES`), or in pair order already."""
+    if HALVES:
+        return (pair_order % 2) * half + pair_order // 2
+    else:
+        return pair_order
+
+
+@triton.jit
+def int4_bias(COMPUTE: tl.constexpr):
+    """What `load_codes` adds to int4 codes: a mantissa filled by OR needs no conversion, but counts from here."""
+    return 128.0 if COMPUTE == tl.bfloat16 else (1024.0 if COMPUTE == tl.float16 else 0.0)
+
+
+@triton.jit
+def load_codes(
+    tile_ptr,
+    out_offset,
+    is_out,
+    in_start,
+    num_inputs,
+    stride_in,
+    FORMAT: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    EVEN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """A tile as stored, exact in COMPUTE; int4 codes come with `int4_bias` added."""
+    PACK: tl.constexpr = 2 if FORMAT == "int4" else 1
+    local = tl.arange(0, BLOCK_IN // PACK)
+    start = in_start // PACK
+    mask = is_out[:, None]
+    if not EVEN:
+        mask = mask & ((start + local)[None, :] < num_inputs // PACK)
+    stored = tl.load(
+        tile_ptr + start.to(tl.int64) * stride_in + out_offset[:, None] + local[None, :] * stride_in, mask=mask, other=0
+    )
+    if FORMAT == "int4":
+        code = tl.reshape(tl.join(stored & 0xF, stored >> 4), (BLOCK_OUT, BLOCK_IN))
+        if COMPUTE == tl.bfloat16:
+            return (code.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
+        elif COMPUTE == tl.float16:
+            return (code.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
+        else:
+            return code.to(COMPUTE)
+    elif FORMAT == "fp8":
+        bits = stored.to(tl.int32)
+        moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+        return (moved.to(tl.float32, bitcast=True) * FP8_EXPONENT_GAP).to(COMPUTE)
+    else:
+        return stored.to(COMPUTE)
+
+
+@triton.jit
+def load_scale(
+    scale_ptr, out, is_out, in_start, stride_out, stride_in, OUT_GROUP: tl.constexpr, IN_GROUP: tl.constexpr
+):
+    """One scale (or zero) per output of a tile; a tile never spans two groups of inputs."""
+    group_ptr = scale_ptr + (in_start // IN_GROUP) * stride_in
+    return tl.load(group_ptr + (out // OUT_GROUP) * stride_out, mask=is_out, other=0).to(tl.float32)
+
+
+@triton.jit
+def load_weight(
+    weight_ptr,
+    scale_ptr,
+    zero_ptr,
+    slot,
+    out,
+    is_out,
+    in_start,
+    num_inputs,
+    stride_slot,
+    stride_out,
+    stride_in,
+    scale_stride_slot,
+    scale_stride_out,
+    scale_stride_in,
+    FORMAT: tl.constexpr,
+    OUT_GROUP: tl.constexpr,
+    IN_GROUP: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    EVEN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The weights `[out, in_start : in_start + BLOCK_IN]` of a slot, in COMPUTE."""
+    tile_ptr = weight_ptr + slot.to(tl.int64) * stride_slot
+    code = load_codes(
+        tile_ptr, out * stride_out, is_out, in_start, num_inputs, stride_in, FORMAT, BLOCK_OUT, BLOCK_IN, EVEN, COMPUTE
+    )
+    if FORMAT == "dense":
+        return code
+    else:
+        group = slot.to(tl.int64) * scale_stride_slot
+        scale = load_scale(
+            scale_ptr + group, out, is_out, in_start, scale_stride_out, scale_stride_in, OUT_GROUP, IN_GROUP
+        )
+        if FORMAT == "int4":
+            zero = load_scale(
+                zero_ptr + group, out, is_out, in_start, scale_stride_out, scale_stride_in, OUT_GROUP, IN_GROUP
+            )
+            value = (code.to(tl.float32) - (zero + int4_bias(COMPUTE))[:, None]) * scale[:, None]
+        else:
+            value = code.to(tl.float32) * scale[:, None]
+        return value.to(COMPUTE)
+
+
+def weight_arguments(weight: Tensor | QuantisedWeight, block_in: int) -> dict:
+    """The kernel arguments that describe a weight seen as `[C, O, I]`.
+
+    Args:
+        weight: a dense view, or a quantised weight.
+        block_in: inputs per tile that the kernel would like; a group of a quantised weight may be narrower.
+
+    Returns:
+        Arguments by parameter name; `BLOCK_IN` is the inputs per tile to use.
+    """
+    if isinstance(weight, QuantisedWeight):
+        data, scale, zero = weight.data, weight.scale, weight.zero
+        out_group, in_group, num_inputs = weight.out_group, weight.in_group, weight.num_inputs
+        data = data.view(torch.uint8) if weight.format == "fp8" else data
+        block_in = min(block_in, in_group) if num_inputs > in_group else block_in
+        scale_strides = scale.stride()
+        name = weight.format
+    else:
+        data, scale, zero = weight, None, None
+        out_group = in_group = 1
+        num_inputs, scale_strides, name = weight.shape[2], (0, 0, 0), "dense"
+    return {
+        "weight_ptr": data,
+        "scale_ptr": scale,
+        "zero_ptr": zero,
+        "weight_stride_slot": data.stride(0),
+        "weight_stride_out": data.stride(1),
+        "weight_stride_in": data.stride(2),
+        "scale_stride_slot": scale_strides[0],
+        "scale_stride_out": scale_strides[1],
+        "scale_stride_in": scale_strides[2],
+        "FORMAT": name,
+        "OUT_GROUP": out_group,
+        "IN_GROUP": in_group,
+        "BLOCK_IN": block_in,
+        "EVEN_IN": num_inputs % block_in == 0,
+    }

@@ -1,0 +1,125 @@
+"""Measure what this machine can do: disk, memory, and how fast one token's products read weights.
+
+The disk part needs no torch.
+"""
+
+import mmap
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from .hardware import Hardware
+
+BLOCK_BYTES = 4096
+
+MEASURED_BYTES = 512 << 20
+
+
+def disk_bandwidth(file: Path, *, num_threads: int, read_bytes: int, total_bytes: int = MEASURED_BYTES) -> float:
+    """Bytes per second of O_DIRECT reads of `file` by several threads, each taking every num_threads-th piece."""
+    size = file.stat().st_size // BLOCK_BYTES * BLOCK_BYTES
+    pieces = range(0, min(size, total_bytes) - read_bytes + 1, read_bytes)
+    if not pieces:
+        raise ValueError(f"{file} is too small to measure with reads of {read_bytes} bytes")
+    descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+
+    def read(first: int) -> None:
+        buffer = memoryview(mmap.mmap(-1, read_bytes))
+        for offset in pieces[first::num_threads]:
+            os.preadv(descriptor, [buffer], offset)
+
+    try:
+        threads = [threading.Thread(target=read, args=(first,)) for first in range(num_threads)]
+        started = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return len(pieces) * read_bytes / (time.perf_counter() - started)
+    finally:
+        os.close(descriptor)
+
+
+def calibrate(
+    folder: Path, *, num_threads: int = 4, read_bytes: int = 4 << 20, file_bytes: int = MEASURED_BYTES
+) -> Hardware:
+    """Measure this machine; takes some ten seconds and `file_bytes` of disk in `folder` for as long.
+
+    Args:
+        folder: on the disk where models are.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="expertier-calibrate-") as scratch:
+        chunk = os.urandom(1 << 20)
+        for _ in range(max(file_bytes, read_bytes) >> 20):
+            scratch.write(chunk)
+        scratch.flush()
+        os.fsync(scratch.fileno())
+        file = Path(scratch.name)
+        disk = disk_bandwidth(file, num_threads=num_threads, read_bytes=read_bytes)
+        cached = cached_bandwidth(file, read_bytes)
+    exact, fast, memory, call_s = _token_products()
+    return Hardware(
+        disk_bytes_per_s=disk,
+        cached_bytes_per_s=cached,
+        memory_bytes_per_s=memory,
+        exact_bytes_per_s=exact,
+        fast_bytes_per_s=fast,
+        call_s=call_s,
+    )
+
+
+def cached_bandwidth(file: Path, read_bytes: int) -> float:
+    """Bytes per second of buffered reads of a file that is in the page cache."""
+    buffer = memoryview(mmap.mmap(-1, read_bytes))
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        for _ in range(2):
+            started, done = time.perf_counter(), 0
+            while count := os.preadv(descriptor, [buffer], done):
+                done += count
+            seconds = time.perf_counter() - started
+        return done / seconds
+    finally:
+        os.close(descriptor)
+
+
+def _token_products() -> tuple[float, float, float, float]:
+    """Bytes per second of torch's and our product and of plain reading, and seconds of a call that reads nothing."""
+    import torch
+
+    from .fast import matvec
+
+    weights = [torch.randn(2048, 2048).bfloat16() for _ in range(48)]
+    x, out = torch.randn(1, 2048).bfloat16(), torch.empty(1, 2048, dtype=torch.bfloat16)
+    small = torch.zeros(16, 16, dtype=torch.bfloat16)
+    x_small = torch.zeros(1, 16, dtype=torch.bfloat16)
+    total = sum(weight.nbytes for weight in weights)
+
+    def each(run: Callable[[torch.Tensor], object]) -> float:
+        def once() -> None:
+            for weight in weights:
+                run(weight)
+
+        return total / _median_s(once)
+
+    exact = each(lambda weight: torch.mm(x, weight.t(), out=out))
+    memory = each(lambda weight: weight.view(torch.int64).sum())
+    try:
+        fast = each(lambda weight: matvec(x, weight, out))
+    except ValueError:
+        fast = 0.0
+    return exact, fast, memory, _median_s(lambda: torch.mm(x_small, small)) * 4
+
+
+def _median_s(run: Callable[[], object], times: int = 9) -> float:
+    run()
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)

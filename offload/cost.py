@@ -1,0 +1,94 @@
+"""How fast will it decode, and what limits it? Bytes over bandwidths. Without torch.
+
+Source: the bound of MoE-Lens (arXiv:2504.09345) and MoE-Lightning's hierarchical roofline (arXiv:2411.11217), reduced
+to one sequence on one machine with a disk below it.
+"""
+
+from dataclasses import dataclass
+
+from .hardware import Hardware
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeWork:
+    """What one decoded token needs.
+
+    Args:
+        num_layers: MoE layers.
+        experts_per_layer: experts that a token uses in each of them.
+        expert_bytes: one expert.
+        resident_bytes: weights outside experts that every token reads.
+        hit_rate: share of experts that are in memory when they are asked for.
+    """
+
+    num_layers: int
+    experts_per_layer: int
+    expert_bytes: int
+    resident_bytes: int
+    hit_rate: float
+
+    @property
+    def missed_bytes(self) -> float:
+        return self.num_layers * self.experts_per_layer * (1 - self.hit_rate) * self.expert_bytes
+
+    @property
+    def active_bytes(self) -> float:
+        return self.num_layers * self.experts_per_layer * self.expert_bytes + self.resident_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Seconds per decoded token.
+
+    `disk_s` and `compute_s` are what each resource needs on its own; `token_s` is what is expected, `floor_s` what
+    would remain if they overlapped fully.
+    """
+
+    disk_s: float
+    compute_s: float
+    token_s: float
+
+    @property
+    def floor_s(self) -> float:
+        return max(self.disk_s, self.compute_s)
+
+    @property
+    def binds(self) -> str:
+        return "disk" if self.disk_s >= self.compute_s else "memory"
+
+
+def predict_decode(work: DecodeWork, hardware: Hardware, *, is_fast: bool, is_cached: bool = False) -> Prediction:
+    """Time of one token.
+
+    Within a layer the hits are computed while the misses load, and the second products follow when the last has landed;
+    everything outside experts does not overlap with reading.
+
+    Args:
+        is_fast: our own kernel instead of torch's product.
+        is_cached: reads come out of the page cache.
+    """
+    rate = hardware.fast_bytes_per_s if is_fast and hardware.fast_bytes_per_s else hardware.exact_bytes_per_s
+    disk = work.missed_bytes / (hardware.cached_bytes_per_s if is_cached else hardware.disk_bytes_per_s)
+    calls = work.num_layers * work.experts_per_layer * hardware.call_s
+    resident = work.resident_bytes / rate
+    experts = work.num_layers * work.experts_per_layer * work.expert_bytes / rate
+    first, second = 2 / 3 * experts, 1 / 3 * experts
+    hidden = first * work.hit_rate
+    late = first - hidden
+    overlapped = max(disk, hidden)
+    return Prediction(
+        disk_s=disk, compute_s=resident + experts + calls, token_s=resident + overlapped + late + second + calls
+    )
+
+
+def expected_hit_rate(share: float, top_k: int, num_experts: int) -> float:
+    """Hit rate to expect without a trace, from the share of experts in memory.
+
+    A curve through what peers and traces report (60 % of accesses with a quarter of the experts, 90 % with half), which
+    is 0 without slots and 1 with all of them. Use a trace of the model itself for anything that matters.
+    """
+    if share >= 1:
+        return 1.0
+    if num_experts <= top_k:
+        return share
+    return 1 - (1 - share) ** 3.2

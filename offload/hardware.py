@@ -1,0 +1,59 @@
+"""What a machine can do, as measured: a few rates in a TOML file. Without torch."""
+
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from routing.traces import atomic_write
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Rates of one machine, in bytes per second; `exact` and `fast` are the two arithmetics for single tokens.
+
+    Args:
+        disk_bytes_per_s: O_DIRECT reads by several threads.
+        cached_bytes_per_s: reads out of the page cache by one thread.
+        memory_bytes_per_s: plain reads of memory by all threads.
+        exact_bytes_per_s: weights that one bfloat16 token's torch products read.
+        fast_bytes_per_s: the same for our own kernel; 0 without a C compiler.
+        call_s: seconds that one expert's call costs besides reading its weights.
+    """
+
+    disk_bytes_per_s: float
+    cached_bytes_per_s: float
+    memory_bytes_per_s: float
+    exact_bytes_per_s: float
+    fast_bytes_per_s: float
+    call_s: float
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, int | float) or value < 0:
+                raise ValueError(f"{name} must be a number that is not negative; got {value!r}")
+
+    def save(self, file: Path) -> None:
+        """Write the TOML file, atomically."""
+        with atomic_write(file) as stream:
+            stream.write("# Measured by `expertier calibrate`; bytes per second and seconds.\n")
+            for name, value in asdict(self).items():
+                stream.write(f"{name} = {value!r}\n")
+
+    @classmethod
+    def load(cls, file: Path) -> "Hardware":
+        """Read the TOML file.
+
+        Raises:
+            ValueError: if it is not there, is not TOML, or has other keys.
+        """
+        if not file.is_file():
+            raise ValueError(f"hardware {file}: no such file; make it with `expertier calibrate --out {file}`")
+        try:
+            found = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"hardware {file}: not TOML: {error}") from error
+        expected = {field.name for field in fields(cls)}
+        if found.keys() != expected:
+            wrong = sorted(found.keys() ^ expected)
+            raise ValueError(f"hardware {file}: expected the keys {sorted(expected)}; {wrong} differ")
+        return cls(**found)

@@ -1,0 +1,77 @@
+"""ExFlow's integer programme, as published (Yao et al. 2024, arXiv:2401.08383; YJHMITWEB/ExFlow), with PuLP.
+
+x[n,c]: expert n (of all layers) on part c; hop[k,s] >= |x[a,c] - x[b,c]| for all c, where a and b are the experts of
+token k in layers s and s + 1; minimise the mean of hop. Every part holds E / C experts of every layer. Staged: nodes
+first, then the GPUs of each node. Tokens with the same pair share one hop variable, weighted by their number: the same
+optimum with far fewer variables. Shapes: L layers, E experts, C parts.
+"""
+
+import numpy as np
+import pulp  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from .run import solve_milp
+
+Float = NDArray[np.float64]
+Integer = NDArray[np.int64]
+MAX_PAIRS = 60_000
+
+
+def solve_exflow(
+    pair_LEE: Float, members: list[Integer], parts: int, *, time_limit_s: float, start: list[Integer] | None = None
+) -> list[Integer]:
+    """Part of each member expert, per layer.
+
+    Args:
+        pair_LEE: [L - 1, E, E] tokens whose first choice is i and then j.
+        members: the experts to place, per layer (all of them, or those of one node).
+        parts: C.
+        time_limit_s: wall time.
+        start: a feasible answer to start from.
+
+    Raises:
+        ValueError: if there are more distinct pairs than a programme can carry.
+    """
+    pairs = [
+        (layer, i, j, float(pair_LEE[layer, a, b]))
+        for layer in range(len(members) - 1)
+        for i, a in enumerate(members[layer])
+        for j, b in enumerate(members[layer + 1])
+        if pair_LEE[layer, a, b] > 0
+    ]
+    if len(pairs) * parts > MAX_PAIRS * 8:
+        raise ValueError(
+            f"ExFlow's programme has {len(pairs)} expert pairs on {parts} parts; at most {MAX_PAIRS * 8 // parts} "
+            "are taken: use fewer --rows, or --solver search"
+        )
+    programme = pulp.LpProblem("exflow", pulp.LpMinimize)
+    x = {
+        (layer, i, c): programme.add_variable(f"x_{layer}_{i}_{c}", cat="Binary")
+        for layer, experts in enumerate(members)
+        for i in range(len(experts))
+        for c in range(parts)
+    }
+    total = sum(count for *_, count in pairs) or 1.0
+    hop = [programme.add_variable(f"hop_{k}", lowBound=0, upBound=1) for k in range(len(pairs))]
+    programme += pulp.LpAffineExpression([(h, count / total) for h, (*_, count) in zip(hop, pairs, strict=True)])
+    for layer, experts in enumerate(members):
+        for i in range(len(experts)):
+            programme += pulp.LpAffineExpression([(x[layer, i, c], 1) for c in range(parts)]) == 1
+        for c in range(parts):
+            programme += (
+                pulp.LpAffineExpression([(x[layer, i, c], 1) for i in range(len(experts))]) == len(experts) // parts
+            )
+    for h, (layer, i, j, _) in zip(hop, pairs, strict=True):
+        for c in range(parts):
+            programme += pulp.LpAffineExpression([(h, 1), (x[layer, i, c], -1), (x[layer + 1, j, c], 1)]) >= 0
+            programme += pulp.LpAffineExpression([(h, 1), (x[layer, i, c], 1), (x[layer + 1, j, c], -1)]) >= 0
+    chosen = start or [np.arange(len(experts)) * parts // len(experts) for experts in members]
+    values = {f"x_{layer}_{i}_{c}": 1.0 for layer, part in enumerate(chosen) for i, c in enumerate(part.tolist())}
+    values |= {f"hop_{k}": float(chosen[layer][i] != chosen[layer + 1][j]) for k, (layer, i, j, _) in enumerate(pairs)}
+    found = solve_milp(programme, time_limit_s=time_limit_s, gap_rel=1e-4, start=values).values
+    if found is None:
+        return chosen
+    return [
+        np.array([max(range(parts), key=lambda c: found[f"x_{layer}_{i}_{c}"]) for i in range(len(experts))])
+        for layer, experts in enumerate(members)
+    ]

@@ -1,0 +1,255 @@
+"""`expertier compare`: metrics by hand and brute force, what a run survives, what is refused."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.compare import compare
+from experiments.compare_flops import parameters, router_flops, token_flops
+from experiments.compare_metrics import (
+    mutual_information,
+    router_metrics,
+    segment_routing_performance,
+    sharpness,
+    trace_of,
+)
+from experiments.compare_runs import execute, execute_one, plan_runs
+from experiments.compare_summary import METRICS, cell, summarise
+from experiments.compare_variants import VARIANTS, model_overrides
+from experiments.corpus import load_corpus
+from experiments.presets import preset
+from experiments.train import train
+from moe import MoEConfig, MoEForCausalLM
+from routing import ROUTERS, RouterStats, Routing, RoutingTrace
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {n}: {n * n % 97} and {n * 31 % 89}\n" for n in range(1500)))
+    return str(path)
+
+
+@pytest.fixture
+def tiny():
+    """Three layers, so that pre-gating three ahead does not fit and two does."""
+    base = preset("smoke")
+    model = base.model | {"num_hidden_layers": 3, "hidden_size": 32, "head_dim": 16, "moe_intermediate_size": 16}
+    return replace(
+        base, model=model, steps=4, batch_size=2, sequence_length=32, warmup_steps=1, evaluate_every=2,
+        checkpoint_every=2, held_out_tokens=256, precision="float32",
+    )  # fmt: skip
+
+
+def stats_of(probability_TR, expert_TK, num_experts):
+    probability_TR, expert_TK = torch.tensor(probability_TR), torch.tensor(expert_TK)
+    routing = Routing(
+        expert_TK=expert_TK,
+        weight_TK=torch.zeros(expert_TK.shape),
+        num_experts=num_experts,
+        num_zero_compute=probability_TR.shape[1] - num_experts,
+    )
+    return RouterStats(probability_TR=probability_TR, chosen=routing, kept=routing)
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+def test_sharpness_by_hand():
+    layer = stats_of([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4], [0.8, 0.1, 0.1]], [[0], [0], [0]], 3)
+    found = sharpness([[layer]], top_k=2)
+    assert found["inner_balance"] == pytest.approx(2.0)
+    assert found["outer_balance"] == pytest.approx((0.9 + 0.9 + 0.9) / 3)
+
+
+def test_mutual_information_is_that_of_first_choices():
+    def one_hot(*choices):
+        return stats_of(np.eye(2, dtype=np.float32)[list(choices)].tolist(), [[c] for c in choices], 2)
+
+    copied = [[one_hot(0, 1, 0, 1), one_hot(1, 0, 1, 0)]]
+    unrelated = [[one_hot(0, 0, 1, 1), one_hot(0, 1, 0, 1)]]
+    assert mutual_information(copied) == pytest.approx(math.log(2))
+    assert mutual_information(unrelated) == pytest.approx(0.0)
+
+
+def test_segment_routing_performance_equals_brute_force():
+    generator = np.random.default_rng(0)
+    expert_TLK = generator.integers(-1, 4, (24, 2, 2)).astype(np.int16)
+    expert_TLK[:, :, 1] = np.where(expert_TLK[:, :, 1] == expert_TLK[:, :, 0], -1, expert_TLK[:, :, 1])
+    sequence_T = np.repeat(np.arange(2, dtype=np.int32), 12)
+    trace = RoutingTrace(expert_TLK=expert_TLK, sequence_T=sequence_T, metadata={"num_experts": 4})
+    m, per_layer = 5, []
+    for layer in range(2):
+        uses = []
+        for sequence, start in product((0, 1), range(12 - m + 1)):
+            rows = expert_TLK[sequence * 12 + start : sequence * 12 + start + m, layer]
+            uses += [sum(e in row for row in rows.tolist()) for e in range(4)]
+        scores = []
+        for threshold in range(1, m + 1):
+            kept = [f for f in uses if f >= threshold]
+            precision = sum(kept) / (m * len(kept)) if kept else 0
+            recall = sum(kept) / sum(uses)
+            scores.append(2 * precision * recall / (precision + recall) if kept else 0)
+        per_layer.append(max(scores))
+    assert segment_routing_performance(trace, m) == pytest.approx(np.mean(per_layer))
+
+
+def test_trace_keeps_ffn_experts_only():
+    layer = stats_of([[0.25] * 4] * 2, [[0, 3], [2, 4]], 2)  # E = 2: 2 and 3 are zero-compute, 4 is empty
+    trace = trace_of([[layer, layer]], (1, 2), 2, source="test")
+    assert trace.expert_TLK[:, 0].tolist() == [[0, -1], [-1, -1]]
+
+
+def test_flops_by_hand(tiny_config):
+    """D 32, 4 heads and 2 key heads of 8, F 24, E 6, 3 layers, V 96; S = 9 sees 5 positions on average."""
+    model = MoEForCausalLM(tiny_config(router="mixtral", num_shared_experts=1, num_dense_layers=1))
+    flops = token_flops(model, true_load=1.5, zero_compute_load={"copy": 0.5, "constant": 0.25}, sequence_length=9)
+    assert flops.attention == 3 * (2 * 32 * (32 + 16 + 16 + 32) + 4 * 32 * 5)
+    assert flops.experts == 2 * 1.5 * 6 * 32 * 24
+    assert flops.shared == 2 * 6 * 32 * 24 + 6 * 32 * 48
+    assert flops.zero_compute == 2 * (0.5 * 64 + 0.25 * (128 + 128))
+    assert flops.router == 2 * 2 * 6 * 32
+    assert flops.head == 2 * 32 * 96
+    assert flops.total == sum(
+        (flops.attention, flops.experts, flops.shared, flops.zero_compute, flops.router, flops.head)
+    )
+
+
+def test_shared_recurrent_cell_is_passed_in_every_layer_and_owned_once(tiny_config):
+    model = MoEForCausalLM(tiny_config(router="rmoe", router_options={"state_width": 8}))
+    assert router_flops(model) == 3 * 2 * (8 * 32 + 6 * 8 + 6 * 8 * 8)
+    experts = 3 * 6 * 3 * 32 * 24
+    count = parameters(model, true_load=2.0)
+    assert count["total"] - count["active"] == experts * 4 / 6
+    assert count["router"] == 3 * (8 * 32 + 6 * 8) + 6 * 8 * 8 + 6 * 8
+
+
+def test_pre_gated_layers_are_foreseen_exactly(tiny, text):
+    corpus = load_corpus(text)
+    scores = {}
+    for name in ("top2", "pregate-1", "expert-choice", "remoe"):
+        scores[name] = router_metrics(_model(name, tiny), corpus, sequence_length=32, max_tokens=256, batch_size=4)
+        assert set(METRICS) - {"held_out_bits_per_byte", "tokens_per_second"} <= set(scores[name])
+        assert all(math.isfinite(value) for value in scores[name].values())
+    assert scores["pregate-1"]["predictability"] == 1.0
+    assert scores["top2"]["predictability"] < 1.0
+    assert scores["expert-choice"]["max_vio"] == 0.0
+
+
+def _model(name, tiny):
+    settings = {"vocab_size": 256, "initializer_range": 0.3} | model_overrides(name, tiny.model)
+    return MoEForCausalLM(MoEConfig(**settings)).eval()
+
+
+def test_summary_has_mean_and_spread_over_finished_seeds():
+    results = [
+        {"variant": "a", "seed": seed, "status": "finished", **dict.fromkeys(METRICS, value)}
+        for seed, value in ((0, 1.0), (1, 3.0))
+    ] + [{"variant": "b", "seed": 0, "status": "diverged", "message": "loss nan"}]
+    a, b = summarise(results)
+    assert a["metrics"]["true_load"] == {"mean": 2.0, "spread": math.sqrt(2), "values": [1.0, 3.0]}
+    assert cell(a, "true_load") == "2.00 ± 1.41"
+    assert (b["status"], b["seeds"], cell(b, "true_load")) == ("seed 0 diverged", 0, "-")
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_diverging_run_is_reported_and_does_not_sink_the_others(tiny, text, tmp_path):
+    runs = plan_runs(["top2", "adamoe-1.5"], tiny, 1, text, tmp_path / "out")
+    runs[0] = replace(runs[0], config=replace(runs[0].config, learning_rate=1e30, clip_norm=1e30))
+    ended = {}
+    execute(runs, 1, lambda run, result: ended.setdefault(run.variant, result))
+    assert ended["top2"]["status"] == "diverged"
+    assert "diverged at step" in ended["top2"]["message"]
+    assert ended["adamoe-1.5"]["status"] == "finished"
+
+
+def test_report_and_continuation(tiny, text, tmp_path):
+    out = tmp_path / "out"
+    compare(["top2"], tiny, out, seeds=1, data=text, quiet=True)
+    first = (out / "runs/top2/seed_0/compare_result.json").stat().st_mtime_ns
+    report = compare(["top2", "pregate-2"], tiny, out, seeds=1, data=text, quiet=True)
+    assert (out / "runs/top2/seed_0/compare_result.json").stat().st_mtime_ns == first, "not run again"
+    assert [row["variant"] for row in report["variants"]] == ["top2", "pregate-2"]
+    assert json.loads((out / "compare.json").read_text())["variants"] == report["variants"]
+    page = (out / "compare.html").read_text()
+    assert page.count("<svg") == 3
+    assert "pregate-2" in page
+    assert "src=" not in page
+    assert "@import" not in page
+    with pytest.raises(ValueError, match="other settings"):
+        compare(["top2"], replace(tiny, steps=5), out, seeds=1, data=text, quiet=True)
+
+
+def test_a_checkpoint_of_another_run_is_not_continued(tiny, text, tmp_path):
+    (run,) = plan_runs(["top2"], tiny, 1, text, tmp_path / "out")
+    train(replace(run.config, steps=2), load_corpus(text), run.folder, quiet=True)
+    result = execute_one(run, threads=None)
+    assert result["status"] == "failed"
+    assert "other settings" in result["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_killed_comparison_continues_where_it_was(processes, text, tmp_path):
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "experiments.cli", "compare", "--routers", "top2,rmoe", "--preset", "smoke",
+        "--steps", "80", "--seeds", "1", "--data", text, "--out", str(out), "--processes", processes,
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    checkpoint = out / "runs/top2/seed_0/checkpoints/step_00000020"
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "runs/top2/seed_0/compare_result.json").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    report = json.loads((out / "compare.json").read_text())
+    assert {run["status"] for run in report["runs"]} == {"finished"}
+    lines = (out / "runs/top2/seed_0/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 81))
+
+
+# --- variants and bad input -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_fits_its_preset(name, tmp_path):
+    (run,) = plan_runs([name], preset("routers"), 1, None, tmp_path)
+    assert run.config.model["router"] in ROUTERS
+    assert run.config.seed == 0
+
+
+def test_adamoe_variants_aim_at_the_load_in_their_name():
+    for name, load in (("adamoe-2.0", 2.0), ("adamoe-1.5", 1.5), ("adamoe-1.5-per-null", 1.5)):
+        model = model_overrides(name, preset("routers").model)
+        nulls = len(model["zero_compute_experts"])
+        assert 16 * model["num_experts_per_tok"] / (16 + nulls) == load
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["top3"], "did you mean 'top2'"),
+        (["top2", "top2"], "named twice"),
+        (["pregate-3"], r"pregate-3: ahead must lie in 0\.\.2"),
+        (["base"], "base: base assigns exactly 1"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_starts(names, message, tiny, text, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        compare(names, tiny, tmp_path / "out", seeds=1, data=text, quiet=True)
+    assert not (tmp_path / "out").exists()

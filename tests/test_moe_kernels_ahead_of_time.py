@@ -1,0 +1,80 @@
+"""Compile shipped configurations for devices that are not there, and assert what came out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+SHARED_LIMIT_BYTES = {"sm80": 163 << 10, "sm86": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
+TENSOR_CORES = {"sm80": "mma", "sm86": "mma", "sm90": "wgmma", "sm100": "tcgen05", "gfx942": "mfma"}
+PRODUCTS = {"up_kernel", "down_kernel", "grad_activation_kernel", "grad_input_kernel", "grad_weight_kernel"}
+ALL_KERNELS = PRODUCTS | {
+    "histogram_kernel", "prefix_kernel", "group_kernel", "tile_map_kernel", "gather_sum_kernel", "grad_bias_kernel",
+    "bias_dot_kernel", "decode_kernel", "combine_kernel",
+}  # fmt: skip
+
+
+def compiled(*arguments):
+    """Compilation needs a process whose kernels are not interpreted."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "moe.kernels.ahead_of_time", "--json", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(entry):
+    what = f"{entry['name']} {entry['kernel']} on {entry['arch']}"
+    arch, counts = entry["arch"], entry["instructions"]
+    assert entry["spill_bytes"] == 0, what
+    assert entry["shared_bytes"] <= SHARED_LIMIT_BYTES[arch], what
+    is_half_precision = entry["name"] != "single"
+    if entry["kernel"] in PRODUCTS | {"decode_kernel"} and is_half_precision:
+        # tiles of 16 rows are too low for the asynchronous tensor cores of sm90 and sm100
+        is_low = entry["name"].startswith("dense/few") and entry["kernel"] != "grad_weight_kernel"
+        assert counts[TENSOR_CORES[arch]] or (is_low and counts["mma"]), what
+        assert counts["async_copy"] or arch == "gfx942", what
+    if entry["kernel"] == "decode_kernel" and entry["name"].startswith("decode/int4"):
+        assert counts["integer_to_float"] <= 1, f"{what}: codes must become numbers without conversions"
+
+
+@pytest.mark.parametrize(
+    ("archs", "only", "kernels"),
+    [
+        (("sm90", "gfx942"), "dense/many", "up_kernel,grad_activation_kernel"),
+        (("sm80", "sm100"), "dense/many", "down_kernel"),
+        (("sm90",), "decode/int4/T1", "decode_kernel"),
+    ],
+    ids=["training", "down", "decode-int4"],
+)
+def test_some_configurations(archs, only, kernels):
+    entries = compiled("--arch", *archs, "--only", only, "--kernels", kernels)
+    assert {(entry["arch"], entry["kernel"]) for entry in entries} == {
+        (arch, kernel) for arch in archs for kernel in kernels.split(",")
+    }
+    for entry in entries:
+        check(entry)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", list(SHARED_LIMIT_BYTES))
+def test_every_shipped_configuration(arch):
+    entries = compiled("--arch", arch)
+    assert {entry["kernel"] for entry in entries} == ALL_KERNELS
+    for entry in entries:
+        check(entry)
+
+
+def test_interpreted_kernels_are_not_compiled():
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels of this process are not interpreted")
+    from moe.kernels.ahead_of_time import compile_shipped
+
+    with pytest.raises(ValueError, match="without TRITON_INTERPRET"):
+        next(compile_shipped("sm90"))

@@ -1,0 +1,204 @@
+"""The operators as PyTorch sees them: opcheck, torch.compile, autocast, and experts modules of transformers."""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+pytest.importorskip("triton")
+
+from moe import Experts
+from moe.kernels import ExpertWeights, can_compute, compute_experts, fused_experts, quantise
+from moe.kernels.activation import Activation
+from moe.kernels.experts import activation_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tensors(T=5, D=16, F=16, E=3, K=2):
+    sizes = [(T, D), (T, K), (E, 2 * F, D), (E, D, F), (E, 2 * F), (E, D)]
+    leaves = [torch.randn(size, device=DEVICE).mul(0.5).requires_grad_() for size in sizes]
+    return leaves, torch.randint(E + 1, (T, K), device=DEVICE)
+
+
+SETTINGS = ("silu", True, 1.0, None, 0.0, True)
+
+
+@pytest.mark.parametrize("saves", [True, False], ids=["training", "decode"])
+def test_opcheck_of_the_experts_operator(saves):
+    (x, combine, up, down, up_bias, down_bias), expert = tensors()
+    leaves = [x, combine, up, down, up_bias, down_bias]
+    leaves = leaves if saves else [leaf.detach() for leaf in leaves]
+    torch.library.opcheck(torch.ops.expertier.experts.default, (*leaves, expert, None, *SETTINGS, saves))
+
+
+def test_opcheck_of_the_backward_operator():
+    (x, combine, up, down, _, _), expert = tensors()
+    leaves = [leaf.detach() for leaf in (x, combine, up, down)]
+    with torch.no_grad():
+        y, *saved = torch.ops.expertier.experts(*leaves, None, None, expert, None, *SETTINGS, True)
+    needs = [True, True, True, False, False, False]
+    arguments = (torch.randn_like(y), *leaves, None, None, None, *saved, *SETTINGS, needs)
+    torch.library.opcheck(torch.ops.expertier.experts_backward.default, arguments)
+
+
+def test_opcheck_of_the_quantised_operator():
+    (x, combine, up, down, _, _), expert = tensors(D=32, F=32)
+    up, down = (quantise(weight.detach(), "int4", group=16) for weight in (up, down))
+    stored = (up.data, up.scale, up.zero, down.data, down.scale, down.zero, None, None, None)
+    arguments = (x.detach(), combine.detach(), expert, *stored, "int4", 1, 16, 1, 16, 32, *SETTINGS)
+    torch.library.opcheck(torch.ops.expertier.quantised_experts.default, arguments)
+
+
+def compiled_layer_equals_eager(backend):
+    (x, combine, up, down, up_bias, down_bias), expert = tensors()
+    leaves = (x, combine, up, down, up_bias, down_bias)
+
+    def layer(x, combine, up, down, up_bias, down_bias, expert):
+        weights = ExpertWeights(up * 2, down, up_bias, down_bias, Activation("gelu"))
+        return compute_experts(x.sin(), expert, combine.softmax(-1), weights).cos()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    found, truth = (call(*leaves, expert) for call in (compiled, layer))
+    torch.testing.assert_close(found, truth)
+    cotangent = torch.randn_like(truth)
+    gradients = (torch.autograd.grad(y, leaves, cotangent) for y in (found, truth))
+    for gradient, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, exact)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*leaves, expert), truth)
+
+
+def test_compiles_whole_with_gradients():
+    compiled_layer_equals_eager("aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_compiles_whole_with_inductor():
+    compiled_layer_equals_eager("inductor")
+
+
+def test_autocast_decides_the_number_format():
+    (x, combine, up, down, _, _), expert = tensors()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        y = compute_experts(x, expert, combine, ExpertWeights(up, down))
+    exact = compute_experts(x, expert, combine, ExpertWeights(up, down))
+    assert y.dtype == torch.float32
+    relative = (y - exact).norm() / exact.norm()
+    assert 1e-5 < relative < 2e-2
+
+
+def test_no_tokens_give_no_rows():
+    (x, combine, up, down, _, _), expert = tensors()
+    assert compute_experts(x[:0], expert[:0], combine[:0], ExpertWeights(up, down)).shape == (0, 16)
+
+
+def test_bad_input_is_refused_with_what_was_expected():
+    (x, combine, up, down, _, _), expert = tensors()
+    weights = ExpertWeights(up, down)
+    with pytest.raises(ValueError, match=r"x must be \[T, 16\]; got \[5, 8\]"):
+        compute_experts(x[:, :8], expert, combine, weights)
+    with pytest.raises(ValueError, match=r"must both be \[T, K\] with T = 5"):
+        compute_experts(x, expert[:3], combine, weights)
+    with pytest.raises(ValueError, match="int32 or int64"):
+        compute_experts(x, expert.float(), combine, weights)
+    quantised = ExpertWeights(*(quantise(weight.detach(), "int8") for weight in (up, down)))
+    with pytest.raises(ValueError, match="no backward pass"):
+        compute_experts(x, expert, combine, quantised)
+
+
+FAMILIES = {
+    "mixtral": ("MixtralConfig", "MixtralExperts", {"num_local_experts": 4}),
+    "gpt_oss": ("GptOssConfig", "GptOssExperts", {"num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeExperts", {"num_experts": 4, "moe_intermediate_size": 24}),
+    "nemotron_h": ("NemotronHConfig", "NemotronHExperts", {"n_routed_experts": 4, "moe_intermediate_size": 24}),
+    "openai_privacy_filter": ("OpenAIPrivacyFilterConfig", "OpenAIPrivacyFilterExperts", {"num_local_experts": 4}),
+    "deepseek_v4": ("DeepseekV4Config", "DeepseekV4Experts", {"n_routed_experts": 4, "moe_intermediate_size": 24}),
+}
+
+
+def experts_of(family, implementation):
+    config_name, module_name, sizes = FAMILIES[family]
+    config_class = getattr(importlib.import_module(f"transformers.models.{family}.configuration_{family}"), config_name)
+    config = config_class(hidden_size=32, intermediate_size=24, **sizes)
+    config._experts_implementation = implementation
+    module = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), module_name)(config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    return module.to(DEVICE)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_experts_modules_of_transformers(family):
+    module = experts_of(family, "eager")
+    x = torch.randn(6, 32, device=DEVICE, requires_grad=True)
+    expert = torch.stack([torch.randperm(4)[:2] for _ in range(6)]).to(DEVICE)
+    combine = torch.rand(6, 2, device=DEVICE, requires_grad=True)
+    assert can_compute(module, x)
+    leaves = (x, combine, *module.parameters())
+    found, truth = fused_experts(module, x, expert, combine), module(x, expert, combine)
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+    cotangent = torch.randn_like(truth)
+    for gradient, exact in zip(*(torch.autograd.grad(y, leaves, cotangent) for y in (found, truth)), strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_activations_are_recognised_by_what_they_compute():
+    assert activation_of(experts_of("gpt_oss", "eager")) == Activation(alpha=1.702, limit=7.0, shift=1.0)
+    assert activation_of(experts_of("nemotron_h", "eager")) == Activation("relu2", gated=False)
+    assert activation_of(experts_of("mixtral", "eager")) == Activation()
+
+
+def test_unknown_activations_and_norms_are_left_to_plain_torch(tiny_config):
+    module = Experts(tiny_config())
+    x = torch.zeros(1, 32)
+    module.act_fn = nn.Mish()
+    assert not can_compute(module, x)
+    module.act_fn = nn.SiLU()
+    assert can_compute(module, x)
+    module.has_post_expert_norm = True
+    assert not can_compute(module, x)
+
+
+def test_a_model_of_transformers_trains_to_the_same_losses():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    ALL_EXPERTS_FUNCTIONS.register("kernels_under_test", fused_experts)
+    losses = {}
+    for implementation in ("eager", "kernels_under_test"):
+        torch.manual_seed(3)
+        config = MixtralConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=3, experts_implementation=implementation,
+        )  # fmt: skip
+        model = MixtralForCausalLM(config).to(DEVICE)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        token_BS = torch.randint(32, (1, 7)).to(DEVICE)
+        losses[implementation] = []
+        for _ in range(3):
+            loss = model(token_BS, labels=token_BS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[implementation].append(loss.item())
+    assert losses["eager"][0] - losses["eager"][-1] > 0.1
+    assert losses["kernels_under_test"] == pytest.approx(losses["eager"], rel=1e-5)
+
+
+def test_an_experts_module_compiles_whole(tiny_config):
+    module = Experts(tiny_config(hidden_size=16, moe_intermediate_size=16)).to(DEVICE)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    (x, combine, *_), expert = tensors(E=6)
+
+    def layer(x, expert, combine):
+        return fused_experts(module, x, expert, combine) if can_compute(module, x) else x
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, expert, combine), layer(x, expert, combine))

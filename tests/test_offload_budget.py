@@ -1,0 +1,141 @@
+"""Sizes, control groups, and how a budget becomes slots; hardware files and the cost model."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offload.budget import Needs, available_memory, cgroup_limit, format_size, parse_size, plan_memory, spread_slots
+from offload.cost import DecodeWork, expected_hit_rate, predict_decode
+from offload.hardware import Hardware
+
+HARDWARE = Hardware(
+    disk_bytes_per_s=2e9,
+    cached_bytes_per_s=8e9,
+    memory_bytes_per_s=30e9,
+    exact_bytes_per_s=20e9,
+    fast_bytes_per_s=30e9,
+    call_s=0.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("6GiB", 6 << 30), ("1.5 GB", 1_500_000_000), ("512m", 512 << 20), ("77", 77), (5, 5), ("2kib", 2048)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-3GiB", "6 parsecs", "0", 0, "1e9"])
+def test_bad_sizes(text):
+    with pytest.raises(ValueError, match=r"size"):
+        parse_size(text)
+
+
+def test_sizes_read_back():
+    assert format_size(6 << 30) == "6.00 GiB"
+    assert format_size(12) == "12 B"
+
+
+def _group(root, path, name, value):
+    folder = root / path
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(value)
+
+
+def test_cgroup_v2_takes_the_smallest_limit_on_the_way_up(tmp_path):
+    _group(tmp_path, "a", "memory.max", "1000000\n")
+    _group(tmp_path, "a/b", "memory.max", "max\n")
+    process = tmp_path / "cgroup"
+    process.write_text("0::/a/b\n")
+    assert cgroup_limit(tmp_path, process) == 1_000_000
+    _group(tmp_path, "a/b", "memory.max", "500000\n")
+    assert cgroup_limit(tmp_path, process) == 500_000
+
+
+def test_cgroup_v1_and_none(tmp_path):
+    _group(tmp_path, "memory/x", "memory.limit_in_bytes", "9223372036854771712\n")
+    process = tmp_path / "cgroup"
+    process.write_text("5:cpu:/\n4:memory:/x\n0::/\n")
+    assert cgroup_limit(tmp_path, process) is None
+    _group(tmp_path, "memory/x", "memory.limit_in_bytes", "4096\n")
+    assert cgroup_limit(tmp_path, process) == 4096
+    assert cgroup_limit(tmp_path, tmp_path / "absent") is None
+    assert available_memory() > 0
+
+
+@given(
+    free=st.integers(0, 10_000),
+    layers=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 12)), min_size=1, max_size=6),
+)
+def test_slots_fit_and_none_more_would(free, layers):
+    sizes, experts = zip(*layers, strict=True)
+    least = [1] * len(layers)
+    if sum(sizes) > free:
+        return
+    slots = spread_slots(free, sizes, experts, least)
+    left = free - sum(count * size for count, size in zip(slots, sizes, strict=True))
+    assert left >= 0
+    assert all(1 <= count <= limit for count, limit in zip(slots, experts, strict=True))
+    assert all(count == limit or size > left for count, limit, size in zip(slots, experts, sizes, strict=True))
+
+
+def test_the_budget_that_the_error_names_is_enough():
+    needs = Needs(
+        process_bytes=400 << 20, weight_bytes=1 << 30, kv_bytes=50 << 20, activation_bytes=9, staging_bytes=16 << 20
+    )
+    with pytest.raises(ValueError, match=r"give at least ([0-9.]+ GiB)") as refused:
+        plan_memory(1 << 30, needs, [16 << 20] * 24, [32] * 24, 4)
+    enough = float(str(refused.value).split()[-2]) + 0.01
+    plan = plan_memory(math.ceil(enough * (1 << 30)), needs, [16 << 20] * 24, [32] * 24, 4)
+    assert min(plan.num_slots) >= 4
+    assert plan.fixed_bytes + plan.slot_bytes <= plan.limit_bytes
+
+
+def test_cost_by_hand():
+    work = DecodeWork(
+        num_layers=10, experts_per_layer=4, expert_bytes=15_000_000, resident_bytes=600_000_000, hit_rate=0.5
+    )
+    assert work.missed_bytes == 300e6
+    assert work.active_bytes == 1200e6
+    prediction = predict_decode(work, HARDWARE, is_fast=False)
+    assert prediction.disk_s == pytest.approx(0.15)
+    assert prediction.compute_s == pytest.approx(0.06)
+    assert prediction.binds == "disk"
+    assert prediction.floor_s == pytest.approx(0.15)
+    assert prediction.token_s == pytest.approx(0.03 + 0.15 + 0.01 + 0.01)
+    all_hits = DecodeWork(num_layers=10, experts_per_layer=4, expert_bytes=15_000_000, resident_bytes=0, hit_rate=1.0)
+    in_memory = predict_decode(all_hits, HARDWARE, is_fast=True)
+    assert (in_memory.binds, in_memory.token_s) == ("memory", pytest.approx(0.02))
+
+
+def test_expected_hit_rate_is_a_rate():
+    rates = [expected_hit_rate(share / 10, 4, 32) for share in range(11)]
+    assert rates == sorted(rates)
+    assert (rates[0], rates[-1]) == (0, 1)
+
+
+def test_hardware_files(tmp_path):
+    HARDWARE.save(tmp_path / "h.toml")
+    assert Hardware.load(tmp_path / "h.toml") == HARDWARE
+    (tmp_path / "h.toml").write_text("disk_bytes_per_s = 1.0\n")
+    with pytest.raises(ValueError, match="expected the keys"):
+        Hardware.load(tmp_path / "h.toml")
+    (tmp_path / "h.toml").write_text("= 1")
+    with pytest.raises(ValueError, match="not TOML"):
+        Hardware.load(tmp_path / "h.toml")
+    with pytest.raises(ValueError, match="expertier calibrate"):
+        Hardware.load(tmp_path / "none.toml")
+
+
+def test_calibration_measures_something(tmp_path):
+    from offload.calibrate import cached_bandwidth, disk_bandwidth
+
+    file = tmp_path / "data"
+    file.write_bytes(bytes(8 << 20))
+    assert disk_bandwidth(file, num_threads=2, read_bytes=1 << 20) > 0
+    assert cached_bandwidth(file, 1 << 20) > 0
+    with pytest.raises(ValueError, match="too small"):
+        disk_bandwidth(file, num_threads=2, read_bytes=16 << 20)

@@ -1,0 +1,99 @@
+"""Packed copies: same bits, resumable, and no damage goes unnoticed."""
+
+import json
+import os
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
+
+import offload
+from offload import packing
+from offload.fit import skeleton_of
+
+SHARED = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+@pytest.fixture(params=["mixtral", "gpt_oss"])
+def folder(request, tmp_path):
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = MixtralConfig(**SHARED) if request.param == "mixtral" else GptOssConfig(**SHARED, head_dim=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model", max_shard_size="30KB")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 64, (1, 9), generator=torch.Generator().manual_seed(1))
+
+
+def _pack(folder):
+    skeleton, entries, layers = skeleton_of(folder)
+    return packing.write_pack(skeleton, layers, entries, folder.parent / "experts")
+
+
+@pytest.mark.parametrize("io", ["cached", "direct"])
+def test_same_bits_as_from_the_checkpoint(folder, tokens, io):
+    expected = offload.load(folder, cache_experts=2)(tokens).logits
+    model = offload.load(folder, cache_experts=2, pack=_pack(folder), io=io)
+    assert torch.equal(model(tokens).logits, expected)
+    assert not list(folder.parent.glob("*.part*"))
+
+
+def test_goes_on_where_it_was_interrupted(folder, tokens, monkeypatch):
+    written, real = [], packing._write_layer
+
+    def interrupted(store, layer, *rest):
+        if layer == 1 and 1 not in written:
+            written.append(layer)
+            raise KeyboardInterrupt
+        written.append(layer)
+        return real(store, layer, *rest)
+
+    monkeypatch.setattr(packing, "_write_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _pack(folder)
+    with pytest.raises(ValueError, match="no such file"):
+        offload.load(folder, cache_experts=2, pack=folder.parent / "experts")
+    file = _pack(folder)
+    assert written == [0, 1, 1]
+    expected = offload.load(folder, cache_experts=2)(tokens).logits
+    assert torch.equal(offload.load(folder, cache_experts=2, pack=file)(tokens).logits, expected)
+
+
+def test_damage_is_an_error_that_names_file_and_expert(folder, tokens):
+    file = _pack(folder)
+    with file.open("r+b") as stream:
+        for record in range(8):
+            stream.seek(record * file.stat().st_size // 8 + 100)
+            stream.write(b"\xff\x00\xff")
+    model = offload.load(folder, cache_experts=2, pack=file)
+    with pytest.raises(OSError, match=r"expert \d of MoE layer 0 failed: .*experts: checksum"):
+        model(tokens)
+    os.truncate(file, 4096)
+    with pytest.raises(ValueError, match="has 4096 bytes instead of"):
+        offload.load(folder, cache_experts=2, pack=file)
+
+
+def test_a_pack_of_another_checkpoint_is_refused(folder):
+    file = _pack(folder)
+    shard = next(folder.glob("*.safetensors"))
+    os.utime(shard, ns=(1, 1))
+    with pytest.raises(ValueError, match="made from other files"):
+        offload.load(folder, cache_experts=2, pack=file)
+    index = file.with_name("experts.json")
+    index.write_text(json.dumps({"format": "other"}))
+    with pytest.raises(ValueError, match="not the index of a packed copy"):
+        offload.load(folder, cache_experts=2, pack=file)

@@ -1,0 +1,42 @@
+"""The README's commands, run as a reader would, one after another in an empty folder."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_every_command_of_the_readme_works_as_printed(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (yaml,) = blocks("yaml")
+    (tmp_path / "cluster.yaml").write_text(yaml)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+    assert len(commands) >= 8
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "expertier"
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.cli", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    (program,) = blocks("python")
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, capture_output=True)
+
+
+def test_the_file_map_names_files_that_exist():
+    for name in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / name).exists(), name
