@@ -11,6 +11,7 @@ import offload.trace_cli
 import placement.cli
 import routing.cli
 
+from .bench_flax import bench_flax
 from .bench_kernels import bench_kernels
 from .bench_placement import bench_placement
 from .bench_routers import routers as bench_routers
@@ -30,6 +31,7 @@ bench = typer.Typer(help="Measurements whose numbers are quoted anywhere.", no_a
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 TORCH_EXTRA = ("torch", "transformers", "safetensors", "pyarrow")
+JAX_EXTRA = ("jax", "flax", "optax", "einops")
 
 
 @app.callback()
@@ -41,6 +43,7 @@ app.command("demo")(demo)
 app.command("train")(train)
 app.command("compare")(compare)
 app.command("leverage")(leverage)
+bench.command("flax")(bench_flax)
 bench.command("kernels")(bench_kernels)
 bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)
@@ -80,9 +83,10 @@ def main() -> None:
         _complain("interrupted")
         sys.exit(INTERRUPTED)
     except ModuleNotFoundError as error:
-        if debug or error.name not in TORCH_EXTRA:
+        if debug or error.name not in TORCH_EXTRA + JAX_EXTRA:
             raise
-        _complain(f"this command needs {error.name}; install it with: pip install 'expertier[torch]'")
+        extra = "jax" if error.name in JAX_EXTRA else "torch"
+        _complain(f"this command needs {error.name}; install it with: pip install 'expertier[{extra}]'")
         sys.exit(BAD_INPUT)
     except Exception as error:
         if debug:

@@ -13,7 +13,7 @@ from moe.nnx.training import Optimisation, Trainer, resolve_precision
 
 from .checkpoint import write_checkpoint
 from .corpus import BatchOrder, Corpus, windows
-from .metrics import routing_metrics
+from .metrics import balance_metrics
 from .presets import TrainConfig
 from .schedule import learning_rate
 from .train_loop import TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
@@ -78,7 +78,7 @@ class JaxRun:
             "learning_rate": rate,
             "gradient_norm": float(result.gradient_norm),
             "tokens_per_second": token_ABS.size / (time.perf_counter() - start),
-            **routing_metrics(float(result.entropy), result.kept_LE),
+            **balance_metrics(float(result.entropy), result.kept_LE),
         }
 
     def evaluate(self) -> float:
@@ -91,8 +91,15 @@ class JaxRun:
         return write_checkpoint(self.run, done, self.config, self.trainer.save)
 
 
-def build(config: TrainConfig, corpus: Corpus, run: Path, *, mesh: str | None = None) -> JaxRun:
-    """A run before its first step, with weights as its seed initialises them here (torch draws others)."""
+def build(
+    config: TrainConfig, corpus: Corpus, run: Path, *, mesh: str | None = None, weights: Path | None = None
+) -> JaxRun:
+    """A run before its first step.
+
+    Args:
+        config, corpus, run, mesh: as for `train`.
+        weights: a Hugging Face folder to start from; None draws weights from the seed (torch draws others).
+    """
     how = Optimisation(
         weight_decay=config.weight_decay,
         betas=config.betas,
@@ -102,5 +109,7 @@ def build(config: TrainConfig, corpus: Corpus, run: Path, *, mesh: str | None = 
     )
     model = MoEConfig(**({"vocab_size": corpus.vocab_size} | config.model))
     trainer = Trainer(model, how, mesh=None if mesh is None else parse_mesh(mesh))
+    if weights is not None:
+        trainer.start_from(weights)
     order = BatchOrder(windows(corpus.train, config.sequence_length), config.batch_size, config.seed)
     return JaxRun(trainer, order, corpus, config, run)

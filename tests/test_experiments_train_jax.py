@@ -18,7 +18,7 @@ from experiments.metrics import read_log
 from experiments.presets import TrainConfig
 from experiments.train_jax import train
 from moe import MoEForCausalLM
-from moe.nnx.checkpoint import read_tensors, set_tensors
+from moe.nnx.checkpoint import read_tensors
 
 TINY = TrainConfig(
     model={
@@ -75,10 +75,8 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, corpus, pr
 def test_from_the_same_weights_it_follows_torch_step_by_step_and_ends_in_a_torch_model(tmp_path, corpus):
     config = replace(TINY, model=TINY.model | {"router": "deepseek_v3", "router_options": {"bias_rate": 1e-2}})
     model, optimizer, order = torch_training.build(config, corpus, torch.device("cpu"))
-    run = train_jax.build(config, corpus, tmp_path)
-    start = run.trainer.model
-    set_tensors(start, {name: tensor.numpy() for name, tensor in model.state_dict().items()}, source="torch")
-    run.trainer._hold(start)
+    model.save_pretrained(tmp_path / "start")
+    run = train_jax.build(config, corpus, tmp_path, weights=tmp_path / "start")
     for number in range(6):
         theirs = torch_training.train_step(model, optimizer, order, config, number)
         ours = run.step(number)

@@ -125,6 +125,16 @@ class Trainer:
         moments = {name: np.asarray(leaf) for name, leaf in _named_leaves(self._state.moments)}
         save_file(moments, folder / STATE_FILE)
 
+    def start_from(self, folder: Path) -> None:
+        """Take over the weights of a Hugging Face folder, with fresh moments.
+
+        Raises:
+            ValueError: if they do not fit this model.
+        """
+        model = self.model
+        set_tensors(model, read_tensors(folder), source=str(folder))
+        self._hold(model)
+
     def restore(self, folder: Path) -> None:
         """Take over what `save` wrote, bit for bit.
 
@@ -134,9 +144,7 @@ class Trainer:
         path = folder / STATE_FILE
         if not path.is_file():
             raise ValueError(f"{folder} has no {STATE_FILE}: it was not trained by JAX; resume it with its own backend")
-        model = self.model
-        set_tensors(model, read_tensors(folder), source=str(folder))
-        self._hold(model)
+        self.start_from(folder)
         try:
             with safe_open(path, framework="np") as file:
                 leaves = [_fitting(file.get_tensor(name), leaf) for name, leaf in _named_leaves(self._state.moments)]
