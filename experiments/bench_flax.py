@@ -72,10 +72,7 @@ def _training_rows(name: str, steps: int) -> list[dict[str, Any]]:
 
     def step(backend: str) -> None:
         here = number[backend]
-        if backend == "jax":
-            row = run.step(here)
-        else:
-            row = train.train_step(model, optimizer, order, config, here)
+        row = run.step(here) if backend == "jax" else train.train_step(model, optimizer, order, config, here)
         lm_losses[backend].append(row["lm_loss"])
         number[backend] = here + 1
 

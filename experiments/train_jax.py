@@ -44,6 +44,7 @@ def train(
     Raises:
         ValueError: if `run` holds another run or one of torch, the corpus is too short, the router has no twin in JAX,
             or the mesh does not fit.
+        FloatingPointError: if the loss or its gradient is no longer finite; the last checkpoint is from before.
         KeyboardInterrupt: after Ctrl-C, once the last finished step is saved.
     """
     found = prepare(run, resume)
@@ -71,6 +72,9 @@ class JaxRun:
         rate = learning_rate(self.config, number)
         token_ABS = np.stack([self.order.batch(number * A + micro) for micro in range(A)])
         result = self.trainer.step(token_ABS, rate, number)
+        if not (np.isfinite(result.loss) and np.isfinite(result.gradient_norm)):
+            norm = float(result.gradient_norm)
+            raise FloatingPointError(f"diverged at step {number + 1}: loss {result.loss}, gradient norm {norm}")
         return {
             "step": number + 1,
             "loss": float(result.loss),
