@@ -88,7 +88,10 @@ class JaxRun:
     def evaluate(self) -> float:
         rows, size = held_out_rows(self.corpus, self.config), self.config.batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        total = sum(self.trainer.evaluate(batch) * len(batch) for batch in batches)
+        filled = [
+            np.pad(batch.astype(np.int32), ((0, size - len(batch)), (0, 0)), constant_values=-100) for batch in batches
+        ]
+        total = sum(self.trainer.evaluate(full) * len(batch) for full, batch in zip(filled, batches, strict=True))
         return bits_per_byte(total / len(rows), self.corpus)
 
     def save(self, done: int) -> Path:

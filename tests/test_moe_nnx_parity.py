@@ -34,6 +34,7 @@ VARIANTS = {
     "entropy": {"router": "classic", "router_options": {"score": "sigmoid", "balance_loss": "entropy"}},
 }
 LONGER = (
+    "moepp",
     "olmoe-dense-shared",
     "qwen3-tied",
     "longcat",

@@ -115,7 +115,11 @@ class Trainer:
         return jax.device_get(result)
 
     def evaluate(self, token_BS: np.ndarray) -> float:
-        """Mean cross entropy per predicted token in nats, without anything that belongs to training."""
+        """Mean cross entropy per predicted token in nats, without anything that belongs to training.
+
+        Args:
+            token_BS: integers; -100 is not scored, so that a last batch can be filled up and needs no compilation.
+        """
         token_BS = jnp.asarray(token_BS.astype(np.int32))
         return float(self._evaluate(self._state.params, self._state.variables, token_BS))
 
@@ -196,7 +200,7 @@ class Trainer:
 
     def _forward_loss(self, params: nnx.State, variables: nnx.State, token_BS: Array) -> Array:
         model = nnx.merge(self._graph, _in_precision(params, self.how.precision), variables)
-        return model(token_BS, token_BS).lm_loss
+        return model(jnp.maximum(token_BS, 0), token_BS).lm_loss
 
 
 def resolve_precision(precision: str) -> str:
