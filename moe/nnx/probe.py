@@ -27,14 +27,17 @@ def grouped_product_calls(E: int, N: int, D: int, F: int, *, seed: int = 0) -> d
     x_ND, dy_NF = (generator.standard_normal((N, width), np.float32) for width in (D, F))
     weight_EDF = generator.standard_normal((E, D, F), np.float32) / D**0.5
     count_E = np.bincount(generator.integers(0, E, N), minlength=E).astype(np.int32)
-    arrays = [jax.device_put(array) for array in (x_ND, weight_EDF, count_E)]
+    arrays = [jax.device_put(array) for array in (x_ND, weight_EDF, count_E, dy_NF)]
     calls = {}
     for name, product in GROUPED_PRODUCTS.items():
 
-        def loss(x_ND, weight_EDF, count_E, product=product):
+        def forward(x_ND, weight_EDF, count_E, dy_NF, product=product):
+            return product(x_ND, weight_EDF, count_E)
+
+        def loss(x_ND, weight_EDF, count_E, dy_NF, product=product):
             return (product(x_ND, weight_EDF, count_E) * dy_NF).sum()
 
-        compiled = {"forward": jax.jit(product), "gradient": jax.jit(jax.grad(loss, argnums=(0, 1)))}
+        compiled = {"forward": jax.jit(forward), "gradient": jax.jit(jax.grad(loss, argnums=(0, 1)))}
         calls[name] = {what: _finished(function, arrays) for what, function in compiled.items()}
     return calls
 
