@@ -12,6 +12,7 @@ import offload.trace_cli
 import placement.cli
 import routing.cli
 
+from .bench_flax import bench_flax
 from .bench_kernels import bench_kernels
 from .bench_offload import bench_offload
 from .bench_placement import bench_placement
@@ -31,7 +32,9 @@ app = typer.Typer(
 bench = typer.Typer(help="Measurements whose numbers are quoted anywhere.", no_args_is_help=True)
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
-EXTRAS = {"torch": "torch", "transformers": "torch", "safetensors": "torch", "pyarrow": "torch", "jax": "jax"}
+EXTRAS = dict.fromkeys(("torch", "transformers", "safetensors", "pyarrow"), "torch") | dict.fromkeys(
+    ("jax", "flax", "optax", "einops"), "jax"
+)
 
 
 @app.callback()
@@ -43,6 +46,7 @@ app.command("demo")(demo)
 app.command("train")(train)
 app.command("compare")(compare)
 app.command("leverage")(leverage)
+bench.command("flax")(bench_flax)
 bench.command("kernels")(bench_kernels)
 bench.command("offload")(bench_offload)
 bench.command("placement")(bench_placement)

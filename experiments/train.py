@@ -94,7 +94,6 @@ def train_step(
     optimizer.zero_grad()
     tokens = config.accumulation * config.batch_size * config.sequence_length
     model.model.post_step(count_LR, tokens)
-    entropy = torch.stack([layer.entropy for layer in output.router_stats]).mean().item()
     return {
         "step": step + 1,
         "loss": loss,
@@ -102,7 +101,7 @@ def train_step(
         "learning_rate": rate,
         "gradient_norm": norm.item(),
         "tokens_per_second": tokens / (time.perf_counter() - start),
-        **routing_metrics(entropy, kept_LR[:, : model.config.num_experts].numpy(force=True)),
+        **routing_metrics(output.router_stats, kept_LR[:, : model.config.num_experts]),
     }
 
 

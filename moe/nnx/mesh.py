@@ -90,15 +90,17 @@ def distribute(model: nnx.Module, mesh: Mesh) -> None:
     nnx.update(model, nnx.from_flat_state(state))
 
 
-def place_batch(token_BS: np.ndarray, mesh: Mesh | None) -> Array:
-    """Sequences on their devices.
+def place_batch(tokens: np.ndarray, mesh: Mesh | None) -> Array:
+    """Tokens [..., B, S] on their devices, split by sequence.
 
     Raises:
-        ValueError: if they do not divide over the axis `data`.
+        ValueError: if the sequences do not divide over the axis `data`.
     """
     if mesh is None:
-        return jax.numpy.asarray(token_BS)
-    if len(token_BS) % mesh.shape["data"]:
-        raise ValueError(f"{len(token_BS)} sequences do not divide over {mesh.shape['data']} devices")
-    divides = len(token_BS) % (mesh.shape["data"] * mesh.shape["expert"]) == 0
-    return jax.device_put(token_BS, NamedSharding(mesh, P(("data", "expert") if divides else "data")))
+        return jax.numpy.asarray(tokens)
+    num_sequences = tokens.shape[-2]
+    if num_sequences % mesh.shape["data"]:
+        raise ValueError(f"{num_sequences} sequences do not divide over {mesh.shape['data']} devices")
+    divides = num_sequences % (mesh.shape["data"] * mesh.shape["expert"]) == 0
+    split = P(*[None] * (tokens.ndim - 2), ("data", "expert") if divides else "data")
+    return jax.device_put(tokens, NamedSharding(mesh, split))
