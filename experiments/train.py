@@ -1,5 +1,6 @@
 """Train a small mixture-of-experts model on a text, killable and resumable at any moment."""
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
