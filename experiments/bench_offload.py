@@ -123,7 +123,7 @@ def _ensure_checkpoint(checkpoint: Path, trace: Path | None, rows: int) -> None:
 
 
 def _read_bandwidth(checkpoint: Path) -> float:
-    from offload.calibrate import disk_bandwidth
+    from offload import disk_bandwidth
 
     drop_cached(checkpoint)
     files = sorted(checkpoint.glob("*.safetensors"), key=lambda file: file.stat().st_size)

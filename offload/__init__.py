@@ -3,6 +3,7 @@
 `load` and `Offload` need torch and are imported when they are first used.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .budget import format_size, parse_size
@@ -10,19 +11,26 @@ from .cache import CACHES, make_cache
 from .simulate import Simulated, simulate
 
 if TYPE_CHECKING:
+    from .calibrate import disk_bandwidth
     from .handle import Offload
     from .loading import load
 
-__all__ = ["CACHES", "Offload", "Simulated", "format_size", "load", "make_cache", "parse_size", "simulate"]
+_HOME = {"Offload": ".handle", "disk_bandwidth": ".calibrate", "load": ".loading"}
+
+__all__ = [
+    "CACHES",
+    "Offload",
+    "Simulated",
+    "disk_bandwidth",
+    "format_size",
+    "load",
+    "make_cache",
+    "parse_size",
+    "simulate",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from .loading import load
-
-        return load
-    if name == "Offload":
-        from .handle import Offload
-
-        return Offload
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)

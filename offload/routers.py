@@ -25,7 +25,7 @@ def make_prefetcher(name: str, model: nn.Module, layers: Sequence[ExpertLayer], 
 
 
 def router_of(model: nn.Module, layer: ExpertLayer) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Weight `[E, D]` and selection bias `[E]` of the router beside an experts module; None if nothing looks like one."""
+    """Weight `[E, D]` and selection bias `[E]` of the router beside an experts module; None if none looks like one."""
     parent = model.get_submodule(layer.module_name.rpartition(".")[0])
     tensors: dict[str, Any] = {**dict(parent.named_parameters()), **dict(parent.named_buffers())}
     outside = {name: tensor for name, tensor in tensors.items() if not name.startswith("experts.")}

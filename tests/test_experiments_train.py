@@ -120,7 +120,7 @@ def test_kill_minus_nine_during_training_loses_at_most_the_steps_since_the_last_
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=os.getcwd())
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not checkpoints(tmp_path / "run"):
+    while time.monotonic() < deadline and process.poll() is None and not checkpoints(tmp_path / "run"):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
