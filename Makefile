@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint files format clean
 
 demo: $(INSTALLED)
 	$(BIN)/expertier demo
@@ -18,6 +18,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+files: $(INSTALLED)
+	$(BIN)/python docs/file_map.py > docs/files.md
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

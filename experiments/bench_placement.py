@@ -74,9 +74,7 @@ def bench_placement(
 
 
 def _eplb_parity_and_time() -> list[float]:
-    from placement.eplb import eplb
-    from placement.eplb_reference import eplb_layer_reference
-    from placement.generators import generate_loads
+    from placement import eplb, eplb_layer_reference, generate_loads
 
     load = generate_loads()[3:]
     for slots, groups, nodes, gpus in ((288, 8, 4, 32), (288, 1, 1, 32), (320, 8, 8, 64)):
@@ -93,8 +91,7 @@ def _timed(run: Callable[[], Any]) -> float:
 
 
 def _generated_cases() -> list[Case]:
-    from placement import Cluster, Problem
-    from placement.generators import generate_loads, generate_trace
+    from placement import Cluster, Problem, generate_loads, generate_trace
 
     balance = ("contiguous", "round-robin", "random", "eplb", "eplb-global", "lpt", "search")
     load, other = generate_loads(), generate_loads(drift=0.5)

@@ -1,5 +1,6 @@
 """Compare routers: the same model, text and seeds with each of them; a table, figures and a JSON report."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from .metrics import read_log
 from .presets import TrainConfig
 from .record import save_record
 
+SMOOTHED = 20
 SHOWN = (
     "held_out_bits_per_byte",
     "flops_per_token",
@@ -125,6 +127,8 @@ def _order(runs: list[Run], run: Run) -> tuple[int, int]:
 
 
 def _curve(run: Run) -> list[tuple[int, float]]:
+    """Training bits per byte, each the mean of the last SMOOTHED steps."""
     log = run.folder / "metrics.jsonl"
-    rows = read_log(log) if log.is_file() else []
-    return [(row["step"], row["held_out_bits_per_byte"]) for row in rows if "held_out_bits_per_byte" in row]
+    bits = [row["bits_per_byte"] for row in read_log(log)] if log.is_file() else []
+    steps = [step for step in range(1, len(bits) + 1) if step % 5 == 0 or step == len(bits)]
+    return [(step, statistics.fmean(bits[max(0, step - SMOOTHED) : step])) for step in steps]

@@ -56,13 +56,14 @@ def router_metrics(
     true_load = float(load_LR[:, :E].sum() / num_tokens / len(load_LR))
     trace = trace_of(calls, rows.shape, E, source=model.config.router)
     flops = token_flops(model, true_load=true_load, zero_compute_load=per_kind, sequence_length=rows.shape[1])
-    balance = routing_metrics(calls[-1], load_LR[:, :E])
+    entropy = float(np.mean([[float(layer.entropy) for layer in call] for call in calls]))
+    balance = routing_metrics(entropy, load_LR[:, :E].numpy(force=True))
     count = parameters(model, true_load)
     return {
         "true_load": true_load,
         "max_vio": balance["max_vio"],
         "dead_experts": balance["dead_experts"],
-        "router_entropy": float(np.mean([[float(layer.entropy) for layer in call] for call in calls])),
+        "router_entropy": balance["router_entropy"],
         **sharpness(calls, model.config.num_experts_per_tok),
         "mutual_information": mutual_information(calls),
         "predictability": float(np.mean(foresight)),

@@ -41,7 +41,7 @@ def write_page(
     Args:
         path: the HTML file.
         rows: from `summarise`.
-        curves: per variant and seed, (step, held-out bits per byte).
+        curves: per variant and seed, (step, training bits per byte).
         facts: one paragraph on preset, text, steps and seeds.
     """
     finished = [row for row in rows if row["metrics"]]
@@ -115,14 +115,14 @@ def panels(rows: list[dict[str, Any]]) -> Figure:
 
 
 def learning_curves(curves: dict[str, list[list[tuple[int, float]]]]) -> Figure:
-    """Held-out bits per byte against steps: every seed thin, each variant in one colour."""
+    """Smoothed training bits per byte against steps: a line per seed, a colour per variant."""
     figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
     colours = plt.get_cmap("turbo")
     for number, (name, seeds) in enumerate(curves.items()):
         colour = colours(0.05 + 0.9 * number / max(1, len(curves) - 1))
         for place, seed in enumerate(points for points in seeds if points):
-            axes.plot(*zip(*seed, strict=True), "o-", ms=2.5, lw=1, color=colour, label=name if place == 0 else None)
-    axes.set(xlabel="optimiser step", ylabel="bits per byte on held-out text")
+            axes.plot(*zip(*seed, strict=True), lw=1, color=colour, label=name if place == 0 else None)
+    axes.set(xlabel="optimiser step", ylabel="bits per byte in training, mean of 20 steps")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _bare(axes)
     return figure

@@ -41,8 +41,12 @@ def _moepp(num_experts: int, base_k: int) -> Overrides:
     }
 
 
-def _router(name: str, **options: Any) -> Callable[[int, int], Overrides]:
-    return lambda num_experts, base_k: {"router": name, "router_options": options}
+def _router(name: str, balance_loss_weight: float = 0.01, **options: Any) -> Callable[[int, int], Overrides]:
+    """A router with the preset's own experts, and the coefficient that its paper gives if that is another."""
+    own = {"router": name, "router_options": options}
+    if balance_loss_weight != 0.01:
+        own["balance_loss_weight"] = balance_loss_weight
+    return lambda num_experts, base_k: own
 
 
 VARIANTS: dict[str, Callable[[int, int], Overrides]] = {
@@ -61,6 +65,8 @@ VARIANTS: dict[str, Callable[[int, int], Overrides]] = {
     "pregate-3": _router("pregate", ahead=3),
     "pregate-rmoe": _router("pregate", ahead=1, inner="rmoe"),
     "loss-free": _router("loss_free"),
+    "deepseek-v3": _router("deepseek_v3", balance_loss_weight=1e-4),
+    "sigma-moe": _router("sigma_moe", balance_loss_weight=1e-3),
     "remoe": _router("remoe"),
     "expert-choice": _router("expert_choice"),
 }

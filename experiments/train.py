@@ -40,7 +40,7 @@ def train(config: TrainConfig, corpus: Corpus, run: Path, *, resume: bool = Fals
         KeyboardInterrupt: after Ctrl-C, once the last finished step is saved.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = prepare(run, resume)
+    found = prepare(run, config, resume=resume)
     precision = precision_of(found[-1]) if found else resolve_precision(config.precision, device)
     config = replace(config, precision=precision)
     model, optimizer, order = build(config, corpus, device)

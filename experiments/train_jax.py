@@ -47,7 +47,7 @@ def train(
         FloatingPointError: if the loss or its gradient is no longer finite; the last checkpoint is from before.
         KeyboardInterrupt: after Ctrl-C, once the last finished step is saved.
     """
-    found = prepare(run, resume)
+    found = prepare(run, config, resume=resume)
     precision = precision_of(found[-1]) if found else resolve_precision(config.precision)
     config = replace(config, precision=precision)
     trainable = build(config, corpus, run, mesh=mesh)

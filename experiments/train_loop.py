@@ -21,6 +21,8 @@ from .corpus import Corpus, windows
 from .metrics import MetricsLog, open_log
 from .presets import TrainConfig
 
+HARMLESS = ("precision", "evaluate_every", "checkpoint_every", "held_out_tokens")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
@@ -90,24 +92,38 @@ def run_steps(
     return result
 
 
-def prepare(run: Path, resume: bool) -> list[Path]:
+def prepare(run: Path, config: TrainConfig, *, resume: bool) -> list[Path]:
     """The finished checkpoints of a run that may start or continue, oldest first.
 
     Raises:
-        ValueError: if there is nothing to resume, or a run that was not to be resumed.
+        ValueError: if there is nothing to resume, a run that was not to be resumed, or one with other settings.
     """
     found = checkpoints(run)
     if resume and not found:
         raise ValueError(f"nothing to resume: {run} has no finished checkpoint; start without --resume")
     if found and not resume:
         raise ValueError(f"{run} already holds a run ({found[-1].name}); use --resume to continue it or another --out")
+    if found:
+        _expect_same_run(_saved_config(found[-1]), json.loads(json.dumps(asdict(config))), run)
     run.mkdir(parents=True, exist_ok=True)
     return found
 
 
 def precision_of(checkpoint: Path) -> str:
     """The precision that a run was started with."""
-    return json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))["precision"]
+    return _saved_config(checkpoint)["precision"]
+
+
+def _saved_config(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
+
+
+def _expect_same_run(begun: dict[str, Any], wanted: dict[str, Any], run: Path) -> None:
+    """Only what cannot change the result may differ; the precision is taken from the run itself."""
+    changed = [name for name in wanted if name not in HARMLESS and begun.get(name) != wanted[name]]
+    if changed:
+        differences = ", ".join(f"{name} {begun.get(name)!r} there and {wanted[name]!r} now" for name in changed)
+        raise ValueError(f"{run} was begun with other settings ({differences}); repeat them, or use another --out")
 
 
 def bits_per_byte(nats_per_token: float, corpus: Corpus) -> float:

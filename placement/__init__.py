@@ -5,6 +5,9 @@ NumPy and SciPy only; PuLP is imported by `placement.ilp` when an integer progra
 
 from .certificate import Bound, Certificate
 from .cluster import Cluster, load_cluster
+from .eplb import eplb
+from .eplb_reference import eplb_layer_reference
+from .generators import generate_loads, generate_trace
 from .loads import read_loads
 from .objectives import OBJECTIVES, Objective, evaluate, weighted
 from .plan import Plan
@@ -23,7 +26,11 @@ __all__ = [
     "Problem",
     "Scenario",
     "Score",
+    "eplb",
+    "eplb_layer_reference",
     "evaluate",
+    "generate_loads",
+    "generate_trace",
     "load_cluster",
     "read_loads",
     "score",

@@ -17,6 +17,8 @@ from .swaps import balance_by_swaps
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
 SMALL_STEP = 1e-5
+MAX_GPUS = 2048  # beyond it a layer table of GPU x expert no longer fits small machines
+GOOD_WITH_COPIES = 1e-3  # the bound itself is no tighter with replicas
 
 
 def robust_weights(weight_WLE: Float) -> Float:
@@ -33,6 +35,11 @@ def robust_weights(weight_WLE: Float) -> Float:
 
 def lpt_swap_LP(problem: Problem, weight_WLE: Float) -> Integer:
     """LPT and pair swaps for weights that are split evenly between copies."""
+    if problem.num_gpus > MAX_GPUS:
+        raise ValueError(
+            f"LPT and swaps plan at most {MAX_GPUS} GPUs in one expert-parallel group; got {problem.num_gpus}: "
+            f"set ep.size to {MAX_GPUS} or less (engines run several such groups), or use --solver eplb-global"
+        )
     speed_G = problem.cluster.speed_G
     count_LE = replicate_LE(weight_WLE, problem.num_slots, problem.num_gpus)
     start_LP = lpt_LP(weight_WLE / count_LE, slots_of(count_LE), speed_G)
@@ -68,7 +75,8 @@ def kick_and_swap(
     """Shuffle a few slots between GPUs of the layers that are not proved good, swap again, keep what improved."""
     random = np.random.default_rng(budget.seed)
     speed_G, G = problem.cluster.speed_G, problem.num_gpus
-    target_L = peak_target_L(problem, weight_WLE) * (1 + PROVEN / 2)
+    has_copies = problem.num_slots > problem.num_experts
+    target_L = peak_target_L(problem, weight_WLE) * (1 + (GOOD_WITH_COPIES if has_copies else PROVEN / 2))
     best_LP, peak_L = map_LP.copy(), peaks_L(weight_WLE, map_LP, speed_G)
     for turn in range(max_rounds):
         layers = np.flatnonzero(peak_L > target_L)

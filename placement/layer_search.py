@@ -17,6 +17,7 @@ from .transport import transport_starts
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
 WHOLE_ITEMS = 64
+LARGE_ROUNDS = 70
 FORBIDDEN = -1e12
 
 
@@ -35,7 +36,7 @@ class Effort:
     starts: int = 40
     keep: int = 2
     rounds: int = 200
-    polish: int = 20
+    polish: int = 70
     bundles: int = 4000
 
 
@@ -51,6 +52,8 @@ def search_layer(
         seed: of all random choices.
         deadline: `time.monotonic()` at which to stop.
     """
+    if len(known_X) > WHOLE_ITEMS:
+        task, effort = _thinned(task, effort), replace(effort, rounds=min(effort.rounds, LARGE_ROUNDS))
     best_X, best = known_X, SearchState(task, known_X).cost
     for found_X in _attempts(task, known_X, effort, seed, deadline):
         cost = SearchState(task, found_X).cost
@@ -106,7 +109,7 @@ def _starts(task: LayerTask, effort: Effort, random: np.random.Generator) -> lis
 def _inside_start(pair_XX: Float, weight_X: Float, inside: Integer, gpus: int, random: np.random.Generator) -> Integer:
     weight = weight_X[inside] / max(float(weight_X[inside].sum()), 1e-30)
     pair = pair_XX[np.ix_(inside, inside)]
-    return transport_starts(pair, weight, gpus, starts=8, keep=1, price=0.1, random=random)[0]
+    return transport_starts(pair, weight, gpus, starts=2, keep=1, price=0.1, random=random)[0]
 
 
 def _pairs(task: LayerTask, items: int) -> Float:
@@ -126,18 +129,13 @@ def _by_nodes(
     task: LayerTask, known_X: Integer, effort: Effort, random: np.random.Generator, seed: int, deadline: float
 ) -> Integer:
     """Items to nodes, each node's items to its GPUs, then swaps over the whole layer."""
-    sample = replace(
-        task,
-        bundles=_most_frequent(task.bundles, effort.bundles),
-        weight_WX=task.weight_WX if task.worst else task.weight_WX.mean(axis=0, keepdims=True),
-    )
     gpu_X = known_X
     if int(task.node_G[-1]) > 0 and _equal_nodes(task.node_G):
-        gpu_X = _nodes_then_gpus(sample, known_X, effort, random, seed, deadline)
+        gpu_X = _nodes_then_gpus(task, known_X, effort, random, seed, deadline)
     elif task.fan:
-        start_X = _starts(sample, replace(effort, starts=2, keep=1), random)[0]
-        gpu_X = tabu_search(sample, start_X, rounds=effort.rounds, seed=seed, deadline=deadline)[0]
-    return tabu_search(sample, gpu_X, rounds=effort.polish, seed=seed, deadline=deadline)[0]
+        start_X = _starts(task, replace(effort, starts=1, keep=1), random)[0]
+        gpu_X = tabu_search(task, start_X, rounds=effort.rounds, seed=seed, deadline=deadline)[0]
+    return tabu_search(task, gpu_X, rounds=effort.polish, seed=seed, deadline=deadline)[0]
 
 
 def _nodes_then_gpus(
@@ -155,7 +153,7 @@ def _nodes_then_gpus(
         if len(task.expert_X) == len(np.unique(task.expert_X))
         else np.arange(len(task.expert_X)),
     )
-    start_X = _starts(replace(by_node, expert_X=task.expert_X), replace(effort, starts=2, keep=1), random)[0]
+    start_X = _starts(replace(by_node, expert_X=task.expert_X), replace(effort, starts=1, keep=1), random)[0]
     node_X, _ = tabu_search(by_node, start_X, rounds=effort.rounds, seed=seed, deadline=deadline)
     gpu_X = np.empty(len(known_X), np.int64)
     for node in range(M):
@@ -188,8 +186,17 @@ def _inside_node(
         node=0.0,
         level=task.level,
     )
-    start_X = _starts(local, replace(effort, starts=4, keep=1), random)[0]
+    start_X = _starts(local, replace(effort, starts=2, keep=1), random)[0]
     return tabu_search(local, start_X, rounds=effort.rounds // 3, seed=seed, deadline=deadline)[0]
+
+
+def _thinned(task: LayerTask, effort: Effort) -> LayerTask:
+    """The most frequent bundles and one load instead of folds: what a large layer's search can afford."""
+    return replace(
+        task,
+        bundles=_most_frequent(task.bundles, effort.bundles),
+        weight_WX=task.weight_WX if task.worst else task.weight_WX.mean(axis=0, keepdims=True),
+    )
 
 
 def _most_frequent(bundles: Bundles, limit: int) -> Bundles:

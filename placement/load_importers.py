@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from routing.traces.importers import load_torch
+from routing.traces import load_torch
 
 Float = NDArray[np.float64]
 MAX_TENSOR_BYTES = 4 << 30

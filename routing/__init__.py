@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from .capacity import CAPACITY_POLICIES, limit_capacity
     from .catalogue import ROUTERS, build_routers, expect_router
     from .classic import ClassicRouter
+    from .fixed import ForcedRouter
     from .losses import BALANCE_LOSSES, auxiliary_loss, scheduled_weight, switch_balance_loss, z_loss
+    from .nulls import copy_ffn_rows_to_nulls, expected_true_load
+    from .pregate import PreGate, planned_experts
     from .router import Carry, Router, RouterModule, RouterSizes, RoutingContext
     from .rule import ClassicRule
     from .soft import SoftRouter
@@ -23,6 +26,11 @@ _HOME = {
     "Routing": ".assignment",
     "CAPACITY_POLICIES": ".capacity",
     "limit_capacity": ".capacity",
+    "ForcedRouter": ".fixed",
+    "copy_ffn_rows_to_nulls": ".nulls",
+    "expected_true_load": ".nulls",
+    "PreGate": ".pregate",
+    "planned_experts": ".pregate",
     "ROUTERS": ".catalogue",
     "build_routers": ".catalogue",
     "ClassicRouter": ".classic",
@@ -49,6 +57,8 @@ __all__ = [
     "Carry",
     "ClassicRouter",
     "ClassicRule",
+    "ForcedRouter",
+    "PreGate",
     "Router",
     "RouterModule",
     "RouterSizes",
@@ -59,8 +69,11 @@ __all__ = [
     "SoftRouter",
     "auxiliary_loss",
     "build_routers",
+    "copy_ffn_rows_to_nulls",
     "expect_router",
+    "expected_true_load",
     "limit_capacity",
+    "planned_experts",
     "scheduled_weight",
     "switch_balance_loss",
     "z_loss",

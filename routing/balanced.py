@@ -41,6 +41,8 @@ class BaseRouter(ClassicRouter):
         ValueError: if K is not 1.
     """
 
+    has_fixed_top_k = True
+
     def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule) -> None:
         if sizes.top_k != 1:
             raise ValueError(f"base assigns exactly 1 expert to a token; got top_k = {sizes.top_k}")

@@ -112,14 +112,6 @@ class ClassicRouter(RouterModule):
         sum_T1 = kept.weight_TK.sum(dim=-1, keepdim=True).clamp_min(TINY)
         return self.routing(kept.expert_TK, kept.weight_TK / sum_T1 * self.rule.scale)
 
-    def top_k(self, context: RoutingContext) -> int:
-        """K of this call."""
-        if context.top_k is None:
-            return self.sizes.top_k
-        if not 1 <= context.top_k <= self.sizes.num_routable:
-            raise ValueError(f"top_k of a call must lie in 1..{self.sizes.num_routable} (E + Z); got {context.top_k}")
-        return context.top_k
-
     @torch.no_grad()
     def post_step(self, count_R: Tensor, num_tokens: int) -> None:
         """Move the balancing bias towards the mean load, or the FFN experts' bias towards the target load.

@@ -28,6 +28,8 @@ class HashRouter(RouterModule):
     Source: Roller et al. 2021, arXiv:2106.04426, section 3.1 (balanced random assignment).
     """
 
+    has_fixed_top_k = True
+
     def __init__(self, sizes: RouterSizes, layer: int, seed: int = 0) -> None:
         super().__init__(sizes, layer)
         if sizes.vocab_size is None:
@@ -53,6 +55,8 @@ class ForcedRouter(RouterModule):
         num_rows: rows of the routing.
         row_by: a token takes the row of its `position` in its sequence, or of its `order` among the call's tokens.
     """
+
+    has_fixed_top_k = True
 
     def __init__(self, sizes: RouterSizes, layer: int, num_rows: int = 1, row_by: RowBy = "position") -> None:
         super().__init__(sizes, layer)
@@ -87,6 +91,7 @@ def _fixed(
     router: RouterModule, routing: Routing, carry: Carry, context: RoutingContext
 ) -> tuple[Routing, Carry, RouterStats]:
     """Statistics of a routing without scores: the distribution is the choice itself."""
+    router.top_k(context)
     routing = drop_padding(routing, context)
     share_TR = torch.zeros(len(routing.expert_TK), routing.num_routable + 1, device=routing.expert_TK.device)
     share_TR = share_TR.scatter(1, routing.expert_TK, 1.0)[:, : routing.num_routable]

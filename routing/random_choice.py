@@ -21,6 +21,8 @@ class GShardRouter(ClassicRouter):
         ValueError: if K is not 2.
     """
 
+    has_fixed_top_k = True
+
     def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule) -> None:
         if sizes.top_k != 2:
             raise ValueError(f"gshard routes to exactly 2 experts; got top_k = {sizes.top_k}")

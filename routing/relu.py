@@ -50,6 +50,8 @@ class ReluRouter(RouterModule):
         control: holds the penalty weight.
     """
 
+    has_fixed_top_k = True
+
     def __init__(self, sizes: RouterSizes, layer: int, control: SparsityControl) -> None:
         super().__init__(sizes, layer)
         self.weight = nn.Parameter(torch.empty(sizes.num_routable, sizes.width))
@@ -58,6 +60,7 @@ class ReluRouter(RouterModule):
         self._shared = (control,)  # in a tuple, or torch would register it again
 
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
+        self.top_k(context)
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = at_least_float32(x_TD)
             logit_TR = linear(x_TD, self.weight.to(x_TD.dtype))

@@ -150,6 +150,7 @@ class RouterModule(ExactBuffers):
     """
 
     is_causal = True
+    has_fixed_top_k = False
     balance_loss = "none"
 
     def __init__(self, sizes: RouterSizes, layer: int) -> None:
@@ -169,6 +170,16 @@ class RouterModule(ExactBuffers):
         """
         for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, std=std)
+
+    def top_k(self, context: RoutingContext) -> int:
+        """K of this call. Raises ValueError if the context asks for a K that this router cannot give."""
+        if context.top_k is None or context.top_k == self.sizes.top_k:
+            return self.sizes.top_k
+        if self.has_fixed_top_k:
+            raise ValueError(f"{type(self).__name__} cannot change K between calls; got top_k = {context.top_k}")
+        if not 1 <= context.top_k <= self.sizes.num_routable:
+            raise ValueError(f"top_k of a call must lie in 1..{self.sizes.num_routable} (E + Z); got {context.top_k}")
+        return context.top_k
 
     def target_share_R(self, device: torch.device) -> Tensor | None:
         """The load shares that the balance loss aims at; None means uniform."""

@@ -46,6 +46,7 @@ class SoftRouter(RouterModule):
     """
 
     is_causal = False
+    has_fixed_top_k = True
 
     def __init__(self, sizes: RouterSizes, layer: int, slots_per_expert: int = 8) -> None:
         if sizes.num_zero_compute:
@@ -62,6 +63,7 @@ class SoftRouter(RouterModule):
         nn.init.ones_(self.scale)
 
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[SlotMix, Carry, RouterStats]:
+        self.top_k(context)
         B = 1 if context.sequence_T is None else int(context.sequence_T[-1]) + 1
         with torch.autocast(x_TD.device.type, enabled=False):
             x_BSD = at_least_float32(x_TD).unflatten(0, (B, -1))

@@ -40,3 +40,14 @@ def test_every_command_of_the_readme_works_as_printed(tmp_path):
 def test_the_file_map_names_files_that_exist():
     for name in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / name).exists(), name
+
+
+def test_the_list_of_files_is_complete_and_up_to_date():
+    printed = subprocess.run([sys.executable, "docs/file_map.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+    assert listed == printed.stdout, "run `make files`"
+
+
+def test_every_file_says_what_it_is():
+    listed = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+    assert "|  |" not in listed

@@ -353,3 +353,12 @@ def test_forced_replays_what_it_was_given(row_by):
 def test_bad_options_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         build(name, **options)
+
+
+@pytest.mark.parametrize(("name", "top_k"), [("gshard", 2), ("base", 1), ("remoe", 2), ("hash", 2), ("forced", 2)])
+def test_routers_with_a_fixed_k_refuse_another_one(name, top_k):
+    router = build(name, top_k=top_k, vocab_size=40)
+    context = {"token_id_T": torch.arange(T), "position_T": torch.zeros(T, dtype=torch.int64)}
+    run(router, inputs(), top_k=top_k, **context)
+    with pytest.raises(ValueError, match="cannot change K between calls; got top_k = 3"):
+        run(router, inputs(), top_k=3, **context)

@@ -19,7 +19,7 @@ from .latency import layer_seconds_L
 Float = NDArray[np.float64]
 Robustness = Literal["mean", "max", "cvar"]
 CVAR_SHARE = 0.5
-PRICE_ONE_NODE, PRICE_SEVERAL_NODES = 1.4, 0.55  # measured on GPT-OSS-20B: balancedness 0.90 on data not planned on
+PRICE_ONE_NODE, PRICE_SEVERAL_NODES = 1.7, 1.0  # measured on GPT-OSS-20B: balancedness 0.90 on data not planned on
 HOP_IMBALANCE_PRICE = 0.5
 
 
