@@ -10,7 +10,6 @@ jax inserts the communication. Source of the idea: Tan et al. 2023 (Redco), arXi
 
 import jax
 import numpy as np
-from flax import nnx
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -66,28 +65,6 @@ def partition(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     if axes[inner] is None and shape[inner] % mesh.shape["tensor"] == 0:
         axes[inner] = "tensor"
     return P(*axes)
-
-
-def distribute(model: nnx.Module, mesh: Mesh) -> None:
-    """Place a model's state on a mesh, in place.
-
-    Raises:
-        ValueError: if the experts do not divide over the axis `expert`.
-    """
-    from .experts import Experts
-
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, Experts):
-            num_experts = module.down_proj.shape[0]
-            if num_experts % mesh.shape["expert"]:
-                raise ValueError(f"{num_experts} experts do not divide over {mesh.shape['expert']} devices")
-            module.mesh = mesh
-    state = nnx.to_flat_state(nnx.state(model))
-    for path, variable in state:
-        names = tuple(map(str, path))
-        sharding = NamedSharding(mesh, partition(names, variable.shape, mesh))
-        variable[...] = jax.device_put(variable[...], sharding)
-    nnx.update(model, nnx.from_flat_state(state))
 
 
 def place_batch(tokens: np.ndarray, mesh: Mesh | None) -> Array:

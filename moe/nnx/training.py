@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 from ..config import MoEConfig
 from .checkpoint import read_tensors, save_pretrained, set_tensors
 from .decoder import MoEForCausalLM
-from .mesh import distribute, place_batch
+from .distribute import distribute
+from .mesh import place_batch
 
 STATE_FILE = "training_state.safetensors"
 PROBE_SIZE, PROBE_REPEATS = 768, 5
