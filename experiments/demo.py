@@ -27,6 +27,7 @@ from .train import measure_step_s, train
 
 TRAIN_SECONDS = 240.0
 FEWEST_STEPS, MOST_STEPS = 150, 600
+OVERTIME = 1.4
 PROMPT_BYTES, NEW_TOKENS, TEMPERATURE = 64, 192, 0.7
 TRACE_SEQUENCES, TRACE_LENGTH = 24, 256
 CLUSTER_NODES, CLUSTER_GPUS = 2, 4
@@ -52,7 +53,10 @@ def run_demo(out: Path, *, data: str | None = None, train_seconds: float = TRAIN
     corpus = stages.run("read the text", lambda: load_corpus(data))
     yardsticks = stages.run("count bigrams and trigrams", lambda: _yardsticks(corpus))
     config = stages.run("measure this machine", lambda: _fit_steps(corpus, train_seconds))
-    trained = stages.run(f"train for {config.steps} steps", lambda: train(config, corpus, out / "model"))
+    trained = stages.run(
+        f"train for {config.steps} steps",
+        lambda: train(config, corpus, out / "model", stop_after_s=OVERTIME * train_seconds),
+    )
     _expect(
         trained.held_out_bits_per_byte < yardsticks.bigram,
         f"the model reached {trained.held_out_bits_per_byte:.3f} bits per byte, not below the bigram's "

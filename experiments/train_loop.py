@@ -60,9 +60,16 @@ class Trainable(Protocol):
 
 
 def run_steps(
-    trainable: Trainable, config: TrainConfig, corpus: Corpus, run: Path, done: int, *, quiet: bool
+    trainable: Trainable,
+    config: TrainConfig,
+    corpus: Corpus,
+    run: Path,
+    done: int,
+    *,
+    quiet: bool,
+    stop_after_s: float | None = None,
 ) -> TrainResult:
-    """Train from step `done` to the end; everything that is left behind is under `run`.
+    """Train from step `done` to the end, or until the time is up; everything that is left behind is under `run`.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the last finished step is saved.
@@ -71,6 +78,8 @@ def run_steps(
     with open_log(run / "metrics.jsonl", last_step=done) as log, _progress(config.steps, done, quiet) as advance:
         try:
             for step in range(done, config.steps):
+                if stop_after_s is not None and time.perf_counter() - start > stop_after_s:
+                    break
                 row = trainable.step(step)
                 row["bits_per_byte"] = bits_per_byte(row["lm_loss"], corpus)
                 done = step + 1

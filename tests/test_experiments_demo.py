@@ -7,7 +7,7 @@ from experiments.demo import run_demo
 
 @pytest.mark.slow
 def test_the_whole_story_in_one_page(tmp_path):
-    report = run_demo(tmp_path / "demo", train_seconds=1)
+    report = run_demo(tmp_path / "demo", train_seconds=60)
     page = report.read_text(encoding="utf-8")
     assert page.count("<svg") == 4
     assert "src=" not in page
