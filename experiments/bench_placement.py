@@ -169,7 +169,3 @@ def _print(console: Console, rows: list[dict[str, Any]]) -> None:
             *(f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name] or "-") for name in shown)
         )
     console.print(table)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value or "-")

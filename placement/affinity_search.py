@@ -9,6 +9,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from .budget import Budget
 from .bundles import Bundles, unique_sets
 from .layer_search import Effort, search_layer
+from .objectives import PartWeights
+from .objectives.churn import require_same_model
 from .problem import Problem
 from .replication import counts_of
 from .tabu import LayerTask
@@ -24,90 +27,132 @@ Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
 FOLDS = 8
 MIN_SEQUENCES = 4 * FOLDS
-PARALLEL_WORK = 200_000
+PARALLEL_TOKENS = 100_000  # tokens x layers that pay for starting processes
 
 
 def search_affinity(
-    problem: Problem, start_LP: Integer, budget: Budget, *, fan: float, node: float, level: float, effort: Effort
+    problem: Problem, start_LP: Integer, budget: Budget, weights: PartWeights, *, effort: Effort
 ) -> Integer:
-    """Improve a map layer by layer for fan * GPU fan-out + node * node fan-out + level * imbalance.
+    """Improve a map layer by layer for fan-out, imbalance above a goal, and churn.
 
     Args:
-        problem: has tokens.
+        problem: has tokens if there is a weight of fan-out.
         start_LP: a map to start from; its copy counts are kept.
         budget: time, seed, processes; told of progress.
-        fan, node, level: weights of the objective.
+        weights: of the objective; hops are left out.
         effort: how hard to try.
     """
     map_LP = start_LP.copy()
-    deadline = budget.began + budget.time_limit_s
-    jobs = [
-        (layer, layer_task(problem, start_LP[layer], layer, fan=fan, node=node, level=level, seed=budget.seed))
+    churn_LXG = churn_costs(problem, start_LP, weights.churn)
+    jobs = (
+        _LayerJob(
+            problem=problem.restrict(np.array([layer])),
+            map_P=start_LP[layer],
+            layer=layer,
+            weights=weights,
+            churn_XG=None if churn_LXG is None else churn_LXG[layer],
+            effort=effort,
+            seed=budget.seed,
+            deadline=budget.deadline,
+            rounds_left=-(-(problem.num_layers - layer) // budget.processes),
+        )
         for layer in range(problem.num_layers)
-    ]
-    for done, (layer, gpu_X, expert_X) in enumerate(_run(jobs, problem, budget, effort, deadline)):
-        map_LP[layer] = expert_X[np.argsort(gpu_X, kind="stable")]
+    )
+    for done, (layer, map_P) in enumerate(_run(jobs, problem, budget)):
+        map_LP[layer] = map_P
         budget.offer(map_LP)
         budget.tell("searching layers", (done + 1) / problem.num_layers)
     return map_LP
 
 
+def running_LP(problem: Problem) -> Integer | None:
+    """The map that runs now if the problem has as many slots; None where a new one must be made."""
+    current = problem.current
+    if current is None or current.cluster.num_gpus != problem.num_gpus or current.num_slots != problem.num_slots:
+        return None
+    require_same_model(current, problem)
+    return current.physical_to_logical_LP.copy()
+
+
+def churn_costs(problem: Problem, map_LP: Integer, price: float) -> Float | None:
+    """[L, X, G]: what it costs to have the slot's expert on a GPU that has no copy of it now."""
+    if not price:
+        return None
+    size = problem.cluster.model.expert_bytes
+    if problem.current is None or size is None:
+        raise ValueError("churn needs the plan that runs now (--current) and model.expert_bytes in the cluster file")
+    shared = min(problem.num_gpus, problem.current.cluster.num_gpus)
+    is_new_LEG = np.ones((problem.num_layers, problem.num_experts, problem.num_gpus), np.float32)
+    is_new_LEG[:, :, :shared] = problem.current.copies_LEG[:, :, :shared] == 0
+    return np.asarray(np.take_along_axis(is_new_LEG, map_LP[:, :, None], axis=1) * (price * size / 1e9))
+
+
 def layer_task(
-    problem: Problem, map_P: Integer, layer: int, *, fan: float, node: float, level: float, seed: int
+    problem: Problem, map_P: Integer, layer: int, weights: PartWeights, *, seed: int, linear_XG: Float | None = None
 ) -> LayerTask:
     """One layer as the search sees it: slots are items, tokens are dealt to the copies of an expert at random."""
     random = np.random.default_rng([seed, layer])
     sets = [
-        _item_sets(scenario.trace.expert_TLK[:, layer], map_P, random)  # type: ignore[union-attr]
+        _item_sets(scenario.trace.expert_TLK[:, layer], map_P, random)
         for scenario in problem.scenarios
+        if scenario.trace is not None
     ]
     count_E = np.maximum(np.bincount(map_P, minlength=problem.num_experts), 1)
     weight_WE = _fold_weights(problem, layer, random)
     return LayerTask(
-        bundles=_joined(sets),
+        bundles=_joined(sets) if sets else Bundles(np.zeros((0, 1), np.int64), np.zeros(0)),
         weight_WX=(weight_WE / count_E)[:, map_P],
         expert_X=map_P,
         speed_G=problem.cluster.speed_G,
         node_G=problem.cluster.node_G,
-        fan=fan,
-        node=node,
-        level=level,
+        fan=weights.fan,
+        node=weights.node,
+        level=weights.level,
+        goal=weights.goal,
         worst=len(problem.scenarios) > 1,
+        linear_XG=linear_XG,
     )
 
 
-def _run(
-    jobs: list[tuple[int, LayerTask]], problem: Problem, budget: Budget, effort: Effort, deadline: float
-) -> Iterator[tuple[int, Integer, Integer]]:
-    work = sum(len(task.bundles.count_B) for _, task in jobs)
-    is_parallel = budget.processes > 1 and len(jobs) > 1 and work > PARALLEL_WORK // 4
-    arguments = [
-        (layer, task, problem.slots_per_gpu, effort, budget.seed, *_window(index, len(jobs), budget, deadline))
-        for index, (layer, task) in enumerate(jobs)
-    ]
-    if not is_parallel:
-        yield from map(_search_one, arguments)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _LayerJob:
+    """One layer for a worker process, which builds its own task; `rounds_left` layers follow one another until then."""
+
+    problem: Problem
+    map_P: Integer
+    layer: int
+    weights: PartWeights
+    churn_XG: Float | None
+    effort: Effort
+    seed: int
+    deadline: float
+    rounds_left: int
+
+
+def _run(jobs: Iterator[_LayerJob], problem: Problem, budget: Budget) -> Iterator[tuple[int, Integer]]:
+    tokens = sum(scenario.trace.num_tokens for scenario in problem.scenarios if scenario.trace is not None)
+    if budget.processes == 1 or problem.num_layers == 1 or tokens * problem.num_layers < PARALLEL_TOKENS:
+        yield from map(_search_one, jobs)
         return
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(budget.processes, mp_context=context) as pool:
         try:
-            yield from pool.map(_search_one, arguments)
+            yield from pool.map(_search_one, jobs)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _window(index: int, jobs: int, budget: Budget, deadline: float) -> tuple[float, float]:
-    """Seconds that a layer may take, and when all layers must be done."""
-    return (deadline - time.monotonic()) * min(budget.processes, jobs) / jobs * 0.9, deadline
-
-
-def _search_one(argument: tuple[int, LayerTask, int, Effort, int, float, float]) -> tuple[int, Integer, Integer]:
-    layer, task, per_gpu, effort, seed, share_s, deadline = argument
-    known_X = np.arange(len(task.expert_X)) // per_gpu
-    until = min(deadline, time.monotonic() + share_s)
-    gpu_X, _ = search_layer(task, known_X, effort, seed * 1000 + layer, until)
-    return layer, gpu_X, task.expert_X
+def _search_one(job: _LayerJob) -> tuple[int, Integer]:
+    """The searched map of one layer; its old map once the time is up."""
+    now = time.monotonic()
+    if now >= job.deadline:
+        return job.layer, job.map_P
+    task = layer_task(job.problem, job.map_P, 0, job.weights, seed=job.seed + job.layer, linear_XG=job.churn_XG)
+    known_X = np.arange(len(job.map_P)) // job.problem.slots_per_gpu
+    until = now + (job.deadline - now) / job.rounds_left
+    gpu_X, _ = search_layer(task, known_X, job.effort, job.seed * 1000 + job.layer, until)
+    return job.layer, job.map_P[np.argsort(gpu_X, kind="stable")]
 
 
 def _item_sets(expert_TK: NDArray[np.int16], map_P: Integer, random: np.random.Generator) -> Bundles:
@@ -135,7 +180,8 @@ def _fold_weights(problem: Problem, layer: int, random: np.random.Generator) -> 
     if len(problem.scenarios) > 1:
         return problem.weight_WLE[:, layer]
     trace = problem.scenarios[0].trace
-    assert trace is not None
+    if trace is None:
+        return problem.weight_WLE[:, layer]
     sequences, of_T = np.unique(trace.sequence_T, return_inverse=True)
     if len(sequences) < MIN_SEQUENCES:
         return problem.weight_WLE[:, layer]

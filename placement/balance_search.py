@@ -17,23 +17,29 @@ from .swaps import balance_by_swaps
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
 SMALL_STEP = 1e-5
+BEYOND = 2.0  # how far robust weights go beyond the scenarios, in units of the distance from the mean
+LEAST_SHARE = 0.1
 MAX_GPUS = 2048  # beyond it a layer table of GPU x expert no longer fits small machines
 GOOD_WITH_COPIES = 1e-3  # the bound itself is no tighter with replicas
 
 
 def robust_weights(weight_WLE: Float) -> Float:
-    """Several scenarios, and what lies between them and no knowledge: their mean, the mean half smoothed, uniform load.
+    """Several scenarios, their mean, the mean half smoothed, and each scenario at twice its distance from the mean.
 
-    A plan that also bears these is measured to be more even on workloads that it was not planned for.
+    The last ones, on both sides of the mean, stand for workloads that go further than those known. Measured: a plan
+    that also bears these is more even on workloads that it was not planned for.
     """
     if len(weight_WLE) == 1:
         return weight_WLE
     mean = weight_WLE.mean(axis=0, keepdims=True)
     even = np.broadcast_to(mean.mean(axis=2, keepdims=True), mean.shape)
-    return np.concatenate([weight_WLE, mean, (mean + even) / 2])
+    away = [np.maximum(mean + side * (weight_WLE - mean), LEAST_SHARE * mean) for side in (BEYOND, -BEYOND)]
+    further = np.concatenate(away)
+    total = np.maximum(further.sum(axis=2, keepdims=True), 1e-30)
+    return np.concatenate([weight_WLE, mean, (mean + even) / 2, further / total * mean.sum(axis=2, keepdims=True)])
 
 
-def lpt_swap_LP(problem: Problem, weight_WLE: Float) -> Integer:
+def lpt_swap_LP(problem: Problem, weight_WLE: Float, deadline: float = float("inf")) -> Integer:
     """LPT and pair swaps for weights that are split evenly between copies."""
     if problem.num_gpus > MAX_GPUS:
         raise ValueError(
@@ -44,7 +50,7 @@ def lpt_swap_LP(problem: Problem, weight_WLE: Float) -> Integer:
     count_LE = replicate_LE(weight_WLE, problem.num_slots, problem.num_gpus)
     start_LP = lpt_LP(weight_WLE / count_LE, slots_of(count_LE), speed_G)
     target_L = peak_target_L(problem, weight_WLE)
-    return balance_by_swaps(weight_WLE / count_LE, start_LP, speed_G, target_L=target_L)
+    return balance_by_swaps(weight_WLE / count_LE, start_LP, speed_G, target_L=target_L, deadline=deadline)
 
 
 def peak_target_L(problem: Problem, weight_WLE: Float) -> Float:
@@ -85,7 +91,7 @@ def kick_and_swap(
         budget.tell("improving balance", turn / max_rounds)
         kicked_LP = _kick(best_LP[layers], weight_WLE.shape[2], G, random)
         per_copy = weight_WLE[:, layers] / counts_of(kicked_LP, weight_WLE.shape[2])
-        tried_LP = balance_by_swaps(per_copy, kicked_LP, speed_G, target_L=target_L[layers])
+        tried_LP = balance_by_swaps(per_copy, kicked_LP, speed_G, target_L=target_L[layers], deadline=budget.deadline)
         tried_L = peaks_L(weight_WLE[:, layers], tried_LP, speed_G)
         better = tried_L < peak_L[layers]
         best_LP[layers[better]], peak_L[layers[better]] = tried_LP[better], tried_L[better]

@@ -8,7 +8,7 @@ from .certificate import Bound
 from .fanout_bounds import fanout_bound_L
 from .objectives import Objective, Robustness, join_scenarios
 from .objectives.activated import activation_weight_LE
-from .objectives.registry import imbalance_price
+from .objectives.registry import imbalance_price, split_goal
 from .plan import Plan
 from .problem import Problem, Scenario
 
@@ -24,11 +24,12 @@ def objective_bound(objective: Objective, problem: Problem, plan: Plan, robustne
     total_WL = np.zeros((len(problem.scenarios), problem.num_layers))
     names = []
     for weight, name in parts:
+        part, goal = split_goal(name) if objective.parts else (name, None)
         for index, scenario in enumerate(problem.scenarios):
-            found = _part_bound(name, scenario, problem, plan)
+            found = _part_bound(part, scenario, problem, plan)
             if found is None:
                 return None
-            total_WL[index] += weight * found[0]
+            total_WL[index] += weight * (found[0] if goal is None else np.maximum(found[0] - goal, 0))
             names.append(found[1])
     value_L = join_scenarios(total_WL, robustness)
     return Bound(value=float(value_L.mean()), name=" + ".join(dict.fromkeys(names)), value_L=value_L)
@@ -60,6 +61,6 @@ def _part_bound(name: str, scenario: Scenario, problem: Problem, plan: Plan) -> 
         return weight_LE.sum(axis=1) / cluster.num_gpus, "mean"
     if name in ("gpu-fanout", "node-fanout", "fanout") and scenario.trace is not None:
         return fanout_bound_L(name, scenario.trace, plan)
-    if name == "hops":
+    if name in ("hops", "churn"):
         return np.zeros(problem.num_layers), "zero"
     return None

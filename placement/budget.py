@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,19 +21,30 @@ class Budget:
         seed: for every random choice.
         processes: worker processes for layers; 1 stays in this process.
         progress: called with a phase and the share of it that is done.
+        balance_floor: balancedness to expect on unseen data, or None.
     """
 
     time_limit_s: float = 60.0
     seed: int = 0
     processes: int = 1
     progress: Progress | None = None
+    balance_floor: float | None = None
     incumbent_LP: Integer | None = None
     proved_L: Float | None = None
     began: float = field(default_factory=time.monotonic)
 
     @property
+    def deadline(self) -> float:
+        """`time.monotonic()` at which to stop; the same clock in every process of the machine."""
+        return self.began + self.time_limit_s
+
+    @property
     def left_s(self) -> float:
-        return max(0.0, self.began + self.time_limit_s - time.monotonic())
+        return max(0.0, self.deadline - time.monotonic())
+
+    def part(self, share: float) -> "Budget":
+        """A budget that ends after that share of the time left; offer its result here."""
+        return replace(self, time_limit_s=time.monotonic() - self.began + share * self.left_s)
 
     def offer(self, map_LP: Integer) -> None:
         """Keep a complete map that is the best so far; Ctrl-C returns it."""

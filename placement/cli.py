@@ -25,9 +25,11 @@ def solve_command(
     trace: TraceOption = None,
     loads: LoadsOption = None,
     rows: RowsOption = None,
-    objective: Annotated[str, typer.Option(help="balance, fanout, fanout+balance, hops, latency, ...")] = "balance",
+    objective: Annotated[
+        str, typer.Option(help="A name, a sum like fanout+2*balance, or balance<=1.1,fanout.")
+    ] = "balance",
     replicas: Annotated[int | None, typer.Option(help="Extra slots per layer.")] = None,
-    solver: Annotated[str, typer.Option(help="auto, search, ilp, eplb, lpt, contiguous, ...")] = "auto",
+    solver: Annotated[str, typer.Option(help="auto, search, lns, ilp, eplb, lpt, contiguous, ...")] = "auto",
     time_limit: Annotated[float, typer.Option(help="Seconds for the solver.")] = 30.0,
     seed: Annotated[int, typer.Option(help="For every random choice.")] = 0,
     robustness: Annotated[str, typer.Option(help="How scenarios are joined: max, mean or cvar.")] = "max",
@@ -36,17 +38,25 @@ def solve_command(
     current: Annotated[
         Path | None, typer.Option(help="The plan that runs now; GPUs are numbered to move least.")
     ] = None,
+    churn_weight: Annotated[
+        float, typer.Option(help="With --current: objective units per GB that a layer moves; 0 only renumbers GPUs.")
+    ] = 0.0,
+    balance_floor: Annotated[
+        float | None, typer.Option(help="Choose the price of imbalance so that unseen data keeps this balancedness.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Place experts on a cluster, print how good that is and could be, write the plan.
 
     Example: `expertier place solve --trace t.npz --cluster c.yaml --objective fanout+balance --out plan.json`
     """
+    from dataclasses import replace
+
     from routing.traces import write_json
 
     from .cluster import load_cluster
     from .elastic import match_gpus
-    from .objectives import Robustness
+    from .objectives import Robustness, find_objective, with_churn
     from .objectives.churn import churn
     from .plan import Plan
     from .progress import solving
@@ -61,12 +71,16 @@ def solve_command(
     if holdout:
         problem, held["held-out sequences"] = split_by_sequence(problem, holdout, seed)
     running = None if current is None else Plan.load(current)
+    if churn_weight and running is None:
+        raise ValueError("--churn-weight needs --current PLAN, the plan that runs now")
+    problem = replace(problem, current=running)
     with solving() as progress:
         plan = solve(
             problem,
-            objective=objective,
+            objective=with_churn(find_objective(objective), churn_weight) if churn_weight else objective,
             solver=solver,
             time_limit_s=time_limit,
+            balance_floor=balance_floor,
             seed=seed,
             robustness=cast(Robustness, robustness),
             progress=progress,
@@ -74,7 +88,7 @@ def solve_command(
     plan = validate_plan(plan, held)
     moved = None
     if running is not None:
-        plan = match_gpus(running, plan)
+        plan = plan if churn_weight else match_gpus(running, plan)
         moved = vars(churn(running, plan, plan.cluster.model.expert_bytes or 1.0))
     plan.save(out)
     assert plan.certificate is not None

@@ -36,14 +36,15 @@ class GroupState:
     ) -> None:
         self.is_dense = used_BX.shape[0] * used_BX.shape[1] <= DENSE_CELLS
         used_BX = used_BX.astype(np.float32)
-        self.used_BX: Any = used_BX.toarray() if self.is_dense else used_BX.tocsr()
+        self.sparse_BX = used_BX.tocsr()
+        self.used_BX: Any = self.sparse_BX.toarray() if self.is_dense else self.sparse_BX
         self.rows_of_item = used_BX.tocsc()
         self.count_B = count_B.astype(np.float32)
         self.group_X = group_X.astype(np.int64).copy()
         self.A, self.X = num_groups, used_BX.shape[1]
         member_XA = np.zeros((self.X, self.A), np.float32)
         member_XA[np.arange(self.X), self.group_X] = 1
-        self.touch_BA = np.asarray(self.used_BX @ member_XA)
+        self.touch_BA = np.asarray(self.sparse_BX @ member_XA)
         self.add_XA = np.zeros((self.X, self.A))
         self.lone_XA = np.zeros((self.X, self.A))
         self.both_XX = np.zeros((self.X, self.X))
@@ -90,13 +91,14 @@ class GroupState:
         """Add (or take away) what these bundles contribute to add, lone and both."""
         if not len(rows):
             return
-        used = self.used_BX[rows]
+        is_dense = self.is_dense and len(rows) < len(self.count_B)
+        used: Any = self.used_BX[rows] if is_dense else self.sparse_BX[rows]
         weight = sign * self.count_B[rows, None]
         touch = self.touch_BA[rows]
         none, lone = (touch < 0.5) * weight, (touch > 0.5) & (touch < 1.5)
         self.add_XA += used.T @ none
         self.lone_XA += used.T @ (lone * weight)
-        if self.is_dense:
+        if is_dense:
             lone_BX = used * lone[:, self.group_X]
             self.both_XX += lone_BX.T @ (used * weight)
         else:

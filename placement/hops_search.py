@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from .affinity_search import layer_task
 from .budget import Budget
 from .hops_annealing import ChainAnnealing
+from .objectives import PartWeights
 from .objectives.hops import first_choice_TL
 from .problem import Problem
 from .tabu import LayerTask, SearchState, tabu_search
@@ -23,18 +24,15 @@ Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
 ROUNDS = 25
 SWEEPS = 4
-STEPS = 12_000
+STEPS = 36_000
 
 
 def search_hops(
     problem: Problem,
     start_LP: Integer,
     budget: Budget,
+    weights: PartWeights,
     *,
-    hops: float,
-    fan: float,
-    node: float,
-    level: float,
     restarts: int,
 ) -> Integer:
     """Improve a map for hops * hop share + fan * GPU fan-out + node * node fan-out + level * imbalance.
@@ -43,21 +41,20 @@ def search_hops(
         problem: has tokens.
         start_LP: a map to start from; its copy counts are kept.
         budget: time, seed; told of progress.
-        hops, fan, node, level: weights of the objective.
+        weights: of the objective, without churn and goal.
         restarts: annealings, each from a random start.
     """
     tasks = [
-        layer_task(problem, start_LP[layer], layer, fan=fan, node=node, level=level, seed=budget.seed)
-        for layer in range(problem.num_layers)
+        layer_task(problem, start_LP[layer], layer, weights, seed=budget.seed) for layer in range(problem.num_layers)
     ]
-    chain = _Chain(problem, tasks, hops, budget)
+    chain = _Chain(problem, tasks, weights.hops, budget)
     known = [np.arange(problem.num_slots) // problem.slots_per_gpu for _ in tasks]
     best, best_cost = known, chain.cost(known)
     has_copies = problem.num_slots > problem.num_experts
     for restart in range(1 if has_copies else restarts):
         budget.tell("searching hops", restart / restarts)
         share_s = 0.85 * budget.left_s / (restarts - restart)
-        cooled = known if has_copies else chain.anneal(level, seed=budget.seed + restart, seconds=share_s)
+        cooled = known if has_copies else chain.anneal(weights.level, seed=budget.seed + restart, seconds=share_s)
         found, cost = chain.descend(cooled, np.random.default_rng(budget.seed + restart))
         if cost < best_cost:
             best, best_cost = found, cost

@@ -19,6 +19,7 @@ Integer = NDArray[np.int64]
 WHOLE_ITEMS = 64
 LARGE_ROUNDS = 70
 FORBIDDEN = -1e12
+NODE_TIME = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,8 @@ class Effort:
     """
 
     starts: int = 40
-    keep: int = 2
-    rounds: int = 200
+    keep: int = 3
+    rounds: int = 250
     polish: int = 70
     bundles: int = 4000
 
@@ -75,13 +76,17 @@ def _attempts(task: LayerTask, known_X: Integer, effort: Effort, seed: int, dead
     """Results of the searches, one after another: from transport starts and from the known assignment."""
     random = np.random.default_rng(seed)
     if len(known_X) > WHOLE_ITEMS:
-        yield _by_nodes(task, known_X, effort, random, seed, deadline)
+        if task.linear_XG is not None or not (task.fan or task.node):
+            yield tabu_search(task, known_X, rounds=effort.rounds, seed=seed, deadline=deadline)[0]
+        else:
+            yield _by_nodes(task, known_X, effort, random, seed, deadline)
         return
-    for index, start_X in enumerate([*_starts(task, effort, random), known_X]):
+    starts = _starts(task, effort, random, deadline) if task.fan or task.node else []
+    for index, start_X in enumerate([known_X, *starts]):
         yield tabu_search(task, start_X, rounds=effort.rounds, seed=seed + index, deadline=deadline)[0]
 
 
-def _starts(task: LayerTask, effort: Effort, random: np.random.Generator) -> list[Integer]:
+def _starts(task: LayerTask, effort: Effort, random: np.random.Generator, deadline: float) -> list[Integer]:
     """GPU of each item: nodes by transport, then GPUs within each node by transport."""
     items = len(task.expert_X)
     pair_XX = _pairs(task, items)
@@ -90,26 +95,28 @@ def _starts(task: LayerTask, effort: Effort, random: np.random.Generator) -> lis
     price = task.level / max(task.fan + task.node, 1e-9) / 10
     if M == 1 or not task.node or not _equal_nodes(task.node_G):
         return transport_starts(
-            pair_XX, weight_X, G, starts=effort.starts, keep=effort.keep, price=price, random=random
+            pair_XX, weight_X, G, starts=effort.starts, keep=effort.keep, price=price, random=random, deadline=deadline
         )
     found = []
     for node_X in transport_starts(
-        pair_XX, weight_X, M, starts=effort.starts, keep=effort.keep, price=price, random=random
+        pair_XX, weight_X, M, starts=effort.starts, keep=effort.keep, price=price, random=random, deadline=deadline
     ):
         gpu_X = np.empty(items, np.int64)
         for node in range(M):
             inside = np.flatnonzero(node_X == node)
             gpu_X[inside] = np.flatnonzero(task.node_G == node)[0] + _inside_start(
-                pair_XX, weight_X, inside, G // M, random
+                pair_XX, weight_X, inside, G // M, random, deadline
             )
         found.append(gpu_X)
     return found
 
 
-def _inside_start(pair_XX: Float, weight_X: Float, inside: Integer, gpus: int, random: np.random.Generator) -> Integer:
+def _inside_start(
+    pair_XX: Float, weight_X: Float, inside: Integer, gpus: int, random: np.random.Generator, deadline: float
+) -> Integer:
     weight = weight_X[inside] / max(float(weight_X[inside].sum()), 1e-30)
     pair = pair_XX[np.ix_(inside, inside)]
-    return transport_starts(pair, weight, gpus, starts=2, keep=1, price=0.1, random=random)[0]
+    return transport_starts(pair, weight, gpus, starts=2, keep=1, price=0.1, random=random, deadline=deadline)[0]
 
 
 def _pairs(task: LayerTask, items: int) -> Float:
@@ -133,7 +140,7 @@ def _by_nodes(
     if int(task.node_G[-1]) > 0 and _equal_nodes(task.node_G):
         gpu_X = _nodes_then_gpus(task, known_X, effort, random, seed, deadline)
     elif task.fan:
-        start_X = _starts(task, replace(effort, starts=1, keep=1), random)[0]
+        start_X = _starts(task, replace(effort, starts=1, keep=1), random, deadline)[0]
         gpu_X = tabu_search(task, start_X, rounds=effort.rounds, seed=seed, deadline=deadline)[0]
     return tabu_search(task, gpu_X, rounds=effort.polish, seed=seed, deadline=deadline)[0]
 
@@ -153,14 +160,22 @@ def _nodes_then_gpus(
         if len(task.expert_X) == len(np.unique(task.expert_X))
         else np.arange(len(task.expert_X)),
     )
-    start_X = _starts(replace(by_node, expert_X=task.expert_X), replace(effort, starts=1, keep=1), random)[0]
-    node_X, _ = tabu_search(by_node, start_X, rounds=effort.rounds, seed=seed, deadline=deadline)
+    until = _after(NODE_TIME, deadline)
+    start_X = _starts(replace(by_node, expert_X=task.expert_X), replace(effort, starts=1, keep=1), random, until)[0]
+    node_X, _ = tabu_search(by_node, start_X, rounds=effort.rounds, seed=seed, deadline=until)
     gpu_X = np.empty(len(known_X), np.int64)
     for node in range(M):
         inside = np.flatnonzero(node_X == node)
         gpus = np.flatnonzero(task.node_G == node)
-        gpu_X[inside] = gpus[_inside_node(task, inside, gpus, effort, random, seed, deadline)]
+        until = _after(1 / (M + 1 - node), deadline)
+        gpu_X[inside] = gpus[_inside_node(task, inside, gpus, effort, random, seed, until)]
     return gpu_X
+
+
+def _after(share: float, deadline: float) -> float:
+    """When that share of the time left until the deadline will be over."""
+    now = time.monotonic()
+    return now + share * (deadline - now)
 
 
 def _inside_node(
@@ -186,7 +201,7 @@ def _inside_node(
         node=0.0,
         level=task.level,
     )
-    start_X = _starts(local, replace(effort, starts=2, keep=1), random)[0]
+    start_X = _starts(local, replace(effort, starts=2, keep=1), random, deadline)[0]
     return tabu_search(local, start_X, rounds=effort.rounds // 3, seed=seed, deadline=deadline)[0]
 
 

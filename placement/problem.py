@@ -5,7 +5,7 @@ Shapes: W scenarios, L MoE layers, E experts, T tokens, K experts per token, G G
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from routing.traces import RoutingTrace, load_LE
 
 from .cluster import Cluster
 from .feasibility import explain_memory, explain_slots
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 Float = NDArray[np.float64]
 
@@ -44,6 +47,7 @@ class Problem:
         layer_ids: the decoder layer (dense ones counted) of each MoE layer.
         hidden_layers: decoder layers in all.
         groups: expert groups of the router (DeepSeek), 1 if there are none.
+        current: the plan that runs now, for objectives with churn.
 
     Raises:
         ValueError: if shapes disagree, the slots do not fit the experts, or the memory does not fit the slots.
@@ -55,6 +59,7 @@ class Problem:
     layer_ids: tuple[int, ...]
     hidden_layers: int
     groups: int = 1
+    current: "Plan | None" = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -117,12 +122,17 @@ class Problem:
         return np.divide(load_WLE, total_WL1, out=np.zeros_like(load_WLE), where=total_WL1 > 0)
 
     def restrict(self, layers: NDArray[np.integer[Any]]) -> Self:
-        """The same problem for some of its layers."""
+        """The same problem for some of its layers, without the plan that runs now."""
         chosen = tuple(
             Scenario(name=s.name, load_LE=s.load_LE[layers], trace=_trace_layers(s.trace, layers))
             for s in self.scenarios
         )
-        return replace(self, scenarios=chosen, layer_ids=tuple(self.layer_ids[i] for i in layers))
+        return replace(self, scenarios=chosen, layer_ids=tuple(self.layer_ids[i] for i in layers), current=None)
+
+    def with_trace(self, trace: RoutingTrace) -> Self:
+        """The same problem judged by another trace of the same layers and experts."""
+        scenario = Scenario(name=self.scenarios[0].name, load_LE=load_LE(trace).astype(np.float64), trace=trace)
+        return replace(self, scenarios=(scenario,))
 
     @classmethod
     def from_trace(

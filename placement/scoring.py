@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from .bound_choice import objective_bound, tighten
 from .certificate import relative_gap
 from .check import check_plan
-from .objectives import Objective, Robustness, evaluate_L, find_objective
+from .objectives import Objective, Robustness, evaluate_L, find_objective, without_churn
 from .objectives.balance import imbalance_L
 from .objectives.fanout import gpu_fanout_L, node_fanout_L
 from .objectives.hops import hop_share
@@ -126,4 +126,5 @@ def _objective(objective: str | Objective | None, plan: Plan, problem: Problem) 
     if objective is not None:
         return find_objective(objective)
     own = find_objective(plan.objective_name or "balance")
+    own = own if problem.current is not None else without_churn(own)
     return find_objective("balance") if own.needs_tokens and not problem.has_tokens else own

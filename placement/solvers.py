@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .affinity_search import search_affinity
+from .affinity_search import running_LP, search_affinity
 from .balance_search import kick_and_swap, lpt_swap_LP, robust_weights
 from .baselines import contiguous_LP, random_LP, round_robin_LP
 from .budget import Budget, Progress
@@ -19,6 +19,7 @@ from .hops_search import search_hops
 from .layer_search import Effort
 from .objectives import Objective, Robustness, find_objective, part_weights
 from .plan import Plan
+from .price_choice import choose_price
 from .problem import Problem
 from .scoring import score
 
@@ -27,6 +28,8 @@ Integer = NDArray[np.int64]
 Solver = Callable[[Problem, Objective, Budget], Integer]
 ILP_BINARIES = 2000
 HOP_RESTARTS = 1
+SCORING_S = 3e-6  # per token and layer
+SEARCH_SHARE = 0.3  # of the time, where an integer programme comes after
 
 
 def solve(
@@ -37,6 +40,7 @@ def solve(
     time_limit_s: float = 30.0,
     seed: int = 0,
     robustness: Robustness = "max",
+    balance_floor: float | None = None,
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -46,9 +50,11 @@ def solve(
         problem: what to place where.
         objective: a name of OBJECTIVES or an objective of your own.
         solver: a name of SOLVERS; `auto` searches and proves what is small.
-        time_limit_s: wall time for the solver.
+        time_limit_s: wall time, certificate included.
         seed: for every random choice.
         robustness: how scenarios are joined.
+        balance_floor: with one traced scenario, search with the least price of imbalance whose plans are expected to
+            keep this balancedness on unseen data; None takes the objective's own price.
         processes: worker processes; None takes the machine's cores.
         progress: called with a phase and the share of it that is done.
 
@@ -64,11 +70,21 @@ def solve(
         raise ValueError(f"unknown solver {solver!r}; there are {', '.join(SOLVERS)}")
     if chosen.needs_tokens and not problem.has_tokens:
         raise ValueError(f"objective {chosen.name} needs a routing trace (--trace); loads only tell balance")
+    if problem.cluster.rank_cost_GG is not None and any(name in ("hops", "latency") for name in _part_names(chosen)):
+        raise ValueError(
+            "hops and latency count GPUs and nodes, not links.rank_cost_matrix: remove it, or choose balance or fanout"
+        )
     if not time_limit_s > 0:
         raise ValueError(f"the time limit must be positive; got {time_limit_s} s")
     began = time.perf_counter()
+    if balance_floor is not None and not 0 < balance_floor < 1:
+        raise ValueError(f"the balance floor must lie between 0 and 1; got {balance_floor}")
     budget = Budget(
-        time_limit_s=time_limit_s, seed=seed, processes=processes or len(os.sched_getaffinity(0)), progress=progress
+        balance_floor=balance_floor,
+        time_limit_s=time_limit_s - _scoring_s(problem, time_limit_s),
+        seed=seed,
+        processes=processes or len(os.sched_getaffinity(0)),
+        progress=progress,
     )
     try:
         map_LP = SOLVERS[solver](problem, chosen, budget)
@@ -78,6 +94,16 @@ def solve(
         map_LP = budget.incumbent_LP
     plan = make_plan(problem, map_LP, solver=solver, objective=chosen)
     return certify(problem, plan, chosen, robustness, began, budget.proved_L)
+
+
+def _part_names(objective: Objective) -> list[str]:
+    return [name.partition("<=")[0] for _, name in objective.parts] or [objective.name]
+
+
+def _scoring_s(problem: Problem, time_limit_s: float) -> float:
+    """Time to keep for the certificate, which looks at every token."""
+    tokens = sum(scenario.trace.num_tokens for scenario in problem.scenarios if scenario.trace is not None)
+    return min(tokens * problem.num_layers * SCORING_S, 0.3 * time_limit_s)
 
 
 def make_plan(problem: Problem, map_LP: Integer, *, solver: str, objective: Objective) -> Plan:
@@ -173,29 +199,43 @@ def _eplb_map(problem: Problem, groups: int) -> Integer:
 
 
 def _lpt(problem: Problem, objective: Objective, budget: Budget) -> Integer:
-    return lpt_swap_LP(problem, problem.weight_WLE)
+    return lpt_swap_LP(problem, problem.weight_WLE, budget.deadline)
 
 
 def _search(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     """Balance first; then, for objectives of the tokens' sets, fan-out from there."""
     weight_WLE = robust_weights(problem.weight_WLE)
-    map_LP = lpt_swap_LP(problem, weight_WLE)
-    budget.offer(map_LP)
     weights = part_weights(objective, problem.cluster)
+    start_LP = running_LP(problem) if weights.churn else None
+    map_LP = lpt_swap_LP(problem, weight_WLE, budget.deadline) if start_LP is None else start_LP
+    budget.offer(map_LP)
     if weights.hops:
+        if weights.churn or weights.goal:
+            raise ValueError("the search knows hops with weighted fan-out and balance only, without churn or goals")
         start_LP = contiguous_LP(*_shape(problem)) if problem.num_slots == problem.num_experts else map_LP
-        return search_hops(problem, start_LP, budget, restarts=HOP_RESTARTS, **vars(weights))
-    if weights.fan or weights.node:
-        return search_affinity(
-            problem, map_LP, budget, fan=weights.fan, node=weights.node, level=weights.level, effort=Effort()
-        )
+        return search_hops(problem, start_LP, budget, weights, restarts=HOP_RESTARTS)
+    if budget.balance_floor is not None:
+        weights = choose_price(problem, weights, budget)
+    if weights.fan or weights.node or weights.churn:
+        return search_affinity(problem, map_LP, budget, weights, effort=Effort())
     return kick_and_swap(problem, weight_WLE, map_LP, budget)
 
 
 def _ilp(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     from .ilp.layers import solve_layers_exactly
 
-    return solve_layers_exactly(problem, objective, budget, _search(problem, objective, budget))
+    map_LP = _search(problem, objective, budget.part(SEARCH_SHARE))
+    budget.offer(map_LP)
+    return solve_layers_exactly(problem, objective, budget, map_LP)
+
+
+def _lns(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    """Search, then large neighbourhoods by integer programming for the rest of the time."""
+    from .ilp.neighbourhood import improve_by_neighbourhoods
+
+    map_LP = _search(problem, objective, budget.part(SEARCH_SHARE))
+    budget.offer(map_LP)
+    return improve_by_neighbourhoods(problem, map_LP, objective, budget)
 
 
 def _moetuner(problem: Problem, objective: Objective, budget: Budget) -> Integer:
@@ -214,9 +254,10 @@ def _auto(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     """Search; then prove and improve by integer programming what is small enough for it."""
     from .ilp.layers import is_small, solve_layers_exactly
 
-    map_LP = _search(problem, objective, budget)
     if not is_small(problem, objective, ILP_BINARIES):
-        return map_LP
+        return _search(problem, objective, budget)
+    map_LP = _search(problem, objective, budget.part(SEARCH_SHARE))
+    budget.offer(map_LP)
     found = score(problem, make_plan(problem, map_LP, solver="auto", objective=objective), objective)
     if found.gap is not None and found.gap <= PROVEN:
         return map_LP
@@ -233,6 +274,7 @@ SOLVERS: dict[str, Solver] = {
     "lpt": _lpt,
     "search": _search,
     "ilp": _ilp,
+    "lns": _lns,
     "moetuner": _moetuner,
     "exflow": _exflow,
 }

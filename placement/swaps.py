@@ -3,6 +3,8 @@
 Shapes: W scenarios, A layers still improving, G GPUs, P slots, S slots per GPU, Q partner GPUs.
 """
 
+import time
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +14,13 @@ MAX_CELLS = 1 << 24
 
 
 def balance_by_swaps(
-    weight_WLE: Float, expert_LP: Integer, speed_G: Float, *, target_L: Float, max_rounds: int = 2000
+    weight_WLE: Float,
+    expert_LP: Integer,
+    speed_G: Float,
+    *,
+    target_L: Float,
+    max_rounds: int = 2000,
+    deadline: float = float("inf"),
 ) -> Integer:
     """Swap slots while that lowers the fullest GPU of a layer, over all scenarios.
 
@@ -22,6 +30,7 @@ def balance_by_swaps(
         speed_G: relative speed of each GPU.
         target_L: a layer whose fullest GPU is at or below this is finished.
         max_rounds: at most this many swaps per layer.
+        deadline: `time.monotonic()` at which to stop.
 
     Returns:
         The improved map; no GPU gets a second copy of an expert that it did not have.
@@ -30,7 +39,7 @@ def balance_by_swaps(
     active = np.arange(expert_LP.shape[0])
     for _ in range(max_rounds):
         active = active[state.peak_L(active) > target_L[active]]
-        if not len(active):
+        if not len(active) or time.monotonic() > deadline:
             break
         active = active[state.swap_best(active)]
     return state.expert_LP

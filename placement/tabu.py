@@ -30,6 +30,7 @@ class LayerTask:
         speed_G: relative speeds; X / G items go to each GPU.
         node_G: node of each GPU.
         fan, node, level: weights of the cost.
+        goal: level that is good enough; only what is above costs.
         worst: level of the worst scenario instead of the mean.
         linear_XG: further cost of having an item on a GPU, or None.
     """
@@ -42,6 +43,7 @@ class LayerTask:
     fan: float
     node: float
     level: float
+    goal: float = 0.0
     worst: bool = False
     linear_XG: Float | None = None
 
@@ -72,11 +74,13 @@ class SearchState:
         fanout = sum(weight * state.fanout for weight, state, _ in self.groups) / self.tokens
         linear_XG = self.task.linear_XG
         placed = 0.0 if linear_XG is None else float(linear_XG[np.arange(len(self.gpu_X)), self.gpu_X].sum())
-        return fanout + self.task.level * self.level.level + placed
+        return fanout + self.task.level * max(self.level.level - self.task.goal, 0.0) + placed
 
     def change_XX(self) -> Float:
         """Change of the cost by each swap; inf where both are on one GPU or a copy would be doubled."""
-        change_XX = self.task.level * (self.level.after_XX() - self.level.level)
+        goal = self.task.goal
+        above = max(self.level.level - goal, 0.0)
+        change_XX = self.task.level * (np.maximum(self.level.after_XX() - goal, 0.0) - above)
         for weight, state, _ in self.groups:
             change_XX += weight / self.tokens * state.change_XX()
         if self.task.linear_XG is not None:

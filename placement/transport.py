@@ -5,6 +5,8 @@ a group at once, best total affinity minus price * load, is a transport problem,
 Shapes: X items, A groups, S items per group.
 """
 
+import time
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
@@ -15,7 +17,15 @@ ROUNDS = 12
 
 
 def transport_starts(
-    pair_XX: Float, weight_X: Float, groups: int, *, starts: int, keep: int, price: float, random: np.random.Generator
+    pair_XX: Float,
+    weight_X: Float,
+    groups: int,
+    *,
+    starts: int,
+    keep: int,
+    price: float,
+    random: np.random.Generator,
+    deadline: float = float("inf"),
 ) -> list[Integer]:
     """The best `keep` of `starts` runs from random partitions.
 
@@ -26,22 +36,29 @@ def transport_starts(
         starts, keep: how many runs, how many results.
         price: what one unit of (fullest / mean - 1) costs, as a share of all co-activation.
         random: source of the starts.
+        deadline: `time.monotonic()` after which no further run and no further round begins.
     """
     size = len(weight_X) // groups
     total = float(np.maximum(pair_XX, 0).sum()) / 2 or 1.0
     found = []
     for _ in range(starts):
         group_X = random.permutation(np.arange(len(weight_X)) // size)
-        found.append(_alternate(pair_XX / total, weight_X, group_X, groups, price))
+        found.append(_alternate(pair_XX / total, weight_X, group_X, groups, price, deadline))
+        if time.monotonic() > deadline:
+            break
     found.sort(key=lambda pair: pair[0])
     return [group_X for _, group_X in found[:keep]]
 
 
-def _alternate(pair_XX: Float, weight_X: Float, group_X: Integer, groups: int, price: float) -> tuple[float, Integer]:
+def _alternate(
+    pair_XX: Float, weight_X: Float, group_X: Integer, groups: int, price: float, deadline: float
+) -> tuple[float, Integer]:
     size = len(weight_X) // groups
     column_group = np.repeat(np.arange(groups), size)
     best_value, best_X = _value(pair_XX, weight_X, group_X, groups, price), group_X
     for _ in range(ROUNDS):
+        if time.monotonic() > deadline:
+            break
         member_XA = (group_X[:, None] == np.arange(groups)).astype(np.float64)
         affinity_XA = pair_XX @ member_XA
         excess_XA = weight_X @ member_XA - weight_X[:, None] * member_XA - 1 / groups

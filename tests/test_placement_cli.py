@@ -4,6 +4,7 @@ import sys
 from functools import partial
 
 import pytest
+import torch
 
 from placement.generators import generate_trace
 
@@ -57,3 +58,52 @@ def test_bad_input_is_one_line_and_exit_2(files):
     assert "ep.slotz: unknown key" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (files / "p.json").exists()
+
+
+def test_holdout_current_and_migrate(files):
+    (files / "c.yaml").write_text(CLUSTER.replace("experts: 16", "experts: 16, expert_bytes: 1e6"))
+    common = ("--trace", files / "t.npz", "--cluster", files / "c.yaml", "--time-limit", 1, "--json", files / "r.json")
+    done = run("place", "solve", *common, "--holdout", 0.3, "--out", files / "a.json")
+    assert done.returncode == 0, done.stderr
+    held = json.loads(files.joinpath("r.json").read_text())["out_of_sample"]["held-out sequences"]
+    assert 0 < held["balancedness"] <= 1
+    done = run("place", "solve", *common, "--objective", "fanout+balance", "--current", files / "a.json",
+               "--churn-weight", 10, "--out", files / "b.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(files.joinpath("r.json").read_text())
+    assert report["churn"]["moved_bytes"] == report["churn"]["moved_copies"] * 1e6
+    done = run("place", "solve", *common, "--solver", "round-robin", "--out", files / "c.json")
+    assert done.returncode == 0, done.stderr
+    done = run("place", "migrate", files / "a.json", files / "c.json", "--out", files / "steps.json",
+               "--plan-out", files / "d.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    steps = json.loads((files / "steps.json").read_text())
+    assert sum(step["kind"] == "transfer" for step in steps["steps"]) * 1e6 == steps["moved_bytes"]
+    done = run("place", "solve", *common, "--churn-weight", 1, "--out", files / "b.json")
+    assert done.returncode == 2
+    assert "--current" in done.stderr
+
+
+def test_tiers_loads_and_cluster(files):
+    (files / "hw.toml").write_text(
+        "[gpu]\nhbm_bytes_per_s = 1e12\nflops = 1e14\n[cpu]\ndram_bytes_per_s = 5e10\nflops = 1e12\n"
+        "[pcie]\nbytes_per_s = 2e10\n[disk]\nbytes_per_s = 3e9\n"
+    )
+    counts = files / "counts.pt"
+    torch.save({"logical_count": torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])}, counts)
+    done = run("place", "loads", counts, "--format", "sglang", "--out", files / "loads.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((files / "loads.json").read_text())["logical_count"] == [[1, 2, 3, 4], [4, 3, 2, 1]]
+    topology = files / "topo.txt"
+    topology.write_text("\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tNV4\t0-7\nGPU1\tNV4\t X \t0-7\n")
+    done = run("place", "cluster", topology, "--nodes", 3, "--out", files / "made.yaml")
+    assert done.returncode == 0, done.stderr
+    done = run("place", "solve", "--loads", files / "loads.json", "--cluster", files / "made.yaml", "--replicas", 2,
+               "--out", files / "p.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((files / "p.json").read_text())["num_gpus"] == 6
+    done = run("place", "tiers", "--loads", files / "loads.json", "--hardware", files / "hw.toml", "--expert-size",
+               "1MB", "--cpu-memory", "4MB", "--out", files / "tiers.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tiers = json.loads((files / "tiers.json").read_text())["tier"]
+    assert tiers == [[2, 2, 1, 1], [1, 1, 2, 2]]

@@ -30,6 +30,7 @@ class LayerModel:
         node_G: node of each GPU.
         slots_per_gpu: S.
         level: weight of the fullest GPU over the mean one.
+        least_peak: the fullest GPU counts at least as that, as where other GPUs are fixed.
         bundles: token sets, needed if `fan` or `node` is positive.
         fan, node: weights of mean GPU and node fan-out.
     """
@@ -39,6 +40,7 @@ class LayerModel:
     node_G: Integer
     slots_per_gpu: int
     level: float = 1.0
+    least_peak: float = 0.0
     bundles: Bundles | None = None
     fan: float = 0.0
     node: float = 0.0
@@ -91,7 +93,7 @@ def _build(model: LayerModel) -> tuple[pulp.LpProblem, dict[tuple[int, int, int]
         for r in copies
         for g in range(G)
     }
-    peak = programme.add_variable("peak", lowBound=0)
+    peak = programme.add_variable("peak", lowBound=model.least_peak)
     terms = [(peak, model.level), *_fanout_terms(model, programme, z)]
     programme += pulp.LpAffineExpression(terms)
     for e in range(E):
@@ -193,7 +195,7 @@ def _start_values(model: LayerModel, start_P: Integer) -> dict[str, float]:
         values |= {f"y_{e}_{count}": 1.0 for e, count in enumerate(count_E.tolist())}
     share_WP = model.weight_WE[:, start_P] / count_E[start_P]
     load_WG = share_WP.reshape(len(share_WP), len(model.speed_G), -1).sum(axis=2)
-    values["peak"] = float((load_WG * model.speed_G.sum() / model.speed_G).max())
+    values["peak"] = max(model.least_peak, float((load_WG * model.speed_G.sum() / model.speed_G).max()))
     if model.bundles is not None and (model.fan or model.node):
         values |= _start_touched(model, start_P, gpu_P)
     return values

@@ -12,6 +12,7 @@ from .exact import LayerModel, solve_layer
 Integer = NDArray[np.int64]
 EXACT_PARTS = ("balance", "imbalance-price", "gpu-fanout", "node-fanout", "fanout")
 MAX_BUNDLES = 20_000
+LEAST_S = 0.05
 
 
 def is_small(problem: Problem, objective: Objective, binaries: int) -> bool:
@@ -36,8 +37,10 @@ def solve_layers_exactly(problem: Problem, objective: Objective, budget: Budget,
     for layer in range(problem.num_layers):
         budget.tell("exact programme", layer / problem.num_layers)
         share_s = budget.left_s / (problem.num_layers - layer)
+        if share_s < LEAST_S:
+            break
         model = layer_model(problem, objective, layer)
-        found_P, result = solve_layer(model, time_limit_s=max(share_s, 0.5), start_P=map_LP[layer])
+        found_P, result = solve_layer(model, time_limit_s=share_s, start_P=map_LP[layer])
         if found_P is not None:
             map_LP[layer] = found_P
         budget.prove(layer, result.bound, problem.num_layers)

@@ -15,6 +15,8 @@ from .registry import (
     join_scenarios,
     part_weights,
     weighted,
+    with_churn,
+    without_churn,
 )
 
 __all__ = [
@@ -28,4 +30,6 @@ __all__ = [
     "join_scenarios",
     "part_weights",
     "weighted",
+    "with_churn",
+    "without_churn",
 ]

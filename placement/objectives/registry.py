@@ -12,6 +12,7 @@ from ..plan import Plan
 from ..problem import Problem, Scenario
 from .activated import activated_L
 from .balance import imbalance_L
+from .churn import moved_bytes_L
 from .fanout import gpu_fanout_L, node_fanout_L
 from .hops import hops_L
 from .latency import layer_seconds_L
@@ -19,8 +20,9 @@ from .latency import layer_seconds_L
 Float = NDArray[np.float64]
 Robustness = Literal["mean", "max", "cvar"]
 CVAR_SHARE = 0.5
-PRICE_ONE_NODE, PRICE_SEVERAL_NODES = 1.7, 1.0  # measured on GPT-OSS-20B: balancedness 0.90 on data not planned on
-HOP_IMBALANCE_PRICE = 0.5
+PRICE_ONE_NODE, PRICE_SEVERAL_NODES = 1.6, 1.0  # measured on GPT-OSS-20B: balancedness 0.90 on data not planned on
+HOP_IMBALANCE_PRICE = 0.26
+GOAL_PRICE = 100.0
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,56 @@ def join_scenarios(value_WL: Float, robustness: Robustness) -> Float:
 
 
 def weighted(parts: Sequence[tuple[float, str]], name: str | None = None) -> Objective:
-    """A weighted sum of named objectives: `weighted([(1, "fanout"), (2, "balance")])`."""
-    chosen = [(weight, OBJECTIVES[part]) for weight, part in parts]
+    """A weighted sum of named objectives: `weighted([(1, "fanout"), (2, "balance")])`.
+
+    A part may carry a goal: "balance<=1.1" counts only what the fullest GPU is above 1.1 times the mean.
+    """
+    chosen = [(weight, *split_goal(part)) for weight, part in parts]
 
     def layers(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
-        return np.asarray(sum(weight * part.layers(plan, scenario, problem) for weight, part in chosen))
+        values = [(w, OBJECTIVES[part].layers(plan, scenario, problem), goal) for w, part, goal in chosen]
+        return np.asarray(
+            sum(w * (value if goal is None else np.maximum(value - goal, 0)) for w, value, goal in values)
+        )
 
     label = name or "+".join(f"{weight:g}*{part}" for weight, part in parts)
-    return Objective(label, layers, any(part.needs_tokens for _, part in chosen), tuple(parts))
+    return Objective(label, layers, any(OBJECTIVES[part].needs_tokens for _, part, _ in chosen), tuple(parts))
+
+
+def split_goal(part: str) -> tuple[str, float | None]:
+    """ "balance<=1.1" as ("balance", 1.1); a name without a goal as (name, None)."""
+    name, _, goal = part.partition("<=")
+    if name not in OBJECTIVES:
+        raise ValueError(f"unknown objective {name!r}; there are {', '.join(OBJECTIVES)}")
+    try:
+        return name, float(goal) if goal else None
+    except ValueError:
+        raise ValueError(f"the goal of {name} must be a number; got {goal!r}") from None
+
+
+def lexicographic(parts: Sequence[str]) -> Objective:
+    """First things first: each part but the last is brought to its goal, whatever that costs the parts after it.
+
+    Args:
+        parts: like ["balance<=1.1", "fanout"]; a layer 1 % off its goal pays as much as one more GPU per token.
+    """
+    for part in parts[:-1]:
+        if split_goal(part)[1] is None:
+            raise ValueError(f"{part} comes before another objective and needs a goal, for instance {part}<=1.1")
+    weights = [GOAL_PRICE ** (len(parts) - 1 - rank) for rank in range(len(parts))]
+    return weighted(list(zip(weights, parts, strict=True)), ",".join(parts))
+
+
+def with_churn(objective: Objective, weight: float) -> Objective:
+    """The objective plus `weight` per gigabyte that a layer moves away from `Problem.current`."""
+    parts = objective.parts or ((1.0, objective.name),)
+    return weighted([*parts, (weight, "churn")], f"{objective.name}+{weight:g}*churn")
+
+
+def without_churn(objective: Objective) -> Objective:
+    """The objective without its churn part."""
+    parts = [part for part in objective.parts if part[1] != "churn"]
+    return objective if len(parts) == len(objective.parts) else weighted(parts)
 
 
 def fanout_weights(cluster: Cluster) -> tuple[float, float]:
@@ -88,35 +132,57 @@ def imbalance_price(cluster: Cluster) -> float:
 
 @dataclass(frozen=True)
 class PartWeights:
-    """An objective as fan * GPU fan-out + node * node fan-out + level * imbalance + hops * hop share."""
+    """fan * GPU fan-out + node * node fan-out + level * (imbalance above goal) + hops * share + churn * GB moved."""
 
     fan: float = 0.0
     node: float = 0.0
     level: float = 0.0
     hops: float = 0.0
+    churn: float = 0.0
+    goal: float = 0.0
 
 
 def part_weights(objective: Objective, cluster: Cluster) -> PartWeights:
-    """The weights of those four quantities in an objective; other parts (latency, activated) are left out."""
-    fan = node = level = hops = 0.0
-    for weight, name in objective.parts or ((1.0, objective.name),):
+    """The weights of those quantities in an objective; other parts (latency, activated) are left out."""
+    fan = node = level = hops = churned = goal = 0.0
+    for weight, part in objective.parts or ((1.0, objective.name),):
+        name, own_goal = split_goal(part) if objective.parts else (part, None)
+        if own_goal is not None and name != "balance":
+            raise ValueError(f"the search keeps goals of balance only; got {part}")
+        goal = goal if own_goal is None else own_goal
         gpu_weight, node_weight = fanout_weights(cluster)
         fan += weight * {"gpu-fanout": 1.0, "fanout": gpu_weight}.get(name, 0.0)
         node += weight * {"node-fanout": 1.0, "fanout": node_weight}.get(name, 0.0)
         level += weight * {"balance": 1.0, "imbalance-price": imbalance_price(cluster)}.get(name, 0.0)
         hops += weight if name == "hops" else 0.0
-    return PartWeights(fan, node, level, hops)
+        churned += weight if name == "churn" else 0.0
+    return PartWeights(fan, node, level, hops, churned, goal)
 
 
 def find_objective(name: str) -> Objective:
-    """The objective of that name.
+    """The objective of that name, or of an expression of names.
+
+    Args:
+        name: a key of OBJECTIVES; a weighted sum "fanout+2*balance"; goals in order of rank "balance<=1.1,fanout".
 
     Raises:
         ValueError: with the names there are.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"unknown objective {name!r}; there are {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name]
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if "," in name:
+        return lexicographic(name.split(","))
+    return weighted([_term(term) for term in name.split("+")], name)
+
+
+def _term(term: str) -> tuple[float, str]:
+    factor, times, part = term.rpartition("*")
+    try:
+        weight = float(factor) if times else 1.0
+    except ValueError:
+        raise ValueError(f"the weight in {term!r} must be a number, as in 2*balance") from None
+    split_goal(part)
+    return weight, part
 
 
 def _balance(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
@@ -157,6 +223,12 @@ def _latency(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
     return layer_seconds_L(plan, scenario.load_LE, scenario.trace)
 
 
+def _churn(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
+    if problem.current is None:
+        raise ValueError("objective churn needs the plan that runs now (--current)")
+    return moved_bytes_L(problem.current, plan) / 1e9
+
+
 OBJECTIVES: dict[str, Objective] = {
     "balance": Objective("balance", _balance, needs_tokens=False),
     "activated": Objective("activated", _activated, needs_tokens=False),
@@ -166,6 +238,7 @@ OBJECTIVES: dict[str, Objective] = {
     "hops": Objective("hops", _hops, needs_tokens=True),
     "imbalance-price": Objective("imbalance-price", _imbalance_price, needs_tokens=False),
     "latency": Objective("latency", _latency, needs_tokens=False),
+    "churn": Objective("churn", _churn, needs_tokens=False),
 }
 OBJECTIVES["fanout+balance"] = weighted([(1.0, "fanout"), (1.0, "imbalance-price")], "fanout+balance")
 OBJECTIVES["hops+balance"] = weighted([(1.0, "hops"), (HOP_IMBALANCE_PRICE, "balance")], "hops+balance")

@@ -1,0 +1,71 @@
+"""Ctrl-C, kill -9 and time limits of real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from placement import Cluster, Plan, Problem, generate_trace, solve
+from placement.check import check_plan
+
+CLUSTER = """
+model: {experts: 16}
+node_types: {n: {gpus: {count: 4}}}
+nodes: [{type: n, count: 2}]
+"""
+
+
+def test_ctrl_c_writes_the_best_plan_so_far(tmp_path):
+    trace = generate_trace(tokens=600, layers=3, experts=16, top_k=2, blocks=4, tokens_per_sequence=20)
+    trace.save(tmp_path / "t.npz")
+    (tmp_path / "c.yaml").write_text(CLUSTER)
+    solving = subprocess.Popen(
+        [sys.executable, "-m", "experiments.cli", "place", "solve", "--trace", tmp_path / "t.npz", "--cluster",
+         tmp_path / "c.yaml", "--objective", "fanout+balance", "--solver", "lns", "--time-limit", "120",
+         "--out", tmp_path / "plan.json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    time.sleep(4)  # starting takes 1 to 2 s, solving would take 120 s
+    assert solving.poll() is None
+    solving.send_signal(signal.SIGINT)
+    _, errors = solving.communicate(timeout=20)
+    assert solving.returncode == 0, errors
+    assert check_plan(Plan.load(tmp_path / "plan.json"), made_from=Problem.from_trace(trace, Cluster.grid(2, 4))) == []
+
+
+WRITER = """
+import sys
+from placement import Plan
+plan = Plan.load(sys.argv[1])
+print("ready", flush=True)
+while True:
+    plan.save(sys.argv[2])
+"""
+
+
+def test_a_killed_writer_leaves_no_torn_plan(tmp_path):
+    problem = Problem.from_loads(np.random.default_rng(0).random((20, 64)), Cluster.grid(1, 8))
+    plan = solve(problem, solver="contiguous")
+    plan.save(tmp_path / "whole.json")
+    for delay in (0.0, 0.013, 0.037):
+        writing = subprocess.Popen(
+            [sys.executable, "-c", WRITER, tmp_path / "whole.json", tmp_path / "p.json"], stdout=subprocess.PIPE
+        )
+        assert writing.stdout.readline() == b"ready\n"
+        time.sleep(delay)
+        os.kill(writing.pid, signal.SIGKILL)
+        writing.communicate()
+        if (tmp_path / "p.json").exists():
+            assert json.loads((tmp_path / "p.json").read_text()) == plan.to_json()
+
+
+@pytest.mark.parametrize(("solver", "objective"), [("search", "fanout+balance"), ("lns", "fanout"), ("ilp", "balance")])
+def test_the_time_limit_binds(solver, objective):
+    trace = generate_trace(tokens=3000, layers=8, experts=64, top_k=6, blocks=8, tokens_per_sequence=30)
+    problem = Problem.from_trace(trace, Cluster.grid(2, 4))
+    began = time.monotonic()
+    solve(problem, objective=objective, solver=solver, time_limit_s=2, processes=1)
+    assert time.monotonic() - began < 4  # twice the limit, for a busy machine
