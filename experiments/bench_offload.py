@@ -37,6 +37,7 @@ def bench_offload(
 
     Example: `expertier bench offload /tmp/replay --trace routing.npz --limit 6GiB --limit none`
     """
+    check_parity()
     _ensure_checkpoint(checkpoint, trace, rows)
     bandwidth = _read_bandwidth(checkpoint)
     console, results = Console(), []
@@ -59,6 +60,35 @@ def bench_offload(
 
         config = {"prefill": prefill, "decode": decode, "read_bytes_per_s": bandwidth}
         save_record("bench-offload", results, config=config)
+
+
+def check_parity() -> None:
+    """Offloaded logits must be the resident model's, bit by bit, on a small replay, before anything is timed.
+
+    Raises:
+        RuntimeError: if they are not.
+    """
+    import numpy as np
+    import torch
+
+    from routing.traces import RoutingTrace
+
+    from .replay import ReplaySize, build_replay
+
+    rng = np.random.default_rng(0)
+    expert_TLK = np.stack([[rng.permutation(16)[:4] for _ in range(3)] for _ in range(40)]).astype(np.int16)
+    trace = RoutingTrace(expert_TLK=expert_TLK, sequence_T=np.zeros(40, np.int32), metadata={"num_experts": 16})
+    tokens = torch.arange(40)[None]
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        build_replay(trace, Path(folder), ReplaySize(hidden=128, expert=64))
+        expected = _load("resident", Path(folder), "none", 40)(tokens).logits
+        for cache_experts in (2, 5, 16):
+            import offload
+
+            model = offload.load(folder, cache_experts=cache_experts)
+            if not torch.equal(model(tokens).logits, expected):
+                raise RuntimeError(f"{cache_experts} slots per layer change the output; nothing is measured")
+            model.offload.close()
 
 
 def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int) -> dict[str, Any]:
@@ -97,6 +127,7 @@ def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int) -> 
         "prefill_bytes": measured.get("prefill_bytes"),
         "io_and_compute_share": measured.get("io_and_compute_share"),
         "peak_bytes": finished.peak_bytes,
+        "peak_rss_bytes": measured.get("peak_rss_bytes"),
         "logits": measured.get("logits"),
         "note": row.get("note", ""),
     }
@@ -176,6 +207,7 @@ def _contest(name: str, checkpoint: Path, limit: str, prefill: int, decode: int)
         measured["hit_rate"] = report["hit_rate"]
         measured["bytes_per_token"] = report["bytes_read"] / decode
         measured["prefill_bytes"] = after_prefill["bytes_read"]
+        measured["peak_rss_bytes"] = report["peak_memory_bytes"]
         measured["compute_s"], measured["stall_s"] = report["compute_s"], report["stall_s"]
         measured["io_and_compute_share"] = (report["compute_s"] + report["stall_s"]) / sum(step_s)
     return measured

@@ -5,13 +5,16 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import offload.cli
 import offload.trace_cli
 import placement.cli
 import routing.cli
 
+from .bench_flax import bench_flax
 from .bench_kernels import bench_kernels
+from .bench_offload import bench_offload
 from .bench_placement import bench_placement
 from .bench_routers import routers as bench_routers
 from .commands import compare, demo, train
@@ -29,7 +32,9 @@ app = typer.Typer(
 bench = typer.Typer(help="Measurements whose numbers are quoted anywhere.", no_args_is_help=True)
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
-TORCH_EXTRA = ("torch", "transformers", "safetensors", "pyarrow")
+EXTRAS = dict.fromkeys(("torch", "transformers", "safetensors", "pyarrow"), "torch") | dict.fromkeys(
+    ("jax", "flax", "optax", "einops"), "jax"
+)
 
 
 @app.callback()
@@ -41,7 +46,9 @@ app.command("demo")(demo)
 app.command("train")(train)
 app.command("compare")(compare)
 app.command("leverage")(leverage)
+bench.command("flax")(bench_flax)
 bench.command("kernels")(bench_kernels)
+bench.command("offload")(bench_offload)
 bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)
 app.add_typer(bench, name="bench")
@@ -80,9 +87,9 @@ def main() -> None:
         _complain("interrupted")
         sys.exit(INTERRUPTED)
     except ModuleNotFoundError as error:
-        if debug or error.name not in TORCH_EXTRA:
+        if debug or error.name not in EXTRAS:
             raise
-        _complain(f"this command needs {error.name}; install it with: pip install 'expertier[torch]'")
+        _complain(f"this command needs {error.name}; install it with: pip install 'expertier[{EXTRAS[error.name]}]'")
         sys.exit(BAD_INPUT)
     except Exception as error:
         if debug:
@@ -97,7 +104,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _complain(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]expertier:[/] {message}", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]expertier:[/] {escape(message)}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def train(
     Example: `expertier train --preset smoke --out runs/smoke`
     """
     from .compare_variants import model_overrides
-    from .corpus import load_corpus
+    from .corpus import copy_tokenizer, load_corpus
 
     if backend == "jax":
         from .train_jax import train as train_jax
@@ -49,6 +49,8 @@ def train(
     if router is not None:
         config = replace(config, model=model_overrides(router, config.model))
     result = run(config, load_corpus(data, column=column, tokenizer=tokenizer), out, resume=resume)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, out)
     typer.echo(
         f"{out}: {result.steps} steps, {result.held_out_bits_per_byte:.3f} bits per byte on held-out text, "
         f"{result.tokens_per_second:.0f} tokens/s"

@@ -20,7 +20,7 @@ from routing.traces import EMPTY
 
 from .compare_flops import parameters, token_flops
 from .corpus import Corpus, windows
-from .metrics import routing_metrics
+from .metrics import balance_metrics
 
 SEGMENT = 16
 CACHED_SHARE = 0.25
@@ -57,7 +57,7 @@ def router_metrics(
     trace = trace_of(calls, rows.shape, E, source=model.config.router)
     flops = token_flops(model, true_load=true_load, zero_compute_load=per_kind, sequence_length=rows.shape[1])
     entropy = float(np.mean([[float(layer.entropy) for layer in call] for call in calls]))
-    balance = routing_metrics(entropy, load_LR[:, :E].numpy(force=True))
+    balance = balance_metrics(entropy, load_LR[:, :E].numpy(force=True))
     count = parameters(model, true_load)
     return {
         "true_load": true_load,

@@ -161,6 +161,13 @@ def _tokenizer(path: str):
     return encode, len(tokenizer)
 
 
+def copy_tokenizer(path: str, run: Path) -> None:
+    """Put a tokenizer beside the model that was trained with it, so that `generate` finds it."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(path).save_pretrained(run)
+
+
 def windows(stream: NDArray[np.integer], length: int) -> NDArray[np.integer]:
     """The stream cut into rows of `length` tokens; the rest at the end is left out.
 

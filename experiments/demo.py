@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,80 +13,25 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import offload
-from placement import Cluster, Plan, Problem, Score, score, solve
+from placement import Cluster, Plan, Problem, score, solve
 from routing import RoutingTrace
 from routing.traces import write_json
 
 from .corpus import Corpus, load_corpus, windows
+from .demo_page import write_page
+from .demo_result import DemoResult, OffloadedRun, Placements, Yardsticks
 from .metrics import read_log
 from .ngram import ngram_bits_per_byte
 from .presets import TrainConfig, preset
-from .train import TrainResult, measure_step_s, train
+from .train import measure_step_s, train
 
 TRAIN_SECONDS = 240.0
 FEWEST_STEPS, MOST_STEPS = 150, 600
+OVERTIME = 1.4
 PROMPT_BYTES, NEW_TOKENS, TEMPERATURE = 64, 192, 0.7
 TRACE_SEQUENCES, TRACE_LENGTH = 24, 256
 CLUSTER_NODES, CLUSTER_GPUS = 2, 4
 POLICIES = ("lru", "lfu", "belady")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Yardsticks:
-    """Bits per byte on the same held-out text of models that only count."""
-
-    bigram: float
-    trigram: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class OffloadedRun:
-    """A generation with a quarter of the experts in memory, against the fully resident one.
-
-    Args:
-        cache_experts: RAM slots per layer.
-        same_tokens, same_logits: whether every token and every logit bit agreed.
-        text: what was generated, prompt included.
-        report: `model.offload.report()`.
-        tokens_per_second: of the offloaded decode.
-    """
-
-    cache_experts: int
-    same_tokens: bool
-    same_logits: bool
-    text: str
-    report: dict[str, Any]
-    tokens_per_second: float
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Placements:
-    """The contiguous layout and the solved one, scored on the held-out half of the trace.
-
-    Args:
-        load_G: tokens per GPU and layer of each, [L, G], by name.
-        scores: by name.
-        plan: the solved plan with its certificate.
-    """
-
-    load_LG: dict[str, NDArray[np.float64]]
-    scores: dict[str, Score]
-    plan: Plan
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DemoResult:
-    """All that the report shows."""
-
-    config: TrainConfig
-    trained: TrainResult
-    log: list[dict[str, Any]]
-    yardsticks: Yardsticks
-    offloaded: OffloadedRun
-    trace: RoutingTrace
-    hit_rates: dict[str, list[float]]
-    placements: Placements
-    seconds: dict[str, float]
 
 
 def run_demo(out: Path, *, data: str | None = None, train_seconds: float = TRAIN_SECONDS) -> Path:
@@ -101,8 +46,6 @@ def run_demo(out: Path, *, data: str | None = None, train_seconds: float = TRAIN
         ValueError: if `out` is in use.
         RuntimeError: if the trained model does not beat a bigram, or the offloaded output differs from the resident.
     """
-    from .demo_page import write_page
-
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -110,7 +53,10 @@ def run_demo(out: Path, *, data: str | None = None, train_seconds: float = TRAIN
     corpus = stages.run("read the text", lambda: load_corpus(data))
     yardsticks = stages.run("count bigrams and trigrams", lambda: _yardsticks(corpus))
     config = stages.run("measure this machine", lambda: _fit_steps(corpus, train_seconds))
-    trained = stages.run(f"train for {config.steps} steps", lambda: train(config, corpus, out / "model"))
+    trained = stages.run(
+        f"train for {config.steps} steps",
+        lambda: train(config, corpus, out / "model", stop_after_s=OVERTIME * train_seconds),
+    )
     _expect(
         trained.held_out_bits_per_byte < yardsticks.bigram,
         f"the model reached {trained.held_out_bits_per_byte:.3f} bits per byte, not below the bigram's "
@@ -200,10 +146,15 @@ def _offload(model_dir: Path, corpus: Corpus) -> OffloadedRun:
         cache_experts=cache_experts,
         same_tokens=torch.equal(resident_ids, token_ids),
         same_logits=torch.equal(resident_logits, logits),
-        text=bytes(token_ids[0].tolist()).decode("utf-8", "replace"),
+        prompt=_text(token_ids[0, :PROMPT_BYTES]),
+        generated=_text(token_ids[0, PROMPT_BYTES:]),
         report=report,
         tokens_per_second=NEW_TOKENS / seconds,
     )
+
+
+def _text(token_ids: torch.Tensor) -> str:
+    return bytes(token_ids.tolist()).decode("utf-8", "replace")
 
 
 def _generate(model: Any, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -249,6 +200,7 @@ def _place(trace: RoutingTrace, out: Path) -> Placements:
     plans["solved"].save(out / "plan.json")
     load_LE = unseen.load_WLE[0]
     return Placements(
+        cluster=cluster,
         load_LG={name: _gpu_load_LG(plan, load_LE) for name, plan in plans.items()},
         scores={name: score(unseen, plan) for name, plan in plans.items()},
         plan=plans["solved"],

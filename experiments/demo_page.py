@@ -9,7 +9,7 @@ from markupsafe import Markup
 from offload import format_size
 from routing.traces import atomic_write, load_LE
 
-from .demo import CLUSTER_GPUS, CLUSTER_NODES, NEW_TOKENS, PROMPT_BYTES, DemoResult
+from .demo_result import DemoResult
 from .figures import hit_rate_figure, inline_svg, load_figure, loss_figure, placement_figure
 
 TEMPLATE = "demo.html.jinja"
@@ -34,13 +34,9 @@ def _contents(result: DemoResult) -> dict[str, Any]:
         "yardsticks": result.yardsticks,
         "offloaded": result.offloaded,
         "quarter": _quarter(result),
-        "new_tokens": NEW_TOKENS,
         "bytes_read": format_size(result.offloaded.report["bytes_read"]),
-        "prompt": result.offloaded.text[:PROMPT_BYTES],
-        "generated": result.offloaded.text[PROMPT_BYTES:],
         "num_tokens": result.trace.num_tokens,
-        "num_nodes": CLUSTER_NODES,
-        "gpus_per_node": CLUSTER_GPUS,
+        "cluster": result.placements.cluster,
         "scores": result.placements.scores,
         "gap": None if certificate is None else certificate.gap,
         "bound_name": None if certificate is None else certificate.bound_name,

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
-from moe import grouped_experts
-from moe.grouped import expertier_experts
+from moe import expertier_experts, grouped_experts
 
 from .kernel_shapes import LayerInput
 

@@ -2,15 +2,20 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from routing.traces import atomic_write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from routing import RouterStats
 
 
 class MetricsLog:
@@ -51,7 +56,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def routing_metrics(entropy: float, load_LE: NDArray[np.integer]) -> dict[str, Any]:
+def balance_metrics(entropy: float, load_LE: NDArray[np.integer]) -> dict[str, Any]:
     """Balance of one optimiser step.
 
     Args:
@@ -70,3 +75,9 @@ def routing_metrics(entropy: float, load_LE: NDArray[np.integer]) -> dict[str, A
         "router_entropy": entropy,
         "load": [[round(share, 4) for share in row] for row in share_LE.tolist()],
     }
+
+
+def routing_metrics(stats: "Sequence[RouterStats]", load_LE: "Tensor") -> dict[str, Any]:
+    """The same from torch: the routers' statistics of the last micro-batch, one per MoE layer, and the load."""
+    entropy = float(sum(layer.entropy.item() for layer in stats) / len(stats))
+    return balance_metrics(entropy, load_LE.numpy(force=True))

@@ -21,7 +21,15 @@ from .schedule import learning_rate
 from .train_loop import TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
 
 
-def train(config: TrainConfig, corpus: Corpus, run: Path, *, resume: bool = False, quiet: bool = False) -> TrainResult:
+def train(
+    config: TrainConfig,
+    corpus: Corpus,
+    run: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    stop_after_s: float | None = None,
+) -> TrainResult:
     """Train a model; everything it leaves behind is under `run`.
 
     Args:
@@ -30,6 +38,7 @@ def train(config: TrainConfig, corpus: Corpus, run: Path, *, resume: bool = Fals
         run: folder for checkpoints, `metrics.jsonl`, and at the end the model itself.
         resume: continue after the last finished checkpoint, bit by bit as if nothing had happened.
         quiet: no progress bar.
+        stop_after_s: end early after so many seconds, wherever the schedule is.
 
     Returns:
         How it ended.
@@ -40,12 +49,13 @@ def train(config: TrainConfig, corpus: Corpus, run: Path, *, resume: bool = Fals
         KeyboardInterrupt: after Ctrl-C, once the last finished step is saved.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = prepare(run, resume)
+    found = prepare(run, config, resume=resume)
     precision = precision_of(found[-1]) if found else resolve_precision(config.precision, device)
     config = replace(config, precision=precision)
     model, optimizer, order = build(config, corpus, device)
     done = restore(found[-1], model, optimizer) if found else 0
-    return run_steps(_TorchRun(model, optimizer, order, corpus, config, run), config, corpus, run, done, quiet=quiet)
+    trainable = _TorchRun(model, optimizer, order, corpus, config, run)
+    return run_steps(trainable, config, corpus, run, done, quiet=quiet, stop_after_s=stop_after_s)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +104,6 @@ def train_step(
     optimizer.zero_grad()
     tokens = config.accumulation * config.batch_size * config.sequence_length
     model.model.post_step(count_LR, tokens)
-    entropy = torch.stack([layer.entropy for layer in output.router_stats]).mean().item()
     return {
         "step": step + 1,
         "loss": loss,
@@ -102,7 +111,7 @@ def train_step(
         "learning_rate": rate,
         "gradient_norm": norm.item(),
         "tokens_per_second": tokens / (time.perf_counter() - start),
-        **routing_metrics(entropy, kept_LR[:, : model.config.num_experts].numpy(force=True)),
+        **routing_metrics(output.router_stats, kept_LR[:, : model.config.num_experts]),
     }
 
 

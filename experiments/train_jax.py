@@ -13,7 +13,7 @@ from moe.nnx.training import Optimisation, Trainer, resolve_precision
 
 from .checkpoint import write_checkpoint
 from .corpus import BatchOrder, Corpus, windows
-from .metrics import routing_metrics
+from .metrics import balance_metrics
 from .presets import TrainConfig
 from .schedule import learning_rate
 from .train_loop import TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
@@ -44,9 +44,10 @@ def train(
     Raises:
         ValueError: if `run` holds another run or one of torch, the corpus is too short, the router has no twin in JAX,
             or the mesh does not fit.
+        FloatingPointError: if the loss or its gradient is no longer finite; the last checkpoint is from before.
         KeyboardInterrupt: after Ctrl-C, once the last finished step is saved.
     """
-    found = prepare(run, resume)
+    found = prepare(run, config, resume=resume)
     precision = precision_of(found[-1]) if found else resolve_precision(config.precision)
     config = replace(config, precision=precision)
     trainable = build(config, corpus, run, mesh=mesh)
@@ -71,6 +72,9 @@ class JaxRun:
         rate = learning_rate(self.config, number)
         token_ABS = np.stack([self.order.batch(number * A + micro) for micro in range(A)])
         result = self.trainer.step(token_ABS, rate, number)
+        if not (np.isfinite(result.loss) and np.isfinite(result.gradient_norm)):
+            norm = float(result.gradient_norm)
+            raise FloatingPointError(f"diverged at step {number + 1}: loss {result.loss}, gradient norm {norm}")
         return {
             "step": number + 1,
             "loss": float(result.loss),
@@ -78,21 +82,31 @@ class JaxRun:
             "learning_rate": rate,
             "gradient_norm": float(result.gradient_norm),
             "tokens_per_second": token_ABS.size / (time.perf_counter() - start),
-            **routing_metrics(float(result.entropy), result.kept_LE),
+            **balance_metrics(float(result.entropy), result.kept_LE),
         }
 
     def evaluate(self) -> float:
         rows, size = held_out_rows(self.corpus, self.config), self.config.batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        total = sum(self.trainer.evaluate(batch) * len(batch) for batch in batches)
+        filled = [
+            np.pad(batch.astype(np.int32), ((0, size - len(batch)), (0, 0)), constant_values=-100) for batch in batches
+        ]
+        total = sum(self.trainer.evaluate(full) * len(batch) for full, batch in zip(filled, batches, strict=True))
         return bits_per_byte(total / len(rows), self.corpus)
 
     def save(self, done: int) -> Path:
         return write_checkpoint(self.run, done, self.config, self.trainer.save)
 
 
-def build(config: TrainConfig, corpus: Corpus, run: Path, *, mesh: str | None = None) -> JaxRun:
-    """A run before its first step, with weights as its seed initialises them here (torch draws others)."""
+def build(
+    config: TrainConfig, corpus: Corpus, run: Path, *, mesh: str | None = None, weights: Path | None = None
+) -> JaxRun:
+    """A run before its first step.
+
+    Args:
+        config, corpus, run, mesh: as for `train`.
+        weights: a Hugging Face folder to start from; None draws weights from the seed (torch draws others).
+    """
     how = Optimisation(
         weight_decay=config.weight_decay,
         betas=config.betas,
@@ -102,5 +116,7 @@ def build(config: TrainConfig, corpus: Corpus, run: Path, *, mesh: str | None = 
     )
     model = MoEConfig(**({"vocab_size": corpus.vocab_size} | config.model))
     trainer = Trainer(model, how, mesh=None if mesh is None else parse_mesh(mesh))
+    if weights is not None:
+        trainer.start_from(weights)
     order = BatchOrder(windows(corpus.train, config.sequence_length), config.batch_size, config.seed)
     return JaxRun(trainer, order, corpus, config, run)

@@ -21,6 +21,8 @@ from .corpus import Corpus, windows
 from .metrics import MetricsLog, open_log
 from .presets import TrainConfig
 
+HARMLESS = ("precision", "evaluate_every", "checkpoint_every", "held_out_tokens")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
@@ -58,9 +60,16 @@ class Trainable(Protocol):
 
 
 def run_steps(
-    trainable: Trainable, config: TrainConfig, corpus: Corpus, run: Path, done: int, *, quiet: bool
+    trainable: Trainable,
+    config: TrainConfig,
+    corpus: Corpus,
+    run: Path,
+    done: int,
+    *,
+    quiet: bool,
+    stop_after_s: float | None = None,
 ) -> TrainResult:
-    """Train from step `done` to the end; everything that is left behind is under `run`.
+    """Train from step `done` to the end, or until the time is up; everything that is left behind is under `run`.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the last finished step is saved.
@@ -69,6 +78,8 @@ def run_steps(
     with open_log(run / "metrics.jsonl", last_step=done) as log, _progress(config.steps, done, quiet) as advance:
         try:
             for step in range(done, config.steps):
+                if stop_after_s is not None and time.perf_counter() - start > stop_after_s:
+                    break
                 row = trainable.step(step)
                 row["bits_per_byte"] = bits_per_byte(row["lm_loss"], corpus)
                 done = step + 1
@@ -90,24 +101,38 @@ def run_steps(
     return result
 
 
-def prepare(run: Path, resume: bool) -> list[Path]:
+def prepare(run: Path, config: TrainConfig, *, resume: bool) -> list[Path]:
     """The finished checkpoints of a run that may start or continue, oldest first.
 
     Raises:
-        ValueError: if there is nothing to resume, or a run that was not to be resumed.
+        ValueError: if there is nothing to resume, a run that was not to be resumed, or one with other settings.
     """
     found = checkpoints(run)
     if resume and not found:
         raise ValueError(f"nothing to resume: {run} has no finished checkpoint; start without --resume")
     if found and not resume:
         raise ValueError(f"{run} already holds a run ({found[-1].name}); use --resume to continue it or another --out")
+    if found:
+        _expect_same_run(_saved_config(found[-1]), json.loads(json.dumps(asdict(config))), run)
     run.mkdir(parents=True, exist_ok=True)
     return found
 
 
 def precision_of(checkpoint: Path) -> str:
     """The precision that a run was started with."""
-    return json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))["precision"]
+    return _saved_config(checkpoint)["precision"]
+
+
+def _saved_config(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
+
+
+def _expect_same_run(begun: dict[str, Any], wanted: dict[str, Any], run: Path) -> None:
+    """Only what cannot change the result may differ; the precision is taken from the run itself."""
+    changed = [name for name in wanted if name not in HARMLESS and begun.get(name) != wanted[name]]
+    if changed:
+        differences = ", ".join(f"{name} {begun.get(name)!r} there and {wanted[name]!r} now" for name in changed)
+        raise ValueError(f"{run} was begun with other settings ({differences}); repeat them, or use another --out")
 
 
 def bits_per_byte(nats_per_token: float, corpus: Corpus) -> float:

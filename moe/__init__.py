@@ -7,7 +7,7 @@ implementation of that name with transformers.
 from .config import MoEConfig
 from .decoder import MoEForCausalLM, MoEModel, MoEOutput
 from .experts import Experts
-from .grouped import grouped_experts
+from .grouped import expertier_experts, grouped_experts
 from .layer import MoELayer
 from .reference import swiglu_experts_reference
 
@@ -18,6 +18,7 @@ __all__ = [
     "MoELayer",
     "MoEModel",
     "MoEOutput",
+    "expertier_experts",
     "grouped_experts",
     "swiglu_experts_reference",
 ]

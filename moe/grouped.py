@@ -68,7 +68,7 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
     else:
         hidden_NF = experts.act_fn(_project(x_ND, experts, "up_proj", groups, expert_N))
     y_ND = _project(hidden_NF, experts, "down_proj", groups, expert_N)
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # older than transformers 5.23: no such layout
         y_ND = experts.post_expert_norm(y_ND)
     if not groups.has_all_rows:
         weight_TK = torch.where(expert_TK < E, weight_TK, 0.0)

@@ -44,6 +44,7 @@ class RoutedRows:
         is_fast: bool = False,
     ) -> None:
         self._module, self._is_fast = module, is_fast
+        self._up_name = "gate_up_proj" if module.has_gate else "up_proj"
         self._x_TD, self._weight_TK = x_TD, weight_TK
         self.num_tokens, self.top_k = expert_TK.shape
         expert_N, self._order_N = torch.sort(expert_TK.reshape(-1))
@@ -58,40 +59,45 @@ class RoutedRows:
         """Rows of each expert that has any."""
         return {expert: stop - start for expert, (start, stop) in self.span.items()}
 
-    def up(self, expert: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """First product of one expert on its rows."""
-        name = "gate_up_proj" if self._module.has_gate else "up_proj"
-        self._up = self._linear(self._up, expert, self._x_ND, weights[name], name)
+    def start(self, expert: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """As much of one expert as can be computed before the others are there; all of them stay until `finish`.
+
+        The bits of an elementwise operation may depend on an element's place: vector instructions and their scalar
+        remainder round differently. Where no remainder can occur, the expert is computed to its end; otherwise its gate
+        has to wait for all rows.
+        """
+        if self._can_gate_alone(weights):
+            self.compute(expert, weights)
+        else:
+            self._first_product(expert, weights)
 
     def gate(self) -> None:
-        """Gate or activation on the rows of all experts at once."""
-        if self._up is not None:
+        """Gate or activation on the rows of all experts, unless each had its own."""
+        if self._up is not None and self._gated is None:
             self._gated = self._apply_gate(self._up)
 
-    def down(self, expert: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Second product of one expert on its rows."""
-        assert self._gated is not None
-        self._out = self._linear(self._out, expert, self._gated, weights["down_proj"], "down_proj")
+    def finish(self, expert: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """What `start` left over."""
+        if not self._can_gate_alone(weights):
+            self._second_product(expert, weights)
 
     def compute(self, expert: int, weights: Mapping[str, torch.Tensor]) -> None:
         """All of one expert, for when not all experts can be held at the same time.
 
-        The bits of an elementwise operation may depend on an element's place: vector instructions and their scalar
-        remainder round differently. Unless no remainder can occur, the gate therefore runs over the rows of all
-        experts, in the same places as in `gate`, and only this expert's are used.
+        A gate that cannot run alone runs over the rows of all experts, in the same places as in `gate`, and only this
+        expert's are used.
         """
-        self.up(expert, weights)
+        self._first_product(expert, weights)
         assert self._up is not None
         start, stop = self.span[expert]
-        num_rows, width = self._up.shape
-        width = width // 2 if self._module.has_gate else width
-        if width % VECTOR_ELEMENTS == 0 and num_rows * width % (VECTOR_ELEMENTS * torch.get_num_threads()) == 0:
+        if self._can_gate_alone(weights):
+            gated = self._apply_gate(self._up[start:stop])
             if self._gated is None:
-                self._gated = self._up.new_empty(num_rows, width)
-            self._gated[start:stop] = self._apply_gate(self._up[start:stop])
+                self._gated = gated.new_empty(self._up.shape[0], gated.shape[1])
+            self._gated[start:stop] = gated
         else:
             self._gated = self._apply_gate(self._up)
-        self.down(expert, weights)
+        self._second_product(expert, weights)
 
     def combine(self) -> torch.Tensor:
         """The weighted sum over each token's experts, `[T, D]`."""
@@ -105,6 +111,20 @@ class RoutedRows:
         place_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
         summed_TD = weighted_ND[place_N].view(self.num_tokens, self.top_k, -1).sum(dim=1)
         return summed_TD.to(self._x_TD.dtype)
+
+    def _can_gate_alone(self, weights: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the gate has the same bits on one expert's rows as on all: no remainder in any thread's share."""
+        parts = 2 if self._module.has_gate else 1
+        width = weights[self._up_name].numel() // self._x_ND.shape[1] // parts
+        threads = torch.get_num_threads()
+        return width % VECTOR_ELEMENTS == 0 and self._x_ND.shape[0] * width % (VECTOR_ELEMENTS * threads) == 0
+
+    def _first_product(self, expert: int, weights: Mapping[str, torch.Tensor]) -> None:
+        self._up = self._linear(self._up, expert, self._x_ND, weights[self._up_name], self._up_name)
+
+    def _second_product(self, expert: int, weights: Mapping[str, torch.Tensor]) -> None:
+        assert self._gated is not None
+        self._out = self._linear(self._out, expert, self._gated, weights["down_proj"], "down_proj")
 
     def _apply_gate(self, rows: torch.Tensor) -> torch.Tensor:
         module = self._module

@@ -39,6 +39,7 @@ DEFAULT_POLICY = "learned"
 def load(
     path_or_id: str | Path,
     *,
+    device: str = "auto",
     cpu_memory: str | int = "auto",
     cache_experts: int | None = None,
     policy: str = "auto",
@@ -55,6 +56,7 @@ def load(
 
     Args:
         path_or_id: a Hugging Face model folder with safetensors weights, or a model id.
+        device: where experts are computed; `"cpu"`, which is what `"auto"` means so far.
         cpu_memory: the whole budget of the process, such as `"6GiB"`; `"auto"` takes 90 % of what the machine and the
             control group leave.
         cache_experts: RAM slots per MoE layer instead of what a budget pays for.
@@ -77,6 +79,8 @@ def load(
         ValueError: if the checkpoint is damaged or incomplete, its experts cannot be offloaded, or the budget is too
             small.
     """
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"device must be auto or cpu, offloading from a GPU is not built yet; got {device!r}")
     if arithmetic not in ("exact", "fast"):
         raise ValueError(f"arithmetic must be exact or fast; got {arithmetic!r}")
     if prefetch not in ("auto", "off", *PREDICTORS):
@@ -292,7 +296,7 @@ def memory_needs(
         process_bytes=process_bytes,
         weight_bytes=weight_bytes,
         kv_bytes=context * kv_bytes_per_token(config, dtype.itemsize),
-        activation_bytes=4 * vocabulary * 4 + rows * width * dtype.itemsize * 4,
+        activation_bytes=4 * vocabulary * 4 + rows * width * dtype.itemsize * 8,
         staging_bytes=io_threads * READ_BYTES,
     )
 

@@ -42,17 +42,17 @@ class ExpertStep:
     def _run_together(
         self, rows: RoutedRows, hits: list[int], misses: list[int], reads_started: Callable[[], None]
     ) -> None:
-        """All experts are held until the end: first products as they land, one gate, second products."""
+        """All experts are held until the end; each is computed as far as possible when it is there."""
         for expert in misses:
             self._read(expert, pinned=self._num_rows)
         reads_started()
         for expert in hits:
-            self._timed(rows.up, expert)
+            self._timed(rows.start, expert)
         while self._in_flight:
-            self._timed(rows.up, self._next_landed())
+            self._timed(rows.start, self._next_landed())
         rows.gate()
         for expert in self._num_rows:
-            self._timed(rows.down, expert)
+            self._timed(rows.finish, expert)
 
     def _run_in_waves(self, rows: RoutedRows, hits: list[int], misses: list[int]) -> None:
         """Fewer slots than experts: those that wait take the slots of computed ones, at most half of the slots."""

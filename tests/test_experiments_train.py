@@ -112,6 +112,17 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_by_accident(tmp_path
         train(TINY, corpus, tmp_path / "run", quiet=True)
 
 
+def test_a_run_that_is_out_of_time_ends_early_and_can_be_continued(tmp_path, corpus):
+    assert train(TINY, corpus, tmp_path / "run", quiet=True, stop_after_s=0.0).steps == 0
+    assert train(TINY, corpus, tmp_path / "run", resume=True, quiet=True).steps == 8
+
+
+def test_a_run_is_not_continued_under_other_settings(tmp_path, corpus):
+    train(replace(TINY, steps=3), corpus, tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match="steps 3 there and 8 now"):
+        train(TINY, corpus, tmp_path / "run", resume=True, quiet=True)
+
+
 def test_kill_minus_nine_during_training_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 2_000)

@@ -149,6 +149,43 @@ def test_expert_weights_are_not_in_the_model(saved):
         model.save_pretrained(folder / "copy")
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("width", [64, 96])
+def test_bits_do_not_depend_on_where_vectors_and_threads_end(tmp_path, width, threads):
+    """Enough rows for several threads to share an elementwise operation, at widths with and without a remainder."""
+    config = OlmoeConfig(**{**SHARED, "hidden_size": 64}, intermediate_size=width, num_experts=8, num_experts_per_tok=2)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
+    resident = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.set_num_threads(threads)
+    for length in (1, 211):
+        tokens = torch.randint(0, 97, (1, length), generator=torch.Generator().manual_seed(4))
+        with torch.no_grad():
+            expected = resident(tokens).logits
+        for cache_experts in (2, 8):
+            model = offload.load(tmp_path, cache_experts=cache_experts)
+            assert torch.equal(model(tokens).logits, expected)
+            model.offload.close()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"zero_compute_experts": ["zero", "copy", "constant"]}, {"num_shared_experts": 1, "num_dense_layers": 1}],
+)
+def test_our_own_model(tiny_config, tmp_path, overrides):
+    config = tiny_config(**overrides)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    resident = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = torch.randint(0, config.vocab_size, (2, 11), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = resident(tokens).logits
+    expected_ids = resident.generate(tokens, max_new_tokens=8, do_sample=False)
+    for cache_experts in (1, 3):
+        model = offload.load(tmp_path, cache_experts=cache_experts, record_trace=True)
+        assert torch.equal(model(tokens).logits, expected)
+        assert torch.equal(model.generate(tokens, max_new_tokens=8, do_sample=False), expected_ids)
+        assert model.offload.trace().num_experts == config.num_experts
+
+
 def test_fused_checkpoints_need_no_conversion(tmp_path, tokens):
     """A checkpoint whose experts are stored fused, as [E, 2F, D] and [E, D, F]."""
     torch.manual_seed(0)

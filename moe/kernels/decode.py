@@ -267,8 +267,8 @@ def decode(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights: ExpertW
     """
     num_rows, top_k = expert_TK.numel(), expert_TK.shape[1]
     numbers = number_format(x_TD.dtype)
-    is_quantised = numbers == "half" and isinstance(weights.up, QuantisedWeight)
-    tile = DECODE_TILES["quantised" if is_quantised else numbers]
+    is_int4 = numbers == "half" and isinstance(weights.up, QuantisedWeight) and weights.up.format == "int4"
+    tile = DECODE_TILES["int4" if is_int4 else numbers]
     activated_NF = x_TD.new_empty(num_rows, weights.num_features)
     up_splits = _num_splits(weights.up, num_rows, tile, x_TD.device)
     sum_dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32

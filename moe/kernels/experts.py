@@ -5,6 +5,7 @@ the kernels can compute; so a family with a gate of its own is either computed e
 """
 
 import itertools
+from dataclasses import astuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ QUICK_GELU_ALPHA = 1.702
 PROBE_ROWS, PROBE_FEATURES = 64, 4
 OLDEST_CAPABILITY = (8, 0)
 
-_recognised: dict[tuple, Activation | None] = {}
+_recognised: dict[tuple, tuple | None] = {}
 
 
 def can_compute(experts: nn.Module, x_TD: Tensor) -> bool:
@@ -34,7 +35,9 @@ def can_compute(experts: nn.Module, x_TD: Tensor) -> bool:
         False for norms after the experts, unknown activations, number formats or devices without kernels.
     """
     weight = experts.down_proj
-    if experts.has_post_expert_norm or weight.dtype not in TRITON_TYPES or not _is_device_ready(x_TD.device):
+    # transformers before 5.23 has no norms after experts, and no such flag
+    has_norm = getattr(experts, "has_post_expert_norm", False)
+    if has_norm or weight.dtype not in TRITON_TYPES or not _is_device_ready(x_TD.device):
         return False
     return activation_of(experts) is not None
 
@@ -83,7 +86,6 @@ def weights_of(experts: nn.Module) -> ExpertWeights:
     )
 
 
-@torch._dynamo.assume_constant_result
 def activation_of(experts: nn.Module) -> Activation | None:
     """The kernels' name for what the module does between its projections; None if they have none.
 
@@ -93,11 +95,19 @@ def activation_of(experts: nn.Module) -> Activation | None:
     Returns:
         The activation.
     """
+    settings = _settings_of(experts)
+    return None if settings is None else Activation(*settings)
+
+
+@torch._dynamo.assume_constant_result
+def _settings_of(experts: nn.Module) -> tuple | None:
+    """The fields of the module's activation; plain values, because `torch.compile` of torch 2.11 takes no others."""
     limit = _first_number(experts, LIMIT_NAMES)
     alpha = _first_number(experts, ALPHA_NAMES)
     key = (type(experts), repr(getattr(experts, "act_fn", None)), experts.has_gate, limit, alpha)
     if key not in _recognised:
-        _recognised[key] = _recognise(experts, limit, alpha)
+        found = _recognise(experts, limit, alpha)
+        _recognised[key] = None if found is None else astuple(found)
     return _recognised[key]
 
 

@@ -20,7 +20,7 @@ from .metadata import Groups, TileMap
 from .tiles import Tile
 from .tiling import tile_and_block
 
-FEATURES_IN_PARTS = 128
+FEATURES_IN_PARTS = 64
 
 
 @triton.jit

@@ -280,7 +280,8 @@ def group_rows(
     mapped = _tile_map_arguments(groups, tiles)
     grid = (num_blocks + triton.cdiv(len(tiles.slot_I), TILES_PER_PROGRAM),)
     grouped = {"order_ptr": groups.order_N, "position_ptr": groups.position_N}
-    run(Launch(group_kernel, grid, routed | mapped | grouped))
+    # with 4 warps the comparison of all pairs of a block does not fit in registers
+    run(Launch(group_kernel, grid, routed | mapped | grouped, num_warps=8))
     return groups, tiles
 
 

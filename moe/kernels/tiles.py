@@ -122,8 +122,8 @@ class DecodeTile:
 
 DECODE_TILES = {
     "half": DecodeTile(64, 128, 4, 4),
-    # a quarter or half of the bytes per tile, so more tiles must be on their way
-    "quantised": DecodeTile(64, 128, 4, 6),
+    # a quarter of the bytes per tile, so more tiles should be on their way; six stages spill on sm90, four on sm100
+    "int4": DecodeTile(64, 128, 4, 5),
     "single": DecodeTile(64, 32, 4, 2),
     "double": DecodeTile(32, 16, 4, 1),
 }

@@ -4,11 +4,11 @@ Shapes: E experts, C slots (C = E unless `slot_E` is given), O = 2F up outputs (
 F expert width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .activation import SWIGLU, Activation
+from .activation import Activation
 from .quantise import QuantisedWeight
 
 
@@ -34,7 +34,7 @@ class ExpertWeights:
     down: Tensor | QuantisedWeight
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
-    activation: Activation = SWIGLU
+    activation: Activation = field(default_factory=Activation)
     is_halves: bool = True
     slot_E: Tensor | None = None
 

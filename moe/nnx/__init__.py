@@ -6,9 +6,10 @@ computes nothing.
 
 from .checkpoint import load_pretrained, save_pretrained
 from .decoder import MoEForCausalLM, MoEOutput
+from .distribute import distribute
 from .experts import Experts, compute_experts
 from .grouped import GROUPED_PRODUCTS
-from .mesh import build_mesh, distribute, parse_mesh
+from .mesh import build_mesh, parse_mesh
 
 __all__ = [
     "GROUPED_PRODUCTS",

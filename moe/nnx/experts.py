@@ -34,7 +34,7 @@ class Experts(nnx.Module):
         product: a key of `grouped.GROUPED_PRODUCTS`; None takes the platform's default.
 
     Attributes:
-        mesh: devices that share the experts, or None; set by `mesh.distribute`.
+        mesh: devices that share the experts, or None; set by `distribute.distribute`.
     """
 
     def __init__(self, config: MoEConfig, rngs: nnx.Rngs, product: str | None = None) -> None:

@@ -10,7 +10,6 @@ jax inserts the communication. Source of the idea: Tan et al. 2023 (Redco), arXi
 
 import jax
 import numpy as np
-from flax import nnx
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -68,37 +67,17 @@ def partition(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*axes)
 
 
-def distribute(model: nnx.Module, mesh: Mesh) -> None:
-    """Place a model's state on a mesh, in place.
+def place_batch(tokens: np.ndarray, mesh: Mesh | None) -> Array:
+    """Tokens [..., B, S] on their devices, split by sequence.
 
     Raises:
-        ValueError: if the experts do not divide over the axis `expert`.
-    """
-    from .experts import Experts
-
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, Experts):
-            num_experts = module.down_proj.shape[0]
-            if num_experts % mesh.shape["expert"]:
-                raise ValueError(f"{num_experts} experts do not divide over {mesh.shape['expert']} devices")
-            module.mesh = mesh
-    state = nnx.to_flat_state(nnx.state(model))
-    for path, variable in state:
-        names = tuple(map(str, path))
-        sharding = NamedSharding(mesh, partition(names, variable.shape, mesh))
-        variable[...] = jax.device_put(variable[...], sharding)
-    nnx.update(model, nnx.from_flat_state(state))
-
-
-def place_batch(token_BS: np.ndarray, mesh: Mesh | None) -> Array:
-    """Sequences on their devices.
-
-    Raises:
-        ValueError: if they do not divide over the axis `data`.
+        ValueError: if the sequences do not divide over the axis `data`.
     """
     if mesh is None:
-        return jax.numpy.asarray(token_BS)
-    if len(token_BS) % mesh.shape["data"]:
-        raise ValueError(f"{len(token_BS)} sequences do not divide over {mesh.shape['data']} devices")
-    divides = len(token_BS) % (mesh.shape["data"] * mesh.shape["expert"]) == 0
-    return jax.device_put(token_BS, NamedSharding(mesh, P(("data", "expert") if divides else "data")))
+        return jax.numpy.asarray(tokens)
+    num_sequences = tokens.shape[-2]
+    if num_sequences % mesh.shape["data"]:
+        raise ValueError(f"{num_sequences} sequences do not divide over {mesh.shape['data']} devices")
+    divides = num_sequences % (mesh.shape["data"] * mesh.shape["expert"]) == 0
+    split = P(*[None] * (tokens.ndim - 2), ("data", "expert") if divides else "data")
+    return jax.device_put(tokens, NamedSharding(mesh, split))

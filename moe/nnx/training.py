@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 from ..config import MoEConfig
 from .checkpoint import read_tensors, save_pretrained, set_tensors
 from .decoder import MoEForCausalLM
-from .mesh import distribute, place_batch
+from .distribute import distribute
+from .mesh import place_batch
 
 STATE_FILE = "training_state.safetensors"
 PROBE_SIZE, PROBE_REPEATS = 768, 5
@@ -110,12 +111,16 @@ class Trainer:
             rate: learning rate.
             number: steps done before; together with the seed it fixes the noise.
         """
-        batches = [place_batch(batch.astype(np.int32), self.mesh) for batch in token_ABS]
-        self._state, result = self._step(self._state, batches, jnp.float32(rate), jnp.int32(number))
+        tokens = place_batch(token_ABS.astype(np.int32), self.mesh)
+        self._state, result = self._step(self._state, tokens, jnp.float32(rate), jnp.int32(number))
         return jax.device_get(result)
 
     def evaluate(self, token_BS: np.ndarray) -> float:
-        """Mean cross entropy per predicted token in nats, without anything that belongs to training."""
+        """Mean cross entropy per predicted token in nats, without anything that belongs to training.
+
+        Args:
+            token_BS: integers; -100 is not scored, so that a last batch can be filled up and needs no compilation.
+        """
         token_BS = jnp.asarray(token_BS.astype(np.int32))
         return float(self._evaluate(self._state.params, self._state.variables, token_BS))
 
@@ -124,6 +129,16 @@ class Trainer:
         save_pretrained(self.model, folder)
         moments = {name: np.asarray(leaf) for name, leaf in _named_leaves(self._state.moments)}
         save_file(moments, folder / STATE_FILE)
+
+    def start_from(self, folder: Path) -> None:
+        """Take over the weights of a Hugging Face folder, with fresh moments.
+
+        Raises:
+            ValueError: if they do not fit this model.
+        """
+        model = self.model
+        set_tensors(model, read_tensors(folder), source=str(folder))
+        self._hold(model)
 
     def restore(self, folder: Path) -> None:
         """Take over what `save` wrote, bit for bit.
@@ -134,9 +149,7 @@ class Trainer:
         path = folder / STATE_FILE
         if not path.is_file():
             raise ValueError(f"{folder} has no {STATE_FILE}: it was not trained by JAX; resume it with its own backend")
-        model = self.model
-        set_tensors(model, read_tensors(folder), source=str(folder))
-        self._hold(model)
+        self.start_from(folder)
         try:
             with safe_open(path, framework="np") as file:
                 leaves = [_fitting(file.get_tensor(name), leaf) for name, leaf in _named_leaves(self._state.moments)]
@@ -153,7 +166,7 @@ class Trainer:
         self._step = jax.jit(self._build_step(), donate_argnums=0)
         self._evaluate = jax.jit(self._forward_loss)
 
-    def _build_step(self) -> Callable[[State, list[Array], Array, Array], tuple[State, StepResult]]:
+    def _build_step(self) -> Callable[[State, Array, Array, Array], tuple[State, StepResult]]:
         def micro_step(params: nnx.State, variables: nnx.State, token_BS: Array, key: Array) -> tuple[Array, Any]:
             model = nnx.merge(self._graph, _in_precision(params, self.how.precision), variables)
             output = model(token_BS, token_BS, is_training=True, key=key)
@@ -163,32 +176,32 @@ class Trainer:
             entropy = jnp.stack([layer.entropy for layer in stats]).mean()
             return output.loss, (output.lm_loss, count_LR, kept_LE, entropy)
 
-        def step(state: State, batches: list[Array], rate: Array, number: Array) -> tuple[State, StepResult]:
-            loss = lm_loss = count_LR = kept_LE = 0
-            gradient: Any = None
-            for micro, token_BS in enumerate(batches):
-                key = jax.random.fold_in(jax.random.key(self.how.seed), number * len(batches) + micro)
-                (one_loss, facts), one_gradient = jax.value_and_grad(micro_step, has_aux=True)(
-                    state.params, state.variables, token_BS, key
-                )
-                gradient = one_gradient if gradient is None else jax.tree.map(jnp.add, gradient, one_gradient)
-                loss, lm_loss = loss + one_loss, lm_loss + facts[0]
-                count_LR, kept_LE, entropy = count_LR + facts[1], kept_LE + facts[2], facts[3]
-            gradient = jax.tree.map(lambda leaf: leaf / len(batches), gradient)
+        def step(state: State, token_ABS: Array, rate: Array, number: Array) -> tuple[State, StepResult]:
+            def micro(gradient: nnx.State, numbered: tuple[Array, Array]) -> tuple[nnx.State, Any]:
+                place, token_BS = numbered
+                key = jax.random.fold_in(jax.random.key(self.how.seed), number * len(token_ABS) + place)
+                differentiate = jax.value_and_grad(micro_step, has_aux=True)
+                (loss, facts), one = differentiate(state.params, state.variables, token_BS, key)
+                return jax.tree.map(jnp.add, gradient, one), (loss, *facts)
+
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            gradient, facts = jax.lax.scan(micro, zeros, (jnp.arange(len(token_ABS)), token_ABS))
+            loss_A, lm_loss_A, count_ALR, kept_ALE, entropy_A = facts
+            gradient = jax.tree.map(lambda leaf: leaf / len(token_ABS), gradient)
             norm = optax.tree.norm(gradient)
             updates, moments = self._optimizer.update(gradient, state.moments, state.params)
             params = jax.tree.map(lambda p, update: p - rate * update, state.params, updates)
             model = nnx.merge(self._graph, params, state.variables)
-            model.post_step(count_LR)
+            model.post_step(count_ALR.sum(axis=0))
             _, params, variables = nnx.split(model, nnx.Param, ...)
-            result = StepResult(loss / len(batches), lm_loss / len(batches), norm, entropy, kept_LE)
+            result = StepResult(loss_A.mean(), lm_loss_A.mean(), norm, entropy_A[-1], kept_ALE.sum(axis=0))
             return State(params, moments, variables), result
 
         return step
 
     def _forward_loss(self, params: nnx.State, variables: nnx.State, token_BS: Array) -> Array:
         model = nnx.merge(self._graph, _in_precision(params, self.how.precision), variables)
-        return model(token_BS, token_BS).lm_loss
+        return model(jnp.maximum(token_BS, 0), token_BS).lm_loss
 
 
 def resolve_precision(precision: str) -> str:
