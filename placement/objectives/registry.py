@@ -21,7 +21,7 @@ Float = NDArray[np.float64]
 Robustness = Literal["mean", "max", "cvar"]
 CVAR_SHARE = 0.5
 PRICE_ONE_NODE, PRICE_SEVERAL_NODES = 1.6, 1.0  # measured on GPT-OSS-20B: balancedness 0.90 on data not planned on
-HOP_IMBALANCE_PRICE = 0.26
+HOP_IMBALANCE_PRICE = 0.23
 GOAL_PRICE = 100.0
 
 
