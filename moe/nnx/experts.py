@@ -107,23 +107,26 @@ def _over_mesh(
     tokens = P("data")
     splits = [partition(("experts", "gate_up_proj"), gate_up_proj.shape, mesh)]
     splits += [partition(("experts", "down_proj"), down_proj.shape, mesh)]
+    is_width_split = splits[-1][1] is not None
+    # over an axis that splits nothing every device does the same, and nothing is summed
+    axes = AXES if is_width_split else ("data", "expert")
     splits = [tokens, tokens, tokens, *splits]
 
     def local(*arrays: Array) -> Array:
         # what is equal on several devices is made to differ before it meets what does; the transpose is the sum over
         # those devices that a gradient needs
-        arrays = tuple(_varying(array, split) for array, split in zip(arrays, splits, strict=True))
+        arrays = tuple(_varying(array, split, axes) for array, split in zip(arrays, splits, strict=True))
         x_TD, expert_TK, weight_TK, gate_up_proj, down_proj = arrays
         E = gate_up_proj.shape[0]
         mine_TK = expert_TK - lax.axis_index("expert") * E
         mine_TK = jnp.where((mine_TK >= 0) & (mine_TK < E), mine_TK, E)
         y_TD = compute(x_TD, mine_TK, weight_TK, gate_up_proj, down_proj)
-        return lax.psum(y_TD, "expert" if splits[-1][1] is None else ("expert", "tensor"))
+        return lax.psum(y_TD, ("expert", "tensor") if is_width_split else "expert")
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=tuple(splits), out_specs=tokens)
     return mapped(x_TD, expert_TK, weight_TK, gate_up_proj, down_proj)
 
 
-def _varying(array: Array, split: P) -> Array:
-    """The same array, typed as different on all devices."""
-    return lax.pcast(array, tuple(axis for axis in AXES if axis not in split), to="varying")
+def _varying(array: Array, split: P, axes: tuple[str, ...]) -> Array:
+    """The same array, typed as different on all devices along `axes`."""
+    return lax.pcast(array, tuple(axis for axis in axes if axis not in split), to="varying")

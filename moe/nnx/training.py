@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -162,9 +162,18 @@ class Trainer:
         if self.mesh is not None:
             distribute(model, self.mesh)
         self._graph, params, variables = nnx.split(model, nnx.Param, ...)
-        self._state = State(params, self._optimizer.init(params), variables)
+        self._state = State(params, self._on_mesh(self._optimizer.init(params)), variables)
         self._step = jax.jit(self._build_step(), donate_argnums=0)
         self._evaluate = jax.jit(self._forward_loss)
+
+    def _on_mesh(self, moments: optax.OptState) -> optax.OptState:
+        """Moments follow their parameters; the counters beside them are put on every device of the mesh."""
+        if self.mesh is None:
+            return moments
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda leaf: leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, whole), moments
+        )
 
     def _build_step(self) -> Callable[[State, Array, Array, Array], tuple[State, StepResult]]:
         def micro_step(params: nnx.State, variables: nnx.State, token_BS: Array, key: Array) -> tuple[Array, Any]:
