@@ -60,6 +60,7 @@ def test_bad_input_is_one_line_and_exit_2(files):
     assert not (files / "p.json").exists()
 
 
+@pytest.mark.slow
 def test_holdout_current_and_migrate(files):
     (files / "c.yaml").write_text(CLUSTER.replace("experts: 16", "experts: 16, expert_bytes: 1e6"))
     common = ("--trace", files / "t.npz", "--cluster", files / "c.yaml", "--time-limit", 1, "--json", files / "r.json")

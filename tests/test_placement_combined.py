@@ -90,7 +90,8 @@ def test_churn_of_loads_with_replicas():
         solve(first, objective=with_churn(find_objective("balance"), 0.01))
 
 
-@pytest.mark.parametrize("replicas", [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [0, 4])
 def test_neighbourhoods_improve_a_bad_plan_and_never_worsen_one(problem, replicas):
     wide = Problem.from_trace(problem.scenarios[0].trace, problem.cluster, replicas=replicas)
     objective = find_objective("fanout+balance")
@@ -103,12 +104,14 @@ def test_neighbourhoods_improve_a_bad_plan_and_never_worsen_one(problem, replica
     assert evaluate(objective, better, wide) < evaluate(objective, start, wide)
 
 
+@pytest.mark.slow
 def test_small_integer_programme_is_proved():
     load = np.random.default_rng(5).lognormal(0, 1, (2, 32))
     plan = solve(Problem.from_loads(load, Cluster.grid(1, 8)), solver="ilp", time_limit_s=30)
     assert plan.certificate.is_proven_optimal
 
 
+@pytest.mark.slow
 def test_balance_floor_raises_the_price_until_it_is_kept(problem):
     weights = part_weights(find_objective("fanout+balance"), problem.cluster)
     low, high = (
