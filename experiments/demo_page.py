@@ -47,12 +47,12 @@ def _contents(result: DemoResult) -> dict[str, Any]:
 
 def _cards(result: DemoResult) -> list[tuple[str, str]]:
     bits, bigram = result.trained.held_out_bits_per_byte, result.yardsticks.bigram
-    before, after = (result.placements.scores[name].gpu_fanout for name in ("contiguous", "solved"))
+    before, after = (result.placements.scores[name].node_fanout for name in ("contiguous", "solved"))
     return [
         (f"{bits:.2f}", f"bits per byte on held-out text (bigram {bigram:.2f})"),
         ("identical", f"tokens and logits with {_quarter(result)} in RAM"),
         (f"{result.offloaded.report['hit_rate']:.0%}", "of expert accesses found in RAM"),
-        (f"{before:.2f} → {after:.2f}", "GPUs that hold a token's experts, on unseen text"),
+        (f"{before:.2f} → {after:.2f}", "nodes that hold a token's experts, on unseen text"),
     ]
 
 
