@@ -5,7 +5,6 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 from ..config import MoEConfig
-
 from .body import Body
 from .plain import plain
 

@@ -1,9 +1,9 @@
 """The plain architecture: one router and one bank of experts in every routed layer, layers run once and in order."""
 
-from ..config import MoEConfig
-from ..layer import build_moe_layer
 from routing import build_routers
 
+from ..config import MoEConfig
+from ..layer import build_moe_layer
 from .body import Body
 
 
