@@ -97,20 +97,6 @@ def test_fast_arithmetic_is_the_same_at_every_cache_size_and_close_to_exact(save
     assert (outputs[0] - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (5, 33), (64, 128), (17, 300), (96, 2048)])
-def test_fast_product_against_float64(shape):
-    from offload.fast import matvec
-
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape, generator=generator).bfloat16()
-    x = torch.randn(1, shape[1], generator=generator).bfloat16()
-    out = torch.empty(1, shape[0], dtype=torch.bfloat16)
-    matvec(x, weight, out)
-    expected = x.double() @ weight.double().t()
-    error = (out.double() - expected).abs()
-    assert (error <= 2**-8 * expected.abs() + 1e-5 * shape[1]).all()
-
-
 @pytest.mark.parametrize("prefetch", ["gate", "transitions"])
 @pytest.mark.parametrize("name", ["olmoe", "qwen3_moe"])
 def test_reading_ahead_changes_no_bits(saved, name, prefetch):
