@@ -82,8 +82,10 @@ def load(
     if device not in ("auto", "cpu"):
         raise ValueError(f"device must be auto or cpu, offloading from a GPU is not built yet; got {device!r}")
     matvecs = Matvecs(arithmetic)
-    if prefetch not in ("auto", "off", *PREDICTORS):
-        raise ValueError(f"prefetch must be auto, off or one of {', '.join(PREDICTORS)}; got {prefetch!r}")
+    if prefetch not in ("auto", "off", *PREDICTORS) and not prefetch.endswith(".npz"):
+        raise ValueError(
+            f"prefetch must be auto, off, one of {', '.join(PREDICTORS)}, or a predictor file (.npz); got {prefetch!r}"
+        )
     policy = _policy(policy)
     folder = _local_folder(path_or_id)
     entries = read_checkpoint(folder)

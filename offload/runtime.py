@@ -67,9 +67,9 @@ class OffloadRuntime:
             return rows.combine()
 
     def _look_ahead(self, layer: int, x_TD: torch.Tensor, expert_TK: torch.Tensor) -> None:
-        """Once this layer's reads are on their way: start what the next layer will probably ask for."""
-        if self.prefetcher is not None and len(expert_TK) == 1 and layer + 1 < len(self.layers):
-            self.prefetcher.look_ahead(layer + 1, x_TD, expert_TK, self.layers[layer + 1])
+        """Once this layer's reads are on their way: start what the next layers will probably ask for."""
+        if self.prefetcher is not None and len(expert_TK) == 1:
+            self.prefetcher.look_ahead(layer, x_TD, expert_TK, self.layers)
 
     def _forward_eager(
         self, slots: LayerSlots, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
