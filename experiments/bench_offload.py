@@ -183,7 +183,7 @@ def _print(console: Console, results: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _contest(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, predictor: str) -> dict[str, Any]:
+def _contest(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, predictor: str = "") -> dict[str, Any]:
     """In the limited process: load, prefill, decode along the trace.
 
     Prefetching by the next layer's gate stays off: a replay checkpoint marks the experts of all layers in one hidden
