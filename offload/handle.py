@@ -28,6 +28,7 @@ class Offload:
         self._runtime = runtime
         self._call_started_s = 0.0
         self._call_tokens = 0
+        self._busy_before_s = runtime.store.busy_s
         model.register_forward_pre_hook(self._before_call, with_kwargs=True)
         model.register_forward_hook(self._after_call, with_kwargs=True)
 
@@ -46,6 +47,7 @@ class Offload:
                 layer.misses * slots.expert_bytes
                 for layer, slots in zip(counters.layers, self._runtime.layers, strict=True)
             ),
+            **self._floor(),
             "policy": self.policy,
             "slots_per_layer": list(self.plan.num_slots),
             "is_direct": self._runtime.store.is_direct,
@@ -53,6 +55,15 @@ class Offload:
             "memory": dict(describe(self.plan)),
             "prefetch": prefetch,
             "hit_rate_L": [layer.hits / max(layer.hits + layer.misses, 1) for layer in counters.layers],
+        }
+
+    def _floor(self) -> dict[str, Any]:
+        """How long the disk was busy: no schedule of the same reads can be quicker, whatever is computed meanwhile."""
+        busy_s, achieved_s = self._runtime.store.busy_s - self._busy_before_s, sum(self._runtime.counters.step_s)
+        return {
+            "floor_s": busy_s,
+            "achieved_s": achieved_s,
+            "share_of_floor": busy_s / achieved_s if achieved_s else None,
         }
 
     def _prefetch(self) -> dict[str, Any]:
@@ -65,6 +76,7 @@ class Offload:
     def reset(self) -> None:
         """Start counting anew; what is cached stays."""
         self._runtime.counters.reset()
+        self._busy_before_s = self._runtime.store.busy_s
         for slots in self._runtime.layers:
             slots.ahead_counters = AheadCounters()
 

@@ -1,6 +1,7 @@
 """Reading threads: jobs with two priorities, a bounded number in flight, shut down with the interpreter."""
 
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -98,6 +99,11 @@ class ReadingThreads:
             thread.start()
         self.close = weakref.finalize(self, _close, self._state, self._threads)
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one read was on its way."""
+        return self._state.busy_s
+
     def submit(self, ticket: Ticket, jobs: list[Callable[[], None]], *, is_demand: bool = True) -> None:
         """Queue the jobs of one ticket."""
         with self._state.ready:
@@ -120,6 +126,20 @@ class _Queues:
         self.demand: deque[Job] = deque()
         self.ahead: deque[Job] = deque()
         self.is_closed = False
+        self.busy_s = 0.0
+        self._running, self._since_s = 0, 0.0
+
+    def begin(self) -> None:
+        """A read begins; `ready` is held."""
+        if not self._running:
+            self._since_s = time.perf_counter()
+        self._running += 1
+
+    def end(self) -> None:
+        with self.ready:
+            self._running -= 1
+            if not self._running:
+                self.busy_s += time.perf_counter() - self._since_s
 
 
 def _work(state: _Queues) -> None:
@@ -130,6 +150,7 @@ def _work(state: _Queues) -> None:
             if state.is_closed:
                 return
             ticket, job = (state.demand or state.ahead).popleft()
+            state.begin()
         if ticket.is_cancelled or ticket.error:
             ticket.skip()
         else:
@@ -139,6 +160,7 @@ def _work(state: _Queues) -> None:
             except BaseException as caught:
                 error = caught
             ticket.job_done(error)
+        state.end()
         del ticket, job
 
 

@@ -7,6 +7,7 @@ during that call.
 
 import threading
 from collections.abc import Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .compute import RoutedRows, eager_forward
 from .counters import Counters, LayerCounters
 from .matvec import Matvecs
 from .prefetch import Prefetcher
+from .reading import Ticket
 from .slots import LayerSlots
 from .step import ExpertStep
 from .store import ExpertStore
@@ -65,6 +67,23 @@ class OffloadRuntime:
             step = ExpertStep(slots, self.counters, rows.num_rows, expert_TK)
             step.run(rows, lambda: self._look_ahead(layer, x_TD, expert_TK))
             return rows.combine()
+
+    def fill(self, experts_L: Sequence[Sequence[int]]) -> None:
+        """Read experts into free slots before anything asks for them; gives up none that is there.
+
+        Raises:
+            OSError: if reading fails.
+        """
+        landed: SimpleQueue[Ticket] = SimpleQueue()
+        reads = 0
+        for slots, experts in zip(self.layers, experts_L, strict=True):
+            for expert in [expert for expert in experts if expert not in slots][: slots.num_free]:
+                slots.start_read(expert, (), landed)
+                reads += 1
+        for _ in range(reads):
+            ticket = landed.get()
+            if ticket.error is not None:
+                raise OSError(f"reading expert {ticket.expert} of MoE layer {ticket.layer} failed: {ticket.error}")
 
     def _look_ahead(self, layer: int, x_TD: torch.Tensor, expert_TK: torch.Tensor) -> None:
         """Once this layer's reads are on their way: start what the next layers will probably ask for."""

@@ -86,6 +86,11 @@ class ExpertStore:
     def bytes_per_expert(self) -> list[int]:
         return [record.layer.expert_bytes for record in self.records]
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one read was on its way, since the store was opened."""
+        return self._threads.busy_s
+
     def close(self) -> None:
         """Stop the threads and close the files."""
         self._threads.close()
