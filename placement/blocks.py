@@ -15,6 +15,7 @@ from .problem import Problem
 Integer = NDArray[np.int64]
 MAX_GPUS = 2048  # beyond it a layer table of GPU x expert no longer fits small machines
 MAX_ITEMS = 3072  # slots of a layer that a search over all pairs of them takes
+GOOD_ITEMS = 768  # so many that it is quick; more only where blocks do not do
 
 
 def one_block(problem: Problem, *, pairs: bool) -> tuple[Problem, int]:
@@ -35,6 +36,8 @@ def one_block(problem: Problem, *, pairs: bool) -> tuple[Problem, int]:
     for size in sizes:
         if is_periodic(problem.cluster, size):
             return replace(problem, cluster=first_gpus(problem.cluster, size), current=None), G // size
+    if G <= MAX_GPUS and problem.num_slots <= MAX_ITEMS:
+        return problem, 1
     raise ValueError(_explanation(problem, most, bool(sizes)))
 
 
