@@ -197,9 +197,9 @@ def _pipeline_case() -> Case:
     """58 layers of 256 experts on 8 x 8 GPUs; generated, checked on other data of the same generator."""
     from placement import Cluster, Problem, generate_trace
 
-    trace = generate_trace(tokens=24_000, layers=58, experts=256, top_k=8, blocks=32)
+    trace = generate_trace(tokens=18_000, layers=58, experts=256, top_k=8, blocks=32)
     cluster = Cluster.grid(8, 8)
-    planned, held = (Problem.from_trace(trace.rows(*rows), cluster) for rows in ((0, 16_000), (16_000, None)))
+    planned, held = (Problem.from_trace(trace.rows(*rows), cluster) for rows in ((0, 12_000), (12_000, None)))
     return Case("58x256, 8x8, full pipeline", planned, held, "fanout+balance", ("auto",))
 
 

@@ -6,7 +6,7 @@ Shapes: W folds or scenarios, L layers, E experts, X items (copies), G GPUs, P s
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,12 @@ from .bundles import Bundles, unique_sets
 from .layer_search import Effort, search_layer
 from .objectives import PartWeights
 from .objectives.churn import require_same_model
+from .objectives.fanout import gpu_fanout, node_fanout
+from .plan import Plan
 from .problem import Problem
 from .recount import recount
 from .replication import counts_of
-from .tabu import LayerTask
+from .tabu import LayerTask, SearchState
 from .workers import in_workers
 
 Float = NDArray[np.float64]
@@ -141,20 +143,37 @@ def _search_one(job: _LayerJob) -> tuple[int, Integer]:
     if now >= job.deadline:
         return job.layer, job.map_P
     until = now + (job.deadline - now) / job.rounds_left
-    has_choice = _may_recount(job)
-    first_until = now + (until - now) / 2 if has_choice else until
-    map_P, cost = _searched(job, job.map_P, first_until)
-    if has_choice and time.monotonic() < until:
-        recounted_P, recounted_cost = _searched(job, _recounted(job, map_P), until)
-        map_P = recounted_P if recounted_cost < cost else map_P
-    return job.layer, map_P
+    if not _may_recount(job):
+        return job.layer, _searched(job, job.map_P, until)
+    first_P = _searched(job, job.map_P, now + (until - now) / 2)
+    if time.monotonic() >= until:
+        return job.layer, first_P
+    second_P = _searched(job, _recounted(job, first_P), until)
+    return job.layer, min(first_P, second_P, key=lambda map_P: _exact_cost(job, map_P))
 
 
-def _searched(job: _LayerJob, map_P: Integer, until: float) -> tuple[Integer, float]:
+def _searched(job: _LayerJob, map_P: Integer, until: float) -> Integer:
     task = layer_task(job.problem, map_P, 0, job.weights, seed=job.seed + job.layer, linear_XG=job.churn_XG)
     known_X = np.arange(len(map_P)) // job.problem.slots_per_gpu
-    gpu_X, cost = search_layer(task, known_X, job.effort, job.seed * 1000 + job.layer, until)
-    return map_P[np.argsort(gpu_X, kind="stable")], cost
+    gpu_X, _ = search_layer(task, known_X, job.effort, job.seed * 1000 + job.layer, until)
+    return np.asarray(map_P[np.argsort(gpu_X, kind="stable")])
+
+
+def _exact_cost(job: _LayerJob, map_P: Integer) -> float:
+    """Expected fan-out over all choices of copies; the search itself sees one choice per token."""
+    problem, weights = job.problem, job.weights
+    plan = Plan(
+        physical_to_logical_LP=map_P[None],
+        num_experts=problem.num_experts,
+        cluster=problem.cluster,
+        layer_ids=(0,),
+        hidden_layers=1,
+    )
+    traces = [scenario.trace for scenario in problem.scenarios if scenario.trace is not None]
+    gpu, node = (np.mean([fan(plan, trace) for trace in traces]) for fan in (gpu_fanout, node_fanout))
+    task = layer_task(problem, map_P, 0, replace(weights, fan=0, node=0), seed=0)
+    level = SearchState(task, np.arange(len(map_P)) // problem.slots_per_gpu).cost
+    return float(weights.fan * gpu + weights.node * node + level)
 
 
 def _may_recount(job: _LayerJob) -> bool:
@@ -167,9 +186,11 @@ def _recounted(job: _LayerJob, map_P: Integer) -> Integer:
     traces = [scenario.trace for scenario in job.problem.scenarios if scenario.trace is not None]
     bundles = _joined([unique_sets(trace.expert_TLK[:, 0]) for trace in traces])
     pair_EE = bundles.coactivation(job.problem.num_experts) / max(bundles.tokens, 1.0)
-    price = job.weights.level / (job.weights.fan + job.weights.node)
+    cluster, weights = job.problem.cluster, job.weights
+    same_node_GG = cluster.node_G[:, None] == cluster.node_G
+    worth_GG = weights.fan * np.eye(cluster.num_gpus) + weights.node * same_node_GG
     weight_WE = _fold_weights(job.problem, 0)
-    return recount(map_P, pair_EE, weight_WE, job.problem.cluster.speed_G, price=price)
+    return recount(map_P, pair_EE, weight_WE, cluster.speed_G, price=weights.level, worth_GG=worth_GG)
 
 
 def _item_sets(expert_TK: NDArray[np.int16], map_P: Integer, random: np.random.Generator) -> Bundles:

@@ -9,6 +9,8 @@ from placement.generators import generate_trace
 from placement.objectives import find_objective
 from placement.recount import _candidates, _changes, recount
 
+WORTH = np.array([[1.2, 0.3, 0, 0], [0.3, 1.2, 0, 0], [0, 0, 1.2, 0.3], [0, 0, 0.3, 1.2]])
+
 
 def cost(map_P, pair_EE, weight_WE, speed_G, price):
     """By definition: price * mean level - pairs that meet."""
@@ -17,7 +19,7 @@ def cost(map_P, pair_EE, weight_WE, speed_G, price):
     np.add.at(share_EG, (map_P, np.arange(len(map_P)) * G // len(map_P)), 1)
     share_EG /= share_EG.sum(axis=1, keepdims=True)
     level = ((weight_WE @ share_EG) / speed_G * speed_G.sum()).max(axis=1).mean()
-    return price * level - (pair_EE * (share_EG @ share_EG.T)).sum() / 2
+    return price * level - (pair_EE * (share_EG @ WORTH @ share_EG.T)).sum() / 2
 
 
 @settings(max_examples=15, deadline=None)
@@ -30,13 +32,13 @@ def test_every_change_of_a_replica_is_exact(seed):
     pair = np.triu(pair, 1) + np.triu(pair, 1).T
     weight, speed = random.dirichlet(np.ones(E), 2), random.uniform(0.5, 1.5, G)
     slots, experts = _candidates(map_P, E, G)
-    found = _changes(map_P, slots, experts, pair, weight, speed, 0.7)
+    found = _changes(map_P, slots, experts, pair, weight, speed, 0.7, WORTH)
     before = cost(map_P, pair, weight, speed, 0.7)
     for slot, expert, change in zip(slots, experts, found, strict=True):
         moved = map_P.copy()
         moved[slot] = expert
         assert cost(moved, pair, weight, speed, 0.7) - before == pytest.approx(change)
-    better = recount(map_P, pair, weight, speed, price=0.7)
+    better = recount(map_P, pair, weight, speed, price=0.7, worth_GG=WORTH)
     assert cost(better, pair, weight, speed, 0.7) <= before + 1e-12
     assert set(better) == set(range(E))
 
