@@ -77,7 +77,9 @@ def balance_metrics(entropy: float, load_LE: NDArray[np.integer]) -> dict[str, A
     }
 
 
-def routing_metrics(stats: "Sequence[RouterStats]", load_LE: "Tensor") -> dict[str, Any]:
-    """The same from torch: the routers' statistics of the last micro-batch, one per MoE layer, and the load."""
-    entropy = float(sum(layer.entropy.item() for layer in stats) / len(stats))
-    return balance_metrics(entropy, load_LE.numpy(force=True))
+def routing_metrics(stats: "Sequence[RouterStats]", loads: "Sequence[Tensor]") -> dict[str, Any]:
+    """The same from torch: statistics of the last micro-batch and load [E], one per router; nothing without routers."""
+    if not stats:
+        return {}
+    entropy = float(sum(call.entropy.item() for call in stats) / len(stats))
+    return balance_metrics(entropy, np.stack([load.numpy(force=True) for load in loads]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW
 
 from moe import MoEConfig, MoEForCausalLM, MoEOutput
@@ -87,7 +88,8 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     loss = lm_loss = 0.0
-    count_LR = kept_LR = 0
+    counts: list[Tensor] = []
+    loads: list[Tensor] = []
     for micro in range(config.accumulation):
         token_BS = torch.from_numpy(order.batch(step * config.accumulation + micro)).to(device)
         with autocast(config.precision, device):
@@ -95,15 +97,15 @@ def train_step(
         (output.loss / config.accumulation).backward()
         loss += output.loss.item() / config.accumulation
         lm_loss += output.lm_loss.item() / config.accumulation
-        count_LR = count_LR + torch.stack([layer.count_R for layer in output.router_stats])
-        kept_LR = kept_LR + torch.stack([layer.kept_R for layer in output.router_stats])
+        counts = _added(counts, [call.count_R for call in output.router_stats])
+        loads = _added(loads, [call.kept_R[: call.num_experts] for call in output.router_stats])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     if not (math.isfinite(loss) and torch.isfinite(norm)):
         raise FloatingPointError(f"diverged at step {step + 1}: loss {loss}, gradient norm {norm.item()}")
     optimizer.step()
     optimizer.zero_grad()
     tokens = config.accumulation * config.batch_size * config.sequence_length
-    model.model.post_step(count_LR, tokens)
+    model.model.post_step(counts, tokens)
     return {
         "step": step + 1,
         "loss": loss,
@@ -111,8 +113,12 @@ def train_step(
         "learning_rate": rate,
         "gradient_norm": norm.item(),
         "tokens_per_second": tokens / (time.perf_counter() - start),
-        **routing_metrics(output.router_stats, kept_LR[:, : model.config.num_experts]),
+        **routing_metrics(output.router_stats, loads),
     }
+
+
+def _added(totals: list[Tensor], counts: list[Tensor]) -> list[Tensor]:
+    return [total + count for total, count in zip(totals, counts, strict=True)] if totals else counts
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ Importing this package makes `AutoModelForCausalLM` know the model type `experti
 implementation of that name with transformers.
 """
 
+from .architectures import ARCHITECTURES
 from .config import MoEConfig
 from .decoder import MoEForCausalLM, MoEModel, MoEOutput
 from .experts import Experts
@@ -12,6 +13,7 @@ from .layer import MoELayer
 from .reference import swiglu_experts_reference
 
 __all__ = [
+    "ARCHITECTURES",
     "Experts",
     "MoEConfig",
     "MoEForCausalLM",

@@ -26,6 +26,7 @@ class MoEConfig(PreTrainedConfig):
         num_shared_experts: shared experts of width F that every token visits, fused into one of width `F * n`.
         zero_compute_experts: kinds of the Z zero-compute experts: `zero`, `copy`, `constant`.
         router: a key of `routing.ROUTERS`; `router_options` refine it.
+        architecture: a key of `moe.ARCHITECTURES`; `architecture_options` refine it.
         balance_loss_weight, z_loss_weight: coefficients of `routing.auxiliary_loss`, added to the loss in training.
         balance_loss_schedule: pairs (optimiser step, weight) in rising order; from that step on the weight replaces
             `balance_loss_weight`.
@@ -53,6 +54,8 @@ class MoEConfig(PreTrainedConfig):
     zero_compute_experts: list[str] | tuple[str, ...] = ()
     router: str = "olmoe"
     router_options: dict[str, Any] | None = None
+    architecture: str = "moe"
+    architecture_options: dict[str, Any] | None = None
     balance_loss_weight: float = 0.01
     balance_loss_schedule: list[list[float]] | None = None
     z_loss_weight: float = 0.001

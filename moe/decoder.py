@@ -3,7 +3,8 @@
 Shapes: B batch, S positions, T = B * S tokens, D model width, V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,12 +23,14 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
-from routing import Carry, RouterModule, RouterStats, RoutingContext, auxiliary_loss, build_routers, scheduled_weight
+from routing import Carry, RouterModule, RouterStats, RoutingContext, auxiliary_loss, scheduled_weight
 
+from .architectures import build_body
 from .attention import Attention, rotary_angles
 from .config import MoEConfig
-from .layer import FeedForward, MoELayer, build_moe_layer
+from .layer import FeedForward, RoutedLayer
 from .norm import RMSNorm
+from .stack import StackInputs, StackOutput
 
 
 @dataclass
@@ -39,7 +42,8 @@ class MoEOutput(ModelOutput):
         lm_loss: mean cross entropy per predicted token in nats, when labels are given.
         logits: [B, S, V].
         past_key_values: the key/value cache.
-        router_stats: one `RouterStats` per MoE layer.
+        router_stats: one `RouterStats` per call of a router: one per MoE layer, unless the architecture says otherwise.
+        losses: further training losses of the architecture, already weighted and part of `loss`.
     """
 
     loss: Tensor | None = None
@@ -47,10 +51,11 @@ class MoEOutput(ModelOutput):
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     router_stats: list[RouterStats] | None = None
+    losses: dict[str, Tensor] | None = None
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward; `mlp` is a `MoELayer`, or a `FeedForward` in dense layers."""
+    """Pre-norm attention and feed-forward; `mlp` is a `RoutedLayer`, or a `FeedForward` in dense layers."""
 
     def __init__(self, config: MoEConfig, layer_idx: int, mlp: nn.Module) -> None:
         super().__init__()
@@ -59,21 +64,14 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = mlp
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        angles: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: Cache | None,
-        carry: Carry,
-        context: RoutingContext,
-    ) -> tuple[Tensor, Carry, RouterStats | None]:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), angles, mask, cache)
+    def forward(self, x_BSD: Tensor, carry: Carry, inputs: StackInputs) -> tuple[Tensor, Carry, list[RouterStats]]:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), inputs.angles, inputs.mask, inputs.cache)
         normed_BSD = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, FeedForward):
-            return x_BSD + self.mlp(normed_BSD), carry, None
-        y_TD, carry, stats = self.mlp(normed_BSD.flatten(0, 1), carry, context)
-        return x_BSD + y_TD.view_as(x_BSD), carry, stats
+            return x_BSD + self.mlp(normed_BSD), carry, []
+        y_TD, carry, stats = self.mlp(normed_BSD.flatten(0, 1), carry, inputs.context)
+        y_BSD = y_TD.view_as(x_BSD)
+        return x_BSD + y_BSD if self.mlp.adds_to_stream else y_BSD, carry, stats
 
 
 class MoEPreTrainedModel(PreTrainedModel):
@@ -114,22 +112,27 @@ class MoEModel(MoEPreTrainedModel):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        routers = build_routers(config.router, config.router_sizes, config.router_options)
+        body = build_body(config)
         dense = [
             FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
             for _ in range(config.num_dense_layers)
         ]
-        mlps = [*dense, *(build_moe_layer(config, router) for router in routers)]
-        self.layers = nn.ModuleList(DecoderLayer(config, index, mlp) for index, mlp in enumerate(mlps))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, mlp) for i, mlp in enumerate([*dense, *body.layers]))
+        self.stack = body.stack
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.optimizer_step = 0
         self.top_k: int | None = None
         self.post_init()
 
     @property
-    def moe_layers(self) -> list[MoELayer]:
-        """The L layers with experts, first to last."""
-        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoELayer)]
+    def moe_layers(self) -> list[RoutedLayer]:
+        """The L routed layers, first to last."""
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, RoutedLayer)]
+
+    @property
+    def routers(self) -> list[nn.Module]:
+        """Every router, in the order of the statistics."""
+        return [router for layer in self.moe_layers for router in layer.routers]
 
     def forward(
         self,
@@ -140,8 +143,8 @@ class MoEModel(MoEPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Cache | None, list[RouterStats]]:
-        """Final hidden states [B, S, D], the cache and the routers' statistics."""
+    ) -> tuple[StackOutput, Cache | None]:
+        """Final hidden states [B, S, D] with the routers' statistics, and the cache."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -156,28 +159,34 @@ class MoEModel(MoEPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        context = self._routing_context(x_BSD, input_ids, attention_mask, position_ids)
-        angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
-        carry, stats = self.moe_layers[0].router.begin(context), []
-        for layer in self.layers:
-            x_BSD, carry, layer_stats = layer(x_BSD, angles, mask, past_key_values, carry, context)
-            if layer_stats is not None:
-                stats.append(layer_stats)
-        return self.norm(x_BSD), past_key_values, stats
+        inputs = StackInputs(
+            angles=rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta),
+            mask=mask,
+            cache=past_key_values,
+            context=self._routing_context(x_BSD, input_ids, attention_mask, position_ids, past_key_values),
+        )
+        carry = self.routers[0].begin(inputs.context) if self.routers else Carry()
+        output = self.stack(self.layers, x_BSD, carry, inputs)
+        return replace(output, x_BSD=self.norm(output.x_BSD)), past_key_values
 
-    def post_step(self, count_LR: Tensor, num_tokens: int) -> None:
+    def post_step(self, counts: Sequence[Tensor], num_tokens: int) -> None:
         """Tell every router that an optimiser step is done.
 
         Args:
-            count_LR: how many tokens chose each routable expert, summed over the step's micro-batches.
+            counts: per router, how many tokens chose each routable expert [R], summed over the step's micro-batches.
             num_tokens: the valid tokens of the step.
         """
         self.optimizer_step += 1
-        for layer, count_R in zip(self.moe_layers, count_LR, strict=True):
-            layer.router.post_step(count_R, num_tokens)
+        for router, count_R in zip(self.routers, counts, strict=True):
+            router.post_step(count_R, num_tokens)
 
     def _routing_context(
-        self, x_BSD: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor
+        self,
+        x_BSD: Tensor,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache | None,
     ) -> RoutingContext:
         B, S, _ = x_BSD.shape
         is_valid_T = None
@@ -191,6 +200,7 @@ class MoEModel(MoEPreTrainedModel):
             sequence_T=torch.arange(B, device=x_BSD.device).repeat_interleave(S),
             is_valid_T=is_valid_T,
             top_k=self.top_k,
+            cache=cache,
         )
 
 
@@ -233,29 +243,43 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             logits_to_keep: compute only the last so many positions; 0 means all.
             **kwargs: `attention_mask`, `position_ids`, `past_key_values`, `inputs_embeds`, `use_cache`.
         """
-        x_BSD, cache, stats = self.model(input_ids, **kwargs)
+        output, cache = self.model(input_ids, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(x_BSD[:, kept])
+        logits = self.lm_head(output.x_BSD[:, kept])
         loss = lm_loss = None
         if labels is not None:
             lm_loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
             loss = lm_loss
             if self.training:
-                loss = lm_loss + auxiliary_loss(
-                    stats, balance_weight=self._balance_weight(), z_weight=self.config.z_loss_weight
-                )
-        return MoEOutput(loss=loss, lm_loss=lm_loss, logits=logits, past_key_values=cache, router_stats=stats)
+                loss = lm_loss + self._auxiliary_loss(output)
+        return MoEOutput(
+            loss=loss,
+            lm_loss=lm_loss,
+            logits=logits,
+            past_key_values=cache,
+            router_stats=output.router_stats,
+            losses=output.losses or None,
+        )
+
+    def _auxiliary_loss(self, output: StackOutput) -> Tensor:
+        loss = sum(output.losses.values(), start=output.x_BSD.new_zeros(()))
+        if not output.router_stats:
+            return loss
+        weights = {"balance_weight": self._balance_weight(), "z_weight": self.config.z_loss_weight}
+        return loss + auxiliary_loss(output.router_stats, **weights)
 
     def _balance_weight(self) -> float:
         config = self.config
         return scheduled_weight(config.balance_loss_weight, config.balance_loss_schedule, self.model.optimizer_step)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. Raises ValueError if a router looks at later tokens, which do not exist yet."""
-        if not all(layer.router.is_causal for layer in self.model.moe_layers):
+        """As in transformers. Raises ValueError if routing looks at later tokens, which do not exist yet."""
+        model, config = self.model, self.config
+        if not (model.stack.is_causal and all(router.is_causal for router in model.routers)):
             raise ValueError(
-                f"the router {self.config.router!r} is not causal: a token's experts depend on later tokens, so this "
-                "model cannot generate; train another router, or use it for scoring whole sequences only"
+                f"the router {config.router!r} in the architecture {config.architecture!r} is not causal: a token's "
+                "experts depend on later tokens, so this model cannot generate; train another, or use it for scoring "
+                "whole sequences only"
             )
         return super().generate(*args, **kwargs)
 

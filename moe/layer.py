@@ -1,4 +1,4 @@
-"""MoELayer: router, experts, shared and zero-compute experts of one decoder layer, on one screen.
+"""What stands in a decoder layer's feed-forward place: FeedForward, or a RoutedLayer such as MoELayer.
 
 Shapes: T tokens, D model width.
 """
@@ -33,8 +33,28 @@ class FeedForward(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-class MoELayer(nn.Module):
-    """Replaces the feed-forward network of a decoder layer.
+class RoutedLayer(nn.Module):
+    """The contract of every layer that routes.
+
+    Its forward takes [T, D] normed tokens, the carry and the context, and returns [T, D], the carry for the next routed
+    layer and the statistics of its routers' calls, one per router in the order of `routers`.
+
+    `adds_to_stream` says whether the result is added to the residual stream, or replaces it.
+    """
+
+    adds_to_stream = True
+
+    @property
+    def routers(self) -> list[nn.Module]:
+        """The routers that this layer asks, in the order of its statistics."""
+        raise NotImplementedError
+
+    def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry, list[RouterStats]]:
+        raise NotImplementedError
+
+
+class MoELayer(RoutedLayer):
+    """One router, one bank of experts, and shared and zero-compute experts if the config has any.
 
     Args:
         config: the model's config.
@@ -52,15 +72,18 @@ class MoELayer(nn.Module):
         kinds = config.zero_compute_experts
         self.zero_compute = ZeroComputeExperts(kinds, config.hidden_size) if kinds else None
 
-    def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry, RouterStats]:
-        """[T, D] to add to the residual stream, the carry for the next MoE layer, and the router's raw statistics."""
+    @property
+    def routers(self) -> list[nn.Module]:
+        return [self.router]
+
+    def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry, list[RouterStats]]:
         routing, carry, stats = self.router(x_TD, carry, context)
         y_TD = self.experts(x_TD, *routing.ffn_view())
         if self.zero_compute is not None:
             y_TD = y_TD + self.zero_compute(x_TD, routing)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        return y_TD, carry, stats
+        return y_TD, carry, [stats]
 
 
 class SoftMoELayer(MoELayer):
@@ -69,7 +92,7 @@ class SoftMoELayer(MoELayer):
     Source: Puigcerver et al. 2023, arXiv:2308.00951, eqs. 1-3.
     """
 
-    def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry, RouterStats]:
+    def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry, list[RouterStats]]:
         mix, carry, stats = self.router(x_TD, carry, context)
         B, _, Q = mix.dispatch_BSQ.shape
         slot_BQD = mix.dispatch_BSQ.mT.to(x_TD.dtype) @ x_TD.unflatten(0, (B, -1))
@@ -78,7 +101,7 @@ class SoftMoELayer(MoELayer):
         y_TD = (mix.combine_BSQ.to(x_TD.dtype) @ slot_ND.unflatten(0, (B, Q))).flatten(0, 1)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        return y_TD, carry, stats
+        return y_TD, carry, [stats]
 
 
 def build_moe_layer(config: MoEConfig, router: Router | SoftRouter) -> MoELayer:

@@ -5,7 +5,7 @@ Shapes: T tokens, D model width, R = E + Z routable experts (FFN and zero-comput
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class RoutingContext:
         is_valid_T: bool, False for padding; None when no token is padding.
         logit_bias_LR: added to the logits of layer l (rewiring at test time, task bias), or None.
         top_k: experts per token in this call instead of the configured K, or None.
+        cache: the key/value cache of this pass (transformers' `Cache`), for routers with a decode state of their own.
     """
 
     is_training: bool = False
@@ -37,6 +38,7 @@ class RoutingContext:
     is_valid_T: Tensor | None = None
     logit_bias_LR: Tensor | None = None
     top_k: int | None = None
+    cache: Any | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ def softmax(values):
 def test_layer_and_every_gradient_equal_the_plain_loop(tiny_config, tolerance):
     layer = layer_of(tiny_config)
     x_TD = torch.randn(2 * S, D, dtype=torch.float64, requires_grad=True)
-    y_TD, _, stats = layer(x_TD, Carry(), RoutingContext(sequence_T=torch.arange(2).repeat_interleave(S)))
+    y_TD, _, (stats,) = layer(x_TD, Carry(), RoutingContext(sequence_T=torch.arange(2).repeat_interleave(S)))
     price_TD = torch.randn(2 * S, D, dtype=torch.float64)
     (y_TD * price_TD).sum().backward()
     assert stats.count_R.tolist() == [2 * P] * E

@@ -50,8 +50,10 @@ def build_twins(config: MoEConfig, rngs: nnx.Rngs) -> list[ClassicRouter | PreGa
     """One router per MoE layer.
 
     Raises:
-        ValueError: if the config's router or an option is unknown, or has no twin here.
+        ValueError: if the config's router or an option is unknown, or its router or architecture has no twin here.
     """
+    if config.architecture != "moe":
+        raise ValueError(f"the architecture {config.architecture!r} has no JAX twin; train it with --backend torch")
     with torch.device("meta"):
         originals = build_routers(config.router, config.router_sizes, config.router_options)
     return _twins(originals, config, rngs)

@@ -1,0 +1,38 @@
+"""Architectures that change more than the router, one per file, and the literal dict that names them."""
+
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+
+from ..config import MoEConfig
+from .body import Body
+from .plain import plain
+
+ARCHITECTURES: dict[str, Callable[..., Body]] = {
+    "moe": plain,
+}
+
+
+def build_body(config: MoEConfig) -> Body:
+    """What `config.architecture` makes of the config, refined by `config.architecture_options`.
+
+    Raises:
+        ValueError: if the name or an option is unknown, or sizes and options do not fit together.
+    """
+    build = ARCHITECTURES.get(config.architecture)
+    if build is None:
+        raise ValueError(_unknown("architecture", config.architecture, list(ARCHITECTURES)))
+    options = config.architecture_options or {}
+    known = [name for name in inspect.signature(build).parameters if name != "config"]
+    for name in sorted(set(options) - set(known)):
+        raise ValueError(_unknown(f"option of the architecture {config.architecture!r}:", name, known))
+    return build(config, **options)
+
+
+def _unknown(what: str, name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {name!r}; {hint}known are {', '.join(known) or 'none'}"
+
+
+__all__ = ["ARCHITECTURES", "Body", "build_body"]
