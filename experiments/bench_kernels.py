@@ -92,7 +92,7 @@ def _cpu_rows(name: str, layer: "LayerShape", dtype: Any, num_tokens: int) -> li
 
     from .kernel_contestants import Contestant
     from .kernel_shapes import experts_module, layer_input, uniform
-    from .kernel_timing import time_in_turns
+    from .kernel_timing import summary, time_in_turns
 
     generator = np.random.default_rng(SEED)
     experts = experts_module(layer, dtype, "cpu", SEED)
@@ -105,12 +105,13 @@ def _cpu_rows(name: str, layer: "LayerShape", dtype: Any, num_tokens: int) -> li
     rows = []
     for is_training in (False, True):
         calls = {one.name: _call(one, experts, given, is_training) for one in contestants}
-        times = time_in_turns(calls)
-        base_s = times["transformers grouped_mm"].median_s
+        samples_s = time_in_turns(calls)
+        base_s = np.array(samples_s["transformers grouped_mm"])
+        routing = f"uniform {dtype}".replace("torch.", "")
         rows += [
-            _row(name, layer, num_tokens, f"uniform {dtype}".replace("torch.", ""), is_training, who, found)
-            | {"ratio_to_grouped_mm": round(found.median_s / base_s, 3)}
-            for who, found in times.items()
+            _row(name, layer, num_tokens, routing, is_training, who, summary(found_s, False))
+            | {"ratio_to_grouped_mm": round(float(np.median(np.array(found_s) / base_s)), 3)}
+            for who, found_s in samples_s.items()
         ]
     return rows
 

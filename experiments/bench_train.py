@@ -106,13 +106,16 @@ def _measured_in(config: "TrainConfig", precision: str, repeats: int) -> list[di
     steps = {THEIRS: _mixtral_step(theirs, config), OURS: _trainer_step(ours, config)}
     samples_s: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(WARM_UP_STEPS + repeats):
-        for name, step in steps.items():
+        for name in list(steps)[:: -1 if number % 2 else 1]:
             start = time.perf_counter()
-            step(number)
+            steps[name](number)
             if number >= WARM_UP_STEPS:
                 samples_s[name].append(time.perf_counter() - start)
     tokens = config.batch_size * config.sequence_length * config.accumulation
-    return [_row(name, precision, samples, samples_s[THEIRS], tokens, parameters[name]) for name, samples in samples_s.items()]
+    return [
+        _row(name, precision, samples, samples_s[THEIRS], tokens, parameters[name])
+        for name, samples in samples_s.items()
+    ]
 
 
 # settings under which ours and Mixtral are the same function
@@ -130,17 +133,18 @@ def _build_ours(config: "TrainConfig", **changes: Any) -> "nn.Module":
 
 def _as_mixtral(model: "nn.Module") -> "nn.Module":
     """The same weights in transformers' class, whose experts are computed by its own grouped products."""
-    from moe import export
+    from transformers import MixtralForCausalLM
+
+    from moe.export import export
 
     exported = export(model, "mixtral")
-    exported.set_experts_implementation("grouped_mm")
-    exported.config.output_router_logits = True
-    exported.config.router_aux_loss_coef = model.config.balance_loss_weight
-    exported.router_aux_loss_coef = model.config.balance_loss_weight
-    exported.config.use_cache = False
-    for parameter in exported.parameters():
-        parameter.requires_grad_()
-    return exported
+    config = exported.config
+    config.output_router_logits, config.use_cache = True, False
+    config.router_aux_loss_coef = model.config.balance_loss_weight
+    mixtral = MixtralForCausalLM(config)
+    mixtral.load_state_dict(exported.state_dict())
+    mixtral.set_experts_implementation("grouped_mm")
+    return mixtral
 
 
 def _count(model: "nn.Module") -> int:

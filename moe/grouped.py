@@ -21,6 +21,8 @@ from .looped_product import looped_product
 
 # up to here, without gradient, a loop in Python costs less than looking at every expert
 LOOPED_ROWS = 32
+# from so many rows per expert on, what blocks save in the cache is more than what they cost in Python
+BLOCKWISE_ROWS = 192
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -62,7 +64,7 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
     expert_N, order_N = expert_TK.flatten().sort(stable=True)
     end_E = torch.bincount(expert_N, minlength=E)[:E].cumsum(0).to(torch.int32)
     groups = _Groups(end_E, end_E.tolist() if _is_eager_cpu(x_TD) else None, T * K)
-    if groups.ends is not None and T * K > LOOPED_ROWS and _is_swiglu(experts):
+    if groups.ends is not None and T * K >= BLOCKWISE_ROWS * E and _is_swiglu(experts):
         rights = (_right(experts, "gate_up_proj"), _right(experts, "down_proj"))
         return blockwise_experts(x_TD, weight_TK, *rights, order_N, groups.ends, _product_dtype(experts.down_proj))
     expert_N = expert_N.clamp(max=E - 1) if experts.has_bias else expert_N
