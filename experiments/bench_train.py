@@ -1,4 +1,4 @@
-"""`expertier bench train`: a training step of ours against transformers' own Mixtral of the same sizes, parity first."""
+"""`expertier bench train`: our training step against that of a Mixtral of the same sizes in transformers."""
 
 import statistics
 import time
