@@ -17,6 +17,7 @@ from .bench_kernels import bench_kernels
 from .bench_offload import bench_offload
 from .bench_placement import bench_placement
 from .bench_routers import routers as bench_routers
+from .bench_train import bench_train
 from .commands import compare, demo, train
 from .leverage import leverage
 
@@ -51,6 +52,7 @@ bench.command("kernels")(bench_kernels)
 bench.command("offload")(bench_offload)
 bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)
+bench.command("train")(bench_train)
 app.add_typer(bench, name="bench")
 routing.cli.trace_app.command("record")(offload.cli.record)
 routing.cli.trace_app.command("locality")(offload.trace_cli.locality)
