@@ -23,7 +23,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
-from routing import Carry, RouterModule, RouterStats, RoutingContext, auxiliary_loss, scheduled_weight
+from routing import Carry, RouterStats, RoutingContext, auxiliary_loss, scheduled_weight
 
 from .architectures import build_body
 from .attention import Attention, rotary_angles
@@ -96,7 +96,7 @@ class MoEPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear | nn.Embedding):
             return
-        if isinstance(module, RouterModule):
+        if hasattr(module, "init_parameters"):
             module.init_parameters(self.config.initializer_range)
             return
         for name, parameter in module.named_parameters(recurse=False):

@@ -59,12 +59,13 @@ class MoELayer(RoutedLayer):
     Args:
         config: the model's config.
         router: this layer's router.
+        experts: the bank of experts, if not plain `Experts`.
     """
 
-    def __init__(self, config: MoEConfig, router: Router) -> None:
+    def __init__(self, config: MoEConfig, router: Router, experts: nn.Module | None = None) -> None:
         super().__init__()
         self.router = router
-        self.experts = Experts(config)
+        self.experts = Experts(config) if experts is None else experts
         # tells transformers' own implementations that ids may reach E (dropped tokens, zero-compute experts)
         self.experts._is_expert_parallel = True
         shared_width = config.num_shared_experts * config.moe_intermediate_size
@@ -104,6 +105,8 @@ class SoftMoELayer(MoELayer):
         return y_TD, carry, [stats]
 
 
-def build_moe_layer(config: MoEConfig, router: Router | SoftRouter) -> MoELayer:
-    """The kind of layer that a router needs."""
-    return (SoftMoELayer if isinstance(router, SoftRouter) else MoELayer)(config, router)
+def build_moe_layer(
+    config: MoEConfig, router: Router | SoftRouter, experts: nn.Module | None = None
+) -> MoELayer:
+    """The kind of layer that a router needs, with plain experts unless others are given."""
+    return (SoftMoELayer if isinstance(router, SoftRouter) else MoELayer)(config, router, experts)

@@ -6,10 +6,12 @@ from difflib import get_close_matches
 
 from ..config import MoEConfig
 from .body import Body
+from .latent import latent
 from .plain import plain
 
 ARCHITECTURES: dict[str, Callable[..., Body]] = {
     "moe": plain,
+    "latent": latent,
 }
 
 
