@@ -82,7 +82,7 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = False
     _no_split_modules = ("DecoderLayer",)
-    _keep_in_fp32_modules_strict = ("bias_R", "penalty_weight", "weight_PK")
+    _keep_in_fp32_modules_strict = ("bias_R", "penalty_weight", "weight_PK", "mean_ED", "variance_ED")
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -163,7 +163,10 @@ class MoEModel(MoEPreTrainedModel):
             angles=rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta),
             mask=mask,
             cache=past_key_values,
-            context=self._routing_context(x_BSD, input_ids, attention_mask, position_ids, past_key_values),
+            context=replace(
+                self._routing_context(x_BSD, input_ids, attention_mask, position_ids, past_key_values),
+                attention_mask=mask,
+            ),
         )
         carry = self.routers[0].begin(inputs.context) if self.routers else Carry()
         output = self.stack(self.layers, x_BSD, carry, inputs)

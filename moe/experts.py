@@ -17,11 +17,12 @@ class Experts(nn.Module):
 
     Args:
         config: gives E, D, F and the activation.
+        width: F, if not that of the config.
     """
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, config: MoEConfig, width: int | None = None) -> None:
         super().__init__()
-        E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        E, D, F = config.num_experts, config.hidden_size, width or config.moe_intermediate_size
         self.num_experts = E
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F))

@@ -105,8 +105,6 @@ class SoftMoELayer(MoELayer):
         return y_TD, carry, [stats]
 
 
-def build_moe_layer(
-    config: MoEConfig, router: Router | SoftRouter, experts: nn.Module | None = None
-) -> MoELayer:
+def build_moe_layer(config: MoEConfig, router: Router | SoftRouter, experts: nn.Module | None = None) -> MoELayer:
     """The kind of layer that a router needs, with plain experts unless others are given."""
     return (SoftMoELayer if isinstance(router, SoftRouter) else MoELayer)(config, router, experts)

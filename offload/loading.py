@@ -26,6 +26,7 @@ from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
 from .fast import quicken_linears
 from .handle import Offload
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
+from .lookahead import follow_plans
 from .packing import read_pack
 from .prefetch import PREDICTORS
 from .record import ExpertRecord
@@ -69,7 +70,8 @@ def load(
             kernel of our own, which is quicker and differs in the last bits.
         pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files.
         prefetch: `"gate"` or `"transitions"` reads what the next layer will probably need while the disk is idle, and
-            stops when it does not pay; `"off"`, which is what `"auto"` means, does not.
+            stops when it does not pay; `"plan"` reads what the model's routers have decided ahead (pre-gated routers,
+            one router for all layers); `"off"`, which is what `"auto"` means, does not.
         record_trace: record the routing; `model.offload.trace()` gives it.
 
     Returns:
@@ -114,6 +116,8 @@ def load(
     recorder = _recorder(layers, str(path_or_id)) if record_trace else None
     running = _runtime.OffloadRuntime(store, plan.num_slots, policy, recorder, arithmetic)
     running.prefetcher = make_prefetcher(prefetch, model, layers, top_k)
+    if prefetch == "plan":
+        follow_plans(model, running)
     if arithmetic == "fast":
         quicken_linears(model)
     return _attach(model, running, plan, policy)

@@ -7,14 +7,18 @@ import torch
 from torch import nn
 
 from .layout import ExpertLayer
-from .prefetch import GatePredictor, Predictor, Prefetcher, TransitionPredictor
+from .prefetch import ExactPlan, GatePredictor, Predictor, Prefetcher, TransitionPredictor
 
 MOST_AHEAD = 2
 
 
-def make_prefetcher(name: str, model: nn.Module, layers: Sequence[ExpertLayer], top_k: int) -> Prefetcher | None:
+def make_prefetcher(
+    name: str, model: nn.Module, layers: Sequence[ExpertLayer], top_k: int
+) -> Prefetcher | ExactPlan | None:
     """The prefetcher of this name for a model; None for `off` and `auto`."""
     predictor: Predictor
+    if name == "plan":
+        return ExactPlan()
     if name == "gate":
         predictor = GatePredictor([router_of(model, layer) for layer in layers], top_k)
     elif name == "transitions":

@@ -6,7 +6,7 @@ during that call.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .compute import RoutedRows, eager_forward
 from .counters import Counters, LayerCounters
-from .prefetch import Prefetcher
+from .prefetch import ExactPlan, Prefetcher
 from .slots import LayerSlots
 from .step import ExpertStep
 from .store import ExpertStore
@@ -47,7 +47,7 @@ class OffloadRuntime:
         self.layers = [LayerSlots(store, layer, count, policy) for layer, count in enumerate(num_slots)]
         self.counters = Counters([LayerCounters() for _ in self.layers])
         self.recorder = recorder
-        self.prefetcher: Prefetcher | None = None
+        self.prefetcher: Prefetcher | ExactPlan | None = None
         self._lock = threading.RLock()
 
     def forward(
@@ -65,6 +65,17 @@ class OffloadRuntime:
             step.run(rows, lambda: self._look_ahead(layer, x_TD, expert_TK))
             return rows.combine()
 
+    def follow(self, plan: Mapping[int, torch.Tensor]) -> None:
+        """Start reading what routers have decided for later layers of this pass.
+
+        Args:
+            plan: layer -> int64 [T, K] expert ids.
+        """
+        if not isinstance(self.prefetcher, ExactPlan):
+            return
+        with self._lock:
+            self.prefetcher.follow({layer: _most_used_first(ids) for layer, ids in plan.items()}, self.layers)
+
     def _look_ahead(self, layer: int, x_TD: torch.Tensor, expert_TK: torch.Tensor) -> None:
         """Once this layer's reads are on their way: start what the next layer will probably ask for."""
         if self.prefetcher is not None and len(expert_TK) == 1 and layer + 1 < len(self.layers):
@@ -81,6 +92,12 @@ class OffloadRuntime:
         }
         with ExpertStep(slots, self.counters, num_rows, expert_TK) as step:
             return eager_forward(module, step.fetch, slots.num_experts, x_TD, expert_TK, weight_TK)
+
+
+def _most_used_first(expert_TK: torch.Tensor) -> list[int]:
+    expert_ids, counts = expert_TK.unique(return_counts=True)
+    ordered: list[int] = expert_ids[counts.argsort(descending=True, stable=True)].tolist()
+    return ordered
 
 
 def offloaded_experts_forward(

@@ -48,7 +48,9 @@ def test_experts_equal_a_plain_loop_with_the_matrices_multiplied_out(tiny_config
     theirs = plain_loop(x_TD, expert_TK, torch.where(expert_TK < E, weight_TK, 0.0), experts)
     torch.testing.assert_close(ours, theirs, **tolerance[torch.float64])
     upstream = torch.randn_like(ours)
-    for got, want in zip(torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(theirs, leaves, upstream)):
+    for got, want in zip(
+        torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(theirs, leaves, upstream), strict=True
+    ):
         torch.testing.assert_close(got, want, **tolerance[torch.float64])
 
 

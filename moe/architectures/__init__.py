@@ -7,11 +7,15 @@ from difflib import get_close_matches
 from ..config import MoEConfig
 from .body import Body
 from .latent import latent
+from .moex import moex
 from .plain import plain
+from .readme import readme
 
 ARCHITECTURES: dict[str, Callable[..., Body]] = {
     "moe": plain,
     "latent": latent,
+    "readme": readme,
+    "moex": moex,
 }
 
 
