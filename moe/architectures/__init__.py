@@ -6,10 +6,12 @@ from difflib import get_close_matches
 
 from ..config import MoEConfig
 from .body import Body
+from .chain import chain_of_experts
 from .plain import plain
 
 ARCHITECTURES: dict[str, Callable[..., Body]] = {
     "moe": plain,
+    "chain_of_experts": chain_of_experts,
 }
 
 
