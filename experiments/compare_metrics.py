@@ -86,7 +86,9 @@ def _routing_metrics(
     if not calls[0]:
         return dict.fromkeys(ROUTING_METRICS, math.nan)
     E = calls[0][0].num_experts
-    load_LE = np.stack([sum(call.kept_R for call in router)[:E].numpy(force=True) for router in zip(*calls, strict=True)])
+    load_LE = np.stack(
+        [sum(call.kept_R for call in router)[:E].numpy(force=True) for router in zip(*calls, strict=True)]
+    )
     entropy = float(np.mean([[float(layer.entropy) for layer in call] for call in calls]))
     balance = balance_metrics(entropy, load_LE)
     found = dict.fromkeys(ROUTING_METRICS, math.nan) | {
@@ -144,8 +146,8 @@ def mutual_information(calls: list[list[RouterStats]]) -> float:
 def predictability(seen: list[tuple[Any, Tensor, Any, Any, Any]]) -> float:
     """Share of a router's experts that it would already have named from the input of the router before it.
 
-    Pre-gated layers score 1 where the plan is in the carry. `seen` holds, per call, router, input, outgoing carry, context
-    and routing.
+    Pre-gated layers score 1 where the plan is in the carry. `seen` holds, per call, router, input, outgoing carry,
+    context and routing.
     """
     overlaps = []
     for (_, x_TD, carry, context, _), (router, own_TD, _, _, routing) in pairwise(seen):

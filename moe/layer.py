@@ -99,9 +99,7 @@ class ExpertBank(RoutedLayer):
             experts=sum(float(load_R[:E].sum()) for load_R in loads) * feed_forward_flops(D, F),
             shared=passes * projection_flops(self.shared),
             zero_compute=sum(
-                load * per_kind[kind]
-                for load_R in loads
-                for kind, load in zip(kinds, load_R[E:].tolist(), strict=True)
+                load * per_kind[kind] for load_R in loads for kind, load in zip(kinds, load_R[E:].tolist(), strict=True)
             ),
         )
 

@@ -8,10 +8,12 @@ from ..config import MoEConfig
 from .body import Body
 from .chain import chain_of_experts
 from .plain import plain
+from .recursion import mixture_of_recursions
 
 ARCHITECTURES: dict[str, Callable[..., Body]] = {
     "moe": plain,
     "chain_of_experts": chain_of_experts,
+    "mixture_of_recursions": mixture_of_recursions,
 }
 
 

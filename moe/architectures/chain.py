@@ -17,14 +17,16 @@ from ..layer import ExpertBank
 from .body import Body
 
 Residual = Literal["stream", "normed"]
-NOT_CHAINED = {"soft_moe": "its slots mix tokens before the experts, so there is no token to hand to the next iteration"}
+NOT_CHAINED = {
+    "soft_moe": "its slots mix tokens before the experts, so there is no token to hand to the next iteration"
+}
 NOT_SHARED = {"pregate": "each of its gates decides for one call, and a shared gate is called in every iteration"}
 
 
 class ChainLayer(ExpertBank):
-    """C iterations over one bank of experts: `x(t) = x(t-1) + experts(x(t-1)) + shared(x(t-1))`, `x(0)` the normed input.
+    """C iterations over one bank of experts.
 
-    There is no norm between iterations. `stream` adds `x(C) - x(0)`, the sum of what the iterations computed, to the
+    `x(t) = x(t-1) + experts(x(t-1)) + shared(x(t-1))`, where `x(0)` is the normed input. There is no norm between iterations. `stream` adds `x(C) - x(0)`, the sum of what the iterations computed, to the
     residual stream, so that C = 1 is the ordinary layer; `normed` replaces the stream by `x(C)`.
 
     Args:
