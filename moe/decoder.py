@@ -30,7 +30,7 @@ from .attention import Attention, rotary_angles
 from .config import MoEConfig
 from .layer import FeedForward, RoutedLayer
 from .norm import RMSNorm
-from .stack import StackInputs, StackOutput
+from .stack import LayerPasses, StackInputs, StackOutput
 
 
 @dataclass
@@ -44,6 +44,7 @@ class MoEOutput(ModelOutput):
         past_key_values: the key/value cache.
         router_stats: one `RouterStats` per call of a router: one per MoE layer, unless the architecture says otherwise.
         losses: further training losses of the architecture, already weighted and part of `loss`.
+        passes: per decoder layer, how often tokens passed it; None when all passed all layers once.
     """
 
     loss: Tensor | None = None
@@ -52,6 +53,7 @@ class MoEOutput(ModelOutput):
     past_key_values: Cache | None = None
     router_stats: list[RouterStats] | None = None
     losses: dict[str, Tensor] | None = None
+    passes: list[LayerPasses] | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -182,6 +184,7 @@ class MoEModel(MoEPreTrainedModel):
         self.optimizer_step += 1
         for router, count_R in zip(self.routers, counts, strict=True):
             router.post_step(count_R, num_tokens)
+        self.stack.post_step()
 
     def _routing_context(
         self,
@@ -262,6 +265,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             past_key_values=cache,
             router_stats=output.router_stats,
             losses=output.losses or None,
+            passes=output.passes,
         )
 
     def _auxiliary_loss(self, output: StackOutput) -> Tensor:

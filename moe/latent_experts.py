@@ -63,6 +63,15 @@ class LatentExperts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=std * (D / rank) ** 0.5)
         nn.init.normal_(self.down_proj, std=std)
 
+    def flops(self, load_E: Tensor) -> float:
+        """Operations per token of the text, of which `load_E` visit each expert.
+
+        A token is projected at most once per group, and at most as often as it visits the group's experts.
+        """
+        own = 2.0 * (self.gate_up_proj[0].numel() + self.down_proj[0].numel())
+        groups = sum(min(1.0, float(load.sum())) for load in load_E.split(self.group))
+        return float(load_E.sum()) * own + groups * 4.0 * self.gate_basis[0].numel()
+
     def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """[T, D]: the weighted sum over each token's experts; ids >= E contribute nothing."""
         y_TD = torch.zeros_like(x_TD)

@@ -30,6 +30,10 @@ class ReluExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, F))
         self.act_fn = ACT2FN["relu"]
 
+    def flops(self, load_E: Tensor) -> float:
+        """Operations per token of the text, of which `load_E` visit each expert; zeros are multiplied like the rest."""
+        return float(load_E.sum()) * 4.0 * self.up_proj[0].numel()
+
     def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """[T, D]: the weighted sum over each token's experts; ids >= E contribute nothing."""
         y_TD = torch.zeros_like(x_TD)

@@ -8,6 +8,7 @@ from routing import Carry, RouterStats, RoutingContext
 
 from ..config import MoEConfig
 from ..experts import Experts
+from ..flops import LayerFlops, projection_flops
 from ..layer import FeedForward, RoutedLayer
 from ..token_router import SharedRouter, TokenRouter
 from .body import Body
@@ -33,6 +34,10 @@ class ReadMeLayer(RoutedLayer):
     @property
     def routers(self) -> list[SharedRouter]:
         return [self.router]
+
+    def flops(self, loads: Sequence[Tensor], passes: float) -> LayerFlops:
+        load_E = sum(loads)
+        return LayerFlops(experts=self.experts.flops(load_E), shared=passes * projection_flops(self.permanent))
 
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry, list[RouterStats]]:
         routing, carry, stats = self.router(x_TD, carry, context)
