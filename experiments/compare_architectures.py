@@ -46,6 +46,43 @@ def _recursions(recursions: int, feed_forward: str = "dense", **options: Any) ->
     return build
 
 
+def _latent(group: int, rank_share: float) -> Callable[[Settings], Settings]:
+    """Latent experts, wider by what their narrow projections save, so that a token costs what the preset's does."""
+
+    def build(model: Settings) -> Settings:
+        D, F, top_k = model["hidden_size"], model["moe_intermediate_size"], model.get("num_experts_per_tok", 2)
+        rank = max(1, round(rank_share * D))
+        visited = min(top_k, -(-model.get("num_experts", 16) // group))
+        width = (6 * D * F * top_k - visited * 4 * rank * D) / (top_k * (4 * rank + 2 * D))
+        return {
+            "architecture": "latent",
+            "architecture_options": {"group": group, "rank": rank},
+            "moe_intermediate_size": max(8, round(width / 8) * 8),
+        }
+
+    return build
+
+
+def _moex(model: Settings) -> Settings:
+    """Two matrices per expert instead of three, so experts are half as wide again."""
+    return {"architecture": "moex", "moe_intermediate_size": round(1.5 * model["moe_intermediate_size"])}
+
+
+def _readme(weigh: str) -> Callable[[Settings], Settings]:
+    """One router for all layers; without weights it takes one expert per token, as wide as the preset's K together."""
+
+    def build(model: Settings) -> Settings:
+        own: Settings = {"architecture": "readme", "architecture_options": {"weigh": weigh}}
+        if weigh == "probability":
+            return own
+        top_k = model.get("num_experts_per_tok", 2)
+        num_experts = max(2, model.get("num_experts", 16) // top_k)
+        width = model["moe_intermediate_size"] * top_k
+        return own | {"num_experts": num_experts, "num_experts_per_tok": 1, "moe_intermediate_size": width}
+
+    return build
+
+
 ARCHITECTURE_VARIANTS: dict[str, Callable[[Settings], Settings]] = {
     "chain-1": _chain(1),
     "chain-2": _chain(2),
@@ -63,4 +100,9 @@ ARCHITECTURE_VARIANTS: dict[str, Callable[[Settings], Settings]] = {
     "mor-token-2": _recursions(2, choice="token"),
     "mor-token-3": _recursions(3, choice="token"),
     "mor-expert-2-moe": _recursions(2, "moe"),
+    "latent": _latent(4, 0.25),
+    "latent-half": _latent(4, 0.5),
+    "moe-x": _moex,
+    "read-me": _readme("one"),
+    "read-me-weighted": _readme("probability"),
 }

@@ -21,6 +21,7 @@ from routing import RouterStats, Routing, RoutingTrace
 from routing.traces import EMPTY
 
 from .compare_flops import Usage, measured_usage, parameters, token_flops
+from .compare_hidden import hidden_metrics
 from .corpus import Corpus, windows
 from .metrics import balance_metrics
 
@@ -69,6 +70,7 @@ def router_metrics(
         "true_load": true_load,
         **_routing_metrics(model, [output.router_stats or [] for output in outputs], rows.shape),
         "predictability": float(np.mean(foresight)),
+        **hidden_metrics(model, torch.from_numpy(rows.astype("int64")).to(model.device)),
         "flops_per_token": flops.total,
         "expert_flops_per_token": flops.experts,
         "router_flops_per_token": flops.router,

@@ -42,7 +42,7 @@ def test_layer_equals_a_plain_loop_with_every_gradient(tiny_config, tolerance):
     model = build(tiny_config, num_hidden_layers=1, hidden_size=8, head_dim=4, num_attention_heads=2).double()
     model.train()
     layer, inputs, outputs = model.model.moe_layers[0], [], []
-    layer.register_forward_hook(lambda _m, i, o: (inputs.append(i), outputs.append(o[0])))
+    layer.register_forward_hook(lambda _m, i, o: inputs.append(i) or outputs.append(o[0]))
     model(torch.randint(96, (1, 5)))
     theirs = layer_loop(inputs[0][0], layer, 2)
     torch.testing.assert_close(outputs[0], theirs, **tolerance[torch.float64])

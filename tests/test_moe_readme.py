@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from torch.nn.functional import silu
@@ -32,9 +30,10 @@ def rotated(x, position):
     half = len(x) // 2
     out = x.clone()
     for i in range(half):
-        angle = position * 10_000.0 ** (-2 * i / len(x))
-        out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
-        out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
+        # angles are float32 in the model, whatever its dtype
+        angle = torch.tensor(float(position)) * 10_000.0 ** (-torch.tensor(2.0 * i) / len(x))
+        out[i] = x[i] * angle.cos() - x[i + half] * angle.sin()
+        out[i + half] = x[i + half] * angle.cos() + x[i] * angle.sin()
     return out
 
 
@@ -89,7 +88,7 @@ def test_router_equals_a_plain_loop_with_every_gradient(tiny_config, tolerance):
 def test_layer_equals_a_plain_loop_with_every_gradient(tiny_config, tolerance, weigh):
     model = build(tiny_config, weigh=weigh).double()
     layer, inputs, outputs = model.model.moe_layers[0], [], []
-    layer.register_forward_hook(lambda _m, i, o: (inputs.append(i), outputs.append(o[0])))
+    layer.register_forward_hook(lambda _m, i, o: inputs.append(i) or outputs.append(o[0]))
     model(torch.randint(96, (2, 5)))
     (x_TD, carry, _), y_TD = inputs[0], outputs[0]
     probability_TE = carry.get("token_router_logits").softmax(-1)

@@ -80,7 +80,8 @@ def test_sliced_model_is_the_dense_one_with_the_chosen_domains_mask(align):
 
     for layer, block in enumerate(dense.model.layers):
         block.mlp.down_proj.register_forward_pre_hook(mask(layer))
-    torch.testing.assert_close(output.logits, dense(token_BS).logits, atol=1e-10, rtol=1e-8)
+    # rotary angles are float32 in both, rounded differently
+    torch.testing.assert_close(output.logits, dense(token_BS).logits, atol=1e-5, rtol=1e-4)
 
 
 def test_keeping_everything_is_the_dense_model():
