@@ -40,6 +40,9 @@ class LatentExperts(nn.Module):
     Source: Liu et al. 2025 (MoLAE), arXiv:2503.23100, section 3.
     """
 
+    is_own_loop = True
+    """Nothing but this module's own loop computes it, offloaded or not."""
+
     def __init__(self, config: MoEConfig, group: int, rank: int) -> None:
         super().__init__()
         E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size

@@ -25,10 +25,12 @@ class Offsets:
     Args:
         delta_LR: added to every layer's logits; a leaf that may require gradients.
         logits: the shifted logits [T, R] of each layer in the last forward pass.
+        weights: the combine weights [T, K] that each experts module was given in it.
     """
 
     delta_LR: Tensor
     logits: dict[int, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -39,10 +41,15 @@ def logit_offsets(model: nn.Module) -> Iterator[Offsets]:
         ValueError: if the model's routers cannot be found.
     """
     with ExitStack() as stack:
-        if isinstance(model, MoEForCausalLM):
-            yield stack.enter_context(_own(model))
-        else:
-            yield stack.enter_context(_native(model))
+        attach = _own if isinstance(model, MoEForCausalLM) else _native
+        offsets = stack.enter_context(attach(model))
+        for name, experts in experts_modules(model).items():
+
+            def note(_module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
+                offsets.weights[name] = inputs[2].detach()
+
+            stack.callback(experts.register_forward_pre_hook(note).remove)
+        yield offsets
 
 
 @contextmanager
@@ -98,17 +105,20 @@ def _native(model: nn.Module) -> Iterator[Offsets]:
             handle.remove()
 
 
+def experts_modules(model: nn.Module) -> dict[str, Any]:
+    """The modules that compute through transformers' experts interface, by name."""
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+    return {name: module for name, module in model.named_modules() if all(hasattr(module, flag) for flag in flags)}
+
+
 def native_routers(model: nn.Module) -> list[Any]:
     """The router beside each experts module of a transformers model: a module whose `weight` is [E, D].
 
     Raises:
         ValueError: if there are no experts, or a router cannot be told.
     """
-    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
     routers = []
-    for name, experts in model.named_modules():
-        if not all(hasattr(experts, flag) for flag in flags):
-            continue
+    for name, experts in experts_modules(model).items():
         parent = model.get_submodule(name.rpartition(".")[0])
         num_experts = getattr(experts, "num_experts", None) or experts.down_proj.shape[0]
         found = [module for module in parent.children() if module is not experts and _scores(module, num_experts)]

@@ -4,6 +4,7 @@ Shapes: L MoE layers, R routable experts, K experts per token, T tokens, S posit
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +134,7 @@ def _fit(
         for step in range(settings.steps):
             loss = _context_loss(model, token_1S)
             (gradient_LR,) = torch.autograd.grad(loss, [delta_LR], allow_unused=True)
-            if gradient_LR is None or not gradient_LR.any():
+            if gradient_LR is None or not gradient_LR.any() or _are_constant(offsets.weights.values()):
                 raise ValueError(
                     "the loss has no gradient with respect to router logits: the experts' weights do not depend on "
                     "them (top-1 with renormalised weights is always 1); rewiring cannot change anything here"
@@ -164,6 +165,11 @@ def _step_scaled(optimizer: torch.optim.Optimizer, delta_LR: Tensor, weight_L1: 
 def _context_loss(model: Any, token_1S: Tensor) -> Tensor:
     logits = model(token_1S, use_cache=False).logits
     return cross_entropy(logits[0, :-1].float(), token_1S[0, 1:])
+
+
+def _are_constant(weights: Iterable[Tensor]) -> bool:
+    """Whether no weight differs from another by more than rounding; then its gradient is rounding as well."""
+    return all(bool(weight_TK.max() - weight_TK.min() <= 1e-6 * weight_TK.max()) for weight_TK in weights)
 
 
 def _has_ended(model: Any, token_1S: Tensor) -> bool:

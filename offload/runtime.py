@@ -58,7 +58,7 @@ class OffloadRuntime:
             if self.recorder is not None:
                 self.recorder.note(layer, expert_TK, weight_TK)
             slots = self.layers[layer]
-            if not slots.is_grouped:
+            if not slots.is_grouped or getattr(module, "is_own_loop", False):
                 return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
             rows = RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK, is_fast=self._is_fast)
             step = ExpertStep(slots, self.counters, rows.num_rows, expert_TK)

@@ -104,9 +104,10 @@ def test_generation_equals_prefill_and_checkpoints_are_exact(tiny_config, tmp_pa
     assert torch.equal(loaded(token_BS).logits, model(token_BS).logits)
 
 
+@pytest.mark.parametrize("rank", [5, 8])
 @pytest.mark.parametrize("slots", [1, 2, 4, 6])
-def test_offloaded_logits_are_the_resident_bits(tiny_config, tmp_path, slots):
-    model = MoEForCausalLM(latent_config(tiny_config)).eval()
+def test_offloaded_logits_are_the_resident_bits(tiny_config, tmp_path, slots, rank):
+    model = MoEForCausalLM(latent_config(tiny_config, rank=rank)).eval()
     model.save_pretrained(tmp_path)
     loaded = offload.load(tmp_path, cache_experts=slots)
     token_BS = torch.randint(96, (2, 17))

@@ -15,10 +15,15 @@ FAMILIES = {
 }
 
 
+def native_model(model, family, folder):
+    export(model, family).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_offsets_do_the_same_in_transformers_own_classes(tiny_config, family):
+def test_offsets_do_the_same_in_transformers_own_classes(tiny_config, tmp_path, family):
     ours = MoEForCausalLM(tiny_config(**FAMILIES[family])).eval()
-    native = export(ours, family)
+    native = native_model(ours, family, tmp_path)
     token_BS, delta_LR = torch.randint(96, (2, 7)), torch.randn(3, 6)
     results = []
     for model in (ours, native):
@@ -52,9 +57,9 @@ def test_gradient_of_offsets_equals_differences(tiny_config):
 
 
 @pytest.mark.parametrize("family", ["ours", "olmoe"])
-def test_fitting_lowers_the_contexts_loss_and_every_request_starts_anew(tiny_config, family):
+def test_fitting_lowers_the_contexts_loss_and_every_request_starts_anew(tiny_config, tmp_path, family):
     model = MoEForCausalLM(tiny_config(qk_norm="full")).eval()
-    model = model if family == "ours" else export(model, "olmoe")
+    model = model if family == "ours" else native_model(model, "olmoe", tmp_path)
     first, second = torch.randint(96, (1, 12)), torch.randint(96, (1, 9))
     settings = Rewiring(steps=4, every=3)
     alone, report = generate_rewired(model, second, settings, max_new_tokens=7, do_sample=False)
@@ -125,9 +130,9 @@ def test_hard_selection_leaves_other_layers_alone(tiny_config, reading):
 
 
 @pytest.mark.parametrize("family", ["ours", "mixtral"])
-def test_trap_top_1_with_renormalised_weights_has_no_gradient(tiny_config, family):
+def test_trap_top_1_with_renormalised_weights_has_no_gradient(tiny_config, tmp_path, family):
     model = MoEForCausalLM(tiny_config(router="mixtral", num_experts_per_tok=1, qk_norm="none")).eval()
-    model = model if family == "ours" else export(model, "mixtral")
+    model = model if family == "ours" else native_model(model, "mixtral", tmp_path)
     with pytest.raises(ValueError, match="no gradient with respect to router logits"):
         generate_rewired(model, torch.randint(96, (1, 6)), Rewiring(), max_new_tokens=2)
     assert not model._forward_hooks
@@ -150,8 +155,9 @@ def test_what_cannot_be_rewired_is_refused(tiny_config, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pass no gradients"):
         generate_rewired(offload.load(tmp_path), torch.randint(96, (1, 6)), Rewiring(), max_new_tokens=2)
-    llama = AutoConfig.for_model("llama", hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=96)
-    llama.num_attention_heads = llama.num_key_value_heads = 2
+    llama = AutoConfig.for_model(
+        "llama", hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=96, num_attention_heads=2
+    )
     with pytest.raises(ValueError, match="has no experts"):
         generate_rewired(
             AutoModelForCausalLM.from_config(llama), torch.randint(96, (1, 6)), Rewiring(), max_new_tokens=2
