@@ -1,6 +1,6 @@
 """Which hidden channels of a dense feed-forward each domain uses, and the experts that follow from it.
 
-Shapes: T tokens, L layers, F hidden channels of the dense feed-forward, E domains (one expert each), N sequences.
+Shapes: T tokens, L layers, F hidden channels of the dense feed-forward, E domains (one expert each), B sequences.
 """
 
 from collections.abc import Iterator
@@ -29,28 +29,28 @@ def hidden_channels(dense: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def mean_activations(dense: nn.Module, token_NS: Tensor) -> Tensor:
-    """float32 [N, L, F]: mean absolute activation of each channel over each sequence."""
+def mean_activations(dense: nn.Module, token_BS: Tensor) -> Tensor:
+    """float32 [B, L, F]: mean absolute activation of each channel over each sequence."""
     rows = []
     with hidden_channels(dense) as seen:
-        for token_S in token_NS:
+        for token_S in token_BS:
             dense.model(token_S[None], use_cache=False)
             rows.append(torch.stack([h_BSF.float().abs().mean(dim=(0, 1)) for h_BSF in seen]))
             seen.clear()
     return torch.stack(rows)
 
 
-def cluster(activation_NLF: Tensor, num_domains: int, *, rounds: int = 50, seed: int = 0) -> Tensor:
-    """int64 [N]: which of `num_domains` groups of like sequences each one belongs to, by k-means on unit vectors.
+def cluster(activation_BLF: Tensor, num_domains: int, *, rounds: int = 50, seed: int = 0) -> Tensor:
+    """int64 [B]: which of `num_domains` groups of like sequences each one belongs to, by k-means on unit vectors.
 
     Raises:
         ValueError: if there are fewer sequences than domains.
     """
-    if len(activation_NLF) < num_domains:
+    if len(activation_BLF) < num_domains:
         raise ValueError(
-            f"{num_domains} domains need at least as many sequences; the texts hold {len(activation_NLF)}, give more"
+            f"{num_domains} domains need at least as many sequences; the texts hold {len(activation_BLF)}, give more"
         )
-    x = activation_NLF.flatten(1)
+    x = activation_BLF.flatten(1)
     x = x - x.mean(dim=0)
     x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
     generator = torch.Generator().manual_seed(seed)
@@ -58,16 +58,16 @@ def cluster(activation_NLF: Tensor, num_domains: int, *, rounds: int = 50, seed:
     while len(centres) < num_domains:  # the sequence farthest from all centres so far
         farthest = torch.cdist(x, centres).min(dim=1).values.argmax()
         centres = torch.cat([centres, x[farthest][None]])
-    domain_N = torch.cdist(x, centres).argmin(dim=1)
+    domain_B = torch.cdist(x, centres).argmin(dim=1)
     for _ in range(rounds):
         for domain in range(num_domains):
-            if (domain_N == domain).any():
-                centres[domain] = x[domain_N == domain].mean(dim=0)
+            if (domain_B == domain).any():
+                centres[domain] = x[domain_B == domain].mean(dim=0)
         moved = torch.cdist(x, centres).argmin(dim=1)
-        if torch.equal(moved, domain_N):
+        if torch.equal(moved, domain_B):
             break
-        domain_N = moved
-    return domain_N
+        domain_B = moved
+    return domain_B
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Factorisation of a group of matrices over one shared basis, in float64, with its exact error.
 
-Shapes: G matrices of a group (here), F rows, D columns, U rank.
+Shapes: J matrices of a group, F rows, D columns, U rank.
 """
 
 from dataclasses import dataclass
@@ -35,10 +35,10 @@ class Whitening:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """`matrix_g ~ left_g @ basis`.
+    """`matrix_j ~ left_j @ basis`.
 
     Args:
-        left_GFU: what stays with each matrix.
+        left_JFU: what stays with each matrix.
         basis_UD: what they share.
         error: squared Frobenius norm of what the basis leaves out, measured.
         tail: the same from the singular values of the stack: the sum of the squares after the first U.
@@ -47,7 +47,7 @@ class Factors:
         All five in whitened coordinates if there is a whitening.
     """
 
-    left_GFU: Tensor
+    left_JFU: Tensor
     basis_UD: Tensor
     error: float
     tail: float
@@ -57,25 +57,25 @@ class Factors:
 
 
 def factorise(
-    matrix_GFD: Tensor, rank: int, *, matrix_rank: int | None = None, whitening: Whitening | None = None
+    matrix_JFD: Tensor, rank: int, *, matrix_rank: int | None = None, whitening: Whitening | None = None
 ) -> Factors:
     """The best factors of given rank over one basis (orthonormal in whitened coordinates).
 
     At full rank the basis is the identity and the factors are the matrices themselves, bit for bit.
 
     Args:
-        matrix_GFD: the matrices of one group.
+        matrix_JFD: the matrices of one group.
         rank: U, at most D.
         matrix_rank: each matrix is first replaced by its best approximation of this rank; None leaves it.
         whitening: minimise the error on inputs with these moments instead of the plain one.
 
     Source: Eckart and Young 1936; Liu et al. 2025 (MoLAE), arXiv:2503.23100, section 4.
     """
-    D = matrix_GFD.shape[-1]
-    exact = matrix_GFD.double()
+    D = matrix_JFD.shape[-1]
+    exact = matrix_JFD.double()
     white = exact if whitening is None else exact @ whitening.root_DD
     kept, truncation_error, truncation_tail = white, 0.0, 0.0
-    if matrix_rank is not None and matrix_rank < min(matrix_GFD.shape[1:]):
+    if matrix_rank is not None and matrix_rank < min(matrix_JFD.shape[1:]):
         kept, truncation_tail = truncate(white, matrix_rank)
         truncation_error = float((white - kept).square().sum())
     facts = {"truncation_error": truncation_error, "truncation_tail": truncation_tail, "norm": _square(white)}
@@ -93,10 +93,10 @@ def factorise(
     return Factors(left, basis_UD, error, tail, **facts)
 
 
-def truncate(matrix_GFD: Tensor, rank: int) -> tuple[Tensor, float]:
+def truncate(matrix_JFD: Tensor, rank: int) -> tuple[Tensor, float]:
     """Each matrix's best approximation of that rank, and the sum of the squared singular values left out."""
     kept, tail = [], 0.0
-    for matrix in matrix_GFD:
+    for matrix in matrix_JFD:
         is_tall = matrix.shape[0] > matrix.shape[1]
         value, vector = torch.linalg.eigh(matrix.T @ matrix if is_tall else matrix @ matrix.T)
         best = vector[:, -rank:]

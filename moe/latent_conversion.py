@@ -7,7 +7,7 @@ import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,16 +171,14 @@ class _Conversion:
         parts: dict[str, list[Factors]] = {"gate": [], "up": []}
         for name, matrix_EFD in (("gate", gate_EFD), ("up", up_EFD)):
             for group in matrix_EFD.split(self.plan.group):
-                parts[name].append(
-                    factorise(group, self.plan.rank, matrix_rank=self.plan.expert_rank, whitening=whitening)
-                )
-        left = [torch.cat([factors.left_GFU.to(dtype) for factors in parts[name]]) for name in ("gate", "up")]
-        basis = {
-            f"{name}_basis": torch.stack([factors.basis_UD for factors in found]).to(dtype).contiguous()
-            for name, found in parts.items()
-        }
+                found = factorise(group, self.plan.rank, matrix_rank=self.plan.expert_rank, whitening=whitening)
+                # in the checkpoint's dtype at once: in float64 a whole layer would be four times as large
+                rounded = {"left_JFU": found.left_JFU.to(dtype), "basis_UD": found.basis_UD.to(dtype)}
+                parts[name].append(replace(found, **rounded))
+        left = [torch.cat([factors.left_JFU for factors in parts[name]]) for name in ("gate", "up")]
+        basis = {f"{name}_basis": torch.stack([factors.basis_UD for factors in every]) for name, every in parts.items()}
         factored = {"gate_up_proj": torch.cat(left, dim=1), "down_proj": weights["down_proj"], **basis}
-        return factored, {name: _errors(found) for name, found in parts.items()}
+        return factored, {name: _errors(every) for name, every in parts.items()}
 
     def _report(self, out: Path, layers: list[dict[str, Any]], data_BS: Tensor | None) -> dict[str, Any]:
         every = [layer[name] for layer in layers for name in ("gate", "up")]

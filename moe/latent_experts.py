@@ -1,6 +1,6 @@
 """Latent experts: the experts of a group read two small projections of the token instead of the token itself.
 
-Shapes: T tokens, K slots, E experts, J groups, D model width, F expert width, U latent width.
+Shapes: T tokens, K slots, E experts, D model width, F expert width, U latent width.
 """
 
 from collections.abc import Callable

@@ -76,17 +76,17 @@ def refactor(folder: Path, out: Path, plan: RefactorPlan, advance: Callable[[], 
     config_of_dense(config)
     rows = _rows(folder, config.vocab_size, plan)
     dense = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    train, held_out, text_N = _split(rows)
-    activation_NLF = mean_activations(dense, train)
-    domain_N = text_N if plan.domains is None else cluster(activation_NLF, plan.domains, seed=plan.rounds.seed)
-    num_domains = int(domain_N.max()) + 1
-    activation_ELF = torch.stack([activation_NLF[domain_N == domain].mean(dim=0) for domain in range(num_domains)])
+    train, held_out, text_B = _split(rows)
+    activation_BLF = mean_activations(dense, train)
+    domain_B = text_B if plan.domains is None else cluster(activation_BLF, plan.domains, seed=plan.rounds.seed)
+    num_domains = int(domain_B.max()) + 1
+    activation_ELF = torch.stack([activation_BLF[domain_B == domain].mean(dim=0) for domain in range(num_domains)])
     slices = [slice_layer(activation_EF, plan.keep, ALIGN) for activation_EF in activation_ELF.unbind(dim=1)]
     torch.manual_seed(plan.rounds.seed)
     model = sliced_model(dense, slices, plan.router_options)
     report: dict[str, Any] = {
         "domains": num_domains,
-        "sequences_per_domain": torch.bincount(domain_N).tolist(),
+        "sequences_per_domain": torch.bincount(domain_B).tolist(),
         **storage(config.intermediate_size, slices),
         "loss_dense": _dense_loss(dense, held_out),
         "loss_sliced": mean_loss(model, held_out),
@@ -103,7 +103,7 @@ def _dense_loss(dense: Any, token_BS: Tensor) -> float:
 
 
 def _rows(folder: Path, vocab_size: int, plan: RefactorPlan) -> list[Tensor]:
-    """int64 [N, S] of each text."""
+    """int64 [B, S] of each text."""
     length, share = plan.sequence_length, plan.tokens // len(plan.texts)
     rows = [token_rows(folder, vocab_size, [text], length, share) for text in plan.texts]
     for text, found in zip(plan.texts, rows, strict=True):

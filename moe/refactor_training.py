@@ -74,8 +74,8 @@ def train_rounds(
     model: MoEForCausalLM,
     dense: Any,
     slices: Sequence[LayerSlices],
-    token_NS: Tensor,
-    held_out_NS: Tensor,
+    token_BS: Tensor,
+    held_out_BS: Tensor,
     settings: Rounds,
     advance: Callable[[], None] = lambda: None,
 ) -> list[dict[str, float]]:
@@ -85,7 +85,7 @@ def train_rounds(
         Per round: mean distillation loss, share of tokens and layers whose target's best expert the router names, and
         the held-out loss after the router's and after the experts' steps.
     """
-    batches = _batches(token_NS, settings)
+    batches = _batches(token_BS, settings)
     core = model.model.moe_layers[0].router.core
     feed_forwards = [layer.mlp for layer in model.model.layers]
     history = []
@@ -104,7 +104,7 @@ def train_rounds(
             return model(token_BS, labels=token_BS, use_cache=False).lm_loss, 0.0
 
         distilled = _phase(distil, [core], batches, settings.router_steps, settings.router_rate * shrink, advance)
-        after_router = mean_loss(model, held_out_NS)
+        after_router = mean_loss(model, held_out_BS)
         experts = [part for mlp in feed_forwards for part in (mlp.experts, mlp.permanent) if part is not None]
         _phase(tune, experts, batches, settings.expert_steps, settings.expert_rate * shrink, advance)
         history.append(
@@ -112,7 +112,7 @@ def train_rounds(
                 "distillation_loss": distilled[0],
                 "router_agreement": distilled[1],
                 "loss_after_router": after_router,
-                "loss_after_experts": mean_loss(model, held_out_NS),
+                "loss_after_experts": mean_loss(model, held_out_BS),
             }
         )
     return history
@@ -152,7 +152,7 @@ def _phase(
     )
 
 
-def _batches(token_NS: Tensor, settings: Rounds) -> Iterator[Tensor]:
+def _batches(token_BS: Tensor, settings: Rounds) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(settings.seed)
     while True:
-        yield token_NS[torch.randint(len(token_NS), (settings.batch_size,), generator=generator)]
+        yield token_BS[torch.randint(len(token_BS), (settings.batch_size,), generator=generator)]

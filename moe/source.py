@@ -35,6 +35,7 @@ class Source:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._converters = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         expected = skeleton.state_dict()
+        self._shapes = {name: value.shape for name, value in expected.items()}
         self._keys: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
         for key in sorted(self._file_of_key, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, expected)
@@ -47,7 +48,7 @@ class Source:
         """The tensor that the model calls `name`, converted as transformers would."""
         keys = self._keys[name]
         if keys[0][1] is None:
-            return self._tensor(keys[0][0])
+            return self._shaped(name, self._tensor(keys[0][0]))
         converter = self._converters[keys[0][1]]
         collected: dict[str, Any] = defaultdict(list)
         for key, pattern in keys:
@@ -64,8 +65,10 @@ class Source:
                 missing_keys=None,
             )
         found = next(value for target, value in collected.items() if target in name)
-        tensor: Tensor = found[0] if isinstance(found, list) else found
-        want = self._skeleton.state_dict()[name].shape
+        return self._shaped(name, found[0] if isinstance(found, list) else found)
+
+    def _shaped(self, name: str, tensor: Tensor) -> Tensor:
+        want = self._shapes[name]
         if tensor.shape != want:
             raise ValueError(f"{name} has shape {list(tensor.shape)} in the checkpoint; the model wants {list(want)}")
         return tensor

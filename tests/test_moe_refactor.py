@@ -66,8 +66,8 @@ def test_domains_that_agree_still_leave_every_expert_a_channel():
 def test_sliced_model_is_the_dense_one_with_the_chosen_domains_mask(align):
     dense = dense_model().double()
     token_BS = torch.randint(256, (3, 11))
-    activation_NLF = mean_activations(dense, token_BS)
-    slices = [slice_layer(activation_NLF[:, layer], 0.5, align) for layer in range(2)]
+    activation_BLF = mean_activations(dense, token_BS)
+    slices = [slice_layer(activation_BLF[:, layer], 0.5, align) for layer in range(2)]
     model = sliced_model(dense, slices, ROUTER)
     output = model(token_BS)
     expert_BS = output.router_stats[0].kept.expert_TK.view(3, 11)
@@ -87,8 +87,8 @@ def test_sliced_model_is_the_dense_one_with_the_chosen_domains_mask(align):
 def test_keeping_everything_is_the_dense_model():
     dense = dense_model()
     token_BS = torch.randint(256, (3, 11))
-    activation_NLF = mean_activations(dense, token_BS)
-    slices = [slice_layer(activation_NLF[:, layer], 1.0, 8) for layer in range(2)]
+    activation_BLF = mean_activations(dense, token_BS)
+    slices = [slice_layer(activation_BLF[:, layer], 1.0, 8) for layer in range(2)]
     torch.testing.assert_close(
         sliced_model(dense, slices, ROUTER)(token_BS).logits, dense(token_BS).logits, atol=1e-5, rtol=1e-4
     )
@@ -111,11 +111,11 @@ def test_storage_counts_every_copy():
 
 
 def test_mean_activations_are_those_that_enter_the_down_projection():
-    dense, token_NS = dense_model(), torch.randint(256, (2, 5))
+    dense, token_BS = dense_model(), torch.randint(256, (2, 5))
     mlp, seen = dense.model.layers[1].mlp, []
     mlp.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
-    activation_NLF = mean_activations(dense, token_NS)
-    for row, x in zip(activation_NLF[:, 1], seen, strict=True):
+    activation_BLF = mean_activations(dense, token_BS)
+    for row, x in zip(activation_BLF[:, 1], seen, strict=True):
         h = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
         torch.testing.assert_close(row, h[0].abs().mean(dim=0))
 
