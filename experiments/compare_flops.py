@@ -110,7 +110,7 @@ def router_flops(model: MoEForCausalLM, passes: Sequence[float] | None = None) -
     total = 0.0
     for router, own_passes in zip(routers, passes, strict=True):
         for name, parameter in router.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim == 2 and "embed_tokens" not in name:  # a table is read, not multiplied
                 total += 2 * parameter.numel() * (sum(passes) if ".cell." in f".{name}" else own_passes)
     return total
 

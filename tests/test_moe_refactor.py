@@ -84,6 +84,29 @@ def test_sliced_model_is_the_dense_one_with_the_chosen_domains_mask(align):
     torch.testing.assert_close(output.logits, dense(token_BS).logits, atol=1e-5, rtol=1e-4)
 
 
+def test_trap_experts_hold_slices_of_their_own_not_masked_dense_weights():
+    dense = dense_model()
+    slices = [slice_layer(torch.rand(3, 64), 0.5, 8) for _ in range(2)]
+    model = sliced_model(dense, slices, ROUTER)
+    for layer, cut in zip(model.model.moe_layers, slices, strict=True):
+        width = len(cut.experts[0])
+        assert layer.experts.gate_up_proj.shape == (3, 2 * width, 32)
+        assert width + len(cut.permanent) == 32
+        assert width % 8 == 0
+    with torch.no_grad():
+        model.model.moe_layers[0].experts.gate_up_proj[0] += 1
+    for expert in (1, 2):
+        expected = dense.model.layers[0].mlp.gate_proj.weight[slices[0].experts[expert]]
+        assert torch.equal(model.model.moe_layers[0].experts.gate_up_proj[expert].chunk(2)[0], expected)
+
+
+def test_trap_routers_embedding_starts_as_the_first_columns_of_the_models():
+    dense = dense_model()
+    model = sliced_model(dense, [slice_layer(torch.rand(3, 64), 0.5, 8) for _ in range(2)], ROUTER)
+    table = model.model.moe_layers[0].router.core.embed_tokens.weight
+    assert torch.equal(table, dense.get_input_embeddings().weight[:, :16])
+
+
 def test_keeping_everything_is_the_dense_model():
     dense = dense_model()
     token_BS = torch.randint(256, (3, 11))
