@@ -26,7 +26,6 @@ from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
 from .fast import quicken_linears
 from .handle import Offload
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
-from .lookahead import follow_plans
 from .packing import read_pack
 from .prefetch import PREDICTORS
 from .record import ExpertRecord
@@ -116,8 +115,6 @@ def load(
     recorder = _recorder(layers, str(path_or_id)) if record_trace else None
     running = _runtime.OffloadRuntime(store, plan.num_slots, policy, recorder, arithmetic)
     running.prefetcher = make_prefetcher(prefetch, model, layers, top_k)
-    if prefetch == "plan":
-        follow_plans(model, running)
     if arithmetic == "fast":
         quicken_linears(model)
     return _attach(model, running, plan, policy)
@@ -132,6 +129,10 @@ def _attach(model: Any, running: _runtime.OffloadRuntime, plan: MemoryPlan, poli
     for layer, module in enumerate(experts_modules(model).values()):
         module._expertier_place = (running, layer)
         module.config._experts_implementation = _runtime.IMPLEMENTATION
+        if getattr(module, "is_own_loop", False):
+            running.layers[layer].is_grouped = False
+    if running.prefetcher is not None:
+        running.prefetcher.attach(model, running)
     model.offload = Offload(model, running, plan, policy)
     return model
 

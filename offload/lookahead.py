@@ -13,28 +13,41 @@ import numpy as np
 import torch
 from torch import nn
 
+from .prefetch import Prefetcher
 from .reschedule import Signature
-from .runtime import OffloadRuntime
 
 
-def follow_plans(model: nn.Module, runtime: OffloadRuntime) -> None:
-    """Tell the runtime every plan as soon as a router has made it.
+class ExactPlan(Prefetcher):
+    """Reads what the model's own routers have decided for later layers of a pass; nothing is guessed."""
 
-    Raises:
-        ValueError: if no router of the model decides ahead.
-    """
-    routers = [module for module in model.modules() if hasattr(module, "exact_plan")]
-    if not routers:
-        raise ValueError(
-            f'prefetch="plan" needs routers that decide ahead (pregate, or the architecture readme); '
-            f"{type(model).__name__} has none"
-        )
+    def __init__(self) -> None:
+        self.is_active = True
 
-    def follow(router: Any, _inputs: Any, result: Any) -> None:
-        runtime.follow(router.exact_plan(result))
+    def attach(self, model: nn.Module, runtime: Any) -> None:
+        """Tell the runtime every plan as soon as a router has made it.
 
-    for router in routers:
-        router.register_forward_hook(follow)
+        Raises:
+            ValueError: if no router of the model decides ahead.
+        """
+        routers = [module for module in model.modules() if hasattr(module, "exact_plan")]
+        if not routers:
+            raise ValueError(
+                f'prefetch="plan" needs routers that decide ahead (pregate, or the architecture readme); '
+                f"{type(model).__name__} has none"
+            )
+
+        def follow(router: Any, _inputs: Any, result: Any) -> None:
+            plan = router.exact_plan(result)
+            runtime.read_ahead({layer: _most_used_first(expert_TK) for layer, expert_TK in plan.items()})
+
+        for router in routers:
+            router.register_forward_hook(follow)
+
+    def look_ahead(self, layer: int, x_1D: Any, expert_1K: Any, slots: Any) -> None:
+        """Nothing is left to guess."""
+
+    def judge(self, issued: int, useful: int, late: int) -> None:
+        """A plan is exact, so it always pays."""
 
 
 @torch.no_grad()
@@ -55,3 +68,9 @@ def planned_signature(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Sig
         uses_LE[:, router.plan_of_ids(torch.tensor([list(prompt)])).unique().numpy()] = True
         rows.append(uses_LE.reshape(-1))
     return np.stack(rows)
+
+
+def _most_used_first(expert_TK: torch.Tensor) -> list[int]:
+    expert_ids, counts = expert_TK.unique(return_counts=True)
+    ordered: list[int] = expert_ids[counts.argsort(descending=True, stable=True)].tolist()
+    return ordered

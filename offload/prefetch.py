@@ -5,7 +5,7 @@ Sources: next layer's gate on the current hidden state, Eliseev and Mazur 2023 (
 (arXiv:2411.01433); transitions between layers, ExFlow (arXiv:2401.08383).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,6 +78,9 @@ class Prefetcher:
         self._predictor, self._most = predictor, most
         self.is_active = True
 
+    def attach(self, model: Any, runtime: Any) -> None:
+        """When the model is ready; guessing needs nothing more than its calls."""
+
     def look_ahead(self, layer: int, x_1D: Any, expert_1K: Any, slots: Any) -> None:
         """Guess `layer`'s experts and start reading those that are missing."""
         experts = [expert for expert in expert_1K[0].tolist() if 0 <= expert < slots.num_experts]
@@ -91,32 +94,3 @@ class Prefetcher:
         """Give up once enough was tried and too little of it was of use."""
         if issued >= PROBATION and useful + late < LEAST_USEFUL * issued:
             self.is_active = False
-
-
-class ExactPlan:
-    """Reads what the model's own routers have already decided for later layers of the same pass; nothing is guessed.
-
-    Such routers are pre-gated ones, and one router over token ids for all layers.
-    """
-
-    is_active = True
-
-    def follow(self, plan: Mapping[int, Sequence[int]], slots: Sequence[Any]) -> None:
-        """Start reading the missing experts of each layer, nearest layer first, as far as there is room.
-
-        Args:
-            plan: layer -> its experts in this pass, most used first.
-            slots: of every layer.
-        """
-        for layer, experts in sorted(plan.items()):
-            own = slots[layer]
-            waiting = [expert for expert in experts if 0 <= expert < own.num_experts and expert not in own]
-            present = [expert for expert in experts if expert in own]
-            for expert in waiting:
-                own.read_ahead(expert, present, len(waiting))
-
-    def look_ahead(self, layer: int, x_1D: Any, expert_1K: Any, slots: Any) -> None:
-        """Nothing is left to guess."""
-
-    def judge(self, issued: int, useful: int, late: int) -> None:
-        """A plan is exact, so it always pays."""

@@ -7,14 +7,13 @@ import torch
 from torch import nn
 
 from .layout import ExpertLayer
-from .prefetch import ExactPlan, GatePredictor, Predictor, Prefetcher, TransitionPredictor
+from .lookahead import ExactPlan
+from .prefetch import GatePredictor, Predictor, Prefetcher, TransitionPredictor
 
 MOST_AHEAD = 2
 
 
-def make_prefetcher(
-    name: str, model: nn.Module, layers: Sequence[ExpertLayer], top_k: int
-) -> Prefetcher | ExactPlan | None:
+def make_prefetcher(name: str, model: nn.Module, layers: Sequence[ExpertLayer], top_k: int) -> Prefetcher | None:
     """The prefetcher of this name for a model; None for `off` and `auto`."""
     predictor: Predictor
     if name == "plan":

@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .compute import RoutedRows, eager_forward
 from .counters import Counters, LayerCounters
-from .prefetch import ExactPlan, Prefetcher
+from .prefetch import Prefetcher
 from .slots import LayerSlots
 from .step import ExpertStep
 from .store import ExpertStore
@@ -47,7 +47,7 @@ class OffloadRuntime:
         self.layers = [LayerSlots(store, layer, count, policy) for layer, count in enumerate(num_slots)]
         self.counters = Counters([LayerCounters() for _ in self.layers])
         self.recorder = recorder
-        self.prefetcher: Prefetcher | ExactPlan | None = None
+        self.prefetcher: Prefetcher | None = None
         self._lock = threading.RLock()
 
     def forward(
@@ -58,23 +58,26 @@ class OffloadRuntime:
             if self.recorder is not None:
                 self.recorder.note(layer, expert_TK, weight_TK)
             slots = self.layers[layer]
-            if not slots.is_grouped or getattr(module, "is_own_loop", False):
+            if not slots.is_grouped:
                 return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
             rows = RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK, is_fast=self._is_fast)
             step = ExpertStep(slots, self.counters, rows.num_rows, expert_TK)
             step.run(rows, lambda: self._look_ahead(layer, x_TD, expert_TK))
             return rows.combine()
 
-    def follow(self, plan: Mapping[int, torch.Tensor]) -> None:
-        """Start reading what routers have decided for later layers of this pass.
+    def read_ahead(self, plan: Mapping[int, Sequence[int]]) -> None:
+        """Start reading what later layers of this pass will certainly need, nearest layer first, where there is room.
 
         Args:
-            plan: layer -> int64 [T, K] expert ids.
+            plan: layer -> its experts in this pass, most used first.
         """
-        if not isinstance(self.prefetcher, ExactPlan):
-            return
         with self._lock:
-            self.prefetcher.follow({layer: _most_used_first(ids) for layer, ids in plan.items()}, self.layers)
+            for layer, experts in sorted(plan.items()):
+                slots = self.layers[layer]
+                waiting = [expert for expert in experts if 0 <= expert < slots.num_experts and expert not in slots]
+                present = [expert for expert in experts if expert in slots]
+                for expert in waiting:
+                    slots.read_ahead(expert, present, len(waiting))
 
     def _look_ahead(self, layer: int, x_TD: torch.Tensor, expert_TK: torch.Tensor) -> None:
         """Once this layer's reads are on their way: start what the next layer will probably ask for."""
@@ -92,12 +95,6 @@ class OffloadRuntime:
         }
         with ExpertStep(slots, self.counters, num_rows, expert_TK) as step:
             return eager_forward(module, step.fetch, slots.num_experts, x_TD, expert_TK, weight_TK)
-
-
-def _most_used_first(expert_TK: torch.Tensor) -> list[int]:
-    expert_ids, counts = expert_TK.unique(return_counts=True)
-    ordered: list[int] = expert_ids[counts.argsort(descending=True, stable=True)].tolist()
-    return ordered
 
 
 def offloaded_experts_forward(

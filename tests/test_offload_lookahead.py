@@ -6,8 +6,8 @@ import torch
 
 import offload
 from moe import MoEForCausalLM
+from moe.token_router import context_of
 from offload.lookahead import planned_signature
-from offload.prefetch import ExactPlan
 from offload.reschedule import signatures
 
 MODELS = {
@@ -55,22 +55,18 @@ def test_planned_reads_change_no_token_and_none_is_wasted(tiny_config, tmp_path,
     assert report["misses"] <= plain.offload.report()["misses"]
 
 
-def test_nearest_layer_first_and_only_what_is_missing():
-    class Slots:
-        num_experts = 4
-
-        def __init__(self, present):
-            self.present, self.asked = present, []
-
-        def __contains__(self, expert):
-            return expert in self.present
-
-        def read_ahead(self, expert, pinned, most):
-            self.asked.append((expert, tuple(pinned), most))
-
-    slots = [Slots({0}), Slots(set()), Slots({1, 2})]
-    ExactPlan().follow({2: [1, 3, 4], 1: [2]}, slots)
-    assert [own.asked for own in slots] == [[], [(2, (), 1)], [(3, (1,), 1)]]
+def test_only_what_is_missing_is_read_and_the_most_used_first(tiny_config, tmp_path):
+    saved(tiny_config, tmp_path, "readme")
+    loaded = offload.load(tmp_path, cache_experts=4, prefetch="plan")
+    core, asked = loaded.model.moe_layers[0].router.core, []
+    runtime = loaded.model.moe_layers[0].experts._expertier_place[0]
+    for layer in (0, 2):
+        runtime.layers[layer].read_ahead = lambda *given, layer=layer: asked.append((layer, *given))
+    runtime.layers[0]._resident[3] = None
+    expert_TK = torch.tensor([[1], [3], [2], [2], [6]])
+    core.exact_plan = lambda _logits: {2: expert_TK, 0: expert_TK}
+    core(context_of(torch.tensor([[1, 2]])))
+    assert asked == [(0, 2, [3], 2), (0, 1, [3], 2), (2, 2, [], 3), (2, 1, [], 3), (2, 3, [], 3)]
 
 
 def test_models_whose_routers_do_not_decide_ahead_are_refused(tiny_config, tmp_path):
