@@ -43,7 +43,7 @@ class ExactPlan(Prefetcher):
         for router in routers:
             router.register_forward_hook(follow)
 
-    def look_ahead(self, layer: int, x_1D: Any, expert_1K: Any, slots: Any) -> None:
+    def look_ahead(self, layer: int, x_1D: Any, expert_1K: Any, layers: Sequence[Any]) -> None:
         """Nothing is left to guess."""
 
     def judge(self, issued: int, useful: int, late: int) -> None:
