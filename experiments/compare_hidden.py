@@ -1,6 +1,6 @@
 """How sparse experts' hidden units are, and how well single units stand for single bytes.
 
-Shapes: T tokens, K slots, E experts, D model width, F expert width, X = E * F hidden units of a layer, V bytes.
+Shapes: T tokens, K slots, E experts, D model width, F hidden units (of one expert, or of all side by side), V bytes.
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def hidden_metrics(model: MoEForCausalLM, token_BS: Tensor) -> dict[str, float]:
     return {name: sum(layer[name] for layer in found) / len(found) for name in names}
 
 
-def coverage(unit_TX: Tensor, token_T: Tensor, num_tokens: int) -> float:
+def coverage(unit_TF: Tensor, token_T: Tensor, num_tokens: int) -> float:
     """How well the best single unit tells each token id: its F1, best over units and thresholds, mean over ids.
 
     A unit says "it is this id" where it exceeds a share of its own largest value. Ids that occur fewer than
@@ -49,17 +49,17 @@ def coverage(unit_TX: Tensor, token_T: Tensor, num_tokens: int) -> float:
 
     Source: Karvonen et al. 2024, arXiv:2408.00113, section 3.2 (coverage of board states, there for chess).
     """
-    is_id_TV = one_hot(token_T, num_tokens).to(unit_TX.dtype)
+    is_id_TV = one_hot(token_T, num_tokens).to(unit_TF.dtype)
     count_V = is_id_TV.sum(dim=0)
     is_id_TV, count_V = is_id_TV[:, count_V >= LEAST_OCCURRENCES], count_V[count_V >= LEAST_OCCURRENCES]
     if not len(count_V):
         return float("nan")
     best_V = torch.zeros_like(count_V)
-    largest_X = unit_TX.amax(dim=0)
+    largest_F = unit_TF.amax(dim=0)
     for threshold in THRESHOLDS:
-        says_TX = (unit_TX > threshold * largest_X).to(unit_TX.dtype)
-        f1_XV = 2 * (says_TX.T @ is_id_TV) / (says_TX.sum(dim=0)[:, None] + count_V)
-        best_V = torch.maximum(best_V, f1_XV.amax(dim=0))
+        says_TF = (unit_TF > threshold * largest_F).to(unit_TF.dtype)
+        f1_FV = 2 * (says_TF.T @ is_id_TV) / (says_TF.sum(dim=0)[:, None] + count_V)
+        best_V = torch.maximum(best_V, f1_FV.amax(dim=0))
     return float(best_V.mean())
 
 

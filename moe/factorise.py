@@ -1,6 +1,6 @@
 """Factorisation of a group of matrices over one shared basis, in float64, with its exact error.
 
-Shapes: J matrices of a group, F rows, D columns, U rank.
+Shapes: E experts of one group, F rows, D columns.
 """
 
 from dataclasses import dataclass
@@ -35,20 +35,20 @@ class Whitening:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """`matrix_j ~ left_j @ basis`.
+    """`matrix_e ~ left_e @ basis`.
 
     Args:
-        left_JFU: what stays with each matrix.
-        basis_UD: what they share.
+        left: what stays with each matrix.
+        basis: what they share.
         error: squared Frobenius norm of what the basis leaves out, measured.
-        tail: the same from the singular values of the stack: the sum of the squares after the first U.
+        tail: the same from the singular values of the stack: the sum of the squares after the first `rank`.
         truncation_error, truncation_tail: the same for the rank reduction of each matrix before, summed.
         norm: squared Frobenius norm of the matrices.
         All five in whitened coordinates if there is a whitening.
     """
 
-    left_JFU: Tensor
-    basis_UD: Tensor
+    left: Tensor
+    basis: Tensor
     error: float
     tail: float
     truncation_error: float
@@ -57,25 +57,25 @@ class Factors:
 
 
 def factorise(
-    matrix_JFD: Tensor, rank: int, *, matrix_rank: int | None = None, whitening: Whitening | None = None
+    matrix_EFD: Tensor, rank: int, *, matrix_rank: int | None = None, whitening: Whitening | None = None
 ) -> Factors:
     """The best factors of given rank over one basis (orthonormal in whitened coordinates).
 
     At full rank the basis is the identity and the factors are the matrices themselves, bit for bit.
 
     Args:
-        matrix_JFD: the matrices of one group.
-        rank: U, at most D.
+        matrix_EFD: the matrices of one group.
+        rank: of the basis, at most D.
         matrix_rank: each matrix is first replaced by its best approximation of this rank; None leaves it.
         whitening: minimise the error on inputs with these moments instead of the plain one.
 
     Source: Eckart and Young 1936; Liu et al. 2025 (MoLAE), arXiv:2503.23100, section 4.
     """
-    D = matrix_JFD.shape[-1]
-    exact = matrix_JFD.double()
+    D = matrix_EFD.shape[-1]
+    exact = matrix_EFD.double()
     white = exact if whitening is None else exact @ whitening.root_DD
     kept, truncation_error, truncation_tail = white, 0.0, 0.0
-    if matrix_rank is not None and matrix_rank < min(matrix_JFD.shape[1:]):
+    if matrix_rank is not None and matrix_rank < min(matrix_EFD.shape[1:]):
         kept, truncation_tail = truncate(white, matrix_rank)
         truncation_error = float((white - kept).square().sum())
     facts = {"truncation_error": truncation_error, "truncation_tail": truncation_tail, "norm": _square(white)}
@@ -85,18 +85,18 @@ def factorise(
         return Factors(left, torch.eye(D, dtype=torch.float64, device=exact.device), 0.0, 0.0, **facts)
     stack = kept.flatten(0, 1)
     value_D, vector_DD = torch.linalg.eigh(stack.T @ stack)
-    basis_UD = vector_DD[:, -rank:].T.flip(0)
-    left = kept @ basis_UD.T
-    error = float((kept - left @ basis_UD).square().sum())
+    basis = vector_DD[:, -rank:].T.flip(0)
+    left = kept @ basis.T
+    error = float((kept - left @ basis).square().sum())
     tail = float(value_D[:-rank].clamp_min(0).sum())
-    basis_UD = basis_UD if whitening is None else basis_UD @ whitening.inverse_DD
-    return Factors(left, basis_UD, error, tail, **facts)
+    basis = basis if whitening is None else basis @ whitening.inverse_DD
+    return Factors(left, basis, error, tail, **facts)
 
 
-def truncate(matrix_JFD: Tensor, rank: int) -> tuple[Tensor, float]:
+def truncate(matrix_EFD: Tensor, rank: int) -> tuple[Tensor, float]:
     """Each matrix's best approximation of that rank, and the sum of the squared singular values left out."""
     kept, tail = [], 0.0
-    for matrix in matrix_JFD:
+    for matrix in matrix_EFD:
         is_tall = matrix.shape[0] > matrix.shape[1]
         value, vector = torch.linalg.eigh(matrix.T @ matrix if is_tall else matrix @ matrix.T)
         best = vector[:, -rank:]

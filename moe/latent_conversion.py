@@ -1,6 +1,6 @@
 """Turn a trained mixture of experts into one with latent experts, layer by layer.
 
-Shapes: E experts, D model width, F expert width, U latent width, T tokens.
+Shapes: E experts, D model width, F expert width, T tokens.
 """
 
 import copy
@@ -34,7 +34,7 @@ class LatentPlan:
 
     Args:
         group: experts that share a basis.
-        rank: U.
+        rank: latent width.
         expert_rank: rank that each expert's matrices are reduced to before; None leaves them.
         whiten: a text whose activations weigh the error, or None.
         data: a text to score before and after, or None.
@@ -173,10 +173,10 @@ class _Conversion:
             for group in matrix_EFD.split(self.plan.group):
                 found = factorise(group, self.plan.rank, matrix_rank=self.plan.expert_rank, whitening=whitening)
                 # in the checkpoint's dtype at once: in float64 a whole layer would be four times as large
-                rounded = {"left_JFU": found.left_JFU.to(dtype), "basis_UD": found.basis_UD.to(dtype)}
+                rounded = {"left": found.left.to(dtype), "basis": found.basis.to(dtype)}
                 parts[name].append(replace(found, **rounded))
-        left = [torch.cat([factors.left_JFU for factors in parts[name]]) for name in ("gate", "up")]
-        basis = {f"{name}_basis": torch.stack([factors.basis_UD for factors in every]) for name, every in parts.items()}
+        left = [torch.cat([factors.left for factors in parts[name]]) for name in ("gate", "up")]
+        basis = {f"{name}_basis": torch.stack([factors.basis for factors in every]) for name, every in parts.items()}
         factored = {"gate_up_proj": torch.cat(left, dim=1), "down_proj": weights["down_proj"], **basis}
         return factored, {name: _errors(every) for name, every in parts.items()}
 

@@ -1,6 +1,6 @@
 """Latent experts: the experts of a group read two small projections of the token instead of the token itself.
 
-Shapes: T tokens, K slots, E experts, D model width, F expert width, U latent width.
+Shapes: T tokens, K slots, E experts, D model width, F expert width.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class LatentExperts(nn.Module):
     Args:
         config: gives E, D, F and the activation.
         group: experts that share a basis; the last group may be smaller.
-        rank: U, at most D.
+        rank: latent width, at most D.
 
     Raises:
         ValueError: if group or rank is out of range.

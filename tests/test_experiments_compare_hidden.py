@@ -7,13 +7,13 @@ from moe import MoEForCausalLM
 
 def test_coverage_by_hand():
     token_T = torch.tensor([0, 1] * 20)
-    perfect_TX = torch.stack([(token_T == 0).float(), (token_T == 1).float()], dim=1)
-    assert coverage(perfect_TX, token_T, 2) == 1.0
-    blind_TX = torch.ones(40, 1)
-    assert coverage(blind_TX, token_T, 2) == pytest.approx(2 * 20 / (40 + 20)), "always says yes"
-    graded_TX = torch.where(token_T == 0, 1.0, 0.5)[:, None]
-    assert coverage(graded_TX, token_T, 2) == pytest.approx((1.0 + 2 / 3) / 2), "a threshold tells id 0"
-    assert coverage(perfect_TX[:30], token_T[:30], 2) != coverage(perfect_TX[:30], token_T[:30], 2), "NaN: too few"
+    perfect_TF = torch.stack([(token_T == 0).float(), (token_T == 1).float()], dim=1)
+    assert coverage(perfect_TF, token_T, 2) == 1.0
+    blind_TF = torch.ones(40, 1)
+    assert coverage(blind_TF, token_T, 2) == pytest.approx(2 * 20 / (40 + 20)), "always says yes"
+    graded_TF = torch.where(token_T == 0, 1.0, 0.5)[:, None]
+    assert coverage(graded_TF, token_T, 2) == pytest.approx((1.0 + 2 / 3) / 2), "a threshold tells id 0"
+    assert coverage(perfect_TF[:30], token_T[:30], 2) != coverage(perfect_TF[:30], token_T[:30], 2), "NaN: too few"
 
 
 def test_relu_experts_are_sparse_and_gated_ones_are_not(tiny_config):

@@ -37,52 +37,52 @@ def text(tmp_path):
 
 @pytest.mark.parametrize(("rows", "rank"), [(5, 3), (5, 12), (40, 7)])
 def test_error_is_the_tail_of_singular_values(rows, rank):
-    matrix_JFD = torch.randn(4, rows, 16)
-    factors = factorise(matrix_JFD, rank)
-    singular = torch.linalg.svdvals(matrix_JFD.double().flatten(0, 1))
+    matrix_EFD = torch.randn(4, rows, 16)
+    factors = factorise(matrix_EFD, rank)
+    singular = torch.linalg.svdvals(matrix_EFD.double().flatten(0, 1))
     expected = float(singular[rank:].square().sum())
-    product = factors.left_JFU @ factors.basis_UD
-    assert factors.error == pytest.approx(float((matrix_JFD.double() - product).square().sum()), abs=1e-10)
+    product = factors.left @ factors.basis
+    assert factors.error == pytest.approx(float((matrix_EFD.double() - product).square().sum()), abs=1e-10)
     assert factors.error == pytest.approx(expected, rel=1e-9, abs=1e-10)
     assert factors.tail == pytest.approx(expected, rel=1e-9, abs=1e-10)
-    torch.testing.assert_close(factors.basis_UD @ factors.basis_UD.T, torch.eye(rank).double())
+    torch.testing.assert_close(factors.basis @ factors.basis.T, torch.eye(rank).double())
 
 
 def test_no_other_basis_does_better():
-    matrix_JFD = torch.randn(3, 6, 10).double()
-    best = factorise(matrix_JFD, 4).error
+    matrix_EFD = torch.randn(3, 6, 10).double()
+    best = factorise(matrix_EFD, 4).error
     for _ in range(50):
         basis, _ = torch.linalg.qr(torch.randn(10, 4).double())
-        assert float((matrix_JFD - matrix_JFD @ basis @ basis.T).square().sum()) >= best
+        assert float((matrix_EFD - matrix_EFD @ basis @ basis.T).square().sum()) >= best
 
 
 def test_full_rank_is_exact_to_the_bit():
-    matrix_JFD = torch.randn(3, 6, 10).bfloat16()
+    matrix_EFD = torch.randn(3, 6, 10).bfloat16()
     for whitening in (None, Whitening.of(torch.randn(10, 10) @ torch.randn(10, 10).T + 20 * torch.eye(10))):
-        factors = factorise(matrix_JFD, 10, whitening=whitening)
-        assert torch.equal((factors.left_JFU @ factors.basis_UD).bfloat16(), matrix_JFD)
+        factors = factorise(matrix_EFD, 10, whitening=whitening)
+        assert torch.equal((factors.left @ factors.basis).bfloat16(), matrix_EFD)
 
 
 @pytest.mark.parametrize("rows", [4, 20])
 def test_each_matrix_is_truncated_by_its_own_singular_values(rows):
-    matrix_JFD = torch.randn(3, rows, 10).double()
-    kept, tail = truncate(matrix_JFD, 3)
-    singular = torch.linalg.svdvals(matrix_JFD)
+    matrix_EFD = torch.randn(3, rows, 10).double()
+    kept, tail = truncate(matrix_EFD, 3)
+    singular = torch.linalg.svdvals(matrix_EFD)
     assert (torch.linalg.matrix_rank(kept) == 3).all()
     assert tail == pytest.approx(float(singular[:, 3:].square().sum()))
-    assert float((matrix_JFD - kept).square().sum()) == pytest.approx(tail)
+    assert float((matrix_EFD - kept).square().sum()) == pytest.approx(tail)
 
 
 def test_whitening_minimises_the_error_on_the_inputs():
     x_TD = torch.randn(200, 10).double() * torch.logspace(-2, 0, 10)
-    matrix_JFD = torch.randn(3, 6, 10).double()
+    matrix_EFD = torch.randn(3, 6, 10).double()
     whitening = Whitening.of(x_TD.T @ x_TD, ridge=0.0)
 
     def output_error(factors):
-        difference = matrix_JFD - factors.left_JFU @ factors.basis_UD
+        difference = matrix_EFD - factors.left @ factors.basis
         return float((x_TD @ difference.flatten(0, 1).T).square().sum())
 
-    white, plain = factorise(matrix_JFD, 4, whitening=whitening), factorise(matrix_JFD, 4)
+    white, plain = factorise(matrix_EFD, 4, whitening=whitening), factorise(matrix_EFD, 4)
     assert output_error(white) < output_error(plain)
     scale = float((x_TD.T @ x_TD).diagonal().mean())
     assert output_error(white) == pytest.approx(white.tail * scale, rel=1e-6)
