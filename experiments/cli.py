@@ -63,15 +63,32 @@ app.add_typer(offload.cli.app)
 app.add_typer(placement.cli.app, name="place")
 
 
-@app.command(
-    "export", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-)
+PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.command("export", context_settings=PASSED_ON)
 def export(context: typer.Context) -> None:
     """Write a trained model as a native transformers family, so that other engines load it unchanged."""
+    _pass_on("export", context)
+
+
+@app.command("convert", context_settings=PASSED_ON)
+def convert(context: typer.Context) -> None:
+    """Turn a trained mixture of experts into one whose experts share low-rank projections."""
+    _pass_on("convert", context)
+
+
+@app.command("refactor", context_settings=PASSED_ON)
+def refactor(context: typer.Context) -> None:
+    """Cut a small dense model into experts by domain, with one router over token ids for all layers."""
+    _pass_on("refactor", context)
+
+
+def _pass_on(command: str, context: typer.Context) -> None:
     # importing moe imports torch and transformers, which `expertier --help` and `expertier place` do without
     import moe.cli
 
-    moe.cli.app(context.args, prog_name="expertier export", standalone_mode=False)
+    moe.cli.app([command, *context.args], prog_name="expertier", standalone_mode=False)
 
 
 def main() -> None:

@@ -61,6 +61,14 @@ METRICS: dict[str, Metric] = {
         meaning="best F1 of one expert set per window of 16 tokens (segment routing performance)",
         digits=".3f",
     ),
+    "active_hidden": Metric(
+        label="active hidden", meaning="share of visited experts' hidden units that are not exactly 0", digits=".2f"
+    ),
+    "byte_coverage": Metric(
+        label="byte coverage",
+        meaning="how well the best single hidden unit tells each byte (mean F1), a proxy of interpretability",
+        digits=".3f",
+    ),
     "tokens_per_second": Metric(label="tok/s", meaning="training speed of the last step on this machine", digits=".0f"),
 }
 MILLIONS = {"flops_per_token", "active_parameters", "parameters"}

@@ -23,14 +23,14 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
-from routing import Carry, RouterModule, RouterStats, RoutingContext, auxiliary_loss, scheduled_weight
+from routing import Carry, RouterStats, RoutingContext, auxiliary_loss, scheduled_weight
 
 from .architectures import build_body
 from .attention import Attention, rotary_angles
 from .config import MoEConfig
 from .layer import FeedForward, RoutedLayer
 from .norm import RMSNorm
-from .stack import StackInputs, StackOutput
+from .stack import LayerPasses, StackInputs, StackOutput
 
 
 @dataclass
@@ -44,6 +44,7 @@ class MoEOutput(ModelOutput):
         past_key_values: the key/value cache.
         router_stats: one `RouterStats` per call of a router: one per MoE layer, unless the architecture says otherwise.
         losses: further training losses of the architecture, already weighted and part of `loss`.
+        passes: per decoder layer, how often tokens passed it; None when all passed all layers once.
     """
 
     loss: Tensor | None = None
@@ -52,6 +53,7 @@ class MoEOutput(ModelOutput):
     past_key_values: Cache | None = None
     router_stats: list[RouterStats] | None = None
     losses: dict[str, Tensor] | None = None
+    passes: list[LayerPasses] | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -82,7 +84,7 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = False
     _no_split_modules = ("DecoderLayer",)
-    _keep_in_fp32_modules_strict = ("bias_R", "penalty_weight", "weight_PK")
+    _keep_in_fp32_modules_strict = ("bias_R", "penalty_weight", "weight_PK", "mean_ED", "variance_ED")
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -96,7 +98,7 @@ class MoEPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear | nn.Embedding):
             return
-        if isinstance(module, RouterModule):
+        if hasattr(module, "init_parameters"):
             module.init_parameters(self.config.initializer_range)
             return
         for name, parameter in module.named_parameters(recurse=False):
@@ -163,7 +165,10 @@ class MoEModel(MoEPreTrainedModel):
             angles=rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta),
             mask=mask,
             cache=past_key_values,
-            context=self._routing_context(x_BSD, input_ids, attention_mask, position_ids, past_key_values),
+            context=replace(
+                self._routing_context(x_BSD, input_ids, attention_mask, position_ids, past_key_values),
+                attention_mask=mask,
+            ),
         )
         carry = self.routers[0].begin(inputs.context) if self.routers else Carry()
         output = self.stack(self.layers, x_BSD, carry, inputs)
@@ -179,6 +184,7 @@ class MoEModel(MoEPreTrainedModel):
         self.optimizer_step += 1
         for router, count_R in zip(self.routers, counts, strict=True):
             router.post_step(count_R, num_tokens)
+        self.stack.post_step()
 
     def _routing_context(
         self,
@@ -259,6 +265,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             past_key_values=cache,
             router_stats=output.router_stats,
             losses=output.losses or None,
+            passes=output.passes,
         )
 
     def _auxiliary_loss(self, output: StackOutput) -> Tensor:

@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 from .config import MoEConfig
+from .flops import feed_forward_flops
 
 
 @use_experts_implementation
@@ -17,15 +18,21 @@ class Experts(nn.Module):
 
     Args:
         config: gives E, D, F and the activation.
+        width: F, if not that of the config.
     """
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, config: MoEConfig, width: int | None = None) -> None:
         super().__init__()
-        E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        E, D, F = config.num_experts, config.hidden_size, width or config.moe_intermediate_size
         self.num_experts = E
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F))
         self.act_fn = ACT2FN[config.hidden_act]
+
+    def flops(self, load_E: Tensor) -> float:
+        """Operations per token of the text, of which `load_E` visit each expert."""
+        _, D, F = self.down_proj.shape
+        return float(load_E.sum()) * feed_forward_flops(D, F)
 
     def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """[T, D]: the weighted sum over each token's experts; ids >= E contribute nothing."""

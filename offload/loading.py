@@ -73,7 +73,8 @@ def load(
             kernel of our own, which is quicker and differs in the last bits.
         pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files.
         prefetch: `"gate"`, `"transitions"` or a predictor file (.npz, `expertier trace predictor`) reads what the next
-            layers will probably need while the disk is idle, and stops when it does not pay; `"off"`, which is what
+            layers will probably need while the disk is idle, and stops when it does not pay; `"plan"` reads what the
+            model's routers have decided ahead (pre-gated routers, one router for all layers); `"off"`, which is what
             `"auto"` means, does not.
         plan: a plan of `expertier place tiers`: how many slots each layer gets, and the experts that are in them from
             the start.
@@ -147,6 +148,10 @@ def _attach(model: Any, running: _runtime.OffloadRuntime, plan: MemoryPlan, poli
     for layer, module in enumerate(experts_modules(model).values()):
         module._expertier_place = (running, layer)
         module.config._experts_implementation = _runtime.IMPLEMENTATION
+        if getattr(module, "is_own_loop", False):
+            running.layers[layer].is_grouped = False
+    if running.prefetcher is not None:
+        running.prefetcher.attach(model, running)
     model.offload = Offload(model, running, plan, policy)
     return model
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-PREDICTORS = ("gate", "transitions")
+PREDICTORS = ("gate", "transitions", "plan")
 PROBATION, LEAST_USEFUL = 256, 0.5
 
 
@@ -97,6 +97,9 @@ class Prefetcher:
     def __init__(self, predictor: Predictor, most: int) -> None:
         self._predictor, self._most = predictor, most
         self.is_active = True
+
+    def attach(self, model: Any, runtime: Any) -> None:
+        """When the model is ready; guessing needs nothing more than its calls."""
 
     def look_ahead(self, layer: int, x_1D: Any, expert_1K: Any, layers: Sequence[Any]) -> None:
         """Now that `layer` is routed: start reading what the layers after it will probably ask for and do not have."""

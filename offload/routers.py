@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .layout import ExpertLayer
+from .lookahead import ExactPlan
 from .predictor import TrainedPredictor
 from .prefetch import GatePredictor, Predictor, Prefetcher, TransitionPredictor
 
@@ -16,6 +17,8 @@ MOST_AHEAD = 2
 def make_prefetcher(name: str, model: nn.Module, layers: Sequence[ExpertLayer], top_k: int) -> Prefetcher | None:
     """The prefetcher of this name, or of this file with a trained predictor, for a model; None for `off` and `auto`."""
     predictor: Predictor
+    if name == "plan":
+        return ExactPlan()
     if name == "gate":
         predictor = GatePredictor([router_of(model, layer) for layer in layers], top_k)
     elif name == "transitions":

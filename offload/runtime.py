@@ -6,7 +6,7 @@ during that call.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -84,6 +84,20 @@ class OffloadRuntime:
             ticket = landed.get()
             if ticket.error is not None:
                 raise OSError(f"reading expert {ticket.expert} of MoE layer {ticket.layer} failed: {ticket.error}")
+
+    def read_ahead(self, plan: Mapping[int, Sequence[int]]) -> None:
+        """Start reading what later layers of this pass will certainly need, nearest layer first, where there is room.
+
+        Args:
+            plan: layer -> its experts in this pass, most used first.
+        """
+        with self._lock:
+            for layer, experts in sorted(plan.items()):
+                slots = self.layers[layer]
+                waiting = [expert for expert in experts if 0 <= expert < slots.num_experts and expert not in slots]
+                present = [expert for expert in experts if expert in slots]
+                for expert in waiting:
+                    slots.read_ahead(expert, present, len(waiting))
 
     def _look_ahead(self, layer: int, x_TD: torch.Tensor, expert_TK: torch.Tensor) -> None:
         """Once this layer's reads are on their way: start what the next layers will probably ask for."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .losses import BALANCE_LOSSES, auxiliary_loss, scheduled_weight, switch_balance_loss, z_loss
     from .nulls import copy_ffn_rows_to_nulls, expected_true_load
     from .pregate import PreGate, planned_experts
-    from .router import Carry, Router, RouterModule, RouterSizes, RoutingContext
+    from .router import Carry, ExactBuffers, Router, RouterModule, RouterSizes, RoutingContext
     from .rule import ClassicRule
     from .soft import SoftRouter
     from .stats import RouterStats
@@ -42,6 +42,7 @@ _HOME = {
     "switch_balance_loss": ".losses",
     "z_loss": ".losses",
     "Carry": ".router",
+    "ExactBuffers": ".router",
     "Router": ".router",
     "RouterSizes": ".router",
     "RouterModule": ".router",
@@ -57,6 +58,7 @@ __all__ = [
     "Carry",
     "ClassicRouter",
     "ClassicRule",
+    "ExactBuffers",
     "ForcedRouter",
     "PreGate",
     "Router",

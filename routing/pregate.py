@@ -56,6 +56,11 @@ class PreGate(nn.Module):
             carry = self._put_plan(carry, self.layer + self.ahead, plan, plan_stats, context)
         return routing, carry, stats
 
+    def exact_plan(self, result: tuple[Routing, Carry, RouterStats]) -> dict[int, Tensor]:
+        """Later blocks' experts, int64 [T, K] each, that what `forward` returned already fixes."""
+        planned = planned_experts(result[1], self.layer + self.ahead)
+        return {} if planned is None else {self.layer + self.ahead: planned}
+
     def post_step(self, count_R: Tensor, num_tokens: int) -> None:
         """The counts of this block concern the gate that decided for it."""
         self._deciding[0].post_step(count_R, num_tokens)

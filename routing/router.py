@@ -28,6 +28,7 @@ class RoutingContext:
         logit_bias_LR: added to the logits of layer l (rewiring at test time, task bias), or None.
         top_k: experts per token in this call instead of the configured K, or None.
         cache: the key/value cache of this pass (transformers' `Cache`), for routers with a decode state of their own.
+        attention_mask: what each token may attend to, as decoder layers see it; None for plain causal attention.
     """
 
     is_training: bool = False
@@ -39,6 +40,7 @@ class RoutingContext:
     logit_bias_LR: Tensor | None = None
     top_k: int | None = None
     cache: Any | None = None
+    attention_mask: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

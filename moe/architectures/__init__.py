@@ -6,10 +6,20 @@ from difflib import get_close_matches
 
 from ..config import MoEConfig
 from .body import Body
+from .chain import chain_of_experts
+from .latent import latent
+from .moex import moex
 from .plain import plain
+from .readme import readme
+from .recursion import mixture_of_recursions
 
 ARCHITECTURES: dict[str, Callable[..., Body]] = {
     "moe": plain,
+    "chain_of_experts": chain_of_experts,
+    "mixture_of_recursions": mixture_of_recursions,
+    "latent": latent,
+    "readme": readme,
+    "moex": moex,
 }
 
 
