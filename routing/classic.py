@@ -94,7 +94,7 @@ class ClassicRouter(RouterModule):
         """FFN and zero-compute experts in the proportion of the rule; sums to 1."""
         if self.rule.ffn_share == 1:
             return None
-        share_R = torch.ones(self.sizes.num_routable, device=device)
+        share_R = torch.ones(self.sizes.num_routable, dtype=torch.float64, device=device)
         share_R[: self.sizes.num_experts] = self.rule.ffn_share
         return share_R / share_R.sum()
 
@@ -152,18 +152,16 @@ class ClassicRouter(RouterModule):
         return counts_R.to(expert_TK.device)[expert_TK]
 
     def _capacity(self, chosen: Routing, context: RoutingContext) -> int | Tensor:
-        factor = self.rule.capacity_factor
+        """By tokens and K: what training left out by chance makes no expert smaller."""
+        factor, (T, K), device = self.rule.capacity_factor, chosen.expert_TK.shape, chosen.expert_TK.device
+        num_tokens = T if context.is_valid_T is None else context.is_valid_T.sum()
         if self.rule.capacity_rule == "tutel":
-            valid_T = context.is_valid_T
-            num_tokens = len(chosen.expert_TK) if valid_T is None else int(valid_T.sum())
-            return tutel_capacity(
-                factor, count_R=chosen.count_R, num_tokens=num_tokens, top_k=chosen.expert_TK.shape[1]
-            )
-        num_slots = (chosen.expert_TK < chosen.empty_id).sum()
-        share_R = self.target_share_R(chosen.expert_TK.device)
+            return tutel_capacity(factor, count_R=chosen.count_R, num_tokens=int(num_tokens), top_k=K)
+        share_R = self.target_share_R(device)
         if share_R is None:
-            share_R = num_slots.new_full((self.sizes.num_routable,), 1 / self.sizes.num_routable, dtype=torch.float64)
-        return share_capacity_R(factor, num_slots, share_R)
+            R = self.sizes.num_routable
+            share_R = torch.full((R,), 1 / R, dtype=torch.float64, device=device)
+        return share_capacity_R(factor, num_tokens * K, share_R)
 
 
 def _masked_softmax(logit_TK: Tensor, counts_TK: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def switch_balance_loss(stats: RouterStats) -> Tensor:
     Source: Fedus et al. 2022 (Switch), arXiv:2101.03961, eq. 4, with shares of all K choices; Jin et al. 2024 (MoE++),
     arXiv:2410.07348, eq. 7.
     """
-    return _dot(_share(stats.count_R), stats.probability_R, stats.target_share_R)
+    return _dot(_share(stats.count_R, stats.probability_R), stats.probability_R, stats.target_share_R)
 
 
 def null_averaged_balance_loss(stats: RouterStats) -> Tensor:
@@ -33,7 +33,7 @@ def null_averaged_balance_loss(stats: RouterStats) -> Tensor:
 
     Source: Zeng et al. 2024 (AdaMoE), arXiv:2406.13233, eq. 6.
     """
-    share_R = _share(stats.count_R)
+    share_R = _share(stats.count_R, stats.probability_R)
     share_E, share_Z = share_R[: stats.num_experts], share_R[stats.num_experts :]
     if len(share_Z):
         share_R = torch.cat([share_E, share_Z.mean().expand_as(share_Z)])
@@ -44,7 +44,7 @@ def first_choice_balance_loss(stats: RouterStats) -> Tensor:
     """The Switch loss with the load of first choices only. Source: Lepikhin et al. 2020 (GShard), arXiv:2006.16668."""
     first_T = stats.chosen.expert_TK[:, 0]
     count_R = torch.bincount(first_T, minlength=stats.chosen.num_routable + 1)[: stats.chosen.num_routable]
-    return _dot(_share(count_R), stats.probability_R, stats.target_share_R)
+    return _dot(_share(count_R, stats.probability_R), stats.probability_R, stats.target_share_R)
 
 
 def sequence_balance_loss(stats: RouterStats) -> Tensor:
@@ -60,7 +60,8 @@ def sequence_balance_loss(stats: RouterStats) -> Tensor:
     cell_N = (stats.sequence_T[:, None] * (R + 1) + stats.chosen.expert_TK).flatten()
     count_BR = torch.bincount(cell_N, minlength=num_sequences * (R + 1)).view(num_sequences, R + 1)[:, :R]
     total_BR = stats.probability_TR.new_zeros(num_sequences, R).index_add(0, stats.sequence_T, stats.probability_TR)
-    loss_B = R * (count_BR / (K * token_B[:, None]) * total_BR / token_B[:, None]).sum(dim=-1)
+    share_BR = count_BR.to(total_BR.dtype) / (K * token_B[:, None])
+    loss_B = R * (share_BR * total_BR / token_B[:, None]).sum(dim=-1)
     return loss_B[torch.bincount(stats.sequence_T, minlength=num_sequences) > 0].mean()
 
 
@@ -123,11 +124,12 @@ def scheduled_weight(weight: float, schedule: Sequence[Sequence[float]] | None, 
     return weight
 
 
-def _share(count_R: Tensor) -> Tensor:
-    return count_R / count_R.sum().clamp_min(1)
+def _share(count_R: Tensor, like: Tensor) -> Tensor:
+    """Shares in the precision of the probabilities that they weigh: integer division alone would be float32."""
+    return count_R.to(like.dtype) / count_R.sum().clamp_min(1)
 
 
 def _dot(share_R: Tensor, probability_R: Tensor, target_share_R: Tensor | None) -> Tensor:
     if target_share_R is None:
         return len(share_R) * (share_R * probability_R).sum()
-    return (share_R * probability_R / target_share_R).sum()
+    return (share_R * probability_R / target_share_R.to(probability_R.dtype)).sum()

@@ -64,6 +64,14 @@ class SigmaRouter(ClassicRouter):
                     self.weight.div_(self.weight.norm(dim=1, keepdim=True)).mul_(std * self.sizes.width**0.5)
 
     def select(self, logit_TR: Tensor, score_TR: Tensor, context: RoutingContext) -> Tensor:
-        if context.is_training and self.expert_dropout:
-            score_TR = score_TR.masked_fill(torch.rand_like(score_TR) < self.expert_dropout, -torch.inf)
-        return super().select(logit_TR, score_TR, context)
+        if not (context.is_training and self.expert_dropout):
+            return super().select(logit_TR, score_TR, context)
+        is_hidden_TR = torch.rand_like(score_TR) < self.expert_dropout
+        expert_TK = super().select(logit_TR, score_TR.masked_fill(is_hidden_TR, -torch.inf), context)
+        return expert_TK.masked_fill(is_hidden_TR.gather(-1, expert_TK), self.sizes.num_routable)
+
+    def weigh(self, score_TR: Tensor, expert_TK: Tensor) -> Tensor:
+        """0 in slots that stay empty because fewer than K experts were left to choose from."""
+        is_empty_TK = expert_TK == self.sizes.num_routable
+        weight_TK = super().weigh(score_TR, expert_TK.clamp(max=self.sizes.num_routable - 1))
+        return weight_TK.masked_fill(is_empty_TK, 0.0)

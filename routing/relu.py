@@ -86,4 +86,4 @@ class ReluRouter(RouterModule):
         """Its mean over tokens is `lambda R / (K T^2) * sum_r count_r * (sum of r's weights)`, the balanced L1 term."""
         num_tokens = len(weight_TR) if context.is_valid_T is None else context.is_valid_T.sum()
         factor = self._shared[0].penalty_weight.to(weight_TR.dtype) * self.sizes.num_routable / self.sizes.top_k
-        return factor * (weight_TR * (routing.count_R / num_tokens)).sum(dim=-1)
+        return factor * (weight_TR * (routing.count_R.to(weight_TR.dtype) / num_tokens)).sum(dim=-1)
