@@ -14,6 +14,7 @@ from torch import nn
 from .balanced import BaseRouter, SinkhornRouter
 from .classic import ClassicRouter
 from .cosine import CosineRouter
+from .device_balance import DeviceBalancedRouter
 from .expert_choice import ExpertChoiceRouter
 from .fixed import ForcedRouter, HashRouter
 from .pathway import PathwayRouter
@@ -46,6 +47,12 @@ def recurrent(sizes: RouterSizes, *, state_width: int = 128, **options: Any) -> 
 def moepp(sizes: RouterSizes, *, gating_residual: bool = True, **options: Any) -> list[nn.Module]:
     """MoE++: a gating residual between layers; without it the rule alone is left."""
     return classic(sizes, kind=PathwayRouter if gating_residual else ClassicRouter, **options)
+
+
+def deepseek_v2(sizes: RouterSizes, **options: Any) -> list[nn.Module]:
+    """Groups are devices with losses of their own; without groups the rule alone is left."""
+    has_devices = options.get("num_groups", 1) != 1 or {"device_weight", "communication_weight"} & set(options)
+    return classic(sizes, kind=DeviceBalancedRouter if has_devices else ClassicRouter, **options)
 
 
 def longcat(sizes: RouterSizes, *, target_load: float | None = None, **options: Any) -> list[nn.Module]:
@@ -109,17 +116,18 @@ NOT_PREGATED = {
 ROUTERS: dict[str, Callable[..., list[nn.Module]]] = {
     "classic": classic,
     # Fedus et al. 2022, arXiv:2101.03961: raw softmax weight, capacity, jitter, small init; meant for K = 1
-    "switch": partial(classic, capacity_factor=1.25, jitter=0.01, init_scale=0.1),
+    "switch": partial(classic, capacity_factor=1.25, jitter=0.01, init="truncated", init_scale=0.1),
     # Lepikhin et al. 2020, arXiv:2006.16668: top-2 renormalised, random second expert, loss on first choices
     "gshard": partial(classic, kind=GShardRouter, renormalise=True, capacity_factor=1.0, balance_loss="first_choice"),
     # Jiang et al. 2024, arXiv:2401.04088: softmax over the selected logits
     "mixtral": partial(classic, score="selected_softmax"),
     # Muennighoff et al. 2024, arXiv:2409.02060: softmax over all, no renormalisation, dropless
-    "olmoe": partial(classic, score="softmax"),
+    "olmoe": partial(classic, score="softmax", init="truncated", init_cut=3.0),
     # Qwen team 2025, arXiv:2505.09388: softmax over all, renormalised
     "qwen3_moe": partial(classic, score="softmax", renormalise=True),
-    # DeepSeek-AI 2024, arXiv:2405.04434: softmax scores, best-expert groups by option (8, keep 3), no renormalisation
-    "deepseek_v2": partial(classic, score="softmax", scale=16.0, group_score="max"),
+    # DeepSeek-AI 2024, arXiv:2405.04434: softmax scores, best-expert groups by option (8, keep 3), no renormalisation;
+    # with groups, device and communication losses
+    "deepseek_v2": partial(deepseek_v2, score="softmax", scale=16.0, group_score="max"),
     # DeepSeek-AI 2024, arXiv:2412.19437, and Ling 2.0, arXiv:2510.22115: sigmoid scores, balancing bias, renormalised,
     # groups by option (8, keep 4); a small loss per sequence beside the bias
     "deepseek_v3": partial(

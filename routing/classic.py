@@ -1,6 +1,7 @@
 """ClassicRouter: one configurable score, select, weigh router that covers the classic ones.
 
-Variants override one of its steps: `logits` (where scores come from), `score`, `select`, `weigh`, `thin`.
+Variants override one of its steps: `logits` (where scores come from), `score`, `select`, `weigh`, `thin`, or add a
+`penalty_T`.
 
 Shapes: T tokens, D model width, K experts per token, E FFN experts, R = E + Z routable experts.
 """
@@ -11,6 +12,7 @@ from torch.nn.functional import linear
 
 from .assignment import Routing
 from .capacity import CAPACITY_POLICIES, limit_capacity, share_capacity_R, tutel_capacity
+from .nulls import copy_ffn_rows_to_nulls
 from .router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
 from .rule import ClassicRule
 from .stats import RouterStats
@@ -41,11 +43,11 @@ class ClassicRouter(RouterModule):
 
     def init_parameters(self, std: float) -> None:
         super().init_parameters(std)
-        if self.rule.init_scale is not None:
-            std = (self.rule.init_scale / self.weight.shape[-1]) ** 0.5
-            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        self._init_weight(std)
         if self.bias_R is not None:
             nn.init.zeros_(self.bias_R)
+        if self.rule.null_copy_noise is not None and not getattr(self.weight, "_is_hf_initialized", False):
+            copy_ffn_rows_to_nulls(self.weight, self.sizes.num_experts, self.rule.null_copy_noise)
 
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -56,7 +58,14 @@ class ClassicRouter(RouterModule):
             expert_TK = self.select(logit_TR.detach(), score_TR.detach(), context)
             chosen = drop_padding(self.routing(expert_TK, self.weigh(score_TR, expert_TK)), context)
             kept = self.drop_overflow(self.thin(chosen), context) if context.is_training else chosen
-            stats = self.stats(chosen, kept, context, probability_TR=probability_TR, logit_TR=logit_TR)
+            stats = self.stats(
+                chosen,
+                kept,
+                context,
+                probability_TR=probability_TR,
+                logit_TR=logit_TR,
+                penalty_T=self.penalty_T(probability_TR, chosen, context),
+            )
         return kept, carry, stats
 
     def logits(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry]:
@@ -98,6 +107,10 @@ class ClassicRouter(RouterModule):
         share_R[: self.sizes.num_experts] = self.rule.ffn_share
         return share_R / share_R.sum()
 
+    def penalty_T(self, probability_TR: Tensor, chosen: Routing, context: RoutingContext) -> Tensor | None:
+        """Losses that the router weighs itself, per token; their mean over valid tokens is added. None for none."""
+        return None
+
     def thin(self, chosen: Routing) -> Routing:
         """What training leaves out at random before capacities apply."""
         return chosen
@@ -128,6 +141,17 @@ class ClassicRouter(RouterModule):
             E = self.sizes.num_experts
             target_share = self.rule.target_load / self.sizes.top_k / E
             self.bias_R[:E] += self.rule.bias_rate * (target_share - load_R[:E] / load_R.sum().clamp_min(1))
+
+    def _init_weight(self, std: float) -> None:
+        rule = self.rule
+        if rule.init_scale is not None:
+            std = (rule.init_scale / self.weight.shape[-1]) ** 0.5
+        if rule.init == "kaiming":
+            nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        elif rule.init == "truncated":
+            nn.init.trunc_normal_(self.weight, std=std, a=-rule.init_cut * std, b=rule.init_cut * std)
+        elif rule.init_scale is not None:
+            nn.init.normal_(self.weight, std=std)
 
     def _jitter(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         if not (context.is_training and self.rule.jitter):

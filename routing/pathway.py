@@ -1,6 +1,8 @@
 """MoE++'s pathway-aware router: each layer's logits add a linear map of the previous layer's.
 
-Source: Jin et al. 2024 (MoE++), arXiv:2410.07348, eq. 6.
+Source: Jin et al. 2024 (MoE++), arXiv:2410.07348, eq. 6. The two-layer gate and the normalised logits are in the
+released code only (SkyworkAI/MoE-plus-plus, `moe_plus_plus_layer.py`), which has the first on by default and the second
+off; the paper has neither.
 
 Shapes: T tokens, D model width, R routable experts.
 """
@@ -14,6 +16,7 @@ from .router import Carry, RouterSizes, RoutingContext
 from .rule import ClassicRule
 
 LOGIT = "previous_logit"
+HIDDEN_PER_EXPERT = 8
 
 
 class PathwayRouter(ClassicRouter):
@@ -23,16 +26,38 @@ class PathwayRouter(ClassicRouter):
         sizes: D, E, Z, K, L.
         layer: which MoE layer this router serves; layer 0 has no predecessor.
         rule: how logits become a routing.
+        gate_layers: 1, or 2 for a gate D -> 8 R -> tanh -> R without biases.
+        logit_std: a token's logits are scaled to this standard deviation before they are scored; None leaves them.
+            What is carried is not scaled.
+
+    Raises:
+        ValueError: if `gate_layers` is neither 1 nor 2, or `logit_std` is not positive or there is one expert only.
     """
 
-    def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule) -> None:
-        super().__init__(sizes, layer, rule)
+    def __init__(
+        self, sizes: RouterSizes, layer: int, rule: ClassicRule, gate_layers: int = 1, logit_std: float | None = None
+    ) -> None:
+        if gate_layers not in (1, 2):
+            raise ValueError(f"gate_layers must be 1 or 2; got {gate_layers}")
+        if logit_std is not None and (logit_std <= 0 or sizes.num_routable == 1):
+            raise ValueError(f"logit_std must be positive, and needs 2 experts or more; got {logit_std}")
         R = sizes.num_routable
+        hidden_width = HIDDEN_PER_EXPERT * R if gate_layers == 2 else None
+        super().__init__(sizes, layer, rule, score_width=hidden_width)
+        self.logit_std = logit_std
+        self.hidden_weight = nn.Parameter(torch.empty(hidden_width, sizes.width)) if hidden_width else None
         self.residual_weight = nn.Parameter(torch.empty(R, R)) if layer else None
 
     def logits(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry]:
+        if self.hidden_weight is not None:
+            x_TD = linear(x_TD, self.hidden_weight.to(x_TD.dtype)).tanh()
         logit_TR, carry = super().logits(x_TD, carry, context)
         before_TR = carry.get(LOGIT)
         if self.residual_weight is not None and before_TR is not None:
             logit_TR = logit_TR + linear(before_TR, self.residual_weight.to(logit_TR.dtype))
         return logit_TR, carry.put(**{LOGIT: logit_TR})
+
+    def score(self, logit_TR: Tensor) -> tuple[Tensor, Tensor]:
+        if self.logit_std is not None:
+            logit_TR = logit_TR * (self.logit_std / logit_TR.std(dim=-1, keepdim=True))
+        return super().score(logit_TR)

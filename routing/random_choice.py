@@ -56,7 +56,7 @@ class SigmaRouter(ClassicRouter):
     def init_parameters(self, std: float) -> None:
         """Rows of equal norm, as large as their standard deviation `sqrt(2 / (L D))` asks for."""
         super().init_parameters(std)
-        if self.rule.init_scale is None:
+        if self.rule.init == "normal" and self.rule.init_scale is None:
             std = (2 / self.sizes.num_layers / self.sizes.width) ** 0.5
             nn.init.normal_(self.weight, std=std)
             if not getattr(self.weight, "_is_hf_initialized", False):

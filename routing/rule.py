@@ -14,6 +14,7 @@ Score = Literal["softmax", "selected_softmax", "sigmoid"]
 NormaliseOver = Literal["selected", "ffn", "nonzero"]
 GroupScore = Literal["max", "top2"]
 CapacityRule = Literal["share", "tutel"]
+Init = Literal["normal", "truncated", "kaiming"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,12 @@ class ClassicRule:
             balance loss.
         jitter: in training, inputs are multiplied by uniform noise in `1 - jitter .. 1 + jitter`.
         balance_loss: the loss, of `routing.losses.BALANCE_LOSSES`, that the router is trained with.
-        init_scale: weights start truncated normal with variance `init_scale / D`; None takes the model's initialiser.
+        init: weights start `normal`, normal and `truncated` at `init_cut` standard deviations, or `kaiming`: uniform
+            within `1 / sqrt(D)` (a = sqrt 5, as in `nn.Linear`).
+        init_scale: variance times D of the first two before truncation; None takes the model's initialiser range.
+        init_cut: where `truncated` ends.
+        null_copy_noise: rows of zero-compute experts start as copies of the FFN experts' rows plus noise of this
+            relative size, see `routing.nulls.copy_ffn_rows_to_nulls`; None starts them like all rows.
 
     Raises:
         ValueError: if a setting is unknown or out of range.
@@ -62,18 +68,22 @@ class ClassicRule:
     ffn_share: float = 1.0
     jitter: float = 0.0
     balance_loss: str = "switch"
+    init: Init = "normal"
     init_scale: float | None = None
+    init_cut: float = 2.0
+    null_copy_noise: float | None = None
 
     def __post_init__(self) -> None:
         expect_one_of("score", self.score, get_args(Score))
         expect_one_of("normalise_over", self.normalise_over, get_args(NormaliseOver))
         expect_one_of("group_score", self.group_score, get_args(GroupScore))
         expect_one_of("capacity_rule", self.capacity_rule, get_args(CapacityRule))
+        expect_one_of("init", self.init, get_args(Init))
         expect_one_of("capacity_policy", self.capacity_policy, tuple(CAPACITY_POLICIES))
         expect_one_of("balance_loss", self.balance_loss, tuple(BALANCE_LOSSES))
         if not 1 <= self.groups_kept <= self.num_groups:
             raise ValueError(f"groups_kept must lie in 1..{self.num_groups} (num_groups); got {self.groups_kept}")
-        for name in ("capacity_factor", "target_load", "ffn_share", "init_scale"):
+        for name in ("capacity_factor", "target_load", "ffn_share", "init_scale", "init_cut"):
             value = getattr(self, name)
             is_free = name == "capacity_factor" and self.capacity_rule == "tutel"
             if value is not None and value <= 0 and not is_free:
@@ -82,6 +92,10 @@ class ClassicRule:
             raise ValueError(f"jitter must lie in 0..1; got {self.jitter}")
         if self.bias_rate < 0:
             raise ValueError(f"bias_rate must not be negative; got {self.bias_rate}")
+        if self.init == "kaiming" and self.init_scale is not None:
+            raise ValueError("init='kaiming' has a scale of its own; leave init_scale out")
+        if self.null_copy_noise is not None and self.null_copy_noise < 0:
+            raise ValueError(f"null_copy_noise must not be negative; got {self.null_copy_noise}")
         if self.target_load is not None and not self.bias_rate:
             raise ValueError(
                 "target_load is reached by the balancing bias; give a bias_rate above 0, for instance 1e-3"
@@ -99,6 +113,11 @@ class ClassicRule:
         reachable = sizes.num_routable // self.num_groups * self.groups_kept
         if reachable < sizes.top_k:
             raise ValueError(f"{self.groups_kept} groups hold {reachable} experts, fewer than top_k = {sizes.top_k}")
+        if self.null_copy_noise is not None and sizes.num_zero_compute % sizes.num_experts:
+            raise ValueError(
+                f"null_copy_noise needs zero-compute experts in multiples of {sizes.num_experts} (E); "
+                f"got {sizes.num_zero_compute}"
+            )
         if self.target_load is not None:
             if not sizes.num_zero_compute:
                 raise ValueError(

@@ -267,3 +267,46 @@ def test_unknown_kind_and_impossible_targets_are_refused():
         build_routers("longcat", sizes, {"target_load": 2.0})
     with pytest.raises(ValueError, match="there are none"):
         build_routers("longcat", RouterSizes(width=4, num_experts=2, top_k=2, num_layers=1))
+
+
+def test_two_layer_gate_and_normalised_logits_equal_the_plain_loop(tolerance):
+    """As in the released code: tanh between two maps without bias; the carried logits are not normalised."""
+    sizes = RouterSizes(width=4, num_experts=E, top_k=2, num_layers=2, zero_compute=("zero", "copy"))
+    R = sizes.num_routable
+    routers = [r.double() for r in build_routers("moepp", sizes, {"gate_layers": 2, "logit_std": 0.5})]
+    for router in routers:
+        router.init_parameters(0.7)
+    x_LTD = torch.randn(2, T, 4, dtype=torch.float64)
+    price_TR = torch.randn(T, R, dtype=torch.float64)
+    first, carry, _ = routers[0](x_LTD[0], Carry(), RoutingContext())
+    second, _, _ = routers[1](x_LTD[1], carry, RoutingContext())
+    (second.weight_TK * price_TR.gather(1, second.expert_TK)).sum().backward()
+
+    copies = [{name: p.detach().clone().requires_grad_() for name, p in r.named_parameters()} for r in routers]
+    total = 0
+    for t in range(T):
+        before = None
+        for layer, (copy, found) in enumerate(zip(copies, (first, second), strict=True)):
+            hidden = [(x_LTD[layer, t] * row).sum().tanh() for row in copy["hidden_weight"]]
+            assert len(hidden) == 8 * R
+            z = [sum(h * w for h, w in zip(hidden, row, strict=True)) for row in copy["weight"]]
+            if before is not None:
+                z = [z[r] + sum(copy["residual_weight"][r, s] * before[s] for s in range(R)) for r in range(R)]
+            before, mean = z, sum(z) / R
+            std = (sum((v - mean) ** 2 for v in z) / (R - 1)).sqrt()
+            weights = moepp([v * 0.5 / std for v in z], 2, ("zero", "copy"))
+            ids, values = found.expert_TK[t].tolist(), found.weight_TK[t].tolist()
+            slots = {e: w for e, w in zip(ids, values, strict=True) if e != E}
+            assert slots == pytest.approx({e: w.item() for e, w in weights.items()})
+        total = total + sum(w * price_TR[t, e] for e, w in weights.items())
+    total.backward()
+    for router, copy in zip(routers, copies, strict=True):
+        for name, parameter in router.named_parameters():
+            torch.testing.assert_close(parameter.grad, copy[name].grad, **tolerance[torch.float64])
+
+
+@pytest.mark.parametrize(("options", "message"), [({"gate_layers": 3}, "1 or 2"), ({"logit_std": 0.0}, "positive")])
+def test_bad_gates_of_moepp_are_refused(options, message):
+    sizes = RouterSizes(width=4, num_experts=3, top_k=2, num_layers=2, zero_compute=("zero", "copy"))
+    with pytest.raises(ValueError, match=message):
+        build_routers("moepp", sizes, options)

@@ -42,11 +42,8 @@ class ClassicRouter(nnx.Module):
     ) -> None:
         self.sizes, self.layer, self.rule = sizes, layer, rule
         shape = (sizes.num_routable, score_width or sizes.width)
-        if rule.init_scale is None:
-            self.weight = normal(rngs, shape, std)
-        else:
-            std = (rule.init_scale / shape[1]) ** 0.5
-            self.weight = nnx.Param(std * jax.random.truncated_normal(rngs.params(), -2, 2, shape, jnp.float32))
+        std = std if rule.init_scale is None else (rule.init_scale / shape[1]) ** 0.5
+        self.weight = _initial(rule, rngs, shape, std)
         self.bias_R = nnx.Variable(jnp.zeros(sizes.num_routable, jnp.float32)) if rule.bias_rate else None
 
     def __call__(self, x_TD: Array, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
@@ -178,6 +175,16 @@ class ClassicRouter(nnx.Module):
         share_R = np.ones(self.sizes.num_routable)
         share_R[: self.sizes.num_experts] = self.rule.ffn_share
         return share_R / share_R.sum()
+
+
+def _initial(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: float) -> nnx.Param:
+    """The distributions of `routing.rule.ClassicRule.init`."""
+    if rule.init == "normal":
+        return normal(rngs, shape, std)
+    if rule.init == "kaiming":
+        return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -1, 1) / shape[1] ** 0.5)
+    cut = rule.init_cut
+    return nnx.Param(std * jax.random.truncated_normal(rngs.params(), -cut, cut, shape, jnp.float32))
 
 
 class PathwayRouter(ClassicRouter):

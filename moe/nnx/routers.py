@@ -80,6 +80,10 @@ def _classic(originals: list[Any], config: MoEConfig, rngs: nnx.Rngs) -> list[Cl
 
 def _pathway(originals: list[Any], config: MoEConfig, rngs: nnx.Rngs) -> list[ClassicRouter]:
     std = config.initializer_range
+    if originals[0].hidden_weight is not None or originals[0].logit_std is not None:
+        raise ValueError(
+            "gate_layers = 2 and logit_std have no JAX twin; leave them out, or train with --backend torch"
+        )
     return [PathwayRouter(one.sizes, one.layer, one.rule, std, rngs) for one in originals]
 
 
