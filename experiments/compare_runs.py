@@ -46,8 +46,10 @@ def plan_runs(variants: list[str], base: TrainConfig, seeds: int, data: str | No
     """Every variant with every seed, seeds outermost, so that an interrupted comparison has all variants.
 
     Raises:
-        ValueError: if a variant is unknown or named twice, or does not fit the preset's sizes.
+        ValueError: if there is no variant, or one is unknown, named twice or does not fit the preset's sizes.
     """
+    if not variants:
+        raise ValueError("no variant to compare; name at least one, such as top2,rmoe, or `all`")
     if len(set(variants)) != len(variants):
         raise ValueError(f"a variant is named twice in {', '.join(variants)}")
     if seeds < 1:

@@ -43,6 +43,13 @@ def _moepp(num_experts: int, base_k: int) -> Overrides:
     }
 
 
+def _deepseek_v2(num_experts: int, base_k: int) -> Overrides:
+    """Eight devices, three per token as published, with all three losses; fewer devices if there are fewer experts."""
+    num_groups = min(8, num_experts)
+    options = {"num_groups": num_groups, "groups_kept": min(max(3, base_k), num_groups)}
+    return {"router": "deepseek_v2", "router_options": options, "balance_loss_weight": 0.003}
+
+
 def _router(name: str, balance_loss_weight: float = 0.01, **options: Any) -> Callable[[int, int], Overrides]:
     """A router with the preset's own experts, and the coefficient that its paper gives if that is another."""
     own = {"router": name, "router_options": options}
@@ -67,6 +74,7 @@ VARIANTS: dict[str, Callable[[int, int], Overrides]] = {
     "pregate-3": _router("pregate", ahead=3),
     "pregate-rmoe": _router("pregate", ahead=1, inner="rmoe"),
     "loss-free": _router("loss_free"),
+    "deepseek-v2": _deepseek_v2,
     "deepseek-v3": _router("deepseek_v3", balance_loss_weight=1e-4),
     "sigma-moe": _router("sigma_moe", balance_loss_weight=1e-3),
     "remoe": _router("remoe"),
