@@ -23,7 +23,7 @@ from .random_choice import GShardRouter, SigmaRouter
 from .recurrent import RecurrentRouter
 from .relu import ReluRouter, SparsityControl
 from .router import RouterSizes
-from .rule import ClassicRule, parse_rule
+from .rule import ClassicRule, expect_type, parse_rule
 from .soft import SoftRouter
 
 
@@ -99,6 +99,7 @@ def pregate(
     """
     if inner in NOT_PREGATED:
         raise ValueError(f"{inner} cannot be pre-gated: {NOT_PREGATED[inner]}")
+    expect_type("ahead", ahead, int)
     if not 0 <= ahead < sizes.num_layers:
         raise ValueError(f"ahead must lie in 0..{sizes.num_layers - 1} (MoE layers - 1); got {ahead}")
     gates = build_routers(inner, sizes, inner_options)

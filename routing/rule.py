@@ -3,7 +3,8 @@
 Shapes: T tokens, K experts per token, R = E + Z routable experts.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from .capacity import CAPACITY_POLICIES
@@ -74,6 +75,7 @@ class ClassicRule:
     null_copy_noise: float | None = None
 
     def __post_init__(self) -> None:
+        self._expect_types()
         expect_one_of("score", self.score, get_args(Score))
         expect_one_of("normalise_over", self.normalise_over, get_args(NormaliseOver))
         expect_one_of("group_score", self.group_score, get_args(GroupScore))
@@ -81,6 +83,8 @@ class ClassicRule:
         expect_one_of("init", self.init, get_args(Init))
         expect_one_of("capacity_policy", self.capacity_policy, tuple(CAPACITY_POLICIES))
         expect_one_of("balance_loss", self.balance_loss, tuple(BALANCE_LOSSES))
+        if self.num_groups < 1:
+            raise ValueError(f"num_groups must be at least 1, which means no groups; got {self.num_groups}")
         if not 1 <= self.groups_kept <= self.num_groups:
             raise ValueError(f"groups_kept must lie in 1..{self.num_groups} (num_groups); got {self.groups_kept}")
         for name in ("capacity_factor", "target_load", "ffn_share", "init_scale", "init_cut"):
@@ -105,6 +109,17 @@ class ClassicRule:
                 f"normalise_over={self.normalise_over!r} needs weights that are normalised; "
                 "set renormalise, or score to selected_softmax"
             )
+
+    def _expect_types(self) -> None:
+        """Options come from JSON files: numbers must be numbers, and finite."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, bool):
+                expect_type(field.name, value, field.type)  # type: ignore[arg-type]
+            elif field.type is float or (field.type == float | None and value is not None):
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not is_number or not math.isfinite(value):
+                    raise ValueError(f"{field.name} must be a finite number; got {value!r}")
 
     def check_sizes(self, sizes: RouterSizes) -> None:
         """Raises ValueError if these sizes cannot be routed by this rule."""
@@ -143,3 +158,9 @@ def expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises ValueError if a setting is not among its choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def expect_type(name: str, value: object, kind: type) -> None:
+    """Raises ValueError if a setting is not of the plain type that it should have; a bool is no int."""
+    if type(value) is not kind:
+        raise ValueError(f"{name} must be {kind.__name__}; got {value!r}")
