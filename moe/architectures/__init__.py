@@ -7,12 +7,14 @@ from difflib import get_close_matches
 from ..config import MoEConfig
 from .body import Body
 from .chain import chain_of_experts
+from .duo import duo_llm
 from .plain import plain
 from .recursion import mixture_of_recursions
 
 ARCHITECTURES: dict[str, Callable[..., Body]] = {
     "moe": plain,
     "chain_of_experts": chain_of_experts,
+    "duo_llm": duo_llm,
     "mixture_of_recursions": mixture_of_recursions,
 }
 
