@@ -54,8 +54,8 @@ def oracle_routes(
     """The best route with exactly `num_big` big layers for every token but the last.
 
     Exact where there are at most `most_routes` routes; otherwise, or when `beam` is given, a beam grows the set of big
-    layers one by one from the all-small route and keeps the sets with the lowest loss, which is exact once the beam is as
-    wide as there are sets.
+    layers one by one from the all-small route and keeps the sets with the lowest loss, which is exact once the beam is
+    as wide as there are sets.
 
     Args:
         model: a Duo-LLM in evaluation mode.

@@ -159,7 +159,7 @@ class DuoStack(Stack):
 
 
 def budget_loss(stats: Sequence[RouterStats], budget: float) -> Tensor:
-    """Squared distance of a sequence's mean probability of the big module, over its tokens and all layers, from a budget.
+    """Squared distance from a budget of a sequence's mean probability of the big module over its tokens and layers.
 
     There is one mean per sequence, so that layers and tokens may differ as long as the sequence keeps to the budget;
     then the mean over sequences.
