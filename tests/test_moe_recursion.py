@@ -217,7 +217,7 @@ def test_the_token_choice_loss_is_share_times_probability(build, tolerance):
     output = model(token_BS, labels=token_BS)
     depths = [own for row in token_BS for own in logits_by_loops(model, row.tolist(), "token", "recursion", 3)[1]]
     seen = {}
-    model.model.layers[1].register_forward_pre_hook(lambda _m, inputs: seen.update(x=inputs[0]))
+    model.model.stack.depth.register_forward_pre_hook(lambda _m, inputs: seen.update(x=inputs[0]))
     model(token_BS)
     score_TR = model.model.stack.depth.router(seen["x"].flatten(0, 1)).softmax(dim=-1)
     share_R = torch.tensor([depths.count(place) / 12 for place in range(3)], dtype=torch.float64)

@@ -178,7 +178,7 @@ class TokenChoiceDepth(ExactBuffers):
         losses = {}
         if self.balance == "loss":
             probability_R = (score_TR / score_TR.sum(dim=-1, keepdim=True)).mean(dim=0)
-            share_R = count_R / count_R.sum().clamp_min(1)
+            share_R = count_R.to(probability_R) / count_R.sum().clamp_min(1)
             losses["depth"] = self.loss_weight * self.recursions * (share_R * probability_R).sum()
         if self.z_weight:
             losses["depth_z"] = self.z_weight * logit_TR.logsumexp(dim=-1).square().mean()
