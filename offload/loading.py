@@ -23,9 +23,9 @@ from .budget import (
 )
 from .cache import NEEDS_FUTURE
 from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
-from .fast import quicken_linears
 from .handle import Offload
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
+from .matvec import Matvecs, quicken_linears
 from .packing import read_pack
 from .prefetch import PREDICTORS
 from .record import ExpertRecord
@@ -81,10 +81,11 @@ def load(
     """
     if device not in ("auto", "cpu"):
         raise ValueError(f"device must be auto or cpu, offloading from a GPU is not built yet; got {device!r}")
-    if arithmetic not in ("exact", "fast"):
-        raise ValueError(f"arithmetic must be exact or fast; got {arithmetic!r}")
-    if prefetch not in ("auto", "off", *PREDICTORS):
-        raise ValueError(f"prefetch must be auto, off or one of {', '.join(PREDICTORS)}; got {prefetch!r}")
+    matvecs = Matvecs(arithmetic)
+    if prefetch not in ("auto", "off", *PREDICTORS) and not prefetch.endswith(".npz"):
+        raise ValueError(
+            f"prefetch must be auto, off, one of {', '.join(PREDICTORS)}, or a predictor file (.npz); got {prefetch!r}"
+        )
     policy = _policy(policy)
     folder = _local_folder(path_or_id)
     entries = read_checkpoint(folder)
@@ -112,10 +113,9 @@ def load(
     is_direct = _wants_direct(io, plan, layers)
     store = ExpertStore(model, layers, num_threads=io_threads, is_direct=is_direct, checksums=checksums)
     recorder = _recorder(layers, str(path_or_id)) if record_trace else None
-    running = _runtime.OffloadRuntime(store, plan.num_slots, policy, recorder, arithmetic)
+    running = _runtime.OffloadRuntime(store, plan.num_slots, policy, recorder, matvecs)
     running.prefetcher = make_prefetcher(prefetch, model, layers, top_k)
-    if arithmetic == "fast":
-        quicken_linears(model)
+    quicken_linears(model, matvecs)
     return _attach(model, running, plan, policy)
 
 

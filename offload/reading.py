@@ -21,11 +21,11 @@ class Ticket:
     ) -> None:
         self.layer, self.expert, self.slot = layer, expert, slot
         self._check = check
-        self._skipped = False
         self.error: BaseException | None = None
         self.is_cancelled = False
         self.landed = landed
-        self._left = num_jobs
+        self._num_jobs = self._left = num_jobs
+        self._num_skipped = 0
         self._lock = threading.Lock()
         self._finished = threading.Event()
 
@@ -34,9 +34,14 @@ class Ticket:
         return self._finished.is_set()
 
     @property
+    def share_read(self) -> float:
+        """How much of it was read, once it is finished."""
+        return 1 - self._num_skipped / self._num_jobs
+
+    @property
     def is_complete(self) -> bool:
         """Whether all bytes were read; a cancelled ticket may still be, if no job was skipped."""
-        return self.is_finished and not self._skipped and self.error is None
+        return self.is_finished and not self._num_skipped and self.error is None
 
     def redirect(self, landed: "SimpleQueue[Ticket]") -> None:
         """Land in another queue, at once if it is finished already."""
@@ -47,7 +52,8 @@ class Ticket:
 
     def skip(self) -> None:
         """Called by a reading thread instead of running a job that is not wanted any more."""
-        self._skipped = True
+        with self._lock:
+            self._num_skipped += 1
         self.job_done()
 
     def wait(self) -> None:
@@ -60,7 +66,7 @@ class Ticket:
             self._left -= 1
             if self._left:
                 return
-        if self._check is not None and self.error is None and not self._skipped:
+        if self._check is not None and self.error is None and not self._num_skipped:
             try:
                 self._check()
             except Exception as caught:
