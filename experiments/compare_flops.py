@@ -118,14 +118,15 @@ def router_flops(model: MoEForCausalLM, passes: Sequence[float] | None = None) -
 def parameters(model: MoEForCausalLM, true_load: float) -> dict[str, int]:
     """`total`, `router`, and `active`: all but the experts that a token does not visit.
 
-    `true_load` is the number of different experts per token and layer, which is at most E.
+    `true_load` counts a token's experts per layer; where iterations of a chain may name one twice, `active` is the most
+    that it can be.
     """
     total = sum(p.numel() for p in model.parameters())
     banks = [layer.experts for layer in model.model.moe_layers if hasattr(layer, "experts")]
     experts = sum(p.numel() for bank in banks for p in bank.parameters())
     router = sum(p.numel() for router in model.model.routers for p in router.parameters())
-    active = total - experts * (1 - min(1.0, true_load / model.config.num_experts))
-    return {"total": total, "router": router, "active": round(active)}
+    idle = experts * (1 - min(1.0, true_load / model.config.num_experts)) if experts else 0
+    return {"total": total, "router": router, "active": round(total - idle)}
 
 
 def _layer_flops(model: MoEForCausalLM, usage: Usage, passes: Sequence[LayerPasses]) -> list[LayerFlops]:

@@ -84,7 +84,7 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = False
     _no_split_modules = ("DecoderLayer",)
-    _keep_in_fp32_modules_strict = ("bias_R", "penalty_weight", "weight_PK", "mean_ED", "variance_ED")
+    _keep_in_fp32_modules_strict = ("bias_R", "penalty_weight", "weight_PK", "mean_ED", "variance_ED", "bias_J")
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

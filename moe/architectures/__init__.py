@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from ..config import MoEConfig
 from .body import Body
 from .chain import chain_of_experts
+from .duo import duo_llm
 from .latent import latent
 from .moex import moex
 from .plain import plain
@@ -16,6 +17,7 @@ from .recursion import mixture_of_recursions
 ARCHITECTURES: dict[str, Callable[..., Body]] = {
     "moe": plain,
     "chain_of_experts": chain_of_experts,
+    "duo_llm": duo_llm,
     "mixture_of_recursions": mixture_of_recursions,
     "latent": latent,
     "readme": readme,
