@@ -82,7 +82,7 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = False
     _no_split_modules = ("DecoderLayer",)
-    _keep_in_fp32_modules_strict = ("bias_R", "penalty_weight", "weight_PK")
+    _keep_in_fp32_modules_strict = ("bias_R", "penalty_weight", "weight_PK", "query_mean", "query_variance", "proxy_sign")
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

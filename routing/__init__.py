@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from .catalogue import ROUTERS, build_routers, expect_router
     from .classic import ClassicRouter
     from .fixed import ForcedRouter
+    from .gathered import gather_dot, gather_sum
     from .losses import BALANCE_LOSSES, auxiliary_loss, scheduled_weight, switch_balance_loss, z_loss
+    from .marginals import MarginalStats
     from .nulls import copy_ffn_rows_to_nulls, expected_true_load
     from .pregate import PreGate, planned_experts
+    from .product_key import ProductKeyRouter
     from .router import Carry, Router, RouterModule, RouterSizes, RoutingContext
     from .rule import ClassicRule
     from .soft import SoftRouter
     from .stats import RouterStats
+    from .tucker_key import TuckerKeyRouter
 
 _HOME = {
     "Routing": ".assignment",
@@ -48,6 +52,11 @@ _HOME = {
     "RouterStats": ".stats",
     "SoftRouter": ".soft",
     "RoutingContext": ".router",
+    "MarginalStats": ".marginals",
+    "ProductKeyRouter": ".product_key",
+    "TuckerKeyRouter": ".tucker_key",
+    "gather_dot": ".gathered",
+    "gather_sum": ".gathered",
 }
 
 __all__ = [
@@ -58,7 +67,9 @@ __all__ = [
     "ClassicRouter",
     "ClassicRule",
     "ForcedRouter",
+    "MarginalStats",
     "PreGate",
+    "ProductKeyRouter",
     "Router",
     "RouterModule",
     "RouterSizes",
@@ -67,11 +78,14 @@ __all__ = [
     "RoutingContext",
     "RoutingTrace",
     "SoftRouter",
+    "TuckerKeyRouter",
     "auxiliary_loss",
     "build_routers",
     "copy_ffn_rows_to_nulls",
     "expect_router",
     "expected_true_load",
+    "gather_dot",
+    "gather_sum",
     "limit_capacity",
     "planned_experts",
     "scheduled_weight",

@@ -6,10 +6,14 @@ from difflib import get_close_matches
 
 from ..config import MoEConfig
 from .body import Body
+from .peer import peer
 from .plain import plain
+from .ultramem import ultramem
 
 ARCHITECTURES: dict[str, Callable[..., Body]] = {
     "moe": plain,
+    "peer": peer,
+    "ultramem": ultramem,
 }
 
 
