@@ -3,8 +3,10 @@
 Shapes: T tokens, L MoE layers, K slots, E FFN experts, R routable experts, B sequences.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,15 +17,25 @@ from torch import Tensor
 
 from moe import MoEForCausalLM
 from offload import simulate
-from routing import RouterStats, RoutingTrace
+from routing import MarginalStats, RouterStats, Routing, RoutingTrace
 from routing.traces import EMPTY
 
-from .compare_flops import parameters, token_flops
+from .compare_flops import Usage, measured_usage, parameters, token_flops
 from .corpus import Corpus, windows
 from .metrics import balance_metrics
 
 SEGMENT = 16
 CACHED_SHARE = 0.25
+ROUTING_METRICS = (
+    "max_vio",
+    "dead_experts",
+    "router_entropy",
+    "inner_balance",
+    "outer_balance",
+    "mutual_information",
+    "lru_hit_rate",
+    "srp",
+)
 
 
 @torch.no_grad()
@@ -43,32 +55,20 @@ def router_metrics(
     """
     rows = windows(corpus.held_out, min(sequence_length, len(corpus.held_out)))
     rows = rows[: max(1, max_tokens // rows.shape[1])]
-    calls, foresight = [], []
+    outputs, foresight = [], []
     for start in range(0, len(rows), batch_size):
         token_BS = torch.from_numpy(rows[start : start + batch_size].astype("int64"))
         with _router_inputs(model) as seen:
-            calls.append(model(token_BS.to(model.device), use_cache=False).router_stats)
-        foresight.append(predictability(model, seen))
-    load_LR = sum(torch.stack([layer.kept_R for layer in call]) for call in calls)
-    num_tokens = rows.size
-    per_kind = _load_by_kind(model, load_LR / num_tokens)
-    E = model.config.num_experts
-    true_load = float(load_LR[:, :E].sum() / num_tokens / len(load_LR))
-    trace = trace_of(calls, rows.shape, E, source=model.config.router)
-    flops = token_flops(model, true_load=true_load, zero_compute_load=per_kind, sequence_length=rows.shape[1])
-    entropy = float(np.mean([[float(layer.entropy) for layer in call] for call in calls]))
-    balance = balance_metrics(entropy, load_LR[:, :E].numpy(force=True))
+            outputs.append(model(token_BS.to(model.device), use_cache=False))
+        foresight.append(predictability(seen))
+    usage = measured_usage(outputs, rows.size)
+    flops = token_flops(model, usage, sequence_length=rows.shape[1])
+    true_load = _true_load(model, usage, outputs[0].router_stats)
     count = parameters(model, true_load)
     return {
         "true_load": true_load,
-        "max_vio": balance["max_vio"],
-        "dead_experts": balance["dead_experts"],
-        "router_entropy": balance["router_entropy"],
-        **sharpness(calls, model.config.num_experts_per_tok),
-        "mutual_information": mutual_information(calls),
+        **_routing_metrics(model, [output.router_stats or [] for output in outputs], rows.shape),
         "predictability": float(np.mean(foresight)),
-        "lru_hit_rate": simulate(trace, max(1, round(CACHED_SHARE * E)), policies=("lru",))["lru"].hit_rate,
-        "srp": segment_routing_performance(trace, SEGMENT),
         "flops_per_token": flops.total,
         "expert_flops_per_token": flops.experts,
         "router_flops_per_token": flops.router,
@@ -76,6 +76,49 @@ def router_metrics(
         "router_parameters": count["router"],
         "active_parameters": count["active"],
     }
+
+
+def _routing_metrics(
+    model: MoEForCausalLM, calls: list[list[RouterStats]], shape_BS: tuple[int, ...]
+) -> dict[str, float]:
+    """What routers chose; NaN where a model has none, or where not all of them saw all tokens."""
+    num_tokens = shape_BS[0] * shape_BS[1]
+    if not calls[0]:
+        return dict.fromkeys(ROUTING_METRICS, math.nan)
+    E = calls[0][0].num_experts
+    load_LE = np.stack(
+        [sum(call.kept_R for call in router)[:E].numpy(force=True) for router in zip(*calls, strict=True)]
+    )
+    entropy = float(np.mean([[float(layer.entropy) for layer in call] for call in calls]))
+    balance = balance_metrics(entropy, load_LE)
+    found = dict.fromkeys(ROUTING_METRICS, math.nan) | {
+        name: balance[name] for name in ("max_vio", "dead_experts", "router_entropy")
+    }
+    if any(isinstance(stats, MarginalStats) for stats in calls[0]):
+        return found
+    found |= sharpness(calls, model.config.num_experts_per_tok)
+    layered = [_by_layer(model, call) for call in calls]
+    if all(stats.num_tokens == call[0].num_tokens for call in calls for stats in call):
+        found["mutual_information"] = mutual_information(calls)
+    rows = [sum(len(stats.kept.expert_TK) for stats in layer) for layer in zip(*layered, strict=True)]
+    if rows == [num_tokens] * len(rows):
+        trace = trace_of(layered, shape_BS, E, source=model.config.router)
+        cached = max(1, round(CACHED_SHARE * E))
+        found["lru_hit_rate"] = simulate(trace, cached, policies=("lru",))["lru"].hit_rate
+        found["srp"] = segment_routing_performance(trace, SEGMENT)
+    return found
+
+
+def _by_layer(model: MoEForCausalLM, call: list[RouterStats]) -> list[RouterStats]:
+    """One per routed layer, which is one per bank of experts: the slots of all calls of a token beside each other."""
+    calls, found = iter(call), []
+    for layer in model.model.moe_layers:
+        own = [next(calls) for _ in layer.routers]
+        # a gate that serves all iterations of a chain has their rows below each other
+        repeats = getattr(layer, "iterations", 1) // len(own)
+        kept = [part for stats in own for part in stats.kept.split(repeats)]
+        found.append(replace(own[0], kept=Routing.beside(kept)))
+    return found
 
 
 def sharpness(calls: list[list[RouterStats]], top_k: int) -> dict[str, float]:
@@ -102,16 +145,17 @@ def mutual_information(calls: list[list[RouterStats]]) -> float:
     return float(np.mean([_information(np.bincount(a * R + b, minlength=R * R).reshape(R, R)) for a, b in pairs]))
 
 
-def predictability(model: MoEForCausalLM, seen: list[tuple[Tensor, Any, Any, Any]]) -> float:
-    """Share of a layer's experts that its own router would already have named from the previous layer's input.
+def predictability(seen: list[tuple[Any, Tensor, Any, Any, Any]]) -> float:
+    """Share of a router's experts that it would already have named from the input of the router before it.
 
-    Pre-gated layers score 1 where the plan is in the carry. `seen` holds, per layer, input, outgoing carry, context and
-    routing.
+    Pre-gated layers score 1 where the plan is in the carry. `seen` holds, per call, router, input, outgoing carry, context
+    and routing.
     """
     overlaps = []
-    layers = model.model.moe_layers
-    for layer, ((x_TD, carry, context, _), (_, _, _, routing)) in enumerate(pairwise(seen)):
-        guess, _, _ = layers[layer + 1].router(x_TD, carry, context)
+    for (_, x_TD, carry, context, _), (router, own_TD, _, _, routing) in pairwise(seen):
+        if len(x_TD) != len(own_TD):
+            continue
+        guess, _, _ = router(x_TD, carry, context)
         is_used_TR, is_guessed_TR = _used(routing), _used(guess)
         overlaps.append(float((is_used_TR & is_guessed_TR).sum() / is_used_TR.sum().clamp_min(1)))
     return float(np.mean(overlaps)) if overlaps else float("nan")
@@ -189,25 +233,28 @@ def _information(count: NDArray[np.int64]) -> float:
     return float((joint[seen] * np.log(joint[seen] / independent[seen])).sum())
 
 
-def _load_by_kind(model: MoEForCausalLM, load_LR: Tensor) -> dict[str, float]:
-    """Zero-compute experts per token and layer, by kind."""
-    mean_Z = load_LR[:, model.config.num_experts :].mean(dim=0).tolist()
-    loads: dict[str, float] = {}
-    for kind, load in zip(model.config.zero_compute_experts, mean_Z, strict=True):
-        loads[kind] = loads.get(kind, 0.0) + load
-    return loads
+def _true_load(model: MoEForCausalLM, usage: Usage, call: list[RouterStats]) -> float:
+    """FFN experts per token and routed layer, all iterations of a layer together."""
+    if not call:
+        return math.nan
+    loads = zip(usage.loads, call, strict=True)
+    per_router = [
+        float(stats.true_load if isinstance(stats, MarginalStats) else load_R[: stats.num_experts].sum())
+        for load_R, stats in loads
+    ]
+    return sum(per_router) / len(model.model.moe_layers)
 
 
 @contextmanager
-def _router_inputs(model: MoEForCausalLM) -> Iterator[list[tuple[Tensor, Any, Any, Any]]]:
-    """Collects what each layer's router read and returned during a call."""
-    seen: list[tuple[Tensor, Any, Any, Any]] = []
+def _router_inputs(model: MoEForCausalLM) -> Iterator[list[tuple[Any, Tensor, Any, Any, Any]]]:
+    """Collects what each router read and returned during a call, in the order of the calls."""
+    seen: list[tuple[Any, Tensor, Any, Any, Any]] = []
 
-    def note(_module: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+    def note(module: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         routing, carry, _ = outputs
-        seen.append((inputs[0], carry, inputs[2], routing))
+        seen.append((module, inputs[0], carry, inputs[2], routing))
 
-    handles = [layer.router.register_forward_hook(note) for layer in model.model.moe_layers]
+    handles = [router.register_forward_hook(note) for router in model.model.routers]
     try:
         yield seen
     finally:

@@ -164,16 +164,14 @@ def _as_they_end(futures: dict[Future[dict[str, Any]], Run]) -> Iterator[tuple[F
 
 
 def _expect_fits(name: str, model: dict[str, Any]) -> None:
-    """Build the variant's routers on no device, so that misfits show before any run starts."""
+    """Build the variant's layers on no device, so that misfits show before any run starts."""
     import torch
 
-    from moe import MoEConfig
-    from routing import build_routers
+    from moe import MoEConfig, build_body
 
-    config = MoEConfig(**model)
     try:
         with torch.device("meta"):
-            build_routers(config.router, config.router_sizes, config.router_options)
+            build_body(MoEConfig(**model))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

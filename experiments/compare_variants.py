@@ -6,6 +6,8 @@ from typing import Any
 
 from routing import ROUTERS
 
+from .compare_architectures import ARCHITECTURE_VARIANTS
+
 Overrides = dict[str, Any]
 
 
@@ -76,7 +78,8 @@ def model_overrides(name: str, model: dict[str, Any]) -> dict[str, Any]:
     """The model settings of a variant.
 
     Args:
-        name: a key of `VARIANTS`, or of `routing.ROUTERS` for that router with the preset's own experts.
+        name: a key of `VARIANTS` or `ARCHITECTURE_VARIANTS`, or of `routing.ROUTERS` for that router with the preset's
+            own experts.
         model: the preset's settings.
 
     Raises:
@@ -84,10 +87,13 @@ def model_overrides(name: str, model: dict[str, Any]) -> dict[str, Any]:
     """
     if name in VARIANTS:
         return model | VARIANTS[name](model.get("num_experts", 16), model.get("num_experts_per_tok", 2))
+    if name in ARCHITECTURE_VARIANTS:
+        return model | ARCHITECTURE_VARIANTS[name](model)
     if name in ROUTERS:
         return model | {"router": name}
-    near = get_close_matches(name, [*VARIANTS, *ROUTERS], n=1)
+    names = [*VARIANTS, *ARCHITECTURE_VARIANTS]
+    near = get_close_matches(name, [*names, *ROUTERS], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
-        f"unknown variant {name!r}; {hint}variants are {', '.join(VARIANTS)}; routers are {', '.join(ROUTERS)}"
+        f"unknown variant {name!r}; {hint}variants are {', '.join(names)}; routers are {', '.join(ROUTERS)}"
     )

@@ -130,6 +130,34 @@ def routers() -> TrainConfig:
     )
 
 
+def chains() -> TrainConfig:
+    """For comparing architectures on one slow core: 4 layers of 32 fine-grained experts, top-8, one shared."""
+    return TrainConfig(
+        model={
+            "hidden_size": 64,
+            "intermediate_size": 192,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "num_experts": 32,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 32,
+            "num_shared_experts": 1,
+            "balance_loss_weight": 0.001,
+        },
+        steps=400,
+        batch_size=8,
+        sequence_length=128,
+        learning_rate=3e-3,
+        warmup_steps=40,
+        precision="float32",
+        evaluate_every=100,
+        checkpoint_every=100,
+        held_out_tokens=32_768,
+    )
+
+
 def e16() -> TrainConfig:
     """16 experts, top-2, 8 layers, wider than the demo: half an hour on two cores."""
     return TrainConfig(
@@ -163,7 +191,7 @@ def e64() -> TrainConfig:
     )
 
 
-PRESETS = {"smoke": smoke, "demo": demo, "routers": routers, "e16": e16, "e64": e64}
+PRESETS = {"smoke": smoke, "demo": demo, "routers": routers, "chains": chains, "e16": e16, "e64": e64}
 
 
 def preset(name: str) -> TrainConfig:

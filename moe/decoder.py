@@ -23,14 +23,15 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
-from routing import Carry, RouterModule, RouterStats, RoutingContext, auxiliary_loss, scheduled_weight
+from routing import Carry, RouterStats, RoutingContext, auxiliary_loss, scheduled_weight
 
 from .architectures import build_body
 from .attention import Attention, rotary_angles
 from .config import MoEConfig
 from .layer import FeedForward, RoutedLayer
 from .norm import RMSNorm
-from .stack import StackInputs, StackOutput
+from .signals import signal_fields
+from .stack import LayerPasses, StackInputs, StackOutput
 
 
 @dataclass
@@ -44,6 +45,7 @@ class MoEOutput(ModelOutput):
         past_key_values: the key/value cache.
         router_stats: one `RouterStats` per call of a router: one per MoE layer, unless the architecture says otherwise.
         losses: further training losses of the architecture, already weighted and part of `loss`.
+        passes: per decoder layer, how often tokens passed it; None when all passed all layers once.
     """
 
     loss: Tensor | None = None
@@ -52,6 +54,7 @@ class MoEOutput(ModelOutput):
     past_key_values: Cache | None = None
     router_stats: list[RouterStats] | None = None
     losses: dict[str, Tensor] | None = None
+    passes: list[LayerPasses] | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -82,7 +85,14 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = False
     _no_split_modules = ("DecoderLayer",)
-    _keep_in_fp32_modules_strict = ("bias_R", "penalty_weight", "weight_PK", "query_mean", "query_variance", "proxy_sign")
+    _keep_in_fp32_modules_strict = (
+        "bias_R",
+        "penalty_weight",
+        "weight_PK",
+        "query_mean",
+        "query_variance",
+        "proxy_sign",
+    )
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -96,7 +106,7 @@ class MoEPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear | nn.Embedding):
             return
-        if isinstance(module, RouterModule):
+        if hasattr(module, "init_parameters"):
             module.init_parameters(self.config.initializer_range)
             return
         for name, parameter in module.named_parameters(recurse=False):
@@ -117,7 +127,8 @@ class MoEModel(MoEPreTrainedModel):
             FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
             for _ in range(config.num_dense_layers)
         ]
-        self.layers = nn.ModuleList(DecoderLayer(config, i, mlp) for i, mlp in enumerate([*dense, *body.layers]))
+        make_layer = body.decoder_layer or DecoderLayer
+        self.layers = nn.ModuleList(make_layer(config, i, mlp) for i, mlp in enumerate([*dense, *body.layers]))
         self.stack = body.stack
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.optimizer_step = 0
@@ -142,6 +153,9 @@ class MoEModel(MoEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        condition: Tensor | None = None,
+        modality: Tensor | None = None,
+        logit_bias_LR: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[StackOutput, Cache | None]:
         """Final hidden states [B, S, D] with the routers' statistics, and the cache."""
@@ -165,6 +179,8 @@ class MoEModel(MoEPreTrainedModel):
             cache=past_key_values,
             context=self._routing_context(x_BSD, input_ids, attention_mask, position_ids, past_key_values),
         )
+        signals = signal_fields(*x_BSD.shape, condition, modality, logit_bias_LR)
+        inputs = replace(inputs, context=replace(inputs.context, **signals))
         carry = self.routers[0].begin(inputs.context) if self.routers else Carry()
         output = self.stack(self.layers, x_BSD, carry, inputs)
         return replace(output, x_BSD=self.norm(output.x_BSD)), past_key_values
@@ -233,6 +249,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        condition: Tensor | None = None,
+        modality: Tensor | None = None,
+        logit_bias_LR: Tensor | None = None,
         **kwargs: Any,
     ) -> MoEOutput:
         """Logits, and the loss when `labels` are given.
@@ -241,9 +260,14 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             input_ids: int64 [B, S].
             labels: int64 [B, S], the same tokens as `input_ids` (the shift happens here); -100 is ignored.
             logits_to_keep: compute only the last so many positions; 0 means all.
+            condition: float [B, D], what routers of the architecture `mode` read: a noise level, a task.
+            modality: int64 [B, S], or [B, 1] for one modality per sequence; by default it follows from the token id.
+            logit_bias_LR: added to every router's logits in this request, as `routing.task_bias` makes it.
             **kwargs: `attention_mask`, `position_ids`, `past_key_values`, `inputs_embeds`, `use_cache`.
         """
-        output, cache = self.model(input_ids, **kwargs)
+        output, cache = self.model(
+            input_ids, condition=condition, modality=modality, logit_bias_LR=logit_bias_LR, **kwargs
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.x_BSD[:, kept])
         loss = lm_loss = None
@@ -259,6 +283,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             past_key_values=cache,
             router_stats=output.router_stats,
             losses=output.losses or None,
+            passes=output.passes,
         )
 
     def _auxiliary_loss(self, output: StackOutput) -> Tensor:

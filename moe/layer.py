@@ -1,15 +1,18 @@
 """What stands in a decoder layer's feed-forward place: FeedForward, or a RoutedLayer such as MoELayer.
 
-Shapes: T tokens, D model width.
+Shapes: T tokens, D model width, R routable experts.
 """
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from routing import Carry, Router, RouterStats, RoutingContext, SoftRouter
+from routing import Carry, Router, RouterStats, Routing, RoutingContext, SoftRouter
 
 from .config import MoEConfig
 from .experts import Experts
+from .flops import LayerFlops, feed_forward_flops, projection_flops
 from .zero_compute import ZeroComputeExperts
 
 
@@ -52,18 +55,25 @@ class RoutedLayer(nn.Module):
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry, list[RouterStats]]:
         raise NotImplementedError
 
+    def flops(self, loads: Sequence[Tensor], passes: float) -> LayerFlops:
+        """What this layer costs a token, its routers left out.
 
-class MoELayer(RoutedLayer):
-    """One router, one bank of experts, and shared and zero-compute experts if the config has any.
+        Args:
+            loads: per router, [R] slots per token of the text that were computed, summed over the router's calls.
+            passes: how often a token of the text passes this layer on average.
+        """
+        raise NotImplementedError
+
+
+class ExpertBank(RoutedLayer):
+    """One bank of experts, with shared and zero-compute experts if the config has any.
 
     Args:
         config: the model's config.
-        router: this layer's router.
     """
 
-    def __init__(self, config: MoEConfig, router: Router) -> None:
+    def __init__(self, config: MoEConfig) -> None:
         super().__init__()
-        self.router = router
         self.experts = Experts(config)
         # tells transformers' own implementations that ids may reach E (dropped tokens, zero-compute experts)
         self.experts._is_expert_parallel = True
@@ -72,18 +82,47 @@ class MoELayer(RoutedLayer):
         kinds = config.zero_compute_experts
         self.zero_compute = ZeroComputeExperts(kinds, config.hidden_size) if kinds else None
 
+    def compute(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """[T, D]: what the routed experts and the shared ones make of the tokens."""
+        y_TD = self.experts(x_TD, *routing.ffn_view())
+        if self.zero_compute is not None:
+            y_TD = y_TD + self.zero_compute(x_TD, routing)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD
+
+    def flops(self, loads: Sequence[Tensor], passes: float) -> LayerFlops:
+        E, D, F = self.experts.down_proj.shape
+        kinds = self.zero_compute.kinds if self.zero_compute is not None else ()
+        per_kind = {"zero": 0, "copy": 2 * D, "constant": 2 * 2 * D + 4 * D}  # mixing scores, then a1 x + a2 v added
+        return LayerFlops(
+            experts=sum(float(load_R[:E].sum()) for load_R in loads) * feed_forward_flops(D, F),
+            shared=passes * projection_flops(self.shared),
+            zero_compute=sum(
+                load * per_kind[kind] for load_R in loads for kind, load in zip(kinds, load_R[E:].tolist(), strict=True)
+            ),
+        )
+
+
+class MoELayer(ExpertBank):
+    """An expert bank with one router.
+
+    Args:
+        config: the model's config.
+        router: this layer's router.
+    """
+
+    def __init__(self, config: MoEConfig, router: Router) -> None:
+        super().__init__(config)
+        self.router = router
+
     @property
     def routers(self) -> list[nn.Module]:
         return [self.router]
 
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry, list[RouterStats]]:
         routing, carry, stats = self.router(x_TD, carry, context)
-        y_TD = self.experts(x_TD, *routing.ffn_view())
-        if self.zero_compute is not None:
-            y_TD = y_TD + self.zero_compute(x_TD, routing)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
-        return y_TD, carry, [stats]
+        return self.compute(x_TD, routing), carry, [stats]
 
 
 class SoftMoELayer(MoELayer):

@@ -29,6 +29,21 @@ class StackInputs:
     context: RoutingContext
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerPasses:
+    """How often a token of the text passes a decoder layer on average; for counting operations.
+
+    Args:
+        tokens: passes as a query and through the feed-forward.
+        keys: passes that compute keys and values.
+        visible: positions attended to, summed over passes, in units of what one full causal pass attends to.
+    """
+
+    tokens: float = 1.0
+    keys: float = 1.0
+    visible: float = 1.0
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StackOutput:
     """What a stack returns.
@@ -37,20 +52,24 @@ class StackOutput:
         x_BSD: the residual stream after the last layer.
         router_stats: one per call of an expert router, in order.
         losses: further training losses by name, already weighted.
+        passes: per decoder layer, how often tokens passed it; None when all passed all layers once.
     """
 
     x_BSD: Tensor
     router_stats: list[RouterStats] = field(default_factory=list)
     losses: dict[str, Tensor] = field(default_factory=dict)
+    passes: list[LayerPasses] | None = None
 
 
 class Stack(nn.Module):
     """Runs every decoder layer once, first to last.
 
-    `is_causal` says whether, outside training, a token's result depends on earlier tokens only.
+    `is_causal` says whether, outside training, a token's result depends on earlier tokens only; `flops` what the stack's own
+    modules cost a token.
     """
 
     is_causal = True
+    flops = 0.0
 
     def forward(self, layers: Sequence[nn.Module], x_BSD: Tensor, carry: Carry, inputs: StackInputs) -> StackOutput:
         stats: list[RouterStats] = []

@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from .capacity import CAPACITY_POLICIES, limit_capacity
     from .catalogue import ROUTERS, build_routers, expect_router
     from .classic import ClassicRouter
+    from .condition import ConditionRouter
     from .fixed import ForcedRouter
     from .gathered import gather_dot, gather_sum
+    from .glider import GliderRouter, task_bias
     from .losses import BALANCE_LOSSES, auxiliary_loss, scheduled_weight, switch_balance_loss, z_loss
     from .marginals import MarginalStats
+    from .modality import ModalityRouter, modality_of
     from .nulls import copy_ffn_rows_to_nulls, expected_true_load
+    from .pooled import PooledRouter
     from .pregate import PreGate, planned_experts
     from .product_key import ProductKeyRouter
     from .router import Carry, Router, RouterModule, RouterSizes, RoutingContext
@@ -52,6 +56,12 @@ _HOME = {
     "RouterStats": ".stats",
     "SoftRouter": ".soft",
     "RoutingContext": ".router",
+    "ConditionRouter": ".condition",
+    "GliderRouter": ".glider",
+    "task_bias": ".glider",
+    "ModalityRouter": ".modality",
+    "modality_of": ".modality",
+    "PooledRouter": ".pooled",
     "MarginalStats": ".marginals",
     "ProductKeyRouter": ".product_key",
     "TuckerKeyRouter": ".tucker_key",
@@ -66,8 +76,12 @@ __all__ = [
     "Carry",
     "ClassicRouter",
     "ClassicRule",
+    "ConditionRouter",
     "ForcedRouter",
+    "GliderRouter",
     "MarginalStats",
+    "ModalityRouter",
+    "PooledRouter",
     "PreGate",
     "ProductKeyRouter",
     "Router",
@@ -87,9 +101,11 @@ __all__ = [
     "gather_dot",
     "gather_sum",
     "limit_capacity",
+    "modality_of",
     "planned_experts",
     "scheduled_weight",
     "switch_balance_loss",
+    "task_bias",
     "z_loss",
 ]
 

@@ -3,6 +3,7 @@
 Shapes: T tokens, K slots per token, E FFN experts, Z zero-compute experts, R = E + Z routable experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -89,6 +90,20 @@ class Routing:
             num_zero_compute=R - num_experts,
         )
         return chosen.drop(is_empty_TK)
+
+    @classmethod
+    def beside(cls, parts: Sequence[Self]) -> Self:
+        """Several routings of the same tokens as one, whose slots are the slots of all of them."""
+        return replace(
+            parts[0],
+            expert_TK=torch.cat([part.expert_TK for part in parts], dim=1),
+            weight_TK=torch.cat([part.weight_TK for part in parts], dim=1),
+        )
+
+    def split(self, repeats: int) -> list[Self]:
+        """The routings of `repeats` equal groups of rows."""
+        rows = zip(self.expert_TK.chunk(repeats), self.weight_TK.chunk(repeats), strict=True)
+        return [replace(self, expert_TK=expert_TK, weight_TK=weight_TK) for expert_TK, weight_TK in rows]
 
     def drop(self, is_dropped_TK: Tensor) -> Self:
         """The same routing with some slots emptied."""

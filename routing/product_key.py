@@ -61,6 +61,8 @@ class GridRouter(RouterModule):
         ValueError: if N is not a square, K exceeds its root, or there are zero-compute experts.
     """
 
+    ranks = 1
+
     def __init__(self, sizes: RouterSizes, layer: int, num_heads: int, key_width: int, grid_loss: GridLoss) -> None:
         super().__init__(sizes, layer)
         expect_one_of("grid_loss", grid_loss, get_args(GridLoss))
@@ -80,6 +82,13 @@ class GridRouter(RouterModule):
             )
         self.num_heads, self.half_width = num_heads, key_width // 2
         self.balance_loss = grid_loss
+
+    @property
+    def key_flops(self) -> float:
+        """Operations of a token beyond the router's matrices: all sub-keys, and the pairs of the candidates."""
+        keys = 2 * 2 * self.num_rows * self.half_width * self.ranks
+        pairs = 2 * self.sizes.top_k * self.ranks * (self.ranks + self.sizes.top_k)
+        return float(self.num_heads * (keys + pairs))
 
     def top_k(self, context: RoutingContext) -> int:
         """K per head of this call."""
@@ -101,7 +110,7 @@ class GridRouter(RouterModule):
     def select(self, query: Tensor, k: int, is_valid_T: Tensor | None) -> Selection:
         """The K best pairs of every token and head, a few tokens at a time."""
         rows, columns, total, entropy = [], [], 0.0, 0.0
-        for part in slices(len(query), self.num_heads * max(2 * self.num_rows, k * k)):
+        for part in slices(len(query), self.num_heads * max(2 * self.num_rows * (1 + self.ranks), k * k)):
             row, column, distribution = self._select_some(query[part], k)
             rows.append(row)
             columns.append(column)
@@ -153,7 +162,7 @@ class GridRouter(RouterModule):
             row_score, column_score, _, _ = self.first_stage(part)
             return torch.cat([row_score.softmax(dim=-1), column_score.softmax(dim=-1)], dim=-1).sum(dim=(0, 1))
 
-        parts = slices(len(query), self.num_heads * 2 * self.num_rows)
+        parts = slices(len(query), self.num_heads * 2 * self.num_rows * (1 + self.ranks))
         sums = [checkpoint(total, query[part], use_reentrant=False) for part in parts]
         return torch.stack(sums).sum(dim=0) / max(len(query) * self.num_heads * 2, 1)
 

@@ -3,11 +3,14 @@
 Shapes: T valid tokens, R = E + Z routable experts, B sequences.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .assignment import Routing
 
@@ -77,3 +80,36 @@ class RouterStats:
     def true_load(self) -> Tensor:
         """FFN experts that a token visits on average, after capacity drops."""
         return self.kept_R[: self.num_experts].sum() / max(self.num_tokens, 1)
+
+    @classmethod
+    def joined(cls, calls: Sequence[Self]) -> Self:
+        """Several calls of one router in a forward pass as one, whose rows are the rows of all of them."""
+        if len(calls) == 1:
+            return calls[0]
+        return replace(
+            calls[0],
+            probability_TR=torch.cat([call.probability_TR for call in calls]),
+            chosen=_joined_routing([call.chosen for call in calls]),
+            kept=_joined_routing([call.kept for call in calls]),
+            logit_TR=_joined_rows([call.logit_TR for call in calls]),
+            sequence_T=_joined_rows([call.sequence_T for call in calls]),
+            penalty_T=_joined_rows([call.penalty_T for call in calls]),
+        )
+
+
+def _joined_rows(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if len(present) == len(parts) else None
+
+
+def _joined_routing(parts: Sequence[Routing]) -> Routing:
+    """Rows of all parts; shorter rows are padded with empty slots."""
+    K = max(part.expert_TK.shape[1] for part in parts)
+    missing = [(0, K - part.expert_TK.shape[1]) for part in parts]
+    return replace(
+        parts[0],
+        expert_TK=torch.cat(
+            [pad(part.expert_TK, add, value=part.empty_id) for part, add in zip(parts, missing, strict=True)]
+        ),
+        weight_TK=torch.cat([pad(part.weight_TK, add) for part, add in zip(parts, missing, strict=True)]),
+    )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments.compare import compare
-from experiments.compare_flops import parameters, router_flops, token_flops
+from experiments.compare_flops import Usage, parameters, router_flops, token_flops
 from experiments.compare_metrics import (
     mutual_information,
     router_metrics,
@@ -107,13 +107,16 @@ def test_trace_keeps_ffn_experts_only():
 
 def test_flops_by_hand(tiny_config):
     """D 32, 4 heads and 2 key heads of 8, F 24, E 6, 3 layers, V 96; S = 9 sees 5 positions on average."""
-    model = MoEForCausalLM(tiny_config(router="mixtral", num_shared_experts=1, num_dense_layers=1))
-    flops = token_flops(model, true_load=1.5, zero_compute_load={"copy": 0.5, "constant": 0.25}, sequence_length=9)
+    sizes = {"num_shared_experts": 1, "num_dense_layers": 1, "zero_compute_experts": ["copy", "constant"]}
+    model = MoEForCausalLM(tiny_config(router="mixtral", **sizes))
+    load_R = torch.tensor([0.25] * 6 + [0.5, 0.25])
+    usage = Usage(loads=[load_R, load_R], router_passes=[1.0, 1.0])
+    flops = token_flops(model, usage, sequence_length=9)
     assert flops.attention == 3 * (2 * 32 * (32 + 16 + 16 + 32) + 4 * 32 * 5)
     assert flops.experts == 2 * 1.5 * 6 * 32 * 24
     assert flops.shared == 2 * 6 * 32 * 24 + 6 * 32 * 48
     assert flops.zero_compute == 2 * (0.5 * 64 + 0.25 * (128 + 128))
-    assert flops.router == 2 * 2 * 6 * 32
+    assert flops.router == 2 * 2 * 8 * 32
     assert flops.head == 2 * 32 * 96
     assert flops.total == sum(
         (flops.attention, flops.experts, flops.shared, flops.zero_compute, flops.router, flops.head)

@@ -74,7 +74,7 @@ def peer_by_loops(layer, x_TD):
             ]
             score, expert = torch.stack(scores).topk(router.sizes.top_k)
             for weight, e in zip(score.softmax(0), expert.tolist(), strict=True):
-                y = y + weight * gelu(layer.table.down[e] @ x) * layer.table.up[e]
+                y = y + weight * gelu(layer.experts.down[e] @ x) * layer.experts.up[e]
         outputs.append(y + layer.shared(x))
     return torch.stack(outputs)
 
@@ -84,7 +84,7 @@ def rms(x, gain):
 
 
 def ultramem_by_loops(layer, x_TD):
-    router, table, K = layer.router, layer._table[0], layer.router.sizes.top_k
+    router, table, K = layer.router, layer._shared_table[0], layer.router.sizes.top_k
     ranks, rows, cores = router.ranks, router.num_rows, len(router.core)
     u, _, v = torch.linalg.svd(router.core.detach().sum(0))
     u, v = u[:, 0], v[0]
@@ -275,7 +275,7 @@ def test_trap_ultramem_has_no_activation_and_raw_scores(tiny_config):
     x_TD = torch.randn(3, 32).double()
     base, _, _ = layer(x_TD, Carry(), RoutingContext())
     with torch.no_grad():
-        layer.table.pre_values *= -2
+        layer.experts.pre_values *= -2
         layer.router.core *= 3
     scaled, _, _ = layer(x_TD, Carry(), RoutingContext())
     torch.testing.assert_close(scaled, -6 * base)
@@ -292,7 +292,7 @@ def test_shuffle_is_one_to_one_and_every_value_has_as_many_places(tiny_config):
 def test_layers_share_values_with_an_offset(tiny_config):
     model = MoEForCausalLM(memory_config(tiny_config, "ultramem", options={"layers_per_table": 3}))
     layers = model.model.moe_layers
-    assert len({id(layer._table[0]) for layer in layers}) == 1
+    assert len({id(layer._shared_table[0]) for layer in layers}) == 1
     assert [layer.offset for layer in layers] == [0, 6, 12]
     assert sum("pre_values" in key for key in model.state_dict()) == 1
 

@@ -6,14 +6,26 @@ from difflib import get_close_matches
 
 from ..config import MoEConfig
 from .body import Body
+from .chain import chain_of_experts
+from .feature_groups import feature_groups
+from .glider import glider
+from .hydra import hydra
+from .mixture_of_transformers import mixture_of_transformers
+from .mode import mode
 from .peer import peer
 from .plain import plain
 from .ultramem import ultramem
 
 ARCHITECTURES: dict[str, Callable[..., Body]] = {
     "moe": plain,
+    "chain_of_experts": chain_of_experts,
     "peer": peer,
     "ultramem": ultramem,
+    "hydra": hydra,
+    "mode": mode,
+    "glider": glider,
+    "feature_groups": feature_groups,
+    "mixture_of_transformers": mixture_of_transformers,
 }
 
 

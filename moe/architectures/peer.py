@@ -5,6 +5,8 @@ Source: He 2024, arXiv:2407.04153, sections 2.1-2.3; y = sum over heads and thei
 Shapes: T tokens, D model width, N experts (`config.num_experts`), K experts per token over all heads.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -12,6 +14,7 @@ from transformers.activations import ACT2FN
 from routing import Carry, MarginalStats, ProductKeyRouter, Routing, RoutingContext, gather_dot, gather_sum
 
 from ..config import MoEConfig
+from ..flops import LayerFlops, projection_flops
 from ..layer import FeedForward, RoutedLayer
 from .body import Body
 
@@ -44,6 +47,7 @@ class NeuronTable(nn.Module):
 
     def __init__(self, num_experts: int, width: int) -> None:
         super().__init__()
+        self.num_rows, self.readers = num_experts, 1
         self.down = nn.Parameter(torch.empty(num_experts, width))
         self.up = nn.Parameter(torch.empty(num_experts, width))
 
@@ -62,7 +66,7 @@ class PeerLayer(RoutedLayer):
         if activation not in ACT2FN:
             raise ValueError(f"activation must be one that transformers names, such as gelu; got {activation!r}")
         self.router = router
-        self.table = NeuronTable(config.num_experts, config.hidden_size)
+        self.experts = NeuronTable(config.num_experts, config.hidden_size)
         self.act_fn = ACT2FN[activation]
         self.shared = shared_feed_forward(config)
 
@@ -74,9 +78,13 @@ class PeerLayer(RoutedLayer):
         routing, carry, stats = self.router(x_TD, carry, context)
         with torch.autocast(x_TD.device.type, enabled=False):
             row_TK, weight_TK = table_rows(routing)
-            neuron_TK = self.act_fn(gather_dot(x_TD.to(self.table.down.dtype), self.table.down, row_TK))
-            y_TD = gather_sum(neuron_TK * weight_TK.to(neuron_TK.dtype), self.table.up, row_TK).to(x_TD.dtype)
+            neuron_TK = self.act_fn(gather_dot(x_TD.to(self.experts.down.dtype), self.experts.down, row_TK))
+            y_TD = gather_sum(neuron_TK * weight_TK.to(neuron_TK.dtype), self.experts.up, row_TK).to(x_TD.dtype)
         return y_TD if self.shared is None else y_TD + self.shared(x_TD), carry, [stats]
+
+    def flops(self, loads: Sequence[Tensor], passes: float) -> LayerFlops:
+        per_token = self.router.num_heads * self.router.sizes.top_k * 4 * self.experts.down.shape[1]
+        return LayerFlops(experts=passes * per_token, shared=passes * projection_flops(self.shared))
 
 
 def table_rows(routing: Routing) -> tuple[Tensor, Tensor]:

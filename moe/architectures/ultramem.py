@@ -9,12 +9,15 @@ Shapes: T tokens, D model width, N places of the grid (`config.num_experts`), K 
 M = sqrt(N).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from routing import Carry, MarginalStats, RoutingContext, TuckerKeyRouter, gather_dot, gather_sum
 
 from ..config import MoEConfig
+from ..flops import LayerFlops, projection_flops
 from ..layer import RoutedLayer
 from .body import Body
 from .peer import shared_feed_forward, table_rows
@@ -67,6 +70,7 @@ class ValueTable(nn.Module):
 
     def __init__(self, num_values: int, cores: int, pre_value_width: int, part_width: int) -> None:
         super().__init__()
+        self.num_rows, self.readers = num_values, 0
         self.pre_values = nn.Parameter(torch.empty(num_values, pre_value_width))
         self.values = nn.Parameter(torch.empty(cores, num_values, part_width))
 
@@ -115,8 +119,9 @@ class UltraMemLayer(RoutedLayer):
         self.router = router
         self.shuffle = Shuffle(router.num_rows, seed=router.layer)
         if owns_table:
-            self.table = table
-        self._table = (table,)  # in a tuple, or torch would register it again
+            self.experts = table
+        self._shared_table = (table,)  # in a tuple, or torch would register it again
+        table.readers += 1
         self.offset = offset
         cores, _, part_width = table.values.shape
         self.pre_proj = nn.Linear(config.hidden_size, table.pre_values.shape[1], bias=False)
@@ -130,18 +135,24 @@ class UltraMemLayer(RoutedLayer):
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry, list[MarginalStats]]:
         routing, carry, stats = self.router(x_TD, carry, context)
         core_weight = carry.get(self.router.CORE_WEIGHT)
-        place_TK, weight_TK = table_rows(routing)
-        # padding keeps its scores in the carry; the routing's weights say which slots are empty
+        place_TK, _ = table_rows(routing)
+        # padding keeps its scores in the carry
         core_weight = core_weight.masked_fill((routing.expert_TK == routing.empty_id)[..., None], 0.0)
         y_TD = self.out_proj(self._read(self.pre_proj(x_TD), self.value_rows(place_TK), core_weight).to(x_TD.dtype))
         return y_TD if self.shared is None else y_TD + self.shared(x_TD), carry.drop(self.router.CORE_WEIGHT), [stats]
 
     def value_rows(self, place_TK: Tensor) -> Tensor:
         """Which value each place of the grid reads."""
-        return (self.shuffle(place_TK) + self.offset) % len(self._table[0].pre_values)
+        return (self.shuffle(place_TK) + self.offset) % len(self._shared_table[0].pre_values)
+
+    def flops(self, loads: Sequence[Tensor], passes: float) -> LayerFlops:
+        widths = self.pre_proj.weight.shape[0] + self.out_proj.weight.shape[1]
+        reads = 2 * self.router.num_heads * self.router.sizes.top_k * widths
+        fixed = projection_flops(self.pre_proj) + projection_flops(self.out_proj) + projection_flops(self.shared)
+        return LayerFlops(experts=passes * reads, shared=passes * fixed)
 
     def _read(self, pre: Tensor, row_TK: Tensor, core_weight: Tensor) -> Tensor:
-        table = self._table[0]
+        table = self._shared_table[0]
         with torch.autocast(pre.device.type, enabled=False):
             gate_TK = gather_dot(pre.to(table.pre_values.dtype), table.pre_values, row_TK)
             weight = gate_TK[..., None] * core_weight.to(gate_TK.dtype)
