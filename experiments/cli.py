@@ -71,6 +71,26 @@ def export(context: typer.Context) -> None:
     moe.cli.app(context.args, prog_name="expertier export", standalone_mode=False)
 
 
+@app.command(
+    "prune", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+def prune(context: typer.Context) -> None:
+    """Keep some experts of each layer of a trained model: those most used in a trace, or random ones."""
+    import moe.surgery_cli
+
+    moe.surgery_cli.app(["prune", *context.args], prog_name="expertier", standalone_mode=False)
+
+
+@app.command(
+    "join", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+def join(context: typer.Context) -> None:
+    """Put the experts of two trained models of one backbone beside each other."""
+    import moe.surgery_cli
+
+    moe.surgery_cli.app(["join", *context.args], prog_name="expertier", standalone_mode=False)
+
+
 def main() -> None:
     """Run the command line; exit 2 for bad input, 1 for a failure, 130 after Ctrl-C, without a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

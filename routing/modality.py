@@ -6,6 +6,7 @@ Shapes: T tokens, E modalities.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def modality_of(context: RoutingContext, first_ids: Sequence[int]) -> Tensor:
 
 def expect_first_ids(first_ids: Sequence[int], num_modalities: int) -> None:
     """Raises ValueError unless there is one rising range of token ids per modality, the first from 0."""
-    rises = all(a < b for a, b in zip(first_ids, first_ids[1:], strict=False))
+    rises = all(a < b for a, b in pairwise(first_ids))
     if len(first_ids) != num_modalities or not first_ids or first_ids[0] != 0 or not rises:
         raise ValueError(
             f"first_ids must give the first token id of each of the {num_modalities} modalities (num_experts), "

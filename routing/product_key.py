@@ -1,4 +1,4 @@
-"""Product keys: the K best of N = M * M experts in time and memory of M, because a score is a sum over a row and a column.
+"""Product keys: the K best of N = M * M experts in time and memory of M, as a score is a row's plus a column's.
 
 Selection runs over a few tokens at a time and without gradient; the scores of what was selected are then computed anew,
 with gradient, from the selected keys only. Nothing of size T times N, or T times M, is ever held.
@@ -177,7 +177,8 @@ class ProductKeyRouter(GridRouter):
 
     Args:
         sizes, layer, num_heads, key_width, grid_loss: as for `GridRouter`.
-        query_norm: of each head's query: `batch` as in the paper (running statistics outside training), `layer`, `none`.
+        query_norm: of each head's query: `batch` as in the paper (running statistics outside training), `layer` or
+            `none`.
     """
 
     def __init__(
