@@ -14,6 +14,7 @@ import routing.cli
 
 from .bench_flax import bench_flax
 from .bench_kernels import bench_kernels
+from .bench_memory_layers import bench_memory_layers
 from .bench_offload import bench_offload
 from .bench_placement import bench_placement
 from .bench_routers import routers as bench_routers
@@ -48,6 +49,7 @@ app.command("compare")(compare)
 app.command("leverage")(leverage)
 bench.command("flax")(bench_flax)
 bench.command("kernels")(bench_kernels)
+bench.command("memory-layers")(bench_memory_layers)
 bench.command("offload")(bench_offload)
 bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from .compare_memory import MEMORY_VARIANTS
+
 Settings = dict[str, Any]
 
 
@@ -35,4 +37,4 @@ ARCHITECTURE_VARIANTS: dict[str, Callable[[Settings], Settings]] = {
     "chain-1-normed": _chain(1, residual="normed"),
     "chain-2-normed": _chain(2, residual="normed"),
     "chain-1-normed-deep": _chain(1, residual="normed", depth=2),
-}
+} | MEMORY_VARIANTS

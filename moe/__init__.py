@@ -12,7 +12,7 @@ from .experts import Experts
 from .flops import LayerFlops, projection_flops
 from .fused_experts import FusedCache, fused_experts
 from .grouped import expertier_experts, grouped_experts
-from .layer import MoELayer, RoutedLayer
+from .layer import FeedForward, MoELayer, RoutedLayer
 from .reference import swiglu_experts_reference
 from .skip_feed_forward import SkipReport, skip_feed_forward
 from .stack import LayerPasses
@@ -23,6 +23,7 @@ __all__ = [
     "EnsembleConfig",
     "EnsembleForCausalLM",
     "Experts",
+    "FeedForward",
     "FusedCache",
     "LayerFlops",
     "LayerPasses",

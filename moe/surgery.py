@@ -1,4 +1,4 @@
-"""Fewer experts, or those of two models: pruning and joining, for any family that fuses its experts' weights.
+"""Fewer experts, or those of two models: pruning and joining, for families that fuse their experts' weights.
 
 Pruning keeps some experts of each layer and their rows of the router. Joining puts the experts of two checkpoints of the
 same backbone beside each other, router rows too, to start a larger model from.

@@ -1,15 +1,12 @@
 """PEER and UltraMemV2: against plain loops over every expert, memory at a million experts, the whole model."""
 
-import weakref
-
 import pytest
 import torch
 from torch.nn.functional import gelu
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import routing.gathered
+from experiments.live_bytes import LiveBytes
 from moe import MoEForCausalLM
 from moe.architectures import build_body
 from moe.architectures.ultramem import Shuffle
@@ -126,35 +123,6 @@ def test_layer_equals_plain_loops_forward_and_every_gradient(name, tiny_config, 
     torch.testing.assert_close(ours, plain, **tolerance[torch.float64])
     for a, b in zip(grads(ours, inputs), grads(plain, inputs), strict=True):
         torch.testing.assert_close(a, b, **tolerance[torch.float64])
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes of new tensors alive at once, and the largest of them."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = self.largest = 0
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage(), known)
-        return result
-
-    def _note(self, storage, known):
-        if storage._cdata in known or storage._cdata in self.seen:
-            return
-        self.seen.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.peak, self.largest = max(self.peak, self.now), max(self.largest, storage.nbytes())
-        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-
-    def _gone(self, place, nbytes):
-        self.seen.discard(place)
-        self.now -= nbytes
 
 
 def million_experts(tiny_config, name):
