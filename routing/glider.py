@@ -22,6 +22,10 @@ class GliderRouter(ClassicRouter):
         width = x_TD.shape[-1]
         return linear(layer_norm(x_TD, (width,)), self.weight.to(x_TD.dtype)) / sqrt(width), carry
 
+    def select(self, logit_TR: Tensor, score_TR: Tensor, context: RoutingContext) -> Tensor:
+        """By logits: with a bias of 100 or more, probabilities below the best underflow and no longer rank."""
+        return super().select(logit_TR, logit_TR, context)
+
 
 def task_bias(task_A: Tensor, expert_LEA: Tensor, scale: float) -> Tensor:
     """The bias [L, E] of a request: `scale` times the cosine of the task's embedding and each expert's.

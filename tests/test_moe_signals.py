@@ -312,8 +312,6 @@ def test_feature_groups_equal_plain_loops(tiny_config, tolerance):
         for x in x_TD:
             score, group = (layer.router.weight @ x).topk(2)
             weight = score.softmax(0)
-            read, active = torch.zeros(32).double(), torch.zeros(32).double()
-            read, active = read.clone(), active.clone()
             pieces, mask = [x[:8]], [torch.ones(8).double()]
             for g in range(6):
                 here = (group == g).nonzero().flatten()
@@ -355,11 +353,8 @@ def test_modalities_have_their_own_weights_and_one_attention(tiny_config):
 def test_a_mixture_of_transformers_with_equal_weights_is_the_dense_model(tiny_config, tolerance):
     case = CASES["mixture of transformers"]
     model = model_of(tiny_config, case)
-    dense = MoEForCausalLM(tiny_config(num_dense_layers=2, intermediate_size=24)).double().eval()
-    state = {}
-    for name, value in dense.state_dict().items():
-        state[name] = value
-    ours = model.state_dict()
+    dense = MoEForCausalLM(tiny_config(num_dense_layers=2, intermediate_size=24, num_experts=3)).double().eval()
+    state, ours = dense.state_dict(), model.state_dict()
     for name in ours:
         plain = name.replace(".of.0", "").replace(".of.1", "").replace(".of.2", "")
         if plain in state:
