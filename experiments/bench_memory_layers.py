@@ -41,11 +41,11 @@ def bench_memory_layers(
         check_parity(name, width)
     rows = [row for name in SETTINGS for count in counts for row in measure(name, count, width, train_up_to, repeats)]
     table = Table(
-        "layer", "experts", "tokens", "ms", "p20", "p80", "dense ms", "times dense", "working MB", "tables MB"
+        "layer", "experts", "T", "ms", "p20", "p80", "dense ms", "ratio", "work MB", "tables MB"
     )
     for row in rows:
         table.add_row(
-            f"{row['layer']}{' + backward' if row['backward'] else ''}",
+            f"{row['layer']}{', train' if row['backward'] else ''}",
             f"{row['experts']:,}",
             str(row["tokens"]),
             *(f"{row[name]:.2f}" for name in ("p50_ms", "p20_ms", "p80_ms", "dense_ms", "ratio")),
@@ -208,7 +208,7 @@ def _ultramem_at_once(layer: Any, x_TD: Any) -> Any:
     score = grid.flatten(-2).gather(-1, place[:, :, None].expand(-1, -1, len(router.core), -1))
     value = layer.value_rows(place)
     gate = torch.einsum("td,thkd->thk", layer.pre_proj(x_TD), table.pre_values[value])
-    parts = torch.einsum("thck,thk,cthkd->tcd", score, gate, table.values[:, value])
+    parts = torch.einsum("thck,thk,cthkd->tcd", score, gate, torch.stack(list(table.values))[:, value])
     return layer.out_proj(parts.flatten(1))
 
 

@@ -78,6 +78,12 @@ def _by_letter_case(model: Settings) -> Settings:
     }
 
 
+def _mode(model: Settings) -> Settings:
+    """A router over token and (absent) condition, narrow enough to cost little beside the experts."""
+    inner_width = max(1, _sizes(model)[0] // 8)
+    return _named("mode", "qwen3_moe", reads="token_and_condition", inner_width=inner_width)(model)
+
+
 def _named(architecture: str, router: str, **options: Any) -> Callable[[Settings], Settings]:
     return lambda model: {"architecture": architecture, "architecture_options": options, "router": router}
 
@@ -87,7 +93,7 @@ MEMORY_VARIANTS: dict[str, Callable[[Settings], Settings]] = {
     "ultramem": _ultramem,
     "hydra-16": _named("hydra", "mixtral", chunk=16),
     "hydra-prefix": _named("hydra", "mixtral", pooling="prefix"),
-    "mode-tokens": _named("mode", "qwen3_moe", reads="token_and_condition"),
+    "mode-tokens": _mode,
     "glider": _named("glider", "qwen3_moe"),
     "feature-groups": _feature_groups,
     "modalities": _by_letter_case,

@@ -89,7 +89,7 @@ def ultramem_by_loops(layer, x_TD):
         u, v = -u, -v
     keys, outputs = rms(router.keys, router.key_gain), []
     for x in x_TD:
-        parts = torch.zeros(cores, table.values.shape[-1], dtype=x.dtype)
+        parts = torch.zeros(cores, table.values[0].shape[-1], dtype=x.dtype)
         pre = layer.pre_proj(x)
         for head in (router.query @ x).view(router.num_heads, 2, ranks, -1):
             query = rms(head, router.query_gain)
@@ -105,7 +105,7 @@ def ultramem_by_loops(layer, x_TD):
                 value = int(layer.value_rows(torch.tensor(i * rows + j)))
                 gate = table.pre_values[value] @ pre
                 each = [side[0][:, i] @ core @ side[1][:, j] * gate for core in router.core]
-                parts = parts + torch.stack([each[c] * table.values[c, value] for c in range(cores)])
+                parts = parts + torch.stack([each[c] * table.values[c][value] for c in range(cores)])
         outputs.append(layer.out_proj(parts.flatten()) + layer.shared(x))
     return torch.stack(outputs)
 
@@ -164,7 +164,7 @@ def test_training_a_million_experts_holds_tables_gradients_and_tokens_only(name,
         y_TD, _, _ = layer(x_TD, Carry(), RoutingContext(is_training=True))
         y_TD.sum().backward()
     working = 32 * routing.gathered.ELEMENTS_AT_ONCE
-    assert training.peak < 1.5 * tables + 64 * T * 8 * 4 + working
+    assert training.peak < tables + 64 * T * 8 * 4 + working, "tables are not counted, their gradients are"
     assert training.largest <= max(p.numel() * 4 for p in layer.parameters())
 
 

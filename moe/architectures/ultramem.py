@@ -72,7 +72,8 @@ class ValueTable(nn.Module):
         super().__init__()
         self.num_rows, self.readers = num_values, 0
         self.pre_values = nn.Parameter(torch.empty(num_values, pre_value_width))
-        self.values = nn.Parameter(torch.empty(cores, num_values, part_width))
+        # one tensor per core: parts of one tensor would need a second gradient of the whole
+        self.values = nn.ParameterList(torch.empty(num_values, part_width) for _ in range(cores))
 
 
 class Shuffle(nn.Module):
@@ -123,9 +124,9 @@ class UltraMemLayer(RoutedLayer):
         self._shared_table = (table,)  # in a tuple, or torch would register it again
         table.readers += 1
         self.offset = offset
-        cores, _, part_width = table.values.shape
+        value_width = sum(values.shape[1] for values in table.values)
         self.pre_proj = nn.Linear(config.hidden_size, table.pre_values.shape[1], bias=False)
-        self.out_proj = nn.Linear(cores * part_width, config.hidden_size, bias=False)
+        self.out_proj = nn.Linear(value_width, config.hidden_size, bias=False)
         self.shared = shared_feed_forward(config)
 
     @property
@@ -156,9 +157,7 @@ class UltraMemLayer(RoutedLayer):
         with torch.autocast(pre.device.type, enabled=False):
             gate_TK = gather_dot(pre.to(table.pre_values.dtype), table.pre_values, row_TK)
             weight = gate_TK[..., None] * core_weight.to(gate_TK.dtype)
-            parts = [
-                gather_sum(weight[..., core], values, row_TK) for core, values in enumerate(table.values.unbind(0))
-            ]
+            parts = [gather_sum(weight[..., core], values, row_TK) for core, values in enumerate(table.values)]
         return torch.cat(parts, dim=-1)
 
 
