@@ -19,6 +19,7 @@ from .bench_offload import bench_offload
 from .bench_placement import bench_placement
 from .bench_routers import routers as bench_routers
 from .commands import compare, demo, train
+from .duo import bench_duo
 from .leverage import leverage
 
 app = typer.Typer(
@@ -47,6 +48,7 @@ app.command("demo")(demo)
 app.command("train")(train)
 app.command("compare")(compare)
 app.command("leverage")(leverage)
+bench.command("duo")(bench_duo)
 bench.command("flax")(bench_flax)
 bench.command("kernels")(bench_kernels)
 bench.command("memory-layers")(bench_memory_layers)

@@ -1,4 +1,4 @@
-"""ARCHITECTURE_VARIANTS: variants of `expertier compare` that change more than the router, made from a preset's sizes."""
+"""ARCHITECTURE_VARIANTS: what `expertier compare` compares beyond routers, made from a preset's sizes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +29,25 @@ def _chain(iterations: int, *, depth: int = 1, **options: Any) -> Callable[[Sett
     return build
 
 
+def _recursions(recursions: int, feed_forward: str = "dense", **options: Any) -> Callable[[Settings], Settings]:
+    """Mixture-of-Recursions as deep as the preset when unrolled; dense ones as wide as the preset's active experts."""
+
+    def build(model: Settings) -> Settings:
+        middle = model["num_hidden_layers"] - 2
+        if middle < recursions or middle % recursions:
+            raise ValueError(
+                f"{recursions} recursions must divide the {middle} layers between the preset's first and last"
+            )
+        return {
+            "architecture": "mixture_of_recursions",
+            "architecture_options": {"recursions": recursions, "feed_forward": feed_forward, **options},
+            "num_hidden_layers": 2 + middle // recursions,
+            "intermediate_size": model["moe_intermediate_size"] * model.get("num_experts_per_tok", 2),
+        }
+
+    return build
+
+
 ARCHITECTURE_VARIANTS: dict[str, Callable[[Settings], Settings]] = {
     "chain-1": _chain(1),
     "chain-2": _chain(2),
@@ -37,4 +56,13 @@ ARCHITECTURE_VARIANTS: dict[str, Callable[[Settings], Settings]] = {
     "chain-1-normed": _chain(1, residual="normed"),
     "chain-2-normed": _chain(2, residual="normed"),
     "chain-1-normed-deep": _chain(1, residual="normed", depth=2),
+    "dense": _recursions(1),
+    "recursive-2": _recursions(2, choice="none"),
+    "recursive-3": _recursions(3, choice="none"),
+    "mor-expert-2": _recursions(2),
+    "mor-expert-3": _recursions(3),
+    "mor-expert-2-first-keys": _recursions(2, keys="first"),
+    "mor-token-2": _recursions(2, choice="token"),
+    "mor-token-3": _recursions(3, choice="token"),
+    "mor-expert-2-moe": _recursions(2, "moe"),
 } | MEMORY_VARIANTS

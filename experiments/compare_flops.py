@@ -1,8 +1,8 @@
 """What one token costs: parameters and floating-point operations of a forward pass, the one place that counts them.
 
 A multiply and an add are two operations. Norms, rotary angles, softmaxes and activations are left out. What stands in a
-decoder layer's feed-forward place says its own operations (`RoutedLayer.flops`), a stack how often tokens pass its layers
-(`StackOutput.passes`); the rest is counted here.
+decoder layer's feed-forward place says its own operations (`RoutedLayer.flops`), a stack how often tokens pass its
+layers (`StackOutput.passes`); the rest is counted here.
 
 Shapes: R routable experts.
 """

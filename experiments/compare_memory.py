@@ -1,4 +1,4 @@
-"""Variants of `expertier compare` with memory layers, other signals or groups of features, at the preset's operations."""
+"""Variants of `expertier compare` with memory layers, other signals, groups of features, at equal operations."""
 
 from collections.abc import Callable
 from math import isqrt

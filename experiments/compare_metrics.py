@@ -148,8 +148,8 @@ def mutual_information(calls: list[list[RouterStats]]) -> float:
 def predictability(seen: list[tuple[Any, Tensor, Any, Any, Any]]) -> float:
     """Share of a router's experts that it would already have named from the input of the router before it.
 
-    Pre-gated layers score 1 where the plan is in the carry. `seen` holds, per call, router, input, outgoing carry, context
-    and routing.
+    Pre-gated layers score 1 where the plan is in the carry. `seen` holds, per call, router, input, outgoing carry,
+    context and routing.
     """
     overlaps = []
     for (_, x_TD, carry, context, _), (router, own_TD, _, _, routing) in pairwise(seen):

@@ -3,9 +3,10 @@
 Shapes: B batch, S positions, D model width, H heads (query or key/value), A = head width.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .config import MoEConfig
@@ -27,6 +28,25 @@ def rotate(x_BHSA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x_BHSA.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return x_BHSA * cos.to(x_BHSA.dtype) + turned * sin.to(x_BHSA.dtype)
+
+
+class KeyValues(Protocol):
+    """What attention needs of a cache; transformers' `Cache` is one."""
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Append a call's keys and values; all that its queries may look at."""
+        ...
+
+
+class BorrowedKeys:
+    """Keys and values that an earlier pass through the same layers computed; a pass that sees them computes none.
+
+    Args:
+        kept: by decoder layer.
+    """
+
+    def __init__(self, kept: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self.kept = kept
 
 
 class Attention(nn.Module):
@@ -56,15 +76,27 @@ class Attention(nn.Module):
             widths = (config.head_dim, config.head_dim) if self.norms_heads else (query_width, key_width)
             self.q_norm, self.k_norm = (RMSNorm(width, eps=config.rms_norm_eps) for width in widths)
 
-    def forward(self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """[B, S, D]; appends this step's keys and values to `cache`."""
+    def forward(
+        self,
+        x_BSD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KeyValues | BorrowedKeys | None,
+    ) -> Tensor:
+        """[B, S, D]; appends this step's keys and values to `cache`, or reads those that it lends."""
         query = rotate(self._normed_heads(self.q_proj(x_BSD), self.q_norm), *angles)
-        key = rotate(self._normed_heads(self.k_proj(x_BSD), self.k_norm), *angles)
-        value = self._heads(self.v_proj(x_BSD))
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+        key, value = self._keys_values(x_BSD, angles, cache)
         y_BSHA, _ = sdpa_attention_forward(self, query, key, value, mask, scaling=self.head_dim**-0.5)
         return self.o_proj(y_BSHA.flatten(2))
+
+    def _keys_values(
+        self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], cache: KeyValues | BorrowedKeys | None
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(cache, BorrowedKeys):
+            return cache.kept[self.layer_idx]
+        key = rotate(self._normed_heads(self.k_proj(x_BSD), self.k_norm), *angles)
+        value = self._heads(self.v_proj(x_BSD))
+        return (key, value) if cache is None else cache.update(key, value, self.layer_idx)
 
     def _normed_heads(self, x: Tensor, norm: nn.Module) -> Tensor:
         return norm(self._heads(x)) if self.norms_heads else self._heads(norm(x))

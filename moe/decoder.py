@@ -195,6 +195,7 @@ class MoEModel(MoEPreTrainedModel):
         self.optimizer_step += 1
         for router, count_R in zip(self.routers, counts, strict=True):
             router.post_step(count_R, num_tokens)
+        self.stack.post_step()
 
     def _routing_context(
         self,

@@ -1,6 +1,6 @@
 """Whole models as experts: token probabilities are mixed, uniformly or by which member has predicted the text so far.
 
-p(x_t | x_<t) = sum_m w_m(x_<t) p_m(x_t | x_<t); w is uniform, or w_m is prior_m prod_{s<t} p_m(x_s | x_<s) over its sum.
+p(x_t | x_<t) = sum_m w_m(x_<t) p_m(x_t | x_<t), w uniform, or w_m ~ prior_m prod_{s<t} p_m(x_s | x_<s), normalised.
 Probabilities are averaged, never their logarithms: the published uniform path averages log-softmax values, which gives
 an unnormalised geometric mean.
 

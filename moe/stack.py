@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from transformers import Cache
 
 from routing import Carry, RouterStats, RoutingContext
+
+from .attention import BorrowedKeys, KeyValues
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -19,13 +20,13 @@ class StackInputs:
     Args:
         angles: cosine and sine of the rotary positions.
         mask: attention mask, or None for plain causal attention.
-        cache: the key/value cache, or None.
+        cache: the key/value cache, keys and values of an earlier pass, or None.
         context: what routers may look at.
     """
 
     angles: tuple[Tensor, Tensor]
     mask: Tensor | None
-    cache: Cache | None
+    cache: KeyValues | BorrowedKeys | None
     context: RoutingContext
 
 
@@ -64,8 +65,8 @@ class StackOutput:
 class Stack(nn.Module):
     """Runs every decoder layer once, first to last.
 
-    `is_causal` says whether, outside training, a token's result depends on earlier tokens only; `flops` what the stack's own
-    modules cost a token.
+    `is_causal` says whether, outside training, a token's result depends on earlier tokens only; `flops` what the
+    stack's own modules cost a token.
     """
 
     is_causal = True
@@ -77,3 +78,6 @@ class Stack(nn.Module):
             x_BSD, carry, layer_stats = layer(x_BSD, carry, inputs)
             stats.extend(layer_stats)
         return StackOutput(x_BSD=x_BSD, router_stats=stats)
+
+    def post_step(self) -> None:
+        """After an optimiser step; the plain stack has nothing to update."""

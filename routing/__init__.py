@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .pooled import PooledRouter
     from .pregate import PreGate, planned_experts
     from .product_key import ProductKeyRouter
-    from .router import Carry, Router, RouterModule, RouterSizes, RoutingContext
+    from .router import Carry, ExactBuffers, Router, RouterModule, RouterSizes, RoutingContext
     from .rule import ClassicRule
     from .soft import SoftRouter
     from .stats import RouterStats
@@ -50,6 +50,7 @@ _HOME = {
     "switch_balance_loss": ".losses",
     "z_loss": ".losses",
     "Carry": ".router",
+    "ExactBuffers": ".router",
     "Router": ".router",
     "RouterSizes": ".router",
     "RouterModule": ".router",
@@ -77,6 +78,7 @@ __all__ = [
     "ClassicRouter",
     "ClassicRule",
     "ConditionRouter",
+    "ExactBuffers",
     "ForcedRouter",
     "GliderRouter",
     "MarginalStats",
