@@ -111,13 +111,13 @@ class GridRouter(RouterModule):
         """The K best pairs of every token and head, a few tokens at a time."""
         rows, columns, total, entropy = [], [], 0.0, 0.0
         for part in slices(len(query), self.num_heads * max(2 * self.num_rows * (1 + self.ranks), k * k)):
-            row, column, distribution = self._select_some(query[part], k)
+            row_score, column_score, row, column = self._select_some(query[part], k)
             rows.append(row)
             columns.append(column)
-            if is_valid_T is not None:
-                distribution = distribution[is_valid_T[part]]
-            total = total + distribution.sum(dim=(0, 1))
-            entropy = entropy + torch.special.entr(distribution).sum()
+            valid = slice(None) if is_valid_T is None else is_valid_T[part]
+            sums = [_total_and_entropy(score[valid]) for score in (row_score, column_score)]
+            total = total + torch.cat([share for share, _ in sums])
+            entropy = entropy + sums[0][1] + sums[1][1]
         num_valid = len(query) if is_valid_T is None else int(is_valid_T.sum())
         share = 1 / max(num_valid * self.num_heads * 2, 1)
         return Selection(
@@ -147,13 +147,12 @@ class GridRouter(RouterModule):
         expert_TK = (found.row_THK * self.num_rows + found.column_THK).flatten(1)
         return drop_padding(self.routing(expert_TK, weight_TK), context)
 
-    def _select_some(self, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _select_some(self, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         row_score, column_score, row_part, column_part = self.first_stage(query)
         row, column = (score.topk(k, dim=-1).indices for score in (row_score, column_score))
         grid = self.second_stage(_pick(row_part, row), _pick(column_part, column))
         place = grid.flatten(-2).topk(k, dim=-1).indices
-        distribution = torch.cat([row_score.softmax(dim=-1), column_score.softmax(dim=-1)], dim=-1)
-        return row.gather(-1, place // k), column.gather(-1, place % k), distribution
+        return row_score, column_score, row.gather(-1, place // k), column.gather(-1, place % k)
 
     def _mean_probability(self, query: Tensor) -> Tensor:
         """With gradient; each run of tokens is computed again in the backward pass instead of being kept."""
@@ -165,6 +164,13 @@ class GridRouter(RouterModule):
         parts = slices(len(query), self.num_heads * 2 * self.num_rows * (1 + self.ranks))
         sums = [checkpoint(total, query[part], use_reentrant=False) for part in parts]
         return torch.stack(sums).sum(dim=0) / max(len(query) * self.num_heads * 2, 1)
+
+
+def _total_and_entropy(score: Tensor) -> tuple[Tensor, Tensor]:
+    """Of scores [t, H, M]: the summed distributions [M], and their summed entropies, with one exponential per score."""
+    share = score.softmax(dim=-1)
+    logsumexp = score.amax(dim=-1) - share.amax(dim=-1).log()
+    return share.sum(dim=(0, 1)), (logsumexp - torch.linalg.vecdot(share, score)).sum()
 
 
 def _pick(part: Tensor, place: Tensor) -> Tensor:
