@@ -119,7 +119,8 @@ def router_flops(model: MoEForCausalLM, passes: Sequence[float] | None = None) -
 def parameters(model: MoEForCausalLM, true_load: float) -> dict[str, int]:
     """`total`, `router`, and `active`: all but the experts that a token does not visit.
 
-    `true_load` is the number of different experts per token and layer, which is at most E.
+    `true_load` counts a token's experts per layer; where iterations of a chain may name one twice, `active` is the most
+    that it can be.
     """
     total = sum(p.numel() for p in model.parameters())
     banks = [layer.experts for layer in model.model.moe_layers if hasattr(layer, "experts")]

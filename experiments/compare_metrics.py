@@ -41,7 +41,7 @@ ROUTING_METRICS = (
 @torch.no_grad()
 def router_metrics(
     model: MoEForCausalLM, corpus: Corpus, *, sequence_length: int, max_tokens: int, batch_size: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Everything `compare` tabulates about a trained model, on held-out text.
 
     Args:
@@ -51,7 +51,7 @@ def router_metrics(
         max_tokens: at most so many tokens are read.
 
     Returns:
-        By name; see `compare_page.METRICS` for what each one is.
+        By name; see `compare_summary.METRICS` for what each one is. None where the architecture has no such thing.
     """
     rows = windows(corpus.held_out, min(sequence_length, len(corpus.held_out)))
     rows = rows[: max(1, max_tokens // rows.shape[1])]
@@ -65,7 +65,7 @@ def router_metrics(
     flops = token_flops(model, usage, sequence_length=rows.shape[1])
     true_load = _true_load(model, usage, outputs[0].router_stats)
     count = parameters(model, true_load)
-    return {
+    found = {
         "true_load": true_load,
         **_routing_metrics(model, [output.router_stats or [] for output in outputs], rows.shape),
         "predictability": float(np.mean(foresight)),
@@ -76,6 +76,7 @@ def router_metrics(
         "router_parameters": count["router"],
         "active_parameters": count["active"],
     }
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
 def _routing_metrics(

@@ -4,7 +4,7 @@ What earlier tokens left in the key/value cache is part of the question, and the
 is chosen: `oracle` lets every earlier token keep the route that was best for it, so that the result is a whole text's
 greedy oracle; `big` lets earlier tokens take big modules only, so that each token is judged beside a full model.
 
-Shapes: B sequences, S positions, L layers, N candidate routes, W beam width.
+Shapes: B sequences, S positions, L layers, X candidate routes.
 """
 
 from collections.abc import Iterator
@@ -79,12 +79,12 @@ def oracle_routes(
     if not is_exact and modules > 2:
         raise ValueError("a beam grows sets of big layers and knows no skipping; raise most_routes for an exact search")
     cache, routes, losses = DynamicCache(config=model.config), [], []
-    all_NL = torch.tensor(list(every_route(layers, num_big, modules))) if is_exact else None
+    all_XL = torch.tensor(list(every_route(layers, num_big, modules))) if is_exact else None
     for position in range(token_BS.shape[1] - 1):
         token_B1, target_B = token_BS[:, position : position + 1], token_BS[:, position + 1]
         judge = _Judge(model, cache, token_B1, target_B)
-        if all_NL is not None:
-            route_BL, loss_B = judge.best(all_NL.expand(len(token_BS), -1, -1))
+        if all_XL is not None:
+            route_BL, loss_B = judge.best(all_XL.expand(len(token_BS), -1, -1))
         else:
             route_BL, loss_B = _beam(judge, layers, num_big, beam or most_routes)
         routes.append(route_BL)
@@ -126,44 +126,44 @@ class _Judge:
     token_B1: Tensor
     target_B: Tensor
 
-    def losses(self, route_BNL: Tensor) -> Tensor:
-        """[B, N] nats."""
-        B, N, _ = route_BNL.shape
+    def losses(self, route_BXL: Tensor) -> Tensor:
+        """[B, X] nats."""
+        B, X, _ = route_BXL.shape
         cache = deepcopy(self.cache)
-        cache.batch_repeat_interleave(N)
-        with self.model.model.stack.following(route_BNL.flatten(0, 1)):
-            rows = self.token_B1.repeat_interleave(N, dim=0)
+        cache.batch_repeat_interleave(X)
+        with self.model.model.stack.following(route_BXL.flatten(0, 1)):
+            rows = self.token_B1.repeat_interleave(X, dim=0)
             logits = self.model(rows, past_key_values=cache, use_cache=True).logits[:, -1]
-        return cross_entropy(logits.float(), self.target_B.repeat_interleave(N), reduction="none").view(B, N)
+        return cross_entropy(logits.float(), self.target_B.repeat_interleave(X), reduction="none").view(B, X)
 
-    def best(self, route_BNL: Tensor) -> tuple[Tensor, Tensor]:
+    def best(self, route_BXL: Tensor) -> tuple[Tensor, Tensor]:
         """The route with the lowest loss of each row, the first of equals."""
-        loss_BN = self.losses(route_BNL)
-        loss_B, place_B = loss_BN.min(dim=1)
-        return route_BNL[torch.arange(len(route_BNL)), place_B], loss_B
+        loss_BX = self.losses(route_BXL)
+        loss_B, place_B = loss_BX.min(dim=1)
+        return route_BXL[torch.arange(len(route_BXL)), place_B], loss_B
 
 
 def _beam(judge: _Judge, layers: int, num_big: int, width: int) -> tuple[Tensor, Tensor]:
     """Sets of big layers as bits, grown one layer at a time."""
     bit_L = 2 ** torch.arange(layers)
-    set_BW = torch.zeros(len(judge.target_B), 1, dtype=torch.int64)
-    loss_BW = judge.losses(_as_routes(set_BW, bit_L))
+    set_BX = torch.zeros(len(judge.target_B), 1, dtype=torch.int64)
+    loss_BX = judge.losses(_as_routes(set_BX, bit_L))
     for _ in range(num_big):
-        grown_BN = (set_BW[:, :, None] | bit_L).flatten(1)
-        is_new_BN = ((set_BW[:, :, None] & bit_L) == 0).flatten(1)
-        grown_BN, order_BN = grown_BN.masked_fill(~is_new_BN, 0).sort(dim=1)
-        is_first_BN = torch.ones_like(is_new_BN)
-        is_first_BN[:, 1:] = grown_BN[:, 1:] != grown_BN[:, :-1]
-        usable_BN = is_new_BN.gather(1, order_BN) & is_first_BN
-        loss_BN = judge.losses(_as_routes(grown_BN, bit_L)).masked_fill(~usable_BN, torch.inf)
-        kept = loss_BN.topk(min(width, int(usable_BN.sum(dim=1).min())), dim=1, largest=False)
-        set_BW, loss_BW = grown_BN.gather(1, kept.indices), kept.values
-    best_B1 = loss_BW.argmin(dim=1, keepdim=True)
-    return _as_routes(set_BW.gather(1, best_B1), bit_L)[:, 0], loss_BW.gather(1, best_B1)[:, 0]
+        grown_BX = (set_BX[:, :, None] | bit_L).flatten(1)
+        is_new_BX = ((set_BX[:, :, None] & bit_L) == 0).flatten(1)
+        grown_BX, order_BX = grown_BX.masked_fill(~is_new_BX, 0).sort(dim=1)
+        is_first_BX = torch.ones_like(is_new_BX)
+        is_first_BX[:, 1:] = grown_BX[:, 1:] != grown_BX[:, :-1]
+        usable_BX = is_new_BX.gather(1, order_BX) & is_first_BX
+        loss_BX = judge.losses(_as_routes(grown_BX, bit_L)).masked_fill(~usable_BX, torch.inf)
+        kept = loss_BX.topk(min(width, int(usable_BX.sum(dim=1).min())), dim=1, largest=False)
+        set_BX, loss_BX = grown_BX.gather(1, kept.indices), kept.values
+    best_B1 = loss_BX.argmin(dim=1, keepdim=True)
+    return _as_routes(set_BX.gather(1, best_B1), bit_L)[:, 0], loss_BX.gather(1, best_B1)[:, 0]
 
 
-def _as_routes(set_BN: Tensor, bit_L: Tensor) -> Tensor:
-    return torch.where((set_BN[..., None] & bit_L) > 0, BIG, SMALL)
+def _as_routes(set_BX: Tensor, bit_L: Tensor) -> Tensor:
+    return torch.where((set_BX[..., None] & bit_L) > 0, BIG, SMALL)
 
 
 def _shape(model: MoEForCausalLM) -> tuple[int, int]:

@@ -87,6 +87,7 @@ class MoEPreTrainedModel(PreTrainedModel):
     _no_split_modules = ("DecoderLayer",)
     _keep_in_fp32_modules_strict = (
         "bias_R",
+        "bias_J",
         "penalty_weight",
         "weight_PK",
         "query_mean",

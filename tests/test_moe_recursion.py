@@ -217,11 +217,11 @@ def test_the_token_choice_loss_is_share_times_probability(build, tolerance):
     output = model(token_BS, labels=token_BS)
     depths = [own for row in token_BS for own in logits_by_loops(model, row.tolist(), "token", "recursion", 3)[1]]
     seen = {}
-    model.model.layers[1].register_forward_pre_hook(lambda _m, inputs: seen.update(x=inputs[0]))
+    model.model.stack.depth.register_forward_pre_hook(lambda _m, inputs: seen.update(x=inputs[0]))
     model(token_BS)
-    score_TR = model.model.stack.depth.router(seen["x"].flatten(0, 1)).softmax(dim=-1)
-    share_R = torch.tensor([depths.count(place) / 12 for place in range(3)], dtype=torch.float64)
-    expected = 0.1 * 3 * (share_R * score_TR.mean(dim=0)).sum()
+    score_TJ = model.model.stack.depth.router(seen["x"].flatten(0, 1)).softmax(dim=-1)
+    share_J = torch.tensor([depths.count(place) / 12 for place in range(3)], dtype=torch.float64)
+    expected = 0.1 * 3 * (share_J * score_TJ.mean(dim=0)).sum()
     torch.testing.assert_close(output.losses["depth"], expected, **tolerance[torch.float64])
 
 
@@ -253,17 +253,17 @@ def test_the_balancing_bias_moves_after_steps_and_never_enters_the_gate(build):
     model = build({"choice": "token", "balance": "bias"}).train()
     depth, token_BS = model.model.stack.depth, torch.randint(96, (2, 8))
     model(token_BS, labels=token_BS)
-    count_R = depth.count_R.clone()
-    assert count_R.sum() == 16
+    count_J = depth.count_J.clone()
+    assert count_J.sum() == 16
     model.model.post_step([], 16)
-    assert torch.equal(depth.bias_R, 1e-3 * (count_R.mean() - count_R).sign())
-    assert not depth.count_R.any()
-    depth.bias_R = torch.tensor([0.0, 100.0])
+    assert torch.equal(depth.bias_J, 1e-3 * (count_J.mean() - count_J).sign())
+    assert not depth.count_J.any()
+    depth.bias_J = torch.tensor([0.0, 100.0])
     x_BSD, valid = torch.randn(1, 5, 32), torch.ones(1, 5, dtype=torch.bool)
     choice = depth(x_BSD, valid, False)
     assert choice.is_alive_BS[1].all()
     torch.testing.assert_close(choice.gate_BS, depth.router(x_BSD).softmax(dim=-1)[..., 1])
-    assert model.bfloat16().model.stack.depth.bias_R.dtype == torch.float32
+    assert model.bfloat16().model.stack.depth.bias_J.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["expert", "token", "expert moe"])
