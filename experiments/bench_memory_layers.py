@@ -40,9 +40,7 @@ def bench_memory_layers(
     for name in SETTINGS:
         check_parity(name, width)
     rows = [row for name in SETTINGS for count in counts for row in measure(name, count, width, train_up_to, repeats)]
-    table = Table(
-        "layer", "experts", "T", "ms", "p20", "p80", "dense ms", "ratio", "work MB", "tables MB"
-    )
+    table = Table("layer", "experts", "T", "ms", "p20", "p80", "dense ms", "ratio", "work MB", "tables MB")
     for row in rows:
         table.add_row(
             f"{row['layer']}{', train' if row['backward'] else ''}",

@@ -40,7 +40,8 @@ def prune(
         found = RoutingTrace.load(trace)
         if (found.num_layers, found.num_experts) != (num_layers, E):
             raise ValueError(
-                f"{trace} has {found.num_layers} layers of {found.num_experts} experts; the model has {num_layers} of {E}"
+                f"{trace} has {found.num_layers} layers of {found.num_experts} experts, "
+                f"the model has {num_layers} of {E}"
             )
         kept = most_used(found, keep)
     _save(cut(model, kept), out)

@@ -4,8 +4,8 @@ Scores are linear, so the score of a mean token is the mean of the tokens' score
 They stand as one more layer of the key/value cache, so beam search, cropping and the end of a request do to them what
 they do to keys.
 
-Source: Hydra (2025), arXiv:2508.15099, whose abstract says: one decision per chunk. How a chunk is pooled without looking
-ahead is ours.
+Source: Hydra (2025), arXiv:2508.15099, whose abstract says: one decision per chunk. How a chunk is pooled without
+looking ahead is ours.
 
 Shapes: B sequences, S positions of this call, T = B * S, P positions so far, D model width, R routable experts.
 """
