@@ -12,12 +12,15 @@ from rich.table import Table
 if TYPE_CHECKING:
     from torch import nn
 
+    from .kernel_contestants import Contestant
     from .kernel_shapes import LayerInput, LayerShape
 
 FEW_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 MANY_TOKENS = (512, 4096, 16384, 32768)
 PARITY_TOKENS = (1, 64, 512, 8192)
 CPU_TOKENS = (1, 64, 512)
+# one for each row class of the tile table
+TUNED_ROWS = (32, 128, 1024)
 SEED = 0
 NO_GPU = "no GPU here: the Triton kernels stay unmeasured; what follows is the path that a CPU takes"
 
@@ -50,7 +53,8 @@ def bench_kernels(
         console.print(NO_GPU, highlight=False)
     rows: list[dict[str, Any]] = []
     missing: list[str] = []
-    work = _on_gpu(shape, tokens, routing, trace, tune) if has_gpu else _on_cpu(shape, tokens)
+    failed: list[str] = []
+    work = _on_gpu(shape, tokens, routing, trace, tune, failed) if has_gpu else _on_cpu(shape, tokens)
     deadline = time.monotonic() + seconds
     try:
         for what, measure in work:
@@ -64,7 +68,9 @@ def bench_kernels(
     _show(console, rows, has_gpu)
     if missing:
         console.print(f"not measured, out of time: {', '.join(missing)}", highlight=False)
-    _keep(rows, missing, json_file, record, has_gpu)
+    for line in failed:
+        console.print(f"not measured, failed: {line}", highlight=False)
+    _keep(rows, missing, failed, json_file, record, has_gpu)
 
 
 Work = Iterator[tuple[str, Any]]
@@ -92,7 +98,7 @@ def _cpu_rows(name: str, layer: "LayerShape", dtype: Any, num_tokens: int) -> li
 
     from .kernel_contestants import Contestant
     from .kernel_shapes import experts_module, layer_input, uniform
-    from .kernel_timing import time_in_turns
+    from .kernel_timing import summary, time_in_turns
 
     generator = np.random.default_rng(SEED)
     experts = experts_module(layer, dtype, "cpu", SEED)
@@ -105,18 +111,24 @@ def _cpu_rows(name: str, layer: "LayerShape", dtype: Any, num_tokens: int) -> li
     rows = []
     for is_training in (False, True):
         calls = {one.name: _call(one, experts, given, is_training) for one in contestants}
-        times = time_in_turns(calls)
-        base_s = times["transformers grouped_mm"].median_s
+        samples_s = time_in_turns(calls)
+        base_s = np.array(samples_s["transformers grouped_mm"])
+        routing = f"uniform {dtype}".replace("torch.", "")
         rows += [
-            _row(name, layer, num_tokens, f"uniform {dtype}".replace("torch.", ""), is_training, who, found)
-            | {"ratio_to_grouped_mm": round(found.median_s / base_s, 3)}
-            for who, found in times.items()
+            _row(name, layer, num_tokens, routing, is_training, who, summary(found_s, False))
+            | {"ratio_to_grouped_mm": round(float(np.median(np.array(found_s) / base_s)), 3)}
+            for who, found_s in samples_s.items()
         ]
     return rows
 
 
 def _on_gpu(
-    names: list[str] | None, tokens: list[int] | None, routings: list[str] | None, trace: Path | None, tune: bool
+    names: list[str] | None,
+    tokens: list[int] | None,
+    routings: list[str] | None,
+    trace: Path | None,
+    tune: bool,
+    failed: list[str],
 ) -> Work:
     import torch
 
@@ -129,7 +141,7 @@ def _on_gpu(
         raise ValueError("--trace needs --shape: the layer that the trace was recorded from")
     bandwidth = copy_bytes_per_s()
     for name, layer in chosen(names, SHAPES).items():
-        bench = _GpuLayer(name, layer, bandwidth)
+        bench = _GpuLayer(name, layer, bandwidth, failed)
         yield f"{name} parity", bench.parity_rows
         if tune:
             yield f"{name} tuning", bench.tune
@@ -144,10 +156,13 @@ def _on_gpu(
 
 
 class _GpuLayer:
-    """One layer on the GPU: its weights, made when first needed, and everything measured with them."""
+    """One layer on the GPU: its weights, made when first needed, and everything measured with them.
 
-    def __init__(self, name: str, layer: "LayerShape", copy_bytes_per_s: float) -> None:
-        self.name, self.layer, self.copy_bytes_per_s = name, layer, copy_bytes_per_s
+    A peer that fails (a shape that it does not know, memory) is named in `failed`; ours must not fail.
+    """
+
+    def __init__(self, name: str, layer: "LayerShape", copy_bytes_per_s: float, failed: list[str]) -> None:
+        self.name, self.layer, self.copy_bytes_per_s, self.failed = name, layer, copy_bytes_per_s, failed
         self._experts: nn.Module | None = None
 
     @property
@@ -205,29 +220,40 @@ class _GpuLayer:
         from moe.kernels.experts import weights_of
         from moe.kernels.tune import save_tuned, tune
 
-        for num_tokens in MANY_TOKENS[:3]:
+        for rows_per_expert in TUNED_ROWS:
+            num_tokens = rows_per_expert * self.layer.num_experts // self.layer.top_k
             given = self.given(num_tokens, "uniform")
             tiles = tune(weights_of(self.experts), given.x_TD, given.expert_TK, given.combine_TK)
-            rows_per_expert = num_tokens * self.layer.top_k / self.layer.num_experts
             save_tuned(torch.cuda.get_device_name(), torch.bfloat16, rows_per_expert, tiles)
         return []
 
     def rows(self, num_tokens: int, routing: str, trace: Path | None = None) -> list[dict[str, Any]]:
-        from .kernel_timing import peak_bytes, time_on_gpu
-
         given = self.given(num_tokens, routing, trace)
         rows = []
         for one in self.contestants(num_tokens):
             for is_training in (False, True) if one.trains and num_tokens >= MANY_TOKENS[0] else (False,):
-                call = _call(one, self.experts, given, is_training)
-                found = time_on_gpu(call)
-                row = _row(self.name, self.layer, num_tokens, routing, is_training, one.name, found)
-                moved = given.num_active * self.layer.expert_bytes(one.weight_bytes)
-                row["of_copy_bandwidth"] = round(moved / found.median_s / self.copy_bytes_per_s, 3)
-                row["peak_mib"] = round(peak_bytes(call) / 2**20, 1)
-                row["is_graph"] = found.is_graph
-                rows.append(row)
+                try:
+                    rows.append(self._timed(one, given, num_tokens, routing, is_training))
+                except (RuntimeError, ValueError, TypeError, ImportError) as error:
+                    if one.name.startswith("expertier"):
+                        raise
+                    lines = str(error).splitlines() or [type(error).__name__]
+                    self.failed.append(f"{one.name}, {self.name} T={num_tokens} {routing}: {lines[0]}")
         return rows
+
+    def _timed(
+        self, one: "Contestant", given: "LayerInput", num_tokens: int, routing: str, is_training: bool
+    ) -> dict[str, Any]:
+        from .kernel_timing import peak_bytes, time_on_gpu
+
+        call = _call(one, self.experts, given, is_training)
+        found = time_on_gpu(call)
+        row = _row(self.name, self.layer, num_tokens, routing, is_training, one.name, found)
+        moved = given.num_active * self.layer.expert_bytes(one.weight_bytes)
+        row["of_copy_bandwidth"] = round(moved / found.median_s / self.copy_bytes_per_s, 3)
+        row["peak_mib"] = round(peak_bytes(call) / 2**20, 1)
+        row["is_graph"] = found.is_graph
+        return row
 
 
 def _call(contestant: Any, experts: "nn.Module", given: "LayerInput", is_training: bool) -> Any:
@@ -295,14 +321,21 @@ def _show(console: Console, rows: list[dict[str, Any]], has_gpu: bool) -> None:
     Console(width=max(console.width, 200)).print(table)
 
 
-def _keep(rows: list[dict[str, Any]], missing: list[str], json_file: Path | None, record: bool, has_gpu: bool) -> None:
+def _keep(
+    rows: list[dict[str, Any]],
+    missing: list[str],
+    failed: list[str],
+    json_file: Path | None,
+    record: bool,
+    has_gpu: bool,
+) -> None:
     from routing.traces import write_json
 
     from .record import save_record
 
     if json_file is not None:
-        write_json(json_file, {"rows": rows, "not_measured": missing})
+        write_json(json_file, {"rows": rows, "not_measured": missing, "failed": failed})
     if record and rows:
-        config = {"not_measured": missing, "cold_cache": has_gpu, "graph_replay": has_gpu}
+        config = {"not_measured": missing, "failed": failed, "cold_cache": has_gpu, "graph_replay": has_gpu}
         folder = save_record("kernels-gpu" if has_gpu else "kernels-cpu", rows, config=config, seed=SEED)
         typer.echo(f"record: {folder}")

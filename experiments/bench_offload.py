@@ -30,6 +30,10 @@ def bench_offload(
     contestant: Annotated[list[str] | None, typer.Option("--contestant", help="Who runs; repeat for more.")] = None,
     prefill: Annotated[int, typer.Option("--prefill", min=1, help="Tokens of the first call.")] = 64,
     decode: Annotated[int, typer.Option("--decode", min=2, help="Tokens decoded one by one.")] = 48,
+    predictor: Annotated[
+        Path | None,
+        typer.Option("--predictor", help="From other rows, for ours-ahead."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the table as JSON.")] = None,
     record: Annotated[bool, typer.Option("--record", help="Save a record.")] = False,
 ) -> None:
@@ -48,7 +52,7 @@ def bench_offload(
         for name in contestant or DEFAULT_CONTESTANTS:
             if name in NEEDS_LIMIT and NEEDS_LIMIT[name] != (text != "none"):
                 continue
-            result = _run(name, checkpoint, text, prefill, decode)
+            result = _run(name, checkpoint, text, prefill, decode, predictor)
             result["bound_tok_per_s"] = _bound(result, bandwidth)
             results.append(result)
             console.print(_line(result), highlight=False)
@@ -91,7 +95,7 @@ def check_parity() -> None:
             model.offload.close()
 
 
-def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int) -> dict[str, Any]:
+def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, predictor: Path | None) -> dict[str, Any]:
     drop_cached(checkpoint)
     limit_bytes = None if limit == "none" else parse_size(limit)
     command = [
@@ -103,6 +107,7 @@ def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int) -> 
         limit,
         str(prefill),
         str(decode),
+        str(predictor or ""),
     ]
     row: dict[str, Any] = {"contestant": name, "limit": limit}
     finished = run_limited(command, limit_bytes, TIMEOUT_S)
@@ -124,8 +129,10 @@ def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int) -> 
         "load_s": measured.get("load_s"),
         "hit_rate": measured.get("hit_rate"),
         "bytes_per_token": measured.get("bytes_per_token"),
+        "bytes_missed_per_token": measured.get("bytes_missed_per_token"),
         "prefill_bytes": measured.get("prefill_bytes"),
         "io_and_compute_share": measured.get("io_and_compute_share"),
+        "prefetch": measured.get("prefetch"),
         "peak_bytes": finished.peak_bytes,
         "peak_rss_bytes": measured.get("peak_rss_bytes"),
         "logits": measured.get("logits"),
@@ -134,7 +141,7 @@ def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int) -> 
 
 
 def _bound(result: dict[str, Any], bandwidth: float) -> float | None:
-    missed = result["bytes_per_token"]
+    missed = result["bytes_missed_per_token"]
     return bandwidth / missed if missed else None
 
 
@@ -176,7 +183,7 @@ def _print(console: Console, results: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _contest(name: str, checkpoint: Path, limit: str, prefill: int, decode: int) -> dict[str, Any]:
+def _contest(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, predictor: str = "") -> dict[str, Any]:
     """In the limited process: load, prefill, decode along the trace.
 
     Prefetching by the next layer's gate stays off: a replay checkpoint marks the experts of all layers in one hidden
@@ -185,7 +192,7 @@ def _contest(name: str, checkpoint: Path, limit: str, prefill: int, decode: int)
     import torch
 
     started = time.perf_counter()
-    model = _load(name, checkpoint, limit, prefill + decode)
+    model = _load(name, checkpoint, limit, prefill + decode, predictor)
     load_s = time.perf_counter() - started
     ids = torch.arange(prefill + decode)[None]
     step_s: list[float] = []
@@ -206,14 +213,25 @@ def _contest(name: str, checkpoint: Path, limit: str, prefill: int, decode: int)
         report = model.offload.report()
         measured["hit_rate"] = report["hit_rate"]
         measured["bytes_per_token"] = report["bytes_read"] / decode
+        measured["bytes_missed_per_token"] = report["bytes_missed"] / decode
         measured["prefill_bytes"] = after_prefill["bytes_read"]
         measured["peak_rss_bytes"] = report["peak_memory_bytes"]
         measured["compute_s"], measured["stall_s"] = report["compute_s"], report["stall_s"]
+        measured["prefetch"] = report["prefetch"]
         measured["io_and_compute_share"] = (report["compute_s"] + report["stall_s"]) / sum(step_s)
     return measured
 
 
-def _load(name: str, checkpoint: Path, limit: str, context: int) -> Any:
+def _option(part: str, predictor: str) -> dict[str, Any]:
+    """What `ours-fast`, `ours-ahead`, `ours-lru` and so on add to the defaults."""
+    if part == "ahead":
+        if not predictor:
+            raise ValueError("ours-ahead needs --predictor; make one with `expertier trace predictor`")
+        return {"prefetch": predictor}
+    return {"arithmetic": "fast"} if part == "fast" else {"policy": part}
+
+
+def _load(name: str, checkpoint: Path, limit: str, context: int, predictor: str = "") -> Any:
     import torch
     import transformers
 
@@ -225,7 +243,7 @@ def _load(name: str, checkpoint: Path, limit: str, context: int) -> Any:
         memory: Any = "auto" if limit == "none" else parse_size(limit)
         options: dict[str, Any] = {"context": context}
         for part in name.split("-")[1:]:
-            options |= {"arithmetic": "fast"} if part == "fast" else {"policy": part}
+            options |= _option(part, predictor)
         return offload.load(checkpoint, cpu_memory=memory, **options)
     if name == "resident":
         return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
@@ -239,4 +257,4 @@ def _load(name: str, checkpoint: Path, limit: str, context: int) -> Any:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_contest(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))))
+    print(json.dumps(_contest(sys.argv[1], Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:6]), sys.argv[6])))

@@ -1,7 +1,13 @@
 """`expertier bench placement`: every solver on generated and given workloads, quality and time in one table."""
 
+import contextlib
+import itertools
+import os
+import resource
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +20,7 @@ from rich.table import Table
 from .record import RECORDS, save_record
 
 COLUMNS = ("case", "solver", "balancedness", "gap", "gpu_fanout", "node_fanout", "hops", "held_balancedness",
-           "held_gpu_fanout", "held_node_fanout", "held_hops", "p20_s", "p50_s", "p80_s", "n")  # fmt: skip
+           "held_gpu_fanout", "held_node_fanout", "held_hops", "p20_s", "p50_s", "p80_s", "n", "peak_gib")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,47 +36,102 @@ class Case:
 
 def bench_placement(
     loads: Annotated[
-        list[Path] | None, typer.Option(help="Loads to add; the first is planned on, the last scored.")
+        list[Path] | None,
+        typer.Option(help="Expert loads: the first is planned on, the last scored; 4 or more: trios."),
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="A trace to add: even sequences planned on, odd scored.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="A trace: even sequences planned on, odd scored.")] = None,
     repeats: Annotated[int, typer.Option(help="Runs per solver.")] = 3,
-    time_limit: Annotated[float, typer.Option(help="Seconds per solve.")] = 60.0,
+    time_limit: Annotated[float, typer.Option(help="Seconds per solve.")] = 30.0,
     records: Annotated[Path, typer.Option(help="Folder of the record.")] = RECORDS,
 ) -> None:
-    """Compare placement solvers; parity of the fast EPLB with its reference is checked first.
+    """Compare placement solvers on generated workloads, or on given ones; the fast EPLB is checked first.
 
     Example: `expertier bench placement --repeats 3`
     """
-    from placement import score, solve
-
     console = Console()
     eplb_times = _eplb_parity_and_time()
     console.print(
         f"EPLB equals its reference; 58 x 256, 288 slots: {1e3 * np.median(eplb_times):.2f} ms", highlight=False
     )
     rows = [_row("r1-like 288/32, EPLB alone", "eplb-global", eplb_times)]
-    cases = [*_generated_cases(), *_given_cases(loads or [], trace)]
-    for case in cases:
-        for solver in case.solvers:
-            seconds, plan = [], None
-            for seed in range(repeats):
-                began = time.perf_counter()
-                plan = solve(case.planned, objective=case.objective, solver=solver, time_limit_s=time_limit, seed=seed)
-                seconds.append(time.perf_counter() - began)
-            assert plan is not None
-            planned, held = score(case.planned, plan), score(case.held, plan)
-            rows.append(_row(case.name, solver, seconds, planned, held))
-            console.print(f"{case.name}: {solver} done in {np.median(seconds):.2f} s", highlight=False)
-    _print(console, rows)
     given = [path.name for path in (loads or [])] + ([trace.name] if trace else [])
-    folder = save_record(
-        "placement-solvers",
-        rows,
-        config={"repeats": repeats, "time_limit_s": time_limit, "given": given},
-        seed=0,
-        folder=records,
-    )
+    for case in _given_cases(loads or [], trace) if given else _generated_cases():
+        for solver in case.solvers:
+            rows.append(_run(case, solver, repeats, time_limit))
+            console.print(f"{case.name}: {solver} done in {rows[-1]['p50_s']:.2f} s", highlight=False)
+    if len(loads or []) > 3:
+        rows += _trio_rows(loads or [])
+    _print(console, rows)
+    config = {"repeats": repeats, "time_limit_s": time_limit, "given": given}
+    slug = "placement-goals" if given else "placement-solvers"
+    folder = save_record(slug, rows, config=config, seed=0, folder=records)
     console.print(f"record: {folder}", highlight=False)
+
+
+def _run(case: Case, solver: str, repeats: int, time_limit_s: float) -> dict[str, Any]:
+    from placement import score, solve
+
+    seconds, plan = [], None
+    with _peak_memory() as peak:
+        for seed in range(repeats):
+            began = time.perf_counter()
+            plan = solve(case.planned, objective=case.objective, solver=solver, time_limit_s=time_limit_s, seed=seed)
+            seconds.append(time.perf_counter() - began)
+    assert plan is not None
+    planned, held = score(case.planned, plan), score(case.held, plan)
+    return _row(case.name, solver, seconds, planned, held) | {"peak_gib": peak[0] / 2**30}
+
+
+@contextmanager
+def _peak_memory() -> Iterator[list[int]]:
+    """Bytes of this process and its descendants at the worst moment (Linux; shared pages count in each of them)."""
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            peak[0] = max(peak[0], _tree_bytes())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def _tree_bytes() -> int:
+    parent, resident = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parent[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            resident[int(folder.name)] = int((folder / "statm").read_text().split()[1])
+    mine = {os.getpid()}
+    while more := {pid for pid, one in parent.items() if one in mine} - mine:
+        mine |= more
+    return sum(resident.get(pid, 0) for pid in mine) * resource.getpagesize()
+
+
+def _trio_rows(paths: list[Path]) -> list[dict[str, Any]]:
+    """Plans of every three workloads, scored on the worst of the others; EPLB planned on each of the three alone."""
+    from placement import Cluster, Problem, read_loads, score, solve
+
+    tables = [read_loads(path) for path in paths]
+    cluster = Cluster.grid(4, 8)
+    others = [Problem.from_loads(table, cluster, replicas=32) for table in tables]
+    single = [solve(problem, solver="eplb-global") for problem in others]
+    rows = []
+    for trio in itertools.combinations(range(len(tables)), 3):
+        unseen = [others[index] for index in range(len(tables)) if index not in trio]
+        name = "trio " + "+".join(paths[index].stem for index in trio)
+        planned = Problem.from_loads({str(index): tables[index] for index in trio}, cluster, replicas=32)
+        began = time.perf_counter()
+        plans = [("search", solve(planned, solver="search")), *((f"EPLB {paths[i].stem}", single[i]) for i in trio)]
+        seconds = [time.perf_counter() - began]
+        for solver, plan in plans:
+            worst = min((score(problem, plan) for problem in unseen), key=lambda found: found.balancedness)
+            rows.append(_row(name, solver, seconds, score(planned, plan), worst))
+    return rows
 
 
 def _eplb_parity_and_time() -> list[float]:
@@ -115,31 +176,31 @@ def _given_cases(loads: list[Path], trace: Path | None) -> list[Case]:
     from placement import Cluster, Problem, read_loads
     from routing.traces import RoutingTrace
 
-    cases = []
+    cases = [_pipeline_case()]
     if loads:
-        tables = [read_loads(path) for path in loads]
+        tables = [read_loads(loads[0]), read_loads(loads[-1])]
         for nodes, replicas in ((4, 32), (8, 64), (4, 0)):
             cluster = Cluster.grid(nodes, 8)
-            planned, held = (Problem.from_loads(table, cluster, replicas=replicas) for table in (tables[0], tables[-1]))
-            slots = planned.num_slots
-            cases.append(
-                Case(
-                    f"given {slots}/{8 * nodes}",
-                    planned,
-                    held,
-                    "balance",
-                    ("contiguous", "eplb-global", "lpt", "search"),
-                )
-            )
+            planned, held = (Problem.from_loads(table, cluster, replicas=replicas) for table in tables)
+            name = f"given {planned.num_slots}/{8 * nodes}"
+            cases.append(Case(name, planned, held, "balance", ("contiguous", "eplb-global", "lpt", "search")))
     if trace is not None:
         data = RoutingTrace.load(trace)
-        for nodes, objective in ((1, "fanout+balance"), (2, "fanout+balance"), (1, "hops+balance")):
+        for nodes, objective in ((1, "fanout+balance"), (2, "fanout+balance"), (1, "hops")):
             cluster = Cluster.grid(nodes, 8 // nodes)
-            solvers = ("contiguous", "eplb-global", "search")
-            cases.append(
-                _split_case(f"given trace {nodes}x{8 // nodes} {objective}", data, cluster, objective, solvers)
-            )
+            name = f"given trace {nodes}x{8 // nodes} {objective}"
+            cases.append(_split_case(name, data, cluster, objective, ("contiguous", "eplb-global", "auto")))
     return cases
+
+
+def _pipeline_case() -> Case:
+    """58 layers of 256 experts on 8 x 8 GPUs; generated, checked on other data of the same generator."""
+    from placement import Cluster, Problem, generate_trace
+
+    trace = generate_trace(tokens=18_000, layers=58, experts=256, top_k=8, blocks=32)
+    cluster = Cluster.grid(8, 8)
+    planned, held = (Problem.from_trace(trace.rows(*rows), cluster) for rows in ((0, 12_000), (12_000, None)))
+    return Case("58x256, 8x8, full pipeline", planned, held, "fanout+balance", ("auto",))
 
 
 def _split_case(name: str, trace: Any, cluster: Any, objective: str, solvers: tuple[str, ...]) -> Case:

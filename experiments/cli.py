@@ -18,6 +18,7 @@ from .bench_memory_layers import bench_memory_layers
 from .bench_offload import bench_offload
 from .bench_placement import bench_placement
 from .bench_routers import routers as bench_routers
+from .bench_train import bench_train
 from .commands import compare, demo, train
 from .duo import bench_duo
 from .leverage import leverage
@@ -55,10 +56,12 @@ bench.command("memory-layers")(bench_memory_layers)
 bench.command("offload")(bench_offload)
 bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)
+bench.command("train")(bench_train)
 app.add_typer(bench, name="bench")
 routing.cli.trace_app.command("record")(offload.cli.record)
 routing.cli.trace_app.command("locality")(offload.trace_cli.locality)
 routing.cli.trace_app.command("batches")(offload.trace_cli.batches)
+routing.cli.trace_app.command("predictor")(offload.trace_cli.predictor)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)
 app.add_typer(placement.cli.app, name="place")

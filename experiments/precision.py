@@ -1,7 +1,7 @@
-"""Which number format multiplies matrices faster on this machine, the way experts do: with ever-changing row counts.
+"""Which number format trains a model faster on this machine, asked of what its steps do most: experts.
 
-A library that prepares each new shape anew can make bfloat16 several times slower than float32 here, although it is
-faster on one large product.
+A library that prepares each new shape anew, or a processor that has to emulate the narrow format, can make bfloat16
+slower than float32 here, although it is faster on one large product elsewhere.
 """
 
 import time
@@ -9,29 +9,49 @@ from functools import lru_cache
 
 import torch
 
-WIDTH, ROUNDS, HEIGHTS = 256, 4, 60
+from .presets import TrainConfig
+
+ROUNDS = 7
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
+def resolve_precision(config: TrainConfig, device: torch.device) -> str:
     """`auto` becomes `bfloat16` where it is at least 1.2 times as fast as `float32`; other names stay."""
-    return _faster(device) if precision == "auto" else precision
+    if config.precision != "auto":
+        return config.precision
+    from moe import MoEConfig
+
+    model = MoEConfig(**config.model)
+    sizes = (model.hidden_size, model.moe_intermediate_size, model.num_experts, model.num_experts_per_tok)
+    return _faster(config.batch_size * config.sequence_length, *sizes, device)
 
 
 @lru_cache
-def _faster(device: torch.device) -> str:
-    """Asked once per process: the second time no shape would be new."""
-    return "bfloat16" if _seconds(torch.float32, device) > 1.2 * _seconds(torch.bfloat16, device) else "float32"
+def _faster(T: int, D: int, F: int, E: int, K: int, device: torch.device) -> str:
+    """Asked once per process and size, so that its runs agree."""
+    single_s, half_s = (_seconds(precision, T, D, F, E, K, device) for precision in ("float32", "bfloat16"))
+    return "bfloat16" if single_s > 1.2 * half_s else "float32"
 
 
-def _seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """Median time of a round of products, whose heights no earlier round had."""
-    right = torch.ones(WIDTH, 2 * WIDTH, dtype=dtype, device=device)
+def _seconds(precision: str, T: int, D: int, F: int, E: int, K: int, device: torch.device) -> float:
+    """Median time of a forward and backward pass through a layer of experts, each with a routing of its own."""
+    from moe import Experts, MoEConfig, expertier_experts
+
+    experts = Experts(MoEConfig(hidden_size=D, moe_intermediate_size=F, num_experts=E, num_experts_per_tok=K))
+    experts = experts.to(device)
+    for parameter in experts.parameters():
+        torch.nn.init.constant_(parameter, 1 / D)
+    # of its own: a run that asks for its precision must not find its random numbers moved
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.ones(T, D, device=device, requires_grad=True)
+    combine_TK = torch.ones(T, K, device=device)
     samples = []
-    for number in range(ROUNDS):
+    for _ in range(ROUNDS):
+        expert_TK = torch.rand(T, E, generator=generator).to(device).topk(K).indices
         start = time.perf_counter()
-        for height in range(HEIGHTS):
-            rows = torch.ones(WIDTH + number + ROUNDS * height, WIDTH, dtype=dtype, device=device)
-            total = (rows @ right).sum()
-        total.item()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            y_TD = expertier_experts(experts, x_TD, expert_TK, combine_TK)
+        y_TD.sum().backward()
+        x_TD.grad[0, 0].item()
         samples.append(time.perf_counter() - start)
-    return sorted(samples[1:])[len(samples) // 2 - 1]
+    # the first ones prepare what later ones find ready
+    return sorted(samples[2:])[(ROUNDS - 2) // 2]

@@ -51,7 +51,7 @@ def train(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = prepare(run, config, resume=resume)
-    precision = precision_of(found[-1]) if found else resolve_precision(config.precision, device)
+    precision = precision_of(found[-1]) if found else resolve_precision(config, device)
     config = replace(config, precision=precision)
     model, optimizer, order = build(config, corpus, device)
     done = restore(found[-1], model, optimizer) if found else 0
@@ -164,7 +164,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast | nullconte
 def measure_step_s(config: TrainConfig, corpus: Corpus, *, num_steps: int = 4) -> float:
     """Median seconds of an optimiser step of this run here, on a model that is thrown away."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = replace(config, precision=resolve_precision(config.precision, device))
+    config = replace(config, precision=resolve_precision(config, device))
     model, optimizer, order = build(config, corpus, device)
     train_step(model, optimizer, order, config, 0)
     seconds = []

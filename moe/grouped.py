@@ -13,12 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+from .blockwise import blockwise_experts
 from .looped_product import looped_product
 
 # up to here, without gradient, a loop in Python costs less than looking at every expert
 LOOPED_ROWS = 32
+# from so many rows per expert on, what blocks save in the cache is more than what they cost in Python
+BLOCKWISE_ROWS = 192
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -60,6 +64,9 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
     expert_N, order_N = expert_TK.flatten().sort(stable=True)
     end_E = torch.bincount(expert_N, minlength=E)[:E].cumsum(0).to(torch.int32)
     groups = _Groups(end_E, end_E.tolist() if _is_eager_cpu(x_TD) else None, T * K)
+    if groups.ends is not None and T * K >= BLOCKWISE_ROWS * E and _is_swiglu(experts):
+        rights = (_right(experts, "gate_up_proj"), _right(experts, "down_proj"))
+        return blockwise_experts(x_TD, weight_TK, *rights, order_N, groups.ends, _product_dtype(experts.down_proj))
     expert_N = expert_N.clamp(max=E - 1) if experts.has_bias else expert_N
 
     x_ND = _rows(x_TD, order_N // K)
@@ -95,6 +102,25 @@ def _is_eager_cpu(x_TD: Tensor) -> bool:
     return x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def _is_swiglu(experts: nn.Module) -> bool:
+    """Whether the experts are `down(silu(gate) * up)` and nothing else."""
+    is_plain = experts.has_gate and experts.is_concatenated and not experts.has_bias
+    has_norm = getattr(experts, "has_post_expert_norm", False)  # older than transformers 5.23: no such layout
+    is_silu = isinstance(getattr(experts, "act_fn", None), nn.SiLU | SiLUActivation)
+    return is_plain and not has_norm and is_silu and type(experts)._apply_gate is _default_apply_gate
+
+
+def _right(experts: nn.Module, name: str) -> Tensor:
+    """A projection as the right factor of a product."""
+    weight = getattr(experts, name)
+    return weight if experts.is_transposed else weight.transpose(-2, -1)
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def _rows(x_TD: Tensor, token_N: Tensor) -> Tensor:
     """Gather rows; `index_select` is faster, but on a GPU its gradient adds in no fixed order."""
     return x_TD[token_N] if x_TD.is_cuda else x_TD.index_select(0, token_N)
@@ -102,10 +128,8 @@ def _rows(x_TD: Tensor, token_N: Tensor) -> Tensor:
 
 def _project(x_ND: Tensor, experts: nn.Module, name: str, groups: _Groups, expert_N: Tensor) -> Tensor:
     """Multiply each row by its own expert's matrix of that name; rows of no expert become zero, or some bias."""
-    weight = getattr(experts, name)
-    device = weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    right = weight if experts.is_transposed else weight.transpose(-2, -1)
+    right = _right(experts, name)
+    dtype = _product_dtype(right)
     y_ND = _product(x_ND.to(dtype), right.to(dtype), groups)
     if experts.has_bias:
         y_ND = y_ND + getattr(experts, f"{name}_bias")[expert_N].to(dtype)

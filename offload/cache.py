@@ -139,6 +139,62 @@ class LFU(ScoredCache):
         return self._uses[key]
 
 
+class StaticHotList(LFU):
+    """Keeps the experts that were used most in the first tokens, and never changes its mind; what else is needed passes
+    through the slot of the least used."""
+
+    WARM_UP = 256
+
+    def _score(self, key: int, next_use: int, weight: float) -> float:
+        if self._tokens > self.WARM_UP:
+            return self._uses.get(key, 0)
+        return super()._score(key, next_use, weight)
+
+
+class ActivationAware(ScoredCache):
+    """Evicts the expert that the most similar stretches of the past use least.
+
+    A stretch is `STRETCH` tokens; its activation counts are matched by cosine similarity with the finished ones, and
+    an expert's worth is its share in the stretch so far plus that in the best match. A cache of one layer sees that
+    layer's row of the activation matrix only.
+
+    Source: Xue et al. 2024 (MoE-Infinity), arXiv:2401.14361, section 5.
+    """
+
+    STRETCH, MOST_STRETCHES = 32, 64
+
+    def __init__(self, capacity: int, num_keys: int) -> None:
+        super().__init__(capacity)
+        self._now = np.zeros(num_keys)
+        self._past: list[np.ndarray] = []
+        self._worth = np.zeros(num_keys)
+
+    def demand(self, keys: Sequence[int], next_uses: Sequence[int] = (), weights: Sequence[float] = ()) -> None:
+        if self._tokens and self._tokens % self.STRETCH == 0:
+            self._past = [*self._past, self._now / np.linalg.norm(self._now)][-self.MOST_STRETCHES :]
+            self._now = np.zeros_like(self._now)
+        self._now[list(keys)] += 1
+        share = self._now / np.linalg.norm(self._now)
+        match = max(self._past, key=share.dot) if self._past else 0.0
+        self._worth = share + match
+        super().demand(keys, next_uses, weights)
+
+    def rank(self, key: int) -> tuple[float, float]:
+        return float(self._worth[key]), self._entry.get(key, (0.0, 0))[1]
+
+    def evict(self, pinned: Collection[int] = ()) -> int:
+        """Every token changes all ranks, so the lowest is looked for anew."""
+        candidates = [key for key in self._resident if key not in pinned] or list(self._resident)
+        if not candidates:
+            raise RuntimeError("nothing to evict: the cache is empty")
+        victim = min(candidates, key=self.rank)
+        self._resident.discard(victim)
+        return victim
+
+    def _score(self, key: int, next_use: int, weight: float) -> float:
+        return 0.0
+
+
 class Belady(ScoredCache):
     """Evicts the expert whose next use is farthest away: the best that any policy can do, and only in simulation.
 
@@ -284,6 +340,8 @@ def access(cache: Cache, keys: Sequence[int], next_uses: Sequence[int], weights:
 CACHES: dict[str, Callable[[int, int], Cache]] = {
     "lru": lambda capacity, num_keys: LRU(capacity),
     "lfu": lambda capacity, num_keys: LFU(capacity),
+    "static": lambda capacity, num_keys: StaticHotList(capacity),
+    "eam": ActivationAware,
     "score": lambda capacity, num_keys: DecayedFrequency(capacity),
     "learned": LearnedReuse,
     "belady": lambda capacity, num_keys: Belady(capacity),

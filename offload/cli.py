@@ -41,6 +41,11 @@ def generate(
         str, typer.Option("--io", help="direct reads past the page cache, cached through it, or auto.")
     ] = "auto",
     packed: Annotated[Path | None, typer.Option("--pack", help="Read experts from this packed copy.")] = None,
+    prefetch: Annotated[
+        str, typer.Option("--prefetch", help="off, gate, transitions, or a file of `trace predictor`.")
+    ] = "auto",
+    plan: Annotated[Path | None, typer.Option("--plan", help="Start from a plan of `place tiers`.")] = None,
+    gpu_memory: Annotated[str, typer.Option("--gpu-memory", help="auto or 0: there is no GPU tier yet.")] = "auto",
     trace: Annotated[Path | None, typer.Option("--trace", help="Record the routing into this .npz file.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -63,6 +68,9 @@ def generate(
         io=io,
         arithmetic=arithmetic,
         pack=packed,
+        prefetch=prefetch,
+        plan=plan,
+        gpu_memory=gpu_memory,
         record_trace=trace is not None,
     )
     text = text_of(Path(loaded.name_or_path), int(loaded.config.get_text_config().vocab_size))

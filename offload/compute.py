@@ -7,13 +7,13 @@ Shapes: T tokens, K experts per token, N = T * K routed rows sorted by expert, n
 F expert width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .fast import fits_matvec, matvec
 from .layout import ExpertLayer
+from .matvec import Matvecs
 
 GROUPED_ALIGNMENT_BYTES = 16
 VECTOR_ELEMENTS = 64
@@ -30,7 +30,7 @@ class RoutedRows:
         x_TD: hidden states.
         expert_TK: expert ids; ids >= E are left out (they contribute nothing).
         weight_TK: combine weights.
-        is_fast: use our own product for experts with one row, where it can.
+        matvecs: products for experts with one row.
     """
 
     def __init__(
@@ -40,10 +40,9 @@ class RoutedRows:
         x_TD: torch.Tensor,
         expert_TK: torch.Tensor,
         weight_TK: torch.Tensor,
-        *,
-        is_fast: bool = False,
+        matvecs: Matvecs,
     ) -> None:
-        self._module, self._is_fast = module, is_fast
+        self._module, self._matvecs = module, matvecs
         self._up_name = "gate_up_proj" if module.has_gate else "up_proj"
         self._x_TD, self._weight_TK = x_TD, weight_TK
         self.num_tokens, self.top_k = expert_TK.shape
@@ -66,10 +65,33 @@ class RoutedRows:
         remainder round differently. Where no remainder can occur, the expert is computed to its end; otherwise its gate
         has to wait for all rows.
         """
+        if self.compute_singles((expert,), (weights,)):
+            return
         if self._can_gate_alone(weights):
             self.compute(expert, weights)
         else:
             self._first_product(expert, weights)
+
+    def compute_singles(self, experts: Sequence[int], weights: Sequence[Mapping[str, torch.Tensor]]) -> bool:
+        """All of several experts with one row each, in two products; False, and nothing done, if that cannot be."""
+        first = weights[0]
+        if self._module.has_bias or self._module.is_transposed or not self._can_gate_alone(first):
+            return False
+        if any(stop - start != 1 for start, stop in (self.span[expert] for expert in experts)):
+            return False
+        row_n = torch.tensor([self.span[expert][0] for expert in experts])
+        up_weights = [weight[self._up_name] for weight in weights]
+        up_nF = self._x_ND.new_empty(len(experts), up_weights[0].shape[0])
+        if not self._matvecs.multiply(self._x_ND[row_n], up_weights, up_nF):
+            return False
+        gated_nF = self._apply_gate(up_nF)
+        down_nD = self._x_ND.new_empty(len(experts), first["down_proj"].shape[0])
+        if not self._matvecs.multiply(gated_nF, [weight["down_proj"] for weight in weights], down_nD):
+            return False
+        if self._out is None:
+            self._out = torch.zeros(self._x_ND.shape[0], down_nD.shape[1], dtype=down_nD.dtype)
+        self._out[row_n] = down_nD
+        return True
 
     def gate(self) -> None:
         """Gate or activation on the rows of all experts, unless each had its own."""
@@ -139,9 +161,7 @@ class RoutedRows:
             out = torch.zeros(rows.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
         start, stop = self.span[expert]
         mine = rows[start:stop].to(weight.dtype)
-        if self._is_fast and fits_matvec(mine, weight.t()):
-            matvec(mine, weight.t(), out[start:stop])
-        else:
+        if not (stop - start == 1 and self._matvecs.multiply(mine, (weight.t(),), out[start:stop])):
             torch.mm(mine, weight, out=out[start:stop])
         if self._module.has_bias:
             out[start:stop].add_(getattr(self._module, f"{name}_bias")[expert])

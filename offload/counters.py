@@ -22,6 +22,7 @@ class AheadCounters:
     useful: int = 0
     late: int = 0
     wasted: int = 0
+    bytes_read: int = 0
 
 
 @dataclass

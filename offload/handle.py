@@ -9,6 +9,7 @@ import torch
 from routing.traces import RoutingTrace
 
 from .budget import MemoryPlan, describe, peak_bytes
+from .counters import AheadCounters
 from .runtime import OffloadRuntime
 
 
@@ -27,6 +28,7 @@ class Offload:
         self._runtime = runtime
         self._call_started_s = 0.0
         self._call_tokens = 0
+        self._busy_before_s = runtime.store.busy_s
         model.register_forward_pre_hook(self._before_call, with_kwargs=True)
         model.register_forward_hook(self._after_call, with_kwargs=True)
 
@@ -36,28 +38,47 @@ class Offload:
 
     def report(self) -> dict[str, Any]:
         """Hits, misses, bytes, seconds and memory since loading or `reset`, JSON-serialisable."""
-        counters = self._runtime.counters
+        counters, prefetch = self._runtime.counters, self._prefetch()
+        summary = counters.summary()
         return {
-            **counters.summary(),
+            **summary,
+            "bytes_read": summary["bytes_read"] + prefetch["bytes_read"],
+            "bytes_missed": sum(
+                layer.misses * slots.expert_bytes
+                for layer, slots in zip(counters.layers, self._runtime.layers, strict=True)
+            ),
+            **self._floor(),
             "policy": self.policy,
             "slots_per_layer": list(self.plan.num_slots),
             "is_direct": self._runtime.store.is_direct,
             "peak_memory_bytes": peak_bytes(),
             "memory": dict(describe(self.plan)),
-            "prefetch": self._prefetch(),
+            "prefetch": prefetch,
             "hit_rate_L": [layer.hits / max(layer.hits + layer.misses, 1) for layer in counters.layers],
+        }
+
+    def _floor(self) -> dict[str, Any]:
+        """How long the disk was busy: no schedule of the same reads can be quicker, whatever is computed meanwhile."""
+        busy_s, achieved_s = self._runtime.store.busy_s - self._busy_before_s, sum(self._runtime.counters.step_s)
+        return {
+            "floor_s": busy_s,
+            "achieved_s": achieved_s,
+            "share_of_floor": busy_s / achieved_s if achieved_s else None,
         }
 
     def _prefetch(self) -> dict[str, Any]:
         total = {
             name: sum(getattr(layer.ahead_counters, name) for layer in self._runtime.layers)
-            for name in ("issued", "useful", "late", "wasted")
+            for name in ("issued", "useful", "late", "wasted", "bytes_read")
         }
         return {**total, "is_active": self._runtime.prefetcher is not None and self._runtime.prefetcher.is_active}
 
     def reset(self) -> None:
         """Start counting anew; what is cached stays."""
         self._runtime.counters.reset()
+        self._busy_before_s = self._runtime.store.busy_s
+        for slots in self._runtime.layers:
+            slots.ahead_counters = AheadCounters()
 
     def trace(self) -> RoutingTrace:
         """The routing recorded so far.

@@ -23,13 +23,14 @@ from .budget import (
 )
 from .cache import NEEDS_FUTURE
 from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
-from .fast import quicken_linears
 from .handle import Offload
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
+from .matvec import Matvecs, quicken_linears
 from .packing import read_pack
 from .prefetch import PREDICTORS
 from .record import ExpertRecord
 from .routers import make_prefetcher
+from .starting_plan import read_starting_plan
 from .store import READ_BYTES, ExpertStore
 from .tracing import TraceRecorder
 
@@ -40,6 +41,7 @@ def load(
     path_or_id: str | Path,
     *,
     device: str = "auto",
+    gpu_memory: str | int = "auto",
     cpu_memory: str | int = "auto",
     cache_experts: int | None = None,
     policy: str = "auto",
@@ -49,7 +51,8 @@ def load(
     context: int = 2048,
     arithmetic: str = "exact",
     pack: str | Path | None = None,
-    prefetch: str = "auto",
+    prefetch: str | Path = "auto",
+    plan: str | Path | None = None,
     record_trace: bool = False,
 ) -> Any:
     """Load a mixture-of-experts model without ever holding all its experts in memory.
@@ -57,6 +60,7 @@ def load(
     Args:
         path_or_id: a Hugging Face model folder with safetensors weights, or a model id.
         device: where experts are computed; `"cpu"`, which is what `"auto"` means so far.
+        gpu_memory: `"auto"` or 0: there is no GPU tier yet.
         cpu_memory: the whole budget of the process, such as `"6GiB"`; `"auto"` takes 90 % of what the machine and the
             control group leave.
         cache_experts: RAM slots per MoE layer instead of what a budget pays for.
@@ -68,8 +72,11 @@ def load(
         arithmetic: `"exact"` gives the bits of the resident model; `"fast"` computes single bfloat16 tokens with a
             kernel of our own, which is quicker and differs in the last bits.
         pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files.
-        prefetch: `"gate"` or `"transitions"` reads what the next layer will probably need while the disk is idle, and
-            stops when it does not pay; `"off"`, which is what `"auto"` means, does not.
+        prefetch: `"gate"`, `"transitions"` or a predictor file (.npz, `expertier trace predictor`) reads what the next
+            layers will probably need while the disk is idle, and stops when it does not pay; `"off"`, which is what
+            `"auto"` means, does not.
+        plan: a plan of `expertier place tiers`: how many slots each layer gets, and the experts that are in them from
+            the start.
         record_trace: record the routing; `model.offload.trace()` gives it.
 
     Returns:
@@ -79,12 +86,18 @@ def load(
         ValueError: if the checkpoint is damaged or incomplete, its experts cannot be offloaded, or the budget is too
             small.
     """
+    if gpu_memory not in ("auto", 0, "0"):
+        raise ValueError(
+            f"gpu_memory: offloading from a GPU is not built yet, so it must be auto or 0; got {gpu_memory!r}"
+        )
     if device not in ("auto", "cpu"):
         raise ValueError(f"device must be auto or cpu, offloading from a GPU is not built yet; got {device!r}")
-    if arithmetic not in ("exact", "fast"):
-        raise ValueError(f"arithmetic must be exact or fast; got {arithmetic!r}")
-    if prefetch not in ("auto", "off", *PREDICTORS):
-        raise ValueError(f"prefetch must be auto, off or one of {', '.join(PREDICTORS)}; got {prefetch!r}")
+    matvecs = Matvecs(arithmetic)
+    prefetch = str(prefetch)
+    if prefetch not in ("auto", "off", *PREDICTORS) and not prefetch.endswith(".npz"):
+        raise ValueError(
+            f"prefetch must be auto, off, one of {', '.join(PREDICTORS)}, or a predictor file (.npz); got {prefetch!r}"
+        )
     policy = _policy(policy)
     folder = _local_folder(path_or_id)
     entries = read_checkpoint(folder)
@@ -108,15 +121,21 @@ def load(
             raise ValueError(f"cache_experts must be at least 1 slot per layer; got {cache_experts}")
         num_slots = [min(cache_experts, count) for count in experts]
     needs = memory_needs(config, model, running_dtype, context, io_threads, process_bytes)
-    plan = plan_memory(limit, needs, slot_bytes, experts, top_k, num_slots)
-    is_direct = _wants_direct(io, plan, layers)
+    memory = plan_memory(limit, needs, slot_bytes, experts, top_k, num_slots)
+    starting = None if plan is None else read_starting_plan(plan, experts)
+    if starting is not None:
+        least = [min(top_k, count) for count in experts]
+        planned = starting.slots(slot_bytes, least, limit - memory.fixed_bytes)
+        memory = plan_memory(limit, needs, slot_bytes, experts, top_k, planned)
+    is_direct = _wants_direct(io, memory, layers)
     store = ExpertStore(model, layers, num_threads=io_threads, is_direct=is_direct, checksums=checksums)
     recorder = _recorder(layers, str(path_or_id)) if record_trace else None
-    running = _runtime.OffloadRuntime(store, plan.num_slots, policy, recorder, arithmetic)
+    running = _runtime.OffloadRuntime(store, memory.num_slots, policy, recorder, matvecs)
     running.prefetcher = make_prefetcher(prefetch, model, layers, top_k)
-    if arithmetic == "fast":
-        quicken_linears(model)
-    return _attach(model, running, plan, policy)
+    quicken_linears(model, matvecs)
+    if starting is not None:
+        running.fill(starting.experts_L)
+    return _attach(model, running, memory, policy)
 
 
 def _recorder(layers: Sequence[ExpertLayer], source: str) -> TraceRecorder:

@@ -15,9 +15,20 @@ PROBATION, LEAST_USEFUL = 256, 0.5
 
 
 class Predictor(Protocol):
-    """Guesses a layer's experts, the likeliest first, from the layer before it."""
+    """Guesses a layer's experts, the likeliest first, from the layers before it.
 
-    def predict(self, layer: int, x_1D: Any, experts: Sequence[int]) -> list[int]: ...
+    `distances` says how many layers ahead it guesses.
+    """
+
+    distances: tuple[int, ...]
+
+    def note(self, layer: int, experts: Sequence[int]) -> None:
+        """The experts that one token visits in a layer; layers come in order."""
+        ...
+
+    def predict(self, layer: int, ahead: int, x_1D: Any) -> list[int]:
+        """The experts of `layer`, when layer - ahead has just been noted, with the input of that layer's experts."""
+        ...
 
 
 class GatePredictor:
@@ -29,10 +40,15 @@ class GatePredictor:
         top_k: experts to guess.
     """
 
+    distances = (1,)
+
     def __init__(self, routers: Sequence[tuple[Any, Any] | None], top_k: int) -> None:
         self._routers, self._top_k = routers, top_k
 
-    def predict(self, layer: int, x_1D: Any, experts: Sequence[int]) -> list[int]:
+    def note(self, layer: int, experts: Sequence[int]) -> None:
+        """It has no memory."""
+
+    def predict(self, layer: int, ahead: int, x_1D: Any) -> list[int]:
         router = self._routers[layer]
         if router is None:
             return []
@@ -51,23 +67,27 @@ class TransitionPredictor:
         top_k: experts to guess.
     """
 
+    distances = (1,)
+
     def __init__(self, num_layers: int, num_experts: int, top_k: int) -> None:
         self._counts = np.ones((num_layers, num_experts, num_experts))
         self._top_k = top_k
-        self._before: tuple[int, Sequence[int]] | None = None
+        self._latest: tuple[int, list[int]] | None = None
 
-    def predict(self, layer: int, x_1D: Any, experts: Sequence[int]) -> list[int]:
-        """Also learns: `experts` are those of layer - 1, which followed those of the call before."""
-        if self._before is not None and self._before[0] == layer - 1:
-            self._counts[np.ix_([layer - 1], self._before[1], experts)] += 1
-        self._before = (layer, list(experts))
-        rows = self._counts[layer, list(experts)]
+    def note(self, layer: int, experts: Sequence[int]) -> None:
+        if self._latest is not None and self._latest[0] == layer - 1:
+            self._counts[np.ix_([layer], self._latest[1], list(experts))] += 1
+        self._latest = (layer, list(experts))
+
+    def predict(self, layer: int, ahead: int, x_1D: Any) -> list[int]:
+        assert self._latest is not None
+        rows = self._counts[layer, self._latest[1]]
         score_E = np.log(rows / rows.sum(axis=1, keepdims=True)).sum(axis=0)
         return [int(expert) for expert in np.argsort(-score_E)[: self._top_k]]
 
 
 class Prefetcher:
-    """Reads the likeliest missing experts of the next layer with what the disk has to spare; stops if it does not pay.
+    """Reads the likeliest missing experts of the next layers with what the disk has to spare; stops if it does not pay.
 
     Args:
         predictor: guesses the experts.
@@ -78,14 +98,17 @@ class Prefetcher:
         self._predictor, self._most = predictor, most
         self.is_active = True
 
-    def look_ahead(self, layer: int, x_1D: Any, expert_1K: Any, slots: Any) -> None:
-        """Guess `layer`'s experts and start reading those that are missing."""
-        experts = [expert for expert in expert_1K[0].tolist() if 0 <= expert < slots.num_experts]
-        guessed = self._predictor.predict(layer, x_1D, experts)
+    def look_ahead(self, layer: int, x_1D: Any, expert_1K: Any, layers: Sequence[Any]) -> None:
+        """Now that `layer` is routed: start reading what the layers after it will probably ask for and do not have."""
+        num_experts = layers[layer].num_experts
+        self._predictor.note(layer, [expert for expert in expert_1K[0].tolist() if 0 <= expert < num_experts])
         if not self.is_active:
             return
-        for expert in guessed[: self._most]:
-            slots.read_ahead(expert, guessed, self._most)
+        for ahead in self._predictor.distances:
+            if layer + ahead < len(layers):
+                guessed = self._predictor.predict(layer + ahead, ahead, x_1D)
+                for expert in guessed[: self._most]:
+                    layers[layer + ahead].read_ahead(expert, guessed, self._most)
 
     def judge(self, issued: int, useful: int, late: int) -> None:
         """Give up once enough was tried and too little of it was of use."""

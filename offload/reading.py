@@ -1,6 +1,7 @@
 """Reading threads: jobs with two priorities, a bounded number in flight, shut down with the interpreter."""
 
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -21,11 +22,11 @@ class Ticket:
     ) -> None:
         self.layer, self.expert, self.slot = layer, expert, slot
         self._check = check
-        self._skipped = False
         self.error: BaseException | None = None
         self.is_cancelled = False
         self.landed = landed
-        self._left = num_jobs
+        self._num_jobs = self._left = num_jobs
+        self._num_skipped = 0
         self._lock = threading.Lock()
         self._finished = threading.Event()
 
@@ -34,9 +35,14 @@ class Ticket:
         return self._finished.is_set()
 
     @property
+    def share_read(self) -> float:
+        """How much of it was read, once it is finished."""
+        return 1 - self._num_skipped / self._num_jobs
+
+    @property
     def is_complete(self) -> bool:
         """Whether all bytes were read; a cancelled ticket may still be, if no job was skipped."""
-        return self.is_finished and not self._skipped and self.error is None
+        return self.is_finished and not self._num_skipped and self.error is None
 
     def redirect(self, landed: "SimpleQueue[Ticket]") -> None:
         """Land in another queue, at once if it is finished already."""
@@ -47,7 +53,8 @@ class Ticket:
 
     def skip(self) -> None:
         """Called by a reading thread instead of running a job that is not wanted any more."""
-        self._skipped = True
+        with self._lock:
+            self._num_skipped += 1
         self.job_done()
 
     def wait(self) -> None:
@@ -60,7 +67,7 @@ class Ticket:
             self._left -= 1
             if self._left:
                 return
-        if self._check is not None and self.error is None and not self._skipped:
+        if self._check is not None and self.error is None and not self._num_skipped:
             try:
                 self._check()
             except Exception as caught:
@@ -92,6 +99,11 @@ class ReadingThreads:
             thread.start()
         self.close = weakref.finalize(self, _close, self._state, self._threads)
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one read was on its way."""
+        return self._state.busy_s
+
     def submit(self, ticket: Ticket, jobs: list[Callable[[], None]], *, is_demand: bool = True) -> None:
         """Queue the jobs of one ticket."""
         with self._state.ready:
@@ -114,6 +126,20 @@ class _Queues:
         self.demand: deque[Job] = deque()
         self.ahead: deque[Job] = deque()
         self.is_closed = False
+        self.busy_s = 0.0
+        self._running, self._since_s = 0, 0.0
+
+    def begin(self) -> None:
+        """A read begins; `ready` is held."""
+        if not self._running:
+            self._since_s = time.perf_counter()
+        self._running += 1
+
+    def end(self) -> None:
+        with self.ready:
+            self._running -= 1
+            if not self._running:
+                self.busy_s += time.perf_counter() - self._since_s
 
 
 def _work(state: _Queues) -> None:
@@ -124,6 +150,7 @@ def _work(state: _Queues) -> None:
             if state.is_closed:
                 return
             ticket, job = (state.demand or state.ahead).popleft()
+            state.begin()
         if ticket.is_cancelled or ticket.error:
             ticket.skip()
         else:
@@ -133,6 +160,7 @@ def _work(state: _Queues) -> None:
             except BaseException as caught:
                 error = caught
             ticket.job_done(error)
+        state.end()
         del ticket, job
 
 

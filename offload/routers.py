@@ -7,20 +7,23 @@ import torch
 from torch import nn
 
 from .layout import ExpertLayer
+from .predictor import TrainedPredictor
 from .prefetch import GatePredictor, Predictor, Prefetcher, TransitionPredictor
 
 MOST_AHEAD = 2
 
 
 def make_prefetcher(name: str, model: nn.Module, layers: Sequence[ExpertLayer], top_k: int) -> Prefetcher | None:
-    """The prefetcher of this name for a model; None for `off` and `auto`."""
+    """The prefetcher of this name, or of this file with a trained predictor, for a model; None for `off` and `auto`."""
     predictor: Predictor
     if name == "gate":
         predictor = GatePredictor([router_of(model, layer) for layer in layers], top_k)
     elif name == "transitions":
         predictor = TransitionPredictor(len(layers), max(layer.num_experts for layer in layers), top_k)
-    else:
+    elif name in ("off", "auto"):
         return None
+    else:
+        predictor = TrainedPredictor.load(name).expect(len(layers), max(layer.num_experts for layer in layers))
     return Prefetcher(predictor, min(MOST_AHEAD, top_k))
 
 

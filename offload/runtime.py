@@ -7,6 +7,7 @@ during that call.
 
 import threading
 from collections.abc import Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .compute import RoutedRows, eager_forward
 from .counters import Counters, LayerCounters
+from .matvec import Matvecs
 from .prefetch import Prefetcher
+from .reading import Ticket
 from .slots import LayerSlots
 from .step import ExpertStep
 from .store import ExpertStore
@@ -31,7 +34,7 @@ class OffloadRuntime:
         num_slots: RAM slots of each layer.
         policy: name in CACHES.
         recorder: records the routing, or None.
-        arithmetic: `"exact"` has the bits of transformers' own implementation; `"fast"` differs in the last ones.
+        matvecs: products for experts with one row.
     """
 
     def __init__(
@@ -40,9 +43,9 @@ class OffloadRuntime:
         num_slots: Sequence[int],
         policy: str,
         recorder: TraceRecorder | None,
-        arithmetic: str = "exact",
+        matvecs: Matvecs,
     ) -> None:
-        self._is_fast = arithmetic == "fast"
+        self.matvecs = matvecs
         self.store = store
         self.layers = [LayerSlots(store, layer, count, policy) for layer, count in enumerate(num_slots)]
         self.counters = Counters([LayerCounters() for _ in self.layers])
@@ -60,15 +63,32 @@ class OffloadRuntime:
             slots = self.layers[layer]
             if not slots.is_grouped:
                 return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
-            rows = RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK, is_fast=self._is_fast)
+            rows = RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK, self.matvecs)
             step = ExpertStep(slots, self.counters, rows.num_rows, expert_TK)
             step.run(rows, lambda: self._look_ahead(layer, x_TD, expert_TK))
             return rows.combine()
 
+    def fill(self, experts_L: Sequence[Sequence[int]]) -> None:
+        """Read experts into free slots before anything asks for them; gives up none that is there.
+
+        Raises:
+            OSError: if reading fails.
+        """
+        landed: SimpleQueue[Ticket] = SimpleQueue()
+        reads = 0
+        for slots, experts in zip(self.layers, experts_L, strict=True):
+            for expert in [expert for expert in experts if expert not in slots][: slots.num_free]:
+                slots.start_read(expert, (), landed)
+                reads += 1
+        for _ in range(reads):
+            ticket = landed.get()
+            if ticket.error is not None:
+                raise OSError(f"reading expert {ticket.expert} of MoE layer {ticket.layer} failed: {ticket.error}")
+
     def _look_ahead(self, layer: int, x_TD: torch.Tensor, expert_TK: torch.Tensor) -> None:
-        """Once this layer's reads are on their way: start what the next layer will probably ask for."""
-        if self.prefetcher is not None and len(expert_TK) == 1 and layer + 1 < len(self.layers):
-            self.prefetcher.look_ahead(layer + 1, x_TD, expert_TK, self.layers[layer + 1])
+        """Once this layer's reads are on their way: start what the next layers will probably ask for."""
+        if self.prefetcher is not None and len(expert_TK) == 1:
+            self.prefetcher.look_ahead(layer, x_TD, expert_TK, self.layers)
 
     def _forward_eager(
         self, slots: LayerSlots, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor

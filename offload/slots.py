@@ -42,6 +42,7 @@ class LayerSlots:
         self._resident: dict[int, Resident] = {}
         self._ahead: dict[int, Ticket] = {}
         self._unproven: set[int] = set()
+        self._given_up: list[tuple[Ticket, int]] = []
         self.ahead_counters = AheadCounters()
         self.cache: Cache = make_cache(policy, num_slots, self.num_experts)
 
@@ -92,11 +93,11 @@ class LayerSlots:
                 coming[expert] = ticket
                 self.ahead_counters.late += 1
                 self._unproven.discard(expert)
+                self.ahead_counters.bytes_read += self.expert_bytes
+            elif not ticket.is_complete:
+                self._give_up(expert, ticket)
             else:
-                ticket.is_cancelled = True
-                ticket.wait()
-                if ticket.error is not None or not ticket.is_complete:
-                    self.release(expert)
+                self.ahead_counters.bytes_read += self.expert_bytes
             del self._ahead[expert]
         for expert in self._unproven & set(needed):
             self.ahead_counters.useful += 1
@@ -104,18 +105,40 @@ class LayerSlots:
         return coming
 
     def _start(self, expert: int, pinned: Collection[int], landed: "SimpleQueue[Ticket]", *, is_demand: bool) -> Ticket:
-        if not self._free:
-            self.release(self.cache.evict(pinned))
-        slot = self._free.pop()
+        slot = self._take_slot(pinned)
         ticket, shifts = self._store.read(self.layer, expert, slot, self._slots, landed, is_demand=is_demand)
         self._resident[expert] = Resident(slot, self._record.views(self._slots.slot(slot), shifts))
         self.cache.insert(expert)
         return ticket
 
+    def _take_slot(self, pinned: Collection[int]) -> int:
+        self._reclaim()
+        if not self._free and self._given_up and self._resident.keys() <= set(pinned):
+            self._given_up[0][0].wait()
+            self._reclaim()
+        if not self._free:
+            self.release(self.cache.evict(pinned))
+        return self._free.pop()
+
+    def _give_up(self, expert: int, ticket: Ticket) -> None:
+        """Forget an expert that is still being read; its slot is free again when the last read has ended."""
+        ticket.is_cancelled = True
+        self._given_up.append((ticket, self._forget(expert)))
+
+    def _reclaim(self) -> None:
+        for ticket, slot in [pair for pair in self._given_up if pair[0].is_finished]:
+            self._free.append(slot)
+            self._given_up.remove((ticket, slot))
+            self.ahead_counters.bytes_read += int(self.expert_bytes * ticket.share_read)
+
     def release(self, expert: int) -> None:
         """Give an expert's slot back; it must not be in use or being read."""
-        self._free.append(self._resident.pop(expert).slot)
+        self._free.append(self._forget(expert))
+
+    def _forget(self, expert: int) -> int:
+        slot = self._resident.pop(expert).slot
         self.cache.discard(expert)
         if expert in self._unproven:
             self._unproven.discard(expert)
             self.ahead_counters.wasted += 1
+        return slot

@@ -46,13 +46,19 @@ class ExpertStep:
         for expert in misses:
             self._read(expert, pinned=self._num_rows)
         reads_started()
-        for expert in hits:
-            self._timed(rows.start, expert)
+        self._start_hits(rows, hits)
         while self._in_flight:
             self._timed(rows.start, self._next_landed())
         rows.gate()
         for expert in self._num_rows:
             self._timed(rows.finish, expert)
+
+    def _start_hits(self, rows: RoutedRows, hits: list[int]) -> None:
+        started = time.perf_counter()
+        if not (hits and rows.compute_singles(hits, [self._slots[expert] for expert in hits])):
+            for expert in hits:
+                rows.start(expert, self._slots[expert])
+        self._counters.compute_s += time.perf_counter() - started
 
     def _run_in_waves(self, rows: RoutedRows, hits: list[int], misses: list[int]) -> None:
         """Fewer slots than experts: those that wait take the slots of computed ones, at most half of the slots."""

@@ -17,6 +17,8 @@ from .reading import ReadingThreads, Ticket
 from .record import BLOCK_BYTES, ExpertRecord, Extent, shifts_of
 
 READ_BYTES = 4 << 20
+AHEAD_READ_BYTES = 1 << 20
+"""Reads that may not be needed are short, because one that is needed waits for those that have begun."""
 MADV_POPULATE_WRITE = 23
 """Linux 5.14 and later; the mmap module does not name it."""
 
@@ -84,6 +86,11 @@ class ExpertStore:
     def bytes_per_expert(self) -> list[int]:
         return [record.layer.expert_bytes for record in self.records]
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one read was on its way, since the store was opened."""
+        return self._threads.busy_s
+
     def close(self) -> None:
         """Stop the threads and close the files."""
         self._threads.close()
@@ -112,7 +119,9 @@ class ExpertStore:
             shifts = (
                 shifts_of(record, extents) if self.is_direct and record.is_shiftable else (0,) * len(record.regions)
             )
-            jobs = [job for extent in extents for job in self._jobs(extent, shifts, slots.raw(slot))]
+            read_bytes = self.read_bytes if is_demand else min(self.read_bytes, AHEAD_READ_BYTES)
+            raw = slots.raw(slot)
+            jobs = [job for extent in extents for job in self._jobs(extent, shifts, raw, read_bytes)]
         check = self._check_of(layer, expert, slots.raw(slot)) if self._checksums is not None else None
         ticket = Ticket(layer, expert, slot, len(jobs), landed, check)
         self._threads.submit(ticket, jobs, is_demand=is_demand)
@@ -160,24 +169,28 @@ class ExpertStore:
                 ) from error
         return os.open(file, flags)
 
-    def _jobs(self, extent: Extent, shifts: Sequence[int], raw: memoryview) -> list[Callable[[], None]]:
+    def _jobs(
+        self, extent: Extent, shifts: Sequence[int], raw: memoryview, read_bytes: int
+    ) -> list[Callable[[], None]]:
         """One read per `read_bytes` of the extent."""
         if self.is_direct:
-            return self._direct_jobs(extent, shifts, raw)
+            return self._direct_jobs(extent, shifts, raw, read_bytes)
         descriptor, jobs = self._files[extent.entry.file], []
-        for start in range(0, extent.nbytes, self.read_bytes):
-            count = min(self.read_bytes, extent.nbytes - start)
+        for start in range(0, extent.nbytes, read_bytes):
+            count = min(read_bytes, extent.nbytes - start)
             target = raw[extent.target + start : extent.target + start + count]
             jobs.append(_bind(read_into, extent.entry.file, descriptor, extent.offset + start, target))
         return jobs
 
-    def _direct_jobs(self, extent: Extent, shifts: Sequence[int], raw: memoryview) -> list[Callable[[], None]]:
+    def _direct_jobs(
+        self, extent: Extent, shifts: Sequence[int], raw: memoryview, read_bytes: int
+    ) -> list[Callable[[], None]]:
         descriptor, jobs = self._files[extent.entry.file], []
         begin = extent.offset // BLOCK_BYTES * BLOCK_BYTES
         end = extent.offset + extent.nbytes
         is_shifted = shifts[extent.region] == extent.offset % BLOCK_BYTES and extent.target % BLOCK_BYTES == 0
-        for start in range(begin, end, self.read_bytes):
-            stop = min(start + self.read_bytes, end)
+        for start in range(begin, end, read_bytes):
+            stop = min(start + read_bytes, end)
             if is_shifted:
                 first = extent.target + start - begin
                 length = -(-(stop - start) // BLOCK_BYTES) * BLOCK_BYTES

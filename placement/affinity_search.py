@@ -5,11 +5,8 @@ on every part of the data is level on data that was not seen. With several scena
 Shapes: W folds or scenarios, L layers, E experts, X items (copies), G GPUs, P slots.
 """
 
-import multiprocessing
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +16,13 @@ from .bundles import Bundles, unique_sets
 from .layer_search import Effort, search_layer
 from .objectives import PartWeights
 from .objectives.churn import require_same_model
+from .objectives.fanout import gpu_fanout, node_fanout
+from .plan import Plan
 from .problem import Problem
+from .recount import recount
 from .replication import counts_of
-from .tabu import LayerTask
+from .tabu import LayerTask, SearchState
+from .workers import in_workers
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
@@ -58,7 +59,7 @@ def search_affinity(
         )
         for layer in range(problem.num_layers)
     )
-    for done, (layer, map_P) in enumerate(_run(jobs, problem, budget)):
+    for done, (layer, map_P) in enumerate(in_workers(_search_one, jobs, _processes(problem, budget))):
         map_LP[layer] = map_P
         budget.offer(map_LP)
         budget.tell("searching layers", (done + 1) / problem.num_layers)
@@ -98,7 +99,7 @@ def layer_task(
         if scenario.trace is not None
     ]
     count_E = np.maximum(np.bincount(map_P, minlength=problem.num_experts), 1)
-    weight_WE = _fold_weights(problem, layer, random)
+    weight_WE = _fold_weights(problem, layer)
     return LayerTask(
         bundles=_joined(sets) if sets else Bundles(np.zeros((0, 1), np.int64), np.zeros(0)),
         weight_WX=(weight_WE / count_E)[:, map_P],
@@ -129,18 +130,11 @@ class _LayerJob:
     rounds_left: int
 
 
-def _run(jobs: Iterator[_LayerJob], problem: Problem, budget: Budget) -> Iterator[tuple[int, Integer]]:
+def _processes(problem: Problem, budget: Budget) -> int:
+    """As many as the budget has where there is work for them."""
     tokens = sum(scenario.trace.num_tokens for scenario in problem.scenarios if scenario.trace is not None)
-    if budget.processes == 1 or problem.num_layers == 1 or tokens * problem.num_layers < PARALLEL_TOKENS:
-        yield from map(_search_one, jobs)
-        return
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(budget.processes, mp_context=context) as pool:
-        try:
-            yield from pool.map(_search_one, jobs)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pays = problem.num_layers > 1 and tokens * problem.num_layers >= PARALLEL_TOKENS
+    return budget.processes if pays else 1
 
 
 def _search_one(job: _LayerJob) -> tuple[int, Integer]:
@@ -148,11 +142,55 @@ def _search_one(job: _LayerJob) -> tuple[int, Integer]:
     now = time.monotonic()
     if now >= job.deadline:
         return job.layer, job.map_P
-    task = layer_task(job.problem, job.map_P, 0, job.weights, seed=job.seed + job.layer, linear_XG=job.churn_XG)
-    known_X = np.arange(len(job.map_P)) // job.problem.slots_per_gpu
     until = now + (job.deadline - now) / job.rounds_left
+    if not _may_recount(job):
+        return job.layer, _searched(job, job.map_P, until)
+    first_P = _searched(job, job.map_P, now + (until - now) / 2)
+    if time.monotonic() >= until:
+        return job.layer, first_P
+    second_P = _searched(job, _recounted(job, first_P), until)
+    return job.layer, min(first_P, second_P, key=lambda map_P: _exact_cost(job, map_P))
+
+
+def _searched(job: _LayerJob, map_P: Integer, until: float) -> Integer:
+    task = layer_task(job.problem, map_P, 0, job.weights, seed=job.seed + job.layer, linear_XG=job.churn_XG)
+    known_X = np.arange(len(map_P)) // job.problem.slots_per_gpu
     gpu_X, _ = search_layer(task, known_X, job.effort, job.seed * 1000 + job.layer, until)
-    return job.layer, job.map_P[np.argsort(gpu_X, kind="stable")]
+    return np.asarray(map_P[np.argsort(gpu_X, kind="stable")])
+
+
+def _exact_cost(job: _LayerJob, map_P: Integer) -> float:
+    """Expected fan-out over all choices of copies; the search itself sees one choice per token."""
+    problem, weights = job.problem, job.weights
+    plan = Plan(
+        physical_to_logical_LP=map_P[None],
+        num_experts=problem.num_experts,
+        cluster=problem.cluster,
+        layer_ids=(0,),
+        hidden_layers=1,
+    )
+    traces = [scenario.trace for scenario in problem.scenarios if scenario.trace is not None]
+    gpu, node = (np.mean([fan(plan, trace) for trace in traces]) for fan in (gpu_fanout, node_fanout))
+    task = layer_task(problem, map_P, 0, replace(weights, fan=0, node=0), seed=0)
+    level = SearchState(task, np.arange(len(map_P)) // problem.slots_per_gpu).cost
+    return float(weights.fan * gpu + weights.node * node + level)
+
+
+def _may_recount(job: _LayerJob) -> bool:
+    """Whether another choice of the copied experts may pay: replicas, fan-out, and no plan to stay close to."""
+    has_replicas = job.problem.num_experts < len(job.map_P)
+    return has_replicas and job.churn_XG is None and bool(job.weights.fan or job.weights.node)
+
+
+def _recounted(job: _LayerJob, map_P: Integer) -> Integer:
+    traces = [scenario.trace for scenario in job.problem.scenarios if scenario.trace is not None]
+    bundles = _joined([unique_sets(trace.expert_TLK[:, 0]) for trace in traces])
+    pair_EE = bundles.coactivation(job.problem.num_experts) / max(bundles.tokens, 1.0)
+    cluster, weights = job.problem.cluster, job.weights
+    same_node_GG = cluster.node_G[:, None] == cluster.node_G
+    worth_GG = weights.fan * np.eye(cluster.num_gpus) + weights.node * same_node_GG
+    weight_WE = _fold_weights(job.problem, 0)
+    return recount(map_P, pair_EE, weight_WE, cluster.speed_G, price=weights.level, worth_GG=worth_GG)
 
 
 def _item_sets(expert_TK: NDArray[np.int16], map_P: Integer, random: np.random.Generator) -> Bundles:
@@ -175,7 +213,7 @@ def _joined(sets: list[Bundles]) -> Bundles:
     return unique_sets(items, np.concatenate([one.count_B * (most / max(one.tokens, 1)) for one in sets]))
 
 
-def _fold_weights(problem: Problem, layer: int, random: np.random.Generator) -> Float:
+def _fold_weights(problem: Problem, layer: int) -> Float:
     """Loads of one layer per scenario, or per fold of the sequences if there is one scenario with enough of them."""
     if len(problem.scenarios) > 1:
         return problem.weight_WLE[:, layer]

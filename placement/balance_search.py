@@ -19,7 +19,6 @@ Integer = NDArray[np.int64]
 SMALL_STEP = 1e-5
 BEYOND = 2.0  # how far robust weights go beyond the scenarios, in units of the distance from the mean
 LEAST_SHARE = 0.1
-MAX_GPUS = 2048  # beyond it a layer table of GPU x expert no longer fits small machines
 GOOD_WITH_COPIES = 1e-3  # the bound itself is no tighter with replicas
 
 
@@ -41,11 +40,6 @@ def robust_weights(weight_WLE: Float) -> Float:
 
 def lpt_swap_LP(problem: Problem, weight_WLE: Float, deadline: float = float("inf")) -> Integer:
     """LPT and pair swaps for weights that are split evenly between copies."""
-    if problem.num_gpus > MAX_GPUS:
-        raise ValueError(
-            f"LPT and swaps plan at most {MAX_GPUS} GPUs in one expert-parallel group; got {problem.num_gpus}: "
-            f"set ep.size to {MAX_GPUS} or less (engines run several such groups), or use --solver eplb-global"
-        )
     speed_G = problem.cluster.speed_G
     count_LE = replicate_LE(weight_WLE, problem.num_slots, problem.num_gpus)
     start_LP = lpt_LP(weight_WLE / count_LE, slots_of(count_LE), speed_G)

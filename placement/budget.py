@@ -22,6 +22,7 @@ class Budget:
         processes: worker processes for layers; 1 stays in this process.
         progress: called with a phase and the share of it that is done.
         balance_floor: balancedness to expect on unseen data, or None.
+        blocks: how often the map of what is searched is repeated in the map of the whole problem.
     """
 
     time_limit_s: float = 60.0
@@ -29,6 +30,7 @@ class Budget:
     processes: int = 1
     progress: Progress | None = None
     balance_floor: float | None = None
+    blocks: int = 1
     incumbent_LP: Integer | None = None
     proved_L: Float | None = None
     began: float = field(default_factory=time.monotonic)
@@ -48,7 +50,7 @@ class Budget:
 
     def offer(self, map_LP: Integer) -> None:
         """Keep a complete map that is the best so far; Ctrl-C returns it."""
-        self.incumbent_LP = map_LP.copy()
+        self.incumbent_LP = np.tile(map_LP, (1, self.blocks))
 
     def prove(self, layer: int, bound: float, layers: int) -> None:
         """Keep a valid lower bound of one layer."""

@@ -2,7 +2,8 @@
 
 Given its neighbours a layer's swap changes are exact (see hops_search.py), and layers of equal parity do not touch each
 other, so half of all layers move together. Drawing from all swaps and "none" (heat bath) needs no rejections.
-Shapes: L layers, A layers of one parity, W folds or scenarios, X items, G GPUs.
+From time to time two GPUs change places in all layers after some layer: single swaps cannot mend two threads of layers
+that have crossed. Shapes: L layers, A layers of one parity, W folds or scenarios, X items, G GPUs.
 """
 
 import time
@@ -13,6 +14,10 @@ from numpy.typing import NDArray
 Single = NDArray[np.float32]
 Integer = NDArray[np.int64]
 HOT, COLD = 0.03, 0.0004
+TAIL_EVERY = 20
+NOISE = 1 << 21  # drawn once, used from random places on
+SETTLED = 0.4  # share of the cooling after which the price follows the balance floor
+PRICE_RATE = 0.02
 
 
 class ChainAnnealing:
@@ -20,31 +25,45 @@ class ChainAnnealing:
 
     Args:
         pair_LXX: [L - 1, X, X] share of tokens from items of a layer to items of the next, times the weight of hops.
+        saved_GG: what staying close saves: 1 on the diagonal, 1 - relative cost of the hop elsewhere.
         weight_LWX: load of each item, summing to 1 over items.
         speed_G: relative speeds.
         price: cost of one unit of fullest over mean GPU, per layer.
+        expert_LX: expert of each item; two items of one expert may not share a GPU.
         gpu_LX: GPU of each item at the start.
         seed: of the draws.
+        floor: balancedness that the price is steered to, or None for a constant price.
     """
 
     def __init__(
         self,
         pair_LXX: NDArray[np.float64],
+        saved_GG: NDArray[np.float64],
         weight_LWX: NDArray[np.float64],
         speed_G: NDArray[np.float64],
         price: float,
+        expert_LX: Integer,
         gpu_LX: Integer,
         seed: int,
+        floor: float | None = None,
     ) -> None:
-        L, X = gpu_LX.shape
-        edge = np.zeros((1, X, X), np.float32)
+        self.L, self.X = gpu_LX.shape
+        self.G = len(speed_G)
+        edge = np.zeros((1, self.X, self.X), np.float32)
         self.back_LXX = np.concatenate([edge, pair_LXX.transpose(0, 2, 1).astype(np.float32)])
         self.ahead_LXX = np.concatenate([pair_LXX.astype(np.float32), edge])
-        self.weight_LWX, self.price = weight_LWX.astype(np.float32), price
-        self.speed_G = (speed_G / speed_G.sum()).astype(np.float32)
-        self.gpu_LX, self.G, self.L = gpu_LX.copy(), len(speed_G), L
+        self.saved_GG = saved_GG.astype(np.float32)
+        self.weight_WLX = np.ascontiguousarray(weight_LWX.transpose(1, 0, 2), np.float32)
+        self.slow_G = (speed_G.sum() / speed_G).astype(np.float32)
+        self.price, self.floor = price, floor
+        self.gpu_LX = gpu_LX.copy()
         self.member_LXG = (gpu_LX[:, :, None] == np.arange(self.G)).astype(np.float32)
         self.random = np.random.default_rng(seed)
+        self.gumbel = np.log(np.maximum(self.random.standard_exponential(NOISE, dtype=np.float32), 1e-30))
+        is_copy_LXX = expert_LX[:, :, None] == expert_LX[:, None, :]
+        is_copy_LXX[:, np.arange(self.X), np.arange(self.X)] = False
+        self.copies_LXX = is_copy_LXX.astype(np.float32) if is_copy_LXX.any() else None
+        self.gpus_are_alike = bool(np.ptp(speed_G) == 0 and np.array_equal(saved_GG, np.eye(self.G)))
 
     def run(self, steps: int, deadline: float) -> Integer:
         """Cool down over `steps` half-sweeps or until the deadline; returns the GPU of each item."""
@@ -53,48 +72,62 @@ class ChainAnnealing:
             now = time.monotonic()
             if now > deadline:
                 break
-            progress = max(step / steps, (now - began) / max(deadline - began, 1e-9))
-            self._half_sweep(np.arange(step % 2, self.L, 2), HOT * (COLD / HOT) ** progress)
+            cooled = max(step / steps, (now - began) / max(deadline - began, 1e-9))
+            temperature = HOT * (COLD / HOT) ** cooled
+            self._half_sweep(slice(step % 2, self.L, 2), temperature, may_steer=cooled > SETTLED)
+            if self.gpus_are_alike and step % TAIL_EVERY == 0:
+                self._swap_tails(temperature)
         return self.gpu_LX
 
-    def _half_sweep(self, layers: Integer, temperature: float) -> None:
-        change = self._hop_change(layers)
+    def _half_sweep(self, half: slice, temperature: float, *, may_steer: bool) -> None:
+        gpu_AX = self.gpu_LX[half]
+        if not len(gpu_AX):
+            return
+        change = self._hop_change(half, gpu_AX)
         if self.price:
-            change += self.price * self._level_change(layers)
-        noise = -np.log(-np.log(self.random.random(change.shape, dtype=np.float32) + 1e-20) + 1e-20)
-        X = change.shape[1]
-        diagonal = np.arange(X)
-        same_gpu = self.gpu_LX[layers][:, :, None] == self.gpu_LX[layers][:, None, :]
-        change[same_gpu] = np.inf
-        change[:, diagonal, diagonal] = 0
-        x, y = np.divmod((change - temperature * noise).reshape(len(layers), -1).argmin(axis=1), X)
-        moved = x != y
-        self._swap(layers[moved], x[moved], y[moved])
+            change += self.price * self._level_change(half, gpu_AX, may_steer=may_steer)
+        change[gpu_AX[:, :, None] == gpu_AX[:, None, :]] = np.inf
+        if self.copies_LXX is not None:
+            change[self._doubles(half, gpu_AX)] = np.inf
+        np.einsum("axx->ax", change)[:] = 0
+        start = int(self.random.integers(max(NOISE - change.size, 1)))
+        noise = np.resize(self.gumbel[start : start + change.size], change.shape)
+        x, y = np.divmod((change / temperature + noise).reshape(len(gpu_AX), -1).argmin(axis=1), self.X)
+        moved = np.flatnonzero(x != y)
+        self._swap(half.start + 2 * moved, x[moved], y[moved])
 
-    def _hop_change(self, layers: Integer) -> Single:
-        before = self.member_LXG[np.maximum(layers - 1, 0)]
-        after = self.member_LXG[np.minimum(layers + 1, self.L - 1)]
-        linear_AXG = -(self.back_LXX[layers] @ before) - self.ahead_LXX[layers] @ after
-        gpu_AX = self.gpu_LX[layers]
-        at_AXX = np.take_along_axis(
-            linear_AXG, np.broadcast_to(gpu_AX[:, None, :], (*gpu_AX.shape, gpu_AX.shape[1])), 2
-        )
-        move = at_AXX - np.diagonal(at_AXX, axis1=1, axis2=2)[:, :, None]
+    def _hop_change(self, half: slice, gpu_AX: Integer) -> Single:
+        layers = np.arange(self.L)[half]
+        before = self.member_LXG[np.maximum(layers - 1, 0)] @ self.saved_GG
+        after = self.member_LXG[np.minimum(layers + 1, self.L - 1)] @ self.saved_GG.T
+        saved_AXG = self.back_LXX[half] @ before + self.ahead_LXX[half] @ after
+        at_AXX = _at(saved_AXG, gpu_AX)
+        move = np.einsum("axx->ax", at_AXX)[:, :, None] - at_AXX
         return np.asarray(move + move.transpose(0, 2, 1))
 
-    def _level_change(self, layers: Integer) -> Single:
-        gpu_AX, weight_AWX = self.gpu_LX[layers], self.weight_LWX[layers]
-        level_AWG = (weight_AWX @ self.member_LXG[layers]) / self.speed_G
-        A, W, X = weight_AWX.shape
-        at = np.broadcast_to(gpu_AX[:, None, :], (A, W, X))
-        own = np.take_along_axis(level_AWG, at, 2)
-        gain = weight_AWX[:, :, :, None] - weight_AWX[:, :, None, :]
-        side = own[:, :, :, None] - gain / self.speed_G[gpu_AX][:, None, :, None]
-        highest = np.maximum(side, side.transpose(0, 1, 3, 2))
-        rest = _max_of_others(level_AWG)
-        flat = (gpu_AX[:, :, None] * self.G + gpu_AX[:, None, :]).reshape(A, 1, X * X)
-        rest = np.take_along_axis(rest.reshape(A, W, -1), np.broadcast_to(flat, (A, W, X * X)), 2).reshape(A, W, X, X)
-        return np.asarray(np.maximum(highest, rest).mean(axis=1) - level_AWG.max(axis=2).mean(axis=1)[:, None, None])
+    def _level_change(self, half: slice, gpu_AX: Integer, *, may_steer: bool) -> Single:
+        """Change of the fullest GPU by each swap, mean over folds; steers the price towards the floor."""
+        slow_AX = self.slow_G[gpu_AX]
+        total = np.zeros((*gpu_AX.shape, self.X), np.float32)
+        balancedness = 0.0
+        for weight_AX in self.weight_WLX[:, half]:
+            level_AG = np.einsum("ax,axg->ag", weight_AX, self.member_LXG[half]) * self.slow_G
+            own_AX = np.take_along_axis(level_AG, gpu_AX, 1)
+            side = (own_AX - weight_AX * slow_AX)[:, :, None] + slow_AX[:, :, None] * weight_AX[:, None, :]
+            after = np.maximum(np.maximum(side, side.transpose(0, 2, 1)), _fullest_other(level_AG, gpu_AX))
+            peak_A = level_AG.max(axis=1)
+            total += after - peak_A[:, None, None]
+            balancedness += float((1 / np.maximum(peak_A, 1e-9)).mean())
+        folds = len(self.weight_WLX)
+        if self.floor is not None and may_steer:
+            self.price *= float(np.exp(PRICE_RATE * (self.floor - balancedness / folds)))
+        return np.asarray(total / folds, np.float32)
+
+    def _doubles(self, half: slice, gpu_AX: Integer) -> NDArray[np.bool_]:
+        """Swaps that would bring an item to a GPU with another copy of its expert."""
+        assert self.copies_LXX is not None
+        into = _at(self.copies_LXX[half] @ self.member_LXG[half], gpu_AX) > 0.5
+        return np.asarray(into | into.transpose(0, 2, 1))
 
     def _swap(self, layers: Integer, x: Integer, y: Integer) -> None:
         g, h = self.gpu_LX[layers, x], self.gpu_LX[layers, y]
@@ -103,16 +136,37 @@ class ChainAnnealing:
             self.member_LXG[layers, item, old] = 0
             self.member_LXG[layers, item, new] = 1
 
+    def _swap_tails(self, temperature: float) -> None:
+        """For each pair of layers, by chance, let two GPUs change places in all layers after the first of them."""
+        member = self.member_LXG
+        stay_GG = member[:-1].transpose(0, 2, 1) @ (self.ahead_LXX[:-1] @ member[1:])
+        own = np.einsum("lgg->lg", stay_GG)
+        change_GG = own[:, :, None] + own[:, None, :] - stay_GG - stay_GG.transpose(0, 2, 1)
+        g, h = np.triu_indices(self.G, 1)
+        change = np.concatenate([np.zeros((len(own), 1), np.float32), change_GG[:, g, h] / temperature], axis=1)
+        chosen = (change + np.log(self.random.standard_exponential(change.shape) + 1e-30)).argmin(axis=1)
+        renamed_G = np.arange(self.G)
+        for layer in range(1, self.L):
+            if pick := int(chosen[layer - 1]):
+                one, other = g[pick - 1], h[pick - 1]
+                renamed_G[[one, other]] = renamed_G[[other, one]]
+            self.gpu_LX[layer] = renamed_G[self.gpu_LX[layer]]
+        self.member_LXG[:] = self.gpu_LX[:, :, None] == np.arange(self.G)
 
-def _max_of_others(level_AWG: Single) -> Single:
-    """[A, W, G, G]: the fullest GPU other than g and h."""
-    A, W, G = level_AWG.shape
-    top = np.argsort(-level_AWG, axis=2)[:, :, : min(3, G)]
-    value = np.take_along_axis(level_AWG, top, 2)
-    rest = np.zeros((A, W, G, G), np.float32)
-    gpu = np.arange(G)
-    for rank in reversed(range(top.shape[2])):
-        free = gpu != top[:, :, rank, None]
-        both_free = free[:, :, :, None] & free[:, :, None, :]
-        rest = np.where(both_free, value[:, :, rank, None, None], rest)
-    return rest
+
+def _at(value_AXG: Single, gpu_AX: Integer) -> Single:
+    """[A, X, X]: the value of item x on the GPU of item y."""
+    A, X, G = value_AXG.shape
+    return np.asarray(value_AXG.ravel()[np.arange(A * X).reshape(A, X, 1) * G + gpu_AX[:, None, :]])
+
+
+def _fullest_other(level_AG: Single, gpu_AX: Integer) -> Single:
+    """[A, X, X]: the fullest GPU other than those of x and y."""
+    top = np.argsort(-level_AG, axis=1)[:, :3]
+    value = np.take_along_axis(level_AG, top, 1)[:, :, None, None]
+    if value.shape[1] < 3:
+        value = np.concatenate([value, np.zeros_like(value[:, :1])], axis=1)[:, [0, 1, -1]]
+    has_first, has_second = (gpu_AX == top[:, [rank]] for rank in (0, min(1, top.shape[1] - 1)))
+    first = has_first[:, :, None] | has_first[:, None, :]
+    second = has_second[:, :, None] | has_second[:, None, :]
+    return np.asarray(np.where(first, np.where(second, value[:, 2], value[:, 1]), value[:, 0]))

@@ -1,12 +1,13 @@
-"""Cross-layer hops: given the layers before and after, one layer is a transport problem; alternate over layers.
+"""Cross-layer hops: anneal the chain of layers several times, then finish the best layer by layer.
 
-With neighbours fixed, an item on GPU g keeps the tokens whose previous or next first choice is there too: a cost per
-item and GPU. The exact transport gives the start, swaps with the load term finish it. Annealing comes first.
-Shapes: L layers, X items (slots), G GPUs, E experts.
+With neighbours fixed, an item on GPU g saves the tokens whose previous or next first choice is close: a saving per item
+and GPU. The exact transport for it and swaps with the load term finish a layer. A balance floor is kept by a price of
+imbalance that follows it. Shapes: L layers, X items (slots), G GPUs, E experts, W folds or scenarios.
 """
 
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,51 +17,59 @@ from .affinity_search import layer_task
 from .budget import Budget
 from .hops_annealing import ChainAnnealing
 from .objectives import PartWeights
-from .objectives.hops import first_choice_TL
+from .objectives.hops import first_choice_TL, hop_cost_GG
 from .problem import Problem
 from .tabu import LayerTask, SearchState, tabu_search
+from .workers import in_workers
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
 ROUNDS = 25
 SWEEPS = 4
-STEPS = 36_000
+RESTARTS = 8
+STEPS_PER_ITEM = 12.5  # half-sweeps per layer and item; more of them help less than another restart
+CELL_S = 1e-8  # a half-sweep's time per layer of one parity, pair of items, and fold
+ANNEALING_SHARE = 0.8
+FOLDS = 4
+START_PRICE = 0.23
+MIN_PARALLEL_CELLS = 50_000_000  # half-sweeps x layers x pairs of items that pay for starting processes
+FLOOR_ROUNDS = 4
+FLOOR_STEP = 1.25
 
 
 def search_hops(
-    problem: Problem,
-    start_LP: Integer,
-    budget: Budget,
-    weights: PartWeights,
-    *,
-    restarts: int,
+    problem: Problem, start_LP: Integer, budget: Budget, weights: PartWeights, *, floor: float | None
 ) -> Integer:
-    """Improve a map for hops * hop share + fan * GPU fan-out + node * node fan-out + level * imbalance.
+    """Improve a map for hops * hop cost + fan * GPU fan-out + node * node fan-out + level * imbalance.
 
     Args:
         problem: has tokens.
         start_LP: a map to start from; its copy counts are kept.
-        budget: time, seed; told of progress.
+        budget: time, seed, processes; told of progress.
         weights: of the objective, without churn and goal.
-        restarts: annealings, each from a random start.
+        floor: balancedness to keep, mean over folds; the price of imbalance follows it. None keeps `weights.level`.
     """
+    if floor is not None:
+        weights = replace(weights, level=weights.level or START_PRICE * weights.hops)
     tasks = [
-        layer_task(problem, start_LP[layer], layer, weights, seed=budget.seed) for layer in range(problem.num_layers)
+        _with_merged_folds(layer_task(problem, start_LP[layer], layer, weights, seed=budget.seed))
+        for layer in range(problem.num_layers)
     ]
     chain = _Chain(problem, tasks, weights.hops, budget)
     known = [np.arange(problem.num_slots) // problem.slots_per_gpu for _ in tasks]
-    best, best_cost = known, chain.cost(known)
-    has_copies = problem.num_slots > problem.num_experts
-    for restart in range(1 if has_copies else restarts):
-        budget.tell("searching hops", restart / restarts)
-        share_s = 0.85 * budget.left_s / (restarts - restart)
-        cooled = known if has_copies else chain.anneal(weights.level, seed=budget.seed + restart, seconds=share_s)
-        found, cost = chain.descend(cooled, np.random.default_rng(budget.seed + restart))
-        if cost < best_cost:
-            best, best_cost = found, cost
-            budget.offer(_maps(tasks, best))
-        if budget.left_s == 0:
+    results = []
+    for found, price in chain.annealed(weights.level, floor):
+        results.append((found, price))
+        budget.offer(_maps(tasks, found))
+        budget.tell("searching hops", len(results) / (RESTARTS + 1))
+    if floor is not None and results:
+        chain.set_price(float(np.median([price for _, price in results])))
+    best = min([known, *(found for found, _ in results)], key=chain.cost)
+    for _ in range(FLOOR_ROUNDS):
+        best = chain.descend(best, np.random.default_rng(budget.seed))
+        if floor is None or chain.balancedness(best) >= floor:
             break
+        chain.set_price(chain.tasks[0].level * FLOOR_STEP)
     return _maps(tasks, best)
 
 
@@ -74,59 +83,118 @@ class _Chain:
     def __init__(self, problem: Problem, tasks: list[LayerTask], hops: float, budget: Budget) -> None:
         self.tasks, self.budget, self.G = tasks, budget, problem.num_gpus
         self.weight = hops * len(tasks) / max(len(tasks) - 1, 1)
+        self.saved_GG = 1 - hop_cost_GG(problem.cluster)
         pairs = [pair_shares(problem, layer) for layer in range(len(tasks) - 1)]
         self.pair_XX = [
             _per_item(pair, tasks[layer].expert_X, tasks[layer + 1].expert_X) for layer, pair in enumerate(pairs)
         ]
 
+    def set_price(self, price: float) -> None:
+        self.tasks = [replace(task, level=price) for task in self.tasks]
+
+    def balancedness(self, gpus: list[Integer]) -> float:
+        levels = [SearchState(replace(t, fan=0, node=0), g).level.level for t, g in zip(self.tasks, gpus, strict=True)]
+        return float(np.mean([1 / level if level else 1.0 for level in levels]))
+
     def cost(self, gpus: list[Integer]) -> float:
         own = sum(SearchState(task, gpu_X).cost for task, gpu_X in zip(self.tasks, gpus, strict=True))
-        return own - self.weight * sum(self._stay(layer, gpus) for layer in range(len(self.pair_XX)))
+        return own - self.weight * sum(self._saved(layer, gpus) for layer in range(len(self.pair_XX)))
 
-    def anneal(self, level: float, *, seed: int, seconds: float) -> list[Integer]:
-        """Cool down from a random start; for one copy per expert."""
-        X = len(self.tasks[0].expert_X)
-        random = np.random.default_rng(seed)
-        start_LX = np.stack([random.permutation(np.arange(X) * self.G // X) for _ in self.tasks])
-        annealing = ChainAnnealing(
-            self.weight * np.array(self.pair_XX).reshape(-1, X, X),
-            np.stack([task.weight_WX for task in self.tasks]),
-            self.tasks[0].speed_G,
-            level,
-            start_LX,
-            seed,
+    def annealed(self, price: float, floor: float | None) -> Iterator[tuple[list[Integer], float]]:
+        """Annealings from different starts, in all processes; none where one would not cool in time."""
+        L, X = len(self.tasks), len(self.tasks[0].expert_X)
+        steps = int(STEPS_PER_ITEM * X * L)
+        seconds = ANNEALING_SHARE * self.budget.left_s
+        folds = np.stack([task.weight_WX for task in self.tasks])
+        if steps * CELL_S * -(-L // 2) * X * X * (1 + folds.shape[1]) > seconds or L == 1:
+            return
+        jobs = (
+            _AnnealingJob(
+                pair_LXX=self.weight * np.array(self.pair_XX),
+                saved_GG=self.saved_GG,
+                weight_LWX=folds,
+                speed_G=self.tasks[0].speed_G,
+                price=price,
+                floor=floor,
+                expert_LX=np.stack([task.expert_X for task in self.tasks]),
+                seed=self.budget.seed * RESTARTS + restart,
+                steps=steps,
+                deadline=time.monotonic() + seconds,
+            )
+            for restart in range(RESTARTS)
         )
-        return list(annealing.run(STEPS, time.monotonic() + seconds))
+        pays = steps * L * X * X > MIN_PARALLEL_CELLS
+        for gpu_LX, paid in in_workers(_anneal, jobs, self.budget.processes if pays else 1):
+            yield list(gpu_LX), paid
 
-    def descend(self, gpus: list[Integer], random: np.random.Generator) -> tuple[list[Integer], float]:
+    def descend(self, gpus: list[Integer], random: np.random.Generator) -> list[Integer]:
+        """Every layer anew, given its neighbours, until nothing falls or the time is up."""
         gpus, cost = list(gpus), self.cost(gpus)
         for _ in range(SWEEPS):
             for layer in random.permutation(len(self.tasks)).tolist():
                 if self.budget.left_s == 0:
-                    return gpus, self.cost(gpus)
+                    return gpus
                 gpus[layer] = self._best_layer(layer, gpus)
+            self.budget.offer(_maps(self.tasks, gpus))
             after = self.cost(gpus)
             if after >= cost - 1e-6:
                 break
             cost = after
-        return gpus, self.cost(gpus)
+        return gpus
 
     def _best_layer(self, layer: int, gpus: list[Integer]) -> Integer:
         linear_XG = np.zeros((len(gpus[layer]), self.G))
         if layer > 0:
-            linear_XG -= self.weight * self.pair_XX[layer - 1].T @ _members(gpus[layer - 1], self.G)
+            linear_XG -= self.pair_XX[layer - 1].T @ _members(gpus[layer - 1], self.G) @ self.saved_GG
         if layer < len(self.pair_XX):
-            linear_XG -= self.weight * self.pair_XX[layer] @ _members(gpus[layer + 1], self.G)
-        task = replace(self.tasks[layer], linear_XG=linear_XG)
+            linear_XG -= self.pair_XX[layer] @ _members(gpus[layer + 1], self.G) @ self.saved_GG.T
+        task = replace(self.tasks[layer], linear_XG=self.weight * linear_XG)
         deadline = time.monotonic() + self.budget.left_s
         found = [tabu_search(task, gpus[layer], rounds=ROUNDS, deadline=deadline)]
-        moved_X = _transport(linear_XG)
         if len(np.unique(task.expert_X)) == len(task.expert_X):
-            found.append(tabu_search(task, moved_X, rounds=ROUNDS, deadline=deadline))
+            found.append(tabu_search(task, _transport(linear_XG), rounds=ROUNDS, deadline=deadline))
         return min(found, key=lambda pair: pair[1])[0]
 
-    def _stay(self, layer: int, gpus: list[Integer]) -> float:
-        return float(self.pair_XX[layer][gpus[layer][:, None] == gpus[layer + 1]].sum())
+    def _saved(self, layer: int, gpus: list[Integer]) -> float:
+        return float((self.pair_XX[layer] * self.saved_GG[gpus[layer][:, None], gpus[layer + 1]]).sum())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _AnnealingJob:
+    """One annealing for a worker process."""
+
+    pair_LXX: Float
+    saved_GG: Float
+    weight_LWX: Float
+    speed_G: Float
+    price: float
+    floor: float | None
+    expert_LX: Integer
+    seed: int
+    steps: int
+    deadline: float
+
+
+def _anneal(job: _AnnealingJob) -> tuple[Integer, float]:
+    """GPU of each item, and the price of imbalance at the end."""
+    L, X = job.expert_LX.shape
+    G = len(job.speed_G)
+    random = np.random.default_rng(job.seed)
+    has_copies = len(np.unique(job.expert_LX[0])) < X
+    first_X = np.arange(X) * G // X
+    start_LX = np.stack([first_X if has_copies else random.permutation(first_X) for _ in range(L)])
+    annealing = ChainAnnealing(
+        job.pair_LXX, job.saved_GG, job.weight_LWX, job.speed_G, job.price, job.expert_LX, start_LX, job.seed, job.floor
+    )
+    return annealing.run(job.steps, job.deadline), annealing.price
+
+
+def _with_merged_folds(task: LayerTask) -> LayerTask:
+    """At most FOLDS loads, the mean of every few; several scenarios are few and stay."""
+    W, X = task.weight_WX.shape
+    if W <= FOLDS or W % FOLDS:
+        return task
+    return replace(task, weight_WX=task.weight_WX.reshape(FOLDS, W // FOLDS, X).mean(axis=1))
 
 
 def _members(gpu_X: Integer, gpus: int) -> Float:

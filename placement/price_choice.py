@@ -44,7 +44,7 @@ def choose_price(problem: Problem, weights: PartWeights, budget: Budget) -> Part
     if len(np.unique(trace.sequence_T)) < MIN_SEQUENCES:
         raise ValueError(f"a balance floor needs {MIN_SEQUENCES} sequences; got {len(np.unique(trace.sequence_T))}")
     layers = np.unique(np.linspace(0, problem.num_layers - 1, min(LAYERS, problem.num_layers)).round().astype(int))
-    planned, aside = _split(problem.restrict(layers), budget.seed)
+    planned, aside = _split(problem.restrict(layers))
     start_LP = lpt_swap_LP(planned, robust_weights(planned.weight_WLE), budget.deadline)
     tried: dict[float, float] = {}
     whole = budget.part(TIME_SHARE)
@@ -60,12 +60,11 @@ def choose_price(problem: Problem, weights: PartWeights, budget: Budget) -> Part
     return replace(weights, level=_crossing(tried, floor))
 
 
-def _split(problem: Problem, seed: int) -> tuple[Problem, Problem]:
+def _split(problem: Problem) -> tuple[Problem, Problem]:
+    """Every other sequence in the order of recording: both halves see the same mixture as it changes."""
     trace = problem.scenarios[0].trace
     assert trace is not None
-    sequences = np.unique(trace.sequence_T)
-    chosen = np.random.default_rng(seed).permutation(sequences)[: len(sequences) // 2]
-    is_aside = np.isin(trace.sequence_T, chosen)
+    is_aside = np.isin(trace.sequence_T, np.unique(trace.sequence_T)[1::2])
     return problem.with_trace(trace.select(~is_aside)), problem.with_trace(trace.select(is_aside))
 
 

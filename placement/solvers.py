@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 from .affinity_search import running_LP, search_affinity
 from .balance_search import kick_and_swap, lpt_swap_LP, robust_weights
 from .baselines import contiguous_LP, random_LP, round_robin_LP
+from .blocks import one_block
 from .budget import Budget, Progress
 from .certificate import PROVEN, Certificate
 from .check import require_valid
 from .elastic import match_gpus
 from .eplb import eplb
 from .hops_search import search_hops
+from .latency_search import search_latency
 from .layer_search import Effort
-from .objectives import Objective, Robustness, find_objective, part_weights
+from .objectives import Objective, PartWeights, Robustness, find_objective, part_weights
 from .plan import Plan
 from .price_choice import choose_price
 from .problem import Problem
@@ -28,8 +30,8 @@ Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
 Solver = Callable[[Problem, Objective, Budget], Integer]
 ILP_BINARIES = 2000
-HOP_RESTARTS = 1
-SCORING_S = 3e-6  # per token and layer
+HOPS_FLOOR = 0.86  # hops alone would pile the popular experts up; --balance-floor says otherwise
+SCORING_S = 2e-6  # per token and layer
 SEARCH_SHARE = 0.3  # of the time, where an integer programme comes after
 
 
@@ -71,10 +73,6 @@ def solve(
         raise ValueError(f"unknown solver {solver!r}; there are {', '.join(SOLVERS)}")
     if chosen.needs_tokens and not problem.has_tokens:
         raise ValueError(f"objective {chosen.name} needs a routing trace (--trace); loads only tell balance")
-    if problem.cluster.rank_cost_GG is not None and any(name in ("hops", "latency") for name in _part_names(chosen)):
-        raise ValueError(
-            "hops and latency count GPUs and nodes, not links.rank_cost_matrix: remove it, or choose balance or fanout"
-        )
     if not time_limit_s > 0:
         raise ValueError(f"the time limit must be positive; got {time_limit_s} s")
     began = time.perf_counter()
@@ -95,10 +93,6 @@ def solve(
         map_LP = budget.incumbent_LP
     plan = make_plan(problem, map_LP, solver=solver, objective=chosen)
     return certify(problem, plan, chosen, robustness, began, budget.proved_L)
-
-
-def _part_names(objective: Objective) -> list[str]:
-    return [name.partition("<=")[0] for _, name in objective.parts] or [objective.name]
 
 
 def _scoring_s(problem: Problem, time_limit_s: float) -> float:
@@ -200,13 +194,21 @@ def _eplb_map(problem: Problem, groups: int) -> Integer:
 
 
 def _lpt(problem: Problem, objective: Objective, budget: Budget) -> Integer:
-    return lpt_swap_LP(problem, problem.weight_WLE, budget.deadline)
+    block, blocks = one_block(problem, pairs=False)
+    return np.tile(lpt_swap_LP(block, block.weight_WLE, budget.deadline), (1, blocks))
 
 
 def _search(problem: Problem, objective: Objective, budget: Budget) -> Integer:
-    """Balance first; then, for objectives of the tokens' sets, fan-out from there."""
-    weight_WLE = robust_weights(problem.weight_WLE)
+    """Balance first; then, for objectives of the tokens' sets, fan-out or hops from there; very many GPUs by blocks."""
     weights = part_weights(objective, problem.cluster)
+    block, budget.blocks = one_block(problem, pairs=bool(weights.fan or weights.node or weights.hops or weights.churn))
+    if budget.blocks > 1 and weights.churn:
+        raise ValueError(f"churn is searched for up to {block.num_gpus} GPUs; got {problem.num_gpus}")
+    return np.tile(_search_block(block, objective, budget, weights), (1, budget.blocks))
+
+
+def _search_block(problem: Problem, objective: Objective, budget: Budget, weights: PartWeights) -> Integer:
+    weight_WLE = robust_weights(problem.weight_WLE)
     start_LP = running_LP(problem) if weights.churn else None
     map_LP = lpt_swap_LP(problem, weight_WLE, budget.deadline) if start_LP is None else start_LP
     if weights.churn and problem.current is not None:
@@ -216,12 +218,15 @@ def _search(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     if weights.hops:
         if weights.churn or weights.goal:
             raise ValueError("the search knows hops with weighted fan-out and balance only, without churn or goals")
-        start_LP = contiguous_LP(*_shape(problem)) if problem.num_slots == problem.num_experts else map_LP
-        return search_hops(problem, start_LP, budget, weights, restarts=HOP_RESTARTS)
+        floor = budget.balance_floor or (None if weights.level else HOPS_FLOOR)
+        return search_hops(problem, map_LP, budget, weights, floor=floor)
     if budget.balance_floor is not None:
         weights = choose_price(problem, weights, budget)
     if weights.fan or weights.node or weights.churn:
         return search_affinity(problem, map_LP, budget, weights, effort=Effort())
+    if objective.name == "latency":
+        start = make_plan(problem, map_LP, solver="search", objective=objective)
+        return search_latency(problem, start, objective, budget)
     return kick_and_swap(problem, weight_WLE, map_LP, budget)
 
 

@@ -120,20 +120,3 @@ def test_balance_floor_raises_the_price_until_it_is_kept(problem):
     assert low < high
     with pytest.raises(ValueError, match="one trace and an objective of fan-out and balance"):
         solve(problem, objective="fanout", balance_floor=0.9)
-
-
-def test_rank_costs_are_refused_where_they_would_be_ignored():
-    matrix = [[0.0, 1.0], [1.0, 0.0]]
-    cluster = Cluster.from_mapping(
-        {"node_types": {"n": {"gpus": {"count": 2}}}, "nodes": [{"type": "n"}], "links": {"rank_cost_matrix": matrix}}
-    )
-    trace = generate_trace(tokens=50, layers=2, experts=4, top_k=2, blocks=2, tokens_per_sequence=10)
-    with pytest.raises(ValueError, match=r"links\.rank_cost_matrix"):
-        solve(Problem.from_trace(trace, cluster), objective="hops")
-
-
-def test_ten_thousand_gpus_are_planned_or_refused_with_a_way_out():
-    problem = Problem.from_loads(np.ones((1, 16)), Cluster.grid(1250, 8), replicas=9984)
-    with pytest.raises(ValueError, match="--solver eplb-global"):
-        solve(problem)
-    assert check_plan(solve(problem, solver="eplb-global"), made_from=problem) == []

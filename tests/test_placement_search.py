@@ -118,7 +118,8 @@ def test_annealing_keeps_groups_equal_and_finds_an_obvious_chain():
     for layer in range(3):
         pair[layer, np.arange(8), np.roll(np.arange(8), layer + 1)] = 1 / 8
     start = np.stack([np.random.default_rng(layer).permutation(np.arange(8) // 2) for layer in range(4)])
-    annealing = ChainAnnealing(pair, np.full((4, 1, 8), 1 / 8), np.ones(4), 0.0, start, 0)
+    everyone = np.tile(np.arange(8), (4, 1))
+    annealing = ChainAnnealing(pair, np.eye(4), np.full((4, 1, 8), 1 / 8), np.ones(4), 0.0, everyone, start, 0)
     gpu_LX = annealing.run(2000, float("inf"))
     assert all(np.bincount(row).tolist() == [2, 2, 2, 2] for row in gpu_LX)
     stay = sum(pair[layer][gpu_LX[layer][:, None] == gpu_LX[layer + 1]].sum() for layer in range(3))

@@ -4,6 +4,7 @@ Which function lies between the projections is found by comparing, on a few numb
 the kernels can compute; so a family with a gate of its own is either computed exactly or left to plain torch.
 """
 
+import ctypes
 import itertools
 from dataclasses import astuple
 
@@ -95,11 +96,16 @@ def activation_of(experts: nn.Module) -> Activation | None:
     Returns:
         The activation.
     """
-    settings = _settings_of(experts)
+    settings = _settings_at(id(experts)) if torch.compiler.is_compiling() else _settings_of(experts)
     return None if settings is None else Activation(*settings)
 
 
 @torch._dynamo.assume_constant_result
+def _settings_at(address: int) -> tuple | None:
+    """`torch.compile` of torch 2.11 takes an object's address as a constant, but not the object."""
+    return _settings_of(ctypes.cast(address, ctypes.py_object).value)
+
+
 def _settings_of(experts: nn.Module) -> tuple | None:
     """The fields of the module's activation; plain values, because `torch.compile` of torch 2.11 takes no others."""
     limit = _first_number(experts, LIMIT_NAMES)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import triton
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from routing.traces import write_json
 
@@ -40,6 +42,8 @@ CANDIDATES = tuple(
     for block_k in (32, 64)
     for num_stages in (2, 3, 4)
 )
+# too much shared memory or too many threads; refused by the compiler; refused by the assembler
+MISFITS = (OutOfResources, CompilationError, PTXASError)
 PRODUCTS = {
     "up": "up_kernel",
     "down": "down_kernel",
@@ -53,7 +57,7 @@ def measure_on_device(launch: Launch) -> float:
     """Median milliseconds of a launch with a cold cache; infinite for tiles that do not fit the device."""
     try:
         return triton.testing.do_bench(lambda: execute(launch), warmup=5, rep=20, return_mode="median")
-    except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+    except MISFITS:
         return float("inf")
 
 

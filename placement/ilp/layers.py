@@ -12,6 +12,7 @@ from .exact import LayerModel, solve_layer
 Integer = NDArray[np.int64]
 EXACT_PARTS = ("balance", "imbalance-price", "gpu-fanout", "node-fanout", "fanout")
 MAX_BUNDLES = 20_000
+MAX_BINARIES = 500_000
 LEAST_S = 0.05
 
 
@@ -32,6 +33,12 @@ def solve_layers_exactly(problem: Problem, objective: Objective, budget: Budget,
         raise ValueError(
             f"the exact programme knows sums of {', '.join(EXACT_PARTS)} under uniform dispatch, fan-out only without "
             f"replicas; objective {objective.name} needs --solver search"
+        )
+    binaries = layer_model(problem, objective, 0, with_bundles=False).num_binaries
+    if binaries > MAX_BINARIES:
+        raise ValueError(
+            f"the exact programme of a layer would have {binaries} binaries, at most {MAX_BINARIES} are written down; "
+            "use --solver search"
         )
     map_LP = start_LP.copy()
     for layer in range(problem.num_layers):

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..affinity_search import churn_costs, layer_task
+from ..blocks import MAX_ITEMS
 from ..budget import Budget
 from ..bundles import Bundles
 from ..layer_search import is_feasible
@@ -39,6 +40,10 @@ def improve_by_neighbourhoods(
     weights = part_weights(objective, problem.cluster)
     if weights.hops:
         raise ValueError("neighbourhoods are of one layer; hops join layers: use --solver search")
+    if problem.num_slots > MAX_ITEMS:
+        raise ValueError(
+            f"neighbourhoods take at most {MAX_ITEMS} slots per layer; got {problem.num_slots}: use search"
+        )
     random = np.random.default_rng(budget.seed)
     map_LP = start_LP.copy()
     churn_LXG = churn_costs(problem, start_LP, weights.churn)

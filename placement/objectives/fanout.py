@@ -14,6 +14,7 @@ from ..plan import Plan
 
 Float = NDArray[np.float64]
 CHUNK_CELLS = 1 << 22
+DISTINCT_PARTS = 512
 
 
 def gpu_fanout_L(plan: Plan, trace: RoutingTrace) -> Float:
@@ -87,6 +88,10 @@ def _distinct(share: Float, expert_TK: NDArray[np.int16], part_G: NDArray[np.int
     parts = int(part_G[-1]) + 1
     part_share = np.zeros((share.shape[0] + 1, parts))  # the last row answers for empty slots
     np.add.at(part_share[:-1].T, part_G, share.T)
+    times = np.ones(parts)
+    if parts > DISTINCT_PARTS:  # GPUs with the same experts at the same shares answer alike
+        part_share, counts = np.unique(part_share, axis=1, return_counts=True)
+        times, parts = counts.astype(np.float64), len(counts)
     miss = np.clip(1 - part_share, 0, 1)
     total, step = 0.0, max(1, CHUNK_CELLS // parts)
     expert_TK = _without_repeats(expert_TK)
@@ -95,7 +100,7 @@ def _distinct(share: Float, expert_TK: NDArray[np.int16], part_G: NDArray[np.int
         product = miss[chunk_TK[:, 0]]
         for k in range(1, chunk_TK.shape[1]):
             product *= miss[chunk_TK[:, k]]
-        total += float(product.size - product.sum())
+        total += float(((1 - product) @ times).sum())
     return total
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from routing.traces import RoutingTrace
 
+from ..cluster import Cluster
 from ..dispatch import share_EG
 from ..plan import Plan
 
@@ -17,26 +18,42 @@ Float = NDArray[np.float64]
 
 
 def hops_L(plan: Plan, trace: RoutingTrace) -> Float:
-    """Share of tokens whose first-choice expert moves to another GPU between layer l-1 and l; 0 for the first layer.
+    """Mean cost of the first-choice expert's move from layer l-1 to l, as `hop_cost_GG` has it; 0 for the first layer.
 
     The first choice is the expert of the largest combine weight, or of slot 0 where no weights were recorded.
     """
-    choice_TL = first_choice_TL(trace)
-    share_LEG = [
-        share_EG(plan.copies_LEG[layer], plan.cluster, plan.dispatch, _counts(choice_TL[:, layer], plan.num_experts))
-        for layer in range(plan.num_layers)
-    ]
-    hops = np.zeros(plan.num_layers)
-    for layer in range(1, plan.num_layers):
-        pairs, count = count_pairs(choice_TL[:, layer - 1], choice_TL[:, layer])
-        stay = (share_LEG[layer - 1][pairs[:, 0]] * share_LEG[layer][pairs[:, 1]]).sum(axis=1)
-        hops[layer] = 1 - (stay * count).sum() / count.sum() if len(count) else 0.0
-    return hops
+    return _moves_L(plan, trace, hop_cost_GG(plan.cluster) if plan.cluster.rank_cost_GG is not None else None)
 
 
 def hop_share(plan: Plan, trace: RoutingTrace) -> float:
-    """Mean of `hops_L` over the L - 1 transitions."""
-    return float(hops_L(plan, trace)[1:].mean()) if plan.num_layers > 1 else 0.0
+    """Share of tokens whose first-choice expert moves to another GPU, mean over the L - 1 transitions."""
+    return float(_moves_L(plan, trace, None)[1:].mean()) if plan.num_layers > 1 else 0.0
+
+
+def hop_cost_GG(cluster: Cluster) -> Float:
+    """Cost of a hop: 1 between different GPUs, or `links.rank_cost_matrix` over its off-diagonal mean."""
+    G = cluster.num_gpus
+    if cluster.rank_cost_GG is None:
+        return 1 - np.eye(G)
+    mean = cluster.rank_cost_GG.sum() / max(G * (G - 1), 1)
+    return cluster.rank_cost_GG / mean if mean > 0 else np.zeros((G, G))
+
+
+def _moves_L(plan: Plan, trace: RoutingTrace, cost_GG: Float | None) -> Float:
+    """Mean cost of the moves into each layer; without a matrix every change of GPU costs 1."""
+    choice_TL = first_choice_TL(trace)
+    moves = np.zeros(plan.num_layers)
+    before_EG = np.zeros((0, 0))
+    for layer in range(plan.num_layers):
+        load_E = _counts(choice_TL[:, layer], plan.num_experts)
+        here_EG = share_EG(plan.copies_LEG[layer], plan.cluster, plan.dispatch, load_E)
+        if layer > 0:
+            met_EE = (before_EG if cost_GG is None else before_EG @ cost_GG) @ here_EG.T
+            pairs, count = count_pairs(choice_TL[:, layer - 1], choice_TL[:, layer])
+            met = float(met_EE[pairs[:, 0], pairs[:, 1]] @ count) / max(float(count.sum()), 1.0)
+            moves[layer] = 1 - met if cost_GG is None and len(count) else met
+        before_EG = here_EG
+    return moves
 
 
 def first_choice_TL(trace: RoutingTrace, layers: slice = slice(None)) -> NDArray[np.int64]:

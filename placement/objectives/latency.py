@@ -4,7 +4,8 @@ seconds = dispatch + max over GPUs of experts + combine.
 A batch has `ep.tokens_per_gpu` tokens per GPU, sources spread evenly, experts drawn as in the data.
 All-to-all: the fullest GPU's ingress or egress, at NIC and at NVLink speed, plus the latencies. `dedup` says how many
 copies of a token cross: `node` one per destination node over the NIC and then one per GPU over NVLink, `gpu` one per
-GPU, `none` (and `ep.mode: ll`) one per expert.
+GPU, `none` (and `ep.mode: ll`) one per expert. With `links.rank_cost_matrix` a GPU's ingress costs what the mean of its
+column says.
 Experts: 3 matrices of hidden x intermediate; tokens are padded to tiles of 128 per expert in `ht` mode; never faster
 than reading the activated experts from HBM. Sizes come from the cluster file's `model`.
 Source: constants and shape of the model after DeepEP and METRO (arXiv:2512.09277); see docs/placement.md.
@@ -79,21 +80,27 @@ def expert_seconds_LG(plan: Plan, load_LE: Float, sizes: dict[str, float]) -> Fl
 def traffic_seconds_L(plan: Plan, load_LE: Float, trace: RoutingTrace | None, sizes: dict[str, float]) -> Float:
     """Seconds of dispatch and combine: the busiest GPU's link."""
     cluster = plan.cluster
-    G = cluster.num_gpus
-    if G == 1:
+    if cluster.num_gpus == 1:
         return np.zeros(plan.num_layers)
+    nvlink_L, nic_L = seconds_per_byte(plan, trace, sizes)
+    skew_L = _ingress_skew_L(plan, load_LE)
+    wait = KERNEL_LATENCY_S + (cluster.node_latency_s + cluster.rack_latency_s if cluster.num_nodes > 1 else 0.0)
+    return 2 * wait + skew_L * np.maximum(nvlink_L, nic_L) * (sizes["dispatch_bytes"] + sizes["combine_bytes"])
+
+
+def seconds_per_byte(plan: Plan, trace: RoutingTrace | None, sizes: dict[str, float]) -> tuple[Float, Float]:
+    """Seconds of the mean GPU's NVLink, and of its NIC, per byte that a token's copy has."""
+    cluster = plan.cluster
+    G = cluster.num_gpus
     copies_gpu_L, copies_node_L = _copies_per_token(plan, trace, sizes["top_k"])
     tokens_per_gpu = sizes["tokens"] / G
     inside = float(np.mean(np.bincount(cluster.node_G))) / G
-    skew_L = _ingress_skew_L(plan, load_LE)
     nvlink_rows_L = copies_gpu_L * (1 - 1 / G if cluster.num_nodes == 1 else 1.0)
     nic_rows_L = copies_node_L * (1 - inside)
-    per_byte_L = np.maximum(
+    return (
         nvlink_rows_L * tokens_per_gpu / cluster.nvlink_bytes_per_s_G.min(),
         nic_rows_L * tokens_per_gpu / min(float(cluster.nic_bytes_per_s_G.min()), cluster.rack_bytes_per_s),
     )
-    wait = KERNEL_LATENCY_S + (cluster.node_latency_s + cluster.rack_latency_s if cluster.num_nodes > 1 else 0.0)
-    return 2 * wait + skew_L * per_byte_L * (sizes["dispatch_bytes"] + sizes["combine_bytes"])
 
 
 def _copies_per_token(plan: Plan, trace: RoutingTrace | None, top_k: float) -> tuple[Float, Float]:
@@ -110,9 +117,19 @@ def _copies_per_token(plan: Plan, trace: RoutingTrace | None, top_k: float) -> t
 
 
 def _ingress_skew_L(plan: Plan, load_LE: Float) -> Float:
-    """Fullest over mean ingress: all-to-all ends when the busiest receiver is done."""
+    """Slowest over mean ingress: all-to-all ends when the busiest receiver, its link's cost counted, is done."""
     from .balance import gpu_load_LG
 
     load_LG = gpu_load_LG(plan, load_LE)
     mean_L = load_LG.mean(axis=1)
-    return np.divide(load_LG.max(axis=1), mean_L, out=np.ones(len(mean_L)), where=mean_L > 0)
+    slowest_L = (load_LG * ingress_cost_G(plan.cluster)).max(axis=1)
+    return np.divide(slowest_L, mean_L, out=np.ones(len(mean_L)), where=mean_L > 0)
+
+
+def ingress_cost_G(cluster: Cluster) -> Float:
+    """Mean cost of a byte that comes to each GPU by `links.rank_cost_matrix`, 1 on average; 1 without a matrix."""
+    if cluster.rank_cost_GG is None or cluster.num_gpus == 1:
+        return np.ones(cluster.num_gpus)
+    total_G = cluster.rank_cost_GG.sum(axis=0)
+    mean = float(total_G.mean())
+    return total_G / mean if mean > 0 else np.ones(cluster.num_gpus)

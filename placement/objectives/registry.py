@@ -20,7 +20,7 @@ from .latency import layer_seconds_L
 Float = NDArray[np.float64]
 Robustness = Literal["mean", "max", "cvar"]
 CVAR_SHARE = 0.5
-PRICE_ONE_NODE, PRICE_SEVERAL_NODES = 1.6, 1.0  # measured on GPT-OSS-20B: balancedness 0.90 on data not planned on
+PRICE_ONE_NODE, PRICE_SEVERAL_NODES = 1.8, 1.0  # see docs/placement.md, "What it reaches"
 HOP_IMBALANCE_PRICE = 0.23
 GOAL_PRICE = 100.0
 

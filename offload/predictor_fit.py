@@ -1,0 +1,77 @@
+"""Trains a `TrainedPredictor` from a trace, and says how good it is on rows that it has not seen."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from routing.traces import RoutingTrace
+
+from .predictor import AHEAD, LIKELY, SOURCES, TrainedPredictor, hot_TLE, inputs_TV
+
+EPOCHS, LEAST_STEPS, BATCH, RATE = 4, 200, 1024, 1e-2
+
+
+def fit_predictor(
+    trace: RoutingTrace, *, seed: int = 0, progress: Callable[[], None] = lambda: None
+) -> TrainedPredictor:
+    """Logistic regressions by Adam; deterministic.
+
+    Args:
+        trace: at least two rows and two layers.
+        seed: of the order of rows.
+        progress: called after each of the L * A regressions.
+    """
+    if trace.num_layers < 2 or len(trace.expert_TLK) < 2:
+        raise ValueError("a predictor needs a trace of at least two layers and two rows")
+    L, E, A = trace.num_layers, trace.num_experts, len(AHEAD)
+    weight_ALVE = np.zeros((A, L, SOURCES * E, E), np.float32)
+    bias_ALE = np.full((A, L, E), -20.0, np.float32)
+    hot, is_first_T = hot_TLE(trace), _is_first_T(trace)
+    generator = torch.Generator().manual_seed(seed)
+    for place, ahead in enumerate(AHEAD):
+        for layer in range(L):
+            if layer >= ahead:
+                x_TV = torch.from_numpy(inputs_TV(hot, is_first_T, layer, ahead))
+                fitted = _regress(x_TV, torch.from_numpy(np.ascontiguousarray(hot[:, layer])), generator)
+                weight_ALVE[place, layer], bias_ALE[place, layer] = fitted
+            progress()
+    return TrainedPredictor(weight_ALVE, bias_ALE)
+
+
+def precision_and_recall(predictor: TrainedPredictor, trace: RoutingTrace) -> dict[int, tuple[float, float]]:
+    """Per distance: the share of guessed experts that are visited, and of visited experts that are guessed."""
+    hot, is_first_T, found = hot_TLE(trace), _is_first_T(trace), {}
+    for place, ahead in enumerate(AHEAD):
+        right = guessed = visited = 0.0
+        for layer in range(ahead, trace.num_layers):
+            x_TV = inputs_TV(hot, is_first_T, layer, ahead)
+            logit_TE = x_TV @ predictor.weight_ALVE[place, layer] + predictor.bias_ALE[place, layer]
+            is_guessed_TE = logit_TE >= np.log(LIKELY / (1 - LIKELY))
+            right += float((is_guessed_TE * hot[:, layer]).sum())
+            guessed += float(is_guessed_TE.sum())
+            visited += float(hot[:, layer].sum())
+        found[ahead] = (right / max(guessed, 1.0), right / max(visited, 1.0))
+    return found
+
+
+def _regress(
+    x_TV: torch.Tensor, y_TE: torch.Tensor, generator: torch.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    weight_VE = torch.zeros(x_TV.shape[1], y_TE.shape[1], requires_grad=True)
+    bias_E = torch.logit(y_TE.mean(dim=0).clamp(1e-4, 1 - 1e-4)).requires_grad_()
+    optimizer = torch.optim.Adam([weight_VE, bias_E], RATE)
+    for _ in range(max(EPOCHS, LEAST_STEPS * BATCH // len(x_TV))):
+        for row_N in torch.randperm(len(x_TV), generator=generator).split(BATCH):
+            optimizer.zero_grad()
+            binary_cross_entropy_with_logits(x_TV[row_N] @ weight_VE + bias_E, y_TE[row_N]).backward()
+            optimizer.step()
+    return weight_VE.detach().numpy(), bias_E.detach().numpy()
+
+
+def _is_first_T(trace: RoutingTrace) -> NDArray[np.bool_]:
+    is_first_T = np.ones(len(trace.sequence_T), bool)
+    is_first_T[1:] = trace.sequence_T[1:] != trace.sequence_T[:-1]
+    return is_first_T

@@ -1,0 +1,66 @@
+"""A plan of one machine (`expertier place tiers`) as the start of a cache: slots per layer, and what is in them first.
+
+Shapes: L MoE layers, E experts.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SSD = 2
+MOST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class StartingPlan:
+    """Experts that are to be in memory from the start, per layer, in the order of their ids."""
+
+    experts_L: tuple[tuple[int, ...], ...]
+
+    def slots(self, slot_bytes_L: Sequence[int], least_L: Sequence[int], free_bytes: int) -> list[int]:
+        """Slots per layer: those of the plan, and at least `least_L`.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
+        slots = [max(len(experts), least) for experts, least in zip(self.experts_L, least_L, strict=True)]
+        wanted = sum(count * size for count, size in zip(slots, slot_bytes_L, strict=True))
+        if wanted > free_bytes:
+            raise ValueError(
+                f"the plan keeps {wanted} bytes of experts in memory and {free_bytes} bytes are left for them; "
+                f"solve it again with `expertier place tiers --cpu-memory {free_bytes}`, or give more memory"
+            )
+        return slots
+
+
+def read_starting_plan(path: str | Path, experts_L: Sequence[int]) -> StartingPlan:
+    """Read the tiers of a plan file.
+
+    Args:
+        path: JSON written by `expertier place tiers`.
+        experts_L: experts of each layer of the model.
+
+    Raises:
+        ValueError: if the file is not such a plan or is for a model of other sizes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"plan {path}: no such file; make one with `expertier place tiers`")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"plan {path}: larger than {MOST_BYTES} bytes, so not a plan of one machine")
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"plan {path}: not JSON: {error}") from error
+    if not isinstance(plan, dict) or plan.get("format") != "expertier.plan" or not isinstance(plan.get("tier"), list):
+        raise ValueError(f"plan {path}: it says nothing about tiers; make one with `expertier place tiers`")
+    tiers = plan["tier"]
+    if [len(row) if isinstance(row, list) else -1 for row in tiers] != list(experts_L):
+        raise ValueError(
+            f"plan {path}: tiers of {len(tiers)} layers do not fit the model's {len(experts_L)} layers of "
+            f"{', '.join(sorted({str(count) for count in experts_L}))} experts"
+        )
+    if not all(tier in (0, 1, SSD) for row in tiers for tier in row):
+        raise ValueError(f"plan {path}: tiers must be 0 (GPU), 1 (CPU) or 2 (SSD)")
+    return StartingPlan(tuple(tuple(expert for expert, tier in enumerate(row) if tier != SSD) for row in tiers))

@@ -1,0 +1,21 @@
+"""Independent jobs in worker processes; a single process stays where it is."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def in_workers(run: Callable[[Job], Result], jobs: Iterator[Job], processes: int) -> Iterator[Result]:
+    """Results in the order of the jobs. Who stops listening, as by Ctrl-C, drops the jobs that have not begun."""
+    if processes == 1:
+        yield from map(run, jobs)
+        return
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("forkserver"))
+    try:
+        yield from pool.map(run, jobs)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,121 @@
+"""The tuner, with stand-in times: what it chooses, what it keeps, and what it refuses to read."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moe.kernels import ExpertWeights
+from moe.kernels import tiles as tile_table
+from moe.kernels.launch import is_interpreted
+from moe.kernels.tiles import LayerTiles, Tile, chosen_tiles, table_tiles, tuned_file, tuned_tiles
+from moe.kernels.tune import PRODUCTS, save_tuned, tune
+
+TILES = LOW, LOW_WIDE, HIGH = Tile(16, 32, 16, 4, 1), Tile(16, 64, 16, 4, 1), Tile(32, 32, 16, 4, 1)
+NAMES = {
+    "up": ("BLOCK_M", "BLOCK_OUT"),
+    "down": ("BLOCK_M", "BLOCK_OUT"),
+    "grad_activation": ("BLOCK_M", "BLOCK_F"),
+    "grad_input": ("BLOCK_M", "BLOCK_D"),
+    "grad_weight": ("BLOCK_OUT", "BLOCK_IN"),
+}
+DEVICE_NAME = "A Device/1"
+
+pytestmark = pytest.mark.skipif(not is_interpreted(), reason="stand-in times belong to the interpreter")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned_tiles.cache_clear()
+    yield
+    tuned_tiles.cache_clear()
+
+
+def tuned_with(seconds):
+    """Tune with a table of seconds by (product, tile); products that are not named take 1 s with every tile."""
+    product_of = {kernel: product for product, kernel in PRODUCTS.items()}
+    measured = []
+
+    def measure(launch):
+        given = launch.arguments
+        product = product_of[launch.kernel.__name__]
+        measured.append(product)
+        # block_m and block_n of the tile, by the names that this kernel has for them
+        rows, columns = NAMES[product]
+        factor = 2 if product == "grad_activation" else 1
+        size = given[rows], factor * given[columns]
+        tile = next(tile for tile in TILES if (tile.block_m, tile.block_n) == size)
+        return seconds.get((product, tile), 1.0)
+
+    weights = ExpertWeights(torch.randn(3, 32, 16), torch.randn(3, 16, 16))
+    expert_TK = torch.tensor([[0, 1], [1, 2], [0, 2]])
+    best = tune(weights, torch.randn(3, 16), expert_TK, torch.rand(3, 2), candidates=TILES, measure=measure)
+    return best, measured
+
+
+def test_products_that_share_a_tile_map_agree_on_their_rows():
+    # alone, up is fastest low and down is fastest high; together they are fastest low
+    seconds = {("up", LOW_WIDE): 0.1, ("up", HIGH): 0.6, ("down", LOW): 0.4, ("down", HIGH): 0.2}
+    best, measured = tuned_with(seconds)
+    assert (best.up, best.down) == (LOW_WIDE, LOW)
+    assert set(measured) == set(PRODUCTS)
+
+
+def test_the_gradient_of_weights_is_chosen_alone():
+    best, _ = tuned_with({("grad_weight", HIGH): 0.5, ("grad_input", LOW): 0.1, ("grad_activation", HIGH): 0.95})
+    assert best.grad_weight == HIGH
+    assert best.grad_input == LOW
+    assert best.grad_activation.block_m == LOW.block_m
+
+
+def test_tiles_that_fit_no_device_are_refused():
+    seconds = {("down", tile): float("inf") for tile in TILES}
+    with pytest.raises(ValueError, match="no candidate tile fits this device"):
+        tuned_with(seconds)
+
+
+def uniform(tile):
+    return LayerTiles(tile, tile, tile, tile, tile)
+
+
+def test_kept_tiles_come_back_beside_earlier_ones_and_go_before_the_table(monkeypatch):
+    save_tuned(DEVICE_NAME, torch.bfloat16, 1000.0, uniform(LOW))
+    save_tuned(DEVICE_NAME, torch.bfloat16, 20.0, uniform(HIGH))
+    assert tuned_tiles(DEVICE_NAME) == {("half", "many"): uniform(LOW), ("half", "few"): uniform(HIGH)}
+    assert not tuned_tiles("Another")
+    monkeypatch.setattr(tile_table, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: DEVICE_NAME)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    device = torch.device("cuda", 7)
+    assert chosen_tiles(device, torch.float16, 8 * 1000, 8) == uniform(LOW)
+    assert chosen_tiles(device, torch.float16, 8 * 100, 8) == table_tiles("sm90", "half", "some")
+    assert chosen_tiles(device, torch.float32, 8 * 1000, 8) == table_tiles("sm90", "single", "many")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not json",
+        "{}]",
+        json.dumps([{"numbers": "half"}]),
+        json.dumps([{"numbers": "half", "rows": "few", "tiles": {"up": {"block_m": 17}}}]),
+        json.dumps({"numbers": "half"}),
+        " " * (2 << 20),
+    ],
+    ids=["text", "broken", "missing", "incomplete", "mapping", "large"],
+)
+def test_a_file_that_is_none_is_named(content):
+    path = tuned_file(DEVICE_NAME)
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(ValueError, match="is not a file of tuned tiles"):
+        tuned_tiles(DEVICE_NAME)
+
+
+@pytest.mark.parametrize("size", [{"block_m": 24}, {"block_k": 8}, {"num_stages": 0}, {"block_n": 64.0}])
+def test_sizes_that_are_no_tile_are_refused(size):
+    with pytest.raises(ValueError, match="powers of two"):
+        Tile(**({"block_m": 16, "block_n": 16, "block_k": 16, "num_warps": 4, "num_stages": 1} | size))
