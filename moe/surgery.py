@@ -1,7 +1,7 @@
 """Fewer experts, or those of two models: pruning and joining, for families that fuse their experts' weights.
 
-Pruning keeps some experts of each layer and their rows of the router. Joining puts the experts of two checkpoints of the
-same backbone beside each other, router rows too, to start a larger model from.
+Pruning keeps some experts of each layer and their rows of the router. Joining puts the experts of two checkpoints
+of the same backbone beside each other, router rows too, to start a larger model from.
 
 Source: Kim et al. 2021, arXiv:2109.10465, sections 4.2 (expert pruning) and 4.3 (aggregation of experts).
 
