@@ -30,9 +30,7 @@ def mixture_of_transformers(config: MoEConfig, *, first_ids: list[int]) -> Body:
         ValueError: if ranges and experts do not match, or there are dense layers.
     """
     if config.num_dense_layers:
-        raise ValueError(
-            f"all layers belong to modalities: num_dense_layers must be 0; got {config.num_dense_layers}"
-        )
+        raise ValueError(f"all layers belong to modalities: num_dense_layers must be 0; got {config.num_dense_layers}")
     sizes = config.router_sizes
     routers = [ModalityRouter(sizes, layer, first_ids) for layer in range(sizes.num_layers)]
     return Body(
