@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe import MoEForCausalLM
 from offload import simulate
-from routing import RouterStats, Routing, RoutingTrace
+from routing import MarginalStats, RouterStats, Routing, RoutingTrace
 from routing.traces import EMPTY
 
 from .compare_flops import Usage, measured_usage, parameters, token_flops
@@ -97,6 +97,8 @@ def _routing_metrics(
     found = dict.fromkeys(ROUTING_METRICS, math.nan) | {
         name: balance[name] for name in ("max_vio", "dead_experts", "router_entropy")
     }
+    if any(isinstance(stats, MarginalStats) for stats in calls[0]):
+        return found
     found |= sharpness(calls, model.config.num_experts_per_tok)
     layered = [_by_layer(model, call) for call in calls]
     if all(stats.num_tokens == call[0].num_tokens for call in calls for stats in call):
@@ -239,7 +241,11 @@ def _true_load(model: MoEForCausalLM, usage: Usage, call: list[RouterStats]) -> 
     if not call:
         return math.nan
     loads = zip(usage.loads, call, strict=True)
-    return sum(float(load_R[: stats.num_experts].sum()) for load_R, stats in loads) / len(model.model.moe_layers)
+    per_router = [
+        float(stats.true_load if isinstance(stats, MarginalStats) else load_R[: stats.num_experts].sum())
+        for load_R, stats in loads
+    ]
+    return sum(per_router) / len(model.model.moe_layers)
 
 
 @contextmanager
