@@ -14,11 +14,13 @@ import routing.cli
 
 from .bench_flax import bench_flax
 from .bench_kernels import bench_kernels
+from .bench_memory_layers import bench_memory_layers
 from .bench_offload import bench_offload
 from .bench_placement import bench_placement
 from .bench_routers import routers as bench_routers
 from .bench_train import bench_train
 from .commands import compare, demo, train
+from .duo import bench_duo
 from .leverage import leverage
 
 app = typer.Typer(
@@ -47,8 +49,10 @@ app.command("demo")(demo)
 app.command("train")(train)
 app.command("compare")(compare)
 app.command("leverage")(leverage)
+bench.command("duo")(bench_duo)
 bench.command("flax")(bench_flax)
 bench.command("kernels")(bench_kernels)
+bench.command("memory-layers")(bench_memory_layers)
 bench.command("offload")(bench_offload)
 bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)
@@ -89,6 +93,26 @@ def _pass_on(command: str, context: typer.Context) -> None:
     import moe.cli
 
     moe.cli.app([command, *context.args], prog_name="expertier", standalone_mode=False)
+
+
+@app.command(
+    "prune", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+def prune(context: typer.Context) -> None:
+    """Keep some experts of each layer of a trained model: those most used in a trace, or random ones."""
+    import moe.surgery_cli
+
+    moe.surgery_cli.app(["prune", *context.args], prog_name="expertier", standalone_mode=False)
+
+
+@app.command(
+    "join", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+def join(context: typer.Context) -> None:
+    """Put the experts of two trained models of one backbone beside each other."""
+    import moe.surgery_cli
+
+    moe.surgery_cli.app(["join", *context.args], prog_name="expertier", standalone_mode=False)
 
 
 def main() -> None:

@@ -71,6 +71,7 @@ def compare(
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report there.")] = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the runs under experiments/records.")] = False,
+    slug: Annotated[str, typer.Option(help="What the record is called, behind the date.")] = "router-comparison",
 ) -> None:
     """Train the same model with several routers and seeds, and report loss, cost, balance and how well experts cache.
 
@@ -91,7 +92,7 @@ def compare(
     if json_file:
         write_json(json_file, report)
     if record:
-        typer.echo(f"record: {record_comparison(report)}")
+        typer.echo(f"record: {record_comparison(report, slug)}")
     typer.echo(f"report: {(out / 'compare.html').resolve()}")
 
 

@@ -113,12 +113,12 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def record_comparison(content: dict[str, Any]) -> Path:
+def record_comparison(content: dict[str, Any], slug: str) -> Path:
     """Save a report's runs under experiments/records; a person adds the README beside them."""
     columns = ["variant", "seed", "status", "steps", *METRICS]
     rows = [{name: run.get(name, "") for name in columns} for run in content["runs"]]
     config = content["config"] | {"variants": [row["variant"] for row in content["variants"]]}
-    return save_record("router-comparison", rows, config=config, seed=content["config"]["seed"])
+    return save_record(slug, rows, config=config, seed=content["config"]["seed"])
 
 
 def _order(runs: list[Run], run: Run) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from .compare_memory import MEMORY_VARIANTS
+
 Settings = dict[str, Any]
 
 
@@ -105,4 +107,4 @@ ARCHITECTURE_VARIANTS: dict[str, Callable[[Settings], Settings]] = {
     "moe-x": _moex,
     "read-me": _readme("one"),
     "read-me-weighted": _readme("probability"),
-}
+} | MEMORY_VARIANTS

@@ -109,6 +109,7 @@ def router_flops(model: MoEForCausalLM, passes: Sequence[float] | None = None) -
     passes = [1.0] * len(routers) if passes is None else passes
     total = 0.0
     for router, own_passes in zip(routers, passes, strict=True):
+        total += getattr(router, "key_flops", 0.0) * own_passes
         for name, parameter in router.named_parameters():
             if parameter.ndim == 2 and "embed_tokens" not in name:  # a table is read, not multiplied
                 total += 2 * parameter.numel() * (sum(passes) if ".cell." in f".{name}" else own_passes)
@@ -118,13 +119,17 @@ def router_flops(model: MoEForCausalLM, passes: Sequence[float] | None = None) -
 def parameters(model: MoEForCausalLM, true_load: float) -> dict[str, int]:
     """`total`, `router`, and `active`: all but the experts that a token does not visit.
 
-    `true_load` is the number of different experts per token and layer, which is at most E.
+    `true_load` counts a token's experts per layer; where iterations of a chain may name one twice, `active` is the most
+    that it can be.
     """
     total = sum(p.numel() for p in model.parameters())
     banks = [layer.experts for layer in model.model.moe_layers if hasattr(layer, "experts")]
-    experts = sum(p.numel() for bank in banks for p in bank.parameters())
     router = sum(p.numel() for router in model.model.routers for p in router.parameters())
-    active = total - experts * (1 - min(1.0, true_load / model.config.num_experts))
+    active = total
+    for bank in banks:
+        # a table of product keys says its own rows, and how many layers read it
+        share = true_load * getattr(bank, "readers", 1) / getattr(bank, "num_rows", model.config.num_experts)
+        active -= sum(p.numel() for p in bank.parameters()) * (1 - min(1.0, share))
     return {"total": total, "router": router, "active": round(active)}
 
 

@@ -20,7 +20,7 @@ MOST_TOKENS = 4096
 
 @torch.no_grad()
 def hidden_metrics(model: MoEForCausalLM, token_BS: Tensor) -> dict[str, float]:
-    """Sparsity and coverage on a text, mean over the MoE layers whose experts are plain matrices.
+    """Sparsity and coverage on a text, mean over the calls of plain matrices as experts that all tokens take part in.
 
     Args:
         model: in evaluation mode.
@@ -29,12 +29,12 @@ def hidden_metrics(model: MoEForCausalLM, token_BS: Tensor) -> dict[str, float]:
     Returns:
         `active_hidden`: mean share of a visited expert's hidden units that are not exactly zero.
         `active_units`: mean number of such units per token.
-        `byte_coverage`: see `coverage`. All three NaN if no layer has such experts.
+        `byte_coverage`: see `coverage`. All three NaN if there is no such call.
     """
     token_BS = token_BS[: max(1, MOST_TOKENS // token_BS.shape[1])]
     with _expert_inputs(model) as seen:
         model(token_BS, use_cache=False)
-    found = [_layer_metrics(*inputs, token_BS.flatten()) for inputs in seen]
+    found = [_layer_metrics(*call, token_BS.flatten()) for call in seen if len(call[1]) == token_BS.numel()]
     names = ("active_hidden", "active_units", "byte_coverage")
     if not found:
         return dict.fromkeys(names, float("nan"))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe import MoEForCausalLM
 from offload import simulate
-from routing import RouterStats, Routing, RoutingTrace
+from routing import MarginalStats, RouterStats, Routing, RoutingTrace
 from routing.traces import EMPTY
 
 from .compare_flops import Usage, measured_usage, parameters, token_flops
@@ -42,7 +42,7 @@ ROUTING_METRICS = (
 @torch.no_grad()
 def router_metrics(
     model: MoEForCausalLM, corpus: Corpus, *, sequence_length: int, max_tokens: int, batch_size: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Everything `compare` tabulates about a trained model, on held-out text.
 
     Args:
@@ -52,7 +52,7 @@ def router_metrics(
         max_tokens: at most so many tokens are read.
 
     Returns:
-        By name; see `compare_page.METRICS` for what each one is.
+        By name; see `compare_summary.METRICS` for what each one is. None where the architecture has no such thing.
     """
     rows = windows(corpus.held_out, min(sequence_length, len(corpus.held_out)))
     rows = rows[: max(1, max_tokens // rows.shape[1])]
@@ -66,7 +66,7 @@ def router_metrics(
     flops = token_flops(model, usage, sequence_length=rows.shape[1])
     true_load = _true_load(model, usage, outputs[0].router_stats)
     count = parameters(model, true_load)
-    return {
+    found = {
         "true_load": true_load,
         **_routing_metrics(model, [output.router_stats or [] for output in outputs], rows.shape),
         "predictability": float(np.mean(foresight)),
@@ -78,6 +78,7 @@ def router_metrics(
         "router_parameters": count["router"],
         "active_parameters": count["active"],
     }
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
 def _routing_metrics(
@@ -96,6 +97,8 @@ def _routing_metrics(
     found = dict.fromkeys(ROUTING_METRICS, math.nan) | {
         name: balance[name] for name in ("max_vio", "dead_experts", "router_entropy")
     }
+    if any(isinstance(stats, MarginalStats) for stats in calls[0]):
+        return found
     found |= sharpness(calls, model.config.num_experts_per_tok)
     layered = [_by_layer(model, call) for call in calls]
     if all(stats.num_tokens == call[0].num_tokens for call in calls for stats in call):
@@ -238,7 +241,11 @@ def _true_load(model: MoEForCausalLM, usage: Usage, call: list[RouterStats]) -> 
     if not call:
         return math.nan
     loads = zip(usage.loads, call, strict=True)
-    return sum(float(load_R[: stats.num_experts].sum()) for load_R, stats in loads) / len(model.model.moe_layers)
+    per_router = [
+        float(stats.true_load if isinstance(stats, MarginalStats) else load_R[: stats.num_experts].sum())
+        for load_R, stats in loads
+    ]
+    return sum(per_router) / len(model.model.moe_layers)
 
 
 @contextmanager

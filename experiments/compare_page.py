@@ -95,7 +95,9 @@ def panels(rows: list[dict[str, Any]]) -> Figure:
     figure, grid = plt.subplots(2, len(PANELS) // 2, figsize=(12, 2 * height), sharey=True, layout="constrained")
     for axes, metric in zip(grid.flat, PANELS, strict=True):
         for place, row in enumerate(rows):
-            value = row["metrics"][metric]
+            value = row["metrics"].get(metric)
+            if value is None:
+                continue
             if metric in FROM_ZERO:
                 axes.barh(place, value["mean"], color=ACCENT, alpha=0.35, height=0.7)
             else:

@@ -78,8 +78,8 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per variant, in the order of the results.
 
     Returns:
-        `variant`, `seeds` (finished ones), `status` (what did not finish, or ""), and per metric its `mean`, `spread`
-        (sample standard deviation; None with one seed) and `values`.
+        `variant`, `seeds` (finished ones), `status` (what did not finish, or ""), and per metric that the variant has
+        its `mean`, `spread` (sample standard deviation; None with one seed) and `values`.
     """
     variants = list(dict.fromkeys(result["variant"] for result in results))
     rows = []
@@ -92,14 +92,18 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "variant": variant,
                 "seeds": len(finished),
                 "status": ", ".join(troubled),
-                "metrics": {name: _spread(name, finished) for name in METRICS} if finished else {},
+                "metrics": {
+                    name: _spread(name, finished)
+                    for name in METRICS
+                    if finished and all(result[name] is not None for result in finished)
+                },
             }
         )
     return rows
 
 
 def cell(row: dict[str, Any], name: str) -> str:
-    """A metric as `mean ± spread`, or the mean alone with one seed; "-" when no seed finished."""
+    """A metric as `mean ± spread`, or the mean alone with one seed; "-" when no seed has it."""
     if name not in row["metrics"]:
         return "-"
     value, digits = row["metrics"][name], METRICS[name].digits

@@ -7,16 +7,24 @@ implementation of that name with transformers.
 from .architectures import ARCHITECTURES, build_body
 from .config import MoEConfig
 from .decoder import MoEForCausalLM, MoEModel, MoEOutput
+from .ensemble import EnsembleConfig, EnsembleForCausalLM, ensemble
 from .experts import Experts
 from .flops import LayerFlops, projection_flops
+from .fused_experts import FusedCache, fused_experts
 from .grouped import expertier_experts, grouped_experts
-from .layer import MoELayer, RoutedLayer
+from .layer import FeedForward, MoELayer, RoutedLayer
 from .reference import swiglu_experts_reference
+from .skip_feed_forward import SkipReport, skip_feed_forward
 from .stack import LayerPasses
+from .surgery import drawn, join, most_used, prune
 
 __all__ = [
     "ARCHITECTURES",
+    "EnsembleConfig",
+    "EnsembleForCausalLM",
     "Experts",
+    "FeedForward",
+    "FusedCache",
     "LayerFlops",
     "LayerPasses",
     "MoEConfig",
@@ -25,9 +33,17 @@ __all__ = [
     "MoEModel",
     "MoEOutput",
     "RoutedLayer",
+    "SkipReport",
     "build_body",
+    "drawn",
+    "ensemble",
     "expertier_experts",
+    "fused_experts",
     "grouped_experts",
+    "join",
+    "most_used",
     "projection_flops",
+    "prune",
+    "skip_feed_forward",
     "swiglu_experts_reference",
 ]

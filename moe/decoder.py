@@ -30,6 +30,7 @@ from .attention import Attention, rotary_angles
 from .config import MoEConfig
 from .layer import FeedForward, RoutedLayer
 from .norm import RMSNorm
+from .signals import signal_fields
 from .stack import LayerPasses, StackInputs, StackOutput
 
 
@@ -84,7 +85,17 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = False
     _no_split_modules = ("DecoderLayer",)
-    _keep_in_fp32_modules_strict = ("bias_R", "penalty_weight", "weight_PK", "mean_ED", "variance_ED")
+    _keep_in_fp32_modules_strict = (
+        "bias_R",
+        "penalty_weight",
+        "weight_PK",
+        "mean_ED",
+        "variance_ED",
+        "bias_J",
+        "query_mean",
+        "query_variance",
+        "proxy_sign",
+    )
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -119,7 +130,8 @@ class MoEModel(MoEPreTrainedModel):
             FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
             for _ in range(config.num_dense_layers)
         ]
-        self.layers = nn.ModuleList(DecoderLayer(config, i, mlp) for i, mlp in enumerate([*dense, *body.layers]))
+        make_layer = body.decoder_layer or DecoderLayer
+        self.layers = nn.ModuleList(make_layer(config, i, mlp) for i, mlp in enumerate([*dense, *body.layers]))
         self.stack = body.stack
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.optimizer_step = 0
@@ -144,6 +156,9 @@ class MoEModel(MoEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        condition: Tensor | None = None,
+        modality: Tensor | None = None,
+        logit_bias_LR: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[StackOutput, Cache | None]:
         """Final hidden states [B, S, D] with the routers' statistics, and the cache."""
@@ -170,6 +185,8 @@ class MoEModel(MoEPreTrainedModel):
                 attention_mask=mask,
             ),
         )
+        signals = signal_fields(*x_BSD.shape, condition, modality, logit_bias_LR)
+        inputs = replace(inputs, context=replace(inputs.context, **signals))
         carry = self.routers[0].begin(inputs.context) if self.routers else Carry()
         output = self.stack(self.layers, x_BSD, carry, inputs)
         return replace(output, x_BSD=self.norm(output.x_BSD)), past_key_values
@@ -239,6 +256,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        condition: Tensor | None = None,
+        modality: Tensor | None = None,
+        logit_bias_LR: Tensor | None = None,
         **kwargs: Any,
     ) -> MoEOutput:
         """Logits, and the loss when `labels` are given.
@@ -247,9 +267,14 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             input_ids: int64 [B, S].
             labels: int64 [B, S], the same tokens as `input_ids` (the shift happens here); -100 is ignored.
             logits_to_keep: compute only the last so many positions; 0 means all.
+            condition: float [B, D], what routers of the architecture `mode` read: a noise level, a task.
+            modality: int64 [B, S], or [B, 1] for one modality per sequence; by default it follows from the token id.
+            logit_bias_LR: added to every router's logits in this request, as `routing.task_bias` makes it.
             **kwargs: `attention_mask`, `position_ids`, `past_key_values`, `inputs_embeds`, `use_cache`.
         """
-        output, cache = self.model(input_ids, **kwargs)
+        output, cache = self.model(
+            input_ids, condition=condition, modality=modality, logit_bias_LR=logit_bias_LR, **kwargs
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.x_BSD[:, kept])
         loss = lm_loss = None

@@ -47,6 +47,7 @@ def generate(
     plan: Annotated[Path | None, typer.Option("--plan", help="Start from a plan of `place tiers`.")] = None,
     gpu_memory: Annotated[str, typer.Option("--gpu-memory", help="auto or 0: there is no GPU tier yet.")] = "auto",
     trace: Annotated[Path | None, typer.Option("--trace", help="Record the routing into this .npz file.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Say speed, hits and bytes while it runs, on stderr.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Continue a text greedily with the experts on disk and in a bounded part of RAM.
@@ -75,7 +76,13 @@ def generate(
     )
     text = text_of(Path(loaded.name_or_path), int(loaded.config.get_text_config().vocab_size))
     result = generate_text(
-        loaded, text, text.encode(prompt), max_new_tokens=max_new_tokens, show=_show, trace_file=trace
+        loaded,
+        text,
+        text.encode(prompt),
+        max_new_tokens=max_new_tokens,
+        show=_show,
+        trace_file=trace,
+        say=_say if live else None,
     )
     _show("\n")
     Console(stderr=True).print(
@@ -86,6 +93,11 @@ def generate(
     )
     if json_file:
         write_json(json_file, {"model": model, "prompt": prompt, **result})
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"\r\x1b[K{line}")
+    sys.stderr.flush()
 
 
 @app.command("pack")

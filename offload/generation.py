@@ -8,22 +8,29 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from .budget import format_size
 from .text import ByteText, TokenizerText
 
 TRACE_EVERY_S = 5.0
+STATUS_EVERY_S = 0.5
 
 
 class LiveText(BaseStreamer):  # type: ignore[misc]
-    """Receives tokens from `generate`: shows them, notes when they came, saves the trace now and then."""
+    """Receives tokens from `generate`: shows them, notes when they came, saves the trace and says how it goes now and
+    then."""
 
     def __init__(
-        self, text: ByteText | TokenizerText, show: Callable[[str], None], save_trace: Callable[[], None] | None
+        self,
+        text: ByteText | TokenizerText,
+        show: Callable[[str], None],
+        save_trace: Callable[[], None] | None,
+        say_status: Callable[[float], None] | None = None,
     ) -> None:
         self.token_ids: list[int] = []
         self.time_s: list[float] = []
-        self._text, self._show, self._save_trace = text, show, save_trace
+        self._text, self._show, self._save_trace, self._say_status = text, show, save_trace, say_status
         self._shown = ""
-        self._saved_s = time.perf_counter()
+        self._saved_s = self._said_s = time.perf_counter()
         self._is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
@@ -40,6 +47,10 @@ class LiveText(BaseStreamer):  # type: ignore[misc]
             self._save_trace()
             self._saved_s = time.perf_counter()
 
+        if self._say_status and self.time_s[-1] - self._said_s > STATUS_EVERY_S and len(self.time_s) > 1:
+            self._say_status((len(self.time_s) - 1) / (self.time_s[-1] - self.time_s[0]))
+            self._said_s = self.time_s[-1]
+
     def end(self) -> None:
         self._show(self._text.decode(self.token_ids)[len(self._shown) :])
 
@@ -52,6 +63,7 @@ def generate_text(
     max_new_tokens: int,
     show: Callable[[str], None],
     trace_file: Path | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt greedily.
 
@@ -60,6 +72,7 @@ def generate_text(
         prompt_ids: tokens of the prompt.
         show: receives pieces of text as they come.
         trace_file: where the routing goes; written every few seconds and at the end, also after Ctrl-C.
+        say: receives a line about speed, hits and bytes twice a second.
 
     Returns:
         tokens_per_second (of decoding), prefill_seconds, hit_rate, bytes_read, peak_memory_bytes, token_ids and the
@@ -68,7 +81,7 @@ def generate_text(
     if not prompt_ids:
         raise ValueError("the prompt is empty; give at least one token")
     save_trace = None if trace_file is None else lambda: model.offload.save_trace(trace_file)
-    live = LiveText(text, show, save_trace)
+    live = LiveText(text, show, save_trace, None if say is None else lambda rate: say(_status(rate, model.offload)))
     model.offload.reset()
     started = time.perf_counter()
     try:
@@ -93,3 +106,11 @@ def generate_text(
         "token_ids": live.token_ids,
         "report": report,
     }
+
+
+def _status(tokens_per_s: float, offload: Any) -> str:
+    report = offload.report()
+    return (
+        f"{tokens_per_s:.2f} tok/s, hit rate {report['hit_rate']:.3f}, read {format_size(report['bytes_read'])}, "
+        f"disk busy {report['share_of_floor'] or 0:.0%} of the time"
+    )

@@ -45,10 +45,20 @@ class TraceRecorder:
         self._sequence_T = sequence_BS.reshape(-1)
 
     def note(self, layer: int, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> None:
-        """One layer's routing of the call that has begun."""
+        """One layer's routing of the call that has begun.
+
+        A layer that is asked again in the same call (chains, recursions) gets more slots; where it is asked for some of
+        the tokens only, which ones is not known here, and the trace keeps the first time.
+        """
         ids = expert_TK.cpu().numpy().astype(np.int16)
         ids = np.where((ids >= 0) & (ids < self._num_experts), ids, np.int16(EMPTY))
-        self._layers[layer] = (ids, weight_TK.float().cpu().numpy().astype(np.float16))
+        weights = weight_TK.float().cpu().numpy().astype(np.float16)
+        if layer in self._layers:
+            first_ids, first_weights = self._layers[layer]
+            if len(first_ids) != len(ids):
+                return
+            ids, weights = np.concatenate([first_ids, ids], axis=1), np.concatenate([first_weights, weights], axis=1)
+        self._layers[layer] = (ids, weights)
 
     def trace(self) -> RoutingTrace:
         """Everything recorded so far.

@@ -13,14 +13,22 @@ if TYPE_CHECKING:
     from .capacity import CAPACITY_POLICIES, limit_capacity
     from .catalogue import ROUTERS, build_routers, expect_router
     from .classic import ClassicRouter
+    from .condition import ConditionRouter
     from .fixed import ForcedRouter
+    from .gathered import gather_dot, gather_sum
+    from .glider import GliderRouter, task_bias
     from .losses import BALANCE_LOSSES, auxiliary_loss, scheduled_weight, switch_balance_loss, z_loss
+    from .marginals import MarginalStats
+    from .modality import ModalityRouter, modality_of
     from .nulls import copy_ffn_rows_to_nulls, expected_true_load
+    from .pooled import PooledRouter
     from .pregate import PreGate, planned_experts
+    from .product_key import ProductKeyRouter
     from .router import Carry, ExactBuffers, Router, RouterModule, RouterSizes, RoutingContext
     from .rule import ClassicRule
     from .soft import SoftRouter
     from .stats import RouterStats
+    from .tucker_key import TuckerKeyRouter
 
 _HOME = {
     "Routing": ".assignment",
@@ -49,6 +57,17 @@ _HOME = {
     "RouterStats": ".stats",
     "SoftRouter": ".soft",
     "RoutingContext": ".router",
+    "ConditionRouter": ".condition",
+    "GliderRouter": ".glider",
+    "task_bias": ".glider",
+    "ModalityRouter": ".modality",
+    "modality_of": ".modality",
+    "PooledRouter": ".pooled",
+    "MarginalStats": ".marginals",
+    "ProductKeyRouter": ".product_key",
+    "TuckerKeyRouter": ".tucker_key",
+    "gather_dot": ".gathered",
+    "gather_sum": ".gathered",
 }
 
 __all__ = [
@@ -58,9 +77,15 @@ __all__ = [
     "Carry",
     "ClassicRouter",
     "ClassicRule",
+    "ConditionRouter",
     "ExactBuffers",
     "ForcedRouter",
+    "GliderRouter",
+    "MarginalStats",
+    "ModalityRouter",
+    "PooledRouter",
     "PreGate",
+    "ProductKeyRouter",
     "Router",
     "RouterModule",
     "RouterSizes",
@@ -69,15 +94,20 @@ __all__ = [
     "RoutingContext",
     "RoutingTrace",
     "SoftRouter",
+    "TuckerKeyRouter",
     "auxiliary_loss",
     "build_routers",
     "copy_ffn_rows_to_nulls",
     "expect_router",
     "expected_true_load",
+    "gather_dot",
+    "gather_sum",
     "limit_capacity",
+    "modality_of",
     "planned_experts",
     "scheduled_weight",
     "switch_balance_loss",
+    "task_bias",
     "z_loss",
 ]
 

@@ -43,7 +43,7 @@ class HashRouter(RouterModule):
             raise ValueError("hash routing needs token ids; the model got embeddings instead of input_ids")
         expert_TK = self.expert_VK[context.token_id_T]
         weight_TK = torch.full(expert_TK.shape, 1 / self.sizes.top_k, device=expert_TK.device)
-        return _fixed(self, self.routing(expert_TK, weight_TK), carry, context)
+        return fixed_routing(self, self.routing(expert_TK, weight_TK), carry, context)
 
 
 class ForcedRouter(RouterModule):
@@ -84,10 +84,10 @@ class ForcedRouter(RouterModule):
             raise ValueError("a forced routing by position needs positions in the context")
         if int(row_T.max()) >= len(self.expert_PK):
             raise ValueError(f"the forced routing has {len(self.expert_PK)} rows; row {int(row_T.max())} was asked for")
-        return _fixed(self, self.routing(self.expert_PK[row_T], self.weight_PK[row_T]), carry, context)
+        return fixed_routing(self, self.routing(self.expert_PK[row_T], self.weight_PK[row_T]), carry, context)
 
 
-def _fixed(
+def fixed_routing(
     router: RouterModule, routing: Routing, carry: Carry, context: RoutingContext
 ) -> tuple[Routing, Carry, RouterStats]:
     """Statistics of a routing without scores: the distribution is the choice itself."""

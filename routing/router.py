@@ -27,6 +27,8 @@ class RoutingContext:
         is_valid_T: bool, False for padding; None when no token is padding.
         logit_bias_LR: added to the logits of layer l (rewiring at test time, task bias), or None.
         top_k: experts per token in this call instead of the configured K, or None.
+        condition_TD: what a call is conditioned on (noise level, task), as an embedding per token, or None.
+        modality_T: int64 modality of each token, or None.
         cache: the key/value cache of this pass (transformers' `Cache`), for routers with a decode state of their own.
         attention_mask: what each token may attend to, as decoder layers see it; None for plain causal attention.
     """
@@ -39,6 +41,8 @@ class RoutingContext:
     is_valid_T: Tensor | None = None
     logit_bias_LR: Tensor | None = None
     top_k: int | None = None
+    condition_TD: Tensor | None = None
+    modality_T: Tensor | None = None
     cache: Any | None = None
     attention_mask: Tensor | None = None
 

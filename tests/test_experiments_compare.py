@@ -256,3 +256,26 @@ def test_what_cannot_run_is_refused_before_anything_starts(names, message, tiny,
     with pytest.raises(ValueError, match=message):
         compare(names, tiny, tmp_path / "out", seeds=1, data=text, quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_architectures_are_compared_with_or_without_routers(tiny, text, tmp_path):
+    base = replace(tiny, model=tiny.model | {"num_hidden_layers": 4}, steps=2, held_out_tokens=128)
+    names = ["chain-2", "chain-2-shared-gate", "dense", "mor-expert-2", "mor-token-2", "mor-expert-2-moe"]
+    report = compare(names, base, tmp_path / "out", seeds=1, data=text, quiet=True)
+    rows = {row["variant"]: row for row in report["variants"]}
+    assert not any(row["status"] for row in rows.values())
+    assert set(rows["chain-2"]["metrics"]) == set(METRICS)
+    assert "max_vio" not in rows["dense"]["metrics"]
+    assert cell(rows["dense"], "max_vio") == "-"
+    flops = {name: row["metrics"]["flops_per_token"]["mean"] for name, row in rows.items()}
+    assert flops["mor-token-2"] < flops["dense"] * 1.1
+    assert rows["mor-expert-2"]["metrics"]["parameters"]["mean"] < rows["dense"]["metrics"]["parameters"]["mean"]
+    assert rows["chain-2"]["metrics"]["true_load"]["mean"] == 2
+    assert (tmp_path / "out/compare.html").is_file()
+
+
+def test_presets_that_do_not_fit_an_architecture_are_refused(tiny, text, tmp_path):
+    with pytest.raises(ValueError, match="3 recursions must divide the 1 layers"):
+        plan_runs(["mor-expert-3"], tiny, 1, text, tmp_path)
+    with pytest.raises(ValueError, match="did you mean 'chain-2'"):
+        plan_runs(["chain-3"], tiny, 1, text, tmp_path)

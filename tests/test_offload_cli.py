@@ -1,6 +1,7 @@
 """`expertier generate`, `fit` and `trace record` as a user calls them."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -60,6 +61,12 @@ def test_generate(model_folder, run, tmp_path):
         assert report[key] > 0
     trace = RoutingTrace.load(tmp_path / "t.npz")
     assert (trace.num_tokens, trace.num_layers, trace.num_experts) == (3 + len(expected) - 1, 2, 8)
+
+
+def test_a_live_line_says_how_it_goes(model_folder, run, monkeypatch, capsys):
+    monkeypatch.setattr("offload.generation.STATUS_EVERY_S", 0.0)
+    assert run("generate", model_folder, "--prompt", "abc", "--max-new-tokens", 5, "--cache-experts", 2, "--live") == 0
+    assert re.search(r"tok/s, hit rate 0\.\d+, read .*, disk busy \d+% of the time", capsys.readouterr().err)
 
 
 def test_fit(model_folder, run, tmp_path, capsys):

@@ -7,19 +7,35 @@ from difflib import get_close_matches
 from ..config import MoEConfig
 from .body import Body
 from .chain import chain_of_experts
+from .duo import duo_llm
+from .feature_groups import feature_groups
+from .glider import glider
+from .hydra import hydra
 from .latent import latent
+from .mixture_of_transformers import mixture_of_transformers
+from .mode import mode
 from .moex import moex
+from .peer import peer
 from .plain import plain
 from .readme import readme
 from .recursion import mixture_of_recursions
+from .ultramem import ultramem
 
 ARCHITECTURES: dict[str, Callable[..., Body]] = {
     "moe": plain,
     "chain_of_experts": chain_of_experts,
+    "duo_llm": duo_llm,
+    "feature_groups": feature_groups,
+    "glider": glider,
+    "hydra": hydra,
     "mixture_of_recursions": mixture_of_recursions,
     "latent": latent,
     "readme": readme,
     "moex": moex,
+    "mixture_of_transformers": mixture_of_transformers,
+    "mode": mode,
+    "peer": peer,
+    "ultramem": ultramem,
 }
 
 

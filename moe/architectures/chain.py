@@ -26,8 +26,9 @@ NOT_SHARED = {"pregate": "each of its gates decides for one call, and a shared g
 class ChainLayer(ExpertBank):
     """C iterations over one bank of experts.
 
-    `x(t) = x(t-1) + experts(x(t-1)) + shared(x(t-1))`, where `x(0)` is the normed input. There is no norm between iterations. `stream` adds `x(C) - x(0)`, the sum of what the iterations computed, to the
-    residual stream, so that C = 1 is the ordinary layer; `normed` replaces the stream by `x(C)`.
+    `x(t) = x(t-1) + experts(x(t-1)) + shared(x(t-1))`, where `x(0)` is the normed input; there is no norm between
+    iterations. `stream` adds `x(C) - x(0)`, the sum of what the iterations computed, to the residual stream, so that
+    C = 1 is the ordinary layer; `normed` replaces the stream by `x(C)`.
 
     Args:
         config: the model's config; K is per iteration.

@@ -1,6 +1,6 @@
 """How many recursions a token gets: depth routers of a mixture of recursions, and what trains them.
 
-Shapes: B batch, S positions, D model width, R recursions.
+Shapes: B batch, S positions, D model width, J recursions.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Depth:
     """One decision of a depth router.
 
     Args:
-        is_alive_BS: the tokens that go on; in token choice, per recursion [R, B, S].
+        is_alive_BS: the tokens that go on; in token choice, per recursion [J, B, S].
         gate_BS: what multiplies the block's output, with gradient.
         losses: by name, already weighted; empty outside training.
     """
@@ -33,13 +33,13 @@ class Depth:
 class ExpertChoiceDepth(nn.Module):
     """One scalar router per recursion; each recursion picks its best tokens among those that the one before picked.
 
-    In training recursion r takes the `(R - r) / R` best of the whole row, which looks ahead. `threshold` takes, outside
+    In training recursion r takes the `(J - r) / J` best of the whole row, which looks ahead. `threshold` takes, outside
     training, every token whose raw logit is positive, which is causal and what the loss trains the logit for; `top_k`
     keeps the training rule, which is how the published numbers were evaluated. Recursion 0 takes every token in both.
 
     Args:
         width: D.
-        recursions: R.
+        recursions: J.
         kind: `linear` or `mlp`.
         inference: `threshold` or `top_k`.
         predictor: `own` thresholds the router's own logit; `separate` that of a second router, which sees detached
@@ -93,7 +93,7 @@ class ExpertChoiceDepth(nn.Module):
         return Depth(is_alive_BS=is_alive_BS, gate_BS=self.alpha * logit_BS.sigmoid(), losses=losses)
 
     def capacity(self, recursion: int, is_valid_BS: Tensor) -> Tensor:
-        """int64 [B]: the share `(R - r) / R` of a row's tokens, padding not counted; at least one."""
+        """int64 [B]: the share `(J - r) / J` of a row's tokens, padding not counted; at least one."""
         length_B = is_valid_BS.sum(dim=1)
         share_B = (self.recursions - recursion) * length_B // self.recursions
         return torch.minimum(share_B.clamp_min(1), length_B)
@@ -116,10 +116,10 @@ class TokenChoiceDepth(ExactBuffers):
 
     Args:
         width: D.
-        recursions: R.
+        recursions: J.
         kind: `linear` or `mlp`.
         score: `softmax` or `sigmoid`.
-        balance: `loss` adds `R * sum f_r P_r`; `bias` moves a selection bias towards equal depths after each step.
+        balance: `loss` adds `J * sum f_j P_j`; `bias` moves a selection bias towards equal depths after each step.
         alpha: scale of the gate.
         loss_weight: of the balance loss.
         z_weight: of the squared log-partition.
@@ -148,40 +148,40 @@ class TokenChoiceDepth(ExactBuffers):
         self.recursions, self.score, self.balance, self.alpha = recursions, score, balance, alpha
         self.loss_weight, self.z_weight, self.bias_rate = loss_weight, z_weight, bias_rate
         self.router = build_router(kind, width, recursions)
-        self.bias_R: Tensor | None
-        self.register_buffer("bias_R", torch.zeros(recursions) if balance == "bias" else None)
-        self.register_buffer("count_R", torch.zeros(recursions), persistent=False)
+        self.bias_J: Tensor | None
+        self.register_buffer("bias_J", torch.zeros(recursions) if balance == "bias" else None)
+        self.register_buffer("count_J", torch.zeros(recursions), persistent=False)
 
     def forward(self, x_BSD: Tensor, is_valid_BS: Tensor, is_training: bool) -> Depth:
-        """How deep every token goes; `is_alive_BS` is [R, B, S]."""
-        logit_BSR = _logits(self.router, x_BSD)
-        score_BSR = logit_BSR.softmax(dim=-1) if self.score == "softmax" else logit_BSR.sigmoid()
-        biased_BSR = score_BSR.detach() if self.bias_R is None else score_BSR.detach() + self.bias_R
-        last_BS = biased_BSR.argmax(dim=-1)
-        gate_BS = self.alpha * score_BSR.gather(-1, last_BS[..., None])[..., 0]
+        """How deep every token goes; `is_alive_BS` is [J, B, S]."""
+        logit_BSJ = _logits(self.router, x_BSD)
+        score_BSJ = logit_BSJ.softmax(dim=-1) if self.score == "softmax" else logit_BSJ.sigmoid()
+        biased_BSJ = score_BSJ.detach() if self.bias_J is None else score_BSJ.detach() + self.bias_J
+        last_BS = biased_BSJ.argmax(dim=-1)
+        gate_BS = self.alpha * score_BSJ.gather(-1, last_BS[..., None])[..., 0]
         is_alive = torch.stack([is_valid_BS & (last_BS >= recursion) for recursion in range(self.recursions)])
         losses = {}
         if is_training:
-            count_R = one_hot(last_BS[is_valid_BS], self.recursions).sum(dim=0)
-            self.count_R += count_R
-            losses = self._losses(logit_BSR[is_valid_BS], score_BSR[is_valid_BS], count_R)
+            count_J = one_hot(last_BS[is_valid_BS], self.recursions).sum(dim=0)
+            self.count_J += count_J
+            losses = self._losses(logit_BSJ[is_valid_BS], score_BSJ[is_valid_BS], count_J)
         return Depth(is_alive_BS=is_alive, gate_BS=gate_BS, losses=losses)
 
     @torch.no_grad()
     def post_step(self) -> None:
         """Move the bias of depths that were chosen too rarely up, of the others down."""
-        if self.bias_R is not None:
-            self.bias_R += self.bias_rate * (self.count_R.mean() - self.count_R).sign()
-        self.count_R.zero_()
+        if self.bias_J is not None:
+            self.bias_J += self.bias_rate * (self.count_J.mean() - self.count_J).sign()
+        self.count_J.zero_()
 
-    def _losses(self, logit_TR: Tensor, score_TR: Tensor, count_R: Tensor) -> dict[str, Tensor]:
+    def _losses(self, logit_TJ: Tensor, score_TJ: Tensor, count_J: Tensor) -> dict[str, Tensor]:
         losses = {}
         if self.balance == "loss":
-            probability_R = (score_TR / score_TR.sum(dim=-1, keepdim=True)).mean(dim=0)
-            share_R = count_R / count_R.sum().clamp_min(1)
-            losses["depth"] = self.loss_weight * self.recursions * (share_R * probability_R).sum()
+            probability_J = (score_TJ / score_TJ.sum(dim=-1, keepdim=True)).mean(dim=0)
+            share_J = count_J.to(probability_J) / count_J.sum().clamp_min(1)
+            losses["depth"] = self.loss_weight * self.recursions * (share_J * probability_J).sum()
         if self.z_weight:
-            losses["depth_z"] = self.z_weight * logit_TR.logsumexp(dim=-1).square().mean()
+            losses["depth_z"] = self.z_weight * logit_TJ.logsumexp(dim=-1).square().mean()
         return losses
 
 

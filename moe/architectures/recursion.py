@@ -42,7 +42,7 @@ def mixture_of_recursions(
 
     Args:
         config: sizes; `num_hidden_layers` counts layers that own weights.
-        recursions: R, passes at most.
+        recursions: passes at most.
         choice: `expert` (each recursion picks tokens), `token` (each token gets its depth at once), or `none` (all
             tokens pass all recursions).
         router: of the depth: `linear` (the best published one for expert choice) or `mlp` (for token choice).
@@ -62,37 +62,34 @@ def mixture_of_recursions(
     Raises:
         ValueError: if an option is unknown or out of range, or the expert router cannot recur.
     """
-    named = {
-        "choice": (choice, get_args(Choice)),
-        "router": (router or "linear", get_args(RouterKind)),
-        "keys": (keys, get_args(KeySharing)),
-        "feed_forward": (feed_forward, ("moe", "dense")),
-        "inference": (inference, ("threshold", "top_k")),
-        "predictor": (predictor, ("own", "separate")),
-        "score": (score, ("softmax", "sigmoid")),
-        "balance": (balance, ("loss", "bias")),
-    }
-    for name, (value, known) in named.items():
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    _expect_known("choice", choice, get_args(Choice))
+    _expect_known("router", router or "linear", get_args(RouterKind))
+    _expect_known("keys", keys, get_args(KeySharing))
+    _expect_known("feed_forward", feed_forward, ("moe", "dense"))
+    _expect_known("inference", inference, ("threshold", "top_k"))
+    _expect_known("predictor", predictor, ("own", "separate"))
+    _expect_known("score", score, ("softmax", "sigmoid"))
+    _expect_known("balance", balance, ("loss", "bias"))
     block = _block(config, recursions, first, last)
     layers = _layers(config, feed_forward)
     if recursions == 1:
         return Body(layers=layers)
-    depth: ExpertChoiceDepth | TokenChoiceDepth | None = None
     weights = {"alpha": alpha, "loss_weight": loss_weight, "z_weight": z_weight}
     given = {name: value for name, value in weights.items() if value is not None}
+    depth: ExpertChoiceDepth | TokenChoiceDepth | None = None
     if choice == "expert":
-        kind = router or "linear"
-        depth = ExpertChoiceDepth(
-            config.hidden_size, recursions, kind=kind, inference=inference, predictor=predictor, **given
-        )
+        own = {"kind": router or "linear", "inference": inference, "predictor": predictor}
+        depth = ExpertChoiceDepth(config.hidden_size, recursions, **(own | given))
     elif choice == "token":
-        given = {"alpha": 1.0 if score == "softmax" else 0.1} | given
-        depth = TokenChoiceDepth(
-            config.hidden_size, recursions, kind=router or "mlp", score=score, balance=balance, **given
-        )
+        own = {"kind": router or "mlp", "score": score, "balance": balance}
+        own["alpha"] = 1.0 if score == "softmax" else 0.1
+        depth = TokenChoiceDepth(config.hidden_size, recursions, **(own | given))
     return Body(layers=layers, stack=RecursionStack(recursions, block, config.num_hidden_layers, depth, keys))
+
+
+def _expect_known(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
 
 
 def _block(config: MoEConfig, recursions: int, first: int, last: int) -> range:

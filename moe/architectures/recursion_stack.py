@@ -1,6 +1,6 @@
 """The order of a mixture of recursions: first layers, a block again and again for ever fewer tokens, last layers.
 
-Shapes: B batch, S positions, M tokens of a pass, T tokens, D model width, R recursions.
+Shapes: B batch, S positions, U tokens of a pass, T tokens, D model width, J recursions.
 """
 
 from collections import defaultdict
@@ -23,10 +23,10 @@ KeySharing = Literal["recursion", "first"]
 
 
 class RecursionStack(Stack):
-    """Runs the layers of `block` up to R times; the layers before and after it once.
+    """Runs the layers of `block` up to J times; the layers before and after it once.
 
     Args:
-        recursions: R.
+        recursions: J.
         block: the decoder layers that recur.
         num_layers: decoder layers in all.
         depth: who goes on; None lets every token pass all recursions.
@@ -136,9 +136,9 @@ class _Run:
         subset = Subset.of(is_alive_BS)
         inputs = self._subset_inputs(recursion, subset)
         token_T = subset.token_T(self._num_positions)
-        y_BMD, carry = self._through(block, subset.gather(x_BSD), self._carry.gather(token_T), inputs)
-        self._carry = self._merged(carry, token_T, subset.is_valid_BM.flatten())
-        return subset.scatter(x_BSD, y_BMD)
+        y_BUD, carry = self._through(block, subset.gather(x_BSD), self._carry.gather(token_T), inputs)
+        self._carry = self._merged(carry, token_T, subset.is_valid_BU.flatten())
+        return subset.scatter(x_BSD, y_BUD)
 
     def router_stats(self) -> list[RouterStats]:
         """One per router, its calls in all recursions joined."""
@@ -163,30 +163,30 @@ class _Run:
 
     def _subset_inputs(self, recursion: int, subset: Subset) -> StackInputs:
         stack, inputs = self._stack, self._inputs
-        column_BM = subset.gather(self._column_S[None])
-        key_BM = column_BM.masked_fill(~subset.is_valid_BM, -1)
+        column_BU = subset.gather(self._column_S[None])
+        key_BU = column_BU.masked_fill(~subset.is_valid_BU, -1)
         if stack.keys == "first":
             cache: BorrowedKeys | RecursionKeys | None = BorrowedKeys(self._kept.kept)
-            mask = self._full_mask(subset, column_BM)
+            mask = self._full_mask(subset, column_BU)
         else:
-            seen_BN, cache = key_BM, None
+            seen_BY, cache = key_BU, None
             if inputs.cache is not None:
                 layers = recursion_layers(inputs.cache, recursion, stack.block, stack.num_layers)
-                cache, past_BN = RecursionKeys(layers, key_BM), layers[stack.block.start].column_BN
-                seen_BN = key_BM if past_BN is None else torch.cat([past_BN, key_BM], dim=1)
-            mask = visible_mask(seen_BN, column_BM, subset.is_valid_BM)
+                cache, past_BY = RecursionKeys(layers, key_BU), layers[stack.block.start].column_BY
+                seen_BY = key_BU if past_BY is None else torch.cat([past_BY, key_BU], dim=1)
+            mask = visible_mask(seen_BY, column_BU, subset.is_valid_BU)
         self._note_passes(subset, mask)
         angles = tuple(subset.gather(angle[:, 0])[:, None] for angle in inputs.angles)
         return StackInputs(angles=angles, mask=mask, cache=cache, context=self._subset_context(subset))
 
-    def _full_mask(self, subset: Subset, column_BM: Tensor) -> Tensor:
+    def _full_mask(self, subset: Subset, column_BU: Tensor) -> Tensor:
         """Over the first recursion's keys, which are those of all columns."""
         num_keys = next(iter(self._kept.kept.values()))[0].shape[2]
         if self._inputs.mask is not None:
             mask = subset.gather(self._inputs.mask[:, 0])[:, None]
-            return mask | ~subset.is_valid_BM[:, None, :, None]
-        column_BN = torch.arange(num_keys, device=column_BM.device).expand(len(column_BM), -1)
-        return visible_mask(column_BN, column_BM, subset.is_valid_BM)
+            return mask | ~subset.is_valid_BU[:, None, :, None]
+        column_BY = torch.arange(num_keys, device=column_BU.device).expand(len(column_BU), -1)
+        return visible_mask(column_BY, column_BU, subset.is_valid_BU)
 
     def _subset_context(self, subset: Subset) -> RoutingContext:
         token_T, context = subset.token_T(self._num_positions), self.context
@@ -199,7 +199,7 @@ class _Run:
             token_id_T=of(context.token_id_T),
             position_T=of(context.position_T),
             sequence_T=of(context.sequence_T),
-            is_valid_T=None if subset.is_valid_BM.all() else subset.is_valid_BM.flatten(),
+            is_valid_T=None if subset.is_valid_BU.all() else subset.is_valid_BU.flatten(),
         )
 
     def _merged(self, carry: Carry, token_T: Tensor, is_valid_T: Tensor) -> Carry:
@@ -214,8 +214,8 @@ class _Run:
     @torch.no_grad()
     def _note_passes(self, subset: Subset, mask: Tensor) -> None:
         num_tokens = int(self.is_valid_BS.sum())
-        share = int(subset.is_valid_BM.sum()) / num_tokens
-        pairs = int((mask[:, 0] & subset.is_valid_BM[:, :, None]).sum())
+        share = int(subset.is_valid_BU.sum()) / num_tokens
+        pairs = int((mask[:, 0] & subset.is_valid_BU[:, :, None]).sum())
         length_B = self.is_valid_BS.sum(dim=1)
         whole = int((length_B * (length_B + 1) // 2).sum())
         keys = 0.0 if self._stack.keys == "first" else share

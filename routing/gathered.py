@@ -1,0 +1,93 @@
+"""Products with rows of a large table, picked per token, that never hold more than a few picked rows at a time.
+
+`gather_dot` and `gather_sum` are each other's gradients, so both directions keep the same memory.
+
+Shapes: T tokens, K picked rows per token, N rows of the table, D their width.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+ELEMENTS_AT_ONCE = 2**20
+
+
+def gather_dot(x_TD: Tensor, table_ND: Tensor, row_TK: Tensor) -> Tensor:
+    """[T, K]: the dot product of each token with each of its rows; the same as `(table[row] * x[:, None]).sum(-1)`.
+
+    Args:
+        x_TD: of the table's dtype.
+        table_ND: the table; its gradient is dense.
+        row_TK: int64 in 0..N-1.
+    """
+    return _GatherDot.apply(x_TD, table_ND, row_TK)
+
+
+def gather_sum(weight_TK: Tensor, table_ND: Tensor, row_TK: Tensor) -> Tensor:
+    """[T, D]: the weighted sum of each token's rows; the same as `(table[row] * weight[..., None]).sum(1)`.
+
+    Args:
+        weight_TK: of the table's dtype.
+        table_ND: the table; its gradient is dense.
+        row_TK: int64 in 0..N-1.
+    """
+    return _GatherSum.apply(weight_TK, table_ND, row_TK)
+
+
+class _GatherDot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, table_ND: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, table_ND, row_TK)
+        return _dot(x_TD, table_ND, row_TK)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_TD, table_ND, row_TK = ctx.saved_tensors
+        wants_x, wants_table, _ = ctx.needs_input_grad
+        grad_x = _sum(grad_TK, table_ND, row_TK) if wants_x else None
+        return grad_x, _scatter(grad_TK, x_TD, table_ND, row_TK) if wants_table else None, None
+
+
+class _GatherSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_TK: Tensor, table_ND: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_TK, table_ND, row_TK)
+        return _sum(weight_TK, table_ND, row_TK)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight_TK, table_ND, row_TK = ctx.saved_tensors
+        wants_weight, wants_table, _ = ctx.needs_input_grad
+        grad_weight = _dot(grad_TD, table_ND, row_TK) if wants_weight else None
+        return grad_weight, _scatter(weight_TK, grad_TD, table_ND, row_TK) if wants_table else None, None
+
+
+def _dot(x_TD: Tensor, table_ND: Tensor, row_TK: Tensor) -> Tensor:
+    out_TK = x_TD.new_empty(row_TK.shape)
+    for part in slices(len(row_TK), row_TK.shape[1] * table_ND.shape[1]):
+        out_TK[part] = (table_ND[row_TK[part]] @ x_TD[part, :, None]).squeeze(-1)
+    return out_TK
+
+
+def _sum(weight_TK: Tensor, table_ND: Tensor, row_TK: Tensor) -> Tensor:
+    return embedding_bag(row_TK, table_ND, per_sample_weights=weight_TK.contiguous(), mode="sum")
+
+
+def _scatter(weight_TK: Tensor, x_TD: Tensor, table_ND: Tensor, row_TK: Tensor) -> Tensor:
+    grad_ND = torch.zeros_like(table_ND)
+    for part in slices(len(row_TK), row_TK.shape[1] * table_ND.shape[1]):
+        share = weight_TK[part, :, None] * x_TD[part, None]
+        grad_ND.index_add_(0, row_TK[part].flatten(), share.flatten(0, 1))
+    return grad_ND
+
+
+def slices(num_tokens: int, elements_per_token: int) -> Iterator[slice]:
+    """Runs of tokens that together make at most `ELEMENTS_AT_ONCE` elements, and at least one token each."""
+    step = max(1, ELEMENTS_AT_ONCE // max(elements_per_token, 1))
+    for start in range(0, num_tokens, step):
+        yield slice(start, min(start + step, num_tokens))
