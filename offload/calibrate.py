@@ -97,7 +97,8 @@ def _layer_seconds() -> float:
 
     config = OlmoeConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=TINY_LAYERS, num_attention_heads=2,
-        num_key_value_heads=2, num_experts=4, num_experts_per_tok=4, eos_token_id=None, pad_token_id=None, dtype="bfloat16",
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=4, eos_token_id=None, pad_token_id=None,
+        dtype="bfloat16",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
