@@ -17,6 +17,7 @@ from .hardware import Hardware
 BLOCK_BYTES = 4096
 
 MEASURED_BYTES = 512 << 20
+TINY_LAYERS = 8
 
 
 def disk_bandwidth(file: Path, *, num_threads: int, read_bytes: int, total_bytes: int = MEASURED_BYTES) -> float:
@@ -61,14 +62,14 @@ def calibrate(
         file = Path(scratch.name)
         disk = disk_bandwidth(file, num_threads=num_threads, read_bytes=read_bytes)
         cached = cached_bandwidth(file, read_bytes)
-    exact, fast, memory, call_s = _token_products()
+    exact, fast, memory = _token_products()
     return Hardware(
         disk_bytes_per_s=disk,
         cached_bytes_per_s=cached,
         memory_bytes_per_s=memory,
         exact_bytes_per_s=exact,
         fast_bytes_per_s=fast,
-        call_s=call_s,
+        layer_s=_layer_seconds(),
     )
 
 
@@ -87,16 +88,35 @@ def cached_bandwidth(file: Path, read_bytes: int) -> float:
         os.close(descriptor)
 
 
-def _token_products() -> tuple[float, float, float, float]:
-    """Bytes per second of torch's and our product and of plain reading, and seconds of a call that reads nothing."""
+def _layer_seconds() -> float:
+    """Seconds that a decoder layer costs one token besides reading weights: a tiny offloaded model, all in memory."""
+    import torch
+    from transformers import AutoModelForCausalLM, OlmoeConfig
+
+    from .loading import load
+
+    config = OlmoeConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=TINY_LAYERS, num_attention_heads=2,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=4, eos_token_id=None, pad_token_id=None,
+        dtype="bfloat16",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+        model = load(folder, cache_experts=4)
+        token = torch.tensor([[1]])
+        seconds = _median_s(lambda: model(token, use_cache=False), times=25)
+        model.offload.close()
+    return seconds / TINY_LAYERS
+
+
+def _token_products() -> tuple[float, float, float]:
+    """Bytes per second of single tokens' products, exact and fast, and of plain reading."""
     import torch
 
     from .matvec import Matvecs
 
     weights = [torch.randn(2048, 2048).bfloat16() for _ in range(48)]
     x, out = torch.randn(1, 2048).bfloat16(), torch.empty(1, 2048, dtype=torch.bfloat16)
-    small = torch.zeros(16, 16, dtype=torch.bfloat16)
-    x_small = torch.zeros(1, 16, dtype=torch.bfloat16)
     total = sum(weight.nbytes for weight in weights)
 
     def each(run: Callable[[torch.Tensor], object]) -> float:
@@ -115,7 +135,7 @@ def _token_products() -> tuple[float, float, float, float]:
         fast = each(product(Matvecs("fast")))
     except ValueError:
         fast = 0.0
-    return exact, fast, memory, _median_s(lambda: torch.mm(x_small, small)) * 4
+    return exact, fast, memory
 
 
 def _median_s(run: Callable[[], object], times: int = 9) -> float:

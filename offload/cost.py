@@ -60,25 +60,19 @@ class Prediction:
 def predict_decode(work: DecodeWork, hardware: Hardware, *, is_fast: bool, is_cached: bool = False) -> Prediction:
     """Time of one token.
 
-    Within a layer the hits are computed while the misses load, and the second products follow when the last has landed;
-    everything outside experts does not overlap with reading.
+    Within a layer the hits are computed while the misses load, and each miss once it is there; everything outside
+    experts does not overlap with reading.
 
     Args:
-        is_fast: our own kernel instead of torch's product.
+        is_fast: products whose last bits may differ.
         is_cached: reads come out of the page cache.
     """
     rate = hardware.fast_bytes_per_s if is_fast and hardware.fast_bytes_per_s else hardware.exact_bytes_per_s
     disk = work.missed_bytes / (hardware.cached_bytes_per_s if is_cached else hardware.disk_bytes_per_s)
-    calls = work.num_layers * work.experts_per_layer * hardware.call_s
-    resident = work.resident_bytes / rate
-    experts = work.num_layers * work.experts_per_layer * work.expert_bytes / rate
-    first, second = 2 / 3 * experts, 1 / 3 * experts
-    hidden = first * work.hit_rate
-    late = first - hidden
-    overlapped = max(disk, hidden)
-    return Prediction(
-        disk_s=disk, compute_s=resident + experts + calls, token_s=resident + overlapped + late + second + calls
-    )
+    outside = work.resident_bytes / rate + work.num_layers * hardware.layer_s
+    experts = (work.active_bytes - work.resident_bytes) / rate
+    hits = experts * work.hit_rate
+    return Prediction(disk_s=disk, compute_s=outside + experts, token_s=outside + max(disk, hits) + experts - hits)
 
 
 def expected_hit_rate(share: float, top_k: int, num_experts: int) -> float:

@@ -15,9 +15,9 @@ class Hardware:
         disk_bytes_per_s: O_DIRECT reads by several threads.
         cached_bytes_per_s: reads out of the page cache by one thread.
         memory_bytes_per_s: plain reads of memory by all threads.
-        exact_bytes_per_s: weights that one bfloat16 token's torch products read.
-        fast_bytes_per_s: the same for our own kernel; 0 without a C compiler.
-        call_s: seconds that one expert's call costs besides reading its weights.
+        exact_bytes_per_s: weights that one bfloat16 token's products read with the bits of torch's.
+        fast_bytes_per_s: the same where the last bits may differ; 0 without a C compiler.
+        layer_s: seconds that one decoder layer costs a token besides reading weights.
     """
 
     disk_bytes_per_s: float
@@ -25,7 +25,7 @@ class Hardware:
     memory_bytes_per_s: float
     exact_bytes_per_s: float
     fast_bytes_per_s: float
-    call_s: float
+    layer_s: float
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

@@ -1,6 +1,7 @@
 """Sizes, control groups, and how a budget becomes slots; hardware files and the cost model."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ HARDWARE = Hardware(
     memory_bytes_per_s=30e9,
     exact_bytes_per_s=20e9,
     fast_bytes_per_s=30e9,
-    call_s=0.0,
+    layer_s=0.0,
 )
 
 
@@ -105,7 +106,9 @@ def test_cost_by_hand():
     assert prediction.compute_s == pytest.approx(0.06)
     assert prediction.binds == "disk"
     assert prediction.floor_s == pytest.approx(0.15)
-    assert prediction.token_s == pytest.approx(0.03 + 0.15 + 0.01 + 0.01)
+    assert prediction.token_s == pytest.approx(0.03 + 0.15 + 0.015)
+    slow_layers = predict_decode(work, replace(HARDWARE, layer_s=0.001), is_fast=False)
+    assert slow_layers.token_s == pytest.approx(prediction.token_s + 10 * 0.001)
     all_hits = DecodeWork(num_layers=10, experts_per_layer=4, expert_bytes=15_000_000, resident_bytes=0, hit_rate=1.0)
     in_memory = predict_decode(all_hits, HARDWARE, is_fast=True)
     assert (in_memory.binds, in_memory.token_s) == ("memory", pytest.approx(0.02))
