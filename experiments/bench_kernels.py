@@ -1,5 +1,6 @@
 """`expertier bench kernels`: the expert kernels against every peer that can run here, parity first."""
 
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 FEW_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 MANY_TOKENS = (512, 4096, 16384, 32768)
 PARITY_TOKENS = (1, 64, 512, 8192)
+# where quantised weights are timed; they must be right on the path of many tokens too
+QUANTISED_TOKENS = (1, 64)
+QUANTISED_PARITY_TOKENS = (*QUANTISED_TOKENS, 512)
 CPU_TOKENS = (1, 64, 512)
 # one for each row class of the tile table
 TUNED_ROWS = (32, 128, 1024)
@@ -161,9 +165,13 @@ class _GpuLayer:
     A peer that fails (a shape that it does not know, memory) is named in `failed`; ours must not fail.
     """
 
-    def __init__(self, name: str, layer: "LayerShape", copy_bytes_per_s: float, failed: list[str]) -> None:
+    def __init__(
+        self, name: str, layer: "LayerShape", copy_bytes_per_s: float, failed: list[str], device: str = "cuda"
+    ) -> None:
         self.name, self.layer, self.copy_bytes_per_s, self.failed = name, layer, copy_bytes_per_s, failed
+        self.device = device
         self._experts: nn.Module | None = None
+        self._quantised: list[Contestant] | None = None
 
     @property
     def experts(self) -> "nn.Module":
@@ -172,12 +180,23 @@ class _GpuLayer:
         from .kernel_shapes import experts_module
 
         if self._experts is None:
-            self._experts = experts_module(self.layer, torch.bfloat16, "cuda", SEED)
+            self._experts = experts_module(self.layer, torch.bfloat16, self.device, SEED)
             self._experts._is_expert_parallel = True
         return self._experts
 
+    @property
+    def quantised(self) -> "list[Contestant]":
+        """Our kernels with each format that fits the layer."""
+        from .kernel_contestants import QUANTISED, quantised_contestant
+
+        if self._quantised is None:
+            is_in_groups = self.layer.width % 128 == 0 and self.layer.features % 128 == 0
+            formats = QUANTISED if is_in_groups else ("int8", "fp8")
+            self._quantised = [quantised_contestant(self.experts, name) for name in formats]
+        return self._quantised
+
     def release(self) -> None:
-        self._experts = None
+        self._experts = self._quantised = None
 
     def given(self, num_tokens: int, routing: str, trace: Path | None = None) -> "LayerInput":
         import numpy as np
@@ -192,27 +211,27 @@ class _GpuLayer:
             ids = ROUTINGS[routing](num_tokens, self.layer, generator)
         else:
             ids = replayed(RoutingTrace.load(trace), num_tokens, self.layer)
-        return layer_input(ids, self.layer, torch.bfloat16, "cuda", generator)
+        return layer_input(ids, self.layer, torch.bfloat16, self.device, generator)
 
-    def contestants(self, num_tokens: int) -> list[Any]:
-        from .kernel_contestants import QUANTISED, dense_contestants, quantised_contestant
+    def contestants(self, num_tokens: int) -> "list[Contestant]":
+        from .kernel_contestants import dense_contestants
 
         found = dense_contestants(num_tokens * self.layer.top_k, self.layer.expert_bytes(2), num_tokens)
-        if num_tokens in (1, 64):
-            is_in_groups = self.layer.width % 128 == 0 and self.layer.features % 128 == 0
-            formats = QUANTISED if is_in_groups else ("int8", "fp8")
-            found += [quantised_contestant(self.experts, name) for name in formats]
-        return found
+        return found + self.quantised if num_tokens in QUANTISED_TOKENS else found
 
     def parity_rows(self) -> list[dict[str, Any]]:
-        """Our kernels, on every path, must be right before anything is timed."""
+        """Our kernels, on every path and with every format, must be right before anything is timed."""
         for num_tokens in PARITY_TOKENS:
-            for routing in ("uniform", "one-hot"):
-                given = self.given(num_tokens, routing)
-                given.expert_TK[num_tokens // 2, 0] = self.layer.num_experts
-                ours = self.contestants(num_tokens)[:1]
-                _require_parity(ours, self.experts, given, f"{self.name} T={num_tokens} {routing}")
+            self._require_parity(self.contestants(num_tokens)[:1], num_tokens)
+        for num_tokens in QUANTISED_PARITY_TOKENS:
+            self._require_parity(self.quantised, num_tokens)
         return []
+
+    def _require_parity(self, ours: "list[Contestant]", num_tokens: int) -> None:
+        for routing in ("uniform", "one-hot"):
+            given = self.given(num_tokens, routing)
+            given.expert_TK[num_tokens // 2, 0] = self.layer.num_experts
+            _require_parity(ours, self.experts, given, f"{self.name} T={num_tokens} {routing}")
 
     def tune(self) -> list[dict[str, Any]]:
         import torch
@@ -281,15 +300,16 @@ def _call(contestant: Any, experts: "nn.Module", given: "LayerInput", is_trainin
 def _require_parity(contestants: list[Any], experts: "nn.Module", given: "LayerInput", what: str) -> None:
     from .kernel_contestants import BOUNDS, truth, worst_error
 
-    exact = truth(experts, given)
     bound = BOUNDS[given.x_TD.dtype]
-    for one in contestants:
-        error = worst_error(one, experts, given, exact)
-        if not error <= bound:
-            raise RuntimeError(
-                f"parity is red, so no time is printed: {one.name} at {what} is off by {error:.2e} (relative norm) "
-                f"from float32; at most {bound:.0e} is allowed"
-            )
+    for weights, alike in itertools.groupby(contestants, key=lambda one: one.weights):
+        exact = truth(experts, given, weights)
+        for one in alike:
+            error = worst_error(one, experts, given, exact)
+            if not error <= bound:
+                raise RuntimeError(
+                    f"parity is red, so no time is printed: {one.name} at {what} is off by {error:.2e} (relative norm) "
+                    f"from float32; at most {bound:.0e} is allowed"
+                )
 
 
 def _row(

@@ -5,7 +5,8 @@ Shapes: T tokens, K experts per token, E experts, D model width, F expert width.
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,20 @@ from moe import expertier_experts, grouped_experts
 
 from .kernel_shapes import LayerInput
 
+if TYPE_CHECKING:
+    from moe.kernels import QuantisedWeight
+
 Compute = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+WeightsOf = Callable[[nn.Module, int], tuple[Tensor, Tensor]]
 BATCHED_LIMIT_BYTES = 8 << 30
 QUANTISED = ("int8", "int4", "fp8", "fp8_block")
 # of bfloat16: three stored roundings of 2**-9 each and sums of such terms; of float32: sums of 14336 terms
 BOUNDS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+
+
+def dense_weights(experts: nn.Module, expert: int) -> tuple[Tensor, Tensor]:
+    """Both projections of one expert in float32."""
+    return experts.gate_up_proj[expert].float(), experts.down_proj[expert].float()
 
 
 @dataclass(frozen=True)
@@ -31,12 +41,14 @@ class Contestant:
         compute: the signature of a transformers experts implementation.
         trains: whether it has a backward pass.
         weight_bytes: bytes per weight that it reads.
+        weights: the float32 projections of an expert that it is meant to compute with.
     """
 
     name: str
     compute: Compute
     trains: bool = True
     weight_bytes: float = 2.0
+    weights: WeightsOf = dense_weights
 
 
 def eager(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor) -> Tensor:
@@ -80,7 +92,7 @@ def dense_contestants(num_rows: int, expert_bytes: float, num_tokens: int) -> li
 
 def quantised_contestant(experts: nn.Module, name: str) -> Contestant:
     """Our kernels on quantised copies of a module's weights."""
-    from moe.kernels import ExpertWeights, compute_experts, quantise
+    from moe.kernels import ExpertWeights, compute_experts, dequantise, quantise
 
     up, down = ([quantise(part, name) for part in weight] for weight in _expert_by_expert(experts))
     weights = ExpertWeights(_joined(up), _joined(down))
@@ -88,10 +100,12 @@ def quantised_contestant(experts: nn.Module, name: str) -> Contestant:
     def compute(_: nn.Module, x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor) -> Tensor:
         return compute_experts(x_TD, expert_TK, combine_TK, weights)
 
+    def dequantised(_: nn.Module, expert: int) -> tuple[Tensor, Tensor]:
+        return dequantise(_one(weights.up, expert))[0], dequantise(_one(weights.down, expert))[0]
+
     scale_bytes = 8 / 128 if name == "int4" else 0.0
-    return Contestant(
-        f"expertier {name}", compute, trains=False, weight_bytes=(0.5 if name == "int4" else 1.0) + scale_bytes
-    )
+    weight_bytes = (0.5 if name == "int4" else 1.0) + scale_bytes
+    return Contestant(f"expertier {name}", compute, trains=False, weight_bytes=weight_bytes, weights=dequantised)
 
 
 def _expert_by_expert(experts: nn.Module) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -99,20 +113,16 @@ def _expert_by_expert(experts: nn.Module) -> tuple[tuple[Tensor, ...], tuple[Ten
     return experts.gate_up_proj.detach().split(1), experts.down_proj.detach().split(1)
 
 
-def _joined(parts: list):
-    from moe.kernels import QuantisedWeight
+def _joined(parts: "list[QuantisedWeight]") -> "QuantisedWeight":
+    zero = None if parts[0].zero is None else torch.cat([part.zero for part in parts])
+    data, scale = (torch.cat([getattr(part, name) for part in parts]) for name in ("data", "scale"))
+    return replace(parts[0], data=data, scale=scale, zero=zero)
 
-    first = parts[0]
-    zero = None if first.zero is None else torch.cat([part.zero for part in parts])
-    return QuantisedWeight(
-        first.format,
-        torch.cat([part.data for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        zero,
-        first.out_group,
-        first.in_group,
-        first.num_inputs,
-    )
+
+def _one(weight: "QuantisedWeight", slot: int) -> "QuantisedWeight":
+    here = slice(slot, slot + 1)
+    zero = None if weight.zero is None else weight.zero[here]
+    return replace(weight, data=weight.data[here], scale=weight.scale[here], zero=zero)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +143,17 @@ class Truth:
     cotangent_TD: Tensor
 
 
-def truth(experts: nn.Module, given: LayerInput) -> Truth:
-    """Expert by expert in float32, so that only one expert's weights are ever wide."""
+def truth(experts: nn.Module, given: LayerInput, weights: WeightsOf = dense_weights) -> Truth:
+    """Expert by expert in float32, so that only one expert's weights are ever wide.
+
+    Args:
+        experts: the module whose activation, and unless `weights` says otherwise weights, are used.
+        given: its input; ids >= E contribute nothing.
+        weights: both projections of an expert.
+
+    Returns:
+        Output and gradients.
+    """
     x_TD, combine_TK = given.x_TD.float(), given.combine_TK.float()
     cotangent_TD = torch.randn_like(x_TD).to(given.x_TD.dtype).float()
     found = Truth(torch.zeros_like(x_TD), torch.zeros_like(x_TD), torch.zeros_like(combine_TK), {}, {}, cotangent_TD)
@@ -142,12 +161,7 @@ def truth(experts: nn.Module, given: LayerInput) -> Truth:
         if expert >= experts.num_experts:
             continue
         token_N, slot_N = torch.where(given.expert_TK == expert)
-        leaves = [
-            x_TD[token_N],
-            combine_TK[token_N, slot_N],
-            experts.gate_up_proj[expert].float(),
-            experts.down_proj[expert].float(),
-        ]
+        leaves = [x_TD[token_N], combine_TK[token_N, slot_N], *weights(experts, expert)]
         x, combine, up, down = (leaf.detach().requires_grad_() for leaf in leaves)
         y = combine[:, None] * (experts._apply_gate(x @ up.T) @ down.T)
         grad_x, grad_combine, grad_up, grad_down = torch.autograd.grad(y, (x, combine, up, down), cotangent_TD[token_N])

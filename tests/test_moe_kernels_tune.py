@@ -7,11 +7,15 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
 from moe.kernels import ExpertWeights
 from moe.kernels import tiles as tile_table
 from moe.kernels.launch import is_interpreted
 from moe.kernels.tiles import LayerTiles, Tile, chosen_tiles, table_tiles, tuned_file, tuned_tiles
-from moe.kernels.tune import PRODUCTS, save_tuned, tune
+from moe.kernels.tune import PRODUCTS, measure_on_device, save_tuned, tune
 
 TILES = LOW, LOW_WIDE, HIGH = Tile(16, 32, 16, 4, 1), Tile(16, 64, 16, 4, 1), Tile(32, 32, 16, 4, 1)
 NAMES = {
@@ -75,6 +79,32 @@ def test_tiles_that_fit_no_device_are_refused():
     seconds = {("down", tile): float("inf") for tile in TILES}
     with pytest.raises(ValueError, match="no candidate tile fits this device"):
         tuned_with(seconds)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources(300_000, 232_448, "shared memory"),
+        CompilationError("", None, "too wide"),
+        PTXASError("registers"),
+    ],
+    ids=["memory", "compiler", "assembler"],
+)
+def test_a_tile_that_a_device_refuses_never_wins(monkeypatch, error):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(triton.testing, "do_bench", refuse)
+    assert measure_on_device(None) == float("inf")
+
+
+def test_errors_that_are_no_misfit_are_not_swallowed(monkeypatch):
+    def crash(*_, **__):
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(triton.testing, "do_bench", crash)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        measure_on_device(None)
 
 
 def uniform(tile):

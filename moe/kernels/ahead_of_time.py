@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Container, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,6 +40,8 @@ TARGETS = {
 }
 # the most a program may ask for: opt-in limits of A100, RTX 3090/4090, H100/H200, B200; local data share of MI300
 SHARED_LIMIT_BYTES = {"sm80": 163 << 10, "sm86": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
+# streaming multiprocessors or compute units of A100, RTX 3090, H100/H200, B200, MI300X: few tokens are spread over them
+PROCESSORS = {"sm80": 108, "sm86": 82, "sm90": 132, "sm100": 148, "gfx942": 304}
 INSTRUCTIONS = {
     "wgmma": r"\bHGMMA\b",
     "mma": r"\bHMMA\b",
@@ -105,10 +107,20 @@ def layer_launches(
     return launches
 
 
-def decode_launches(weights: ExpertWeights, num_tokens: int, top_k: int, dtype: torch.dtype) -> list[Launch]:
-    """The launches of the decode path, recorded on the meta device; arguments as of `layer_launches`."""
+def decode_launches(
+    weights: ExpertWeights, num_tokens: int, top_k: int, dtype: torch.dtype, processors: int = 1
+) -> list[Launch]:
+    """The launches of the decode path, recorded on the meta device.
+
+    Args:
+        weights, num_tokens, top_k, dtype: as of `layer_launches`.
+        processors: of the device; with many, sums are split over inputs.
+
+    Returns:
+        Launches in order.
+    """
     launches: list[Launch] = []
-    decode(*_inputs(weights, num_tokens, top_k, dtype), weights, launches.append)
+    decode(*_inputs(weights, num_tokens, top_k, dtype), weights, launches.append, processors)
     return launches
 
 
@@ -251,7 +263,10 @@ def _read_amd(assembly: str) -> tuple[int, int, str]:
 
 
 def shipped_launches(arch: str) -> Iterator[tuple[str, Launch]]:
-    """Every configuration of the table for an architecture, with a name: dense, quantised, gpt-oss's layout, decode."""
+    """Every configuration of the table for an architecture, with a name.
+
+    They are dense, quantised and gpt-oss's layout, decode with whole and split sums, and experts in cache slots.
+    """
     gpt_oss = Activation(alpha=1.702, limit=7.0, shift=1.0)
     dense = meta_weights(2048, 768, 128, torch.bfloat16)
     layouts = {
@@ -279,6 +294,12 @@ def shipped_launches(arch: str) -> Iterator[tuple[str, Launch]]:
         for num_tokens in (1, 64):
             for launch in decode_launches(weights, num_tokens, 8, torch.bfloat16):
                 yield f"decode/{name}/T{num_tokens}", launch
+        for launch in decode_launches(weights, 1, 8, torch.bfloat16, PROCESSORS[arch]):
+            yield f"split/{name}", launch
+    cached = replace(dense, slot_E=torch.empty(512, dtype=torch.int32, device="meta"))
+    slots = layer_launches(cached, 4096, 8, torch.bfloat16, tiles, trains=False)
+    for launch in slots + decode_launches(cached, 1, 8, torch.bfloat16, PROCESSORS[arch]):
+        yield "slots", launch
     single = meta_weights(768, 256, 64, torch.float32)
     for launch in layer_launches(single, 512, 4, torch.float32, FALLBACKS["single"], trains=True):
         yield "single", launch

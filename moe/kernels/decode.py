@@ -252,7 +252,14 @@ def combine_kernel(
     tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=is_column)
 
 
-def decode(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights: ExpertWeights, run: Run) -> Tensor:
+def decode(
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    combine_TK: Tensor,
+    weights: ExpertWeights,
+    run: Run,
+    processors: int | None = None,
+) -> Tensor:
     """Weighted sum of each token's experts, for at most `MAX_ROWS` routed rows.
 
     Args:
@@ -261,16 +268,18 @@ def decode(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights: ExpertW
         combine_TK: combine weights, contiguous.
         weights: the experts.
         run: what to do with the launches.
+        processors: how many the work is spread over; those of the device if not given.
 
     Returns:
         [T, D].
     """
     num_rows, top_k = expert_TK.numel(), expert_TK.shape[1]
+    processors = num_processors(x_TD.device) if processors is None else processors
     numbers = number_format(x_TD.dtype)
     is_int4 = numbers == "half" and isinstance(weights.up, QuantisedWeight) and weights.up.format == "int4"
     tile = DECODE_TILES["int4" if is_int4 else numbers]
     activated_NF = x_TD.new_empty(num_rows, weights.num_features)
-    up_splits = _num_splits(weights.up, num_rows, tile, x_TD.device)
+    up_splits = _num_splits(weights.up, num_rows, tile, processors)
     sum_dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
     up_out = activated_NF
     if up_splits > 1:
@@ -278,7 +287,7 @@ def decode(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights: ExpertW
     _product(x_TD, top_k, expert_TK, weights, True, up_out, up_splits, tile, run)
     if up_splits > 1:
         _activate_splits(up_out, activated_NF, weights, run)
-    down_splits = _num_splits(weights.down, num_rows, tile, x_TD.device)
+    down_splits = _num_splits(weights.down, num_rows, tile, processors)
     partial_SND = x_TD.new_empty(down_splits, num_rows, x_TD.shape[1], dtype=sum_dtype)
     _product(activated_NF, 1, expert_TK, weights, False, partial_SND, down_splits, tile, run)
     y_TD = torch.empty_like(x_TD)
@@ -286,10 +295,10 @@ def decode(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights: ExpertW
     return y_TD
 
 
-def _num_splits(weight: Tensor | QuantisedWeight, num_rows: int, tile: DecodeTile, device: torch.device) -> int:
+def _num_splits(weight: Tensor | QuantisedWeight, num_rows: int, tile: DecodeTile, processors: int) -> int:
     num_slots, num_outputs, num_inputs = weight.shape
     programs = min(num_rows, num_slots) * triton.cdiv(num_outputs, tile.block_out)
-    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(device), programs)
+    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, programs)
     return max(1, min(wanted, MAX_SPLITS, num_inputs // (4 * tile.block_in)))
 
 
