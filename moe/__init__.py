@@ -17,9 +17,11 @@ from .reference import swiglu_experts_reference
 from .skip_feed_forward import SkipReport, skip_feed_forward
 from .stack import LayerPasses
 from .surgery import drawn, join, most_used, prune
+from .text import ByteText, TokenizerText, text_of
 
 __all__ = [
     "ARCHITECTURES",
+    "ByteText",
     "EnsembleConfig",
     "EnsembleForCausalLM",
     "Experts",
@@ -34,6 +36,7 @@ __all__ = [
     "MoEOutput",
     "RoutedLayer",
     "SkipReport",
+    "TokenizerText",
     "build_body",
     "drawn",
     "ensemble",
@@ -46,4 +49,5 @@ __all__ = [
     "prune",
     "skip_feed_forward",
     "swiglu_experts_reference",
+    "text_of",
 ]

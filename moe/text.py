@@ -1,6 +1,8 @@
-"""Texts as tokens of a given model: its own tokenizer, or plain UTF-8 bytes where it has none."""
+"""Text to token ids and back: the model's own tokenizer, or plain UTF-8 bytes where a model has none."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,49 @@ TOKENIZER_FILES = (
     "tekken.json",
     "chat_template.jinja",
 )
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 NUM_BYTES = 256
+
+
+class ByteText:
+    """Bytes as tokens; ids past 255 are specials and show as nothing."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(token for token in token_ids if token < NUM_BYTES).decode("utf-8", errors="replace")
+
+
+class TokenizerText:
+    """A Hugging Face tokenizer behind the same two functions."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text)["input_ids"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def text_of(folder: Path, vocab_size: int) -> ByteText | TokenizerText:
+    """How to write and read the tokens of the model in `folder`.
+
+    Raises:
+        ValueError: if it has no tokenizer and too few tokens to stand for bytes.
+    """
+    if any((folder / name).is_file() for name in VOCABULARY_FILES):
+        from transformers import AutoTokenizer
+
+        return TokenizerText(AutoTokenizer.from_pretrained(folder))
+    if vocab_size < NUM_BYTES:
+        raise ValueError(
+            f"model {folder} has no tokenizer and {vocab_size} tokens, too few to stand for the {NUM_BYTES} bytes; "
+            "put the tokenizer's files beside the weights"
+        )
+    return ByteText()
 
 
 def token_rows(folder: Path, vocab_size: int, files: list[Path], length: int, max_tokens: int) -> Tensor:
@@ -44,13 +88,4 @@ def _encode(folder: Path, vocab_size: int, file: Path, most: int) -> list[int]:
     if not file.is_file():
         raise ValueError(f"text {file}: no such file")
     with file.open(encoding="utf-8", errors="replace") as stream:
-        text = stream.read(16 * most)
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")):
-        from transformers import AutoTokenizer
-
-        return list(AutoTokenizer.from_pretrained(folder)(text)["input_ids"])[:most]
-    if vocab_size < NUM_BYTES:
-        raise ValueError(
-            f"model {folder} has no tokenizer and {vocab_size} tokens, too few to stand for the {NUM_BYTES} bytes"
-        )
-    return list(text.encode("utf-8"))[:most]
+        return text_of(folder, vocab_size).encode(stream.read(16 * most))[:most]

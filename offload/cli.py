@@ -54,9 +54,10 @@ def generate(
 
     Example: `expertier generate my-model --prompt "def main():" --cpu-memory 6GiB --json report.json`
     """
+    from moe import text_of
+
     from .generation import generate_text
     from .loading import load
-    from .text import text_of
 
     _quiet_transformers()
     for target in (trace, json_file):
@@ -262,9 +263,10 @@ def record(
 
     Example: `expertier trace record my-model --data book.txt --out routing.npz`
     """
+    from moe import text_of
+
     from .corpus import sequences, text_files
     from .loading import load
-    from .text import text_of
 
     _quiet_transformers()
     _expect_folder(out)

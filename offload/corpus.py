@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .text import ByteText, TokenizerText
+if TYPE_CHECKING:
+    from moe import ByteText, TokenizerText
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
 
@@ -22,7 +24,7 @@ def text_files(path: Path) -> list[Path]:
     return files
 
 
-def sequences(path: Path, text: ByteText | TokenizerText, length: int, max_tokens: int) -> Iterator[list[int]]:
+def sequences(path: Path, text: "ByteText | TokenizerText", length: int, max_tokens: int) -> Iterator[list[int]]:
     """Token sequences of at most `length`, until `max_tokens` have been given."""
     left = max_tokens
     for file in text_files(path):

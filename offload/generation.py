@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from moe import ByteText, TokenizerText
+
 from .budget import format_size
-from .text import ByteText, TokenizerText
 
 TRACE_EVERY_S = 5.0
 STATUS_EVERY_S = 0.5
