@@ -156,7 +156,8 @@ def test_trap_a_chunk_mean_looks_at_later_tokens(pooling, tiny_config):
     with torch.no_grad():
         before, after = model(token_BS).logits, model(changed).logits
     is_causal = pooling in ("previous_chunk", "prefix")
-    assert torch.equal(before[:, :7], after[:, :7]) == is_causal
+    # the rounding of a product may change with the number of rows in it, which later tokens do change
+    assert torch.allclose(before[:, :7], after[:, :7], rtol=0, atol=1e-10) == is_causal
     if not is_causal:
         with pytest.raises(ValueError, match="not causal"):
             model.generate(token_BS, max_new_tokens=1)
