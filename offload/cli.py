@@ -42,7 +42,7 @@ def generate(
     ] = "auto",
     packed: Annotated[Path | None, typer.Option("--pack", help="Read experts from this packed copy.")] = None,
     prefetch: Annotated[
-        str, typer.Option("--prefetch", help="off, gate, transitions, or a file of `trace predictor`.")
+        str, typer.Option("--prefetch", help="off, gate, transitions, plan, or a file of `trace predictor`.")
     ] = "auto",
     plan: Annotated[Path | None, typer.Option("--plan", help="Start from a plan of `place tiers`.")] = None,
     gpu_memory: Annotated[str, typer.Option("--gpu-memory", help="auto or 0: there is no GPU tier yet.")] = "auto",

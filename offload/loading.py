@@ -91,6 +91,8 @@ def load(
         raise ValueError(
             f"gpu_memory: offloading from a GPU is not built yet, so it must be auto or 0; got {gpu_memory!r}"
         )
+    if plan is not None and cache_experts is not None:
+        raise ValueError("plan and cache_experts both say how many slots a layer has; give one of them")
     if device not in ("auto", "cpu"):
         raise ValueError(f"device must be auto or cpu, offloading from a GPU is not built yet; got {device!r}")
     matvecs = Matvecs(arithmetic)

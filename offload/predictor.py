@@ -76,7 +76,7 @@ class TrainedPredictor:
             with np.load(path, allow_pickle=False) as stored:
                 version, weight, bias = (stored[name] for name in ("version", "weight_ALVE", "bias_ALE"))
         except (OSError, KeyError, ValueError) as error:
-            raise ValueError(f"predictor {path}: not a file of `expertier trace predictor` ({error})") from error
+            raise ValueError(f"predictor {path}: not a file of `expertier trace predictor`") from error
         expected = (*bias.shape[:2], SOURCES * bias.shape[-1], bias.shape[-1])
         is_sound = bias.ndim == 3 and len(bias) == len(AHEAD) and weight.shape == expected
         if int(version) != FORMAT or not is_sound or not (np.isfinite(weight).all() and np.isfinite(bias).all()):

@@ -51,6 +51,8 @@ def test_a_model_starts_from_its_plan(tmp_path):
     model = offload.load(folder, plan=write_plan(tmp_path / "p.json", tiers))
     expected = [max(row.count(1), resident.config.num_experts_per_tok) for row in tiers]
     assert list(model.offload.num_slots) == expected
+    with pytest.raises(ValueError, match="give one of them"):
+        offload.load(folder, plan=tmp_path / "p.json", cache_experts=2)
     tokens = torch.arange(3, 9)[None]
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, resident(tokens).logits)
