@@ -73,7 +73,7 @@ def _pregated_recurrent(model: Settings) -> Settings:
 
 def _router(name: str, balance_loss_weight: float = 0.01, **options: Any) -> Callable[[Settings], Settings]:
     """A router with the preset's own experts, and the coefficient that its paper gives if that is another."""
-    own = {"router": name, "router_options": options}
+    own: Settings = {"router": name, "router_options": options}
     if balance_loss_weight != 0.01:
         own["balance_loss_weight"] = balance_loss_weight
     return lambda model: own
