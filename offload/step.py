@@ -10,6 +10,7 @@ from .compute import RoutedRows
 from .counters import Counters
 from .reading import Ticket
 from .slots import LayerSlots
+from .token_experts import TokenRows
 
 LEARN_FROM_TOKENS = 512
 
@@ -28,7 +29,7 @@ class ExpertStep:
         self._landed: SimpleQueue[Ticket] = SimpleQueue()
         self._in_flight: dict[int, Ticket] = {}
 
-    def run(self, rows: RoutedRows, reads_started: Callable[[], None] = lambda: None) -> None:
+    def run(self, rows: RoutedRows | TokenRows, reads_started: Callable[[], None] = lambda: None) -> None:
         """Compute every needed expert once; `reads_started` is called when all reads that fit are on their way."""
         hits, misses = self._look_up()
         try:
@@ -40,7 +41,7 @@ class ExpertStep:
             self._settle()
 
     def _run_together(
-        self, rows: RoutedRows, hits: list[int], misses: list[int], reads_started: Callable[[], None]
+        self, rows: RoutedRows | TokenRows, hits: list[int], misses: list[int], reads_started: Callable[[], None]
     ) -> None:
         """All experts are held until the end; each is computed as far as possible when it is there."""
         for expert in misses:
@@ -53,14 +54,14 @@ class ExpertStep:
         for expert in self._num_rows:
             self._timed(rows.finish, expert)
 
-    def _start_hits(self, rows: RoutedRows, hits: list[int]) -> None:
+    def _start_hits(self, rows: RoutedRows | TokenRows, hits: list[int]) -> None:
         started = time.perf_counter()
         if not (hits and rows.compute_singles(hits, [self._slots[expert] for expert in hits])):
             for expert in hits:
                 rows.start(expert, self._slots[expert])
         self._counters.compute_s += time.perf_counter() - started
 
-    def _run_in_waves(self, rows: RoutedRows, hits: list[int], misses: list[int]) -> None:
+    def _run_in_waves(self, rows: RoutedRows | TokenRows, hits: list[int], misses: list[int]) -> None:
         """Fewer slots than experts: those that wait take the slots of computed ones, at most half of the slots."""
         slots, waiting = self._slots, misses[::-1]
         for expert in hits:
