@@ -26,7 +26,8 @@ from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
 from .handle import Offload
 from .huge_pages import move_to_huge_pages
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
-from .matvec import Matvecs, quicken_linears, touch
+from .linears import quicken_linears
+from .matvec import Matvecs, touch
 from .packing import read_pack
 from .prefetch import PREDICTORS
 from .record import ExpertRecord

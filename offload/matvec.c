@@ -134,19 +134,21 @@ static inline void block(int amx, const uint16_t *w, const uint16_t *x, uint16_t
     (amx ? amx_block : dot_block)(w, x, y, rows < BLOCK_ROWS ? rows : BLOCK_ROWS, columns);
 }
 
-/* y[n] = w[n] x[n] for n = 0 .. num - 1, each w[n] in its own place, x and y one behind the other. For AMX, rows and
-   columns are multiples of 32. */
-void expertier_matvec(int amx, int64_t num, const uint16_t *const *w, const uint16_t *x, uint16_t *y, int64_t rows,
-                      int64_t columns) {
-    int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+/* y[n] = w[n] (x + n * x_step) for n = 0 .. num - 1, each w[n] and y[n] in its own place, w[n] with rows[n] rows.
+   For AMX, rows and columns are multiples of 32. */
+void expertier_matvec(int amx, int64_t num, const uint16_t *const *w, const uint16_t *x, int64_t x_step,
+                      uint16_t *const *y, const int64_t *rows, int64_t columns) {
+    int64_t blocks = 0;
+    for (int64_t n = 0; n < num; n++) blocks += (rows[n] + BLOCK_ROWS - 1) / BLOCK_ROWS;
 #pragma omp parallel
     {
         struct tile_config before;
         if (amx) begin_amx(&before);
 #pragma omp for schedule(dynamic, CHUNK)
-        for (int64_t i = 0; i < num * blocks; i++) {
-            int64_t n = i / blocks, row = i % blocks * BLOCK_ROWS;
-            block(amx, w[n] + row * columns, x + n * columns, y + n * rows + row, rows - row, columns);
+        for (int64_t i = 0; i < blocks; i++) {
+            int64_t n = 0, row = i * BLOCK_ROWS;
+            for (; row >= rows[n]; n++) row -= (rows[n] + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
+            block(amx, w[n] + row * columns, x + n * x_step, y[n] + row, rows[n] - row, columns);
         }
         if (amx) end_amx(&before);
     }

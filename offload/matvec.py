@@ -26,7 +26,7 @@ AMX_BLOCK = 32
 TRIALS = 4
 ARITHMETICS = ("exact", "fast")
 
-Kernel = Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor], None]
+Kernel = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 ExpertsKernel = Callable[..., None]
 
 
@@ -52,21 +52,20 @@ class Matvecs:
                 raise ValueError(f'arithmetic="fast": {error}; use "exact"') from error
             self._kernels = {}
 
-    def multiply(self, x_ND: torch.Tensor, weights_FD: Sequence[torch.Tensor], out_NF: torch.Tensor) -> bool:
-        """`out[n] = weights[n] @ x[n]`, if a kernel fits; otherwise nothing happens and the result is False.
+    def multiply(self, x_ND: torch.Tensor, weights_FD: Sequence[torch.Tensor], outs_F: Sequence[torch.Tensor]) -> bool:
+        """`outs[n] = weights[n] @ x[n]`, if one kernel fits all; otherwise nothing happens and the result is False.
 
         Args:
-            x_ND: one row for each product.
-            weights_FD: N matrices of one shape.
-            out_NF: where the results go.
+            x_ND: one row for each product, or one row for all.
+            weights_FD: N matrices of the same width; their numbers of rows may differ.
+            outs_F: where the results go, each contiguous.
         """
-        first_FD = weights_FD[0]
         if not (self._kernels and _fits(x_ND, weights_FD)):
             return False
-        kernel = self._kernel(first_FD)
-        if kernel is None:
+        first, *others = {self._kernel(weight_FD) for weight_FD in weights_FD}
+        if first is None or others:
             return False
-        kernel(x_ND, weights_FD, out_NF)
+        first(x_ND, weights_FD, outs_F)
         return True
 
     def experts_kernel(self, up_FD: torch.Tensor, down_DF: torch.Tensor) -> ExpertsKernel | None:
@@ -102,28 +101,16 @@ class Matvecs:
         return next(iter(candidates), None)
 
 
-def quicken_linears(model: nn.Module, matvecs: Matvecs) -> None:
-    """Let the resident bfloat16 linear layers of a model multiply single tokens by `matvecs`."""
-    for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
-            module.forward = functools.partial(_linear, module, module.forward, matvecs)  # type: ignore[method-assign]
-
-
-def _linear(module: nn.Linear, otherwise: Callable[[torch.Tensor], torch.Tensor], matvecs: Matvecs, x: Any) -> Any:
-    learns = torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)
-    if x.numel() != module.in_features or module.bias is not None or learns:
-        return otherwise(x)
-    out = x.new_empty(*x.shape[:-1], module.out_features)
-    return out if matvecs.multiply(x, (module.weight,), out) else otherwise(x)
-
-
 def _fits(x: torch.Tensor, weights_FD: Sequence[torch.Tensor]) -> bool:
     return (
-        x.numel() == len(weights_FD) * weights_FD[0].shape[-1]
+        x.numel() in (weights_FD[0].shape[-1], len(weights_FD) * weights_FD[0].shape[-1])
         and x.dtype == torch.bfloat16
         and x.is_contiguous()
         and all(
-            weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
+            weight.dtype == torch.bfloat16
+            and weight.device.type == "cpu"
+            and weight.is_contiguous()
+            and weight.shape[-1] == weights_FD[0].shape[-1]
             for weight in weights_FD
         )
     )
@@ -135,7 +122,7 @@ def _has_the_bits_of_torch(kernel: Kernel, weight_FD: torch.Tensor) -> bool:
     for trial in range(TRIALS):
         x_1D = torch.randn(1, weight_FD.shape[1], generator=generator).mul_(10.0 ** (trial - 2)).bfloat16()
         torch.mm(x_1D, weight_FD.t(), out=expected_1F)
-        kernel(x_1D, (weight_FD,), found_1F)
+        kernel(x_1D, (weight_FD,), (found_1F,))
         if not torch.equal(expected_1F, found_1F) or not torch.equal(
             nn.functional.linear(x_1D[None], weight_FD)[0], found_1F
         ):
@@ -151,7 +138,8 @@ def _name(kernel: Kernel | None) -> str:
 def _kernels() -> dict[str, Kernel]:
     """Our kernels that this processor runs, best first. Raises OSError if there is no C compiler or it fails."""
     library = _library()
-    library.expertier_matvec.argtypes = [ctypes.c_int] + [ctypes.c_int64] + [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.expertier_matvec.argtypes = [ctypes.c_int, number, pointer, pointer, number, pointer, pointer, number]
     library.expertier_matvec.restype = None
     return {name: _matvec(library.expertier_matvec, is_amx) for name, is_amx in _arithmetics(library).items()}
 
@@ -177,9 +165,11 @@ def _arithmetics(library: ctypes.CDLL) -> dict[str, bool]:
 
 
 def _matvec(function: Any, is_amx: bool) -> Kernel:
-    def call(x_ND: torch.Tensor, weights_FD: Sequence[torch.Tensor], out_NF: torch.Tensor) -> None:
-        places = pointers(weights_FD)
-        function(is_amx, len(weights_FD), places, x_ND.data_ptr(), out_NF.data_ptr(), *weights_FD[0].shape)
+    def call(x_ND: torch.Tensor, weights_FD: Sequence[torch.Tensor], outs_F: Sequence[torch.Tensor]) -> None:
+        num, columns = len(weights_FD), weights_FD[0].shape[1]
+        rows = (ctypes.c_int64 * num)(*[weight.shape[0] for weight in weights_FD])
+        x_step = columns if x_ND.numel() > columns else 0
+        function(is_amx, num, pointers(weights_FD), x_ND.data_ptr(), x_step, pointers(outs_F), rows, columns)
 
     return call
 
