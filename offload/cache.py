@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-NEVER = 1 << 62
+from routing.traces import NEVER
 
 
 class ScoredCache:

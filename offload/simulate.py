@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from routing.traces import EMPTY, RoutingTrace
+from routing.traces import EMPTY, NEVER, RoutingTrace, next_use_TK
 
-from .cache import CACHES, NEVER, make_cache
+from .cache import CACHES, make_cache
 
 DEFAULT_POLICIES = ("lru", "lfu", "score", "belady")
 
@@ -70,18 +70,6 @@ def simulate(
 
 
 Step = tuple[list[int], list[int], list[float]]
-
-
-def next_use_TK(expert_TK: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Row in which each access's expert is used next at this layer; NEVER if it is not."""
-    T, K = expert_TK.shape
-    flat = expert_TK.reshape(-1)
-    order = np.lexsort((np.arange(flat.size), flat))
-    rows = order // K
-    upcoming = np.full(flat.size, NEVER, dtype=np.int64)
-    same = flat[order][1:] == flat[order][:-1]
-    upcoming[order[:-1][same]] = rows[1:][same]
-    return upcoming.reshape(T, K)
 
 
 def _steps(trace: RoutingTrace) -> list[list[Step]]:
