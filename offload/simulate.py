@@ -3,7 +3,7 @@
 Shapes: T tokens, L MoE layers, K experts per token, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from routing.traces import EMPTY, NEVER, RoutingTrace, next_use_TK
 
 from .cache import CACHES, make_cache
 
-DEFAULT_POLICIES = ("lru", "lfu", "score", "belady")
+DEFAULT_POLICIES = ("lru", "lfu", "score", "learned", "belady")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,6 +66,21 @@ def simulate(
             accesses_L=accesses_L,
         )
         for name in policies
+    }
+
+
+def gap_closed(results: Mapping[str, Simulated]) -> dict[str, float | None]:
+    """How much of the way from LRU to Belady each policy goes: 0 is LRU's hit rate, 1 is Belady's.
+
+    Args:
+        results: what `simulate` gave, with `lru` and `belady` among the policies.
+
+    Returns:
+        One share per policy, negative below LRU; None if there is no gap.
+    """
+    least, most = results["lru"].hit_rate, results["belady"].hit_rate
+    return {
+        name: (result.hit_rate - least) / (most - least) if most > least else None for name, result in results.items()
     }
 
 

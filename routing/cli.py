@@ -88,31 +88,38 @@ def _print(report: dict[str, Any]) -> None:
         f"{report['experts']} experts, top-{report['top_k']}  {json.dumps(report['metadata'])}",
         highlight=False,
     )
-    console.print(_layer_table(report))
+    console.print(_balance_table(report))
+    console.print(_locality_table(report))
     for table in _locality_tables(report):
         console.print(table)
 
 
-def _layer_table(report: dict[str, Any]) -> Table:
-    """One row per layer; of the locality figures the window, the ratio and the size in the middle."""
-    window, ratio, size = _shown(report)
-    columns = ["layer", "max/mean load", "entropy / log E", "dead experts", "median reuse distance"]
-    columns += [f"SRP, m = {window}"] if window else []
-    columns += [f"SCH, {ratio} x K slots", f"LRU, {size} slots", f"Belady, {size} slots"]
-    table = Table(*columns)
+def _balance_table(report: dict[str, Any]) -> Table:
+    table = Table("layer", "max/mean load", "entropy / log E", "dead experts", "median reuse distance")
     for row in report["per_layer"]:
-        reuse, rates = row["median_reuse_distance"], row["hit_rate"][size]
+        reuse = row["median_reuse_distance"]
         table.add_row(
             str(row["layer"]),
             f"{row['skew']:.2f}",
             f"{row['entropy']:.3f}",
             str(row["dead_experts"]),
             "-" if reuse is None else f"{reuse:.0f}",
-            *([f"{row['srp'][window]['f1']:.3f}"] if window else []),
-            f"{row['sch'][ratio]['16']:.3f}",
-            f"{rates['lru']:.3f}",
-            f"{rates['belady']:.3f}",
         )
+    return table
+
+
+def _locality_table(report: dict[str, Any]) -> Table:
+    """One row per layer, of the window, the ratio and the size nearest to 16 tokens and twice one token's need."""
+    windows = list(report["srp"])
+    window = "16" if "16" in windows else windows[-1] if windows else None
+    ratio = "2" if "2" in report["sch"] else list(report["sch"])[-1]
+    size = min(report["hit_rate"], key=lambda size: abs(int(size) - float(ratio) * report["top_k"]))
+    columns = ["layer", *([f"SRP, m = {window}"] if window else []), f"SCH, {ratio} x K slots"]
+    table = Table(*columns, f"LRU, {size} slots", f"Belady, {size} slots", title=f"per layer, {report['rows']} rows")
+    for row in report["per_layer"]:
+        values = [row["srp"][window]["f1"]] if window else []
+        values += [row["sch"][ratio]["16"], *(row["hit_rate"][size][name] for name in ("lru", "belady"))]
+        table.add_row(str(row["layer"]), *(f"{value:.3f}" for value in values))
     return table
 
 
@@ -132,12 +139,3 @@ def _locality_tables(report: dict[str, Any]) -> Iterator[Table]:
     for size, rates in report["hit_rate"].items():
         table.add_row(size, *(f"{rates[name]:.3f}" for name in ("lru", "most_used", "belady")))
     yield table
-
-
-def _shown(report: dict[str, Any]) -> tuple[str | None, str, str]:
-    """Window, ratio and slots of the table of layers: 16 tokens, twice one token's need, as near as there is."""
-    windows, ratios = list(report["srp"]), list(report["sch"])
-    window = "16" if "16" in windows else windows[-1] if windows else None
-    ratio = "2" if "2" in ratios else ratios[-1]
-    wanted = float(ratio) * report["top_k"]
-    return window, ratio, min(report["hit_rate"], key=lambda size: abs(int(size) - wanted))

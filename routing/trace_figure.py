@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,33 +16,38 @@ def draw(file: Path, found: dict[str, Any]) -> None:
     Raises:
         ValueError: if matplotlib does not know the format.
     """
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    curves, windows, ratios = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
-    _curves(curves, found)
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    (curves, layers), (windows, ratios) = figure.subplots(2, 2)
     per_layer = found["per_layer"]
-    _lines(
-        windows,
-        "SRP: best F1 of one set for m tokens",
-        {f"m = {w}": [x["srp"][w]["f1"] for x in per_layer] for w in found["srp"]},
-    )
-    _lines(
-        ratios,
-        "SCH: hit rate, 16 tokens known",
-        {f"{r} x K slots": [x["sch"][r]["16"] for x in per_layer] for r in found["sch"]},
-    )
+    _curves(curves, found)
+    _curves_of_layers(layers, per_layer)
+    srp = {f"m = {window}": [layer["srp"][window]["f1"] for layer in per_layer] for window in found["srp"]}
+    _lines(windows, "SRP: best F1 of one set for m tokens", srp)
+    sch = {f"{ratio} x K slots": [layer["sch"][ratio]["16"] for layer in per_layer] for ratio in found["sch"]}
+    _lines(ratios, "SCH: hit rate, 16 tokens known", sch)
     figure.savefig(file, dpi=150)
 
 
 def _curves(axes: Axes, found: dict[str, Any]) -> None:
-    """All layers as a line, and the range from the worst layer to the best as a band."""
+    """Hit rates of all layers together."""
     sizes = [int(size) for size in found["hit_rate"]]
     for name, colour in COLOURS.items():
-        layers = [[rates[name] for rates in layer["hit_rate"].values()] for layer in found["per_layer"]]
-        axes.fill_between(sizes, np.min(layers, axis=0), np.max(layers, axis=0), color=colour, alpha=0.1, lw=0)
         rates = [rates[name] for rates in found["hit_rate"].values()]
         axes.plot(sizes, rates, "o-", ms=3, color=colour, label=name.replace("_", " "))
-    axes.set(xlabel="slots per layer", ylabel="hit rate", ylim=(0, 1), title="all layers; shaded: worst to best layer")
+    axes.set(xlabel="slots per layer", ylim=(0, 1), title="Hit rate, all layers")
     axes.legend(frameon=False, loc="lower right")
+
+
+def _curves_of_layers(axes: Axes, per_layer: list[dict[str, Any]]) -> None:
+    """Hit rates of each layer at the smaller sizes, Belady solid and LRU dashed."""
+    sizes = list(per_layer[0]["hit_rate"])[: len(SHADES)]
+    _lines(
+        axes,
+        "Hit rate per layer (dashed: LRU)",
+        {f"Belady, {size} slots": [layer["hit_rate"][size]["belady"] for layer in per_layer] for size in sizes},
+    )
+    for size, colour in zip(sizes, SHADES, strict=False):
+        axes.plot([layer["hit_rate"][size]["lru"] for layer in per_layer], "--", color=colour)
 
 
 def _lines(axes: Axes, title: str, rates: dict[str, list[float]]) -> None:
@@ -51,4 +55,5 @@ def _lines(axes: Axes, title: str, rates: dict[str, list[float]]) -> None:
         axes.plot(values, "o-", ms=3, color=colour, label=label)
     axes.set(xlabel="MoE layer", ylim=(0, 1), title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, ncols=2, loc="lower center")
+    if rates:
+        axes.legend(frameon=False, ncols=2, loc="lower center")

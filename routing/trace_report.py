@@ -14,7 +14,7 @@ from .traces import (
     load_LE,
     longest_sequence,
     lru_hits_LC,
-    reuse_distance_TLK,
+    reuse_distance_TK,
     segment_cache_rate_C,
     segment_cache_rate_LC,
     segment_routing,
@@ -27,14 +27,13 @@ WINDOWS, RATIOS, KNOWN = (4, 16, 64, 256), (1.0, 2.0, 3.0, 4.0), 16
 def balance(trace: RoutingTrace) -> list[dict[str, Any]]:
     """Per layer: how evenly its experts are used, and how many others come between two uses of one."""
     load = load_LE(trace)
-    distance_TLK = reuse_distance_TLK(trace)
     return [
         {
             "layer": layer,
             "skew": float(skew),
             "entropy": float(entropy),
             "dead_experts": int((load[layer] == 0).sum()),
-            "median_reuse_distance": _median(distance_TLK[:, layer]),
+            "median_reuse_distance": _median(reuse_distance_TK(trace, layer)),
         }
         for layer, (skew, entropy) in enumerate(zip(skew_L(load), entropy_L(load), strict=True))
     ]
@@ -76,13 +75,13 @@ def cache_sizes(trace: RoutingTrace) -> list[int]:
 def _hit_rates(trace: RoutingTrace) -> dict[str, np.ndarray]:
     """Hit rates `[L + 1, C]` by name; the last row is that of all layers together.
 
-    Most used: the experts with the highest load in the whole trace, which stay from beginning to end.
+    Most used: the experts with the highest load in the whole trace stay from their first use to the end.
     """
     sizes = cache_sizes(trace)
     load = load_LE(trace)
     hits = {
         "lru": lru_hits_LC(trace)[:, sizes],
-        "most_used": np.cumsum(-np.sort(-load, axis=1), axis=1)[:, np.array(sizes) - 1],
+        "most_used": np.cumsum(np.sort(np.maximum(load - 1, 0), axis=1)[:, ::-1], axis=1)[:, np.array(sizes) - 1],
         "belady": belady_hits_LC(trace, sizes),
     }
     accesses_L = load.sum(axis=1)

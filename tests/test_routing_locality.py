@@ -16,8 +16,8 @@ from routing.traces import (
     belady_hits_LC,
     longest_sequence,
     lru_hits_LC,
+    reuse,
     reuse_distance_TK,
-    reuse_distance_TLK,
     segment_cache_rate_C,
     segment_cache_rate_LC,
     segment_routing,
@@ -71,6 +71,10 @@ def test_srp_equals_plain_counting(random_trace, window, layer):
         for a in range(1, window + 1)
     ]
     assert segment_routing(random_trace, window, layer).f1 == pytest.approx(max(f1))
+
+
+def test_srp_of_a_layer_that_uses_nothing_is_zero():
+    assert segment_routing(make_trace([[[EMPTY]]] * 4), 2).f1 == 0
 
 
 @pytest.mark.parametrize("window", [2, 5, 16])
@@ -144,12 +148,25 @@ def test_sch_by_hand():
 # --- hit-rate curves ------------------------------------------------------------------------------------------------
 
 
+def plain_reuse(expert_TK):
+    """Places in a list of experts by recency."""
+    recency, distances = [], []
+    for row in expert_TK.tolist():
+        distances.append([recency.index(expert) if expert in recency else -1 for expert in row])
+        for expert in row:
+            if expert != EMPTY:
+                recency = [expert, *(other for other in recency if other != expert)]
+    return distances
+
+
 @settings(max_examples=60, deadline=None)
-@given(any_experts)
-def test_reuse_distances_of_all_layers_equal_those_layer_by_layer(expert_TLK):
+@given(any_experts, st.integers(1, 14))
+def test_reuse_distances_equal_places_in_a_list(expert_TLK, block_rows):
     trace = make_trace(expert_TLK)
-    for layer in range(trace.num_layers):
-        np.testing.assert_array_equal(reuse_distance_TLK(trace)[:, layer], reuse_distance_TK(trace, layer))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reuse, "BLOCK_ROWS", block_rows)
+        for layer in range(trace.num_layers):
+            assert reuse_distance_TK(trace, layer).tolist() == plain_reuse(trace.expert_TLK[:, layer])
 
 
 @settings(max_examples=60, deadline=None)
@@ -199,7 +216,7 @@ def test_show_has_balance_srp_sch_and_curves_per_layer(random_trace, tmp_path, m
     for name, result in simulated.items():
         assert layer["hit_rate"]["4"][name] == pytest.approx(result.hit_rate_L[1])
         assert report["hit_rate"]["4"][name] == pytest.approx(result.hit_rate)
-    assert layer["hit_rate"]["8"]["lru"] <= layer["hit_rate"]["8"]["most_used"] == 1.0
+    assert layer["hit_rate"]["8"]["lru"] == layer["hit_rate"]["8"]["most_used"] == layer["hit_rate"]["8"]["belady"]
     assert {"layer", "skew", "entropy", "dead_experts", "median_reuse_distance"} <= layer.keys()
     assert "</svg>" in (tmp_path / "r.svg").read_text()
     assert "Belady" in capsys.readouterr().out

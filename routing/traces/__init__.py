@@ -5,7 +5,7 @@ from .files import atomic_write, write_json
 from .foresight import belady_hits_LC, segment_cache_rate_C, segment_cache_rate_LC
 from .importers import IMPORTERS, import_trace, load_torch
 from .load import entropy_L, load_LE, skew_L
-from .reuse import NEVER, lru_hits_LC, next_use_TK, reuse_distance_TK, reuse_distance_TLK
+from .reuse import NEVER, lru_hits_LC, next_use_TK, reuse_distance_TK
 from .segments import SegmentRouting, longest_sequence, segment_routing
 from .trace import EMPTY, RoutingTrace
 
@@ -26,7 +26,6 @@ __all__ = [
     "lru_hits_LC",
     "next_use_TK",
     "reuse_distance_TK",
-    "reuse_distance_TLK",
     "segment_cache_rate_C",
     "segment_cache_rate_LC",
     "segment_routing",

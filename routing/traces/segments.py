@@ -36,7 +36,7 @@ def segment_routing(trace: RoutingTrace, window: int, layer: int | None = None) 
         layer: one layer, or all of them together.
 
     Raises:
-        ValueError: if no sequence is as long as a window, or nothing in such windows uses an expert.
+        ValueError: if no sequence is as long as a window.
 
     Source: Liang et al. 2025, "Not All Models Suit Expert Offloading", arXiv:2505.16056, appendix C.
     """
@@ -46,13 +46,13 @@ def segment_routing(trace: RoutingTrace, window: int, layer: int | None = None) 
     histogram = np.sum([_uses_in_windows(trace, window, each) for each in layers], axis=0)
     counts = np.arange(window + 1)
     activations = int((histogram * counts).sum())
-    if not activations:
+    if not histogram.any():
         raise ValueError(f"no sequence of this trace has {window} tokens; use a shorter window")
     kept = np.cumsum(histogram[::-1])[::-1]
     inside = np.cumsum((histogram * counts)[::-1])[::-1]
-    f1 = 2 * inside[1:] / (window * kept[1:] + activations)
+    f1 = 2 * inside[1:] / np.maximum(window * kept[1:] + activations, 1)
     best = int(np.argmax(f1))
-    return SegmentRouting(float(f1[best]), best + 1, float(window * kept[best + 1] / activations))
+    return SegmentRouting(float(f1[best]), best + 1, float(window * kept[best + 1] / max(activations, 1)))
 
 
 def longest_sequence(trace: RoutingTrace) -> int:
