@@ -223,16 +223,17 @@ class LearnedReuse:
     """Evicts the expert with the least expected use soon, as a linear model that is learned while it runs says.
 
     Inputs are the recent frequencies of all experts of the layer at three speeds, so that experts which tend to come
-    together are known; the target is the discounted number of uses to come. The model starts as a plain decayed
-    frequency and is pulled towards what ridge regression finds, once per `BLOCK` tokens.
+    together are known; the target is DISCOUNT to the power of the tokens until the next use, which is what Belady ranks
+    by. The model starts as a plain decayed frequency and is pulled towards what ridge regression finds, once per
+    `BLOCK` tokens.
 
     Args:
         capacity: keys it can hold.
         num_keys: keys there are; past `MOST_KEYS` the model is not trained and stays the decayed frequency.
     """
 
-    DECAYS, START, DISCOUNT = (0.5, 0.92, 0.99), 1, 0.8
-    BLOCK, HORIZON, RIDGE, MOST_KEYS = 512, 40, 3e-3, 128
+    DECAYS, START, DISCOUNT = (0.5, 0.92, 0.99), 1, 0.65
+    BLOCK, HORIZON, RIDGE, MOST_KEYS = 256, 40, 1e-2, 128
 
     def __init__(self, capacity: int, num_keys: int) -> None:
         _expect_room(capacity)
@@ -307,7 +308,7 @@ class LearnedReuse:
             uses[row, keys] = 1
         coming = np.zeros_like(uses)
         for row in range(len(uses) - 2, -1, -1):
-            coming[row] = self.DISCOUNT * coming[row + 1] + (1 - self.DISCOUNT) * uses[row + 1]
+            coming[row] = np.where(uses[row + 1], 1.0, self.DISCOUNT * coming[row + 1])
         inputs = np.stack(self._inputs[: self.BLOCK])
         self._gram += inputs.T @ inputs
         self._moment += inputs.T @ coming[: self.BLOCK]

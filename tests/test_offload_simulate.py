@@ -60,7 +60,17 @@ def test_unknown_policy(trace):
 
 def test_command_writes_the_promised_keys(trace, tmp_path, monkeypatch):
     trace.save(tmp_path / "t.npz")
-    arguments = ["simulate", str(tmp_path / "t.npz"), "--cache-experts", "4", "--per-layer", "--rows", "100", "--policy", "score"]
+    arguments = [
+        "simulate",
+        str(tmp_path / "t.npz"),
+        "--cache-experts",
+        "4",
+        "--per-layer",
+        "--rows",
+        "100",
+        "--policy",
+        "score",
+    ]
     monkeypatch.setattr("sys.argv", ["expertier", *arguments, "--json", str(tmp_path / "r.json")])
     with pytest.raises(SystemExit) as finished:
         joined_cli.main()
