@@ -44,7 +44,10 @@ def generate(
     prefetch: Annotated[
         str, typer.Option("--prefetch", help="off, gate, transitions, plan, or a file of `trace predictor`.")
     ] = "auto",
-    plan: Annotated[Path | None, typer.Option("--plan", help="Start from a plan of `place tiers`.")] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", help="A plan of `place tiers`, or a trace (.npz) to size each layer by."),
+    ] = None,
     gpu_memory: Annotated[str, typer.Option("--gpu-memory", help="auto or 0: there is no GPU tier yet.")] = "auto",
     trace: Annotated[Path | None, typer.Option("--trace", help="Record the routing into this .npz file.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Say speed, hits and bytes while it runs, on stderr.")] = False,
