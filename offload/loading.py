@@ -80,7 +80,7 @@ def load(
             model's routers have decided ahead (pre-gated routers, one router for all layers); `"off"`, which is what
             `"auto"` means, does not.
         plan: a plan of `expertier place tiers`: how many slots each layer gets, and the experts that are in them from
-            the start.
+            the start; or a routing trace of the model (.npz): layers where a slot saves more misses get more slots.
         record_trace: record the routing; `model.offload.trace()` gives it.
 
     Returns:
