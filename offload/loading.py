@@ -27,7 +27,7 @@ from .handle import Offload
 from .huge_pages import move_to_huge_pages
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
 from .linears import quicken_linears
-from .matvec import Matvecs, touch
+from .matvec import Matvecs
 from .packing import read_pack
 from .prefetch import PREDICTORS
 from .record import ExpertRecord
@@ -35,7 +35,6 @@ from .routers import make_prefetcher
 from .starting_plan import read_starting_plan
 from .store import READ_BYTES, ExpertStore
 from .tracing import TraceRecorder
-from .warming import Warmer
 
 DEFAULT_POLICY = "learned"
 
@@ -140,7 +139,6 @@ def load(
     running = _runtime.OffloadRuntime(store, memory.num_slots, policy, recorder, matvecs)
     running.prefetcher = make_prefetcher(prefetch, model, layers, top_k)
     quicken_linears(model, matvecs)
-    running.warmer = None if (reads := touch()) is None else Warmer(model, reads)
     if starting is not None:
         running.fill(starting.experts_L)
     return _attach(model, running, memory, policy)

@@ -184,8 +184,3 @@ void expertier_experts(int amx, int64_t num, const uint16_t *const *up, const ui
         if (amx) end_amx(&before);
     }
 }
-
-/* Reads memory, so that it is in the cache. */
-void expertier_touch(const volatile char *start, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) (void)start[i];
-}

@@ -174,17 +174,6 @@ def _matvec(function: Any, is_amx: bool) -> Kernel:
     return call
 
 
-@functools.cache
-def touch() -> Callable[[int, int], None] | None:
-    """Reads `bytes` at an address, without holding Python's lock; None without a C compiler."""
-    try:
-        function = _library().expertier_touch
-    except OSError:
-        return None
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64], None
-    return function
-
-
 def pointers(tensors: Sequence[torch.Tensor]) -> Any:
     """Where tensors lie, as C takes it."""
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

@@ -19,11 +19,10 @@ from .matvec import Matvecs
 from .prefetch import Prefetcher
 from .reading import Ticket
 from .slots import LayerSlots
-from .step import NOTHING, ExpertStep
+from .step import ExpertStep
 from .store import ExpertStore
 from .token_experts import FusedExperts, TokenRows, fuse_experts
 from .tracing import TraceRecorder
-from .warming import Warmer
 
 IMPLEMENTATION = "expertier_offload"
 
@@ -53,7 +52,6 @@ class OffloadRuntime:
         self.counters = Counters([LayerCounters() for _ in self.layers])
         self.recorder = recorder
         self.prefetcher: Prefetcher | None = None
-        self.warmer: Warmer | None = None
         self._fused: dict[tuple[int, int, int], FusedExperts | None] = {}
         self._lock = threading.RLock()
 
@@ -68,8 +66,7 @@ class OffloadRuntime:
             if not slots.is_grouped:
                 return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
             rows = self._rows(slots, module, x_TD, expert_TK, weight_TK)
-            idle_work = self.warmer.pieces(layer) if self.warmer and len(expert_TK) == 1 else NOTHING
-            step = ExpertStep(slots, self.counters, rows.num_rows, expert_TK, idle_work)
+            step = ExpertStep(slots, self.counters, rows.num_rows, expert_TK)
             step.run(rows, lambda: self._look_ahead(layer, x_TD, expert_TK))
             return rows.combine()
 

@@ -1,7 +1,7 @@
 """One call of one layer: look all experts up, read what is missing, compute what is there and what lands."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from queue import SimpleQueue
 
 import torch
@@ -13,26 +13,18 @@ from .slots import LayerSlots
 from .token_experts import TokenRows
 
 LEARN_FROM_TOKENS = 512
-NOTHING: Iterator[object] = iter(())
 
 
 class ExpertStep:
     """One call of one layer: which experts it needs, and how many rows each of them has.
 
     `run` computes them in the order in which they are there; as a context, `fetch` gives one after the other.
-    `idle_work` goes on by one short step at a time while nothing has landed.
     """
 
     def __init__(
-        self,
-        slots: LayerSlots,
-        counters: Counters,
-        num_rows: Mapping[int, int],
-        expert_TK: torch.Tensor,
-        idle_work: Iterator[object] = NOTHING,
+        self, slots: LayerSlots, counters: Counters, num_rows: Mapping[int, int], expert_TK: torch.Tensor
     ) -> None:
         self._slots, self._num_rows, self._counters = slots, num_rows, counters
-        self._idle_work = idle_work
         self._expert_TK = expert_TK
         self._landed: SimpleQueue[Ticket] = SimpleQueue()
         self._in_flight: dict[int, Ticket] = {}
@@ -126,8 +118,6 @@ class ExpertStep:
 
     def _next_landed(self) -> int:
         started = time.perf_counter()
-        while self._landed.empty() and next(self._idle_work, None) is not None:
-            pass
         ticket = self._landed.get()
         self._counters.stall_s += time.perf_counter() - started
         del self._in_flight[ticket.expert]
