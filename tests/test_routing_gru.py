@@ -54,7 +54,8 @@ def test_no_state_is_a_zero_state_and_the_state_matrix_then_has_a_zero_gradient(
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(found_grads, wanted_grads)
     gru_cell(x, None, weights).sum().backward()
-    assert weights[1].grad is not None and not weights[1].grad.any()
+    assert weights[1].grad is not None
+    assert not weights[1].grad.any()
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -71,7 +72,9 @@ def test_without_gradient_the_value_is_the_same_bits():
 def test_a_state_cut_off_from_its_past_gets_no_gradient():
     x, state, *weights = leaves(5, 3)
     gru_cell(x, state.detach(), weights).sum().backward()
-    assert state.grad is None and x.grad.any() and weights[1].grad.any()
+    assert state.grad is None
+    assert x.grad.any()
+    assert weights[1].grad.any()
 
 
 def test_saved_inputs_may_not_change_before_the_backward_pass():
