@@ -6,7 +6,7 @@ Shapes: T tokens, p state width; M rows of one block. Gates lie side by side as 
 new state, and the former state's part of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,8 @@ BLOCK_ROWS = 1024
 FEWEST_ROWS = 128
 _aten = torch.ops.aten
 
-Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 
-
-def gru_cell(x_Tp: Tensor, state_Tp: Tensor | None, weights: Weights) -> Tensor:
+def gru_cell(x_Tp: Tensor, state_Tp: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
     """The state after one step.
 
     Args:
