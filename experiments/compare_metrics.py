@@ -18,7 +18,7 @@ from torch import Tensor
 from moe import MoEForCausalLM
 from offload import simulate
 from routing import MarginalStats, RouterStats, Routing, RoutingTrace
-from routing.traces import EMPTY
+from routing.traces import EMPTY, longest_sequence, segment_routing
 
 from .compare_flops import Usage, measured_usage, parameters, token_flops
 from .compare_hidden import hidden_metrics
@@ -177,7 +177,8 @@ def trace_of(calls: list[list[RouterStats]], shape_BS: tuple[int, ...], num_expe
 
 
 def segment_routing_performance(trace: RoutingTrace, window: int) -> float:
-    """Best F1 of keeping, for each window of tokens, the experts used at least so often in it; mean over layers.
+    """Best F1 of keeping, for each window of tokens, the experts used at least so often in it; mean over layers, and 0
+    where no sequence is that long.
 
     Args:
         trace: rows in order; windows do not cross sequences.
@@ -185,34 +186,9 @@ def segment_routing_performance(trace: RoutingTrace, window: int) -> float:
 
     Source: Liang et al. 2025, arXiv:2505.16056, appendix C.
     """
-    starts = np.flatnonzero(np.r_[True, trace.sequence_T[1:] != trace.sequence_T[:-1]])
-    ends = np.r_[starts[1:], trace.num_tokens]
-    E, best_L = trace.num_experts, []
-    for layer in range(trace.num_layers):
-        used_TE = _one_hot(trace.expert_TLK[:, layer], E)
-        histogram = np.zeros(window + 1, dtype=np.int64)
-        for start, end in zip(starts, ends, strict=True):
-            if end - start < window:
-                continue
-            total = np.cumsum(np.concatenate([np.zeros((1, E), np.int64), used_TE[start:end]]), axis=0)
-            histogram += np.bincount((total[window:] - total[:-window]).ravel(), minlength=window + 1)
-        best_L.append(_best_f1(histogram))
-    return float(np.mean(best_L))
-
-
-def _best_f1(histogram: NDArray[np.int64]) -> float:
-    """Over all thresholds; `histogram[f]` counts windows and experts with f uses."""
-    window = len(histogram) - 1
-    uses = histogram * np.arange(window + 1)
-    kept_uses = uses[::-1].cumsum()[::-1][1:]
-    kept = histogram[::-1].cumsum()[::-1][1:]
-    return float((2 * kept_uses / np.maximum(window * kept + uses.sum(), 1)).max())
-
-
-def _one_hot(expert_TK: NDArray[np.int16], num_experts: int) -> NDArray[np.int64]:
-    used_TE = np.zeros((len(expert_TK), num_experts + 1), dtype=np.int64)
-    used_TE[np.arange(len(expert_TK))[:, None], np.where(expert_TK == EMPTY, num_experts, expert_TK)] = 1
-    return used_TE[:, :num_experts]
+    if longest_sequence(trace) < window:
+        return 0.0
+    return float(np.mean([segment_routing(trace, window, layer).f1 for layer in range(trace.num_layers)]))
 
 
 def _padded(layer: RouterStats, K: int) -> NDArray[np.int16]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-NEVER = 1 << 62
+from routing.traces import NEVER
 
 
 class ScoredCache:
@@ -222,21 +222,23 @@ class DecayedFrequency(ScoredCache):
 class LearnedReuse:
     """Evicts the expert with the least expected use soon, as a linear model that is learned while it runs says.
 
-    Inputs are the recent frequencies of all experts of the layer at three speeds, so that experts which tend to come
-    together are known; the target is the discounted number of uses to come. The model starts as a plain decayed
-    frequency and is pulled towards what ridge regression finds, once per `BLOCK` tokens.
+    Inputs are the recent frequencies of all experts of the layer at four speeds, so that experts which tend to come
+    together are known; the target is DISCOUNT to the power of the tokens until the next use, which is what Belady ranks
+    by. The model starts as a plain decayed frequency and is pulled towards what ridge regression finds, once per
+    block of tokens; blocks are longer where there are more keys, because solving takes longer there.
 
     Args:
         capacity: keys it can hold.
         num_keys: keys there are; past `MOST_KEYS` the model is not trained and stays the decayed frequency.
     """
 
-    DECAYS, START, DISCOUNT = (0.5, 0.92, 0.99), 1, 0.8
-    BLOCK, HORIZON, RIDGE, MOST_KEYS = 512, 40, 3e-3, 128
+    DECAYS, START, DISCOUNT = (0.3, 0.7, 0.92, 0.99), 2, 0.65
+    LEAST_BLOCK, BLOCK_PER_KEY, HORIZON, RIDGE, MOST_KEYS = 128, 4, 40, 1e-2, 128
 
     def __init__(self, capacity: int, num_keys: int) -> None:
         _expect_room(capacity)
         self.capacity, self._num_keys = capacity, num_keys
+        self._block = max(self.LEAST_BLOCK, self.BLOCK_PER_KEY * num_keys)
         self._resident: set[int] = set()
         self._decay = np.array(self.DECAYS, np.float64)[:, None]
         self._frequency = np.zeros((len(self.DECAYS), num_keys))
@@ -268,7 +270,7 @@ class LearnedReuse:
         if self._num_keys <= self.MOST_KEYS:
             self._inputs.append(np.append(self._frequency.reshape(-1), 1.0))
             self._demands.append(keys)
-            if len(self._inputs) == self.BLOCK + self.HORIZON:
+            if len(self._inputs) == self._block + self.HORIZON:
                 self._learn()
 
     def insert(self, key: int) -> None:
@@ -307,15 +309,15 @@ class LearnedReuse:
             uses[row, keys] = 1
         coming = np.zeros_like(uses)
         for row in range(len(uses) - 2, -1, -1):
-            coming[row] = self.DISCOUNT * coming[row + 1] + (1 - self.DISCOUNT) * uses[row + 1]
-        inputs = np.stack(self._inputs[: self.BLOCK])
+            coming[row] = np.where(uses[row + 1], 1.0, self.DISCOUNT * coming[row + 1])
+        inputs = np.stack(self._inputs[: self._block])
         self._gram += inputs.T @ inputs
-        self._moment += inputs.T @ coming[: self.BLOCK]
-        self._num_learned += self.BLOCK
+        self._moment += inputs.T @ coming[: self._block]
+        self._num_learned += self._block
         pull = self.RIDGE * self._num_learned
         left = self._gram + pull * np.eye(len(self._gram))
         self._model = np.linalg.solve(left, self._moment + pull * self._start)
-        del self._inputs[: self.BLOCK], self._demands[: self.BLOCK]
+        del self._inputs[: self._block], self._demands[: self._block]
 
 
 Cache = ScoredCache | LearnedReuse

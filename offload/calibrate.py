@@ -127,7 +127,7 @@ def _token_products() -> tuple[float, float, float]:
         return total / _median_s(once)
 
     def product(matvecs: Matvecs) -> Callable[[torch.Tensor], object]:
-        return lambda weight: matvecs.multiply(x, (weight,), out) or torch.mm(x, weight.t(), out=out)
+        return lambda weight: matvecs.multiply(x, (weight,), (out,)) or torch.mm(x, weight.t(), out=out)
 
     exact = each(product(Matvecs("exact")))
     memory = each(lambda weight: weight.view(torch.int64).sum())

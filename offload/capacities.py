@@ -6,18 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from routing.traces import RoutingTrace, reuse_distance_TK
-
-
-def lru_hits_LC(trace: RoutingTrace) -> NDArray[np.int64]:
-    """Hits of an LRU of 0, 1, .. E slots in each layer, `[L, E + 1]`, all from one pass over reuse distances."""
-    E = trace.num_experts
-    hits = np.zeros((trace.num_layers, E + 1), np.int64)
-    for layer in range(trace.num_layers):
-        distance = reuse_distance_TK(trace, layer)
-        hits[layer, 1:] = np.cumsum(np.bincount(distance[distance >= 0], minlength=E)[:E])
-    return hits
-
 
 def spread_by_gain(hits_LC: NDArray[np.int64], total_slots: int, least_L: Sequence[int]) -> list[int]:
     """Slots per layer that together hit most, at least `least_L` each and `total_slots` in total.

@@ -44,7 +44,10 @@ def generate(
     prefetch: Annotated[
         str, typer.Option("--prefetch", help="off, gate, transitions, plan, or a file of `trace predictor`.")
     ] = "auto",
-    plan: Annotated[Path | None, typer.Option("--plan", help="Start from a plan of `place tiers`.")] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", help="A plan of `place tiers`, or a trace (.npz) to size each layer by."),
+    ] = None,
     gpu_memory: Annotated[str, typer.Option("--gpu-memory", help="auto or 0: there is no GPU tier yet.")] = "auto",
     trace: Annotated[Path | None, typer.Option("--trace", help="Record the routing into this .npz file.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Say speed, hits and bytes while it runs, on stderr.")] = False,
@@ -214,20 +217,24 @@ def simulate(
     policy: Annotated[list[str] | None, typer.Option("--policy", help="Policy to simulate; repeat for more.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Print the hit rate that each cache policy would have had on a recorded trace.
+    """Print the hit rate that each cache policy would have had on a recorded trace, and how much of the way from LRU to
+    Belady that is; these two are always simulated.
 
     Example: `expertier simulate routing.npz --cache-experts 8 --per-layer --policy lru --policy belady`
     """
-    from .simulate import DEFAULT_POLICIES
+    from .simulate import DEFAULT_POLICIES, gap_closed
     from .simulate import simulate as run
 
     _expect_folder(json_file)
     recorded = RoutingTrace.load(trace).rows(0, rows)
-    results = run(recorded, cache_experts, per_layer=per_layer, policies=policy or DEFAULT_POLICIES)
-    table = Table("policy", "hit rate", "worst layer", "best layer")
+    policies = dict.fromkeys(["lru", *(policy or DEFAULT_POLICIES), "belady"])
+    results = run(recorded, cache_experts, per_layer=per_layer, policies=list(policies))
+    shares = gap_closed(results)
+    table = Table("policy", "hit rate", "of the gap closed", "worst layer", "best layer")
     for name, result in results.items():
         worst, best = result.hit_rate_L.min(), result.hit_rate_L.max()
-        table.add_row(name, f"{result.hit_rate:.4f}", f"{worst:.4f}", f"{best:.4f}")
+        share = "-" if shares[name] is None else f"{shares[name]:.0%}"
+        table.add_row(name, f"{result.hit_rate:.4f}", share, f"{worst:.4f}", f"{best:.4f}")
     Console().print(table)
     if json_file:
         write_json(
@@ -240,6 +247,7 @@ def simulate(
                 "policies": {
                     name: {
                         "hit_rate": result.hit_rate,
+                        "gap_closed": shares[name],
                         "hits": int(result.hits_L.sum()),
                         "accesses": int(result.accesses_L.sum()),
                         "hit_rate_L": result.hit_rate_L.tolist(),

@@ -82,11 +82,11 @@ class RoutedRows:
         row_n = torch.tensor([self.span[expert][0] for expert in experts])
         up_weights = [weight[self._up_name] for weight in weights]
         up_nF = self._x_ND.new_empty(len(experts), up_weights[0].shape[0])
-        if not self._matvecs.multiply(self._x_ND[row_n], up_weights, up_nF):
+        if not self._matvecs.multiply(self._x_ND[row_n], up_weights, list(up_nF)):
             return False
         gated_nF = self._apply_gate(up_nF)
         down_nD = self._x_ND.new_empty(len(experts), first["down_proj"].shape[0])
-        if not self._matvecs.multiply(gated_nF, [weight["down_proj"] for weight in weights], down_nD):
+        if not self._matvecs.multiply(gated_nF, [weight["down_proj"] for weight in weights], list(down_nD)):
             return False
         if self._out is None:
             self._out = torch.zeros(self._x_ND.shape[0], down_nD.shape[1], dtype=down_nD.dtype)
@@ -161,7 +161,7 @@ class RoutedRows:
             out = torch.zeros(rows.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
         start, stop = self.span[expert]
         mine = rows[start:stop].to(weight.dtype)
-        if not (stop - start == 1 and self._matvecs.multiply(mine, (weight.t(),), out[start:stop])):
+        if not (stop - start == 1 and self._matvecs.multiply(mine, (weight.t(),), (out[start:stop],))):
             torch.mm(mine, weight, out=out[start:stop])
         if self._module.has_bias:
             out[start:stop].add_(getattr(self._module, f"{name}_bias")[expert])

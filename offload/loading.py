@@ -24,8 +24,10 @@ from .budget import (
 from .cache import NEEDS_FUTURE
 from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
 from .handle import Offload
+from .huge_pages import move_to_huge_pages
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
-from .matvec import Matvecs, quicken_linears
+from .linears import quicken_linears
+from .matvec import Matvecs, touch
 from .packing import read_pack
 from .prefetch import PREDICTORS
 from .record import ExpertRecord
@@ -33,6 +35,7 @@ from .routers import make_prefetcher
 from .starting_plan import read_starting_plan
 from .store import READ_BYTES, ExpertStore
 from .tracing import TraceRecorder
+from .warming import Warmer
 
 DEFAULT_POLICY = "learned"
 
@@ -77,7 +80,7 @@ def load(
             model's routers have decided ahead (pre-gated routers, one router for all layers); `"off"`, which is what
             `"auto"` means, does not.
         plan: a plan of `expertier place tiers`: how many slots each layer gets, and the experts that are in them from
-            the start.
+            the start; or a routing trace of the model (.npz): layers where a slot saves more misses get more slots.
         record_trace: record the routing; `model.offload.trace()` gives it.
 
     Returns:
@@ -114,6 +117,7 @@ def load(
         packed = read_pack(Path(pack), layers, entries)
         layers, checksums = packed.layers, packed.checksums
     _drop_expert_weights(model)
+    move_to_huge_pages(model)
     top_k = experts_per_token(config)
     num_slots = None
     slot_bytes = [ExpertRecord.of(layer).slot_bytes for layer in layers]
@@ -136,6 +140,7 @@ def load(
     running = _runtime.OffloadRuntime(store, memory.num_slots, policy, recorder, matvecs)
     running.prefetcher = make_prefetcher(prefetch, model, layers, top_k)
     quicken_linears(model, matvecs)
+    running.warmer = None if (reads := touch()) is None else Warmer(model, reads)
     if starting is not None:
         running.fill(starting.experts_L)
     return _attach(model, running, memory, policy)

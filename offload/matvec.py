@@ -26,7 +26,8 @@ AMX_BLOCK = 32
 TRIALS = 4
 ARITHMETICS = ("exact", "fast")
 
-Kernel = Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor], None]
+Kernel = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
+ExpertsKernel = Callable[..., None]
 
 
 class Matvecs:
@@ -51,30 +52,42 @@ class Matvecs:
                 raise ValueError(f'arithmetic="fast": {error}; use "exact"') from error
             self._kernels = {}
 
-    def multiply(self, x_ND: torch.Tensor, weights_FD: Sequence[torch.Tensor], out_NF: torch.Tensor) -> bool:
-        """`out[n] = weights[n] @ x[n]`, if a kernel fits; otherwise nothing happens and the result is False.
+    def multiply(self, x_ND: torch.Tensor, weights_FD: Sequence[torch.Tensor], outs_F: Sequence[torch.Tensor]) -> bool:
+        """`outs[n] = weights[n] @ x[n]`, if one kernel fits all; otherwise nothing happens and the result is False.
 
         Args:
-            x_ND: one row for each product.
-            weights_FD: N matrices of one shape.
-            out_NF: where the results go.
+            x_ND: one row for each product, or one row for all.
+            weights_FD: N matrices of the same width; their numbers of rows may differ.
+            outs_F: where the results go, each contiguous.
         """
-        first_FD = weights_FD[0]
         if not (self._kernels and _fits(x_ND, weights_FD)):
             return False
-        key = (*first_FD.shape, torch.get_num_threads())
-        if key not in self._chosen:
-            self._chosen[key] = self._choose(first_FD)
-        kernel = self._chosen[key]
-        if kernel is None:
+        first, *others = {self._kernel(weight_FD) for weight_FD in weights_FD}
+        if first is None or others:
             return False
-        kernel(x_ND, weights_FD, out_NF)
+        first(x_ND, weights_FD, outs_F)
         return True
+
+    def experts_kernel(self, up_FD: torch.Tensor, down_DF: torch.Tensor) -> ExpertsKernel | None:
+        """The kernel of whole experts, if both of their products are computed by the same one.
+
+        Args:
+            up_FD, down_DF: weights of the shapes in question.
+        """
+        chosen = {self._kernel(up_FD), self._kernel(down_DF)} if self._kernels else {None}
+        kernel = chosen.pop()
+        return None if chosen or kernel is None else _experts_kernels()[_name(kernel)]
 
     @property
     def names(self) -> dict[str, str]:
         """What computes each shape met so far, for the report."""
         return {f"{rows}x{columns}": _name(kernel) for (rows, columns, _), kernel in self._chosen.items()}
+
+    def _kernel(self, weight_FD: torch.Tensor) -> Kernel | None:
+        key = (*weight_FD.shape, torch.get_num_threads())
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(weight_FD)
+        return self._chosen[key]
 
     def _choose(self, weight_FD: torch.Tensor) -> Kernel | None:
         rows, columns = weight_FD.shape
@@ -88,28 +101,16 @@ class Matvecs:
         return next(iter(candidates), None)
 
 
-def quicken_linears(model: nn.Module, matvecs: Matvecs) -> None:
-    """Let the resident bfloat16 linear layers of a model multiply single tokens by `matvecs`."""
-    for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
-            module.forward = functools.partial(_linear, module, module.forward, matvecs)  # type: ignore[method-assign]
-
-
-def _linear(module: nn.Linear, otherwise: Callable[[torch.Tensor], torch.Tensor], matvecs: Matvecs, x: Any) -> Any:
-    learns = torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)
-    if x.numel() != module.in_features or module.bias is not None or learns:
-        return otherwise(x)
-    out = x.new_empty(*x.shape[:-1], module.out_features)
-    return out if matvecs.multiply(x, (module.weight,), out) else otherwise(x)
-
-
 def _fits(x: torch.Tensor, weights_FD: Sequence[torch.Tensor]) -> bool:
     return (
-        x.numel() == len(weights_FD) * weights_FD[0].shape[-1]
+        x.numel() in (weights_FD[0].shape[-1], len(weights_FD) * weights_FD[0].shape[-1])
         and x.dtype == torch.bfloat16
         and x.is_contiguous()
         and all(
-            weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
+            weight.dtype == torch.bfloat16
+            and weight.device.type == "cpu"
+            and weight.is_contiguous()
+            and weight.shape[-1] == weights_FD[0].shape[-1]
             for weight in weights_FD
         )
     )
@@ -121,7 +122,7 @@ def _has_the_bits_of_torch(kernel: Kernel, weight_FD: torch.Tensor) -> bool:
     for trial in range(TRIALS):
         x_1D = torch.randn(1, weight_FD.shape[1], generator=generator).mul_(10.0 ** (trial - 2)).bfloat16()
         torch.mm(x_1D, weight_FD.t(), out=expected_1F)
-        kernel(x_1D, (weight_FD,), found_1F)
+        kernel(x_1D, (weight_FD,), (found_1F,))
         if not torch.equal(expected_1F, found_1F) or not torch.equal(
             nn.functional.linear(x_1D[None], weight_FD)[0], found_1F
         ):
@@ -137,23 +138,59 @@ def _name(kernel: Kernel | None) -> str:
 def _kernels() -> dict[str, Kernel]:
     """Our kernels that this processor runs, best first. Raises OSError if there is no C compiler or it fails."""
     library = _library()
-    found = {"amx": "expertier_matvec_amx"} if library.expertier_has_amx() else {}
-    found["dot"] = "expertier_matvec_dot"
-    return {name: _bound(getattr(library, symbol)) for name, symbol in found.items()}
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.expertier_matvec.argtypes = [ctypes.c_int, number, pointer, pointer, number, pointer, pointer, number]
+    library.expertier_matvec.restype = None
+    return {name: _matvec(library.expertier_matvec, is_amx) for name, is_amx in _arithmetics(library).items()}
 
 
-def _bound(function: Any) -> Kernel:
-    function.argtypes = [ctypes.c_int64] + [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
+@functools.cache
+def _experts_kernels() -> dict[str, ExpertsKernel]:
+    """Whole experts, by the same names."""
+    library = _library()
+    function = library.expertier_experts
+    function.argtypes = (
+        [ctypes.c_int, ctypes.c_int64]
+        + [ctypes.c_void_p] * 4
+        + [ctypes.c_int]
+        + [ctypes.c_void_p] * 2
+        + [ctypes.c_int64] * 2
+    )
     function.restype = None
+    return {name: functools.partial(function, is_amx) for name, is_amx in _arithmetics(library).items()}
 
-    def call(x_ND: torch.Tensor, weights_FD: Sequence[torch.Tensor], out_NF: torch.Tensor) -> None:
-        num = len(weights_FD)
-        places = (ctypes.c_void_p * num)(*[weight.data_ptr() for weight in weights_FD])
-        function(num, places, x_ND.data_ptr(), out_NF.data_ptr(), *weights_FD[0].shape)
+
+def _arithmetics(library: ctypes.CDLL) -> dict[str, bool]:
+    return ({"amx": True} if library.expertier_has_amx() else {}) | {"dot": False}
+
+
+def _matvec(function: Any, is_amx: bool) -> Kernel:
+    def call(x_ND: torch.Tensor, weights_FD: Sequence[torch.Tensor], outs_F: Sequence[torch.Tensor]) -> None:
+        num, columns = len(weights_FD), weights_FD[0].shape[1]
+        rows = (ctypes.c_int64 * num)(*[weight.shape[0] for weight in weights_FD])
+        x_step = columns if x_ND.numel() > columns else 0
+        function(is_amx, num, pointers(weights_FD), x_ND.data_ptr(), x_step, pointers(outs_F), rows, columns)
 
     return call
 
 
+@functools.cache
+def touch() -> Callable[[int, int], None] | None:
+    """Reads `bytes` at an address, without holding Python's lock; None without a C compiler."""
+    try:
+        function = _library().expertier_touch
+    except OSError:
+        return None
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64], None
+    return function
+
+
+def pointers(tensors: Sequence[torch.Tensor]) -> Any:
+    """Where tensors lie, as C takes it."""
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+@functools.cache
 def _library() -> ctypes.CDLL:
     """Compile once per processor and source into the user's cache, and load."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")

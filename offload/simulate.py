@@ -3,17 +3,17 @@
 Shapes: T tokens, L MoE layers, K experts per token, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from routing.traces import EMPTY, RoutingTrace
+from routing.traces import EMPTY, NEVER, RoutingTrace, next_use_TK
 
-from .cache import CACHES, NEVER, make_cache
+from .cache import CACHES, make_cache
 
-DEFAULT_POLICIES = ("lru", "lfu", "score", "belady")
+DEFAULT_POLICIES = ("lru", "lfu", "score", "learned", "belady")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,19 +69,22 @@ def simulate(
     }
 
 
+def gap_closed(results: Mapping[str, Simulated]) -> dict[str, float | None]:
+    """How much of the way from LRU to Belady each policy goes: 0 is LRU's hit rate, 1 is Belady's.
+
+    Args:
+        results: what `simulate` gave, with `lru` and `belady` among the policies.
+
+    Returns:
+        One share per policy, negative below LRU; None if there is no gap.
+    """
+    least, most = results["lru"].hit_rate, results["belady"].hit_rate
+    return {
+        name: (result.hit_rate - least) / (most - least) if most > least else None for name, result in results.items()
+    }
+
+
 Step = tuple[list[int], list[int], list[float]]
-
-
-def next_use_TK(expert_TK: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Row in which each access's expert is used next at this layer; NEVER if it is not."""
-    T, K = expert_TK.shape
-    flat = expert_TK.reshape(-1)
-    order = np.lexsort((np.arange(flat.size), flat))
-    rows = order // K
-    upcoming = np.full(flat.size, NEVER, dtype=np.int64)
-    same = flat[order][1:] == flat[order][:-1]
-    upcoming[order[:-1][same]] = rows[1:][same]
-    return upcoming.reshape(T, K)
 
 
 def _steps(trace: RoutingTrace) -> list[list[Step]]:

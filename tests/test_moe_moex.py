@@ -112,14 +112,9 @@ def test_balance_loss_reaches_the_experts_weights(tiny_config):
     assert model.model.moe_layers[-1].experts.down_proj.grad is None
 
 
-def test_generation_equals_prefill_and_checkpoints_are_exact(tiny_config, tmp_path):
-    model, token_BS = build(tiny_config, num_shared_experts=1).eval(), torch.randint(96, (2, 5))
-    made = model.generate(token_BS, **SETTINGS)
-    full = model(made.sequences).logits
-    for step, logits in enumerate(made.logits):
-        torch.testing.assert_close(logits, full[:, 4 + step], atol=1e-5, rtol=1e-4)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(token_BS).logits, model(token_BS).logits)
+def test_the_routers_statistics_stay_exact_in_a_halved_model(tiny_config, tmp_path):
+    build(tiny_config, num_shared_experts=1).save_pretrained(tmp_path)
+    token_BS = torch.randint(96, (2, 5))
     halved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert halved.model.moe_layers[0].router.mean_ED.dtype == torch.float32
     assert halved(token_BS).logits.isfinite().all()

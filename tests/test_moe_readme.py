@@ -177,13 +177,6 @@ def test_beam_search_reorders_the_routers_cache_too(tiny_config):
     assert torch.equal(with_cache, without)
 
 
-def test_checkpoints_are_exact(tiny_config, tmp_path):
-    model, token_BS = build(tiny_config), torch.randint(96, (2, 5))
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded(token_BS).logits, model(token_BS).logits)
-
-
 @pytest.mark.parametrize("slots", [1, 3, 6])
 def test_offloaded_logits_are_the_resident_bits(tiny_config, tmp_path, slots):
     build(tiny_config).save_pretrained(tmp_path)

@@ -45,17 +45,6 @@ def inputs_for(case, B):
     return {"condition": torch.randn(B, 32).double()} if case["architecture"] == "mode" else {}
 
 
-def test_generate_equals_prefill_column_by_column(case, tiny_config):
-    model, prompt, extra = model_of(tiny_config, case), torch.randint(0, 96, (2, 8)), inputs_for(case, 2)
-    made = model.generate(
-        prompt, max_new_tokens=7, do_sample=False, return_dict_in_generate=True, output_logits=True, **extra
-    )
-    with torch.no_grad():
-        prefill = model(made.sequences, **extra).logits
-    for step, logits in enumerate(made.logits):
-        torch.testing.assert_close(logits.double(), prefill[:, 7 + step].float().double(), atol=1e-5, rtol=1e-5)
-
-
 def test_left_padding_and_beams_change_nothing(case, tiny_config):
     model, prompt, extra = model_of(tiny_config, case), torch.randint(0, 96, (1, 7)), inputs_for(case, 1)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.int64), prompt], dim=1)

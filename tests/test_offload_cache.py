@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload.cache import CACHES, LRU, NEVER, Belady, make_cache
-from offload.simulate import next_use_TK
+from routing.traces import next_use_TK
 
 TOKENS = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=3, unique=True), min_size=1, max_size=40)
 SINGLES = st.lists(st.integers(0, 6).map(lambda key: [key]), min_size=1, max_size=60)

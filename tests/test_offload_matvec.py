@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload.matvec import AMX_BLOCK, Matvecs, _kernels, quicken_linears
+from offload.matvec import AMX_BLOCK, Matvecs, _kernels
 
 SHAPES = [(1, 1), (3, 31), (5, 33), (64, 128), (17, 300), (96, 2048), (2688, 2048), (2048, 1344)]
 
@@ -25,7 +25,7 @@ def test_kernels_against_float64(name, shape):
     if name not in _kernels():
         pytest.skip("this processor has no AMX")
     x, weight, out = operands(shape)
-    _kernels()[name](x, (weight,), out)
+    _kernels()[name](x, (weight,), (out,))
     expected = x.double() @ weight.double().t()
     error = (out.double() - expected).abs()
     assert (error <= 2**-8 * expected.abs() + 1e-5 * shape[1]).all()
@@ -36,7 +36,7 @@ def test_exact_products_have_the_bits_of_torch(shape):
     matvecs = Matvecs("exact")
     for seed in range(20):
         x, weight, out = operands(shape, seed)
-        if matvecs.multiply(x, (weight,), out):
+        if matvecs.multiply(x, (weight,), (out,)):
             assert torch.equal(out, x @ weight.t())
             assert torch.equal(out, nn.functional.linear(x, weight))
 
@@ -45,30 +45,31 @@ def test_several_products_at_once_are_those_one_by_one():
     weights = [operands((64, 128), seed)[1] for seed in range(5)]
     x_ND, together, alone = torch.randn(5, 128).bfloat16(), torch.empty(5, 64).bfloat16(), torch.empty(5, 64).bfloat16()
     matvecs = Matvecs("fast")
-    assert matvecs.multiply(x_ND, weights, together)
+    assert matvecs.multiply(x_ND, weights, list(together))
     for n, weight in enumerate(weights):
-        assert matvecs.multiply(x_ND[n], (weight,), alone[n])
+        assert matvecs.multiply(x_ND[n], (weight,), (alone[n],))
     assert torch.equal(together, alone)
 
 
 def test_a_kernel_with_other_bits_is_not_used_when_exact():
-    def off_by_a_bit(x, weights, out):
+    def off_by_a_bit(x, weights, outs):
+        (out,) = outs
         torch.mm(x, weights[0].t(), out=out)
         out[0, 0] = torch.nextafter(out[0, 0], torch.tensor(torch.inf, dtype=torch.bfloat16))
 
     x, weight, out = operands((64, 128))
     exact, fast = Matvecs("exact"), Matvecs("fast")
     exact._kernels = fast._kernels = {"wrong": off_by_a_bit}
-    assert not exact.multiply(x, (weight,), out)
-    assert fast.multiply(x, (weight,), out)
+    assert not exact.multiply(x, (weight,), (out,))
+    assert fast.multiply(x, (weight,), (out,))
 
 
 def test_what_does_not_fit_is_left_to_torch():
     matvecs = Matvecs("fast")
     x, weight, out = operands((64, 128))
-    assert not matvecs.multiply(x.float(), (weight.float(),), out.float())
-    assert not matvecs.multiply(x[:, :64], (weight[:, :64],), out)
-    assert not matvecs.multiply(x.expand(2, -1), (weight,), out.expand(2, -1))
+    assert not matvecs.multiply(x.float(), (weight.float(),), (out.float(),))
+    assert not matvecs.multiply(x[:, :64], (weight[:, :64],), (out,))
+    assert not matvecs.multiply(x.expand(2, -1), (weight,), (out.expand(2, -1),))
 
 
 def test_two_threads_give_the_bits_of_one():
@@ -77,20 +78,24 @@ def test_two_threads_give_the_bits_of_one():
     threads = torch.get_num_threads()
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        matvecs.multiply(x, (weight,), out)
+        matvecs.multiply(x, (weight,), (out,))
         found.append(out.clone())
     torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
 
-def test_quickened_linears_keep_their_results():
-    model = nn.Sequential(nn.Linear(128, 64, bias=False), nn.Linear(64, 32)).bfloat16().requires_grad_(False)
-    x, many = torch.randn(1, 1, 128).bfloat16(), torch.randn(2, 5, 128).bfloat16()
-    before = model(x), model(many)
-    quicken_linears(model, Matvecs("exact"))
-    assert torch.equal(model(x), before[0])
-    assert torch.equal(model(many), before[1])
+def test_one_row_times_matrices_of_different_heights():
+    x, _, _ = operands((1, 128))
+    weights = [operands((rows, 128), rows)[1] for rows in (5, 64, 33, 1)]
+    together = [torch.empty(1, len(weight), dtype=torch.bfloat16) for weight in weights]
+    matvecs = Matvecs("fast")
+    matvecs._kernels = {"dot": _kernels()["dot"]}
+    assert matvecs.multiply(x, weights, together)
+    for weight, out in zip(weights, together, strict=True):
+        alone = torch.empty_like(out)
+        assert matvecs.multiply(x, (weight,), (alone,))
+        assert torch.equal(out, alone)
 
 
 def test_without_a_compiler_exact_is_torch_and_fast_is_refused(monkeypatch):
@@ -99,7 +104,7 @@ def test_without_a_compiler_exact_is_torch_and_fast_is_refused(monkeypatch):
 
     monkeypatch.setattr("offload.matvec._kernels", none)
     x, weight, out = operands((64, 128))
-    assert not Matvecs("exact").multiply(x, (weight,), out)
+    assert not Matvecs("exact").multiply(x, (weight,), (out,))
     with pytest.raises(ValueError, match="no C compiler"):
         Matvecs("fast")
     with pytest.raises(ValueError, match="one of exact, fast"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import cli as joined_cli
-from offload.simulate import simulate
+from offload.simulate import gap_closed, simulate
 from routing.traces import EMPTY, RoutingTrace, reuse_distance_TK
 
 
@@ -44,6 +44,15 @@ def test_empty_slots_and_repeated_experts_are_not_accesses():
     assert (result.hits_L.tolist(), result.accesses_L.tolist()) == ([1], [2])
 
 
+def test_share_of_the_gap(trace):
+    results = simulate(trace, 5)
+    shares = gap_closed(results)
+    assert (shares["lru"], shares["belady"]) == (0, 1)
+    expected = results["lru"].hit_rate + shares["score"] * (results["belady"].hit_rate - results["lru"].hit_rate)
+    assert results["score"].hit_rate == pytest.approx(expected)
+    assert set(gap_closed(simulate(trace, 12)).values()) == {None}
+
+
 def test_unknown_policy(trace):
     with pytest.raises(ValueError, match="unknown cache policy 'arc'"):
         simulate(trace, 4, policies=["arc"])
@@ -51,10 +60,21 @@ def test_unknown_policy(trace):
 
 def test_command_writes_the_promised_keys(trace, tmp_path, monkeypatch):
     trace.save(tmp_path / "t.npz")
-    arguments = ["simulate", str(tmp_path / "t.npz"), "--cache-experts", "4", "--per-layer", "--rows", "100"]
+    arguments = [
+        "simulate",
+        str(tmp_path / "t.npz"),
+        "--cache-experts",
+        "4",
+        "--per-layer",
+        "--rows",
+        "100",
+        "--policy",
+        "score",
+    ]
     monkeypatch.setattr("sys.argv", ["expertier", *arguments, "--json", str(tmp_path / "r.json")])
     with pytest.raises(SystemExit) as finished:
         joined_cli.main()
     assert not finished.value.code
     report = json.loads((tmp_path / "r.json").read_text())
+    assert report["policies"]["belady"]["gap_closed"] == 1
     assert report["policies"]["lru"]["hit_rate"] == pytest.approx(simulate(trace.rows(0, 100), 4)["lru"].hit_rate)

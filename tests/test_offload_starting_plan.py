@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import offload
 from offload.starting_plan import read_starting_plan
+from routing.traces import RoutingTrace, lru_hits_LC
 
 
 def write_plan(path, tiers, **changes):
@@ -39,12 +41,47 @@ def test_other_files_are_refused(tmp_path, changes, problem):
         read_starting_plan(path, [4, 4])
 
 
-def test_a_model_starts_from_its_plan(tmp_path):
-    torch.manual_seed(0)
+def narrow_and_wide(tmp_path):
+    """Layer 0 alternates between two pairs of experts, layer 1 goes through all eight, layer 2 keeps one pair."""
+    row_T = np.arange(200)
+    layers = [row_T % 2 * 2, row_T % 4 * 2, np.zeros(200, int)]
+    expert_TLK = np.stack([np.stack([first, first + 1], axis=1) for first in layers], axis=1)
+    trace = RoutingTrace(expert_TLK=expert_TLK, sequence_T=np.zeros(200, np.int32), metadata={"num_experts": 8})
+    trace.save(tmp_path / "t.npz")
+    return tmp_path / "t.npz"
+
+
+def test_slots_go_to_the_layers_where_a_trace_would_have_hit_more(tmp_path):
+    """Fourteen slots: 4, 8 and 2 hold everything, one less in layer 1 loses all of its hits."""
+    path = narrow_and_wide(tmp_path)
+    plan = read_starting_plan(path, [8, 8, 8])
+    assert plan.experts_L == ((), (), ())
+    assert plan.slots([10, 10, 10], [2, 2, 2], free_bytes=149) == [4, 8, 2]
+    assert plan.slots([10, 10, 10], [2, 2, 2], free_bytes=1000) == [8, 8, 8]
+    assert plan.slots([10, 10, 20], [2, 2, 2], free_bytes=95) == [3, 2, 2]
+    hits_LC = lru_hits_LC(RoutingTrace.load(path))
+    even, spread = [5, 5, 4], plan.slots([10, 10, 10], [2, 2, 2], free_bytes=140)
+    assert sum(hits_LC[range(3), spread]) > sum(hits_LC[range(3), even])
+    with pytest.raises(ValueError, match="fewer than the 6 that the layers need"):
+        plan.slots([10, 10, 10], [2, 2, 2], free_bytes=59)
+
+
+@pytest.mark.parametrize("experts_L", [[8, 8], [4, 4, 4]])
+def test_traces_of_other_models_are_refused(tmp_path, experts_L):
+    with pytest.raises(ValueError, match="3 layers of 8 experts do not fit the model's"):
+        read_starting_plan(narrow_and_wide(tmp_path), experts_L)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model of 3 layers of 8 experts, top-2."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     config = OlmoeConfig(**sizes, num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, vocab_size=64)
-    folder = tmp_path / "model"
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_model_starts_from_its_plan(tmp_path, folder):
     resident = AutoModelForCausalLM.from_pretrained(folder).eval()
     L, E = resident.config.num_hidden_layers, resident.config.num_experts
     tiers = [[1 if (expert + layer) % 3 == 0 else 2 for expert in range(E)] for layer in range(L)]
@@ -61,4 +98,13 @@ def test_a_model_starts_from_its_plan(tmp_path):
     report = model.offload.report()
     assert report["hits"] > 0
     assert report["floor_s"] > 0
+    model.offload.close()
+
+
+def test_a_model_gets_its_slots_from_a_trace(tmp_path, folder):
+    resident, tokens = AutoModelForCausalLM.from_pretrained(folder).eval(), torch.arange(3, 9)[None]
+    model = offload.load(folder, plan=narrow_and_wide(tmp_path))
+    assert list(model.offload.num_slots) == [8, 8, 8]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, resident(tokens).logits)
     model.offload.close()

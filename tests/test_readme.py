@@ -1,5 +1,6 @@
 """The README's commands, run as a reader would, one after another in an empty folder."""
 
+import json
 import os
 import re
 import shlex
@@ -9,6 +10,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# each command gets a process of its own; what they all import of others' is there before they part
+RUN = """
+import os, sys, json
+import numpy, torch, transformers
+from transformers import AutoModelForCausalLM
+
+for arguments in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        sys.argv = ["expertier", *arguments]
+        from experiments.cli import main
+        sys.exit(main())
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        sys.exit(f"{arguments} ended with {status}")
+"""
 
 
 def blocks(language):
@@ -22,17 +41,16 @@ def test_every_command_of_the_readme_works_as_printed(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     assert len(commands) >= 8
-    for command in commands:
-        program, *arguments = shlex.split(command)
-        assert program == "expertier"
-        done = subprocess.run(
-            [sys.executable, "-m", "experiments.cli", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    arguments = [shlex.split(command) for command in commands]
+    assert {program for program, *_ in arguments} == {"expertier"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps([rest for _, *rest in arguments])],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     (program,) = blocks("python")
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, capture_output=True)
 

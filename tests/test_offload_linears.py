@@ -1,0 +1,109 @@
+"""Resident linear layers on single tokens: results unchanged, siblings multiplied together, nothing stale given out."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from offload.linears import SiblingLinears, quicken_linears
+from offload.matvec import Matvecs
+
+
+class Attention(nn.Module):
+    def __init__(self, width=128):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, rows, bias=False) for rows in (width, 32, 32, width))
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(q * torch.cat([k, v, k, v], dim=-1))
+
+
+class Counting(Matvecs):
+    def __init__(self):
+        super().__init__("fast")
+        self.calls = []
+
+    def multiply(self, x_ND, weights_FD, outs_F):
+        self.calls.append(len(weights_FD))
+        return super().multiply(x_ND, weights_FD, outs_F)
+
+
+def random(*shape):
+    return torch.randn(*shape).bfloat16()
+
+
+def test_results_are_those_of_the_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention(), nn.Linear(128, 32, bias=False)).bfloat16().requires_grad_(False)
+    xs = [random(1, 1, 128), random(2, 5, 128), random(1, 128), random(128), random(1, 1, 128)]
+    expected = [model(x) for x in xs]
+    quicken_linears(model, Matvecs("exact"))
+    for _ in range(3):
+        assert all(torch.equal(model(x), right) for x, right in zip(xs, expected, strict=True))
+
+
+def test_siblings_are_multiplied_together_once_they_are_known():
+    model, matvecs = Attention().bfloat16().requires_grad_(False), Counting()
+    quicken_linears(model, matvecs)
+    if not matvecs._kernels:
+        pytest.skip("no C compiler")
+    matvecs._kernels = {"dot": matvecs._kernels["dot"]}
+    model(random(1, 1, 128))
+    assert matvecs.calls == [1, 1, 1, 1]
+    matvecs.calls.clear()
+    model(random(1, 1, 128))
+    assert matvecs.calls == [3, 1]
+
+
+def test_a_sibling_that_is_not_asked_for_is_not_computed_forever():
+    model, matvecs = Attention().bfloat16().requires_grad_(False), Counting()
+    quicken_linears(model, matvecs)
+    if not matvecs._kernels:
+        pytest.skip("no C compiler")
+    model(random(1, 1, 128))
+    for _ in range(2):
+        model.q(random(1, 1, 128))
+    matvecs.calls.clear()
+    model.q(random(1, 1, 128))
+    assert max(matvecs.calls) == 1
+
+
+def test_an_input_that_is_changed_in_place_is_another_input():
+    model = Attention().bfloat16().requires_grad_(False)
+    quicken_linears(model, Matvecs("fast"))
+    x = random(1, 1, 128)
+    for _ in range(3):
+        model(x)
+    model.q(x)
+    x.add_(1)
+    torch.testing.assert_close(model.v(x), nn.functional.linear(x, model.v.weight), rtol=0.02, atol=0.02)
+
+
+def test_gradients_go_through():
+    linear = nn.Linear(16, 8, bias=False).bfloat16()
+    group = SiblingLinears([linear], Matvecs("fast"))
+    x = random(1, 16).requires_grad_()
+    group(0, linear, x).sum().backward()
+    assert x.grad is not None
+    assert linear.weight.grad is not None
+
+
+def test_threads_do_not_take_each_others_results():
+    model = Attention().bfloat16().requires_grad_(False)
+    xs = [random(1, 1, 128) for _ in range(4)]
+    quicken_linears(model, Matvecs("fast"))
+    expected, wrong = [model(x) for x in xs], []
+
+    def run(number):
+        for _ in range(100):
+            if not torch.equal(model(xs[number]), expected[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(xs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
