@@ -3,14 +3,14 @@
 Shapes: B batch, S positions, D model width, H heads (query or key/value), A = head width.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .config import MoEConfig
-from .norm import RMSNorm
+from .norm import RMSNorm, is_large_cpu_training
 
 
 def rotary_angles(position_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -25,9 +25,34 @@ def rotary_angles(position_BS: Tensor, head_dim: int, theta: float) -> tuple[Ten
 
 def rotate(x_BHSA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply rotary angles to queries or keys."""
+    cos, sin = cos.to(x_BHSA.dtype), sin.to(x_BHSA.dtype)
+    if is_large_cpu_training(x_BHSA):
+        return _Rotation.apply(x_BHSA, cos, sin)
     first, second = x_BHSA.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x_BHSA * cos.to(x_BHSA.dtype) + turned * sin.to(x_BHSA.dtype)
+    return x_BHSA * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class _Rotation(torch.autograd.Function):
+    """Each pair turned where it lands, without the copies of a turned input; its gradient is turned back likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHSA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x_BHSA, cos, sin, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BHSA: Tensor) -> tuple[Tensor | None, ...]:
+        return _turned(grad_BHSA, *ctx.saved_tensors, -1), None, None
+
+
+def _turned(x_BHSA: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    y_BHSA = torch.empty_like(x_BHSA)
+    half = x_BHSA.shape[-1] // 2
+    first, second, cos, sin = x_BHSA[..., :half], x_BHSA[..., half:], cos[..., :half], sin[..., :half]
+    torch.mul(first, cos, out=y_BHSA[..., :half]).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=y_BHSA[..., half:]).addcmul_(first, sin, value=direction)
+    return y_BHSA
 
 
 class KeyValues(Protocol):
@@ -99,7 +124,9 @@ class Attention(nn.Module):
         return (key, value) if cache is None else cache.update(key, value, self.layer_idx)
 
     def _normed_heads(self, x: Tensor, norm: nn.Module) -> Tensor:
-        return norm(self._heads(x)) if self.norms_heads else self._heads(norm(x))
+        if self.norms_heads:
+            return norm(x.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        return self._heads(norm(x))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

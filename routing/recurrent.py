@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .classic import ClassicRouter
+from .gru import gru_cell
 from .router import Carry, RouterSizes, RoutingContext
 from .rule import ClassicRule, expect_one_of
 
@@ -45,12 +46,10 @@ class RecurrentRouter(ClassicRouter):
 
     def logits(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry]:
         projected = linear(x_TD, self.projection.to(x_TD.dtype))
-        before = carry.get(STATE)
-        if before is None or self.recurrence == "none":
-            before = torch.zeros_like(projected)
-        elif self.recurrence == "detach":
+        before = None if self.recurrence == "none" else carry.get(STATE)
+        if before is not None and self.recurrence == "detach":
             before = before.detach()
         cell = self._shared[0]
-        weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
-        state = torch.gru_cell(projected, before, *(weight.to(x_TD.dtype) for weight in weights))
+        weights = tuple(w.to(x_TD.dtype) for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh))
+        state = gru_cell(projected, before, weights)
         return linear(state, self.weight.to(x_TD.dtype)), carry.put(**{STATE: state})

@@ -218,9 +218,10 @@ class RouterModule(ExactBuffers):
         def of_valid(x: Tensor | None) -> Tensor | None:
             return x if x is None or valid_T is None else x[valid_T]
 
+        counted = self.routing(of_valid(chosen.expert_TK), of_valid(chosen.weight_TK))
         return RouterStats(
-            chosen=self.routing(of_valid(chosen.expert_TK), of_valid(chosen.weight_TK)),
-            kept=self.routing(of_valid(kept.expert_TK), of_valid(kept.weight_TK)),
+            chosen=counted,
+            kept=counted if kept is chosen else self.routing(of_valid(kept.expert_TK), of_valid(kept.weight_TK)),
             probability_TR=of_valid(probability_TR),
             logit_TR=of_valid(logit_TR),
             sequence_T=of_valid(context.sequence_T),

@@ -62,7 +62,7 @@ class RouterStats:
     @cached_property
     def kept_R(self) -> Tensor:
         """The same after capacity drops; `kept_R[:E]` is the load that the FFN experts compute."""
-        return self.kept.count_R
+        return self.count_R if self.kept is self.chosen else self.kept.count_R
 
     @cached_property
     def logsumexp_T(self) -> Tensor:
