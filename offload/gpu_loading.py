@@ -14,6 +14,7 @@ from .layout import ExpertLayer, experts_modules
 from .matvec import Matvecs
 from .runtime import OffloadRuntime
 
+UNLIMITED = 1 << 62
 DEVICES = ("auto", "cpu", "cuda")
 LANES: Mapping[str, type[Lane]] = {"cuda": CudaLane}
 
@@ -68,8 +69,7 @@ def plan_for(
     limit = int(AUTO_SHARE * lane.available_bytes()) if is_auto else parse_size(gpu_memory)
     num_slots = None if gpu_experts is None else [min(gpu_experts, count) for count in experts_L]
     plan = plan_gpu(limit, needs, slot_bytes_L, experts_L, top_k, num_slots)
-    if not is_auto and gpu_experts is None:
-        lane.limit(limit)
+    lane.limit(UNLIMITED if is_auto or gpu_experts is not None else limit)
     return plan
 
 
@@ -81,7 +81,7 @@ def add_gpu_tier(
     plan: MemoryPlan,
     matvecs: Matvecs,
 ) -> None:
-    """Give a runtime its GPU tier; `matvecs` with other last bits than torch's let the CPU compute a share of misses."""
+    """Give a runtime its GPU tier; fast `matvecs`, whose last bits differ, let the CPU compute some misses."""
     modules = list(experts_modules(model).values())
     share = matvecs if matvecs.arithmetic == "fast" else None
     running.gpu = GpuTier(lane, layers, modules, running.layers, plan, running.counters, share)

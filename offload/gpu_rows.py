@@ -2,7 +2,7 @@
 
 Both give bits that depend neither on the order in which experts come nor on the slots they lie in.
 
-Shapes: T tokens, K experts per token, N = T * K routed rows, n the rows of one expert, E experts, C slots, D model width.
+Shapes: T tokens, K experts per token, N = T * K routed rows, n rows of one expert, E experts, C slots, D model width.
 """
 
 import importlib.util

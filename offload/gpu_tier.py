@@ -44,7 +44,7 @@ class GpuTier:
         counters: Counters,
         matvecs: Matvecs | None,
     ) -> None:
-        self.plan, self._lane, self._run_counters = plan, lane, counters
+        self.plan, self.lane, self._run_counters = plan, lane, counters
         self._counters = GpuCounters()
         self._splitter = None if matvecs is None else Splitter()
         experts = [
@@ -99,7 +99,7 @@ class GpuTier:
         return {
             **self._counters.summary(),
             "slots_per_layer": list(self.plan.num_slots),
-            "peak_memory_bytes": self._lane.peak_bytes(),
+            "peak_memory_bytes": self.lane.peak_bytes(),
             "memory": dict(describe(self.plan)),
             "is_pinned": self.is_pinned,
             "computed_by": sorted({_NAMES[type(each)] for each in self._experts}),

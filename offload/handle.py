@@ -36,6 +36,11 @@ class Offload:
     def num_slots(self) -> tuple[int, ...]:
         return self.plan.num_slots
 
+    @property
+    def lane(self) -> Any:
+        """The GPU's streams; None on the CPU."""
+        return None if self._runtime.gpu is None else self._runtime.gpu.lane
+
     def report(self) -> dict[str, Any]:
         """Hits, misses, bytes, seconds and memory since loading or `reset`, JSON-serialisable."""
         counters, prefetch = self._runtime.counters, self._prefetch()

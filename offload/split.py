@@ -98,7 +98,7 @@ class Splitter:
         return on_cpu
 
     def cpu_seconds(self, expert_bytes: int, rows: int) -> float:
-        """Seconds of one expert on the CPU: as measured for so many rows, or scaled from the nearest number that was."""
+        """Seconds of one expert on the CPU: as measured for so many rows, or scaled from the nearest that was."""
         wanted = rows.bit_length()
         if wanted in self._cpu:
             return expert_bytes / self._cpu[wanted].per_s

@@ -59,7 +59,7 @@ class SimulatedLane:
 
     def host(self, shape, dtype):
         memory = torch.empty(shape, dtype=dtype)
-        return memory.fill_(torch.nan if dtype.is_floating_point else 1 << 20)
+        return memory.fill_(torch.nan if dtype.is_floating_point else 101)
 
     def pin(self, memory):
         if self._pins:

@@ -419,7 +419,7 @@ def combine_rows(
     y_TD: Tensor,
     run: Run,
 ) -> None:
-    """Write `y[t] = sum over k and splits of weight[t, k] * partial[s, t * K + k]`, without experts that have no slot."""
+    """Write `y[t] = sum over k and splits of weight[t, k] * partial[s, t * K + k]` of experts in slots."""
     num_tokens, width = y_TD.shape
     block = min(triton.next_power_of_2(width), 256)
     arguments = {
