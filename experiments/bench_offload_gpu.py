@@ -16,6 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+WARM_UP = 4
+"""Tokens decoded before the clock runs: kernels are compiled when they are first launched."""
 CONTESTANTS: Mapping[str, Mapping[str, Any]] = {
     "ours": {},
     "ours-lru": {"policy": "lru"},
@@ -96,17 +98,19 @@ def check_parity() -> None:
 
 
 def replay(model: Any, prefill: int, decode: int) -> tuple[float, list[float], Any]:
-    """Seconds of the first call, seconds of each decoded token, and all logits of the decoded tokens."""
+    """Seconds of the first call and of each decoded token after the warm-up, and the logits of all decoded tokens."""
     import torch
 
-    ids, step_s, logits = torch.arange(prefill + decode, device=model.device)[None], [], []
+    ids, step_s, logits = torch.arange(prefill + WARM_UP + decode, device=model.device)[None], [], []
     with torch.inference_mode():
         started = time.perf_counter()
         output = model(ids[:, :prefill], use_cache=True, logits_to_keep=1)
         output.logits.cpu()
         prefill_s = time.perf_counter() - started
-        model.offload.reset()
-        for position in range(prefill, prefill + decode):
+        for position in range(prefill, prefill + WARM_UP + decode):
+            if position == prefill + WARM_UP:
+                step_s.clear()
+                model.offload.reset()
             started = time.perf_counter()
             output = model(ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True)
             logits.append(output.logits.cpu())
@@ -130,7 +134,9 @@ def _measure(name: str, checkpoint: Path, limit: str, prefill: int, decode: int)
     import offload
 
     started = time.perf_counter()
-    model = offload.load(checkpoint, device="cuda", gpu_memory=limit, context=prefill + decode, **CONTESTANTS[name])
+    model = offload.load(
+        checkpoint, device="cuda", gpu_memory=limit, context=prefill + WARM_UP + decode, **CONTESTANTS[name]
+    )
     try:
         if name == "lru-synchronous":
             _wait_for_every_copy(model)

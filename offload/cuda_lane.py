@@ -79,6 +79,7 @@ class CudaLane:
         return False
 
     def unpin(self, memory: torch.Tensor) -> None:
+        torch.cuda.synchronize(self.device)
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
     def launch(self, work: Callable[[], object]) -> None:

@@ -155,6 +155,7 @@ class GpuStep:
         look_ahead: LookAhead,
     ) -> None:
         """Get every miss computed: those in RAM first, then the others as they land."""
+        feed.start_reads()
         staying = self._staying(num_rows, len(ids_TK))
         on_cpu = self._choose_for_cpu(feed, num_rows) if x_host_TD is not None else []
         for expert in [expert for expert in feed.present if expert not in on_cpu]:

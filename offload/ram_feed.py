@@ -44,7 +44,6 @@ class RamFeed:
         layer = counters.layers[ram.layer]
         layer.misses += len(self._waiting) + len(self._in_flight)
         layer.bytes_read += len(self._waiting) * ram.expert_bytes
-        self.start_reads()
 
     def __getitem__(self, expert: int) -> Mapping[str, torch.Tensor]:
         return self._ram[expert]
