@@ -187,11 +187,11 @@ class GpuStep:
         slots, where = self._slots, {expert: self._slots.take(expert, num_rows)}
         try:
             copy = self._copy(feed, expert, slots.pairs(where[expert], feed[expert]), slots.released)
+            self._lane.compute_after(copy)
+            self._set_biases(slots, where)
         except BaseException:
             slots.drop(expert)
             raise
-        self._lane.compute_after(copy)
-        self._set_biases(slots, where)
         moment = SlotMap(where, self._layer.ram.num_experts, self._lane)
         self._lane.launch(lambda: rows.compute(slots, moment))
 

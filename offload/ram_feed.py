@@ -1,8 +1,8 @@
 """The RAM tier below a GPU: gives the experts that a step misses, those in memory first, the others as they land.
 
 A RAM slot that a copy to the GPU still reads is lent: nothing may be read into it. Where room is short, experts that
-are on the GPU as well go first, those that will stay there longest before the others; so the two tiers end up holding
-different experts, and nothing ever has to be copied back.
+are on the GPU as well go first, those that will stay there longest before the others. Nothing is copied back from the
+GPU: an expert that it gives up is in RAM only if its slot there was not needed meanwhile.
 """
 
 import time

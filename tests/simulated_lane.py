@@ -53,13 +53,12 @@ class SimulatedLane:
         return self.pool_bytes
 
     def pool(self, shape, dtype):
-        memory = torch.full(shape, torch.nan, dtype=dtype)
+        memory = _garbage(shape, dtype)
         self.pool_bytes += memory.nbytes
         return memory
 
     def host(self, shape, dtype):
-        memory = torch.empty(shape, dtype=dtype)
-        return memory.fill_(torch.nan if dtype.is_floating_point else 101)
+        return _garbage(shape, dtype)
 
     def pin(self, memory):
         if self._pins:
@@ -112,6 +111,10 @@ class SimulatedLane:
                 item()
             elif kind == "mark":
                 item.is_done = True
+
+
+def _garbage(shape, dtype):
+    return torch.full(shape, torch.nan if dtype.is_floating_point else 101, dtype=dtype)
 
 
 def _is_ready(entry):

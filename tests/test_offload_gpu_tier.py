@@ -71,8 +71,8 @@ def load(monkeypatch):
     def load_simulated(folder, *, seed=0, copy_share=0.5, pins=True, kernels=False, **arguments):
         lane = SimulatedLane(seed, copy_share, pins)
         monkeypatch.setattr(gpu_loading, "LANES", {"cuda": lambda: lane})
+        monkeypatch.setattr("offload.gpu_budget.RING_SLOTS", 2)
         if not kernels:
-            monkeypatch.setattr(gpu_rows, "experts_for", None)
             monkeypatch.setattr(
                 "offload.gpu_tier.experts_for", lambda module, count, *_: gpu_rows.LoopExperts(module, count)
             )
@@ -86,10 +86,23 @@ def load(monkeypatch):
         model.offload.close()
 
 
+@pytest.fixture
+def all_there(saved, load):
+    """What comes out when every expert has its slot."""
+
+    def compute(name, dtype=torch.float32):
+        if (name, dtype) not in ALL_THERE:
+            ALL_THERE[name, dtype] = run(load(saved(name, dtype)[0], gpu_experts=8, cache_experts=8))
+        return ALL_THERE[name, dtype]
+
+    return compute
+
+
+ALL_THERE = {}
 PROMPT = torch.randint(0, 97, (1, 21), generator=torch.Generator().manual_seed(1))
 
 
-def run(model, prompt=PROMPT, steps=10, device="cpu"):
+def run(model, prompt=PROMPT, steps=6, device="cpu"):
     """Logits of a prefill and of some decoding steps with given tokens."""
     outputs = []
     with torch.inference_mode():
@@ -102,16 +115,14 @@ def run(model, prompt=PROMPT, steps=10, device="cpu"):
     return torch.cat(outputs, dim=1)
 
 
-@pytest.mark.parametrize("copy_share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", ["olmoe", "qwen3_moe", "gpt_oss", "mixtral"])
-def test_bits_depend_neither_on_slots_nor_on_when_copies_happen(saved, load, tolerance, name, copy_share):
+def test_bits_depend_neither_on_slots_nor_on_when_copies_happen(saved, load, all_there, tolerance, name):
     folder, resident = saved(name)
-    expected = run(load(folder, gpu_experts=8, cache_experts=8))
-    torch.testing.assert_close(expected, run(resident), **tolerance[torch.float32])
-    for seed, (gpu_experts, cache_experts) in enumerate([(1, 1), (2, 1), (3, 5), (5, 3), (1, 8)]):
-        arguments = {"gpu_experts": gpu_experts, "cache_experts": cache_experts}
-        model = load(folder, seed=seed, copy_share=copy_share, policy="lru", **arguments)
-        assert torch.equal(run(model), expected), arguments
+    torch.testing.assert_close(all_there(name), run(resident), **tolerance[torch.float32])
+    for gpu_experts, cache_experts, copy_share in ((1, 1, 0.0), (2, 1, 1.0), (5, 3, 0.5)):
+        arguments = {"gpu_experts": gpu_experts, "cache_experts": cache_experts, "policy": "lru"}
+        model = load(folder, seed=gpu_experts, copy_share=copy_share, **arguments)
+        assert torch.equal(run(model), all_there(name)), arguments
         report = model.offload.report()["gpu"]
         assert report["misses"] > 0
         assert report["copied_bytes"] > 0
@@ -129,10 +140,10 @@ def test_kernels_compute_in_the_slots(saved, load, tolerance):
 
 
 @pytest.mark.parametrize("broken", ["compute_after", "after", "lent"])
-def test_a_missing_wait_would_be_seen(saved, load, monkeypatch, broken):
+def test_a_missing_wait_would_be_seen(saved, load, all_there, monkeypatch, broken):
     """The simulated device is sharp: without any one kind of wait, some run gives other bits."""
     folder, _ = saved("olmoe")
-    expected = run(load(folder, gpu_experts=8, cache_experts=8))
+    expected = all_there("olmoe")
     if broken == "compute_after":
         monkeypatch.setattr(SimulatedLane, "compute_after", lambda self, copy: None)
     elif broken == "after":
@@ -153,7 +164,7 @@ def test_what_is_on_the_gpu_costs_nothing_and_ram_keeps_other_experts(saved, loa
     for layer, ram in zip(tier._layers, runtime.layers, strict=True):
         on_gpu = set(layer.slots.map.slot_of)
         assert len(on_gpu) == 4
-        assert len(on_gpu | set(ram.cache.resident)) >= 7
+        assert len(on_gpu | set(ram.cache.resident)) > 4
     model.offload.reset()
     run(model, PROMPT[:, :1], 0)
     model.offload.reset()
@@ -165,7 +176,7 @@ def test_what_is_on_the_gpu_costs_nothing_and_ram_keeps_other_experts(saved, loa
 def test_prefill_leaves_the_experts_of_decoding_where_they_are(saved, load):
     folder, _ = saved("olmoe")
     model = load(folder, gpu_experts=3, cache_experts=8)
-    run(model, PROMPT[:, :4], 12)
+    run(model)
     tier = model.offload._runtime.gpu
     before = [dict(layer.slots.map.slot_of) for layer in tier._layers]
     assert all(len(slot_of) == 3 for slot_of in before)
@@ -185,9 +196,9 @@ def test_the_cpu_takes_a_share_of_the_misses(saved, load, tolerance):
     assert exact.offload.report()["gpu"]["cpu_experts"] == 0
 
 
-def test_half_precision(saved, load, tolerance):
+def test_half_precision(saved, load, all_there, tolerance):
     folder, resident = saved("olmoe", torch.bfloat16)
-    expected = run(load(folder, gpu_experts=8, cache_experts=8))
+    expected = all_there("olmoe", torch.bfloat16)
     torch.testing.assert_close(expected, run(resident), **tolerance[torch.bfloat16])
     for arithmetic in ("exact", "fast"):
         model = load(folder, seed=2, gpu_experts=2, cache_experts=3, arithmetic=arithmetic)
@@ -205,10 +216,10 @@ def test_generation_batches_traces_and_reading_ahead(saved, load):
         assert model.offload.trace().num_experts == 8
 
 
-def test_an_error_while_reading_leaves_the_model_usable(saved, load, tmp_path):
+def test_an_error_while_reading_leaves_the_model_usable(saved, load, all_there, tmp_path):
     original, _ = saved("olmoe")
     folder = shutil.copytree(original, tmp_path / "copy")
-    expected = run(load(folder, gpu_experts=8, cache_experts=8))
+    expected = all_there("olmoe")
     model = load(folder, seed=5, gpu_experts=2, cache_experts=3, io="cached")
     run(model, steps=3)
     whole = {shard: shard.read_bytes() for shard in folder.glob("*.safetensors")}
@@ -222,10 +233,10 @@ def test_an_error_while_reading_leaves_the_model_usable(saved, load, tmp_path):
     assert torch.equal(run(model), expected)
 
 
-@pytest.mark.parametrize("first_failure", [0, 1, 7, 20])
-def test_an_error_while_copying_leaves_the_model_usable(saved, load, first_failure):
+@pytest.mark.parametrize("first_failure", [0, 7, 20])
+def test_an_error_while_copying_leaves_the_model_usable(saved, load, all_there, first_failure):
     folder, _ = saved("olmoe")
-    expected = run(load(folder, gpu_experts=8, cache_experts=8))
+    expected = all_there("olmoe")
     model = load(folder, seed=first_failure, gpu_experts=2, cache_experts=3)
     model.lane.fail_at_copy = first_failure
     with pytest.raises(RuntimeError, match="on fire"):
@@ -233,9 +244,9 @@ def test_an_error_while_copying_leaves_the_model_usable(saved, load, first_failu
     assert torch.equal(run(model), expected)
 
 
-def test_a_step_that_is_interrupted_leaves_the_model_usable(saved, load, monkeypatch):
+def test_a_step_that_is_interrupted_leaves_the_model_usable(saved, load, all_there, monkeypatch):
     folder, _ = saved("olmoe")
-    expected = run(load(folder, gpu_experts=8, cache_experts=8))
+    expected = all_there("olmoe")
     model = load(folder, seed=1, gpu_experts=2, cache_experts=3, policy="lru")
     real, calls = gpu_rows.LoopRows.combine, iter(range(100))
 
@@ -250,9 +261,9 @@ def test_a_step_that_is_interrupted_leaves_the_model_usable(saved, load, monkeyp
     assert torch.equal(run(model), expected)
 
 
-def test_memory_that_cannot_be_pinned_is_used_all_the_same(saved, load):
+def test_memory_that_cannot_be_pinned_is_used_all_the_same(saved, load, all_there):
     folder, _ = saved("olmoe")
-    expected = run(load(folder, gpu_experts=8, cache_experts=8))
+    expected = all_there("olmoe")
     pinned, pageable = (load(folder, gpu_experts=2, cache_experts=3, pins=pins) for pins in (True, False))
     assert torch.equal(run(pageable), expected)
     assert not pageable.offload.report()["gpu"]["is_pinned"]
