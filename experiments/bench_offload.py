@@ -33,13 +33,19 @@ def bench_offload(
         Path | None,
         typer.Option("--predictor", help="From other rows, for ours-ahead."),
     ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu; or cuda, where limits are GPU budgets.")] = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the table as JSON.")] = None,
     record: Annotated[bool, typer.Option("--record", help="Save a record.")] = False,
 ) -> None:
     """Feed a recorded trace through each engine under a memory limit, and print tokens per second.
 
     Example: `expertier bench offload /tmp/replay --trace routing.npz --limit 6GiB --limit none`
+
+    On a GPU: `expertier bench offload /tmp/replay --trace routing.npz --device cuda --limit 8GiB --limit 4GiB`
     """
+    if device != "cpu":
+        _bench_gpu(checkpoint, trace, rows, device, limit, contestant, prefill, decode, json_file, record)
+        return
     check_parity()
     _ensure_checkpoint(checkpoint, trace, rows)
     bandwidth = _read_bandwidth(checkpoint)
@@ -63,6 +69,28 @@ def bench_offload(
 
         config = {"prefill": prefill, "decode": decode, "read_bytes_per_s": bandwidth}
         save_record("bench-offload", results, config=config)
+
+
+def _bench_gpu(
+    checkpoint: Path,
+    trace: Path | None,
+    rows: int,
+    device: str,
+    limit: list[str] | None,
+    contestant: list[str] | None,
+    prefill: int,
+    decode: int,
+    json_file: Path | None,
+    record: bool,
+) -> None:
+    from offload import open_lane
+
+    from .bench_offload_gpu import CONTESTANTS, bench_gpu
+
+    open_lane(device, "auto", None)
+    _ensure_checkpoint(checkpoint, trace, rows)
+    limits, contestants = limit or ["8GiB", "4GiB"], contestant or list(CONTESTANTS)
+    bench_gpu(checkpoint, limits, contestants, prefill, decode, json_file, record=record)
 
 
 def check_parity() -> None:

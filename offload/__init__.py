@@ -12,10 +12,18 @@ from .simulate import Simulated, simulate
 
 if TYPE_CHECKING:
     from .calibrate import disk_bandwidth
+    from .gpu_calibrate import wire_bandwidth
+    from .gpu_loading import open_lane
     from .handle import Offload
     from .loading import load
 
-_HOME = {"Offload": ".handle", "disk_bandwidth": ".calibrate", "load": ".loading"}
+_HOME = {
+    "Offload": ".handle",
+    "disk_bandwidth": ".calibrate",
+    "load": ".loading",
+    "open_lane": ".gpu_loading",
+    "wire_bandwidth": ".gpu_calibrate",
+}
 
 __all__ = [
     "CACHES",
@@ -25,8 +33,10 @@ __all__ = [
     "format_size",
     "load",
     "make_cache",
+    "open_lane",
     "parse_size",
     "simulate",
+    "wire_bandwidth",
 ]
 
 

@@ -53,6 +53,8 @@ def calibrate(
     Args:
         folder: on the disk where models are.
     """
+    from .gpu_calibrate import gpu_rates
+
     with tempfile.NamedTemporaryFile(dir=folder, prefix="expertier-calibrate-") as scratch:
         chunk = os.urandom(1 << 20)
         for _ in range(max(file_bytes, read_bytes) >> 20):
@@ -70,6 +72,7 @@ def calibrate(
         exact_bytes_per_s=exact,
         fast_bytes_per_s=fast,
         layer_s=_layer_seconds(),
+        **gpu_rates(),
     )
 
 

@@ -19,6 +19,7 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the re
 CpuMemory = Annotated[
     str, typer.Option("--cpu-memory", help="Budget for everything the process has in RAM, such as 6GiB.")
 ]
+GpuMemory = Annotated[str, typer.Option("--gpu-memory", help="Budget for everything on the GPU, such as 8GiB.")]
 CacheExperts = Annotated[
     int | None, typer.Option("--cache-experts", help="RAM slots per MoE layer, instead of what the budget pays for.")
 ]
@@ -48,7 +49,10 @@ def generate(
         Path | None,
         typer.Option("--plan", help="A plan of `place tiers`, or a trace (.npz) to size each layer by."),
     ] = None,
-    gpu_memory: Annotated[str, typer.Option("--gpu-memory", help="auto or 0: there is no GPU tier yet.")] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", help="cpu, cuda, or auto: cuda if --gpu-memory names a size.")
+    ] = "auto",
+    gpu_memory: GpuMemory = "auto",
     trace: Annotated[Path | None, typer.Option("--trace", help="Record the routing into this .npz file.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Say speed, hits and bytes while it runs, on stderr.")] = False,
     json_file: JsonFile = None,
@@ -56,6 +60,8 @@ def generate(
     """Continue a text greedily with the experts on disk and in a bounded part of RAM.
 
     Example: `expertier generate my-model --prompt "def main():" --cpu-memory 6GiB --json report.json`
+
+    With a GPU: `expertier generate my-model --prompt "def main():" --device cuda --gpu-memory 8GiB --cpu-memory 32GiB`
     """
     from moe import text_of
 
@@ -75,6 +81,7 @@ def generate(
         pack=packed,
         prefetch=prefetch,
         plan=plan,
+        device=device,
         gpu_memory=gpu_memory,
         record_trace=trace is not None,
     )
@@ -131,6 +138,9 @@ def pack(
 def fit(
     model: Model,
     cpu_memory: CpuMemory = "auto",
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", help="Budget on a GPU, such as 8GiB; it need not be here.")
+    ] = None,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens of KV cache to keep room for.")] = 2048,
     hardware: Annotated[
         Path | None, typer.Option("--hardware", help="Rates of this machine from `calibrate`, to predict the speed.")
@@ -148,7 +158,7 @@ def fit(
     from .fit import fit as fit_model
 
     _quiet_transformers()
-    fitted = fit_model(model, cpu_memory=cpu_memory, context=context)
+    fitted = fit_model(model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, context=context)
     console = Console()
     first = fitted.layers[0]
     console.print(
@@ -171,7 +181,9 @@ def fit(
             highlight=False,
         )
     predicted: dict[str, Any] = {}
-    if hardware is not None and fitted.plan is not None:
+    if fitted.gpu_plan is not None:
+        predicted = _gpu_fit(console, fitted, hardware)
+    elif hardware is not None and fitted.plan is not None:
         from .hardware import Hardware
 
         prediction = fitted.predict(Hardware.load(hardware), is_fast=arithmetic == "fast", hit_rate=hit_rate)
@@ -183,6 +195,26 @@ def fit(
         predicted = {"tokens_per_second": 1 / prediction.token_s, "binds": prediction.binds, **vars(prediction)}
     if json_file:
         write_json(json_file, {"model": model, **fitted.as_json(), "predicted": predicted or None})
+
+
+def _gpu_fit(console: Console, fitted: Any, hardware: Path | None) -> dict[str, Any]:
+    """What goes to the GPU, and how fast it may be."""
+    from .gpu_budget import gpu_table
+    from .hardware import Hardware
+
+    table = Table("GPU memory", "size")
+    for name, size in gpu_table(fitted.gpu_plan):
+        table.add_row(name, format_size(size))
+    console.print(table)
+    if hardware is None or fitted.plan is None:
+        return {}
+    found = fitted.predict_gpu(Hardware.load(hardware))
+    console.print(
+        f"expected up to {1 / found.token_s:.1f} tok/s; {found.binds} binds: disk {found.disk_s:.3f} s, "
+        f"PCIe {found.wire_s:.3f} s, GPU memory {found.gpu_s:.3f} s per token",
+        highlight=False,
+    )
+    return {"tokens_per_second": 1 / found.token_s, "binds": found.binds, **vars(found)}
 
 
 @app.command("calibrate")

@@ -9,6 +9,9 @@ import torch
 from .budget import AUTO_SHARE, MemoryPlan, Needs, available_memory, parse_size, plan_memory
 from .checkpoint import TensorEntry, read_checkpoint
 from .cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
+from .gpu_budget import plan_gpu, split_needs
+from .gpu_cost import GpuPrediction, predict_gpu_decode
+from .gpu_loading import gpu_slot_bytes
 from .hardware import Hardware
 from .layout import ExpertLayer, experts_modules, locate_experts, weight_names
 from .loading import _config, _local_folder, _model_class, _running_dtype, experts_per_token, memory_needs
@@ -21,7 +24,7 @@ PROCESS_BYTES = 450 << 20
 class Fit:
     """What a model needs and what a budget buys.
 
-    `plan` is None if the budget is too small; `shortfall` then says what would do.
+    `plan` is None if the budget is too small; `shortfall` then says what would do. `gpu_plan` is None without a GPU.
     """
 
     layers: list[ExpertLayer]
@@ -30,6 +33,7 @@ class Fit:
     slot_bytes_L: list[int]
     plan: MemoryPlan | None
     shortfall: str | None
+    gpu_plan: MemoryPlan | None = None
 
     @property
     def expert_bytes(self) -> int:
@@ -56,6 +60,27 @@ class Fit:
         )
         return predict_decode(work, hardware, is_fast=is_fast)
 
+    def predict_gpu(self, hardware: Hardware) -> GpuPrediction:
+        """Seconds per decoded token with the GPU tier, at hit rates that are typical for the shares of experts.
+
+        Raises:
+            ValueError: if the model does not fit, or the hardware has no GPU.
+        """
+        if self.plan is None or self.gpu_plan is None:
+            raise ValueError(f"nothing to predict: {self.shortfall}")
+        experts = sum(layer.num_experts for layer in self.layers)
+        on_gpu = sum(self.gpu_plan.num_slots)
+        shares = (on_gpu / experts, (on_gpu + sum(self.plan.num_slots)) / experts)
+        rates = [expected_hit_rate(min(share, 1), self.top_k, self.layers[0].num_experts) for share in shares]
+        work = DecodeWork(
+            num_layers=len(self.layers),
+            experts_per_layer=self.top_k,
+            expert_bytes=self.expert_bytes // experts,
+            resident_bytes=self.gpu_plan.weight_bytes,
+            hit_rate=rates[1],
+        )
+        return predict_gpu_decode(work, rates[0], hardware)
+
     @property
     def active_bytes(self) -> int:
         """Bytes of the experts that one token uses."""
@@ -71,9 +96,10 @@ class Fit:
             "experts_per_token": self.top_k,
             "expert_bytes": self.expert_bytes,
             "active_expert_bytes_per_token": self.active_bytes,
-            "resident_weight_bytes": self.needs.weight_bytes,
-            "kv_bytes": self.needs.kv_bytes,
+            "resident_weight_bytes": max(self.needs.weight_bytes, self.gpu_plan.weight_bytes if self.gpu_plan else 0),
+            "kv_bytes": max(self.needs.kv_bytes, self.gpu_plan.kv_bytes if self.gpu_plan else 0),
             "slots_per_layer": slots,
+            "gpu_slots_per_layer": None if self.gpu_plan is None else list(self.gpu_plan.num_slots),
             "share_of_experts_in_memory": None
             if slots is None
             else sum(slots) / sum(layer.num_experts for layer in self.layers),
@@ -96,8 +122,15 @@ def skeleton_of(path_or_id: str | Path) -> tuple[Any, dict[str, TensorEntry], li
     return skeleton, entries, locate_experts(skeleton, entries, dtypes)
 
 
-def fit(path_or_id: str | Path, *, cpu_memory: str | int = "auto", context: int = 2048, io_threads: int = 4) -> Fit:
-    """What `load` would do with this budget.
+def fit(
+    path_or_id: str | Path,
+    *,
+    cpu_memory: str | int = "auto",
+    gpu_memory: str | int | None = None,
+    context: int = 2048,
+    io_threads: int = 4,
+) -> Fit:
+    """What `load` would do with these budgets; no GPU has to be there for `gpu_memory`.
 
     Raises:
         ValueError: if the checkpoint is damaged or its experts cannot be offloaded.
@@ -109,11 +142,25 @@ def fit(path_or_id: str | Path, *, cpu_memory: str | int = "auto", context: int 
             delattr(module, name)
     top_k = experts_per_token(config)
     needs = memory_needs(config, skeleton, dtype, context, io_threads, PROCESS_BYTES)
+    gpu_bytes_L, ring_bytes = gpu_slot_bytes(skeleton, layers)
+    if gpu_memory is not None:
+        needs, gpu_needs = split_needs(needs, ring_bytes)
     slot_bytes_L = [ExpertRecord.of(layer).slot_bytes for layer in layers]
     limit = int(AUTO_SHARE * available_memory()) if cpu_memory == "auto" else parse_size(cpu_memory)
-    plan, shortfall = None, None
+    experts_L = [layer.num_experts for layer in layers]
+    plan, gpu_plan, shortfall = None, None, None
     try:
-        plan = plan_memory(limit, needs, slot_bytes_L, [layer.num_experts for layer in layers], top_k)
+        if gpu_memory is not None:
+            gpu_plan = plan_gpu(parse_size(gpu_memory), gpu_needs, gpu_bytes_L, experts_L, top_k)
+        plan = plan_memory(limit, needs, slot_bytes_L, experts_L, top_k)
     except ValueError as error:
         shortfall = str(error)
-    return Fit(layers=layers, top_k=top_k, needs=needs, slot_bytes_L=slot_bytes_L, plan=plan, shortfall=shortfall)
+    return Fit(
+        layers=layers,
+        top_k=top_k,
+        needs=needs,
+        slot_bytes_L=slot_bytes_L,
+        plan=plan,
+        shortfall=shortfall,
+        gpu_plan=gpu_plan,
+    )

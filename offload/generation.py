@@ -87,8 +87,8 @@ def generate_text(
     started = time.perf_counter()
     try:
         model.generate(
-            torch.tensor([list(prompt_ids)]),
-            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+            torch.tensor([list(prompt_ids)], device=model.device),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=live,

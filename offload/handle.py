@@ -36,6 +36,11 @@ class Offload:
     def num_slots(self) -> tuple[int, ...]:
         return self.plan.num_slots
 
+    @property
+    def lane(self) -> Any:
+        """The GPU's streams; None on the CPU."""
+        return None if self._runtime.gpu is None else self._runtime.gpu.lane
+
     def report(self) -> dict[str, Any]:
         """Hits, misses, bytes, seconds and memory since loading or `reset`, JSON-serialisable."""
         counters, prefetch = self._runtime.counters, self._prefetch()
@@ -54,6 +59,7 @@ class Offload:
             "peak_memory_bytes": peak_bytes(),
             "memory": dict(describe(self.plan)),
             "prefetch": prefetch,
+            **({} if self._runtime.gpu is None else {"gpu": self._runtime.gpu.report()}),
             "hit_rate_L": [layer.hits / max(layer.hits + layer.misses, 1) for layer in counters.layers],
         }
 
@@ -77,6 +83,8 @@ class Offload:
         """Start counting anew; what is cached stays."""
         self._runtime.counters.reset()
         self._busy_before_s = self._runtime.store.busy_s
+        if self._runtime.gpu is not None:
+            self._runtime.gpu.reset()
         for slots in self._runtime.layers:
             slots.ahead_counters = AheadCounters()
 
@@ -96,7 +104,7 @@ class Offload:
 
     def close(self) -> None:
         """Stop the reading threads and close the files; the model cannot run afterwards."""
-        self._runtime.store.close()
+        self._runtime.close()
 
     def _before_call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)

@@ -1,7 +1,7 @@
 """What a machine can do, as measured: a few rates in a TOML file. Without torch."""
 
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from routing.traces import atomic_write
@@ -18,6 +18,8 @@ class Hardware:
         exact_bytes_per_s: weights that one bfloat16 token's products read with the bits of torch's.
         fast_bytes_per_s: the same where the last bits may differ; 0 without a C compiler.
         layer_s: seconds that one decoder layer costs a token besides reading weights.
+        pcie_bytes_per_s: copies from pinned host memory to the GPU; 0 without a GPU.
+        gpu_bytes_per_s: reads of the GPU's memory; 0 without a GPU.
     """
 
     disk_bytes_per_s: float
@@ -26,6 +28,8 @@ class Hardware:
     exact_bytes_per_s: float
     fast_bytes_per_s: float
     layer_s: float
+    pcie_bytes_per_s: float = 0.0
+    gpu_bytes_per_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -53,7 +57,8 @@ class Hardware:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"hardware {file}: not TOML: {error}") from error
         expected = {field.name for field in fields(cls)}
-        if found.keys() != expected:
-            wrong = sorted(found.keys() ^ expected)
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        if not required <= found.keys() <= expected:
+            wrong = sorted((required - found.keys()) | (found.keys() - expected))
             raise ValueError(f"hardware {file}: expected the keys {sorted(expected)}; {wrong} differ")
         return cls(**found)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from .budget import (
 )
 from .cache import NEEDS_FUTURE
 from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
+from .gpu_budget import split_needs
+from .gpu_loading import add_gpu_tier, expect_gpu_layers, gpu_slot_bytes, open_lane, plan_for
 from .handle import Offload
 from .huge_pages import move_to_huge_pages
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
@@ -46,6 +49,7 @@ def load(
     gpu_memory: str | int = "auto",
     cpu_memory: str | int = "auto",
     cache_experts: int | None = None,
+    gpu_experts: int | None = None,
     policy: str = "auto",
     io: str = "auto",
     io_threads: int = 4,
@@ -61,18 +65,21 @@ def load(
 
     Args:
         path_or_id: a Hugging Face model folder with safetensors weights, or a model id.
-        device: where experts are computed; `"cpu"`, which is what `"auto"` means so far.
-        gpu_memory: `"auto"` or 0: there is no GPU tier yet.
+        device: `"cuda"` puts everything outside experts on the GPU and adds a tier of GPU slots; `"auto"` does so if
+            `gpu_memory` names a size, and is the CPU otherwise.
+        gpu_memory: the whole budget on the GPU, such as `"8GiB"`; `"auto"` takes 90 % of what is free.
         cpu_memory: the whole budget of the process, such as `"6GiB"`; `"auto"` takes 90 % of what the machine and the
             control group leave.
         cache_experts: RAM slots per MoE layer instead of what a budget pays for.
+        gpu_experts: GPU slots per MoE layer instead of what a budget pays for.
         policy: cache policy by name (see CACHES), or `"auto"`.
         io: `"direct"` reads past the page cache, `"cached"` through it, `"auto"` decides by the size of the model.
         io_threads: reads in flight at most.
         dtype: dtype of the running model; `"auto"` is that of the checkpoint.
         context: tokens of KV cache that the budget keeps room for.
         arithmetic: `"exact"` gives the bits of the resident model; `"fast"` computes single bfloat16 tokens with a
-            kernel of our own, which is quicker and differs in the last bits.
+            kernel of our own, which is quicker and differs in the last bits; with a GPU it lets the CPU compute a share
+            of the experts that are not there.
         pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files.
         prefetch: `"gate"`, `"transitions"` or a predictor file (.npz, `expertier trace predictor`) reads what the next
             layers will probably need while the disk is idle, and stops when it does not pay; `"plan"` reads what the
@@ -89,14 +96,9 @@ def load(
         ValueError: if the checkpoint is damaged or incomplete, its experts cannot be offloaded, or the budget is too
             small.
     """
-    if gpu_memory not in ("auto", 0, "0"):
-        raise ValueError(
-            f"gpu_memory: offloading from a GPU is not built yet, so it must be auto or 0; got {gpu_memory!r}"
-        )
     if plan is not None and cache_experts is not None:
         raise ValueError("plan and cache_experts both say how many slots a layer has; give one of them")
-    if device not in ("auto", "cpu"):
-        raise ValueError(f"device must be auto or cpu, offloading from a GPU is not built yet; got {device!r}")
+    lane = open_lane(device, gpu_memory, gpu_experts)
     matvecs = Matvecs(arithmetic)
     prefetch = str(prefetch)
     if prefetch not in ("auto", "off", *PREDICTORS) and not prefetch.endswith(".npz"):
@@ -116,7 +118,8 @@ def load(
         packed = read_pack(Path(pack), layers, entries)
         layers, checksums = packed.layers, packed.checksums
     _drop_expert_weights(model)
-    move_to_huge_pages(model)
+    if lane is None:
+        move_to_huge_pages(model)
     top_k = experts_per_token(config)
     num_slots = None
     slot_bytes = [ExpertRecord.of(layer).slot_bytes for layer in layers]
@@ -127,6 +130,13 @@ def load(
             raise ValueError(f"cache_experts must be at least 1 slot per layer; got {cache_experts}")
         num_slots = [min(cache_experts, count) for count in experts]
     needs = memory_needs(config, model, running_dtype, context, io_threads, process_bytes)
+    if lane is not None:
+        expect_gpu_layers(model)
+        gpu_bytes, ring_bytes = gpu_slot_bytes(model, layers)
+        needs, gpu_needs = split_needs(needs, ring_bytes)
+        gpu_plan = plan_for(lane, gpu_memory, gpu_experts, gpu_needs, gpu_bytes, experts, top_k)
+        model.to(lane.device)
+        needs = replace(needs, process_bytes=resident_bytes())
     memory = plan_memory(limit, needs, slot_bytes, experts, top_k, num_slots)
     starting = None if plan is None else read_starting_plan(plan, experts)
     if starting is not None:
@@ -138,7 +148,10 @@ def load(
     recorder = _recorder(layers, str(path_or_id)) if record_trace else None
     running = _runtime.OffloadRuntime(store, memory.num_slots, policy, recorder, matvecs)
     running.prefetcher = make_prefetcher(prefetch, model, layers, top_k)
-    quicken_linears(model, matvecs)
+    if lane is not None:
+        add_gpu_tier(running, lane, model, layers, gpu_plan, matvecs)
+    else:
+        quicken_linears(model, matvecs)
     if starting is not None:
         running.fill(starting.experts_L)
     return _attach(model, running, memory, policy)

@@ -7,6 +7,7 @@ during that call.
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .compute import RoutedRows, eager_forward
 from .counters import Counters, LayerCounters
+from .gpu_tier import GpuTier
 from .matvec import Matvecs
 from .prefetch import Prefetcher
 from .reading import Ticket
@@ -53,6 +55,7 @@ class OffloadRuntime:
         self.recorder = recorder
         self.prefetcher: Prefetcher | None = None
         self._fused: dict[tuple[int, int, int], FusedExperts | None] = {}
+        self.gpu: GpuTier | None = None
         self._lock = threading.RLock()
 
     def forward(
@@ -62,6 +65,9 @@ class OffloadRuntime:
         with self._lock, torch.no_grad():
             if self.recorder is not None:
                 self.recorder.note(layer, expert_TK, weight_TK)
+            if self.gpu is not None:
+                look_ahead = partial(self._look_ahead, layer, x_TD)
+                return self.gpu.forward(layer, x_TD, expert_TK, weight_TK, look_ahead)
             slots = self.layers[layer]
             if not slots.is_grouped:
                 return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
@@ -117,6 +123,12 @@ class OffloadRuntime:
         if key not in self._fused:
             self._fused[key] = fuse_experts(module, self.store.records[layer].layer, top_k, self.matvecs)
         return self._fused[key]
+
+    def close(self) -> None:
+        """Stop reading; the model cannot run afterwards."""
+        if self.gpu is not None:
+            self.gpu.close()
+        self.store.close()
 
     def _look_ahead(self, layer: int, x_TD: torch.Tensor, expert_TK: torch.Tensor) -> None:
         """Once this layer's reads are on their way: start what the next layers will probably ask for."""

@@ -56,6 +56,11 @@ class LayerSlots:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def memory(self) -> torch.Tensor:
+        """All slots, as bytes."""
+        return self._slots.tensor
+
     def start_read(self, expert: int, pinned: Collection[int], landed: "SimpleQueue[Ticket]") -> Ticket:
         """Take a slot, evicting if there is no free one, and start reading an expert into it."""
         return self._start(expert, {*pinned, *self._ahead}, landed, is_demand=True)

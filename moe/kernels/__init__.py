@@ -5,16 +5,22 @@ The only place that imports triton, and imported only when it is used, so that `
 `forward.py`, then `backward.py`; each other file is one operation.
 """
 
-from .experts import can_compute, fused_experts
+from .experts import activation_of, can_compute, can_compute_in, fused_experts
+from .in_parts import FewRows, ManyRows, rows_in_parts
 from .operators import ExpertWeights, compute_experts
 from .quantise import QuantisedWeight, dequantise, quantise
 
 __all__ = [
     "ExpertWeights",
+    "FewRows",
+    "ManyRows",
     "QuantisedWeight",
+    "activation_of",
     "can_compute",
+    "can_compute_in",
     "compute_experts",
     "dequantise",
     "fused_experts",
     "quantise",
+    "rows_in_parts",
 ]

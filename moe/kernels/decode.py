@@ -9,6 +9,8 @@ Shapes: T tokens, K experts per token, N = T * K routed rows in routed order, C 
 F expert width, S splits.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -273,31 +275,72 @@ def decode(
     Returns:
         [T, D].
     """
-    num_rows, top_k = expert_TK.numel(), expert_TK.shape[1]
-    processors = num_processors(x_TD.device) if processors is None else processors
-    numbers = number_format(x_TD.dtype)
-    is_int4 = numbers == "half" and isinstance(weights.up, QuantisedWeight) and weights.up.format == "int4"
-    tile = DECODE_TILES["int4" if is_int4 else numbers]
-    activated_NF = x_TD.new_empty(num_rows, weights.num_features)
-    up_splits = _num_splits(weights.up, num_rows, tile, processors)
-    sum_dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-    up_out = activated_NF
-    if up_splits > 1:
-        up_out = x_TD.new_empty(up_splits, num_rows, weights.num_outputs, dtype=sum_dtype)
-    _product(x_TD, top_k, expert_TK, weights, True, up_out, up_splits, tile, run)
-    if up_splits > 1:
-        _activate_splits(up_out, activated_NF, weights, run)
-    down_splits = _num_splits(weights.down, num_rows, tile, processors)
-    partial_SND = x_TD.new_empty(down_splits, num_rows, x_TD.shape[1], dtype=sum_dtype)
-    _product(activated_NF, 1, expert_TK, weights, False, partial_SND, down_splits, tile, run)
+    plan = DecodePlan.of(x_TD, expert_TK.numel(), weights, weights.num_slots, processors)
+    partial_SND = plan.empty_rows(x_TD)
+    decode_rows(x_TD, expert_TK, weights, plan, partial_SND, run)
     y_TD = torch.empty_like(x_TD)
-    _combine(partial_SND, expert_TK, combine_TK, weights, y_TD, run)
+    combine_rows(partial_SND, expert_TK, combine_TK, weights.slot_E, weights.num_experts, weights.num_slots, y_TD, run)
     return y_TD
 
 
-def _num_splits(weight: Tensor | QuantisedWeight, num_rows: int, tile: DecodeTile, processors: int) -> int:
-    num_slots, num_outputs, num_inputs = weight.shape
-    programs = min(num_rows, num_slots) * triton.cdiv(num_outputs, tile.block_out)
+@dataclass(frozen=True)
+class DecodePlan:
+    """How the work is cut. Two calls with the same plan give the same bits, however many slots there are.
+
+    Args:
+        num_rows: routed rows.
+        num_groups: experts that may have rows; what rows per expert are estimated from.
+        tile: tile sizes.
+        up_splits, down_splits: parts of the sums over inputs.
+    """
+
+    num_rows: int
+    num_groups: int
+    tile: DecodeTile
+    up_splits: int
+    down_splits: int
+
+    @classmethod
+    def of(
+        cls, x_TD: Tensor, num_rows: int, weights: ExpertWeights, num_groups: int, processors: int | None = None
+    ) -> "DecodePlan":
+        """The plan for so many rows of so many experts; `processors` are those of the device if not given."""
+        processors = num_processors(x_TD.device) if processors is None else processors
+        numbers = number_format(x_TD.dtype)
+        is_int4 = numbers == "half" and isinstance(weights.up, QuantisedWeight) and weights.up.format == "int4"
+        tile = DECODE_TILES["int4" if is_int4 else numbers]
+        splits = [
+            _num_splits(weight, min(num_rows, num_groups), tile, processors) for weight in (weights.up, weights.down)
+        ]
+        return cls(num_rows, num_groups, tile, *splits)
+
+    def empty_rows(self, x_TD: Tensor) -> Tensor:
+        """Room for what `decode_rows` writes, [S, N, D]."""
+        return x_TD.new_empty(self.down_splits, self.num_rows, x_TD.shape[1], dtype=_sum_dtype(x_TD))
+
+
+def decode_rows(
+    x_TD: Tensor, expert_TK: Tensor, weights: ExpertWeights, plan: DecodePlan, partial_SND: Tensor, run: Run
+) -> None:
+    """Write the outputs of all rows whose expert has a slot; other rows of `partial_SND` stay as they are."""
+    num_rows, top_k = expert_TK.numel(), expert_TK.shape[1]
+    activated_NF = x_TD.new_empty(num_rows, weights.num_features)
+    up_out = activated_NF
+    if plan.up_splits > 1:
+        up_out = x_TD.new_empty(plan.up_splits, num_rows, weights.num_outputs, dtype=_sum_dtype(x_TD))
+    _product(x_TD, top_k, expert_TK, weights, True, up_out, plan.up_splits, plan, run)
+    if plan.up_splits > 1:
+        _activate_splits(up_out, activated_NF, weights, run)
+    _product(activated_NF, 1, expert_TK, weights, False, partial_SND, plan.down_splits, plan, run)
+
+
+def _sum_dtype(x_TD: Tensor) -> torch.dtype:
+    return torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+
+
+def _num_splits(weight: Tensor | QuantisedWeight, num_groups: int, tile: DecodeTile, processors: int) -> int:
+    _, num_outputs, num_inputs = weight.shape
+    programs = num_groups * triton.cdiv(num_outputs, tile.block_out)
     wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, programs)
     return max(1, min(wanted, MAX_SPLITS, num_inputs // (4 * tile.block_in)))
 
@@ -310,15 +353,16 @@ def _product(
     is_up: bool,
     out: Tensor,
     num_splits: int,
-    tile: DecodeTile,
+    plan: DecodePlan,
     run: Run,
 ) -> None:
+    tile = plan.tile
     weight, bias = (weights.up, weights.up_bias) if is_up else (weights.down, weights.down_bias)
     num_rows = expert_TK.numel()
     _, num_outputs, num_inputs = weight.shape
     described = weight_arguments(weight, tile.block_in)
     block_in = described["BLOCK_IN"]
-    block_t = min(max(16, triton.next_power_of_2(2 * num_rows // weights.num_slots)), 64)
+    block_t = min(max(16, triton.next_power_of_2(2 * num_rows // plan.num_groups)), 64)
     arguments = {
         "in_ptr": x,
         "expert_ptr": expert_TK,
@@ -365,24 +409,32 @@ def _activate_splits(partial_SNO: Tensor, activated_NF: Tensor, weights: ExpertW
     run(Launch(decode_activation_kernel, (num_rows, triton.cdiv(num_features, block)), arguments))
 
 
-def _combine(
-    partial_SND: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights: ExpertWeights, y_TD: Tensor, run: Run
+def combine_rows(
+    partial_SND: Tensor,
+    expert_TK: Tensor,
+    combine_TK: Tensor,
+    slot_E: Tensor | None,
+    num_experts: int,
+    num_slots: int,
+    y_TD: Tensor,
+    run: Run,
 ) -> None:
+    """Write `y[t] = sum over k and splits of weight[t, k] * partial[s, t * K + k]` of experts in slots."""
     num_tokens, width = y_TD.shape
     block = min(triton.next_power_of_2(width), 256)
     arguments = {
         "partial_ptr": partial_SND,
         "expert_ptr": expert_TK,
-        "slot_ptr": weights.slot_E,
+        "slot_ptr": slot_E,
         "weight_ptr": combine_TK,
         "out_ptr": y_TD,
         "num_rows": expert_TK.numel(),
-        "num_experts": weights.num_experts,
-        "num_slots": weights.num_slots,
+        "num_experts": num_experts,
+        "num_slots": num_slots,
         "width": width,
         "top_k": expert_TK.shape[1],
         "num_splits": len(partial_SND),
-        "HAS_SLOTS": weights.slot_E is not None,
+        "HAS_SLOTS": slot_E is not None,
         "BLOCK": block,
         "ACCUMULATE": arithmetic(y_TD.dtype)["ACCUMULATE"],
     }

@@ -35,10 +35,14 @@ def can_compute(experts: nn.Module, x_TD: Tensor) -> bool:
     Returns:
         False for norms after the experts, unknown activations, number formats or devices without kernels.
     """
-    weight = experts.down_proj
+    return can_compute_in(experts, experts.down_proj.dtype, x_TD.device)
+
+
+def can_compute_in(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+    """The same for a module whose weights, of this dtype, are elsewhere."""
     # transformers before 5.23 has no norms after experts, and no such flag
     has_norm = getattr(experts, "has_post_expert_norm", False)
-    if has_norm or weight.dtype not in TRITON_TYPES or not _is_device_ready(x_TD.device):
+    if has_norm or dtype not in TRITON_TYPES or not _is_device_ready(device):
         return False
     return activation_of(experts) is not None
 

@@ -118,7 +118,7 @@ def experts(
     weights = _dense(up, down, up_bias, down_bias, slot, inner, gated, alpha, limit, shift, is_halves)
     x, expert, combine = x.contiguous(), expert.contiguous(), combine.contiguous()
     nothing = tuple(torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(4))
-    with _on(x):
+    with on_device_of(x):
         if not saves and expert.numel() <= MAX_ROWS:
             return decode(x, expert, combine, weights, execute), x.new_empty(0), *nothing
         tiles = chosen_tiles(x.device, x.dtype, expert.numel(), weights.num_slots)
@@ -167,7 +167,7 @@ def experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `expertier::experts` in the order of its first arguments; empty ones where none is needed."""
     weights = _dense(up, down, up_bias, down_bias, slot, inner, gated, alpha, limit, shift, is_halves)
-    with _on(x):
+    with on_device_of(x):
         gradients = backward(
             grad.to(x.dtype).contiguous(),
             x.contiguous(),
@@ -267,7 +267,7 @@ def quantised_experts(
         slot,
     )
     x, expert, combine = x.contiguous(), expert.contiguous(), combine.contiguous()
-    with _on(x):
+    with on_device_of(x):
         if expert.numel() <= MAX_ROWS:
             return decode(x, expert, combine, weights, execute)
         tiles = chosen_tiles(x.device, x.dtype, expert.numel(), weights.num_slots)
@@ -298,7 +298,7 @@ def _dense(
 
 
 @contextlib.contextmanager
-def _on(x: Tensor) -> Iterator[None]:
+def on_device_of(x: Tensor) -> Iterator[None]:
     """Triton launches on the current device, which need not be that of the tensors."""
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         yield

@@ -1,0 +1,119 @@
+"""The RAM tier below a GPU: gives the experts that a step misses, those in memory first, the others as they land.
+
+A RAM slot that a copy to the GPU still reads is lent: nothing may be read into it. Where room is short, experts that
+are on the GPU as well go first, those that will stay there longest before the others. Nothing is copied back from the
+GPU: an expert that it gives up is in RAM only if its slot there was not needed meanwhile.
+"""
+
+import time
+from collections.abc import Collection, Container, Mapping
+from queue import SimpleQueue
+
+import torch
+
+from .counters import Counters
+from .lanes import Copy
+from .reading import Ticket
+from .slots import LayerSlots
+
+
+class RamFeed:
+    """The misses of one call of one layer.
+
+    Args:
+        ram: the layer's RAM slots.
+        misses: experts that are needed and not on the GPU.
+        on_gpu: experts that are there.
+        lent: expert -> copy that reads its RAM slot; outlives the call.
+        counters: receives reads and stalls.
+    """
+
+    def __init__(
+        self,
+        ram: LayerSlots,
+        misses: Collection[int],
+        on_gpu: Container[int],
+        lent: dict[int, Copy],
+        counters: Counters,
+    ) -> None:
+        self._ram, self._on_gpu, self._lent, self._counters = ram, on_gpu, lent, counters
+        self._landed: SimpleQueue[Ticket] = SimpleQueue()
+        self._in_flight = ram.settle_ahead(misses, self._landed)
+        self.present = [expert for expert in misses if expert in ram and expert not in self._in_flight]
+        self._waiting = sorted((expert for expert in misses if expert not in ram), key=ram.cache.rank)
+        layer = counters.layers[ram.layer]
+        layer.misses += len(self._waiting) + len(self._in_flight)
+        layer.bytes_read += len(self._waiting) * ram.expert_bytes
+
+    def __getitem__(self, expert: int) -> Mapping[str, torch.Tensor]:
+        return self._ram[expert]
+
+    def start_reads(self) -> None:
+        """Start as many reads as there is room for."""
+        while self._waiting and self._make_room():
+            self._read_next()
+
+    def next_landed(self) -> int | None:
+        """The next expert that was read, or None when all are there."""
+        self.start_reads()
+        while self._waiting and not self._in_flight:
+            self._wait_for_room()
+            self.start_reads()
+        if not self._in_flight:
+            return None
+        started = time.perf_counter()
+        ticket = self._landed.get()
+        self._counters.stall_s += time.perf_counter() - started
+        del self._in_flight[ticket.expert]
+        if ticket.error is not None:
+            self._ram.release(ticket.expert)
+            raise OSError(
+                f"reading expert {ticket.expert} of MoE layer {ticket.layer} failed: {ticket.error}"
+            ) from ticket.error
+        self.present.append(ticket.expert)
+        return ticket.expert
+
+    def lend(self, expert: int, copy: Copy) -> None:
+        """A copy reads this expert's slot until it is done."""
+        self._lent[expert] = copy
+        self.give_back(expert)
+
+    def give_back(self, expert: int) -> None:
+        """This expert is not needed from RAM any more."""
+        self.present.remove(expert)
+
+    def abandon(self) -> None:
+        """After an error: wait for what is still being read or copied, and forget what was read."""
+        for copy in self._lent.values():
+            copy.wait()
+        for expert, ticket in self._in_flight.items():
+            ticket.is_cancelled = True
+            ticket.wait()
+            self._ram.release(expert)
+        self._in_flight.clear()
+
+    def _read_next(self) -> None:
+        expert = self._waiting.pop()
+        self._in_flight[expert] = self._ram.start_read(expert, list(self._ram.cache.resident), self._landed)
+
+    def _make_room(self) -> bool:
+        """Whether a slot is free, or could be made free."""
+        if self._ram.num_free:
+            return True
+        for expert in [expert for expert, copy in self._lent.items() if copy.is_done]:
+            del self._lent[expert]
+        busy = {*self.present, *self._in_flight, *self._lent}
+        others = [expert for expert in self._ram.cache.resident if expert not in busy]
+        if not others:
+            return False
+        twice = [expert for expert in others if expert in self._on_gpu]
+        rank = self._ram.cache.rank
+        self._ram.release(max(twice, key=rank) if twice else min(others, key=rank))
+        return True
+
+    def _wait_for_room(self) -> None:
+        """Nothing is being read for this call: every slot is lent, or still holds a read that was given up."""
+        if self._lent:
+            next(iter(self._lent.values())).wait()
+        else:
+            self._read_next()

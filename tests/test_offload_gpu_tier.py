@@ -1,0 +1,337 @@
+"""The GPU tier on a simulated device: bits, slots, budgets, faults; and on a real one where there is one."""
+
+import os
+import shutil
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+
+import offload
+from offload import gpu_calibrate, gpu_loading, gpu_rows
+from tests.simulated_lane import SimulatedLane
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+QWEN = {**SIZES, "intermediate_size": 48, "head_dim": 8}
+CONFIGS = {
+    "olmoe": lambda: OlmoeConfig(**SIZES, intermediate_size=24, num_experts=8, num_experts_per_tok=2),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**QWEN, moe_intermediate_size=21, num_experts=7, num_experts_per_tok=3),
+    "gpt_oss": lambda: GptOssConfig(**QWEN, num_local_experts=6, num_experts_per_tok=2, sliding_window=16),
+    "mixtral": lambda: MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=1, num_experts_per_tok=1),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folder and resident model of a configuration, made once."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    made = {}
+
+    def make(name, dtype=torch.float32):
+        if (name, dtype) not in made:
+            folder = tmp_path_factory.mktemp(name)
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(CONFIGS[name]()).to(dtype)
+            with torch.no_grad():
+                for parameter_name, parameter in model.named_parameters():
+                    if "experts" in parameter_name or "router" in parameter_name:
+                        parameter.normal_(0, 0.3)
+            model.save_pretrained(folder, max_shard_size="100KB")
+            resident = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+            made[name, dtype] = (folder, resident.eval())
+        return made[name, dtype]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """`offload.load` on a simulated device; its lane is `model.lane`."""
+    models = []
+
+    def load_simulated(folder, *, seed=0, copy_share=0.5, pins=True, kernels=False, **arguments):
+        lane = SimulatedLane(seed, copy_share, pins)
+        monkeypatch.setattr(gpu_loading, "LANES", {"cuda": lambda: lane})
+        monkeypatch.setattr("offload.gpu_budget.RING_SLOTS", 2)
+        if not kernels:
+            monkeypatch.setattr(
+                "offload.gpu_tier.experts_for", lambda module, count, *_: gpu_rows.LoopExperts(module, count)
+            )
+        model = offload.load(folder, device="cuda", **arguments)
+        model.lane = lane
+        models.append(model)
+        return model
+
+    yield load_simulated
+    for model in models:
+        model.offload.close()
+
+
+@pytest.fixture
+def all_there(saved, load):
+    """What comes out when every expert has its slot."""
+
+    def compute(name, dtype=torch.float32):
+        if (name, dtype) not in ALL_THERE:
+            ALL_THERE[name, dtype] = run(load(saved(name, dtype)[0], gpu_experts=8, cache_experts=8))
+        return ALL_THERE[name, dtype]
+
+    return compute
+
+
+ALL_THERE = {}
+PROMPT = torch.randint(0, 97, (1, 21), generator=torch.Generator().manual_seed(1))
+
+
+def run(model, prompt=PROMPT, steps=6, device="cpu"):
+    """Logits of a prefill and of some decoding steps with given tokens."""
+    outputs = []
+    with torch.inference_mode():
+        output = model(prompt.to(device), use_cache=True)
+        outputs.append(output.logits)
+        for step in range(steps):
+            token = prompt[:, step : step + 1].to(device)
+            output = model(token, past_key_values=output.past_key_values, use_cache=True)
+            outputs.append(output.logits)
+    return torch.cat(outputs, dim=1)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen3_moe", "gpt_oss", "mixtral"])
+def test_bits_depend_neither_on_slots_nor_on_when_copies_happen(saved, load, all_there, tolerance, name):
+    folder, resident = saved(name)
+    torch.testing.assert_close(all_there(name), run(resident), **tolerance[torch.float32])
+    for gpu_experts, cache_experts, copy_share in ((1, 1, 0.0), (2, 1, 1.0), (5, 3, 0.5)):
+        arguments = {"gpu_experts": gpu_experts, "cache_experts": cache_experts, "policy": "lru"}
+        model = load(folder, seed=gpu_experts, copy_share=copy_share, **arguments)
+        assert torch.equal(run(model), all_there(name)), arguments
+        report = model.offload.report()["gpu"]
+        assert report["misses"] > 0
+        assert report["copied_bytes"] > 0
+
+
+def test_kernels_compute_in_the_slots(saved, load, tolerance):
+    pytest.importorskip("triton")
+    folder, resident = saved("gpt_oss")
+    prompt = PROMPT[:, :5]
+    expected = run(load(folder, kernels=True, gpu_experts=6, cache_experts=6), prompt, 2)
+    torch.testing.assert_close(expected, run(resident, prompt, 2), **tolerance[torch.float32])
+    model = load(folder, seed=3, kernels=True, gpu_experts=2, cache_experts=3)
+    assert torch.equal(run(model, prompt, 2), expected)
+    assert model.offload.report()["gpu"]["computed_by"] == ["kernels"]
+
+
+@pytest.mark.parametrize("broken", ["compute_after", "after", "lent"])
+def test_a_missing_wait_would_be_seen(saved, load, all_there, monkeypatch, broken):
+    """The simulated device is sharp: without any one kind of wait, some run gives other bits."""
+    folder, _ = saved("olmoe")
+    expected = all_there("olmoe")
+    if broken == "compute_after":
+        monkeypatch.setattr(SimulatedLane, "compute_after", lambda self, copy: None)
+    elif broken == "after":
+        copy_in = SimulatedLane.copy_in
+        monkeypatch.setattr(SimulatedLane, "copy_in", lambda self, pairs, after: copy_in(self, pairs, None))
+    else:
+        monkeypatch.setattr("offload.ram_feed.RamFeed.lend", lambda self, expert, copy: self.give_back(expert))
+    copy_share = 0.9 if broken == "after" else 0.1
+    models = [load(folder, seed=seed, copy_share=copy_share, gpu_experts=1, cache_experts=1) for seed in range(4)]
+    assert not all(torch.equal(run(model), expected) for model in models)
+
+
+def test_what_is_on_the_gpu_costs_nothing_and_ram_keeps_other_experts(saved, load):
+    folder, _ = saved("olmoe")
+    model = load(folder, gpu_experts=4, cache_experts=4, policy="lru")
+    run(model, steps=20)
+    tier, runtime = model.offload._runtime.gpu, model.offload._runtime
+    for layer, ram in zip(tier._layers, runtime.layers, strict=True):
+        on_gpu = set(layer.slots.map.slot_of)
+        assert len(on_gpu) == 4
+        assert len(on_gpu | set(ram.cache.resident)) > 4
+    model.offload.reset()
+    run(model, PROMPT[:, :1], 0)
+    model.offload.reset()
+    run(model, PROMPT[:, :1], 0)
+    report = model.offload.report()
+    assert (report["gpu"]["hit_rate"], report["gpu"]["copied_bytes"], report["bytes_read"]) == (1.0, 0, 0)
+
+
+def test_prefill_leaves_the_experts_of_decoding_where_they_are(saved, load):
+    folder, _ = saved("olmoe")
+    model = load(folder, gpu_experts=3, cache_experts=8)
+    run(model)
+    tier = model.offload._runtime.gpu
+    before = [dict(layer.slots.map.slot_of) for layer in tier._layers]
+    assert all(len(slot_of) == 3 for slot_of in before)
+    run(model, PROMPT.repeat(2, 3), 0)
+    assert [dict(layer.slots.map.slot_of) for layer in tier._layers] == before
+
+
+def test_the_cpu_takes_a_share_of_the_misses(saved, load, tolerance):
+    folder, resident = saved("gpt_oss")
+    model = load(folder, gpu_experts=2, cache_experts=6, arithmetic="fast")
+    torch.testing.assert_close(run(model, steps=20), run(resident, steps=20), **tolerance[torch.float32])
+    report = model.offload.report()["gpu"]
+    assert report["cpu_experts"] > 0
+    assert report["copied_bytes"] > 0
+    exact = load(folder, gpu_experts=2, cache_experts=6)
+    run(exact)
+    assert exact.offload.report()["gpu"]["cpu_experts"] == 0
+
+
+def test_half_precision(saved, load, all_there, tolerance):
+    folder, resident = saved("olmoe", torch.bfloat16)
+    expected = all_there("olmoe", torch.bfloat16)
+    torch.testing.assert_close(expected, run(resident), **tolerance[torch.bfloat16])
+    for arithmetic in ("exact", "fast"):
+        model = load(folder, seed=2, gpu_experts=2, cache_experts=3, arithmetic=arithmetic)
+        torch.testing.assert_close(run(model), expected, **tolerance[torch.bfloat16])
+
+
+def test_generation_batches_traces_and_reading_ahead(saved, load):
+    folder, resident = saved("olmoe")
+    prompt = torch.tensor([[0, 0, 5, 9], [3, 1, 4, 1]])
+    arguments = {"attention_mask": (prompt > 0).long(), "max_new_tokens": 6, "do_sample": False}
+    expected = resident.generate(prompt, **arguments)
+    for prefetch in ("off", "gate", "transitions"):
+        model = load(folder, gpu_experts=2, cache_experts=4, prefetch=prefetch, record_trace=True)
+        assert torch.equal(model.generate(prompt, **arguments), expected)
+        assert model.offload.trace().num_experts == 8
+
+
+def test_an_error_while_reading_leaves_the_model_usable(saved, load, all_there, tmp_path):
+    original, _ = saved("olmoe")
+    folder = shutil.copytree(original, tmp_path / "copy")
+    expected = all_there("olmoe")
+    model = load(folder, seed=5, gpu_experts=2, cache_experts=3, io="cached")
+    run(model, steps=3)
+    whole = {shard: shard.read_bytes() for shard in folder.glob("*.safetensors")}
+    for shard in whole:
+        os.truncate(shard, 4096)
+    with pytest.raises(OSError, match=r"expert \d+ of MoE layer \d+ failed"):
+        run(model)
+    for shard, content in whole.items():
+        with shard.open("r+b") as file:
+            file.write(content)
+    assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize("first_failure", [0, 7, 20])
+def test_an_error_while_copying_leaves_the_model_usable(saved, load, all_there, first_failure):
+    folder, _ = saved("olmoe")
+    expected = all_there("olmoe")
+    model = load(folder, seed=first_failure, gpu_experts=2, cache_experts=3)
+    model.lane.fail_at_copy = first_failure
+    with pytest.raises(RuntimeError, match="on fire"):
+        run(model)
+    assert torch.equal(run(model), expected)
+
+
+def test_a_step_that_is_interrupted_leaves_the_model_usable(saved, load, all_there, monkeypatch):
+    folder, _ = saved("olmoe")
+    expected = all_there("olmoe")
+    model = load(folder, seed=1, gpu_experts=2, cache_experts=3, policy="lru")
+    real, calls = gpu_rows.LoopRows.combine, iter(range(100))
+
+    def interrupted(rows, weight_TK):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return real(rows, weight_TK)
+
+    monkeypatch.setattr(gpu_rows.LoopRows, "combine", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model)
+    assert torch.equal(run(model), expected)
+
+
+def test_memory_that_cannot_be_pinned_is_used_all_the_same(saved, load, all_there):
+    folder, _ = saved("olmoe")
+    expected = all_there("olmoe")
+    pinned, pageable = (load(folder, gpu_experts=2, cache_experts=3, pins=pins) for pins in (True, False))
+    assert torch.equal(run(pageable), expected)
+    assert not pageable.offload.report()["gpu"]["is_pinned"]
+    assert len(pinned.lane.pinned) == 2
+    pinned.offload.close()
+    assert pinned.lane.pinned == []
+
+
+def test_gpu_budgets(saved, load):
+    folder, _ = saved("olmoe")
+    model = load(folder, gpu_memory="900MiB", cache_experts=3)
+    plan = model.offload._runtime.gpu.plan
+    assert plan.num_slots == (8, 8)
+    assert plan.fixed_bytes + plan.slot_bytes <= 900 << 20
+    assert plan.weight_bytes == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert (model.lane.limited_to, model.offload.plan.weight_bytes) == (900 << 20, 0)
+    assert model.lane.pool_bytes <= plan.slot_bytes + plan.staging_bytes
+    assert load(folder, cache_experts=3).offload._runtime.gpu.plan.limit_bytes == int(0.9 * (2 << 30))
+    with pytest.raises(ValueError, match=r"gpu_memory: 100.00 MiB is too small.*give at least"):
+        load(folder, gpu_memory="100MiB", cache_experts=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
+        ({"device": "cpu", "gpu_memory": "1GiB"}, "no GPU slots"),
+        ({"device": "cuda", "gpu_memory": 0}, "nothing fits"),
+        ({"device": "cuda", "gpu_experts": 0}, "gpu_experts must be at least 1"),
+        ({"device": "cuda", "gpu_memory": "much"}, "as a size"),
+    ],
+)
+def test_contradictions_are_refused(saved, monkeypatch, arguments, message):
+    monkeypatch.setattr(gpu_loading, "LANES", {"cuda": SimulatedLane})
+    with pytest.raises(ValueError, match=message):
+        offload.load(saved("olmoe")[0], cache_experts=2, **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_says_so(saved):
+    with pytest.raises(ValueError, match="finds no CUDA device"):
+        offload.load(saved("olmoe")[0], device="cuda")
+
+
+def test_rates_of_a_device():
+    lane = SimulatedLane()
+    assert gpu_calibrate.wire_bandwidth(lane, 1 << 16) == pytest.approx(1e9)
+    assert gpu_calibrate.read_bandwidth(lane, 1 << 16) > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["olmoe", "qwen3_moe", "gpt_oss"])
+def test_on_a_gpu(saved, tolerance, name, dtype):
+    """The same bits at every number of slots, and close to transformers on the same GPU."""
+    folder, resident = saved(name, dtype)
+    arguments = {"device": "cuda", "cache_experts": 3}
+    outputs = []
+    for gpu_experts in (8, 4, 1):
+        model = offload.load(folder, gpu_experts=gpu_experts, **arguments)
+        outputs.append(run(model, device="cuda").cpu())
+        assert model.offload.report()["gpu"]["computed_by"] == ["kernels"]
+        model.offload.close()
+    expected = run(resident.cuda(), device="cuda").cpu()
+    resident.cpu()
+    torch.testing.assert_close(outputs[0], expected, **tolerance[dtype])
+    assert torch.equal(outputs[1], outputs[0])
+    assert torch.equal(outputs[2], outputs[0])
+    model = offload.load(folder, gpu_experts=2, arithmetic="fast", **arguments)
+    torch.testing.assert_close(run(model, device="cuda").cpu(), expected, **tolerance[dtype])
+    model.offload.close()
