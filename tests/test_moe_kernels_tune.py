@@ -21,8 +21,8 @@ TILES = LOW, LOW_WIDE, HIGH = Tile(16, 32, 16, 4, 1), Tile(16, 64, 16, 4, 1), Ti
 NAMES = {
     "up": ("BLOCK_M", "BLOCK_OUT"),
     "down": ("BLOCK_M", "BLOCK_OUT"),
-    "grad_activation": ("BLOCK_M", "BLOCK_F"),
-    "grad_input": ("BLOCK_M", "BLOCK_D"),
+    "grad_activation": ("BLOCK_M", "BLOCK_IN"),
+    "grad_input": ("BLOCK_M", "BLOCK_IN"),
     "grad_weight": ("BLOCK_OUT", "BLOCK_IN"),
 }
 DEVICE_NAME = "A Device/1"
