@@ -94,7 +94,7 @@ def layer_launches(
         num_tokens, top_k: T, K.
         dtype: of the tokens.
         tiles: tile sizes.
-        trains: forward and backward pass; else the inference pass with the same tiles.
+        trains: forward and backward pass (of all but quantised weights); else the inference pass with the same tiles.
 
     Returns:
         Launches in order.
@@ -103,7 +103,9 @@ def layer_launches(
     x_TD, expert_TK, combine_TK = _inputs(weights, num_tokens, top_k, dtype)
     _, pre_NO, groups = forward(x_TD, expert_TK, combine_TK, weights, tiles, launches.append, saves=trains)
     if trains:
-        backward(x_TD, x_TD, combine_TK, pre_NO, groups, weights, Needs(), tiles, launches.append)
+        is_frozen = isinstance(weights.up, QuantisedWeight)
+        needs = Needs(up=not is_frozen, down=not is_frozen)
+        backward(x_TD, x_TD, combine_TK, pre_NO, groups, weights, needs, tiles, launches.append)
     return launches
 
 
@@ -227,16 +229,17 @@ def _source(launch: Launch) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = launch.arguments[parameter.name]
+        is_aligned = False
         if isinstance(value, Tensor):
             signature[parameter.name] = f"*{TYPE_NAMES[value.dtype]}"
-            attributes[(index,)] = [["tt.divisibility", DIVISIBILITY]]
+            is_aligned = True
         elif parameter.is_constexpr or value is None or value == 1:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % DIVISIBILITY == 0:
-                attributes[(index,)] = [["tt.divisibility", DIVISIBILITY]]
+            is_aligned = value % DIVISIBILITY == 0
+        attributes[(index,)] = [["tt.divisibility", DIVISIBILITY]] if is_aligned else []
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
@@ -288,7 +291,7 @@ def shipped_launches(arch: str) -> Iterator[tuple[str, Launch]]:
         for launch in layer_launches(weights, 4096, 4, torch.bfloat16, tiles, trains=True):
             yield name, launch
     for name, weights in quantised.items():
-        for launch in layer_launches(weights, 4096, 8, torch.bfloat16, tiles, trains=False):
+        for launch in layer_launches(weights, 4096, 8, torch.bfloat16, tiles, trains=True):
             yield name, launch
     for name, weights in {"dense": dense, **layouts, **quantised}.items():
         for num_tokens in (1, 64):
