@@ -71,6 +71,48 @@ def test_every_shipped_configuration(arch):
         check(entry)
 
 
+LAUNCHER_CHECK = """
+import triton
+from triton.runtime import driver
+from moe.kernels import ahead_of_time
+
+class Device:
+    def get_current_target(self):
+        return ahead_of_time.TARGETS["sm90"]
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 0
+
+derived = []
+def note(*_, **given):
+    derived.append(given["compile"])
+    return True  # do not compile
+
+driver.set_active(Device())
+triton.knobs.runtime.jit_cache_hook = note
+for name, launch in ahead_of_time.shipped_launches("sm90"):
+    if not name.startswith(("dense/many", "gpt_oss", "int4", "slots", "split/int8")):
+        continue
+    derived.clear()
+    launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options())
+    ours, theirs = ahead_of_time._source(launch), derived[0]
+    assert ours.signature == theirs["signature"], (name, launch.kernel)
+    assert ours.constants == theirs["constants"], (name, launch.kernel)
+    assert str(ours.attrs) == str(theirs["configs"][0]), (name, launch.kernel)
+    print(name, launch.kernel.__name__)
+"""
+
+
+def test_what_is_compiled_is_what_the_launcher_would_compile():
+    """Triton's own launcher, with a device that only says what it is, derives the same types, constants and hints."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", LAUNCHER_CHECK]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {line.split()[1] for line in done.stdout.splitlines()} == ALL_KERNELS
+
+
 def test_interpreted_kernels_are_not_compiled():
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels of this process are not interpreted")

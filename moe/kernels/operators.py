@@ -146,7 +146,7 @@ def experts(
     with _on(x):
         if not saves and expert.numel() <= MAX_ROWS:
             return decode(x, expert, combine, weights, execute), x.new_empty(0), *nothing
-        tiles = chosen_tiles(x.device, x.dtype, expert.numel(), weights.num_slots)
+        tiles = chosen_tiles(x.device, x.dtype, expert.numel(), weights)
         y, pre, grouped = forward(x, expert, combine, weights, tiles, execute, saves=saves)
     if not saves:
         return y, x.new_empty(0), *nothing
@@ -209,7 +209,7 @@ def experts_backward(
             Groups(order, position, total, offset),
             weights,
             Needs(*needs),
-            chosen_tiles(x.device, x.dtype, len(order), weights.num_slots),
+            chosen_tiles(x.device, x.dtype, len(order), weights),
             execute,
         )
     found = (
