@@ -1,10 +1,8 @@
 """`expertier bench offload`: decode speed of several engines on one replay checkpoint under the same memory limit."""
 
 import json
-import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -15,9 +13,10 @@ from rich.table import Table
 
 from offload import format_size, parse_size
 
+from . import llama_cpp
 from .memory_limit import drop_cached, run_limited
 
-DEFAULT_CONTESTANTS = ("ours", "ours-fast", "ours-lru", "accelerate", "resident")
+DEFAULT_CONTESTANTS = ("ours", "ours-fast", "ours-lru", "accelerate", "resident", "llama.cpp")
 NEEDS_LIMIT = {"accelerate": True, "resident": False}
 TIMEOUT_S = 1800.0
 
@@ -77,6 +76,7 @@ def check_parity() -> None:
 
     from routing.traces import RoutingTrace
 
+    from .offload_contestants import load_model
     from .replay import ReplaySize, build_replay
 
     rng = np.random.default_rng(0)
@@ -85,7 +85,7 @@ def check_parity() -> None:
     tokens = torch.arange(40)[None]
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         build_replay(trace, Path(folder), ReplaySize(hidden=128, expert=64))
-        expected = _load("resident", Path(folder), "none", 40)(tokens).logits
+        expected = load_model("resident", Path(folder), "none", 40)(tokens).logits
         for cache_experts in (2, 5, 16):
             import offload
 
@@ -96,12 +96,16 @@ def check_parity() -> None:
 
 
 def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, predictor: Path | None) -> dict[str, Any]:
+    if name == "llama.cpp":
+        if not llama_cpp.is_available():
+            return _row({"contestant": name, "limit": limit, "note": llama_cpp.NOT_INSTALLED}, {}, None)
+        llama_cpp.gguf_of(checkpoint)
     drop_cached(checkpoint)
     limit_bytes = None if limit == "none" else parse_size(limit)
     command = [
         sys.executable,
         "-m",
-        "experiments.bench_offload",
+        "experiments.offload_contestants",
         name,
         str(checkpoint),
         limit,
@@ -117,6 +121,10 @@ def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, pre
     else:
         reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
         row["note"] = f"exit {finished.returncode}: {reason}"[:160]
+    return _row(row, measured, finished.peak_bytes)
+
+
+def _row(row: dict[str, Any], measured: dict[str, Any], peak_bytes: int | None) -> dict[str, Any]:
     step_s = measured.get("step_s", [])
     ordered = sorted(step_s)
     return {
@@ -133,7 +141,7 @@ def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, pre
         "prefill_bytes": measured.get("prefill_bytes"),
         "io_and_compute_share": measured.get("io_and_compute_share"),
         "prefetch": measured.get("prefetch"),
-        "peak_bytes": finished.peak_bytes,
+        "peak_bytes": peak_bytes,
         "peak_rss_bytes": measured.get("peak_rss_bytes"),
         "logits": measured.get("logits"),
         "note": row.get("note", ""),
@@ -181,80 +189,3 @@ def _print(console: Console, results: list[dict[str, Any]]) -> None:
         peak = "-" if row["peak_bytes"] is None else format_size(row["peak_bytes"])
         table.add_row(row["limit"], row["contestant"], *shown, peak)
     console.print(table)
-
-
-def _contest(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, predictor: str = "") -> dict[str, Any]:
-    """In the limited process: load, prefill, decode along the trace.
-
-    Prefetching by the next layer's gate stays off: a replay checkpoint marks the experts of all layers in one hidden
-    state, so that such a guess would always be right here.
-    """
-    import torch
-
-    started = time.perf_counter()
-    model = _load(name, checkpoint, limit, prefill + decode, predictor)
-    load_s = time.perf_counter() - started
-    ids = torch.arange(prefill + decode)[None]
-    step_s: list[float] = []
-    with torch.inference_mode():
-        started = time.perf_counter()
-        output = model(ids[:, :prefill], use_cache=True, logits_to_keep=1)
-        prefill_s = time.perf_counter() - started
-        after_prefill = model.offload.report() if hasattr(model, "offload") else {}
-        if after_prefill:
-            model.offload.reset()
-        for position in range(prefill, prefill + decode):
-            started = time.perf_counter()
-            output = model(ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True)
-            step_s.append(time.perf_counter() - started)
-    measured = {"load_s": load_s, "prefill_s": prefill_s, "step_s": step_s}
-    measured["logits"] = output.logits[0, -1, :4].float().tolist()
-    if after_prefill:
-        report = model.offload.report()
-        measured["hit_rate"] = report["hit_rate"]
-        measured["bytes_per_token"] = report["bytes_read"] / decode
-        measured["bytes_missed_per_token"] = report["bytes_missed"] / decode
-        measured["prefill_bytes"] = after_prefill["bytes_read"]
-        measured["peak_rss_bytes"] = report["peak_memory_bytes"]
-        measured["compute_s"], measured["stall_s"] = report["compute_s"], report["stall_s"]
-        measured["prefetch"] = report["prefetch"]
-        measured["io_and_compute_share"] = (report["compute_s"] + report["stall_s"]) / sum(step_s)
-    return measured
-
-
-def _option(part: str, predictor: str) -> dict[str, Any]:
-    """What `ours-fast`, `ours-ahead`, `ours-lru` and so on add to the defaults."""
-    if part == "ahead":
-        if not predictor:
-            raise ValueError("ours-ahead needs --predictor; make one with `expertier trace predictor`")
-        return {"prefetch": predictor}
-    return {"arithmetic": "fast"} if part == "fast" else {"policy": part}
-
-
-def _load(name: str, checkpoint: Path, limit: str, context: int, predictor: str = "") -> Any:
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if name.startswith("ours"):
-        import offload
-
-        memory: Any = "auto" if limit == "none" else parse_size(limit)
-        options: dict[str, Any] = {"context": context}
-        for part in name.split("-")[1:]:
-            options |= _option(part, predictor)
-        return offload.load(checkpoint, cpu_memory=memory, **options)
-    if name == "resident":
-        return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
-    if name == "accelerate":
-        folder = tempfile.mkdtemp(prefix="expertier-accelerate-", dir=os.environ.get("TMPDIR"))
-        room = int(parse_size(limit) * 0.75) - (1 << 30)
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.bfloat16, device_map="auto", max_memory={"cpu": room}, offload_folder=folder
-        ).eval()
-    raise ValueError(f"unknown contestant {name!r}; there are {', '.join(DEFAULT_CONTESTANTS)}")
-
-
-if __name__ == "__main__":
-    print(json.dumps(_contest(sys.argv[1], Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:6]), sys.argv[6])))

@@ -24,8 +24,9 @@ from .budget import (
 from .cache import NEEDS_FUTURE
 from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
 from .handle import Offload
+from .huge_pages import move_to_huge_pages
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
-from .matvec import Matvecs, quicken_linears
+from .matvec import Matvecs, quicken_linears, touch
 from .packing import read_pack
 from .prefetch import PREDICTORS
 from .record import ExpertRecord
@@ -33,6 +34,7 @@ from .routers import make_prefetcher
 from .starting_plan import read_starting_plan
 from .store import READ_BYTES, ExpertStore
 from .tracing import TraceRecorder
+from .warming import Warmer
 
 DEFAULT_POLICY = "learned"
 
@@ -114,6 +116,7 @@ def load(
         packed = read_pack(Path(pack), layers, entries)
         layers, checksums = packed.layers, packed.checksums
     _drop_expert_weights(model)
+    move_to_huge_pages(model)
     top_k = experts_per_token(config)
     num_slots = None
     slot_bytes = [ExpertRecord.of(layer).slot_bytes for layer in layers]
@@ -136,6 +139,7 @@ def load(
     running = _runtime.OffloadRuntime(store, memory.num_slots, policy, recorder, matvecs)
     running.prefetcher = make_prefetcher(prefetch, model, layers, top_k)
     quicken_linears(model, matvecs)
+    running.warmer = None if (reads := touch()) is None else Warmer(model, reads)
     if starting is not None:
         running.fill(starting.experts_L)
     return _attach(model, running, memory, policy)

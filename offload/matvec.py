@@ -27,6 +27,7 @@ TRIALS = 4
 ARITHMETICS = ("exact", "fast")
 
 Kernel = Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor], None]
+ExpertsKernel = Callable[..., None]
 
 
 class Matvecs:
@@ -62,19 +63,32 @@ class Matvecs:
         first_FD = weights_FD[0]
         if not (self._kernels and _fits(x_ND, weights_FD)):
             return False
-        key = (*first_FD.shape, torch.get_num_threads())
-        if key not in self._chosen:
-            self._chosen[key] = self._choose(first_FD)
-        kernel = self._chosen[key]
+        kernel = self._kernel(first_FD)
         if kernel is None:
             return False
         kernel(x_ND, weights_FD, out_NF)
         return True
 
+    def experts_kernel(self, up_FD: torch.Tensor, down_DF: torch.Tensor) -> ExpertsKernel | None:
+        """The kernel of whole experts, if both of their products are computed by the same one.
+
+        Args:
+            up_FD, down_DF: weights of the shapes in question.
+        """
+        chosen = {self._kernel(up_FD), self._kernel(down_DF)} if self._kernels else {None}
+        kernel = chosen.pop()
+        return None if chosen or kernel is None else _experts_kernels()[_name(kernel)]
+
     @property
     def names(self) -> dict[str, str]:
         """What computes each shape met so far, for the report."""
         return {f"{rows}x{columns}": _name(kernel) for (rows, columns, _), kernel in self._chosen.items()}
+
+    def _kernel(self, weight_FD: torch.Tensor) -> Kernel | None:
+        key = (*weight_FD.shape, torch.get_num_threads())
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(weight_FD)
+        return self._chosen[key]
 
     def _choose(self, weight_FD: torch.Tensor) -> Kernel | None:
         rows, columns = weight_FD.shape
@@ -137,23 +151,56 @@ def _name(kernel: Kernel | None) -> str:
 def _kernels() -> dict[str, Kernel]:
     """Our kernels that this processor runs, best first. Raises OSError if there is no C compiler or it fails."""
     library = _library()
-    found = {"amx": "expertier_matvec_amx"} if library.expertier_has_amx() else {}
-    found["dot"] = "expertier_matvec_dot"
-    return {name: _bound(getattr(library, symbol)) for name, symbol in found.items()}
+    library.expertier_matvec.argtypes = [ctypes.c_int] + [ctypes.c_int64] + [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
+    library.expertier_matvec.restype = None
+    return {name: _matvec(library.expertier_matvec, is_amx) for name, is_amx in _arithmetics(library).items()}
 
 
-def _bound(function: Any) -> Kernel:
-    function.argtypes = [ctypes.c_int64] + [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
+@functools.cache
+def _experts_kernels() -> dict[str, ExpertsKernel]:
+    """Whole experts, by the same names."""
+    library = _library()
+    function = library.expertier_experts
+    function.argtypes = (
+        [ctypes.c_int, ctypes.c_int64]
+        + [ctypes.c_void_p] * 4
+        + [ctypes.c_int]
+        + [ctypes.c_void_p] * 2
+        + [ctypes.c_int64] * 2
+    )
     function.restype = None
+    return {name: functools.partial(function, is_amx) for name, is_amx in _arithmetics(library).items()}
 
+
+def _arithmetics(library: ctypes.CDLL) -> dict[str, bool]:
+    return ({"amx": True} if library.expertier_has_amx() else {}) | {"dot": False}
+
+
+def _matvec(function: Any, is_amx: bool) -> Kernel:
     def call(x_ND: torch.Tensor, weights_FD: Sequence[torch.Tensor], out_NF: torch.Tensor) -> None:
-        num = len(weights_FD)
-        places = (ctypes.c_void_p * num)(*[weight.data_ptr() for weight in weights_FD])
-        function(num, places, x_ND.data_ptr(), out_NF.data_ptr(), *weights_FD[0].shape)
+        places = pointers(weights_FD)
+        function(is_amx, len(weights_FD), places, x_ND.data_ptr(), out_NF.data_ptr(), *weights_FD[0].shape)
 
     return call
 
 
+@functools.cache
+def touch() -> Callable[[int, int], None] | None:
+    """Reads `bytes` at an address, without holding Python's lock; None without a C compiler."""
+    try:
+        function = _library().expertier_touch
+    except OSError:
+        return None
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64], None
+    return function
+
+
+def pointers(tensors: Sequence[torch.Tensor]) -> Any:
+    """Where tensors lie, as C takes it."""
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+@functools.cache
 def _library() -> ctypes.CDLL:
     """Compile once per processor and source into the user's cache, and load."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")

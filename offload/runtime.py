@@ -19,9 +19,11 @@ from .matvec import Matvecs
 from .prefetch import Prefetcher
 from .reading import Ticket
 from .slots import LayerSlots
-from .step import ExpertStep
+from .step import NOTHING, ExpertStep
 from .store import ExpertStore
+from .token_experts import FusedExperts, TokenRows, fuse_experts
 from .tracing import TraceRecorder
+from .warming import Warmer
 
 IMPLEMENTATION = "expertier_offload"
 
@@ -51,6 +53,8 @@ class OffloadRuntime:
         self.counters = Counters([LayerCounters() for _ in self.layers])
         self.recorder = recorder
         self.prefetcher: Prefetcher | None = None
+        self.warmer: Warmer | None = None
+        self._fused: dict[tuple[int, int, int], FusedExperts | None] = {}
         self._lock = threading.RLock()
 
     def forward(
@@ -63,8 +67,9 @@ class OffloadRuntime:
             slots = self.layers[layer]
             if not slots.is_grouped:
                 return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
-            rows = RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK, self.matvecs)
-            step = ExpertStep(slots, self.counters, rows.num_rows, expert_TK)
+            rows = self._rows(slots, module, x_TD, expert_TK, weight_TK)
+            idle_work = self.warmer.pieces(layer) if self.warmer and len(expert_TK) == 1 else NOTHING
+            step = ExpertStep(slots, self.counters, rows.num_rows, expert_TK, idle_work)
             step.run(rows, lambda: self._look_ahead(layer, x_TD, expert_TK))
             return rows.combine()
 
@@ -98,6 +103,23 @@ class OffloadRuntime:
                 present = [expert for expert in experts if expert in slots]
                 for expert in waiting:
                     slots.read_ahead(expert, present, len(waiting))
+
+    def _rows(
+        self, slots: LayerSlots, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> RoutedRows | TokenRows:
+        num_tokens, top_k = expert_TK.shape
+        if num_tokens == 1 and x_TD.dtype == torch.bfloat16 and x_TD.is_contiguous():
+            experts = expert_TK[0].tolist()
+            fused = self._fused_experts(slots.layer, module, top_k)
+            if fused is not None and len(set(experts)) == top_k:
+                return TokenRows(fused, experts, slots.num_experts, x_TD, weight_TK)
+        return RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK, self.matvecs)
+
+    def _fused_experts(self, layer: int, module: Any, top_k: int) -> FusedExperts | None:
+        key = (layer, top_k, torch.get_num_threads())
+        if key not in self._fused:
+            self._fused[key] = fuse_experts(module, self.store.records[layer].layer, top_k, self.matvecs)
+        return self._fused[key]
 
     def _look_ahead(self, layer: int, x_TD: torch.Tensor, expert_TK: torch.Tensor) -> None:
         """Once this layer's reads are on their way: start what the next layers will probably ask for."""

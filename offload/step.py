@@ -1,7 +1,7 @@
 """One call of one layer: look all experts up, read what is missing, compute what is there and what lands."""
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from queue import SimpleQueue
 
 import torch
@@ -10,25 +10,34 @@ from .compute import RoutedRows
 from .counters import Counters
 from .reading import Ticket
 from .slots import LayerSlots
+from .token_experts import TokenRows
 
 LEARN_FROM_TOKENS = 512
+NOTHING: Iterator[object] = iter(())
 
 
 class ExpertStep:
     """One call of one layer: which experts it needs, and how many rows each of them has.
 
     `run` computes them in the order in which they are there; as a context, `fetch` gives one after the other.
+    `idle_work` goes on by one short step at a time while nothing has landed.
     """
 
     def __init__(
-        self, slots: LayerSlots, counters: Counters, num_rows: Mapping[int, int], expert_TK: torch.Tensor
+        self,
+        slots: LayerSlots,
+        counters: Counters,
+        num_rows: Mapping[int, int],
+        expert_TK: torch.Tensor,
+        idle_work: Iterator[object] = NOTHING,
     ) -> None:
         self._slots, self._num_rows, self._counters = slots, num_rows, counters
+        self._idle_work = idle_work
         self._expert_TK = expert_TK
         self._landed: SimpleQueue[Ticket] = SimpleQueue()
         self._in_flight: dict[int, Ticket] = {}
 
-    def run(self, rows: RoutedRows, reads_started: Callable[[], None] = lambda: None) -> None:
+    def run(self, rows: RoutedRows | TokenRows, reads_started: Callable[[], None] = lambda: None) -> None:
         """Compute every needed expert once; `reads_started` is called when all reads that fit are on their way."""
         hits, misses = self._look_up()
         try:
@@ -40,7 +49,7 @@ class ExpertStep:
             self._settle()
 
     def _run_together(
-        self, rows: RoutedRows, hits: list[int], misses: list[int], reads_started: Callable[[], None]
+        self, rows: RoutedRows | TokenRows, hits: list[int], misses: list[int], reads_started: Callable[[], None]
     ) -> None:
         """All experts are held until the end; each is computed as far as possible when it is there."""
         for expert in misses:
@@ -53,14 +62,14 @@ class ExpertStep:
         for expert in self._num_rows:
             self._timed(rows.finish, expert)
 
-    def _start_hits(self, rows: RoutedRows, hits: list[int]) -> None:
+    def _start_hits(self, rows: RoutedRows | TokenRows, hits: list[int]) -> None:
         started = time.perf_counter()
         if not (hits and rows.compute_singles(hits, [self._slots[expert] for expert in hits])):
             for expert in hits:
                 rows.start(expert, self._slots[expert])
         self._counters.compute_s += time.perf_counter() - started
 
-    def _run_in_waves(self, rows: RoutedRows, hits: list[int], misses: list[int]) -> None:
+    def _run_in_waves(self, rows: RoutedRows | TokenRows, hits: list[int], misses: list[int]) -> None:
         """Fewer slots than experts: those that wait take the slots of computed ones, at most half of the slots."""
         slots, waiting = self._slots, misses[::-1]
         for expert in hits:
@@ -117,6 +126,8 @@ class ExpertStep:
 
     def _next_landed(self) -> int:
         started = time.perf_counter()
+        while self._landed.empty() and next(self._idle_work, None) is not None:
+            pass
         ticket = self._landed.get()
         self._counters.stall_s += time.perf_counter() - started
         del self._in_flight[ticket.expert]

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import bench_offload, memory_limit
+from experiments import bench_offload, llama_cpp, memory_limit
+from experiments.offload_contestants import contest, load_model
 from experiments.replay import ReplaySize, build_replay
 from routing.traces import RoutingTrace
 
@@ -25,14 +26,14 @@ def test_parity_gate():
 
 def test_contestants_agree(checkpoint):
     measured = {
-        name: bench_offload._contest(name, checkpoint, "none", prefill=8, decode=6)
+        name: contest(name, checkpoint, "none", prefill=8, decode=6)
         for name in ("ours", "ours-lru", "resident")
     }
     assert measured["ours"]["logits"] == measured["ours-lru"]["logits"] == measured["resident"]["logits"]
     assert len(measured["ours"]["step_s"]) == 6
     assert 0 < measured["ours"]["hit_rate"] <= 1
     with pytest.raises(ValueError, match="unknown contestant"):
-        bench_offload._contest("theirs", checkpoint, "none", 2, 2)
+        contest("theirs", checkpoint, "none", 2, 2)
 
 
 def test_a_failing_program_is_reported(tmp_path):
@@ -44,3 +45,26 @@ def test_dropping_cached_pages_keeps_the_files(tmp_path):
     (tmp_path / "a").write_text(json.dumps([1]))
     memory_limit.drop_cached(tmp_path)
     assert (tmp_path / "a").read_text() == "[1]"
+
+
+@pytest.mark.skipif(not llama_cpp.is_available(), reason=llama_cpp.NOT_INSTALLED)
+def test_llama_cpp_computes_the_same_model(checkpoint):
+    import torch
+
+    file = llama_cpp.gguf_of(checkpoint)
+    engine = llama_cpp.LlamaCpp(file, 32, 1)
+    with torch.inference_mode():
+        expected = load_model("resident", checkpoint, "none", 32).float()(torch.arange(20)[None]).logits[0]
+    for ids in (list(range(12)), [12], [13], list(range(14, 20))):
+        found = torch.from_numpy(engine(ids))
+        torch.testing.assert_close(found, expected[ids[-1]], rtol=0, atol=0.02 * float(expected.abs().max()))
+    assert llama_cpp.gguf_of(checkpoint) == file
+    with pytest.raises(OSError, match="cannot load"):
+        llama_cpp.LlamaCpp(checkpoint / "config.json", 32, 1)
+
+
+def test_without_llama_cpp_its_row_says_so(checkpoint, monkeypatch):
+    monkeypatch.setattr(llama_cpp, "is_available", lambda: False)
+    row = bench_offload._run("llama.cpp", checkpoint, "none", 4, 2, None)
+    assert row["tok_per_s"] is None
+    assert "not installed" in row["note"]

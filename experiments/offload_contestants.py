@@ -1,0 +1,119 @@
+"""One contestant of `expertier bench offload`, in a process of its own under the limit: load, prefill, decode."""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offload import parse_size
+
+from .llama_cpp import LlamaCpp, gguf_of
+
+
+class TransformersEngine:
+    """A transformers model with its cache.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._cache = model, None
+
+    def __call__(self, ids: list[int]) -> Any:
+        """Continue with these tokens; gives the logits after the last."""
+        output = self._model(torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = output.past_key_values
+        return output.logits[0, -1].float()
+
+
+def contest(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, predictor: str = "") -> dict[str, Any]:
+    """Decode along the trace.
+
+    Prefetching by the next layer's gate stays off: a replay checkpoint marks the experts of all layers in one hidden
+    state, so that such a guess would always be right here.
+    """
+    started = time.perf_counter()
+    if name == "llama.cpp":
+        offload, engine = None, LlamaCpp(gguf_of(checkpoint), prefill + decode, torch.get_num_threads())
+    else:
+        model = load_model(name, checkpoint, limit, prefill + decode, predictor)
+        offload, engine = getattr(model, "offload", None), TransformersEngine(model)
+    load_s = time.perf_counter() - started
+    step_s: list[float] = []
+    after_prefill: dict[str, Any] = {}
+    with torch.inference_mode():
+        started = time.perf_counter()
+        logits = engine(list(range(prefill)))
+        prefill_s = time.perf_counter() - started
+        if offload is not None:
+            after_prefill = offload.report()
+            offload.reset()
+        for token in range(prefill, prefill + decode):
+            started = time.perf_counter()
+            logits = engine([token])
+            step_s.append(time.perf_counter() - started)
+    measured = {"load_s": load_s, "prefill_s": prefill_s, "step_s": step_s, "logits": logits[:4].tolist()}
+    return measured if offload is None else measured | _offloaded(after_prefill, offload.report(), step_s)
+
+
+def _offloaded(after_prefill: dict[str, Any], report: dict[str, Any], step_s: list[float]) -> dict[str, Any]:
+    return {
+        "hit_rate": report["hit_rate"],
+        "bytes_per_token": report["bytes_read"] / len(step_s),
+        "bytes_missed_per_token": report["bytes_missed"] / len(step_s),
+        "prefill_bytes": after_prefill["bytes_read"],
+        "peak_rss_bytes": report["peak_memory_bytes"],
+        "compute_s": report["compute_s"],
+        "stall_s": report["stall_s"],
+        "prefetch": report["prefetch"],
+        "io_and_compute_share": (report["compute_s"] + report["stall_s"]) / sum(step_s),
+    }
+
+
+def load_model(name: str, checkpoint: Path, limit: str, context: int, predictor: str = "") -> Any:
+    """The model of `ours...`, `resident` or `accelerate`.
+
+    Raises:
+        ValueError: if there is no such contestant.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if name.startswith("ours"):
+        import offload
+
+        memory: Any = "auto" if limit == "none" else parse_size(limit)
+        options: dict[str, Any] = {"context": context}
+        for part in name.split("-")[1:]:
+            options |= _option(part, predictor)
+        return offload.load(checkpoint, cpu_memory=memory, **options)
+    if name == "resident":
+        return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    if name == "accelerate":
+        folder = tempfile.mkdtemp(prefix="expertier-accelerate-", dir=os.environ.get("TMPDIR"))
+        room = int(parse_size(limit) * 0.75) - (1 << 30)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.bfloat16, device_map="auto", max_memory={"cpu": room}, offload_folder=folder
+        ).eval()
+    raise ValueError(f"unknown contestant {name!r}; there are ours, ours-POLICY, resident, accelerate and llama.cpp")
+
+
+def _option(part: str, predictor: str) -> dict[str, Any]:
+    """What `ours-fast`, `ours-ahead`, `ours-lru` and so on add to the defaults."""
+    if part == "ahead":
+        if not predictor:
+            raise ValueError("ours-ahead needs --predictor; make one with `expertier trace predictor`")
+        return {"prefetch": predictor}
+    return {"arithmetic": "fast"} if part == "fast" else {"policy": part}
+
+
+if __name__ == "__main__":
+    name, folder, limit, *counts, predictor = sys.argv[1:]
+    print(json.dumps(contest(name, Path(folder), limit, *map(int, counts), predictor)))

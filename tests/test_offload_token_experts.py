@@ -1,0 +1,118 @@
+"""One token's experts in one call of C: the bits of the path for many tokens, and left alone where it has no proof."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import _default_apply_gate
+
+from offload.compute import RoutedRows
+from offload.layout import ExpertLayer, Parameter
+from offload.matvec import Matvecs, _kernels
+from offload.token_experts import TokenRows, fuse_experts
+
+TOP_K, NUM_EXPERTS = 3, 5
+
+
+class Experts(nn.Module):
+    """What the experts interface of transformers makes of an experts class, as far as it is looked at here."""
+
+    is_transposed = has_bias = has_post_expert_norm = False
+    is_concatenated = True
+    _apply_gate = _default_apply_gate
+
+    def __init__(self, activation="silu", has_gate=True):
+        super().__init__()
+        self.act_fn, self.has_gate = ACT2FN[activation], has_gate
+
+
+def layer_of(module, width, model_width, dtype=torch.bfloat16):
+    up = ("gate_up_proj", (2 * width, model_width)) if module.has_gate else ("up_proj", (width, model_width))
+    shapes = [up, ("down_proj", (model_width, width))]
+    return ExpertLayer("experts", NUM_EXPERTS, tuple(Parameter(n, n, s, dtype, (), None, ()) for n, s in shapes))
+
+
+def operands(layer, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    weights = [{p.name: random(*p.shape) for p in layer.parameters} for _ in range(NUM_EXPERTS)]
+    return weights, random(1, layer.parameters[0].shape[1]), random(1, TOP_K).abs()
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "fast"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu2"])
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_bits_of_the_path_for_many_tokens(arithmetic, activation, has_gate):
+    module, matvecs = Experts(activation, has_gate), Matvecs(arithmetic)
+    layer = layer_of(module, 128, 96)
+    fused = fuse_experts(module, layer, TOP_K, matvecs)
+    if fused is None:
+        pytest.skip("no kernel here has torch's bits")
+    for seed in range(20):
+        weights, x_1D, weight_1K = operands(layer, seed)
+        expert_1K = torch.tensor([[4, 0, 2]]) if seed % 2 else torch.tensor([[1, NUM_EXPERTS, 3]])
+        many = RoutedRows(module, NUM_EXPERTS, x_1D, expert_1K, weight_1K, matvecs)
+        one = TokenRows(fused, expert_1K[0].tolist(), NUM_EXPERTS, x_1D, weight_1K)
+        assert one.num_rows == {expert: 1 for expert in expert_1K[0].tolist() if expert < NUM_EXPERTS}
+        for expert in many.num_rows:
+            many.start(expert, weights[expert])
+        many.gate()
+        for expert in many.num_rows:
+            many.finish(expert, weights[expert])
+        first, *others = one.num_rows
+        one.start(first, weights[first])
+        one.compute_singles(others, [weights[expert] for expert in others])
+        assert torch.equal(one.combine(), many.combine())
+
+
+@pytest.mark.parametrize("name", ["amx", "dot"])
+def test_kernels_against_float64(name):
+    if name not in _kernels():
+        pytest.skip("this processor has no AMX")
+    module, matvecs = Experts(), Matvecs("fast")
+    matvecs._kernels = {name: _kernels()[name]}
+    layer = layer_of(module, 64 * TOP_K * torch.get_num_threads(), 160)
+    fused = fuse_experts(module, layer, TOP_K, matvecs)
+    weights, x_1D, weight_1K = operands(layer, 0)
+    rows = TokenRows(fused, [3, 1, 0], NUM_EXPERTS, x_1D, weight_1K)
+    rows.compute_singles([0, 1, 3], [weights[expert] for expert in (0, 1, 3)])
+    expected = torch.zeros(1, 160, dtype=torch.float64)
+    for weight, expert in zip(weight_1K[0].double(), [3, 1, 0], strict=True):
+        gate, up = (x_1D.double() @ weights[expert]["gate_up_proj"].double().t()).chunk(2, dim=-1)
+        expected += weight * ((nn.functional.silu(gate) * up) @ weights[expert]["down_proj"].double().t())
+    torch.testing.assert_close(rows.combine().double(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
+def test_an_expert_that_is_left_out_contributes_nothing():
+    module = Experts()
+    layer = layer_of(module, 128, 96)
+    fused = fuse_experts(module, layer, TOP_K, Matvecs("fast"))
+    weights, x_1D, weight_1K = operands(layer, 0)
+    rows = TokenRows(fused, [2, NUM_EXPERTS, -1], NUM_EXPERTS, x_1D, weight_1K)
+    rows.compute(2, weights[2])
+    alone = TokenRows(fused, [2], NUM_EXPERTS, x_1D, weight_1K[:, :1])
+    alone.compute(2, weights[2])
+    assert torch.equal(rows.combine(), alone.combine())
+
+
+@pytest.mark.parametrize("flag", ["has_bias", "is_transposed", "has_post_expert_norm"])
+def test_layouts_that_are_not_covered(flag):
+    module = Experts()
+    layer = layer_of(module, 128, 96)
+    setattr(module, flag, True)
+    assert fuse_experts(module, layer, TOP_K, Matvecs("fast")) is None
+
+
+def test_gates_activations_and_types_that_are_not_covered():
+    matvecs = Matvecs("fast")
+    clamped = type("Clamped", (Experts,), {"_apply_gate": lambda self, up: up.clamp(max=7).chunk(2, -1)[0]})()
+    assert fuse_experts(clamped, layer_of(clamped, 128, 96), TOP_K, matvecs) is None
+    mixing = Experts()
+    mixing.act_fn = nn.Softmax(-1)
+    assert fuse_experts(mixing, layer_of(mixing, 128, 96), TOP_K, matvecs) is None
+    plain = Experts()
+    assert fuse_experts(plain, layer_of(plain, 128, 96, torch.float32), TOP_K, matvecs) is None
+    assert fuse_experts(plain, layer_of(plain, 72, 96), TOP_K, matvecs) is None
