@@ -53,11 +53,13 @@ def relative_error(found, wanted):
     return ((found.double() - wanted).norm() / wanted.norm()).item()
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in FORMATS), ("int4", torch.bfloat16)], ids=str
+)
 def test_gradients_of_everything_but_the_quantised_weights(guarded_memory, tolerance, name, dtype):
-    leaves, expert_TK, dense = layer(7, 160, 96, 3, 2, dtype, has_bias=True)
-    projections = [quantise(weight, name, group=32) for weight in dense]
+    # more than 128 inputs, so that a block of fp8_block ends within them
+    leaves, expert_TK, dense = layer(4, 144, 32, 2, 2, dtype, has_bias=True)
+    projections = [quantise(weight, name, group=16) for weight in dense]
     y_TD = compute_experts(leaves["x"], expert_TK, leaves["combine"], experts_of(leaves, projections))
     cotangent_TD = torch.randn_like(y_TD)
     found = [y_TD, *torch.autograd.grad(y_TD, list(leaves.values()), cotangent_TD)]
@@ -67,9 +69,9 @@ def test_gradients_of_everything_but_the_quantised_weights(guarded_memory, toler
 
 
 def test_gradients_with_pairs_side_by_side_and_experts_in_cache_slots(guarded_memory, tolerance):
-    leaves, expert_TK, dense = layer(5, 96, 64, 3, 2, torch.float32)
+    leaves, expert_TK, dense = layer(5, 48, 32, 3, 2, torch.float32)
     expert_TK[1, 0] = 1
-    projections = [quantise(weight, "int4", group=32) for weight in dense]
+    projections = [quantise(weight, "int4", group=16) for weight in dense]
     layout = {"activation": GPT_OSS, "is_halves": False}
     slot_E = torch.tensor([1, -1, 0], dtype=torch.int32, device=DEVICE)
     cached = experts_of(leaves, [_slots(weight, [2, 0]) for weight in projections], slot_E=slot_E, **layout)

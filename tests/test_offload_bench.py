@@ -26,8 +26,7 @@ def test_parity_gate():
 
 def test_contestants_agree(checkpoint):
     measured = {
-        name: contest(name, checkpoint, "none", prefill=8, decode=6)
-        for name in ("ours", "ours-lru", "resident")
+        name: contest(name, checkpoint, "none", prefill=8, decode=6) for name in ("ours", "ours-lru", "resident")
     }
     assert measured["ours"]["logits"] == measured["ours-lru"]["logits"] == measured["resident"]["logits"]
     assert len(measured["ours"]["step_s"]) == 6
