@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Compute = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 WeightsOf = Callable[[nn.Module, int], tuple[Tensor, Tensor]]
 BATCHED_LIMIT_BYTES = 8 << 30
+# a loop over experts takes a second per call or so; once per layer is enough
+EAGER_TOKENS = 4096
 QUANTISED = ("int8", "int4", "fp8", "fp8_block")
 # of bfloat16: three stored roundings of 2**-9 each and sums of such terms; of float32: sums of 14336 terms
 BOUNDS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
@@ -42,6 +44,7 @@ class Contestant:
         trains: whether it has a backward pass.
         weight_bytes: bytes per weight that it reads.
         weights: the float32 projections of an expert that it is meant to compute with.
+        can_be_captured: whether its launches can be recorded in a CUDA graph (they cannot if it waits for the device).
     """
 
     name: str
@@ -49,6 +52,7 @@ class Contestant:
     trains: bool = True
     weight_bytes: float = 2.0
     weights: WeightsOf = dense_weights
+    can_be_captured: bool = True
 
 
 def eager(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor) -> Tensor:
@@ -78,13 +82,14 @@ def dense_contestants(num_rows: int, expert_bytes: float, num_tokens: int) -> li
     """
     found = [
         Contestant("expertier", expertier_experts),
-        Contestant("torch grouped_mm", grouped_experts),
+        # counting rows by `bincount` waits for the device
+        Contestant("torch grouped_mm", grouped_experts, can_be_captured=False),
         Contestant("transformers grouped_mm", grouped_mm_experts_forward),
     ]
     if num_tokens <= 64 and num_rows * expert_bytes <= BATCHED_LIMIT_BYTES:
         found.append(Contestant("transformers batched_mm", batched_mm_experts_forward, trains=False))
-    if num_tokens >= 4096:
-        found.append(Contestant("transformers eager", eager))
+    if num_tokens == EAGER_TOKENS:
+        found.append(Contestant("transformers eager", eager, can_be_captured=False))
     if importlib.util.find_spec("liger_kernel") is not None and num_tokens >= 64:
         found.append(Contestant("liger fused_moe", liger))
     return found

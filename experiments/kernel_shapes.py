@@ -33,6 +33,10 @@ class LayerShape:
         """Of a forward pass: two per multiplication and addition; a backward pass has twice as many."""
         return 6 * num_tokens * self.top_k * self.features * self.width
 
+    def least_saved_bytes(self, num_tokens: int, element_bytes: int) -> int:
+        """Input and pre-activation: what a backward pass cannot do without."""
+        return num_tokens * (self.width + 2 * self.top_k * self.features) * element_bytes
+
     def expert_bytes(self, element_bytes: float) -> float:
         """Of one expert's weights."""
         return 3 * self.width * self.features * element_bytes

@@ -1,7 +1,7 @@
 """Times of one call: on a GPU by replaying a graph with a cold cache, on a CPU by taking turns."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 Call = Callable[[], object]
 FLUSH_BYTES = 512 << 20
 WARM_UPS = 3
+LEAST_SAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ def summary(samples_s: list[float], is_graph: bool) -> Times:
     return Times(float(median_s), float(p20_s), float(p80_s), len(samples_s), is_graph)
 
 
-def time_on_gpu(call: Call, samples: int = 20) -> Times:
+def time_on_gpu(call: Call, *, can_be_captured: bool = True, most: int = 20, seconds: float = 2.0) -> Times:
     """Replays of a captured call, each after its weights have been pushed out of the cache.
 
     Args:
-        call: launches work on the current device; called without a graph where it cannot be captured.
-        samples: how many replays.
+        call: launches work on the current device.
+        can_be_captured: whether to try to capture it in a graph; it is called otherwise, and where that fails.
+        most: how many replays, fewer of slow calls.
+        seconds: about how long to go on, but for at least `LEAST_SAMPLES` replays.
 
     Returns:
         The times.
@@ -46,23 +49,31 @@ def time_on_gpu(call: Call, samples: int = 20) -> Times:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-        replay, is_graph = graph.replay, True
-    except RuntimeError:
-        torch.cuda.synchronize()
-        replay, is_graph = call, False
+    began = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    samples = int(min(max(seconds / (time.perf_counter() - began), LEAST_SAMPLES), most))
+    replay = _captured(call) if can_be_captured else None
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples)]
     for start, end in events:
         flush.zero_()
         start.record()
-        replay()
+        (replay or call)()
         end.record()
     torch.cuda.synchronize()
-    return summary([start.elapsed_time(end) / 1e3 for start, end in events], is_graph)
+    return summary([start.elapsed_time(end) / 1e3 for start, end in events], replay is not None)
+
+
+def _captured(call: Call) -> Call | None:
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
 
 
 def copy_bytes_per_s() -> float:
@@ -82,6 +93,32 @@ def peak_bytes(call: Call) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def saved_bytes(forward: Call, weights: Iterable[torch.Tensor]) -> int:
+    """What autograd keeps of a forward pass for its backward pass, the weights not counted.
+
+    Args:
+        forward: returns an output that requires a gradient.
+        weights: the experts' parameters.
+
+    Returns:
+        Bytes; memory that several kept tensors share counts once.
+    """
+    known = {weight.untyped_storage().data_ptr() for weight in weights}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = forward()
+    # the graph of y has kept all that was saved alive until here, so that no address was counted for two tensors
+    del y
+    return sum(kept.values())
 
 
 def time_in_turns(

@@ -8,12 +8,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from experiments import bench_kernels, kernel_contestants, kernel_timing
+from experiments import bench_kernels, kernel_contestants, kernel_gpu, kernel_timing
 from experiments.kernel_contestants import Contestant
+from experiments.kernel_goals import GOALS, verdicts
 from experiments.kernel_shapes import LayerShape
-from moe.kernels import tune as tuner
+from moe.kernels import fused_experts
 from moe.kernels.launch import is_interpreted
-from moe.kernels.tiles import ROW_CLASSES, LayerTiles, Tile, row_class, tuned_tiles
+from moe.kernels.tiles import ROW_CLASSES, LayerTiles, Tile, TunedFor, row_class, tuned_tiles
 
 SHAPE = LayerShape(width=128, features=128, num_experts=3, top_k=2)
 TIMES = kernel_timing.Times(1e-3, 1e-3, 1e-3, 1, is_graph=False)
@@ -23,22 +24,22 @@ pytestmark = pytest.mark.skipif(not is_interpreted(), reason="the layer lies whe
 
 @pytest.fixture
 def layer(monkeypatch):
-    monkeypatch.setattr(bench_kernels, "PARITY_TOKENS", (2,))
-    monkeypatch.setattr(bench_kernels, "QUANTISED_TOKENS", (2,))
-    monkeypatch.setattr(bench_kernels, "QUANTISED_PARITY_TOKENS", (2,))
-    return bench_kernels._GpuLayer("tiny", SHAPE, 1e12, [], device="cpu")
+    monkeypatch.setattr(kernel_gpu, "PARITY_TOKENS", (2,))
+    monkeypatch.setattr(kernel_gpu, "QUANTISED_TOKENS", (2,))
+    monkeypatch.setattr(kernel_gpu, "QUANTISED_PARITY_TOKENS", (2,))
+    return kernel_gpu.GpuLayer("tiny", SHAPE, 1e12, [], device="cpu")
 
 
 @pytest.fixture
 def _no_clock(monkeypatch):
     """Calls are made, but nobody looks at a device's clock and memory."""
 
-    def time_once(call):
+    def time_once(call, can_be_captured):
         call()
         return TIMES
 
-    monkeypatch.setattr(kernel_timing, "time_on_gpu", time_once)
-    monkeypatch.setattr(kernel_timing, "peak_bytes", lambda call: 0)
+    monkeypatch.setattr(kernel_gpu, "time_on_gpu", time_once)
+    monkeypatch.setattr(kernel_gpu, "peak_bytes", lambda call: 0)
 
 
 def test_dense_and_quantised_kernels_pass_the_parity_gate(layer):
@@ -71,12 +72,12 @@ def test_a_failing_peer_is_listed_and_the_others_are_timed(layer, monkeypatch, t
 
     right = kernel_contestants.dense_contestants(4, 1.0, 2)[0]
     others = [Contestant("peer", fails), Contestant("late", right.compute)]
-    monkeypatch.setattr(kernel_contestants, "dense_contestants", lambda *_: [right, *others])
-    monkeypatch.setattr(bench_kernels, "QUANTISED_TOKENS", ())
+    monkeypatch.setattr(kernel_gpu, "dense_contestants", lambda *_: [right, *others])
+    monkeypatch.setattr(kernel_gpu, "QUANTISED_TOKENS", ())
     rows = layer.rows(2, "uniform")
     assert [row["variant"] for row in rows] == ["expertier", "late"]
     assert layer.failed == ["peer, tiny T=2 uniform: no kernel for this shape"]
-    bench_kernels._keep(rows, [], layer.failed, tmp_path / "kept.json", record=False, has_gpu=True)
+    bench_kernels._keep(rows, [], [], layer.failed, tmp_path / "kept.json", record=False, has_gpu=True)
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert (kept["failed"], len(kept["rows"])) == (layer.failed, 2)
 
@@ -86,7 +87,7 @@ def test_our_own_failure_ends_the_benchmark(layer, monkeypatch):
     def fails(*_):
         raise RuntimeError("illegal memory access")
 
-    monkeypatch.setattr(kernel_contestants, "dense_contestants", lambda *_: [Contestant("expertier", fails)])
+    monkeypatch.setattr(kernel_gpu, "dense_contestants", lambda *_: [Contestant("expertier", fails)])
     with pytest.raises(RuntimeError, match="illegal memory access"):
         layer.rows(2, "uniform")
 
@@ -102,8 +103,60 @@ def test_tuning_covers_every_class_of_rows(layer, monkeypatch, tmp_path):
         seen.append(row_class(expert_TK.numel() / weights.num_slots))
         return LayerTiles(tile, tile, tile, tile, tile)
 
-    monkeypatch.setattr(tuner, "tune", choose)
+    monkeypatch.setattr(kernel_gpu, "tune", choose)
     layer.tune()
     assert set(seen) == set(ROW_CLASSES)
-    assert set(tuned_tiles("A Device")) == {("half", rows) for rows in ROW_CLASSES}
+    assert set(tuned_tiles("A Device")) == {TunedFor("half", rows, 128, 128) for rows in ROW_CLASSES}
     tuned_tiles.cache_clear()
+
+
+@pytest.mark.usefixtures("_no_clock")
+def test_what_our_kernels_save_is_the_input_the_pre_activation_and_little_else(layer, monkeypatch):
+    monkeypatch.setattr(kernel_gpu, "MANY_TOKENS", (32,))
+    monkeypatch.setattr(kernel_gpu, "dense_contestants", lambda *_: [Contestant("expertier", fused_experts)])
+    forward, both = layer.rows(32, "uniform")
+    assert forward["saved_of_least"] is None
+    # beside input and pre-activation: combine weights (4 bytes), order and position (8 bytes) per routed row
+    routing_bytes = 32 * 2 * 12 + 2 * 4 * (3 + 1)
+    least_bytes = 32 * (128 + 2 * 2 * 128) * 2
+    assert both["saved_of_least"] == pytest.approx(1 + routing_bytes / least_bytes, abs=1e-3)
+
+
+def row(shape, tokens, variant="expertier", kind="forward", **found):
+    return {"shape": shape, "tokens": tokens, "routing": "uniform", "pass": kind, "variant": variant, **found}
+
+
+def test_goals_are_judged_by_their_worst_case():
+    fast = {"tflops_per_s": 500.0, "of_copy_bandwidth": 0.9, "p50_us": 100.0}
+    rows = [
+        row("qwen3-30b-a3b", 32768, **fast),
+        row("qwen3-30b-a3b", 16384, **fast | {"tflops_per_s": 470.0}),
+        row("qwen3-30b-a3b", 16384, "torch grouped_mm", **fast | {"tflops_per_s": 1.0}),
+        row("mixtral-8x7b", 32768, **fast | {"tflops_per_s": 560.0}),
+        row("olmoe", 1, **fast),
+        row("olmoe", 1, "expertier int4", **fast | {"p50_us": 30.0}),
+        row("olmoe", 8, **fast | {"of_copy_bandwidth": 0.7}),
+        row("olmoe", 4096, kind="forward+backward", saved_of_least=1.004, **fast),
+    ]
+    by_name = {verdict["goal"]: (verdict["worst"], verdict["verdict"]) for verdict in verdicts(rows)}
+    assert len(by_name) == len(GOALS)
+    assert by_name["qwen3-30b-a3b, T >= 16384, forward, TFLOP/s"] == (470.0, "missed")
+    assert by_name["mixtral-8x7b, T >= 16384, forward, TFLOP/s"] == (560.0, "met")
+    assert by_name["fine-grained-7b, T >= 16384, forward, TFLOP/s"] == (None, "unmeasured")
+    assert by_name["decode, T = 1..8, share of copy bandwidth"] == (0.7, "missed")
+    assert by_name["decode, T = 64, share of copy bandwidth"] == (None, "unmeasured")
+    assert by_name["int4 decode against bf16, T = 1, times as fast"] == (3.333, "met")
+    assert by_name["saved for backward / (input + pre-activation)"] == (1.004, "met")
+
+
+def test_goals_come_first_and_parity_before_any_time(monkeypatch):
+    monkeypatch.setattr(kernel_gpu, "copy_bytes_per_s", lambda: 1e12)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    names = [
+        what for what, _ in kernel_gpu.gpu_work(["olmoe", "small-training"], [1, 512, 16384], None, None, True, [])
+    ]
+    assert names[:5] == [
+        "olmoe tuning", "olmoe compiling", "olmoe parity", "olmoe T=1 uniform", "olmoe T=16384 uniform",
+    ]  # fmt: skip
+    assert names.index("small-training T=16384 uniform") < names.index("olmoe T=512 uniform")
+    assert names.index("small-training parity") < names.index("small-training T=1 uniform")

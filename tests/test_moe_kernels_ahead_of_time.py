@@ -71,6 +71,71 @@ def test_every_shipped_configuration(arch):
         check(entry)
 
 
+# a device that only says what it is
+STAND_IN = """
+import triton
+from triton.runtime import driver
+from moe.kernels import ahead_of_time
+from moe.kernels.planned import compile_together
+
+class Device:
+    def get_current_target(self):
+        return ahead_of_time.TARGETS["sm90"]
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 0
+
+driver.set_active(Device())
+launches = list(ahead_of_time.shipped_launches("sm90"))
+"""
+DERIVE = """
+derived = []
+def note(*_, **given):
+    derived.append(given["compile"])
+    return True  # do not compile
+
+triton.knobs.runtime.jit_cache_hook = note
+for name, launch in launches:
+    if not name.startswith(("dense/many", "gpt_oss", "int4", "slots", "split/int8")):
+        continue
+    derived.clear()
+    launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options())
+    ours, theirs = ahead_of_time._source(launch), derived[0]
+    assert ours.signature == theirs["signature"], (name, launch.kernel)
+    assert ours.constants == theirs["constants"], (name, launch.kernel)
+    assert str(ours.attrs) == str(theirs["configs"][0]), (name, launch.kernel)
+    print(name, launch.kernel.__name__)
+"""
+
+
+COMPILE_TOGETHER = """
+few = {launch.kernel: launch for _, launch in launches[:3]}
+compile_together(few.values())
+for kernel in few:
+    (compiled,) = kernel.device_caches[0][0].values()
+    assert compiled.result().asm["cubin"]
+    print(kernel.__name__)
+"""
+
+
+def printed(script):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_what_is_compiled_is_what_the_launcher_would_compile():
+    """Triton's own launcher derives the same types, constants and divisibility hints from our launches."""
+    assert {line.split()[1] for line in printed(STAND_IN + DERIVE)} == ALL_KERNELS
+
+
+def test_kernels_that_are_compiled_together_are_ready_for_their_launch():
+    assert printed(STAND_IN + COMPILE_TOGETHER) == ["histogram_kernel", "prefix_kernel", "group_kernel"]
+
+
 def test_interpreted_kernels_are_not_compiled():
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels of this process are not interpreted")

@@ -105,7 +105,7 @@ def test_quantised_weights_equal_their_dequantised_selves(guarded_memory, tolera
     if path == "few":
         found = compute_experts(x, expert, combine, weights)
     else:
-        tiles = chosen_tiles(x.device, x.dtype, expert.numel(), 3)
+        tiles = chosen_tiles(x.device, x.dtype, expert.numel(), weights)
         found, *_ = forward(x, expert, combine, weights, tiles, execute, saves=False)
     assert relative_error(found, truth) < tolerance[x.dtype]["rtol"]
 

@@ -23,7 +23,8 @@ def tensors(T=5, D=16, F=16, E=3, K=2):
     return leaves, torch.randint(E + 1, (T, K), device=DEVICE)
 
 
-SETTINGS = ("silu", True, 1.0, None, 0.0, True)
+NO_SCALES = (None, None, None, None)
+SETTINGS = ("dense", [], "silu", True, 1.0, None, 0.0, True)
 
 
 @pytest.mark.parametrize("saves", [True, False], ids=["training", "decode"])
@@ -31,25 +32,28 @@ def test_opcheck_of_the_experts_operator(saves):
     (x, combine, up, down, up_bias, down_bias), expert = tensors()
     leaves = [x, combine, up, down, up_bias, down_bias]
     leaves = leaves if saves else [leaf.detach() for leaf in leaves]
-    torch.library.opcheck(torch.ops.expertier.experts.default, (*leaves, expert, None, *SETTINGS, saves))
+    torch.library.opcheck(torch.ops.expertier.experts.default, (*leaves, expert, None, *NO_SCALES, *SETTINGS, saves))
 
 
 def test_opcheck_of_the_backward_operator():
     (x, combine, up, down, _, _), expert = tensors()
     leaves = [leaf.detach() for leaf in (x, combine, up, down)]
     with torch.no_grad():
-        y, *saved = torch.ops.expertier.experts(*leaves, None, None, expert, None, *SETTINGS, True)
+        y, *saved = torch.ops.expertier.experts(*leaves, None, None, expert, None, *NO_SCALES, *SETTINGS, True)
     needs = [True, True, True, False, False, False]
-    arguments = (torch.randn_like(y), *leaves, None, None, None, *saved, *SETTINGS, needs)
+    arguments = (torch.randn_like(y), *leaves, None, None, None, *NO_SCALES, *saved, *SETTINGS, needs)
     torch.library.opcheck(torch.ops.expertier.experts_backward.default, arguments)
 
 
-def test_opcheck_of_the_quantised_operator():
+@pytest.mark.parametrize("saves", [True, False], ids=["training", "decode"])
+def test_opcheck_with_quantised_weights(saves):
     (x, combine, up, down, _, _), expert = tensors(D=32, F=32)
     up, down = (quantise(weight.detach(), "int4", group=16) for weight in (up, down))
-    stored = (up.data, up.scale, up.zero, down.data, down.scale, down.zero, None, None, None)
-    arguments = (x.detach(), combine.detach(), expert, *stored, "int4", 1, 16, 1, 16, 32, *SETTINGS)
-    torch.library.opcheck(torch.ops.expertier.quantised_experts.default, arguments)
+    leaves = (x, combine) if saves else (x.detach(), combine.detach())
+    scales = (up.scale, up.zero, down.scale, down.zero)
+    settings = ("int4", [1, 16, 1, 16], *SETTINGS[2:])
+    arguments = (*leaves, up.data, down.data, None, None, expert, None, *scales, *settings, saves)
+    torch.library.opcheck(torch.ops.expertier.experts.default, arguments)
 
 
 def compiled_layer_equals_eager(backend):
@@ -106,9 +110,10 @@ def test_bad_input_is_refused_with_what_was_expected():
         compute_experts(x, expert[:3], combine, weights)
     with pytest.raises(ValueError, match="int32 or int64"):
         compute_experts(x, expert.float(), combine, weights)
-    quantised = ExpertWeights(*(quantise(weight.detach(), "int8") for weight in (up, down)))
-    with pytest.raises(ValueError, match="no backward pass"):
-        compute_experts(x, expert, combine, quantised)
+    quantised = [quantise(weight.detach(), "int8") for weight in (up, down)]
+    quantised[1].scale.requires_grad_()
+    with pytest.raises(ValueError, match="quantised weights cannot be trained"):
+        compute_experts(x, expert, combine, ExpertWeights(*quantised))
 
 
 FAMILIES = {

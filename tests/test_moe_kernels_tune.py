@@ -1,6 +1,7 @@
 """The tuner, with stand-in times: what it chooses, what it keeps, and what it refuses to read."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,15 +15,15 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from moe.kernels import ExpertWeights
 from moe.kernels import tiles as tile_table
 from moe.kernels.launch import is_interpreted
-from moe.kernels.tiles import LayerTiles, Tile, chosen_tiles, table_tiles, tuned_file, tuned_tiles
+from moe.kernels.tiles import LayerTiles, Tile, TunedFor, chosen_tiles, table_tiles, tuned_file, tuned_tiles
 from moe.kernels.tune import PRODUCTS, measure_on_device, save_tuned, tune
 
 TILES = LOW, LOW_WIDE, HIGH = Tile(16, 32, 16, 4, 1), Tile(16, 64, 16, 4, 1), Tile(32, 32, 16, 4, 1)
 NAMES = {
     "up": ("BLOCK_M", "BLOCK_OUT"),
     "down": ("BLOCK_M", "BLOCK_OUT"),
-    "grad_activation": ("BLOCK_M", "BLOCK_F"),
-    "grad_input": ("BLOCK_M", "BLOCK_D"),
+    "grad_activation": ("BLOCK_M", "BLOCK_IN"),
+    "grad_input": ("BLOCK_M", "BLOCK_IN"),
     "grad_weight": ("BLOCK_OUT", "BLOCK_IN"),
 }
 DEVICE_NAME = "A Device/1"
@@ -56,7 +57,12 @@ def tuned_with(seconds):
 
     weights = ExpertWeights(torch.randn(3, 32, 16), torch.randn(3, 16, 16))
     expert_TK = torch.tensor([[0, 1], [1, 2], [0, 2]])
-    best = tune(weights, torch.randn(3, 16), expert_TK, torch.rand(3, 2), candidates=TILES, measure=measure)
+    planned = []
+    best = tune(
+        weights, torch.randn(3, 16), expert_TK, torch.rand(3, 2),
+        candidates=TILES, measure=measure, prepare=lambda launches: planned.extend(launches),
+    )  # fmt: skip
+    assert {launch.kernel.__name__ for launch in planned} >= set(PRODUCTS.values())
     return best, measured
 
 
@@ -111,18 +117,61 @@ def uniform(tile):
     return LayerTiles(tile, tile, tile, tile, tile)
 
 
+def layer(width, features, slots=8):
+    return ExpertWeights(
+        *(torch.empty(size, device="meta") for size in ((slots, 2 * features, width), (slots, width, features)))
+    )
+
+
 def test_kept_tiles_come_back_beside_earlier_ones_and_go_before_the_table(monkeypatch):
-    save_tuned(DEVICE_NAME, torch.bfloat16, 1000.0, uniform(LOW))
-    save_tuned(DEVICE_NAME, torch.bfloat16, 20.0, uniform(HIGH))
-    assert tuned_tiles(DEVICE_NAME) == {("half", "many"): uniform(LOW), ("half", "few"): uniform(HIGH)}
+    save_tuned(DEVICE_NAME, torch.bfloat16, 1000.0, layer(512, 256), uniform(LOW))
+    save_tuned(DEVICE_NAME, torch.bfloat16, 20.0, layer(512, 256), uniform(HIGH))
+    assert tuned_tiles(DEVICE_NAME) == {
+        TunedFor("half", "many", 512, 256): uniform(LOW),
+        TunedFor("half", "few", 512, 256): uniform(HIGH),
+    }
     assert not tuned_tiles("Another")
+    _pretend_a_device(monkeypatch)
+    device = torch.device("cuda", 7)
+    given = layer(512, 256)
+    assert chosen_tiles(device, torch.float16, 8 * 1000, given) == uniform(LOW)
+    assert chosen_tiles(device, torch.float16, 8 * 100, given) == table_tiles("sm90", "half", "some")
+    assert chosen_tiles(device, torch.float32, 8 * 1000, given) == table_tiles("sm90", "single", "many")
+
+
+def test_of_several_tuned_layers_the_most_similar_counts(monkeypatch):
+    save_tuned(DEVICE_NAME, torch.bfloat16, 1000.0, layer(2048, 768), uniform(LOW))
+    save_tuned(DEVICE_NAME, torch.bfloat16, 1000.0, layer(4096, 14336), uniform(HIGH))
+    _pretend_a_device(monkeypatch)
+    device = torch.device("cuda", 7)
+    assert chosen_tiles(device, torch.bfloat16, 8000, layer(2048, 1024)) == uniform(LOW)
+    assert chosen_tiles(device, torch.bfloat16, 8000, layer(4096, 8192)) == uniform(HIGH)
+
+
+def _pretend_a_device(monkeypatch):
     monkeypatch.setattr(tile_table, "is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: DEVICE_NAME)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    device = torch.device("cuda", 7)
-    assert chosen_tiles(device, torch.float16, 8 * 1000, 8) == uniform(LOW)
-    assert chosen_tiles(device, torch.float16, 8 * 100, 8) == table_tiles("sm90", "half", "some")
-    assert chosen_tiles(device, torch.float32, 8 * 1000, 8) == table_tiles("sm90", "single", "many")
+
+
+@pytest.mark.parametrize(("rows", "lowest", "highest"), [(4, 16, 64), (100, 32, 128), (1000, 64, 128)])
+def test_candidates_suit_the_rows_per_expert(rows, lowest, highest):
+    tried = set()
+
+    def measure(launch):
+        return 1.0
+
+    def note(launches):
+        tried.update(launch.arguments["BLOCK_M"] for launch in launches if launch.kernel.__name__ == "down_kernel")
+        raise StopIteration
+
+    expert_TK = torch.zeros(rows, 1, dtype=torch.int64)
+    with pytest.raises(StopIteration):
+        tune(layer(16, 16, 1), torch.empty(rows, 16), expert_TK, torch.empty(rows, 1), measure=measure, prepare=note)
+    assert (min(tried), max(tried)) == (lowest, highest)
+
+
+LAYER = {"numbers": "half", "rows": "few", "width": 64, "features": 32}
 
 
 @pytest.mark.parametrize(
@@ -130,12 +179,13 @@ def test_kept_tiles_come_back_beside_earlier_ones_and_go_before_the_table(monkey
     [
         "not json",
         "{}]",
-        json.dumps([{"numbers": "half"}]),
-        json.dumps([{"numbers": "half", "rows": "few", "tiles": {"up": {"block_m": 17}}}]),
+        json.dumps([{"layer": LAYER}]),
+        json.dumps([{"layer": LAYER, "tiles": {"up": {"block_m": 17}}}]),
+        json.dumps([{"layer": LAYER | {"rows": "some more"}, "tiles": asdict(uniform(LOW))}]),
         json.dumps({"numbers": "half"}),
         " " * (2 << 20),
     ],
-    ids=["text", "broken", "missing", "incomplete", "mapping", "large"],
+    ids=["text", "broken", "missing", "incomplete", "unknown-rows", "mapping", "large"],
 )
 def test_a_file_that_is_none_is_named(content):
     path = tuned_file(DEVICE_NAME)

@@ -2,8 +2,6 @@
 
 `python -m moe.kernels.ahead_of_time --arch sm90` prints a line per kernel of every shipped configuration. It must run
 in a process without `TRITON_INTERPRET`.
-
-Shapes: T tokens, E experts, K experts per token, O up outputs, D model width, F expert width.
 """
 
 import argparse
@@ -22,14 +20,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .activation import SWIGLU, Activation
-from .backward import Needs, backward
-from .decode import decode
-from .forward import forward
+from .activation import Activation
 from .launch import Launch, is_interpreted
-from .quantise import BLOCK, QuantisedWeight
-from .tiles import FALLBACKS, ROW_CLASSES, LayerTiles, table_tiles
-from .weights import ExpertWeights
+from .planned import decode_launches, layer_launches, meta_weights
+from .tiles import FALLBACKS, ROW_CLASSES, table_tiles
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -84,115 +78,6 @@ class Compiled:
     instructions: dict[str, int]
 
 
-def layer_launches(
-    weights: ExpertWeights, num_tokens: int, top_k: int, dtype: torch.dtype, tiles: LayerTiles, *, trains: bool
-) -> list[Launch]:
-    """The launches of a layer, recorded on the meta device.
-
-    Args:
-        weights: experts on the meta device.
-        num_tokens, top_k: T, K.
-        dtype: of the tokens.
-        tiles: tile sizes.
-        trains: forward and backward pass; else the inference pass with the same tiles.
-
-    Returns:
-        Launches in order.
-    """
-    launches: list[Launch] = []
-    x_TD, expert_TK, combine_TK = _inputs(weights, num_tokens, top_k, dtype)
-    _, pre_NO, groups = forward(x_TD, expert_TK, combine_TK, weights, tiles, launches.append, saves=trains)
-    if trains:
-        backward(x_TD, x_TD, combine_TK, pre_NO, groups, weights, Needs(), tiles, launches.append)
-    return launches
-
-
-def decode_launches(
-    weights: ExpertWeights, num_tokens: int, top_k: int, dtype: torch.dtype, processors: int = 1
-) -> list[Launch]:
-    """The launches of the decode path, recorded on the meta device.
-
-    Args:
-        weights, num_tokens, top_k, dtype: as of `layer_launches`.
-        processors: of the device; with many, sums are split over inputs.
-
-    Returns:
-        Launches in order.
-    """
-    launches: list[Launch] = []
-    decode(*_inputs(weights, num_tokens, top_k, dtype), weights, launches.append, processors)
-    return launches
-
-
-def _inputs(weights: ExpertWeights, num_tokens: int, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    x_TD = torch.empty(num_tokens, weights.up.shape[2], dtype=dtype, device="meta")
-    expert_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device="meta")
-    return x_TD, expert_TK, torch.empty(num_tokens, top_k, dtype=torch.float32, device="meta")
-
-
-def meta_weights(
-    width: int,
-    features: int,
-    num_experts: int,
-    dtype: torch.dtype,
-    *,
-    quantised: str | None = None,
-    has_bias: bool = False,
-    is_transposed: bool = False,
-    is_halves: bool = True,
-    activation: Activation = SWIGLU,
-) -> ExpertWeights:
-    """Experts without storage.
-
-    Args:
-        width, features, num_experts: D, F, E.
-        dtype: of dense weights.
-        quantised: a format of `quantise` instead.
-        has_bias, is_transposed, is_halves, activation: the layout.
-
-    Returns:
-        The weights.
-    """
-    outputs = features * (2 if activation.gated else 1)
-
-    def projection(num_outputs: int, num_inputs: int) -> Tensor | QuantisedWeight:
-        if quantised is not None:
-            return _meta_quantised(quantised, num_experts, num_outputs, num_inputs)
-        if is_transposed:
-            return torch.empty(num_experts, num_inputs, num_outputs, dtype=dtype, device="meta").transpose(1, 2)
-        return torch.empty(num_experts, num_outputs, num_inputs, dtype=dtype, device="meta")
-
-    def bias(num_outputs: int) -> Tensor | None:
-        return torch.empty(num_experts, num_outputs, dtype=dtype, device="meta") if has_bias else None
-
-    return ExpertWeights(
-        projection(outputs, width),
-        projection(width, features),
-        bias(outputs),
-        bias(width),
-        activation,
-        is_halves,
-    )
-
-
-def _meta_quantised(name: str, slots: int, outputs: int, inputs: int) -> QuantisedWeight:
-    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device="meta")
-
-    if name == "int4":
-        scale = empty(slots, outputs, inputs // BLOCK)
-        data = empty(slots, outputs, inputs // 2, dtype=torch.uint8)
-        return QuantisedWeight("int4", data, scale, torch.empty_like(scale), 1, BLOCK, inputs)
-    if name == "int8":
-        data = empty(slots, outputs, inputs, dtype=torch.int8)
-        return QuantisedWeight("int8", data, empty(slots, outputs, 1), None, 1, inputs, inputs)
-    data = empty(slots, outputs, inputs, dtype=torch.float8_e4m3fn)
-    if name == "fp8":
-        return QuantisedWeight("fp8", data, empty(slots, outputs, 1), None, 1, inputs, inputs)
-    scale = empty(slots, triton.cdiv(outputs, BLOCK), triton.cdiv(inputs, BLOCK))
-    return QuantisedWeight("fp8", data, scale, None, BLOCK, BLOCK, inputs)
-
-
 def compile_launch(launch: Launch, arch: str) -> Compiled:
     """Compile one launch as the runtime would for these arguments.
 
@@ -227,16 +112,17 @@ def _source(launch: Launch) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = launch.arguments[parameter.name]
+        is_aligned = False
         if isinstance(value, Tensor):
             signature[parameter.name] = f"*{TYPE_NAMES[value.dtype]}"
-            attributes[(index,)] = [["tt.divisibility", DIVISIBILITY]]
+            is_aligned = True
         elif parameter.is_constexpr or value is None or value == 1:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % DIVISIBILITY == 0:
-                attributes[(index,)] = [["tt.divisibility", DIVISIBILITY]]
+            is_aligned = value % DIVISIBILITY == 0
+        attributes[(index,)] = [["tt.divisibility", DIVISIBILITY]] if is_aligned else []
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
@@ -288,7 +174,7 @@ def shipped_launches(arch: str) -> Iterator[tuple[str, Launch]]:
         for launch in layer_launches(weights, 4096, 4, torch.bfloat16, tiles, trains=True):
             yield name, launch
     for name, weights in quantised.items():
-        for launch in layer_launches(weights, 4096, 8, torch.bfloat16, tiles, trains=False):
+        for launch in layer_launches(weights, 4096, 8, torch.bfloat16, tiles, trains=True):
             yield name, launch
     for name, weights in {"dense": dense, **layouts, **quantised}.items():
         for num_tokens in (1, 64):

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from .launch import Launch, Run, arithmetic
 from .metadata import Groups, TileMap
+from .product import rows_by_weight, rows_of_tile
 from .quantise import QuantisedWeight
 from .tiles import Tile
 from .tiling import tile_and_block
-from .weight_tile import load_weight, weight_arguments
+from .weight_tile import weight_arguments
 
 
 @triton.jit
@@ -52,44 +53,16 @@ def down_kernel(
     slot = tl.load(tile_slot_ptr + tile)
     if slot < 0:
         return
-    place = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
-    is_row = place < tl.load(offset_ptr + slot + 1)
+    place, is_row = rows_of_tile(tile_start_ptr, offset_ptr, tile, slot, BLOCK_M)
     place = place.to(tl.int64)
-    row_ptr = activated_ptr + place * num_inputs
     out = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     is_out = out < num_outputs
-    local = tl.arange(0, BLOCK_IN)
-
-    sum_MO = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=ACCUMULATE)
-    for start in range(0, num_inputs, BLOCK_IN):
-        mask = is_row[:, None]
-        if not EVEN_IN:
-            mask = mask & ((start + local)[None, :] < num_inputs)
-        a_MI = tl.load(row_ptr[:, None] + (start + local)[None, :], mask=mask, other=0).to(COMPUTE)
-        w_OI = load_weight(
-            weight_ptr,
-            scale_ptr,
-            zero_ptr,
-            slot,
-            out,
-            is_out,
-            start,
-            num_inputs,
-            weight_stride_slot,
-            weight_stride_out,
-            weight_stride_in,
-            scale_stride_slot,
-            scale_stride_out,
-            scale_stride_in,
-            FORMAT,
-            OUT_GROUP,
-            IN_GROUP,
-            BLOCK_OUT,
-            BLOCK_IN,
-            EVEN_IN,
-            COMPUTE,
-        )
-        sum_MO = tl.dot(a_MI, tl.trans(w_OI), sum_MO, input_precision=PRECISION, out_dtype=ACCUMULATE)
+    sum_MO = rows_by_weight(
+        activated_ptr + place * num_inputs, is_row, slot, out, is_out, num_inputs,
+        weight_ptr, scale_ptr, zero_ptr, weight_stride_slot, weight_stride_out, weight_stride_in,
+        scale_stride_slot, scale_stride_out, scale_stride_in,
+        FORMAT, OUT_GROUP, IN_GROUP, BLOCK_M, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE, ACCUMULATE, PRECISION,
+    )  # fmt: skip
 
     if HAS_BIAS:
         bias_O = tl.load(bias_ptr + slot.to(tl.int64) * num_outputs + out, mask=is_out, other=0)

@@ -17,8 +17,11 @@ from torch import Tensor
 from .activation import Activation, activate_with_slopes, inner_and_slope
 from .launch import Launch, Run, arithmetic
 from .metadata import Groups, TileMap
+from .product import rows_by_weight_back, rows_of_tile
+from .quantise import QuantisedWeight
 from .tiles import Tile
 from .tiling import tile_and_block
+from .weight_tile import weight_arguments
 
 FEATURES_IN_PARTS = 64
 
@@ -79,6 +82,8 @@ def grad_activation_kernel(
     tile_start_ptr,
     combine_ptr,
     weight_ptr,
+    scale_ptr,
+    zero_ptr,
     pre_ptr,
     grad_pre_ptr,
     weighted_ptr,
@@ -91,52 +96,47 @@ def grad_activation_kernel(
     weight_stride_slot,
     weight_stride_out,
     weight_stride_in,
+    scale_stride_slot,
+    scale_stride_out,
+    scale_stride_in,
     INNER: tl.constexpr,
     GATED: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    OUT_GROUP: tl.constexpr,
+    IN_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    EVEN_OUT: tl.constexpr,
+    EVEN_IN: tl.constexpr,
     IN_PARTS: tl.constexpr,
     COMPUTE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of rows by one block of features; the row sums of a block go to a plane of their own."""
-    tile, block = tile_and_block(num_tiles, tl.cdiv(num_features, BLOCK_F))
+    tile, block = tile_and_block(num_tiles, tl.cdiv(num_features, BLOCK_IN))
     slot = tl.load(tile_slot_ptr + tile)
     if slot < 0:
         return
-    place = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
-    is_row = place < tl.load(offset_ptr + slot + 1)
+    place, is_row = rows_of_tile(tile_start_ptr, offset_ptr, tile, slot, BLOCK_M)
     routed = tl.load(order_ptr + place, mask=is_row, other=0)
-    grad_row_ptr = grad_ptr + (routed // top_k).to(tl.int64) * width
-    feature = block * BLOCK_F + tl.arange(0, BLOCK_F)
-    is_feature = feature < num_features
-    w_ptr = weight_ptr + slot.to(tl.int64) * weight_stride_slot
-    local = tl.arange(0, BLOCK_D)
-
-    raw_MF = tl.zeros((BLOCK_M, BLOCK_F), dtype=ACCUMULATE)
-    for start in range(0, width, BLOCK_D):
-        is_here = is_row[:, None]
-        is_weight = is_feature[None, :]
-        if not EVEN_D:
-            is_here = is_here & ((start + local)[None, :] < width)
-            is_weight = is_weight & ((start + local)[:, None] < width)
-        g_MD = tl.load(grad_row_ptr[:, None] + (start + local)[None, :], mask=is_here, other=0).to(COMPUTE)
-        w_tile_ptr = w_ptr + tl.cast(start, tl.int64) * weight_stride_out
-        offset_DF = local[:, None] * weight_stride_out + feature[None, :] * weight_stride_in
-        w_DF = tl.load(w_tile_ptr + offset_DF, mask=is_weight, other=0).to(COMPUTE)
-        raw_MF = tl.dot(g_MD, w_DF, raw_MF, input_precision=PRECISION, out_dtype=ACCUMULATE)
+    first = block * BLOCK_IN
+    raw_MF = rows_by_weight_back(
+        grad_ptr + (routed // top_k).to(tl.int64) * width, is_row, slot, first, width, num_features,
+        weight_ptr, scale_ptr, zero_ptr, weight_stride_slot, weight_stride_out, weight_stride_in,
+        scale_stride_slot, scale_stride_out, scale_stride_in,
+        False, FORMAT, OUT_GROUP, IN_GROUP, BLOCK_M, BLOCK_OUT, BLOCK_IN, EVEN_OUT, EVEN_IN,
+        COMPUTE, ACCUMULATE, PRECISION,
+    )  # fmt: skip
 
     combine_M = tl.load(combine_ptr + routed, mask=is_row, other=0).to(ACCUMULATE)
-    first = block * BLOCK_F
     if IN_PARTS:
         # half of the features at a time: all at once do not fit in registers
-        HALF: tl.constexpr = BLOCK_F // 2
+        HALF: tl.constexpr = BLOCK_IN // 2
         low_MF, high_MF = tl.split(tl.permute(tl.reshape(raw_MF, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         dot_M = write_gradients(
             low_MF, combine_M, place, is_row, first, pre_ptr, grad_pre_ptr, weighted_ptr, num_features,
@@ -149,7 +149,7 @@ def grad_activation_kernel(
     else:
         dot_M = write_gradients(
             raw_MF, combine_M, place, is_row, first, pre_ptr, grad_pre_ptr, weighted_ptr, num_features,
-            INNER, GATED, ALPHA, LIMIT, SHIFT, BLOCK_M, BLOCK_F, ACCUMULATE,
+            INNER, GATED, ALPHA, LIMIT, SHIFT, BLOCK_M, BLOCK_IN, ACCUMULATE,
         )  # fmt: skip
     tl.store(grad_combine_ptr + block.to(tl.int64) * num_rows + routed, dot_M, mask=is_row)
 
@@ -159,7 +159,7 @@ def grad_activation(
     groups: Groups,
     tiles: TileMap,
     combine_TK: Tensor,
-    weight_CDF: Tensor,
+    weight_CDF: Tensor | QuantisedWeight,
     pre_NO: Tensor,
     activation: Activation,
     *,
@@ -185,10 +185,10 @@ def grad_activation(
     """
     num_rows, num_outputs = pre_NO.shape
     num_features = num_outputs // (2 if activation.gated else 1)
-    block_f = max(tile.block_n // (2 if activation.gated else 1), 16)
+    described = weight_arguments(weight_CDF, max(tile.block_n // (2 if activation.gated else 1), 16))
+    block_f = described["BLOCK_IN"]
     num_blocks = triton.cdiv(num_features, block_f)
     width = grad_TD.shape[1]
-    kinds = arithmetic(grad_TD.dtype)
     grad_pre_NO = torch.empty_like(pre_NO)
     weighted_NF = pre_NO.new_empty(num_rows, num_features)
     sum_dtype = torch.float64 if grad_TD.dtype == torch.float64 else torch.float32
@@ -200,7 +200,6 @@ def grad_activation(
         "tile_slot_ptr": tiles.slot_I,
         "tile_start_ptr": tiles.start_I,
         "combine_ptr": combine_TK,
-        "weight_ptr": weight_CDF,
         "pre_ptr": pre_NO,
         "grad_pre_ptr": grad_pre_NO,
         "weighted_ptr": weighted_NF,
@@ -210,16 +209,13 @@ def grad_activation(
         "num_features": num_features,
         "width": width,
         "top_k": num_rows // len(grad_TD),
-        "weight_stride_slot": weight_CDF.stride(0),
-        "weight_stride_out": weight_CDF.stride(1),
-        "weight_stride_in": weight_CDF.stride(2),
         "BLOCK_M": tiles.block_m,
-        "BLOCK_F": block_f,
-        "BLOCK_D": tile.block_k,
-        "EVEN_D": width % tile.block_k == 0,
+        "BLOCK_OUT": tile.block_k,
+        "EVEN_OUT": width % tile.block_k == 0,
         "IN_PARTS": block_f >= FEATURES_IN_PARTS,
+        **described,
         **activation.arguments(),
-        **kinds,
+        **arithmetic(grad_TD.dtype),
     }
     grid = (len(tiles.slot_I) * num_blocks,)
     run(Launch(grad_activation_kernel, grid, arguments, tile.num_warps, tile.num_stages))

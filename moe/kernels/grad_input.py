@@ -9,9 +9,11 @@ from torch import Tensor
 
 from .launch import Launch, Run, arithmetic
 from .metadata import Groups, TileMap
+from .product import rows_by_weight_back, rows_of_tile
+from .quantise import QuantisedWeight
 from .tiles import Tile
 from .tiling import tile_and_block
-from .weight_tile import memory_row
+from .weight_tile import weight_arguments
 
 
 @triton.jit
@@ -21,60 +23,56 @@ def grad_input_kernel(
     tile_slot_ptr,
     tile_start_ptr,
     weight_ptr,
+    scale_ptr,
+    zero_ptr,
     grad_x_ptr,
     num_tiles,
     num_outputs,
-    width,
+    num_inputs,
     weight_stride_slot,
     weight_stride_out,
     weight_stride_in,
+    scale_stride_slot,
+    scale_stride_out,
+    scale_stride_in,
     HALVES: tl.constexpr,
+    FORMAT: tl.constexpr,
+    OUT_GROUP: tl.constexpr,
+    IN_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    EVEN_O: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    EVEN_OUT: tl.constexpr,
+    EVEN_IN: tl.constexpr,
     COMPUTE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of rows by one block of the model width."""
-    tile, block = tile_and_block(num_tiles, tl.cdiv(width, BLOCK_D))
+    tile, block = tile_and_block(num_tiles, tl.cdiv(num_inputs, BLOCK_IN))
     slot = tl.load(tile_slot_ptr + tile)
     if slot < 0:
         return
-    place = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
-    is_row = place < tl.load(offset_ptr + slot + 1)
+    place, is_row = rows_of_tile(tile_start_ptr, offset_ptr, tile, slot, BLOCK_M)
     place = place.to(tl.int64)
-    row_ptr = grad_pre_ptr + place * num_outputs
-    column = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    is_column = column < width
-    w_ptr = weight_ptr + slot.to(tl.int64) * weight_stride_slot
-    local = tl.arange(0, BLOCK_O)
-
-    sum_MD = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACCUMULATE)
-    for start in range(0, num_outputs, BLOCK_O):
-        out = start + local
-        is_here = is_row[:, None]
-        is_weight = is_column[None, :]
-        if not EVEN_O:
-            is_here = is_here & (out[None, :] < num_outputs)
-            is_weight = is_weight & (out[:, None] < num_outputs)
-        g_MO = tl.load(row_ptr[:, None] + out[None, :], mask=is_here, other=0).to(COMPUTE)
-        out_row = memory_row(out, num_outputs // 2, HALVES).to(tl.int64)
-        offset_OD = out_row[:, None] * weight_stride_out + column[None, :] * weight_stride_in
-        w_OD = tl.load(w_ptr + offset_OD, mask=is_weight, other=0).to(COMPUTE)
-        sum_MD = tl.dot(g_MO, w_OD, sum_MD, input_precision=PRECISION, out_dtype=ACCUMULATE)
-
-    grad_x = sum_MD.to(grad_x_ptr.dtype.element_ty)
-    at_MD = place[:, None] * width + column[None, :]
-    tl.store(grad_x_ptr + at_MD, grad_x, mask=is_row[:, None] & is_column[None, :])
+    sum_MI = rows_by_weight_back(
+        grad_pre_ptr + place * num_outputs, is_row, slot, block * BLOCK_IN, num_outputs, num_inputs,
+        weight_ptr, scale_ptr, zero_ptr, weight_stride_slot, weight_stride_out, weight_stride_in,
+        scale_stride_slot, scale_stride_out, scale_stride_in,
+        HALVES, FORMAT, OUT_GROUP, IN_GROUP, BLOCK_M, BLOCK_OUT, BLOCK_IN, EVEN_OUT, EVEN_IN,
+        COMPUTE, ACCUMULATE, PRECISION,
+    )  # fmt: skip
+    column = block * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    is_stored = is_row[:, None] & (column < num_inputs)[None, :]
+    at_MI = place[:, None] * num_inputs + column[None, :]
+    tl.store(grad_x_ptr + at_MI, sum_MI.to(grad_x_ptr.dtype.element_ty), mask=is_stored)
 
 
 def grad_input(
     grad_pre_NO: Tensor,
     groups: Groups,
     tiles: TileMap,
-    weight_COD: Tensor,
+    weight_COD: Tensor | QuantisedWeight,
     grad_x_ND: Tensor,
     *,
     is_halves: bool,
@@ -92,26 +90,23 @@ def grad_input(
         tile: tile sizes.
         run: what to do with the launch.
     """
-    num_outputs, width = weight_COD.shape[1:]
+    num_outputs, num_inputs = weight_COD.shape[1:]
+    described = weight_arguments(weight_COD, tile.block_n)
     arguments = {
         "grad_pre_ptr": grad_pre_NO,
         "offset_ptr": groups.offset_C1,
         "tile_slot_ptr": tiles.slot_I,
         "tile_start_ptr": tiles.start_I,
-        "weight_ptr": weight_COD,
         "grad_x_ptr": grad_x_ND,
         "num_tiles": len(tiles.slot_I),
         "num_outputs": num_outputs,
-        "width": width,
-        "weight_stride_slot": weight_COD.stride(0),
-        "weight_stride_out": weight_COD.stride(1),
-        "weight_stride_in": weight_COD.stride(2),
+        "num_inputs": num_inputs,
         "HALVES": is_halves,
         "BLOCK_M": tiles.block_m,
-        "BLOCK_D": tile.block_n,
-        "BLOCK_O": tile.block_k,
-        "EVEN_O": num_outputs % tile.block_k == 0,
+        "BLOCK_OUT": tile.block_k,
+        "EVEN_OUT": num_outputs % tile.block_k == 0,
+        **described,
         **arithmetic(grad_pre_NO.dtype),
     }
-    grid = (len(tiles.slot_I) * triton.cdiv(width, tile.block_n),)
+    grid = (len(tiles.slot_I) * triton.cdiv(num_inputs, described["BLOCK_IN"]),)
     run(Launch(grad_input_kernel, grid, arguments, tile.num_warps, tile.num_stages))

@@ -55,7 +55,7 @@ class ManyRows:
 
     def __init__(self, x_TD: Tensor, expert_TK: Tensor, weights: ExpertWeights) -> None:
         self._x_TD, E = x_TD, weights.num_experts
-        self._tiles = chosen_tiles(x_TD.device, x_TD.dtype, expert_TK.numel(), E)
+        self._tiles = chosen_tiles(x_TD.device, x_TD.dtype, expert_TK.numel(), weights)
         with on_device_of(x_TD):
             self._groups, self._map = group_rows(expert_TK, None, E, E, self._tiles.up.block_m, execute)
         self._activated_NF = x_TD.new_empty(expert_TK.numel(), weights.num_features)

@@ -1,7 +1,7 @@
 """The kernels as operators of PyTorch: with autograd, and with fake implementations so that `torch.compile` works.
 
-`compute_experts` is what other code calls. `expertier::experts` computes with dense weights and can be differentiated;
-`expertier::quantised_experts` computes with quantised ones.
+`compute_experts` is what other code calls. `expertier::experts` takes the fields of `ExpertWeights`, `QuantisedWeight`
+and `Activation` one by one, because operators take tensors and plain values only.
 
 Shapes: T tokens, K experts per token, N = T * K routed rows, E experts, C slots, O up outputs, D model width,
 F expert width.
@@ -23,6 +23,10 @@ from .quantise import QuantisedWeight
 from .tiles import chosen_tiles
 from .weights import ExpertWeights
 
+DENSE = "dense"
+# arguments of `expertier::experts`: those that can have a gradient; tensors from `slot` on
+LEAVES, STORED = 6, 5
+
 
 def compute_experts(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights: ExpertWeights) -> Tensor:
     """Weighted sum of each token's experts: few tokens without gradient take the decode path, others the grouped path.
@@ -32,7 +36,7 @@ def compute_experts(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights
         expert_TK: int32 or int64 expert ids; ids outside 0..E-1, and experts without a slot, contribute nothing.
         combine_TK: combine weights.
         weights: the experts; products are computed in the dtype of dense weights (of autocast, where it is on), or of
-            `x_TD` for quantised ones.
+            `x_TD` for quantised ones. Quantised weights get no gradient; tokens, combine weights and biases do.
 
     Returns:
         [T, D] in the dtype of `x_TD`.
@@ -43,28 +47,17 @@ def compute_experts(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights
     _check(x_TD, expert_TK, combine_TK, weights)
     if x_TD.shape[0] == 0 or expert_TK.shape[1] == 0:
         return torch.zeros_like(x_TD)
-    activation = weights.activation
-    settings = (
-        activation.inner,
-        activation.gated,
-        activation.alpha,
-        activation.limit,
-        activation.shift,
-        weights.is_halves,
-    )
-    if isinstance(weights.up, QuantisedWeight):
-        return _compute_quantised(x_TD, expert_TK, combine_TK, weights, settings)
-    up, down, up_bias, down_bias = weights.up, weights.down, weights.up_bias, weights.down_bias
-    device = x_TD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else up.dtype
-    biases = [None if bias is None else bias.to(dtype) for bias in (up_bias, down_bias)]
-    tensors = (x_TD.to(dtype), combine_TK, up.to(dtype), down.to(dtype), *biases)
-    saves = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    dtype = _compute_dtype(x_TD, weights)
+    up, up_scale, up_zero = _stored(weights.up, dtype)
+    down, down_scale, down_zero = _stored(weights.down, dtype)
+    up_bias, down_bias = (None if bias is None else bias.to(dtype) for bias in (weights.up_bias, weights.down_bias))
+    x = x_TD.to(dtype)
+    leaves = (x, combine_TK, up, down, up_bias, down_bias)
+    saves = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     if saves and weights.slot_E is not None and (up.requires_grad or down.requires_grad):
         raise ValueError("weights in cache slots cannot be trained; pass slot_E=None or weights without requires_grad")
-    x, combine, up, down, up_bias, down_bias = tensors
     y_TD, *_ = torch.ops.expertier.experts(
-        x, combine, up, down, up_bias, down_bias, expert_TK, weights.slot_E, *settings, saves
+        *leaves, expert_TK, weights.slot_E, up_scale, up_zero, down_scale, down_zero, *_settings(weights), saves
     )
     return y_TD.to(x_TD.dtype)
 
@@ -83,16 +76,39 @@ def _check(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights: ExpertW
         raise ValueError(f"expert ids must be int32 or int64; got {expert_TK.dtype}")
 
 
-def _compute_quantised(
-    x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights: ExpertWeights, settings: tuple
-) -> Tensor:
-    if torch.is_grad_enabled() and (x_TD.requires_grad or combine_TK.requires_grad):
-        raise ValueError("quantised experts have no backward pass; use torch.no_grad() or dense weights")
-    up, down = weights.up, weights.down
-    stored = (up.data, up.scale, up.zero, down.data, down.scale, down.zero)
-    groups = (up.format, up.out_group, up.in_group, down.out_group, down.in_group, down.num_inputs)
-    return torch.ops.expertier.quantised_experts(
-        x_TD, combine_TK, expert_TK, *stored, weights.up_bias, weights.down_bias, weights.slot_E, *groups, *settings
+def _compute_dtype(x_TD: Tensor, weights: ExpertWeights) -> torch.dtype:
+    if isinstance(weights.up, QuantisedWeight):
+        return x_TD.dtype
+    device = x_TD.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.up.dtype
+
+
+def _stored(weight: Tensor | QuantisedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What the operators take of a projection: weights or codes, scale, zero."""
+    if not isinstance(weight, QuantisedWeight):
+        return weight.to(dtype), None, None
+    stored = (weight.data, weight.scale, weight.zero)
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in stored):
+        raise ValueError(
+            "quantised weights cannot be trained: no gradient reaches their codes, scales and zeros; detach them and "
+            "train what lies around them, or pass dense weights"
+        )
+    return stored
+
+
+def _settings(weights: ExpertWeights) -> tuple:
+    """The plain values among the operators' arguments: number format, activation, layout."""
+    up, down, activation = weights.up, weights.down, weights.activation
+    is_quantised = isinstance(up, QuantisedWeight)
+    return (
+        up.format if is_quantised else DENSE,
+        [up.out_group, up.in_group, down.out_group, down.in_group] if is_quantised else [],
+        activation.inner,
+        activation.gated,
+        activation.alpha,
+        activation.limit,
+        activation.shift,
+        weights.is_halves,
     )
 
 
@@ -106,6 +122,12 @@ def experts(
     down_bias: Tensor | None,
     expert: Tensor,
     slot: Tensor | None,
+    up_scale: Tensor | None,
+    up_zero: Tensor | None,
+    down_scale: Tensor | None,
+    down_zero: Tensor | None,
+    format: str,  # noqa: A002
+    groups: list[int],
     inner: str,
     gated: bool,
     alpha: float,
@@ -115,23 +137,25 @@ def experts(
     saves: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output, and for the backward pass: what preceded the activation and the four tensors of `Groups`."""
-    weights = _dense(up, down, up_bias, down_bias, slot, inner, gated, alpha, limit, shift, is_halves)
+    weights = _weights(
+        up, down, up_bias, down_bias, slot, up_scale, up_zero, down_scale, down_zero,
+        format, groups, inner, gated, alpha, limit, shift, is_halves,
+    )  # fmt: skip
     x, expert, combine = x.contiguous(), expert.contiguous(), combine.contiguous()
     nothing = tuple(torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(4))
     with on_device_of(x):
         if not saves and expert.numel() <= MAX_ROWS:
             return decode(x, expert, combine, weights, execute), x.new_empty(0), *nothing
-        tiles = chosen_tiles(x.device, x.dtype, expert.numel(), weights.num_slots)
-        y, pre, groups = forward(x, expert, combine, weights, tiles, execute, saves=saves)
+        tiles = chosen_tiles(x.device, x.dtype, expert.numel(), weights)
+        y, pre, grouped = forward(x, expert, combine, weights, tiles, execute, saves=saves)
     if not saves:
         return y, x.new_empty(0), *nothing
-    return y, pre, groups.order_N, groups.position_N, groups.total_C1, groups.offset_C1
+    return y, pre, grouped.order_N, grouped.position_N, grouped.total_C1, grouped.offset_C1
 
 
 @experts.register_fake
-def _(
-    x, combine, up, down, up_bias, down_bias, expert, slot, inner, gated, alpha, limit, shift, is_halves, saves
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x, combine, up, down, up_bias, down_bias, expert, *others) -> tuple[Tensor, ...]:
+    saves = others[-1]
     num_rows, num_slots = (expert.numel(), up.shape[0] + 1) if saves else (0, 0)
     pre = x.new_empty(num_rows, up.shape[1]) if saves else x.new_empty(0)
 
@@ -152,11 +176,17 @@ def experts_backward(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     slot: Tensor | None,
+    up_scale: Tensor | None,
+    up_zero: Tensor | None,
+    down_scale: Tensor | None,
+    down_zero: Tensor | None,
     pre: Tensor,
     order: Tensor,
     position: Tensor,
     total: Tensor,
     offset: Tensor,
+    format: str,  # noqa: A002
+    groups: list[int],
     inner: str,
     gated: bool,
     alpha: float,
@@ -166,7 +196,10 @@ def experts_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `expertier::experts` in the order of its first arguments; empty ones where none is needed."""
-    weights = _dense(up, down, up_bias, down_bias, slot, inner, gated, alpha, limit, shift, is_halves)
+    weights = _weights(
+        up, down, up_bias, down_bias, slot, up_scale, up_zero, down_scale, down_zero,
+        format, groups, inner, gated, alpha, limit, shift, is_halves,
+    )  # fmt: skip
     with on_device_of(x):
         gradients = backward(
             grad.to(x.dtype).contiguous(),
@@ -176,7 +209,7 @@ def experts_backward(
             Groups(order, position, total, offset),
             weights,
             Needs(*needs),
-            chosen_tiles(x.device, x.dtype, len(order), weights.num_slots),
+            chosen_tiles(x.device, x.dtype, len(order), weights),
             execute,
         )
     found = (
@@ -191,10 +224,9 @@ def experts_backward(
 
 
 @experts_backward.register_fake
-def _(
-    grad, x, combine, up, down, up_bias, down_bias, slot, pre, order, position, total, offset, inner, gated, alpha,
-    limit, shift, is_halves, needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _(grad, x, combine, up, down, up_bias, down_bias, *others) -> tuple[Tensor, ...]:
+    needs = others[-1]
+
     def like(tensor: Tensor | None, is_needed: bool, is_contiguous: bool) -> Tensor:
         if tensor is None or not is_needed:
             return x.new_empty(0)
@@ -207,84 +239,39 @@ def _(
 
 
 def _keep_for_backward(ctx, inputs: tuple, output: tuple) -> None:
-    x, combine, up, down, up_bias, down_bias, _, slot, *settings, saves = inputs
+    leaves, (_, *others) = inputs[:LEAVES], inputs[LEAVES:]
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
-    ctx.saves = saves
-    ctx.settings = settings
-    ctx.save_for_backward(x, combine, up, down, up_bias, down_bias, slot, *saved)
+    *ctx.settings, ctx.saves = others[STORED:]
+    ctx.save_for_backward(*leaves, *others[:STORED], *saved)
 
 
 def _differentiate(ctx, grad: Tensor, *_: Tensor | None) -> tuple:
     if not ctx.saves:
         raise ValueError("expertier::experts was called without saves=True, so nothing was kept for its backward pass")
-    needs = list(ctx.needs_input_grad[:6])
+    needs = list(ctx.needs_input_grad[:LEAVES])
     gradients = torch.ops.expertier.experts_backward(grad, *ctx.saved_tensors, *ctx.settings, needs)
-    has_bias = [tensor is not None for tensor in ctx.saved_tensors[4:6]]
+    has_bias = [tensor is not None for tensor in ctx.saved_tensors[4:LEAVES]]
     is_wanted = [*needs[:4], *(need and has for need, has in zip(needs[4:], has_bias, strict=True))]
     found = [gradient if wanted else None for gradient, wanted in zip(gradients, is_wanted, strict=True)]
-    return *found, None, None, *(None for _ in ctx.settings), None
+    return *found, None, *(None for _ in range(STORED)), *(None for _ in ctx.settings), None
 
 
 experts.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
-@torch.library.custom_op("expertier::quantised_experts", mutates_args=())
-def quantised_experts(
-    x: Tensor,
-    combine: Tensor,
-    expert: Tensor,
+def _weights(
     up: Tensor,
-    up_scale: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    slot: Tensor | None,
+    up_scale: Tensor | None,
     up_zero: Tensor | None,
-    down: Tensor,
-    down_scale: Tensor,
+    down_scale: Tensor | None,
     down_zero: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    slot: Tensor | None,
     format: str,  # noqa: A002
-    up_out_group: int,
-    up_in_group: int,
-    down_out_group: int,
-    down_in_group: int,
-    num_features: int,
-    inner: str,
-    gated: bool,
-    alpha: float,
-    limit: float | None,
-    shift: float,
-    is_halves: bool,
-) -> Tensor:
-    """Output with quantised weights; the arguments are the fields of `QuantisedWeight` and `Activation`."""
-    weights = ExpertWeights(
-        QuantisedWeight(format, up, up_scale, up_zero, up_out_group, up_in_group, x.shape[1]),
-        QuantisedWeight(format, down, down_scale, down_zero, down_out_group, down_in_group, num_features),
-        up_bias,
-        down_bias,
-        Activation(inner, gated, alpha, limit, shift),
-        is_halves,
-        slot,
-    )
-    x, expert, combine = x.contiguous(), expert.contiguous(), combine.contiguous()
-    with on_device_of(x):
-        if expert.numel() <= MAX_ROWS:
-            return decode(x, expert, combine, weights, execute)
-        tiles = chosen_tiles(x.device, x.dtype, expert.numel(), weights.num_slots)
-        return forward(x, expert, combine, weights, tiles, execute, saves=False)[0]
-
-
-@quantised_experts.register_fake
-def _(x, *_) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _dense(
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    slot: Tensor | None,
+    groups: list[int],
     inner: str,
     gated: bool,
     alpha: float,
@@ -292,6 +279,15 @@ def _dense(
     shift: float,
     is_halves: bool,
 ) -> ExpertWeights:
+    if format != DENSE:
+        codes_per_byte = 2 if format == "int4" else 1
+        up, down = (
+            QuantisedWeight(format, data, scale, zero, *group, data.shape[2] * codes_per_byte)
+            for data, scale, zero, group in (
+                (up, up_scale, up_zero, groups[:2]),
+                (down, down_scale, down_zero, groups[2:]),
+            )
+        )
     activation = Activation(inner, gated, alpha, limit, shift)
     up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
     return ExpertWeights(up, down, up_bias, down_bias, activation, is_halves, slot)

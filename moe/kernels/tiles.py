@@ -5,13 +5,18 @@ Nothing is tuned on first use. `tune.py` measures on request and writes the file
 
 import functools
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .launch import is_interpreted
+
+if TYPE_CHECKING:
+    from .weights import ExpertWeights
 
 # rows per expert up to which a class applies
 ROW_CLASSES = {"few": 48, "some": 192, "many": None}
@@ -139,16 +144,26 @@ def row_class(rows_per_expert: float) -> str:
     return next(name for name, most in ROW_CLASSES.items() if most is None or rows_per_expert <= most)
 
 
-def chosen_tiles(device: torch.device, dtype: torch.dtype, num_rows: int, num_slots: int) -> LayerTiles:
-    """The tiles of a layer on this device: tuned ones if there are, else the table's."""
+def chosen_tiles(device: torch.device, dtype: torch.dtype, num_rows: int, weights: "ExpertWeights") -> LayerTiles:
+    """The tiles of a layer on this device: those tuned for the most similar layer if there are any, else the table's.
+
+    Args:
+        device, dtype: where and in which number format products are computed.
+        num_rows: N.
+        weights: the experts.
+
+    Returns:
+        The tiles.
+    """
     if is_interpreted():
         return _uniform(_INTERPRETED)
-    wanted = (architecture(device), number_format(dtype), row_class(num_rows / num_slots))
+    numbers, rows = number_format(dtype), row_class(num_rows / weights.num_experts)
     if device.type == "cuda":
         tuned = tuned_tiles(torch.cuda.get_device_name(device))
-        if wanted[1:] in tuned:
-            return tuned[wanted[1:]]
-    return table_tiles(*wanted)
+        alike = [key for key in tuned if (key.numbers, key.rows) == (numbers, rows)]
+        if alike:
+            return tuned[min(alike, key=lambda key: key.distance(weights.width, weights.num_features))]
+    return table_tiles(architecture(device), numbers, rows)
 
 
 def table_tiles(arch: str, numbers: str, rows: str) -> LayerTiles:
@@ -179,12 +194,36 @@ def tuned_file(device_name: str) -> Path:
     return cache / "expertier" / "tiles" / f"{device_name.replace(' ', '_').replace('/', '_')}.json"
 
 
+@dataclass(frozen=True)
+class TunedFor:
+    """What tiles were tuned for.
+
+    Args:
+        numbers, rows: keys of the table.
+        width, features: D, F.
+    """
+
+    numbers: str
+    rows: str
+    width: int
+    features: int
+
+    def __post_init__(self) -> None:
+        sizes = (self.width, self.features)
+        if self.rows not in ROW_CLASSES or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"rows must be one of {', '.join(ROW_CLASSES)} and sizes positive; got {self}")
+
+    def distance(self, width: int, features: int) -> float:
+        """How far another layer is from this one: doublings of D and of F."""
+        return abs(math.log2(width / self.width)) + abs(math.log2(features / self.features))
+
+
 @functools.cache
-def tuned_tiles(device_name: str) -> dict[tuple[str, str], LayerTiles]:
-    """Tuned tiles by (number format, row class); empty when nothing was tuned on this device.
+def tuned_tiles(device_name: str) -> dict[TunedFor, LayerTiles]:
+    """Tuned tiles; empty when nothing was tuned on this device.
 
     Raises:
-        ValueError: if the file is not what `save_tuned` writes.
+        ValueError: if the file is not what `tune.save_tuned` writes.
     """
     path = tuned_file(device_name)
     if not path.is_file():
@@ -192,17 +231,14 @@ def tuned_tiles(device_name: str) -> dict[tuple[str, str], LayerTiles]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError("it is too large")
-        entries = json.loads(path.read_text(encoding="utf-8"))
         return {
-            (entry["numbers"], entry["rows"]): LayerTiles(
-                **{name: Tile(**sizes) for name, sizes in entry["tiles"].items()}
-            )
-            for entry in entries
+            TunedFor(**entry["layer"]): LayerTiles(**{name: Tile(**sizes) for name, sizes in entry["tiles"].items()})
+            for entry in json.loads(path.read_text(encoding="utf-8"))
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not a file of tuned tiles ({error}); delete it or tune again") from error
 
 
-def tuned_document(tuned: dict[tuple[str, str], LayerTiles]) -> list[dict]:
+def tuned_document(tuned: dict[TunedFor, LayerTiles]) -> list[dict]:
     """What `tuned_tiles` reads, as plain data."""
-    return [{"numbers": numbers, "rows": rows, "tiles": asdict(tiles)} for (numbers, rows), tiles in tuned.items()]
+    return [{"layer": asdict(layer), "tiles": asdict(tiles)} for layer, tiles in tuned.items()]

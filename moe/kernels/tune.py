@@ -7,7 +7,8 @@ Shapes: T tokens, K experts per token.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -20,7 +21,8 @@ from routing.traces import write_json
 from .backward import Needs, backward
 from .forward import forward
 from .launch import Launch, execute
-from .tiles import LayerTiles, Tile, number_format, row_class, tuned_document, tuned_file, tuned_tiles
+from .planned import compile_together, layer_launches
+from .tiles import LayerTiles, Tile, TunedFor, number_format, row_class, tuned_document, tuned_file, tuned_tiles
 from .weights import ExpertWeights
 
 Measure = Callable[[Launch], float]
@@ -39,9 +41,10 @@ CANDIDATES = tuple(
         (128, 128, 8),
         (128, 256, 8),
     )
-    for block_k in (32, 64)
-    for num_stages in (2, 3, 4)
+    for block_k, num_stages in ((32, 4), (64, 3), (64, 4))
 )
+# rows per tile that are worth trying in each class of rows per expert
+BLOCKS_M = {"few": (16, 32, 64), "some": (32, 64, 128), "many": (64, 128)}
 # too much shared memory or too many threads; refused by the compiler; refused by the assembler
 MISFITS = (OutOfResources, CompilationError, PTXASError)
 PRODUCTS = {
@@ -67,16 +70,18 @@ def tune(
     expert_TK: Tensor,
     combine_TK: Tensor,
     *,
-    candidates: Sequence[Tile] = CANDIDATES,
+    candidates: Sequence[Tile] | None = None,
     measure: Measure = measure_on_device,
+    prepare: Callable[[Iterable[Launch]], None] = compile_together,
 ) -> LayerTiles:
     """The fastest tiles for this layer and these tokens.
 
     Args:
         weights: dense experts.
         x_TD, expert_TK, combine_TK: an input that is typical of its row class.
-        candidates: tiles to try.
+        candidates: tiles to try; by default those of `CANDIDATES` that suit the rows per expert.
         measure: the time of a launch, in any unit.
+        prepare: is given all launches beforehand.
 
     Returns:
         The fastest tiles.
@@ -84,15 +89,31 @@ def tune(
     Raises:
         ValueError: if no candidate fits the device.
     """
+    if candidates is None:
+        blocks_m = BLOCKS_M[row_class(expert_TK.numel() / weights.num_slots)]
+        candidates = [tile for tile in CANDIDATES if tile.block_m in blocks_m]
+    prepare(_planned(weights, expert_TK, x_TD.dtype, candidates))
     time_s = {product: {} for product in PRODUCTS}
     for tile in candidates:
-        uniform = LayerTiles(tile, tile, tile, tile, tile)
+        uniform = _uniform(tile)
         for product, seconds in _times(weights, x_TD, expert_TK, combine_TK, uniform, measure).items():
             time_s[product][tile] = seconds
     up, down = _best_pair(time_s["up"], time_s["down"])
     grad_activation, grad_input = _best_pair(time_s["grad_activation"], time_s["grad_input"])
     grad_weight = min(time_s["grad_weight"], key=time_s["grad_weight"].__getitem__)
     return LayerTiles(up, down, grad_activation, grad_input, grad_weight)
+
+
+def _uniform(tile: Tile) -> LayerTiles:
+    return LayerTiles(tile, tile, tile, tile, tile)
+
+
+def _planned(
+    weights: ExpertWeights, expert_TK: Tensor, dtype: torch.dtype, candidates: Sequence[Tile]
+) -> Iterator[Launch]:
+    on_meta = replace(weights, up=weights.up.to("meta"), down=weights.down.to("meta"))
+    for tile in candidates:
+        yield from layer_launches(on_meta, *expert_TK.shape, dtype, _uniform(tile), trains=True)
 
 
 def _times(
@@ -128,15 +149,18 @@ def _best_pair(first: Mapping[Tile, float], second: Mapping[Tile, float]) -> tup
     return best
 
 
-def save_tuned(device_name: str, dtype: torch.dtype, rows_per_expert: float, tiles: LayerTiles) -> None:
+def save_tuned(
+    device_name: str, dtype: torch.dtype, rows_per_expert: float, weights: ExpertWeights, tiles: LayerTiles
+) -> None:
     """Add tiles to the device's file; later calls of `chosen_tiles`, in this process too, use them.
 
     Args:
         device_name: as `torch.cuda.get_device_name` gives it.
-        dtype, rows_per_expert: what they were tuned for.
+        dtype, rows_per_expert, weights: what they were tuned for.
         tiles: the result of `tune`.
     """
-    tuned = tuned_tiles(device_name) | {(number_format(dtype), row_class(rows_per_expert)): tiles}
+    layer = TunedFor(number_format(dtype), row_class(rows_per_expert), weights.width, weights.num_features)
+    tuned = tuned_tiles(device_name) | {layer: tiles}
     path = tuned_file(device_name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, tuned_document(tuned))

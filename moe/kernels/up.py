@@ -11,10 +11,11 @@ from torch import Tensor
 from .activation import Activation, activate, inner_and_slope
 from .launch import Launch, Run, arithmetic
 from .metadata import NOBODY, Groups, TileMap
+from .product import rows_by_weight, rows_of_tile
 from .quantise import QuantisedWeight
 from .tiles import Tile
 from .tiling import tile_and_block
-from .weight_tile import load_weight, memory_row, weight_arguments
+from .weight_tile import memory_row, weight_arguments
 
 
 @triton.jit
@@ -64,54 +65,26 @@ def up_kernel(
     """One tile of rows by one block of outputs in pair order."""
     tile, block = tile_and_block(num_tiles, tl.cdiv(num_outputs, BLOCK_OUT))
     slot = tl.load(tile_slot_ptr + tile)
-    place = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
     out = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     is_out = out < num_outputs
     if slot < 0:
         if SAVE_PRE:
             # an operator's output must be defined everywhere
             if slot == NOBODY:
+                place = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
                 nothing = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=pre_ptr.dtype.element_ty)
                 pre_tile_ptr = pre_ptr + place.to(tl.int64)[:, None] * num_outputs + out[None, :]
                 tl.store(pre_tile_ptr, nothing, mask=(place < num_rows)[:, None] & is_out[None, :])
         return
-    is_row = place < tl.load(offset_ptr + slot + 1)
+    place, is_row = rows_of_tile(tile_start_ptr, offset_ptr, tile, slot, BLOCK_M)
     token = tl.load(order_ptr + place, mask=is_row, other=0) // top_k
-    x_row_ptr = x_ptr + token.to(tl.int64) * x_stride
-
     out_row = memory_row(out, num_outputs // 2, HALVES)
-    local = tl.arange(0, BLOCK_IN)
-
-    sum_MO = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=ACCUMULATE)
-    for start in range(0, num_inputs, BLOCK_IN):
-        mask = is_row[:, None]
-        if not EVEN_IN:
-            mask = mask & ((start + local)[None, :] < num_inputs)
-        x_MI = tl.load(x_row_ptr[:, None] + (start + local)[None, :], mask=mask, other=0).to(COMPUTE)
-        w_OI = load_weight(
-            weight_ptr,
-            scale_ptr,
-            zero_ptr,
-            slot,
-            out_row,
-            is_out,
-            start,
-            num_inputs,
-            weight_stride_slot,
-            weight_stride_out,
-            weight_stride_in,
-            scale_stride_slot,
-            scale_stride_out,
-            scale_stride_in,
-            FORMAT,
-            OUT_GROUP,
-            IN_GROUP,
-            BLOCK_OUT,
-            BLOCK_IN,
-            EVEN_IN,
-            COMPUTE,
-        )
-        sum_MO = tl.dot(x_MI, tl.trans(w_OI), sum_MO, input_precision=PRECISION, out_dtype=ACCUMULATE)
+    sum_MO = rows_by_weight(
+        x_ptr + token.to(tl.int64) * x_stride, is_row, slot, out_row, is_out, num_inputs,
+        weight_ptr, scale_ptr, zero_ptr, weight_stride_slot, weight_stride_out, weight_stride_in,
+        scale_stride_slot, scale_stride_out, scale_stride_in,
+        FORMAT, OUT_GROUP, IN_GROUP, BLOCK_M, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE, ACCUMULATE, PRECISION,
+    )  # fmt: skip
 
     if HAS_BIAS:
         bias_O = tl.load(bias_ptr + slot.to(tl.int64) * num_outputs + out_row, mask=is_out, other=0)

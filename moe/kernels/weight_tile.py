@@ -17,6 +17,8 @@ from .quantise import QuantisedWeight
 
 # e4m3 bits moved into float32's place have an exponent that is short by the difference of the biases, 127 - 7
 FP8_EXPONENT_GAP = tl.constexpr(2.0**120)
+# stands for "all inputs share a scale", so that one compiled kernel serves every number of inputs
+ALL_INPUTS = 1 << 30
 
 
 @triton.jit
@@ -141,9 +143,10 @@ def weight_arguments(weight: Tensor | QuantisedWeight, block_in: int) -> dict:
     """
     if isinstance(weight, QuantisedWeight):
         data, scale, zero = weight.data, weight.scale, weight.zero
-        out_group, in_group, num_inputs = weight.out_group, weight.in_group, weight.num_inputs
+        num_inputs, out_group = weight.num_inputs, weight.out_group
+        in_group = weight.in_group if num_inputs > weight.in_group else ALL_INPUTS
         data = data.view(torch.uint8) if weight.format == "fp8" else data
-        block_in = min(block_in, in_group) if num_inputs > in_group else block_in
+        block_in = min(block_in, in_group)
         scale_strides = scale.stride()
         name = weight.format
     else:

@@ -65,6 +65,11 @@ class ExpertWeights:
         return self.up.shape[1]
 
     @property
+    def width(self) -> int:
+        """D."""
+        return self.up.shape[2]
+
+    @property
     def num_features(self) -> int:
         """F."""
         return self.down.shape[2]
