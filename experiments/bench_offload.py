@@ -13,7 +13,6 @@ from rich.table import Table
 
 from offload import format_size, parse_size
 
-from . import llama_cpp
 from .memory_limit import drop_cached, run_limited
 
 DEFAULT_CONTESTANTS = ("ours", "ours-fast", "ours-lru", "accelerate", "resident", "llama.cpp")
@@ -125,6 +124,8 @@ def check_parity() -> None:
 
 def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, predictor: Path | None) -> dict[str, Any]:
     if name == "llama.cpp":
+        from . import llama_cpp
+
         if not llama_cpp.is_available():
             return _row({"contestant": name, "limit": limit, "note": llama_cpp.NOT_INSTALLED}, {}, None)
         llama_cpp.gguf_of(checkpoint)

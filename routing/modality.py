@@ -61,7 +61,7 @@ def modality_of(context: RoutingContext, first_ids: Sequence[int]) -> Tensor:
     if context.token_id_T is None:
         raise ValueError("the model got embeddings instead of input_ids, so it needs modality=[B, S] as well")
     border = torch.tensor(first_ids[1:], dtype=torch.int64, device=context.token_id_T.device)
-    return torch.bucketize(context.token_id_T, border, right=True)
+    return torch.bucketize(context.token_id_T.contiguous(), border, right=True)
 
 
 def expect_first_ids(first_ids: Sequence[int], num_modalities: int) -> None:

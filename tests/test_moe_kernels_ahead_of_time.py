@@ -114,7 +114,7 @@ few = {launch.kernel: launch for _, launch in launches[:3]}
 compile_together(few.values())
 for kernel in few:
     (compiled,) = kernel.device_caches[0][0].values()
-    assert compiled.result().asm["cubin"]
+    assert compiled.asm["cubin"]
     print(kernel.__name__)
 """
 
