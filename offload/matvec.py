@@ -62,31 +62,33 @@ class Matvecs:
         """
         if not (self._kernels and _fits(x_ND, weights_FD)):
             return False
-        first, *others = {self._kernel(weight_FD) for weight_FD in weights_FD}
+        first, *others = {self._kernel((len(weight_FD), weight_FD.shape[1]), weight_FD) for weight_FD in weights_FD}
         if first is None or others:
             return False
         first(x_ND, weights_FD, outs_F)
         return True
 
-    def experts_kernel(self, up_FD: torch.Tensor, down_DF: torch.Tensor) -> ExpertsKernel | None:
-        """The kernel of whole experts, if both of their products are computed by the same one.
+    def experts_kernel(self, shapes: Sequence[tuple[int, int]]) -> ExpertsKernel | None:
+        """The kernel of whole experts, if all of their products are computed by the same one.
 
         Args:
-            up_FD, down_DF: weights of the shapes in question.
+            shapes: of the weights.
         """
-        chosen = {self._kernel(up_FD), self._kernel(down_DF)} if self._kernels else {None}
-        kernel = chosen.pop()
-        return None if chosen or kernel is None else _experts_kernels()[_name(kernel)]
+        if not self._kernels:
+            return None
+        kernel, *others = {self._kernel(shape) for shape in shapes}
+        return None if others or kernel is None else _experts_kernels()[_name(kernel)]
 
     @property
     def names(self) -> dict[str, str]:
         """What computes each shape met so far, for the report."""
         return {f"{rows}x{columns}": _name(kernel) for (rows, columns, _), kernel in self._chosen.items()}
 
-    def _kernel(self, weight_FD: torch.Tensor) -> Kernel | None:
-        key = (*weight_FD.shape, torch.get_num_threads())
+    def _kernel(self, shape: tuple[int, int], weight_FD: torch.Tensor | None = None) -> Kernel | None:
+        """What computes this shape; tried on the given weight, or on a random one."""
+        key = (*shape, torch.get_num_threads())
         if key not in self._chosen:
-            self._chosen[key] = self._choose(weight_FD)
+            self._chosen[key] = self._choose(torch.randn(shape).bfloat16() if weight_FD is None else weight_FD)
         return self._chosen[key]
 
     def _choose(self, weight_FD: torch.Tensor) -> Kernel | None:

@@ -122,7 +122,7 @@ def fuse_experts(module: Any, layer: ExpertLayer, top_k: int, matvecs: Matvecs) 
     width = shape["down_proj"][1]
     if width % VECTOR_ELEMENTS or top_k * width % (VECTOR_ELEMENTS * torch.get_num_threads()):
         return None
-    kernel = matvecs.experts_kernel(*(torch.randn(shape[name]).bfloat16() for name in names))
+    kernel = matvecs.experts_kernel([shape[name] for name in names])
     table = None if kernel is None else _activation_table(module, width)
     return None if kernel is None or table is None else FusedExperts(kernel, module, table, width)
 
