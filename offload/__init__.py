@@ -12,8 +12,8 @@ from .simulate import Simulated, simulate
 
 if TYPE_CHECKING:
     from .calibrate import disk_bandwidth
-    from .gpu_calibrate import wire_bandwidth
-    from .gpu_loading import open_lane
+    from .gpu.calibrate import wire_bandwidth
+    from .gpu.loading import open_lane
     from .handle import Offload
     from .loading import load
 
@@ -21,8 +21,8 @@ _HOME = {
     "Offload": ".handle",
     "disk_bandwidth": ".calibrate",
     "load": ".loading",
-    "open_lane": ".gpu_loading",
-    "wire_bandwidth": ".gpu_calibrate",
+    "open_lane": ".gpu.loading",
+    "wire_bandwidth": ".gpu.calibrate",
 }
 
 __all__ = [

@@ -53,7 +53,7 @@ def calibrate(
     Args:
         folder: on the disk where models are.
     """
-    from .gpu_calibrate import gpu_rates
+    from .gpu.calibrate import gpu_rates
 
     with tempfile.NamedTemporaryFile(dir=folder, prefix="expertier-calibrate-") as scratch:
         chunk = os.urandom(1 << 20)

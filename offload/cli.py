@@ -199,7 +199,7 @@ def fit(
 
 def _gpu_fit(console: Console, fitted: Any, hardware: Path | None) -> dict[str, Any]:
     """What goes to the GPU, and how fast it may be."""
-    from .gpu_budget import gpu_table
+    from .gpu.budget import gpu_table
     from .hardware import Hardware
 
     table = Table("GPU memory", "size")

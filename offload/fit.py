@@ -9,9 +9,9 @@ import torch
 from .budget import AUTO_SHARE, MemoryPlan, Needs, available_memory, parse_size, plan_memory
 from .checkpoint import TensorEntry, read_checkpoint
 from .cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
-from .gpu_budget import plan_gpu, split_needs
-from .gpu_cost import GpuPrediction, predict_gpu_decode
-from .gpu_loading import gpu_slot_bytes
+from .gpu.budget import plan_gpu, split_needs
+from .gpu.cost import GpuPrediction, predict_gpu_decode
+from .gpu.loading import gpu_slot_bytes
 from .hardware import Hardware
 from .layout import ExpertLayer, experts_modules, locate_experts, weight_names
 from .loading import _config, _local_folder, _model_class, _running_dtype, experts_per_token, memory_needs

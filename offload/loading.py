@@ -24,8 +24,8 @@ from .budget import (
 )
 from .cache import NEEDS_FUTURE
 from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
-from .gpu_budget import split_needs
-from .gpu_loading import add_gpu_tier, expect_gpu_layers, gpu_slot_bytes, open_lane, plan_for
+from .gpu.budget import split_needs
+from .gpu.loading import add_gpu_tier, expect_gpu_layers, gpu_slot_bytes, open_lane, plan_for
 from .handle import Offload
 from .huge_pages import move_to_huge_pages
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names

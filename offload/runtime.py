@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .compute import RoutedRows, eager_forward
 from .counters import Counters, LayerCounters
-from .gpu_tier import GpuTier
+from .gpu.tier import GpuTier
 from .matvec import Matvecs
 from .prefetch import Prefetcher
 from .reading import Ticket

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 from experiments import bench_offload_gpu
 from experiments import cli as joined_cli
 from experiments.replay import ReplaySize, build_replay
-from offload import gpu_loading, gpu_rows
 from offload.budget import Needs
 from offload.cost import DecodeWork
-from offload.gpu_budget import CONTEXT_BYTES, gpu_table, plan_gpu, ring_slots, split_needs
-from offload.gpu_cost import predict_gpu_decode
+from offload.gpu import loading as gpu_loading
+from offload.gpu import rows as gpu_rows
+from offload.gpu.budget import CONTEXT_BYTES, gpu_table, plan_gpu, ring_slots, split_needs
+from offload.gpu.cost import predict_gpu_decode
 from offload.hardware import Hardware
 from routing.traces import RoutingTrace
 from tests.simulated_lane import SimulatedLane
@@ -62,7 +63,7 @@ def run(monkeypatch):
 @pytest.fixture
 def simulated(monkeypatch):
     monkeypatch.setattr(gpu_loading, "LANES", {"cuda": SimulatedLane})
-    monkeypatch.setattr("offload.gpu_tier.experts_for", lambda module, count, *_: gpu_rows.LoopExperts(module, count))
+    monkeypatch.setattr("offload.gpu.tier.experts_for", lambda module, count, *_: gpu_rows.LoopExperts(module, count))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

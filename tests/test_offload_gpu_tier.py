@@ -9,7 +9,9 @@ import transformers
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 import offload
-from offload import gpu_calibrate, gpu_loading, gpu_rows
+from offload.gpu import calibrate as gpu_calibrate
+from offload.gpu import loading as gpu_loading
+from offload.gpu import rows as gpu_rows
 from tests.simulated_lane import SimulatedLane
 
 SIZES = {
@@ -71,10 +73,10 @@ def load(monkeypatch):
     def load_simulated(folder, *, seed=0, copy_share=0.5, pins=True, kernels=False, **arguments):
         lane = SimulatedLane(seed, copy_share, pins)
         monkeypatch.setattr(gpu_loading, "LANES", {"cuda": lambda: lane})
-        monkeypatch.setattr("offload.gpu_budget.RING_SLOTS", 2)
+        monkeypatch.setattr("offload.gpu.budget.RING_SLOTS", 2)
         if not kernels:
             monkeypatch.setattr(
-                "offload.gpu_tier.experts_for", lambda module, count, *_: gpu_rows.LoopExperts(module, count)
+                "offload.gpu.tier.experts_for", lambda module, count, *_: gpu_rows.LoopExperts(module, count)
             )
         model = offload.load(folder, device="cuda", **arguments)
         model.lane = lane
@@ -150,7 +152,7 @@ def test_a_missing_wait_would_be_seen(saved, load, all_there, monkeypatch, broke
         copy_in = SimulatedLane.copy_in
         monkeypatch.setattr(SimulatedLane, "copy_in", lambda self, pairs, after: copy_in(self, pairs, None))
     else:
-        monkeypatch.setattr("offload.ram_feed.RamFeed.lend", lambda self, expert, copy: self.give_back(expert))
+        monkeypatch.setattr("offload.gpu.ram_feed.RamFeed.lend", lambda self, expert, copy: self.give_back(expert))
     copy_share = 0.9 if broken == "after" else 0.1
     models = [load(folder, seed=seed, copy_share=copy_share, gpu_experts=1, cache_experts=1) for seed in range(4)]
     assert not all(torch.equal(run(model), expected) for model in models)

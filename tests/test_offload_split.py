@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.split import PROBE_EVERY, Rate, Splitter, split
+from offload.gpu.split import PROBE_EVERY, Rate, Splitter, split
 
 SECONDS = st.floats(0.01, 100, allow_nan=False)
 

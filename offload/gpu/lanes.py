@@ -1,6 +1,6 @@
 """What the GPU tier asks of a device: work in order on one stream, copies in order on another, and who waits for whom.
 
-`CudaLane` (cuda_lane.py) is the only one that ships. The tests have another, which runs both streams late and in any
+`CudaLane` (cuda.py) is the only one that ships. The tests have another, which runs both streams late and in any
 order that the waits allow, so that a missing wait changes a result.
 """
 

@@ -11,10 +11,10 @@ from queue import SimpleQueue
 
 import torch
 
-from .counters import Counters
+from ..counters import Counters
+from ..reading import Ticket
+from ..slots import LayerSlots
 from .lanes import Copy
-from .reading import Ticket
-from .slots import LayerSlots
 
 
 class RamFeed:

@@ -3,16 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .budget import AUTO_SHARE, MemoryPlan, Needs, parse_size
-from .cuda_lane import CudaLane
-from .gpu_budget import plan_gpu, ring_slots
-from .gpu_rows import biases_of
-from .gpu_slots import slot_shapes
-from .gpu_tier import GpuTier
+from ..budget import AUTO_SHARE, MemoryPlan, Needs, parse_size
+from ..layout import ExpertLayer, experts_modules
+from ..matvec import Matvecs
+from ..runtime import OffloadRuntime
+from .budget import plan_gpu, ring_slots
+from .cuda import CudaLane
 from .lanes import Lane
-from .layout import ExpertLayer, experts_modules
-from .matvec import Matvecs
-from .runtime import OffloadRuntime
+from .rows import biases_of
+from .slots import slot_shapes
+from .tier import GpuTier
 
 UNLIMITED = 1 << 62
 DEVICES = ("auto", "cpu", "cuda")

@@ -5,8 +5,8 @@ from statistics import median
 
 import torch
 
-from .gpu_loading import LANES
 from .lanes import Lane
+from .loading import LANES
 
 PIECE_BYTES = 64 << 20
 TIMES = 9

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .counters import Counters
-from .gpu_counters import GpuCounters
-from .gpu_rows import KernelExperts, KernelRows, LoopExperts, LoopRows, one_expert
-from .gpu_slots import LayerGpuSlots, Ring, SlotMap
+from ..counters import Counters
+from ..matvec import Matvecs
+from ..slots import LayerSlots
+from .counters import GpuCounters
 from .lanes import Copy, Lane
-from .matvec import Matvecs
 from .ram_feed import RamFeed
-from .slots import LayerSlots
+from .rows import KernelExperts, KernelRows, LoopExperts, LoopRows, one_expert
+from .slots import LayerGpuSlots, Ring, SlotMap
 from .split import Splitter
 
 PREFILL_TOKENS = 16

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .gpu_slots import GpuSlots, SlotMap
-from .layout import weight_names
+from ..layout import weight_names
+from .slots import GpuSlots, SlotMap
 
 Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

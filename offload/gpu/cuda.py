@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .gpu_budget import CONTEXT_BYTES
+from .budget import CONTEXT_BYTES
 from .lanes import Mark, Pairs, Result
 
 

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from .budget import MemoryPlan, describe
-from .counters import Counters
-from .gpu_budget import ring_slots
-from .gpu_counters import GpuCounters
-from .gpu_rows import KernelExperts, LoopExperts, experts_for
-from .gpu_slots import LayerGpuSlots, Ring, make_pools
-from .gpu_step import CpuShare, GpuLayer, GpuStep, LookAhead
+from ..budget import MemoryPlan, describe
+from ..counters import Counters
+from ..layout import ExpertLayer
+from ..matvec import Matvecs
+from ..slots import LayerSlots
+from .budget import ring_slots
+from .counters import GpuCounters
 from .lanes import Lane
-from .layout import ExpertLayer
-from .matvec import Matvecs
-from .slots import LayerSlots
+from .rows import KernelExperts, LoopExperts, experts_for
+from .slots import LayerGpuSlots, Ring, make_pools
 from .split import Splitter
+from .step import CpuShare, GpuLayer, GpuStep, LookAhead
 
 
 class GpuTier:

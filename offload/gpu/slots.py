@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..layout import ExpertLayer
 from .lanes import Lane, Mark
-from .layout import ExpertLayer
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -5,8 +5,8 @@ Source: as in cost.py, with one more tier.
 
 from dataclasses import dataclass
 
-from .cost import DecodeWork
-from .hardware import Hardware
+from ..cost import DecodeWork
+from ..hardware import Hardware
 
 
 @dataclass(frozen=True, kw_only=True)
