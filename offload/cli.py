@@ -54,6 +54,12 @@ def generate(
     ] = "auto",
     gpu_memory: GpuMemory = "auto",
     trace: Annotated[Path | None, typer.Option("--trace", help="Record the routing into this .npz file.")] = None,
+    hardware: Annotated[
+        Path | None,
+        typer.Option(
+            "--hardware", help="Rates of this machine from `calibrate`, to say what speed was to be expected."
+        ),
+    ] = None,
     live: Annotated[bool, typer.Option("--live", help="Say speed, hits and bytes while it runs, on stderr.")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -66,11 +72,13 @@ def generate(
     from moe import text_of
 
     from .generation import generate_text
+    from .hardware import Hardware
     from .loading import load
 
     _quiet_transformers()
     for target in (trace, json_file):
         _expect_folder(target)
+    rates = None if hardware is None else Hardware.load(hardware)
     loaded = load(
         model,
         cpu_memory=cpu_memory,
@@ -94,8 +102,15 @@ def generate(
         show=_show,
         trace_file=trace,
         say=_say if live else None,
+        hardware=rates,
     )
     _show("\n")
+    if predicted := result["predicted"]:
+        Console(stderr=True).print(
+            f"expected {predicted['tokens_per_second']:.2f} tok/s ({predicted['binds']} binds), "
+            f"achieved {result['tokens_per_second']:.2f}",
+            highlight=False,
+        )
     Console(stderr=True).print(
         f"{result['tokens_per_second']:.2f} tok/s, prefill {result['prefill_seconds']:.2f} s, "
         f"hit rate {result['hit_rate']:.3f}, read {format_size(result['bytes_read'])}, "

@@ -11,6 +11,8 @@ from transformers.generation.streamers import BaseStreamer
 from moe import ByteText, TokenizerText
 
 from .budget import format_size
+from .hardware import Hardware
+from .loading import experts_per_token
 
 TRACE_EVERY_S = 5.0
 STATUS_EVERY_S = 0.5
@@ -26,7 +28,9 @@ class LiveText(BaseStreamer):  # type: ignore[misc]
         show: Callable[[str], None],
         save_trace: Callable[[], None] | None,
         say_status: Callable[[float], None] | None = None,
+        after_prefill: Callable[[], None] = lambda: None,
     ) -> None:
+        self._after_prefill = after_prefill
         self.token_ids: list[int] = []
         self.time_s: list[float] = []
         self._text, self._show, self._save_trace, self._say_status = text, show, save_trace, say_status
@@ -38,6 +42,8 @@ class LiveText(BaseStreamer):  # type: ignore[misc]
         if self._is_prompt:
             self._is_prompt = False
             return
+        if not self.token_ids:
+            self._after_prefill()
         self.token_ids.extend(value.reshape(-1).tolist())
         self.time_s.append(time.perf_counter())
         whole = self._text.decode(self.token_ids)
@@ -65,6 +71,7 @@ def generate_text(
     show: Callable[[str], None],
     trace_file: Path | None = None,
     say: Callable[[str], None] | None = None,
+    hardware: Hardware | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt greedily.
 
@@ -74,15 +81,23 @@ def generate_text(
         show: receives pieces of text as they come.
         trace_file: where the routing goes; written every few seconds and at the end, also after Ctrl-C.
         say: receives a line about speed, hits and bytes twice a second.
+        hardware: rates of this machine, to predict the speed of decoding with the hit rate that it had.
 
     Returns:
-        tokens_per_second (of decoding), prefill_seconds, hit_rate, bytes_read, peak_memory_bytes, token_ids and the
-        report of the offloading.
+        tokens_per_second (of decoding), predicted (on the CPU, with `hardware`), prefill_seconds, hit_rate, bytes_read,
+        peak_memory_bytes, token_ids and the report of the offloading.
     """
     if not prompt_ids:
         raise ValueError("the prompt is empty; give at least one token")
     save_trace = None if trace_file is None else lambda: model.offload.save_trace(trace_file)
-    live = LiveText(text, show, save_trace, None if say is None else lambda rate: say(_status(rate, model.offload)))
+    prefilled: dict[str, Any] = {}
+    live = LiveText(
+        text,
+        show,
+        save_trace,
+        None if say is None else lambda rate: say(_status(rate, model.offload)),
+        lambda: prefilled.update(model.offload.report()),
+    )
     model.offload.reset()
     started = time.perf_counter()
     try:
@@ -97,6 +112,7 @@ def generate_text(
         if save_trace is not None and live.time_s:
             save_trace()
     report = model.offload.report()
+    is_predicted = hardware is not None and model.offload.lane is None
     decode_s = live.time_s[-1] - live.time_s[0]
     return {
         "tokens_per_second": (len(live.time_s) - 1) / decode_s if decode_s > 0 else 0.0,
@@ -105,8 +121,17 @@ def generate_text(
         "bytes_read": report["bytes_read"],
         "peak_memory_bytes": report["peak_memory_bytes"],
         "token_ids": live.token_ids,
+        "predicted": _predicted(model, hardware, prefilled, report) if is_predicted else None,
         "report": report,
     }
+
+
+def _predicted(model: Any, hardware: Any, prefilled: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Tokens per second to expect, and what binds."""
+    hits, misses = (report[name] - prefilled[name] for name in ("hits", "misses"))
+    hit_rate = hits / max(hits + misses, 1)
+    found = model.offload.predict(hardware, hit_rate, experts_per_token(model.config))
+    return {"tokens_per_second": 1 / found.token_s, "binds": found.binds, "hit_rate": hit_rate, **vars(found)}
 
 
 def _status(tokens_per_s: float, offload: Any) -> str:

@@ -9,7 +9,9 @@ import torch
 from routing.traces import RoutingTrace
 
 from .budget import MemoryPlan, describe, peak_bytes
+from .cost import DecodeWork, Prediction, predict_decode
 from .counters import AheadCounters
+from .hardware import Hardware
 from .runtime import OffloadRuntime
 
 
@@ -62,6 +64,26 @@ class Offload:
             **({} if self._runtime.gpu is None else {"gpu": self._runtime.gpu.report()}),
             "hit_rate_L": [layer.hits / max(layer.hits + layer.misses, 1) for layer in counters.layers],
         }
+
+    def predict(self, hardware: Hardware, hit_rate: float, top_k: int) -> Prediction:
+        """What a decoded token should take on the CPU, to stand beside what it took.
+
+        Args:
+            hardware: the rates of this machine.
+            hit_rate: while decoding.
+            top_k: experts that a token uses in each layer.
+        """
+        layers = self._runtime.layers
+        work = DecodeWork(
+            num_layers=len(layers),
+            experts_per_layer=top_k,
+            expert_bytes=sum(slots.expert_bytes for slots in layers) // len(layers),
+            resident_bytes=self.plan.weight_bytes,
+            hit_rate=hit_rate,
+        )
+        is_cached = not self._runtime.store.is_direct
+        is_fast = self._runtime.matvecs.arithmetic == "fast"
+        return predict_decode(work, hardware, is_fast=is_fast, is_cached=is_cached)
 
     def _floor(self) -> dict[str, Any]:
         """How long the disk was busy: no schedule of the same reads can be quicker, whatever is computed meanwhile."""

@@ -63,6 +63,21 @@ def test_generate(model_folder, run, tmp_path):
     assert (trace.num_tokens, trace.num_layers, trace.num_experts) == (3 + len(expected) - 1, 2, 8)
 
 
+def test_generate_says_what_was_to_be_expected(model_folder, run, tmp_path, capsys):
+    rates = dict.fromkeys(("disk", "cached", "memory", "exact", "fast"), 1e9)
+    lines = [f"{name}_bytes_per_s = {rate}" for name, rate in rates.items()] + ["layer_s = 0.5"]
+    (tmp_path / "h.toml").write_text("\n".join(lines))
+    arguments = ("--prompt", "abc", "--max-new-tokens", 5, "--cache-experts", 8, "--hardware", tmp_path / "h.toml")
+    assert run("generate", model_folder, *arguments, "--json", tmp_path / "g.json") == 0
+    predicted = json.loads((tmp_path / "g.json").read_text())["predicted"]
+    # two layers of half a second each, and next to nothing for a tiny model's bytes
+    assert predicted["token_s"] == pytest.approx(1.0, rel=0.01)
+    assert predicted["tokens_per_second"] == pytest.approx(1.0, rel=0.01)
+    assert 0 <= predicted["hit_rate"] <= 1
+    assert "achieved" in capsys.readouterr().err
+    assert run("generate", model_folder, "--prompt", "abc", "--hardware", tmp_path / "none.toml") == 2
+
+
 def test_a_live_line_says_how_it_goes(model_folder, run, monkeypatch, capsys):
     monkeypatch.setattr("offload.generation.STATUS_EVERY_S", 0.0)
     assert run("generate", model_folder, "--prompt", "abc", "--max-new-tokens", 5, "--cache-experts", 2, "--live") == 0
