@@ -34,11 +34,12 @@ def is_available() -> bool:
 
 
 def gguf_of(checkpoint: Path) -> Path:
-    """The GGUF file in an `olmoe` checkpoint's folder, written when it is not there, one layer at a time."""
+    """The GGUF file in an `olmoe` checkpoint's folder, written when it is not there or older, one layer at a time."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
     file, partial = checkpoint / "model.gguf", checkpoint / "model.gguf.partial"
-    if file.is_file():
+    index = checkpoint / "model.safetensors.index.json"
+    if file.is_file() and file.stat().st_mtime >= index.stat().st_mtime:
         return file
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     writer = GGUFWriter(partial, "olmoe")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .checkpoint import TensorEntry, read_into
+from .huge_pages import huge_mapping
 from .layout import ExpertLayer, convert_expert
 from .reading import ReadingThreads, Ticket
 from .record import BLOCK_BYTES, ExpertRecord, Extent, shifts_of
@@ -32,9 +33,7 @@ class Slots:
 
     def __init__(self, num_slots: int, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
-        self._mapping = mmap.mmap(-1, num_slots * slot_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._mapping = huge_mapping(num_slots * slot_bytes)
         self.bytes = memoryview(self._mapping)
         self.tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
         try:

@@ -33,3 +33,11 @@ def test_weights_outlive_their_model_and_still_learn():
 
 def test_nothing_to_move():
     move_to_huge_pages(nn.ReLU())
+
+
+def test_a_kernel_without_huge_pages(monkeypatch):
+    monkeypatch.setattr("mmap.MADV_HUGEPAGE", -1)  # an advice that no kernel knows
+    model, x = nn.Linear(8, 8), torch.randn(1, 8)
+    expected = model(x)
+    move_to_huge_pages(model)
+    assert torch.equal(model(x), expected)

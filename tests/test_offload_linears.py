@@ -81,6 +81,17 @@ def test_an_input_that_is_changed_in_place_is_another_input():
     torch.testing.assert_close(model.v(x), nn.functional.linear(x, model.v.weight), rtol=0.02, atol=0.02)
 
 
+def test_other_types_are_left_to_the_layer():
+    model = Attention().bfloat16().requires_grad_(False)
+    quicken_linears(model, Matvecs("fast"))
+    x = random(1, 1, 128)
+    model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.q(x.float()), nn.functional.linear(x, model.q.weight), rtol=0.02, atol=0.02)
+    with pytest.raises(RuntimeError, match="dtype"):
+        model.q(x.float())
+
+
 def test_gradients_go_through():
     linear = nn.Linear(16, 8, bias=False).bfloat16()
     group = SiblingLinears([linear], Matvecs("fast"))
