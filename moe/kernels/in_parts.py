@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .decode import MAX_ROWS, DecodePlan, combine_rows, decode_rows
+from .decode import MAX_ROWS, DecodePlan, decode_rows
+from .decode_combine import combine_rows
 from .down import project_down
 from .gather_sum import gather_sum
 from .launch import execute
