@@ -45,6 +45,9 @@ def bench_offload(
     if device != "cpu":
         _bench_gpu(checkpoint, trace, rows, device, limit, contestant, prefill, decode, json_file, record)
         return
+    for name in contestant or ():
+        if name not in NEEDS_LIMIT and name != "llama.cpp" and name.split("-")[0] != "ours":
+            raise ValueError(f"unknown contestant {name!r}; there are {', '.join(DEFAULT_CONTESTANTS)} and ours-POLICY")
     check_parity()
     _ensure_checkpoint(checkpoint, trace, rows)
     bandwidth = _read_bandwidth(checkpoint)

@@ -133,7 +133,7 @@ def fit(
     """What `load` would do with these budgets; no GPU has to be there for `gpu_memory`.
 
     Raises:
-        ValueError: if the checkpoint is damaged or its experts cannot be offloaded.
+        ValueError: if the checkpoint is damaged, its experts cannot be offloaded, or a budget is not a size.
     """
     skeleton, _, layers = skeleton_of(path_or_id)
     config, dtype = skeleton.config, skeleton.dtype
@@ -148,10 +148,11 @@ def fit(
     slot_bytes_L = [ExpertRecord.of(layer).slot_bytes for layer in layers]
     limit = int(AUTO_SHARE * available_memory()) if cpu_memory == "auto" else parse_size(cpu_memory)
     experts_L = [layer.num_experts for layer in layers]
+    gpu_limit = None if gpu_memory is None else parse_size(gpu_memory)
     plan, gpu_plan, shortfall = None, None, None
     try:
-        if gpu_memory is not None:
-            gpu_plan = plan_gpu(parse_size(gpu_memory), gpu_needs, gpu_bytes_L, experts_L, top_k)
+        if gpu_limit is not None:
+            gpu_plan = plan_gpu(gpu_limit, gpu_needs, gpu_bytes_L, experts_L, top_k)
         plan = plan_memory(limit, needs, slot_bytes_L, experts_L, top_k)
     except ValueError as error:
         shortfall = str(error)

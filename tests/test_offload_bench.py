@@ -62,6 +62,11 @@ def test_llama_cpp_computes_the_same_model(checkpoint):
         llama_cpp.LlamaCpp(checkpoint / "config.json", 32, 1)
 
 
+def test_an_unknown_contestant_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match="unknown contestant 'theirs'; there are ours,"):
+        bench_offload.bench_offload(tmp_path, contestant=["theirs"])
+
+
 def test_without_llama_cpp_its_row_says_so(checkpoint, monkeypatch):
     monkeypatch.setattr(llama_cpp, "is_available", lambda: False)
     row = bench_offload._run("llama.cpp", checkpoint, "none", 4, 2, None)

@@ -170,3 +170,7 @@ def test_the_benchmark_on_a_simulated_device(simulated, monkeypatch, tmp_path, c
     assert all("too small" in row["note"] for row in rows[len(contestants) :])
     with pytest.raises(ValueError, match="unknown contestant 'theirs'"):
         bench_offload_gpu.bench_gpu(tmp_path, ["1GiB"], ["theirs"], 6, 5, None, record=False)
+
+
+def test_a_gpu_budget_that_is_no_size(model_folder, run):
+    assert run("fit", model_folder, "--gpu-memory", "12parsecs") == 2
