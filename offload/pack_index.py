@@ -18,12 +18,12 @@ Count = Field(ge=0, lt=1 << 62)
 
 
 class PackedRecord(BaseModel):
-    """One expert: where it is, how long it is, and its CRC-32."""
+    """One expert: where it is, how long it is, and the XXH3 (64 bits, hexadecimal) of its bytes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     offset: int = Count
     nbytes: int = Count
-    crc32: int = Field(ge=0, lt=1 << 32)
+    xxh3: str = Field(pattern="^[0-9a-f]{16}$")
 
 
 class PackedParameter(BaseModel):

@@ -6,7 +6,6 @@ compressed without loss (see compression.py). Packing can be interrupted and res
 """
 
 import os
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from queue import SimpleQueue
 from typing import BinaryIO
 
 import torch
+from xxhash import xxh3_64_hexdigest
 
 from .checkpoint import TORCH_DTYPES, TensorEntry
 from .compressed_record import can_compress_layer, compress_expert, compressed_bounds
@@ -29,10 +29,10 @@ DTYPE_NAMES = {name: stored for stored, name in TORCH_DTYPES.items()}
 
 @dataclass(frozen=True)
 class Pack:
-    """A packed copy: the layers as a store reads them, and the CRC-32 of each expert of each layer."""
+    """A packed copy: the layers as a store reads them, and the checksum of each expert of each layer."""
 
     layers: list[ExpertLayer]
-    checksums: list[list[int]]
+    checksums: list[list[str]]
 
 
 def write_pack(
@@ -104,7 +104,7 @@ def read_pack(file: Path, layers: Sequence[ExpertLayer], entries: Mapping[str, T
         _check_records(file, packed, layer, index.end)
     return Pack(
         [LAYERS[packed.encoding](file, layer, packed) for layer, packed in zip(layers, index.layers, strict=True)],
-        [[record.crc32 for record in packed.records] for packed in index.layers],
+        [[record.xxh3 for record in packed.records] for packed in index.layers],
     )
 
 
@@ -126,7 +126,7 @@ def _write_layer(
             encoding = "compressed" if is_smaller else "plain"
         parts = compress_expert(layer, views) if encoding == "compressed" else _plain_parts(layer, views)
         data = b"".join(parts)
-        records.append(PackedRecord(offset=file.tell(), nbytes=len(data), crc32=zlib.crc32(data)))
+        records.append(PackedRecord(offset=file.tell(), nbytes=len(data), xxh3=xxh3_64_hexdigest(data)))
         file.write(data.ljust(rounded_up(len(data)), b"\0"))
         progress(layer.expert_bytes)
     return PackedLayer(

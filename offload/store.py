@@ -3,13 +3,13 @@
 import mmap
 import os
 import threading
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import torch
+from xxhash import xxh3_64_hexdigest
 
 from .checkpoint import TensorEntry, read_into
 from .compressed_record import CompressedRecord
@@ -58,7 +58,7 @@ class ExpertStore:
         num_threads: reads in flight at most.
         is_direct: read with O_DIRECT, past the page cache.
         read_bytes: one read is at most this long; longer extents are split and read in parallel.
-        checksums: CRC-32 of each expert of each layer; every expert is compared when it is first read.
+        checksums: XXH3 of each expert of each layer, hexadecimal; every expert is compared when it is first read.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ExpertStore:
         num_threads: int = 4,
         is_direct: bool = False,
         read_bytes: int = READ_BYTES,
-        checksums: Sequence[Sequence[int]] | None = None,
+        checksums: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self._checksums = checksums
         self._checked: set[tuple[int, int]] = set()
@@ -136,10 +136,10 @@ class ExpertStore:
 
         def check() -> None:
             if (layer, expert) not in self._checked:
-                found = zlib.crc32(data.numpy())
+                found = xxh3_64_hexdigest(data.numpy())
                 if found != expected:
                     raise OSError(
-                        f"{record.file_of(expert)}: checksum {found:08x} instead of {expected:08x}: "
+                        f"{record.file_of(expert)}: checksum {found} instead of {expected}: "
                         "the packed copy is damaged, make it again with `expertier pack`"
                     )
                 self._checked.add((layer, expert))
