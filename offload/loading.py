@@ -27,13 +27,13 @@ from .expanding import room_bytes
 from .gpu.budget import split_needs
 from .gpu.loading import add_gpu_tier, expect_gpu_layers, gpu_slot_bytes, open_lane, plan_for
 from .handle import Offload
-from .huge_pages import move_to_huge_pages
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
 from .linears import quicken_linears
 from .matvec import Matvecs
 from .model_folder import local_folder, model_class_of, read_config, running_dtype_of
 from .packing import read_pack
 from .prefetch import PREDICTORS
+from .resident import compress_linears, move_to_huge_pages, weight_bytes
 from .routers import make_prefetcher
 from .starting_plan import read_starting_plan
 from .store import READ_BYTES, ExpertStore, record_of
@@ -118,6 +118,8 @@ def load(
         packed = read_pack(Path(pack), layers, entries)
         layers, checksums = packed.layers, packed.checksums
     _drop_expert_weights(model)
+    if any(layer.compressed_E is not None for layer in layers):
+        compress_linears(model)
     if lane is None:
         move_to_huge_pages(model)
     top_k = experts_per_token(config)
@@ -276,12 +278,11 @@ def memory_needs(
 ) -> Needs:
     """What the process needs besides expert slots, with `context` tokens of KV cache."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     width, vocabulary = int(getattr(text, "hidden_size", 0) or 0), int(getattr(text, "vocab_size", 0) or 0)
     rows = context * max(experts_per_token(config), 1)
     return Needs(
         process_bytes=process_bytes,
-        weight_bytes=weight_bytes,
+        weight_bytes=weight_bytes(model),
         kv_bytes=context * kv_bytes_per_token(config, dtype.itemsize),
         activation_bytes=4 * vocabulary * 4 + rows * width * dtype.itemsize * 8,
         staging_bytes=io_threads * READ_BYTES + room_bytes(layers),

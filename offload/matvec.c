@@ -194,7 +194,7 @@ static inline void block(int amx, const struct matrix *m, int64_t row, int64_t l
 
 /* y[n] = w[n] (x + n * x_step) for n = 0 .. num - 1, each w[n] and y[n] in its own place, w[n] with rows[n] rows.
    For AMX, rows and columns are multiples of 32. */
-void expertier_matvec(int amx, int64_t num, const uint16_t *const *w, const uint16_t *x, int64_t x_step,
+void expertier_matvec(int amx, enum form form, int64_t num, const void *const *w, const uint16_t *x, int64_t x_step,
                       uint16_t *const *y, const int64_t *rows, int64_t columns) {
     int64_t blocks = 0;
     for (int64_t n = 0; n < num; n++) blocks += (rows[n] + BLOCK_ROWS - 1) / BLOCK_ROWS;
@@ -206,7 +206,7 @@ void expertier_matvec(int amx, int64_t num, const uint16_t *const *w, const uint
         for (int64_t i = 0; i < blocks; i++) {
             int64_t n = 0, row = i * BLOCK_ROWS;
             for (; row >= rows[n]; n++) row -= (rows[n] + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
-            struct matrix matrix = {PLAIN, w[n], rows[n], columns};
+            struct matrix matrix = {form, w[n], rows[n], columns};
             block(amx, &matrix, row, rows[n] - row, x + n * x_step, y[n] + row);
         }
         if (amx) end_amx(&before);

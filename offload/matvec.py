@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from . import native
+from .compressed_weight import CompressedWeight
 
 AMX_BLOCK = 32
 TRIALS = 4
@@ -50,7 +51,7 @@ class Matvecs:
 
         Args:
             x_ND: one row for each product, or one row for all.
-            weights_FD: N matrices of the same width; their numbers of rows may differ.
+            weights_FD: N matrices of the same width, all compressed or all plain; their numbers of rows may differ.
             outs_F: where the results go, each contiguous.
         """
         if not (self._kernels and _fits(x_ND, weights_FD)):
@@ -81,7 +82,8 @@ class Matvecs:
         """What computes this shape; tried on the given weight, or on a random one."""
         key = (*shape, torch.get_num_threads())
         if key not in self._chosen:
-            self._chosen[key] = self._choose(torch.randn(shape).bfloat16() if weight_FD is None else weight_FD)
+            tried = torch.randn(shape).bfloat16() if weight_FD is None else weight_FD
+            self._chosen[key] = self._choose(tried.expanded() if isinstance(tried, CompressedWeight) else tried)
         return self._chosen[key]
 
     def _choose(self, weight_FD: torch.Tensor) -> Kernel | None:
@@ -106,6 +108,7 @@ def _fits(x: torch.Tensor, weights_FD: Sequence[torch.Tensor]) -> bool:
             and weight.device.type == "cpu"
             and weight.is_contiguous()
             and weight.shape[-1] == weights_FD[0].shape[-1]
+            and isinstance(weight, CompressedWeight) == isinstance(weights_FD[0], CompressedWeight)
             for weight in weights_FD
         )
     )
@@ -134,7 +137,17 @@ def _kernels() -> dict[str, Kernel]:
     """Our kernels that this processor runs, best first. Raises OSError if there is no C compiler or it fails."""
     library = native.library()
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.expertier_matvec.argtypes = [ctypes.c_int, number, pointer, pointer, number, pointer, pointer, number]
+    library.expertier_matvec.argtypes = [
+        ctypes.c_int,
+        ctypes.c_int,
+        number,
+        pointer,
+        pointer,
+        number,
+        pointer,
+        pointer,
+        number,
+    ]
     library.expertier_matvec.restype = None
     return {name: _matvec(library.expertier_matvec, is_amx) for name, is_amx in _arithmetics(library).items()}
 
@@ -164,7 +177,9 @@ def _matvec(function: Any, is_amx: bool) -> Kernel:
         num, columns = len(weights_FD), weights_FD[0].shape[1]
         rows = (ctypes.c_int64 * num)(*[weight.shape[0] for weight in weights_FD])
         x_step = columns if x_ND.numel() > columns else 0
-        function(is_amx, num, pointers(weights_FD), x_ND.data_ptr(), x_step, pointers(outs_F), rows, columns)
+        compressed = [weight.compressed for weight in weights_FD if isinstance(weight, CompressedWeight)]
+        place = pointers(compressed or weights_FD)
+        function(is_amx, bool(compressed), num, place, x_ND.data_ptr(), x_step, pointers(outs_F), rows, columns)
 
     return call
 
