@@ -116,7 +116,11 @@ def check_parity() -> None:
     tokens = torch.arange(40)[None]
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         build_replay(trace, Path(folder), ReplaySize(hidden=128, expert=64))
-        expected = load_model("resident", Path(folder), "none", 40)(tokens).logits
+        resident = load_model("resident", Path(folder), "none", 40)
+        resident(
+            tokens
+        )  # a process's first call of torch's own products now and then differs in last bits from all later ones
+        expected = resident(tokens).logits
         for cache_experts, pack in ((2, None), (5, compressed_of(Path(folder))), (16, None)):
             model = offload.load(folder, cache_experts=cache_experts, pack=pack)
             if not torch.equal(model(tokens).logits, expected):

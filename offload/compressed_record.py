@@ -68,6 +68,9 @@ class CompressedRecord:
     def file_of(self, expert: int) -> Path:
         return self.entry_E[expert].file
 
+    def offset_of(self, expert: int) -> int:
+        return self.entry_E[expert].offset
+
     @cached_property
     def regions(self) -> tuple[Region, ...]:
         return (Region(0, max(entry.nbytes for entry in self.entry_E)),)

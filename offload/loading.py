@@ -27,6 +27,7 @@ from .expanding import room_bytes
 from .gpu.budget import split_needs
 from .gpu.loading import add_gpu_tier, expect_gpu_layers, gpu_slot_bytes, open_lane, plan_for
 from .handle import Offload
+from .io_mode import wants_direct
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
 from .linears import quicken_linears
 from .matvec import Matvecs
@@ -73,7 +74,7 @@ def load(
         cache_experts: RAM slots per MoE layer instead of what a budget pays for.
         gpu_experts: GPU slots per MoE layer instead of what a budget pays for.
         policy: cache policy by name (see CACHES), or `"auto"`.
-        io: `"direct"` reads past the page cache, `"cached"` through it, `"auto"` decides by the size of the model.
+        io: `"direct"` reads past the page cache, `"cached"` through it, `"auto"` decides (see io_mode.py).
         io_threads: reads in flight at most.
         dtype: dtype of the running model; `"auto"` is that of the checkpoint.
         context: tokens of KV cache that the budget keeps room for.
@@ -124,7 +125,8 @@ def load(
         move_to_huge_pages(model)
     top_k = experts_per_token(config)
     num_slots = None
-    slot_bytes = [record_of(layer).slot_bytes for layer in layers]
+    records = [record_of(layer) for layer in layers]
+    slot_bytes = [record.slot_bytes for record in records]
     experts = [layer.num_experts for layer in layers]
     limit = int(AUTO_SHARE * available_memory()) if cpu_memory == "auto" else parse_size(cpu_memory)
     if cache_experts is not None:
@@ -145,7 +147,7 @@ def load(
         least = [min(top_k, count) for count in experts]
         planned = starting.slots(slot_bytes, least, limit - memory.fixed_bytes)
         memory = plan_memory(limit, needs, slot_bytes, experts, top_k, planned)
-    is_direct = _wants_direct(io, memory, layers)
+    is_direct = wants_direct(io, memory, records)
     store = ExpertStore(model, layers, num_threads=io_threads, is_direct=is_direct, checksums=checksums)
     recorder = _recorder(layers, str(path_or_id)) if record_trace else None
     running = _runtime.OffloadRuntime(store, memory.num_slots, policy, recorder, matvecs)
@@ -287,15 +289,6 @@ def memory_needs(
         activation_bytes=4 * vocabulary * 4 + rows * width * dtype.itemsize * 8,
         staging_bytes=io_threads * READ_BYTES + room_bytes(layers),
     )
-
-
-def _wants_direct(io: str, plan: MemoryPlan, layers: list[ExpertLayer]) -> bool:
-    if io not in ("auto", "direct", "cached"):
-        raise ValueError(f"io must be auto, direct or cached; got {io!r}")
-    if io != "auto":
-        return io == "direct"
-    model_bytes = sum(layer.num_experts * layer.expert_bytes for layer in layers)
-    return model_bytes > 0.8 * (min(available_memory(), plan.limit_bytes) - plan.fixed_bytes)
 
 
 def _policy(name: str) -> str:

@@ -58,6 +58,9 @@ class ExpertRecord:
     def file_of(self, expert: int) -> Path:
         return self.parameters[0].sources[0].entry_E[expert].file
 
+    def offset_of(self, expert: int) -> int:
+        return self.parameters[0].sources[0].place(expert)[1]
+
     def stored_bytes(self, expert: int) -> int:
         return self.layer.expert_bytes
 
