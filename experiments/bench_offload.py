@@ -117,9 +117,7 @@ def check_parity() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         build_replay(trace, Path(folder), ReplaySize(hidden=128, expert=64))
         resident = load_model("resident", Path(folder), "none", 40)
-        resident(
-            tokens
-        )  # a process's first call of torch's own products now and then differs in last bits from all later ones
+        resident(tokens)  # torch's first call in a process now and then differs in last bits from all later ones
         expected = resident(tokens).logits
         for cache_experts, pack in ((2, None), (5, compressed_of(Path(folder))), (16, None)):
             model = offload.load(folder, cache_experts=cache_experts, pack=pack)
