@@ -1,6 +1,6 @@
 """Will it fit? What a model needs in memory, from the headers of its checkpoint, without loading it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from .layout import ExpertLayer, experts_modules, weight_names
 from .loading import experts_per_token, memory_needs
 from .model_folder import skeleton_of
 from .packing import read_pack
+from .resident import embedding_bytes, expected_saving
 from .store import record_of
 
 PROCESS_BYTES = 450 << 20
@@ -24,11 +25,13 @@ class Fit:
     """What a model needs and what a budget buys.
 
     `plan` is None if the budget is too small; `shortfall` then says what would do. `gpu_plan` is None without a GPU.
+    `unread_bytes` are resident weights of which a token reads a row: the embedding of its input.
     """
 
     layers: list[ExpertLayer]
     top_k: int
     needs: Needs
+    unread_bytes: int
     slot_bytes_L: list[int]
     plan: MemoryPlan | None
     shortfall: str | None
@@ -54,10 +57,10 @@ class Fit:
             num_layers=len(self.layers),
             experts_per_layer=self.top_k,
             expert_bytes=self.expert_bytes // experts,
-            resident_bytes=self.needs.weight_bytes,
+            resident_bytes=self.needs.weight_bytes - self.unread_bytes,
             hit_rate=hit_rate,
         )
-        return predict_decode(work, hardware, is_fast=is_fast)
+        return predict_decode(work, hardware, is_fast=is_fast, is_compressed=self.layers[0].compressed_E is not None)
 
     def predict_gpu(self, hardware: Hardware) -> GpuPrediction:
         """Seconds per decoded token with the GPU tier, at hit rates that are typical for the shares of experts.
@@ -128,6 +131,8 @@ def fit(
             delattr(module, name)
     top_k = experts_per_token(config)
     needs = memory_needs(config, skeleton, layers, dtype, context, io_threads, PROCESS_BYTES)
+    if any(layer.compressed_E is not None for layer in layers):
+        needs = replace(needs, weight_bytes=needs.weight_bytes - expected_saving(skeleton))
     if gpu_memory is not None:
         gpu_bytes_L, ring_bytes = gpu_slot_bytes(skeleton, layers)
         needs, gpu_needs = split_needs(needs, ring_bytes)
@@ -146,6 +151,7 @@ def fit(
         layers=layers,
         top_k=top_k,
         needs=needs,
+        unread_bytes=embedding_bytes(skeleton),
         slot_bytes_L=slot_bytes_L,
         plan=plan,
         shortfall=shortfall,

@@ -4,10 +4,12 @@ import torch
 from torch import nn
 
 from .compressed_weight import CompressedWeight
-from .compression import GUARD_BYTES, can_compress, compress
+from .compression import GUARD_BYTES, CompressedShape, can_compress, compress
 from .huge_pages import huge_mapping
 
 ALIGNMENT_BYTES = 64
+NORMAL_OTHERS = 0.025
+"""Share of normally distributed weights whose exponent has no code."""
 
 
 def move_to_huge_pages(model: nn.Module) -> None:
@@ -36,12 +38,7 @@ def compress_linears(model: nn.Module) -> None:
 
     All lie in one mapping, of which only what is used takes memory, and each plain weight is freed in its turn.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    linears = [
-        module
-        for module in model.modules()
-        if type(module) is nn.Linear and id(module.weight) not in embeddings and _can_compress(module.weight)
-    ]
+    linears = [linear for linear in _compressible(model) if linear.weight.is_contiguous()]
     total = sum(module.weight.nbytes for module in linears)
     if not total:
         return
@@ -61,8 +58,31 @@ def weight_bytes(model: nn.Module) -> int:
     )
 
 
-def _can_compress(weight: torch.Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.is_contiguous() and can_compress(tuple(weight.shape), weight.dtype)
+def embedding_bytes(model: nn.Module) -> int:
+    """Memory of the embeddings of which a token reads a row only; not of those that linear layers share."""
+    linears = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    embeddings = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return sum(weight.nbytes for key, weight in embeddings.items() if key not in linears)
+
+
+def expected_saving(model: nn.Module) -> int:
+    """What `compress_linears` will save, if weights are distributed normally; for models without weights."""
+    weights = [linear.weight for linear in _compressible(model)]
+    least = sum(CompressedShape(*weight.shape).others_at for weight in weights)
+    others = int(NORMAL_OTHERS * sum(weight.numel() for weight in weights))
+    return sum(weight.nbytes for weight in weights) - least - others
+
+
+def _compressible(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers whose weights can be compressed and are no embedding's."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear
+        and id(module.weight) not in embeddings
+        and can_compress(tuple(module.weight.shape), module.weight.dtype)
+    ]
 
 
 def _compressed(weight_FD: torch.Tensor, place: torch.Tensor) -> CompressedWeight | None:
