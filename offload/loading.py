@@ -34,7 +34,7 @@ from .matvec import Matvecs
 from .model_folder import local_folder, model_class_of, read_config, running_dtype_of
 from .packing import read_pack
 from .prefetch import PREDICTORS
-from .resident import compress_linears, move_to_huge_pages, weight_bytes
+from .resident import compress_linears, expansion_bytes, move_to_huge_pages, weight_bytes
 from .routers import make_prefetcher
 from .starting_plan import read_starting_plan
 from .store import READ_BYTES, ExpertStore, record_of
@@ -282,11 +282,12 @@ def memory_needs(
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width, vocabulary = int(getattr(text, "hidden_size", 0) or 0), int(getattr(text, "vocab_size", 0) or 0)
     rows = context * max(experts_per_token(config), 1)
+    expanded = expansion_bytes(model) if any(layer.compressed_E is not None for layer in layers) else 0
     return Needs(
         process_bytes=process_bytes,
         weight_bytes=weight_bytes(model),
         kv_bytes=context * kv_bytes_per_token(config, dtype.itemsize),
-        activation_bytes=4 * vocabulary * 4 + rows * width * dtype.itemsize * 8,
+        activation_bytes=4 * vocabulary * 4 + rows * width * dtype.itemsize * 8 + expanded,
         staging_bytes=io_threads * READ_BYTES + room_bytes(layers),
     )
 

@@ -73,6 +73,11 @@ def expected_saving(model: nn.Module) -> int:
     return sum(weight.nbytes for weight in weights) - least - others
 
 
+def expansion_bytes(model: nn.Module) -> int:
+    """What the largest linear layer that can be compressed takes while several tokens pass through it."""
+    return max((linear.weight.nbytes for linear in _compressible(model)), default=0)
+
+
 def _compressible(model: nn.Module) -> list[nn.Linear]:
     """The linear layers whose weights can be compressed and are no embedding's."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
