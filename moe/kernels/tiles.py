@@ -70,7 +70,8 @@ class LayerTiles:
             )
 
 
-def _uniform(tile: Tile, grad_weight: Tile | None = None, grad_activation: Tile | None = None) -> LayerTiles:
+def uniform_tiles(tile: Tile, grad_weight: Tile | None = None, grad_activation: Tile | None = None) -> LayerTiles:
+    """One tile for every product, but for those given."""
     return LayerTiles(tile, tile, grad_activation or tile, tile, grad_weight or tile)
 
 
@@ -89,24 +90,24 @@ _INTERPRETED = Tile(16, 32, 32, 4, 1)
 
 # (architecture, number format, row class)
 TILES = {
-    ("sm90", "half", "few"): _uniform(Tile(16, 128, 64, 4, 4), _SM90_NARROW, Tile(16, 64, 64, 4, 4)),
-    ("sm90", "half", "some"): _uniform(_SM90_NARROW, _SM90_SQUARE),
-    ("sm90", "half", "many"): _uniform(_SM90_WIDE, _SM90_WIDE, _SM90_WIDE),
-    ("sm100", "half", "few"): _uniform(Tile(16, 128, 64, 4, 4), _SM90_NARROW, Tile(16, 64, 64, 4, 4)),
-    ("sm100", "half", "some"): _uniform(_SM90_NARROW, _SM90_SQUARE),
-    ("sm100", "half", "many"): _uniform(_SM90_WIDE, _SM90_WIDE, _SM90_WIDE),
-    ("sm80", "half", "few"): _uniform(Tile(16, 128, 64, 4, 3), _SM80_NARROW, Tile(16, 64, 64, 4, 3)),
-    ("sm80", "half", "some"): _uniform(_SM80_NARROW, _SM80_SQUARE),
-    ("sm80", "half", "many"): _uniform(_SM80_SQUARE),
-    ("sm86", "half", "few"): _uniform(Tile(16, 64, 64, 4, 3), _SM86_NARROW),
-    ("sm86", "half", "some"): _uniform(_SM86_NARROW),
-    ("sm86", "half", "many"): _uniform(_SM86_SQUARE),
-    ("gfx942", "half", "few"): _uniform(Tile(16, 64, 64, 4, 2), _CDNA_NARROW),
-    ("gfx942", "half", "some"): _uniform(_CDNA_NARROW, _CDNA_SQUARE),
-    ("gfx942", "half", "many"): _uniform(_CDNA_SQUARE),
+    ("sm90", "half", "few"): uniform_tiles(Tile(16, 128, 64, 4, 4), _SM90_NARROW, Tile(16, 64, 64, 4, 4)),
+    ("sm90", "half", "some"): uniform_tiles(_SM90_NARROW, _SM90_SQUARE),
+    ("sm90", "half", "many"): uniform_tiles(_SM90_WIDE, _SM90_WIDE, _SM90_WIDE),
+    ("sm100", "half", "few"): uniform_tiles(Tile(16, 128, 64, 4, 4), _SM90_NARROW, Tile(16, 64, 64, 4, 4)),
+    ("sm100", "half", "some"): uniform_tiles(_SM90_NARROW, _SM90_SQUARE),
+    ("sm100", "half", "many"): uniform_tiles(_SM90_WIDE, _SM90_WIDE, _SM90_WIDE),
+    ("sm80", "half", "few"): uniform_tiles(Tile(16, 128, 64, 4, 3), _SM80_NARROW, Tile(16, 64, 64, 4, 3)),
+    ("sm80", "half", "some"): uniform_tiles(_SM80_NARROW, _SM80_SQUARE),
+    ("sm80", "half", "many"): uniform_tiles(_SM80_SQUARE),
+    ("sm86", "half", "few"): uniform_tiles(Tile(16, 64, 64, 4, 3), _SM86_NARROW),
+    ("sm86", "half", "some"): uniform_tiles(_SM86_NARROW),
+    ("sm86", "half", "many"): uniform_tiles(_SM86_SQUARE),
+    ("gfx942", "half", "few"): uniform_tiles(Tile(16, 64, 64, 4, 2), _CDNA_NARROW),
+    ("gfx942", "half", "some"): uniform_tiles(_CDNA_NARROW, _CDNA_SQUARE),
+    ("gfx942", "half", "many"): uniform_tiles(_CDNA_SQUARE),
 }
 ARCHITECTURES = ("sm80", "sm86", "sm90", "sm100", "gfx942")
-FALLBACKS = {"single": _uniform(_SINGLE), "double": _uniform(_DOUBLE)}
+FALLBACKS = {"single": uniform_tiles(_SINGLE), "double": uniform_tiles(_DOUBLE)}
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def chosen_tiles(device: torch.device, dtype: torch.dtype, num_rows: int, weight
         The tiles.
     """
     if is_interpreted():
-        return _uniform(_INTERPRETED)
+        return uniform_tiles(_INTERPRETED)
     numbers, rows = number_format(dtype), row_class(num_rows / weights.num_experts)
     if device.type == "cuda":
         tuned = tuned_tiles(torch.cuda.get_device_name(device))
