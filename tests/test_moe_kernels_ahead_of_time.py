@@ -104,7 +104,9 @@ for name, launch in launches:
     ours, theirs = ahead_of_time._source(launch), derived[0]
     assert ours.signature == theirs["signature"], (name, launch.kernel)
     assert ours.constants == theirs["constants"], (name, launch.kernel)
-    assert str(ours.attrs) == str(theirs["configs"][0]), (name, launch.kernel)
+    # Triton 3.6 leaves parameters without a hint out
+    hints = {path: hint for path, hint in ours.attrs.items() if hint}
+    assert hints == {path: hint for path, hint in theirs["configs"][0].items() if hint}, (name, launch.kernel)
     print(name, launch.kernel.__name__)
 """
 
