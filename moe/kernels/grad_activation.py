@@ -24,6 +24,8 @@ from .tiling import tile_and_block
 from .weight_tile import Projection, weight_arguments
 
 FEATURES_IN_PARTS = 64
+# without a gate a tile of 256 outputs has as many features; what becomes of them does not fit in registers
+MOST_FEATURES = 128
 
 
 @triton.jit
@@ -186,7 +188,8 @@ def grad_activation(
     """
     num_rows, num_outputs = pre_NO.shape
     num_features = num_outputs // (2 if activation.gated else 1)
-    described = weight_arguments(weight_CDF, max(tile.block_n // (2 if activation.gated else 1), 16))
+    wanted = tile.block_n // (2 if activation.gated else 1)
+    described = weight_arguments(weight_CDF, min(max(wanted, 16), MOST_FEATURES))
     block_f = described["BLOCK_IN"]
     num_blocks = triton.cdiv(num_features, block_f)
     width = grad_TD.shape[1]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .launch import is_interpreted
+from .quantise import QuantisedWeight
 
 if TYPE_CHECKING:
     from .weights import ExpertWeights
@@ -106,6 +107,11 @@ TILES = {
     ("gfx942", "half", "some"): uniform_tiles(_CDNA_NARROW, _CDNA_SQUARE),
     ("gfx942", "half", "many"): uniform_tiles(_CDNA_SQUARE),
 }
+# in place of the above where weights are dequantised: beside 256 columns of sums that does not fit in registers
+QUANTISED_TILES = {
+    ("sm90", "half", "many"): uniform_tiles(_SM90_SQUARE),
+    ("sm100", "half", "many"): uniform_tiles(_SM90_SQUARE),
+}
 ARCHITECTURES = ("sm80", "sm86", "sm90", "sm100", "gfx942")
 FALLBACKS = {"single": uniform_tiles(_SINGLE), "double": uniform_tiles(_DOUBLE)}
 
@@ -164,12 +170,15 @@ def chosen_tiles(device: torch.device, dtype: torch.dtype, num_rows: int, weight
         alike = [key for key in tuned if (key.numbers, key.rows) == (numbers, rows)]
         if alike:
             return tuned[min(alike, key=lambda key: key.distance(weights.width, weights.num_features))]
-    return table_tiles(architecture(device), numbers, rows)
+    return table_tiles(architecture(device), numbers, rows, is_quantised=isinstance(weights.up, QuantisedWeight))
 
 
-def table_tiles(arch: str, numbers: str, rows: str) -> LayerTiles:
+def table_tiles(arch: str, numbers: str, rows: str, *, is_quantised: bool = False) -> LayerTiles:
     """The table's entry, or what fits everywhere for number formats that are not tabulated."""
-    return FALLBACKS[numbers] if numbers in FALLBACKS else TILES[arch, numbers, rows]
+    if numbers in FALLBACKS:
+        return FALLBACKS[numbers]
+    key = arch, numbers, rows
+    return QUANTISED_TILES.get(key, TILES[key]) if is_quantised else TILES[key]
 
 
 @functools.cache
