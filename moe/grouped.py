@@ -21,6 +21,8 @@ from .looped_product import looped_product
 
 # up to here, without gradient, a loop in Python costs less than looking at every expert
 LOOPED_ROWS = 32
+# with gradient, from so many experts per row on: most are idle, and zeros are written to all of them at once
+LOOPED_EXPERTS = 4
 # from so many rows per expert on, what blocks save in the cache is more than what they cost in Python
 BLOCKWISE_ROWS = 192
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -140,8 +142,9 @@ def _product(x_ND: Tensor, right_EDF: Tensor, groups: _Groups) -> Tensor:
     """The faster of two ways: a loop over the experts in use, or `grouped_mm`, which looks at all of them."""
     is_compiling_cpu = not x_ND.is_cuda and torch.compiler.is_compiling()
     is_training = torch.is_grad_enabled() and (x_ND.requires_grad or right_EDF.requires_grad)
-    is_few = groups.ends is not None and groups.num_rows <= LOOPED_ROWS and not is_training
-    if x_ND.dtype == torch.float64 or is_compiling_cpu or is_few:
+    rows = groups.num_rows
+    is_few = rows * LOOPED_EXPERTS <= len(right_EDF) if is_training else rows <= LOOPED_ROWS
+    if x_ND.dtype == torch.float64 or is_compiling_cpu or (is_few and groups.ends is not None):
         return looped_product(x_ND, right_EDF, groups.ends or groups.end_E)
     if groups.has_all_rows:
         return grouped_mm(x_ND, right_EDF, offs=groups.end_E)

@@ -47,13 +47,11 @@ def build(tiny_config, dtype=torch.float32):
     return experts
 
 
-@pytest.mark.parametrize("is_blockwise", [False, True], ids=["grouped", "blockwise"])
+@pytest.mark.parametrize("forced", [None, "BLOCKWISE_ROWS", "LOOPED_EXPERTS"], ids=["grouped", "blockwise", "looped"])
 @pytest.mark.parametrize("num_tokens", [1, 3, 40])
-def test_equals_grouped_mm_of_transformers_with_every_gradient(
-    tiny_config, tolerance, monkeypatch, num_tokens, is_blockwise
-):
-    if is_blockwise:
-        monkeypatch.setattr("moe.grouped.BLOCKWISE_ROWS", 0)
+def test_equals_grouped_mm_of_transformers_with_every_gradient(tiny_config, tolerance, monkeypatch, num_tokens, forced):
+    if forced is not None:
+        monkeypatch.setattr(f"moe.grouped.{forced}", 0)
     experts = build(tiny_config)
     expert_TK = torch.stack([torch.randperm(7)[:2] for _ in range(num_tokens)])
     weight_TK = torch.rand(num_tokens, 2).masked_fill(expert_TK == 6, 0.0).requires_grad_()
