@@ -84,7 +84,7 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
         y_ND = experts.post_expert_norm(y_ND)
     if not groups.has_all_rows:
         weight_TK = torch.where(expert_TK < E, weight_TK, 0.0)
-    y_TKD = y_ND.index_select(0, _inverse(order_N)).view(T, K, -1)
+    y_TKD = torch.empty_like(y_ND).index_copy_(0, order_N, y_ND).view(T, K, -1)
     wide = torch.promote_types(y_TKD.dtype, weight_TK.dtype)
     return torch.bmm(weight_TK[:, None].to(wide), y_TKD.to(wide))[:, 0].to(x_TD.dtype)
 
@@ -167,12 +167,6 @@ def _is_few(num_rows: int, right_EDF: Tensor, is_training: bool) -> bool:
     if is_training:
         return num_rows * LOOPED_EXPERTS <= len(right_EDF) and right_EDF.nbytes >= LOOPED_BYTES
     return num_rows <= LOOPED_ROWS
-
-
-def _inverse(order_N: Tensor) -> Tensor:
-    inverse_N = torch.empty_like(order_N)
-    inverse_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-    return inverse_N
 
 
 ALL_EXPERTS_FUNCTIONS.register("expertier", expertier_experts)
