@@ -4,18 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .budget import AUTO_SHARE, MemoryPlan, Needs, available_memory, parse_size, plan_memory
-from .checkpoint import TensorEntry, read_checkpoint
 from .cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
 from .gpu.budget import plan_gpu, split_needs
 from .gpu.cost import GpuPrediction, predict_gpu_decode
 from .gpu.loading import gpu_slot_bytes
 from .hardware import Hardware
-from .layout import ExpertLayer, experts_modules, locate_experts, weight_names
-from .loading import _config, _local_folder, _model_class, _running_dtype, experts_per_token, memory_needs
-from .record import ExpertRecord
+from .layout import ExpertLayer, experts_modules, weight_names
+from .loading import experts_per_token, memory_needs
+from .model_folder import skeleton_of
+from .packing import read_pack
+from .store import record_of
 
 PROCESS_BYTES = 450 << 20
 
@@ -106,22 +105,6 @@ class Fit:
         }
 
 
-def skeleton_of(path_or_id: str | Path) -> tuple[Any, dict[str, TensorEntry], list[ExpertLayer]]:
-    """A model without weights, its checkpoint's tensors, and where its experts lie.
-
-    Raises:
-        ValueError: if the checkpoint is damaged or its experts cannot be offloaded.
-    """
-    folder = _local_folder(path_or_id)
-    entries, config = read_checkpoint(folder), _config(folder)
-    with torch.device("meta"):
-        skeleton = _model_class(config)._from_config(config, dtype=_running_dtype("auto", config, entries))
-    if not experts_modules(skeleton):
-        raise ValueError(f"model {folder}: {type(skeleton).__name__} has no experts that can be offloaded")
-    dtypes = {name: parameter.dtype for name, parameter in skeleton.state_dict().items()}
-    return skeleton, entries, locate_experts(skeleton, entries, dtypes)
-
-
 def fit(
     path_or_id: str | Path,
     *,
@@ -129,23 +112,26 @@ def fit(
     gpu_memory: str | int | None = None,
     context: int = 2048,
     io_threads: int = 4,
+    pack: str | Path | None = None,
 ) -> Fit:
-    """What `load` would do with these budgets; no GPU has to be there for `gpu_memory`.
+    """What `load` would do with these budgets and this packed copy; no GPU has to be there for `gpu_memory`.
 
     Raises:
         ValueError: if the checkpoint is damaged, its experts cannot be offloaded, or a budget is not a size.
     """
-    skeleton, _, layers = skeleton_of(path_or_id)
+    skeleton, entries, layers = skeleton_of(path_or_id)
+    if pack is not None:
+        layers = read_pack(Path(pack), layers, entries).layers
     config, dtype = skeleton.config, skeleton.dtype
     for module in experts_modules(skeleton).values():
         for name in weight_names(module):
             delattr(module, name)
     top_k = experts_per_token(config)
-    needs = memory_needs(config, skeleton, dtype, context, io_threads, PROCESS_BYTES)
-    gpu_bytes_L, ring_bytes = gpu_slot_bytes(skeleton, layers)
+    needs = memory_needs(config, skeleton, layers, dtype, context, io_threads, PROCESS_BYTES)
     if gpu_memory is not None:
+        gpu_bytes_L, ring_bytes = gpu_slot_bytes(skeleton, layers)
         needs, gpu_needs = split_needs(needs, ring_bytes)
-    slot_bytes_L = [ExpertRecord.of(layer).slot_bytes for layer in layers]
+    slot_bytes_L = [record_of(layer).slot_bytes for layer in layers]
     limit = int(AUTO_SHARE * available_memory()) if cpu_memory == "auto" else parse_size(cpu_memory)
     experts_L = [layer.num_experts for layer in layers]
     gpu_limit = None if gpu_memory is None else parse_size(gpu_memory)
