@@ -40,6 +40,7 @@ def bench_kernels(
     import torch
 
     from .kernel_goals import verdicts
+    from .kernel_measured import ParityError
 
     has_gpu = torch.cuda.is_available()
     console = Console()
@@ -50,6 +51,7 @@ def bench_kernels(
     failed: list[str] = []
     work = _on_gpu(shape, tokens, routing, trace, tune, failed) if has_gpu else _on_cpu(shape, tokens)
     deadline = time.monotonic() + seconds
+    broken: Exception | None = None
     try:
         for what, measure in work:
             if time.monotonic() > deadline:
@@ -59,6 +61,13 @@ def bench_kernels(
                 rows += measure()
     except KeyboardInterrupt:
         console.print("interrupted; what was measured follows")
+    except ParityError:
+        raise
+    except Exception as error:
+        if not rows:
+            raise
+        broken = error
+        console.print("our own path failed; what was measured before follows")
     _show(console, rows, "MoE layers, parity checked" + ("; cold cache, graph replay" if has_gpu else "; A B A B"))
     goals = verdicts(rows) if has_gpu else []
     _show(console, goals, "Goals on an H100 or H200")
@@ -67,6 +76,8 @@ def bench_kernels(
     for line in failed:
         console.print(f"not measured, failed: {line}", highlight=False)
     _keep(rows, goals, missing, failed, json_file, record, has_gpu)
+    if broken is not None:
+        raise broken
 
 
 Work = Iterator[tuple[str, Any]]

@@ -160,7 +160,9 @@ def truth(experts: nn.Module, given: LayerInput, weights: WeightsOf = dense_weig
         Output and gradients.
     """
     x_TD, combine_TK = given.x_TD.float(), given.combine_TK.float()
-    cotangent_TD = torch.randn_like(x_TD).to(given.x_TD.dtype).float()
+    # a generator of its own: a failed capture of a graph leaves the device's default one unusable
+    generator = torch.Generator(x_TD.device).manual_seed(0)
+    cotangent_TD = torch.randn(x_TD.shape, generator=generator, device=x_TD.device).to(given.x_TD.dtype).float()
     found = Truth(torch.zeros_like(x_TD), torch.zeros_like(x_TD), torch.zeros_like(combine_TK), {}, {}, cotangent_TD)
     for expert in given.expert_TK.unique().tolist():
         if expert >= experts.num_experts:

@@ -15,6 +15,10 @@ from .kernel_shapes import LayerInput, LayerShape
 from .kernel_timing import Times
 
 
+class ParityError(RuntimeError):
+    """Something that was to be timed computes something else than it should."""
+
+
 def call_of(contestant: Contestant, experts: nn.Module, given: LayerInput, is_training: bool) -> Callable[[], Any]:
     """What is timed: the layer alone, or with its backward pass to tokens, combine weights and expert weights."""
     if not is_training:
@@ -39,7 +43,7 @@ def require_parity(contestants: Sequence[Contestant], experts: nn.Module, given:
     """Refuse to go on when a contestant computes something else than a loop over experts in float32.
 
     Raises:
-        RuntimeError: if output or a gradient is off by more than the number format explains.
+        ParityError: if output or a gradient is off by more than the number format explains.
     """
     bound = BOUNDS[given.x_TD.dtype]
     for weights, alike in itertools.groupby(contestants, key=lambda one: one.weights):
@@ -47,7 +51,7 @@ def require_parity(contestants: Sequence[Contestant], experts: nn.Module, given:
         for one in alike:
             error = worst_error(one, experts, given, exact)
             if not error <= bound:
-                raise RuntimeError(
+                raise ParityError(
                     f"parity is red, so no time is printed: {one.name} at {what} is off by {error:.2e} (relative norm) "
                     f"from float32; at most {bound:.0e} is allowed"
                 )

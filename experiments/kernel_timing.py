@@ -35,7 +35,7 @@ def time_on_gpu(call: Call, *, can_be_captured: bool = True, most: int = 20, sec
 
     Args:
         call: launches work on the current device.
-        can_be_captured: whether to try to capture it in a graph; it is called otherwise, and where that fails.
+        can_be_captured: whether to capture it in a graph; it is called otherwise, and where it waits for the device.
         most: how many replays, fewer of slow calls.
         seconds: about how long to go on, but for at least `LEAST_SAMPLES` replays.
 
@@ -66,14 +66,30 @@ def time_on_gpu(call: Call, *, can_be_captured: bool = True, most: int = 20, sec
 
 
 def _captured(call: Call) -> Call | None:
+    if _waits_for_device(call):
+        return None
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # a capture that fails does not give the stream back
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             call()
     except RuntimeError:
         torch.cuda.synchronize()
         return None
     return graph.replay
+
+
+def _waits_for_device(call: Call) -> bool:
+    """Found out without a capture: one that fails spoils all later ones in this process (torch 2.11, allocator)."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 def copy_bytes_per_s() -> float:

@@ -21,6 +21,9 @@ from .looped_product import looped_product
 
 # up to here, without gradient, a loop in Python costs less than looking at every expert
 LOOPED_ROWS = 32
+# with gradient, from so many experts per row and bytes of weights on, a loop that leaves idle experts out is faster
+LOOPED_EXPERTS = 4
+LOOPED_BYTES = 32 << 20
 # from so many rows per expert on, what blocks save in the cache is more than what they cost in Python
 BLOCKWISE_ROWS = 192
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -58,12 +61,14 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
 
     Returns:
         [T, D] in the dtype of `x_TD`.
+
+    Raises:
+        ValueError: if an id is negative, where that costs no waiting.
     """
     T, K = expert_TK.shape
     E = experts.num_experts
     expert_N, order_N = expert_TK.flatten().sort(stable=True)
-    end_E = torch.bincount(expert_N, minlength=E)[:E].cumsum(0).to(torch.int32)
-    groups = _Groups(end_E, end_E.tolist() if _is_eager_cpu(x_TD) else None, T * K)
+    groups = _groups(expert_N, E)
     if groups.ends is not None and T * K >= BLOCKWISE_ROWS * E and _is_swiglu(experts):
         rights = (_right(experts, "gate_up_proj"), _right(experts, "down_proj"))
         return blockwise_experts(x_TD, weight_TK, *rights, order_N, groups.ends, _product_dtype(experts.down_proj))
@@ -79,7 +84,7 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
         y_ND = experts.post_expert_norm(y_ND)
     if not groups.has_all_rows:
         weight_TK = torch.where(expert_TK < E, weight_TK, 0.0)
-    y_TKD = y_ND.index_select(0, _inverse(order_N)).view(T, K, -1)
+    y_TKD = torch.empty_like(y_ND).index_copy_(0, order_N, y_ND).view(T, K, -1)
     wide = torch.promote_types(y_TKD.dtype, weight_TK.dtype)
     return torch.bmm(weight_TK[:, None].to(wide), y_TKD.to(wide))[:, 0].to(x_TD.dtype)
 
@@ -98,8 +103,15 @@ class _Groups:
         return self.ends is not None and self.ends[-1] == self.num_rows
 
 
-def _is_eager_cpu(x_TD: Tensor) -> bool:
-    return x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
+def _groups(expert_N: Tensor, num_experts: int) -> _Groups:
+    """The ends of runs of equal ids among sorted ones; a search costs less than counting, and no waiting on a GPU."""
+    wanted_E = torch.arange(num_experts, device=expert_N.device)
+    end_E = torch.searchsorted(expert_N, wanted_E, right=True, out_int32=True)
+    if expert_N.device.type != "cpu" or torch.compiler.is_compiling():
+        return _Groups(end_E, None, len(expert_N))
+    if len(expert_N) and (first := expert_N[0].item()) < 0:
+        raise ValueError(f"expert ids must not be negative; got {first}; pass {num_experts} for nobody")
+    return _Groups(end_E, end_E.tolist(), len(expert_N))
 
 
 def _is_swiglu(experts: nn.Module) -> bool:
@@ -140,7 +152,7 @@ def _product(x_ND: Tensor, right_EDF: Tensor, groups: _Groups) -> Tensor:
     """The faster of two ways: a loop over the experts in use, or `grouped_mm`, which looks at all of them."""
     is_compiling_cpu = not x_ND.is_cuda and torch.compiler.is_compiling()
     is_training = torch.is_grad_enabled() and (x_ND.requires_grad or right_EDF.requires_grad)
-    is_few = groups.ends is not None and groups.num_rows <= LOOPED_ROWS and not is_training
+    is_few = groups.ends is not None and _is_few(groups.num_rows, right_EDF, is_training)
     if x_ND.dtype == torch.float64 or is_compiling_cpu or is_few:
         return looped_product(x_ND, right_EDF, groups.ends or groups.end_E)
     if groups.has_all_rows:
@@ -151,10 +163,10 @@ def _product(x_ND: Tensor, right_EDF: Tensor, groups: _Groups) -> Tensor:
     return torch.where(is_ours_N1, y_ND, 0.0)
 
 
-def _inverse(order_N: Tensor) -> Tensor:
-    inverse_N = torch.empty_like(order_N)
-    inverse_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-    return inverse_N
+def _is_few(num_rows: int, right_EDF: Tensor, is_training: bool) -> bool:
+    if is_training:
+        return num_rows * LOOPED_EXPERTS <= len(right_EDF) and right_EDF.nbytes >= LOOPED_BYTES
+    return num_rows <= LOOPED_ROWS
 
 
 ALL_EXPERTS_FUNCTIONS.register("expertier", expertier_experts)

@@ -1,16 +1,21 @@
 """The kernel benchmark's part for a GPU, on a small layer in the interpreter: parity gate, failing peers, tuning."""
 
+import functools
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
+import moe.kernels
 from experiments import bench_kernels, kernel_contestants, kernel_gpu, kernel_timing
+from experiments.cli import app
 from experiments.kernel_contestants import Contestant
 from experiments.kernel_goals import GOALS, verdicts
+from experiments.kernel_measured import ParityError
 from experiments.kernel_shapes import LayerShape
 from moe.kernels import fused_experts
 from moe.kernels.launch import is_interpreted
@@ -90,6 +95,79 @@ def test_our_own_failure_ends_the_benchmark(layer, monkeypatch):
     monkeypatch.setattr(kernel_gpu, "dense_contestants", lambda *_: [Contestant("expertier", fails)])
     with pytest.raises(RuntimeError, match="illegal memory access"):
         layer.rows(2, "uniform")
+
+
+@pytest.fixture
+def run(layer, _no_clock, monkeypatch, tmp_path):
+    """The whole command as with a GPU, on the small layer; returns its result and what it kept."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(kernel_gpu, "copy_bytes_per_s", lambda: 1e12)
+    monkeypatch.setattr(kernel_gpu, "SHAPES", {"tiny": SHAPE})
+    monkeypatch.setattr(kernel_gpu, "MANY_TOKENS", (4,))
+    monkeypatch.setattr(kernel_gpu, "GpuLayer", functools.partial(kernel_gpu.GpuLayer, device="cpu"))
+    # the interpreter compiles nothing
+    monkeypatch.setattr(kernel_gpu, "compile_together", lambda launches: None)
+    kept = tmp_path / "kept.json"
+
+    def command():
+        arguments = ["bench", "kernels", "--tokens", "2", "--tokens", "4", "--routing", "uniform", "--json", str(kept)]
+        return CliRunner().invoke(app, arguments), json.loads(kept.read_text()) if kept.exists() else None
+
+    return command
+
+
+def test_the_whole_command_prints_times_of_kernels_that_are_right(run):
+    result, kept = run()
+    assert result.exit_code == 0, result.output
+    assert (kept["not_measured"], kept["failed"]) == ([], [])
+    cases = {(row["variant"], row["tokens"], row["pass"]) for row in kept["rows"]}
+    assert {("expertier", 2, "forward"), ("expertier", 4, "forward"), ("expertier", 4, "forward+backward")} < cases
+    assert {("torch grouped_mm", 4, "forward+backward"), ("transformers grouped_mm", 2, "forward")} < cases
+    assert {(f"expertier {name}", 2, "forward") for name in kernel_contestants.QUANTISED} < cases
+    assert "p50_us" in result.output
+
+
+def wrong_output(compute):
+    return lambda *given: 1.1 * compute(*given)
+
+
+def wrong_gradient(compute):
+    # the same output, but tokens get twice their gradient
+    return lambda experts, x, *given: compute(experts, 2 * x - x.detach(), *given)
+
+
+@pytest.mark.parametrize("spoil", [wrong_output, wrong_gradient])
+def test_no_time_is_printed_when_dense_kernels_are_wrong(run, monkeypatch, spoil):
+    monkeypatch.setattr(kernel_contestants, "expertier_experts", spoil(kernel_contestants.expertier_experts))
+    result, kept = run()
+    assert isinstance(result.exception, ParityError)
+    assert "parity is red, so no time is printed: expertier at tiny T=2 uniform" in str(result.exception)
+    assert "p50_us" not in result.output
+    assert kept is None
+
+
+def test_no_time_is_printed_when_quantised_kernels_are_wrong(run, monkeypatch):
+    monkeypatch.setattr(moe.kernels, "compute_experts", wrong_output(moe.kernels.compute_experts))
+    result, kept = run()
+    assert isinstance(result.exception, ParityError)
+    assert "parity is red, so no time is printed: expertier int8 at tiny T=2 uniform" in str(result.exception)
+    assert "p50_us" not in result.output
+    assert kept is None
+
+
+def test_what_was_measured_before_our_own_failure_is_kept(run, monkeypatch):
+    timed = kernel_gpu.GpuLayer.func.rows
+
+    def rows(self, num_tokens, *others):
+        if num_tokens == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return timed(self, num_tokens, *others)
+
+    monkeypatch.setattr(kernel_gpu.GpuLayer.func, "rows", rows)
+    result, kept = run()
+    assert isinstance(result.exception, torch.OutOfMemoryError)
+    assert {row["tokens"] for row in kept["rows"]} == {2}
 
 
 def test_tuning_covers_every_class_of_rows(layer, monkeypatch, tmp_path):

@@ -12,6 +12,8 @@ from moe.blockwise import blocks_of, blockwise_experts
 from moe.looped_product import looped_product
 from moe.reference import swiglu_experts_reference
 
+PATHS = ["grouped", "blockwise", "looped"]
+
 
 def test_looped_product_by_hand():
     x_NI = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
@@ -47,13 +49,11 @@ def build(tiny_config, dtype=torch.float32):
     return experts
 
 
-@pytest.mark.parametrize("is_blockwise", [False, True], ids=["grouped", "blockwise"])
+@pytest.mark.parametrize("forced", [[], ["BLOCKWISE_ROWS"], ["LOOPED_EXPERTS", "LOOPED_BYTES"]], ids=PATHS)
 @pytest.mark.parametrize("num_tokens", [1, 3, 40])
-def test_equals_grouped_mm_of_transformers_with_every_gradient(
-    tiny_config, tolerance, monkeypatch, num_tokens, is_blockwise
-):
-    if is_blockwise:
-        monkeypatch.setattr("moe.grouped.BLOCKWISE_ROWS", 0)
+def test_equals_grouped_mm_of_transformers_with_every_gradient(tiny_config, tolerance, monkeypatch, num_tokens, forced):
+    for limit in forced:
+        monkeypatch.setattr(f"moe.grouped.{limit}", 0)
     experts = build(tiny_config)
     expert_TK = torch.stack([torch.randperm(7)[:2] for _ in range(num_tokens)])
     weight_TK = torch.rand(num_tokens, 2).masked_fill(expert_TK == 6, 0.0).requires_grad_()
@@ -63,6 +63,12 @@ def test_equals_grouped_mm_of_transformers_with_every_gradient(
     torch.testing.assert_close(*both, **tolerance[torch.float32])
     for found, wanted in zip(*(torch.autograd.grad(y_TD.square().sum(), leaves) for y_TD in both), strict=True):
         torch.testing.assert_close(found, wanted, **tolerance[torch.float32])
+
+
+def test_negative_ids_are_refused(tiny_config):
+    expert_TK = torch.tensor([[3, 1], [-1, 2]])
+    with pytest.raises(ValueError, match=r"must not be negative; got -1; pass 6 for nobody"):
+        grouped_experts(build(tiny_config), torch.randn(2, 32), expert_TK, torch.rand(2, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -37,7 +37,7 @@ def check(entry):
     is_half_precision = entry["name"] != "single"
     if entry["kernel"] in PRODUCTS | {"decode_kernel"} and is_half_precision:
         # tiles of 16 rows are too low for the asynchronous tensor cores of sm90 and sm100
-        is_low = entry["name"].startswith("dense/few") and entry["kernel"] != "grad_weight_kernel"
+        is_low = entry["name"].endswith("/few") and entry["kernel"] != "grad_weight_kernel"
         assert counts[TENSOR_CORES[arch]] or (is_low and counts["mma"]), what
         assert counts["async_copy"] or arch == "gfx942", what
     if entry["kernel"] == "decode_kernel" and "/int4" in entry["name"]:
@@ -50,8 +50,11 @@ def check(entry):
         (("sm90", "gfx942"), "dense/many", "up_kernel,grad_activation_kernel"),
         (("sm80", "sm100"), "dense/many", "down_kernel"),
         (("sm90",), "decode/int4/T1", "decode_kernel"),
+        # with the tiles of dense weights these spill
+        (("sm90",), "fp8/many", "down_kernel"),
+        (("sm90", "sm100"), "relu2/many", "grad_activation_kernel"),
     ],
-    ids=["training", "down", "decode-int4"],
+    ids=["training", "down", "decode-int4", "fp8", "relu2"],
 )
 def test_some_configurations(archs, only, kernels):
     entries = compiled("--arch", *archs, "--only", only, "--kernels", kernels)
@@ -97,14 +100,16 @@ def note(*_, **given):
 
 triton.knobs.runtime.jit_cache_hook = note
 for name, launch in launches:
-    if not name.startswith(("dense/many", "gpt_oss", "int4", "slots", "split/int8")):
+    if not name.startswith(("dense/many", "gpt_oss/some", "int4/some", "slots", "split/int8")):
         continue
     derived.clear()
     launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options())
     ours, theirs = ahead_of_time._source(launch), derived[0]
     assert ours.signature == theirs["signature"], (name, launch.kernel)
     assert ours.constants == theirs["constants"], (name, launch.kernel)
-    assert str(ours.attrs) == str(theirs["configs"][0]), (name, launch.kernel)
+    # Triton 3.6 leaves parameters without a hint out
+    hints = {path: hint for path, hint in ours.attrs.items() if hint}
+    assert hints == {path: hint for path, hint in theirs["configs"][0].items() if hint}, (name, launch.kernel)
     print(name, launch.kernel.__name__)
 """
 

@@ -12,8 +12,9 @@ import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from moe.kernels import ExpertWeights
+from moe.kernels import ExpertWeights, quantise
 from moe.kernels import tiles as tile_table
+from moe.kernels.activation import Activation
 from moe.kernels.launch import is_interpreted
 from moe.kernels.tiles import LayerTiles, Tile, TunedFor, chosen_tiles, table_tiles, tuned_file, tuned_tiles
 from moe.kernels.tune import PRODUCTS, measure_on_device, save_tuned, tune
@@ -137,6 +138,16 @@ def test_kept_tiles_come_back_beside_earlier_ones_and_go_before_the_table(monkey
     assert chosen_tiles(device, torch.float16, 8 * 1000, given) == uniform(LOW)
     assert chosen_tiles(device, torch.float16, 8 * 100, given) == table_tiles("sm90", "half", "some")
     assert chosen_tiles(device, torch.float32, 8 * 1000, given) == table_tiles("sm90", "single", "many")
+
+
+def test_weights_that_are_dequantised_take_smaller_tiles(monkeypatch):
+    _pretend_a_device(monkeypatch)
+    device = torch.device("cuda", 7)
+    codes = [quantise(torch.zeros(1, 128, 128), "int8") for _ in range(2)]
+    given = ExpertWeights(*codes, activation=Activation("relu2", gated=False))
+    many, some = (chosen_tiles(device, torch.bfloat16, rows, given) for rows in (1000, 100))
+    assert many == table_tiles("sm90", "half", "many", is_quantised=True) != table_tiles("sm90", "half", "many")
+    assert some == table_tiles("sm90", "half", "some")
 
 
 def test_of_several_tuned_layers_the_most_similar_counts(monkeypatch):

@@ -23,7 +23,9 @@ from triton.compiler import ASTSource
 from .activation import Activation
 from .launch import Launch, is_interpreted
 from .planned import decode_launches, layer_launches, meta_weights
+from .quantise import FORMATS, QuantisedWeight
 from .tiles import FALLBACKS, ROW_CLASSES, table_tiles
+from .weights import ExpertWeights
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -151,44 +153,51 @@ def _read_amd(assembly: str) -> tuple[int, int, str]:
 def shipped_launches(arch: str) -> Iterator[tuple[str, Launch]]:
     """Every configuration of the table for an architecture, with a name.
 
-    They are dense, quantised and gpt-oss's layout, decode with whole and split sums, and experts in cache slots.
+    They are every format and layout in every row class, decode with whole and split sums, experts in cache slots,
+    float16 and float32.
     """
-    gpt_oss = Activation(alpha=1.702, limit=7.0, shift=1.0)
-    dense = meta_weights(2048, 768, 128, torch.bfloat16)
-    layouts = {
-        "gpt_oss": meta_weights(
-            2880, 2880, 128, torch.bfloat16, has_bias=True, is_transposed=True, is_halves=False, activation=gpt_oss
-        ),
-        "relu2": meta_weights(2048, 768, 128, torch.bfloat16, activation=Activation("relu2", gated=False)),
-    }
-    quantised = {
-        name: meta_weights(2048, 768, 128, torch.bfloat16, quantised=name)
-        for name in ("int8", "int4", "fp8", "fp8_block")
-    }
-    for rows in ROW_CLASSES:
-        tiles = table_tiles(arch, "half", rows)
-        for launch in layer_launches(dense, 4096, 8, torch.bfloat16, tiles, trains=True):
-            yield f"dense/{rows}", launch
-    tiles = table_tiles(arch, "half", "some")
-    for name, weights in layouts.items():
-        for launch in layer_launches(weights, 4096, 4, torch.bfloat16, tiles, trains=True):
-            yield name, launch
-    for name, weights in quantised.items():
-        for launch in layer_launches(weights, 4096, 8, torch.bfloat16, tiles, trains=True):
-            yield name, launch
-    for name, weights in {"dense": dense, **layouts, **quantised}.items():
+    layers = _layers()
+    for name, weights in layers.items():
+        for rows in ROW_CLASSES:
+            tiles = table_tiles(arch, "half", rows, is_quantised=isinstance(weights.up, QuantisedWeight))
+            for launch in layer_launches(weights, 4096, 8, torch.bfloat16, tiles, trains=True):
+                yield f"{name}/{rows}", launch
+    for name, weights in layers.items():
         for num_tokens in (1, 64):
             for launch in decode_launches(weights, num_tokens, 8, torch.bfloat16):
                 yield f"decode/{name}/T{num_tokens}", launch
         for launch in decode_launches(weights, 1, 8, torch.bfloat16, PROCESSORS[arch]):
             yield f"split/{name}", launch
-    cached = replace(dense, slot_E=torch.empty(512, dtype=torch.int32, device="meta"))
-    slots = layer_launches(cached, 4096, 8, torch.bfloat16, tiles, trains=False)
+    cached = replace(layers["dense"], slot_E=torch.empty(512, dtype=torch.int32, device="meta"))
+    slots = layer_launches(cached, 4096, 8, torch.bfloat16, table_tiles(arch, "half", "some"), trains=False)
     for launch in slots + decode_launches(cached, 1, 8, torch.bfloat16, PROCESSORS[arch]):
         yield "slots", launch
+    yield from _float16_launches(arch)
     single = meta_weights(768, 256, 64, torch.float32)
     for launch in layer_launches(single, 512, 4, torch.float32, FALLBACKS["single"], trains=True):
         yield "single", launch
+
+
+def _layers() -> dict[str, ExpertWeights]:
+    gpt_oss = Activation(alpha=1.702, limit=7.0, shift=1.0)
+    return {
+        "dense": meta_weights(2048, 768, 128, torch.bfloat16),
+        "gpt_oss": meta_weights(
+            2880, 2880, 128, torch.bfloat16, has_bias=True, is_transposed=True, is_halves=False, activation=gpt_oss
+        ),
+        "relu2": meta_weights(2048, 768, 128, torch.bfloat16, activation=Activation("relu2", gated=False)),
+    } | {name: meta_weights(2048, 768, 128, torch.bfloat16, quantised=name) for name in FORMATS}
+
+
+def _float16_launches(arch: str) -> Iterator[tuple[str, Launch]]:
+    """Dense and int4, whose codes become numbers in another way than in bfloat16; with bfloat16's tiles."""
+    for name in (None, "int4"):
+        weights = meta_weights(2048, 768, 128, torch.float16, quantised=name)
+        tiles = table_tiles(arch, "half", "many", is_quantised=name is not None)
+        for launch in layer_launches(weights, 16384, 8, torch.float16, tiles, trains=True):
+            yield f"float16/{name or 'dense'}", launch
+        for launch in decode_launches(weights, 1, 8, torch.float16):
+            yield f"decode/float16/{name or 'dense'}", launch
 
 
 def compile_shipped(arch: str, prefix: str = "", kernels: Container[str] = ()) -> Iterator[tuple[str, Compiled]]:

@@ -87,13 +87,12 @@ def backward(
             bias_dot(grad_TD, weights.down_bias, groups, dot_N, run)
             grad_combine_TK = grad_combine_TK + dot_N
         grad_combine_TK = grad_combine_TK.view_as(combine_TK).to(combine_TK.dtype)
-    is_halves = weights.is_halves and weights.activation.gated
     return Gradients(
         x_TD=_grad_x(grad_pre_NO, x_TD, groups, tile_map, weights, tiles, run) if needs.x else None,
         combine_TK=grad_combine_TK,
         up_COD=_grad_up(grad_pre_NO, x_TD, groups, top_k, weights, tiles, run) if needs.up else None,
         down_CDF=_grad_down(grad_TD, weighted_NF, groups, top_k, weights, tiles, run) if needs.down else None,
-        up_bias_CO=_grad_bias(grad_pre_NO, None, groups, top_k, weights.up_bias, is_halves, run)
+        up_bias_CO=_grad_bias(grad_pre_NO, None, groups, top_k, weights.up_bias, weights.gates_first, run)
         if needs.up_bias
         else None,
         down_bias_CD=_grad_bias(grad_TD, combine_TK, groups, top_k, weights.down_bias, False, run)
@@ -112,7 +111,7 @@ def _grad_x(
     run: Run,
 ) -> Tensor:
     grad_x_ND = x_TD.new_empty(len(grad_pre_NO), x_TD.shape[1])
-    is_halves = weights.is_halves and weights.activation.gated
+    is_halves = weights.gates_first
     grad_input(
         grad_pre_NO, groups, tile_map, weights.up, grad_x_ND, is_halves=is_halves, tile=tiles.grad_input, run=run
     )
@@ -139,7 +138,7 @@ def _grad_up(
         grad_COD,
         gathers_left=False,
         gathers_right=True,
-        is_halves=weights.is_halves and weights.activation.gated,
+        is_halves=weights.gates_first,
         tile=tiles.grad_weight,
         run=run,
     )

@@ -22,7 +22,7 @@ from .launch import Launch, Run, arithmetic
 from .metadata import slot_of
 from .quantise import QuantisedWeight
 from .tiles import DECODE_TILES, DecodeTile, num_processors, number_format
-from .weight_tile import int4_bias, load_codes, load_scale, memory_row, weight_arguments
+from .weight_tile import Projection, int4_bias, load_codes, load_scale, memory_row, weight_arguments
 from .weights import ExpertWeights
 
 # the path is taken up to here; beyond, each expert has enough rows for the grouped path
@@ -40,6 +40,49 @@ def my_slot(slot_R, row_R, group, num_slots, BY_ROW: tl.constexpr):
         return tl.where(is_taken, num_slots, slot)
     else:
         return group
+
+
+@triton.jit
+def weight_by_rows(
+    row_ptr_T,
+    is_row_T,
+    slot,
+    out_O,
+    is_out_O,
+    first_input,
+    last_input,
+    num_inputs,
+    projection,
+    BLOCK_T: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    EVEN_IN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[O, T]: a sum over some of a projection's inputs; scales and zeros are applied to sums."""
+    local = tl.arange(0, BLOCK_IN)
+    sum_OT = tl.zeros((BLOCK_OUT, BLOCK_T), dtype=ACCUMULATE)
+    for start in range(first_input, last_input, BLOCK_IN):
+        mask = is_row_T[None, :]
+        if not EVEN_IN:
+            mask = mask & ((start + local)[:, None] < num_inputs)
+        x_IT = tl.load(row_ptr_T[None, :] + (start + local)[:, None], mask=mask, other=0).to(COMPUTE)
+        code_OI = load_codes(
+            projection, slot, out_O, is_out_O, start, num_inputs, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE
+        )
+        if projection.FORMAT == "dense":
+            sum_OT = tl.dot(code_OI, x_IT, sum_OT, input_precision=PRECISION, out_dtype=ACCUMULATE)
+        else:
+            part_OT = tl.dot(code_OI, x_IT, input_precision=PRECISION, out_dtype=ACCUMULATE)
+            scale_O = load_scale(projection.scale_ptr, projection, slot, out_O, is_out_O, start)
+            if projection.FORMAT == "int4":
+                zero_O = load_scale(projection.zero_ptr, projection, slot, out_O, is_out_O, start)
+                x_sum_T = tl.sum(x_IT.to(ACCUMULATE), 0)
+                part_OT -= (zero_O + int4_bias(COMPUTE))[:, None] * x_sum_T[None, :]
+            sum_OT += part_OT * scale_O[:, None]
+    return sum_OT
 
 
 @triton.jit
@@ -103,9 +146,6 @@ def decode_kernel(
     out = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     is_out = out < num_outputs
     out_row = memory_row(out, num_outputs // 2, HALVES)
-    local = tl.arange(0, BLOCK_IN)
-    tile_ptr = weight_ptr + slot.to(tl.int64) * weight_stride_slot
-    scale_start = slot.to(tl.int64) * scale_stride_slot
     first_input = split * inputs_per_split
     last_input = tl.minimum(first_input + inputs_per_split, num_inputs)
 
@@ -116,54 +156,14 @@ def decode_kernel(
         row_T = tl.sum(tl.where(is_same_TR, row_R[None, :], 0), 1)
         in_row_ptr = in_ptr + (row_T // rows_per_input).to(tl.int64) * in_stride
 
-        sum_OT = tl.zeros((BLOCK_OUT, BLOCK_T), dtype=ACCUMULATE)
-        for start in range(first_input, last_input, BLOCK_IN):
-            mask = is_row_T[None, :]
-            if not EVEN_IN:
-                mask = mask & ((start + local)[:, None] < num_inputs)
-            x_IT = tl.load(in_row_ptr[None, :] + (start + local)[:, None], mask=mask, other=0).to(COMPUTE)
-            code_OI = load_codes(
-                tile_ptr,
-                out_row * weight_stride_out,
-                is_out,
-                start,
-                num_inputs,
-                weight_stride_in,
-                FORMAT,
-                BLOCK_OUT,
-                BLOCK_IN,
-                EVEN_IN,
-                COMPUTE,
-            )
-            if FORMAT == "dense":
-                sum_OT = tl.dot(code_OI, x_IT, sum_OT, input_precision=PRECISION, out_dtype=ACCUMULATE)
-            else:
-                part_OT = tl.dot(code_OI, x_IT, input_precision=PRECISION, out_dtype=ACCUMULATE)
-                scale_O = load_scale(
-                    scale_ptr + scale_start,
-                    out_row,
-                    is_out,
-                    start,
-                    scale_stride_out,
-                    scale_stride_in,
-                    OUT_GROUP,
-                    IN_GROUP,
-                )
-                if FORMAT == "int4":
-                    zero_O = load_scale(
-                        zero_ptr + scale_start,
-                        out_row,
-                        is_out,
-                        start,
-                        scale_stride_out,
-                        scale_stride_in,
-                        OUT_GROUP,
-                        IN_GROUP,
-                    )
-                    x_sum_T = tl.sum(x_IT.to(ACCUMULATE), 0)
-                    part_OT -= (zero_O + int4_bias(COMPUTE))[:, None] * x_sum_T[None, :]
-                sum_OT += part_OT * scale_O[:, None]
-
+        sum_OT = weight_by_rows(
+            in_row_ptr, is_row_T, slot, out_row, is_out, first_input, last_input, num_inputs,
+            Projection(
+                weight_ptr, scale_ptr, zero_ptr, weight_stride_slot, weight_stride_out, weight_stride_in,
+                scale_stride_slot, scale_stride_out, scale_stride_in, FORMAT, OUT_GROUP, IN_GROUP,
+            ),
+            BLOCK_T, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE, ACCUMULATE, PRECISION,
+        )  # fmt: skip
         if HAS_BIAS:
             if split == 0:
                 bias_O = tl.load(bias_ptr + slot.to(tl.int64) * num_outputs + out_row, mask=is_out, other=0)
@@ -347,7 +347,7 @@ def _product(
         "ACTIVATES": is_up and num_splits == 1,
         "HAS_SLOTS": weights.slot_E is not None,
         "BY_ROW": num_rows <= weights.num_slots,
-        "HALVES": is_up and weights.is_halves and weights.activation.gated,
+        "HALVES": is_up and weights.gates_first,
         "HAS_BIAS": bias is not None,
         "ROWS": max(16, triton.next_power_of_2(num_rows)),
         "BLOCK_T": block_t,

@@ -13,7 +13,7 @@ from .product import rows_by_weight, rows_of_tile
 from .quantise import QuantisedWeight
 from .tiles import Tile
 from .tiling import tile_and_block
-from .weight_tile import weight_arguments
+from .weight_tile import Projection, weight_arguments
 
 
 @triton.jit
@@ -59,9 +59,11 @@ def down_kernel(
     is_out = out < num_outputs
     sum_MO = rows_by_weight(
         activated_ptr + place * num_inputs, is_row, slot, out, is_out, num_inputs,
-        weight_ptr, scale_ptr, zero_ptr, weight_stride_slot, weight_stride_out, weight_stride_in,
-        scale_stride_slot, scale_stride_out, scale_stride_in,
-        FORMAT, OUT_GROUP, IN_GROUP, BLOCK_M, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE, ACCUMULATE, PRECISION,
+        Projection(
+            weight_ptr, scale_ptr, zero_ptr, weight_stride_slot, weight_stride_out, weight_stride_in,
+            scale_stride_slot, scale_stride_out, scale_stride_in, FORMAT, OUT_GROUP, IN_GROUP,
+        ),
+        BLOCK_M, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE, ACCUMULATE, PRECISION,
     )  # fmt: skip
 
     if HAS_BIAS:

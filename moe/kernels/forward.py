@@ -54,7 +54,7 @@ def forward(
         pre_NO,
         activated_NF,
         weights.activation,
-        is_halves=weights.is_halves,
+        is_halves=weights.gates_first,
         tile=tiles.up,
         run=run,
     )

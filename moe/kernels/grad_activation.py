@@ -21,9 +21,11 @@ from .product import rows_by_weight_back, rows_of_tile
 from .quantise import QuantisedWeight
 from .tiles import Tile
 from .tiling import tile_and_block
-from .weight_tile import weight_arguments
+from .weight_tile import Projection, weight_arguments
 
 FEATURES_IN_PARTS = 64
+# without a gate a tile of 256 outputs has as many features; what becomes of them does not fit in registers
+MOST_FEATURES = 128
 
 
 @triton.jit
@@ -127,10 +129,11 @@ def grad_activation_kernel(
     first = block * BLOCK_IN
     raw_MF = rows_by_weight_back(
         grad_ptr + (routed // top_k).to(tl.int64) * width, is_row, slot, first, width, num_features,
-        weight_ptr, scale_ptr, zero_ptr, weight_stride_slot, weight_stride_out, weight_stride_in,
-        scale_stride_slot, scale_stride_out, scale_stride_in,
-        False, FORMAT, OUT_GROUP, IN_GROUP, BLOCK_M, BLOCK_OUT, BLOCK_IN, EVEN_OUT, EVEN_IN,
-        COMPUTE, ACCUMULATE, PRECISION,
+        Projection(
+            weight_ptr, scale_ptr, zero_ptr, weight_stride_slot, weight_stride_out, weight_stride_in,
+            scale_stride_slot, scale_stride_out, scale_stride_in, FORMAT, OUT_GROUP, IN_GROUP,
+        ),
+        False, BLOCK_M, BLOCK_OUT, BLOCK_IN, EVEN_OUT, EVEN_IN, COMPUTE, ACCUMULATE, PRECISION,
     )  # fmt: skip
 
     combine_M = tl.load(combine_ptr + routed, mask=is_row, other=0).to(ACCUMULATE)
@@ -185,7 +188,8 @@ def grad_activation(
     """
     num_rows, num_outputs = pre_NO.shape
     num_features = num_outputs // (2 if activation.gated else 1)
-    described = weight_arguments(weight_CDF, max(tile.block_n // (2 if activation.gated else 1), 16))
+    wanted = tile.block_n // (2 if activation.gated else 1)
+    described = weight_arguments(weight_CDF, min(max(wanted, 16), MOST_FEATURES))
     block_f = described["BLOCK_IN"]
     num_blocks = triton.cdiv(num_features, block_f)
     width = grad_TD.shape[1]

@@ -13,7 +13,7 @@ from .product import rows_by_weight_back, rows_of_tile
 from .quantise import QuantisedWeight
 from .tiles import Tile
 from .tiling import tile_and_block
-from .weight_tile import weight_arguments
+from .weight_tile import Projection, weight_arguments
 
 
 @triton.jit
@@ -57,10 +57,11 @@ def grad_input_kernel(
     place = place.to(tl.int64)
     sum_MI = rows_by_weight_back(
         grad_pre_ptr + place * num_outputs, is_row, slot, block * BLOCK_IN, num_outputs, num_inputs,
-        weight_ptr, scale_ptr, zero_ptr, weight_stride_slot, weight_stride_out, weight_stride_in,
-        scale_stride_slot, scale_stride_out, scale_stride_in,
-        HALVES, FORMAT, OUT_GROUP, IN_GROUP, BLOCK_M, BLOCK_OUT, BLOCK_IN, EVEN_OUT, EVEN_IN,
-        COMPUTE, ACCUMULATE, PRECISION,
+        Projection(
+            weight_ptr, scale_ptr, zero_ptr, weight_stride_slot, weight_stride_out, weight_stride_in,
+            scale_stride_slot, scale_stride_out, scale_stride_in, FORMAT, OUT_GROUP, IN_GROUP,
+        ),
+        HALVES, BLOCK_M, BLOCK_OUT, BLOCK_IN, EVEN_OUT, EVEN_IN, COMPUTE, ACCUMULATE, PRECISION,
     )  # fmt: skip
     column = block * BLOCK_IN + tl.arange(0, BLOCK_IN)
     is_stored = is_row[:, None] & (column < num_inputs)[None, :]

@@ -68,7 +68,7 @@ class ManyRows:
         with on_device_of(self._x_TD):
             project_up(
                 self._x_TD, groups, tiles, weights.up, weights.up_bias, None, self._activated_NF, weights.activation,
-                is_halves=weights.is_halves, tile=self._tiles.up, run=execute,
+                is_halves=weights.gates_first, tile=self._tiles.up, run=execute,
             )  # fmt: skip
             project_down(
                 self._activated_NF, groups, tiles, weights.down, weights.down_bias, self._y_ND,

@@ -24,18 +24,7 @@ def rows_by_weight(
     out_O,
     is_out_O,
     num_inputs,
-    weight_ptr,
-    scale_ptr,
-    zero_ptr,
-    weight_stride_slot,
-    weight_stride_out,
-    weight_stride_in,
-    scale_stride_slot,
-    scale_stride_out,
-    scale_stride_in,
-    FORMAT: tl.constexpr,
-    OUT_GROUP: tl.constexpr,
-    IN_GROUP: tl.constexpr,
+    projection,
     BLOCK_M: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -52,12 +41,7 @@ def rows_by_weight(
         if not EVEN_IN:
             mask = mask & ((start + local)[None, :] < num_inputs)
         row_MI = tl.load(row_ptr_M[:, None] + (start + local)[None, :], mask=mask, other=0).to(COMPUTE)
-        w_OI = load_weight(
-            weight_ptr, scale_ptr, zero_ptr, slot, out_O, is_out_O, start, num_inputs,
-            weight_stride_slot, weight_stride_out, weight_stride_in,
-            scale_stride_slot, scale_stride_out, scale_stride_in,
-            FORMAT, OUT_GROUP, IN_GROUP, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE,
-        )  # fmt: skip
+        w_OI = load_weight(projection, slot, out_O, is_out_O, start, num_inputs, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE)
         sum_MO = tl.dot(row_MI, tl.trans(w_OI), sum_MO, input_precision=PRECISION, out_dtype=ACCUMULATE)
     return sum_MO
 
@@ -70,19 +54,8 @@ def rows_by_weight_back(
     first_input,
     num_outputs,
     num_inputs,
-    weight_ptr,
-    scale_ptr,
-    zero_ptr,
-    weight_stride_slot,
-    weight_stride_out,
-    weight_stride_in,
-    scale_stride_slot,
-    scale_stride_out,
-    scale_stride_in,
+    projection,
     HALVES: tl.constexpr,
-    FORMAT: tl.constexpr,
-    OUT_GROUP: tl.constexpr,
-    IN_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -103,11 +76,9 @@ def rows_by_weight_back(
             is_out = out < num_outputs
             mask = mask & is_out[None, :]
         row_MO = tl.load(row_ptr_M[:, None] + out[None, :], mask=mask, other=0).to(COMPUTE)
+        out_row = memory_row(out, num_outputs // 2, HALVES)
         w_OI = load_weight(
-            weight_ptr, scale_ptr, zero_ptr, slot, memory_row(out, num_outputs // 2, HALVES), is_out, first_input,
-            num_inputs, weight_stride_slot, weight_stride_out, weight_stride_in,
-            scale_stride_slot, scale_stride_out, scale_stride_in,
-            FORMAT, OUT_GROUP, IN_GROUP, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE,
-        )  # fmt: skip
+            projection, slot, out_row, is_out, first_input, num_inputs, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE
+        )
         sum_MI = tl.dot(row_MO, w_OI, sum_MI, input_precision=PRECISION, out_dtype=ACCUMULATE)
     return sum_MI

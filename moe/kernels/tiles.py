@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .launch import is_interpreted
+from .quantise import QuantisedWeight
 
 if TYPE_CHECKING:
     from .weights import ExpertWeights
@@ -70,7 +71,8 @@ class LayerTiles:
             )
 
 
-def _uniform(tile: Tile, grad_weight: Tile | None = None, grad_activation: Tile | None = None) -> LayerTiles:
+def uniform_tiles(tile: Tile, grad_weight: Tile | None = None, grad_activation: Tile | None = None) -> LayerTiles:
+    """One tile for every product, but for those given."""
     return LayerTiles(tile, tile, grad_activation or tile, tile, grad_weight or tile)
 
 
@@ -89,24 +91,29 @@ _INTERPRETED = Tile(16, 32, 32, 4, 1)
 
 # (architecture, number format, row class)
 TILES = {
-    ("sm90", "half", "few"): _uniform(Tile(16, 128, 64, 4, 4), _SM90_NARROW, Tile(16, 64, 64, 4, 4)),
-    ("sm90", "half", "some"): _uniform(_SM90_NARROW, _SM90_SQUARE),
-    ("sm90", "half", "many"): _uniform(_SM90_WIDE, _SM90_WIDE, _SM90_WIDE),
-    ("sm100", "half", "few"): _uniform(Tile(16, 128, 64, 4, 4), _SM90_NARROW, Tile(16, 64, 64, 4, 4)),
-    ("sm100", "half", "some"): _uniform(_SM90_NARROW, _SM90_SQUARE),
-    ("sm100", "half", "many"): _uniform(_SM90_WIDE, _SM90_WIDE, _SM90_WIDE),
-    ("sm80", "half", "few"): _uniform(Tile(16, 128, 64, 4, 3), _SM80_NARROW, Tile(16, 64, 64, 4, 3)),
-    ("sm80", "half", "some"): _uniform(_SM80_NARROW, _SM80_SQUARE),
-    ("sm80", "half", "many"): _uniform(_SM80_SQUARE),
-    ("sm86", "half", "few"): _uniform(Tile(16, 64, 64, 4, 3), _SM86_NARROW),
-    ("sm86", "half", "some"): _uniform(_SM86_NARROW),
-    ("sm86", "half", "many"): _uniform(_SM86_SQUARE),
-    ("gfx942", "half", "few"): _uniform(Tile(16, 64, 64, 4, 2), _CDNA_NARROW),
-    ("gfx942", "half", "some"): _uniform(_CDNA_NARROW, _CDNA_SQUARE),
-    ("gfx942", "half", "many"): _uniform(_CDNA_SQUARE),
+    ("sm90", "half", "few"): uniform_tiles(Tile(16, 128, 64, 4, 4), _SM90_NARROW, Tile(16, 64, 64, 4, 4)),
+    ("sm90", "half", "some"): uniform_tiles(_SM90_NARROW, _SM90_SQUARE),
+    ("sm90", "half", "many"): uniform_tiles(_SM90_WIDE, _SM90_WIDE, _SM90_WIDE),
+    ("sm100", "half", "few"): uniform_tiles(Tile(16, 128, 64, 4, 4), _SM90_NARROW, Tile(16, 64, 64, 4, 4)),
+    ("sm100", "half", "some"): uniform_tiles(_SM90_NARROW, _SM90_SQUARE),
+    ("sm100", "half", "many"): uniform_tiles(_SM90_WIDE, _SM90_WIDE, _SM90_WIDE),
+    ("sm80", "half", "few"): uniform_tiles(Tile(16, 128, 64, 4, 3), _SM80_NARROW, Tile(16, 64, 64, 4, 3)),
+    ("sm80", "half", "some"): uniform_tiles(_SM80_NARROW, _SM80_SQUARE),
+    ("sm80", "half", "many"): uniform_tiles(_SM80_SQUARE),
+    ("sm86", "half", "few"): uniform_tiles(Tile(16, 64, 64, 4, 3), _SM86_NARROW),
+    ("sm86", "half", "some"): uniform_tiles(_SM86_NARROW),
+    ("sm86", "half", "many"): uniform_tiles(_SM86_SQUARE),
+    ("gfx942", "half", "few"): uniform_tiles(Tile(16, 64, 64, 4, 2), _CDNA_NARROW),
+    ("gfx942", "half", "some"): uniform_tiles(_CDNA_NARROW, _CDNA_SQUARE),
+    ("gfx942", "half", "many"): uniform_tiles(_CDNA_SQUARE),
+}
+# in place of the above where weights are dequantised: beside 256 columns of sums that does not fit in registers
+QUANTISED_TILES = {
+    ("sm90", "half", "many"): uniform_tiles(_SM90_SQUARE),
+    ("sm100", "half", "many"): uniform_tiles(_SM90_SQUARE),
 }
 ARCHITECTURES = ("sm80", "sm86", "sm90", "sm100", "gfx942")
-FALLBACKS = {"single": _uniform(_SINGLE), "double": _uniform(_DOUBLE)}
+FALLBACKS = {"single": uniform_tiles(_SINGLE), "double": uniform_tiles(_DOUBLE)}
 
 
 @dataclass(frozen=True)
@@ -156,19 +163,22 @@ def chosen_tiles(device: torch.device, dtype: torch.dtype, num_rows: int, weight
         The tiles.
     """
     if is_interpreted():
-        return _uniform(_INTERPRETED)
+        return uniform_tiles(_INTERPRETED)
     numbers, rows = number_format(dtype), row_class(num_rows / weights.num_experts)
     if device.type == "cuda":
         tuned = tuned_tiles(torch.cuda.get_device_name(device))
         alike = [key for key in tuned if (key.numbers, key.rows) == (numbers, rows)]
         if alike:
             return tuned[min(alike, key=lambda key: key.distance(weights.width, weights.num_features))]
-    return table_tiles(architecture(device), numbers, rows)
+    return table_tiles(architecture(device), numbers, rows, is_quantised=isinstance(weights.up, QuantisedWeight))
 
 
-def table_tiles(arch: str, numbers: str, rows: str) -> LayerTiles:
+def table_tiles(arch: str, numbers: str, rows: str, *, is_quantised: bool = False) -> LayerTiles:
     """The table's entry, or what fits everywhere for number formats that are not tabulated."""
-    return FALLBACKS[numbers] if numbers in FALLBACKS else TILES[arch, numbers, rows]
+    if numbers in FALLBACKS:
+        return FALLBACKS[numbers]
+    key = arch, numbers, rows
+    return QUANTISED_TILES.get(key, TILES[key]) if is_quantised else TILES[key]
 
 
 @functools.cache

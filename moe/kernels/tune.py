@@ -22,7 +22,17 @@ from .backward import Needs, backward
 from .forward import forward
 from .launch import Launch, execute
 from .planned import compile_together, layer_launches
-from .tiles import LayerTiles, Tile, TunedFor, number_format, row_class, tuned_document, tuned_file, tuned_tiles
+from .tiles import (
+    LayerTiles,
+    Tile,
+    TunedFor,
+    number_format,
+    row_class,
+    tuned_document,
+    tuned_file,
+    tuned_tiles,
+    uniform_tiles,
+)
 from .weights import ExpertWeights
 
 Measure = Callable[[Launch], float]
@@ -95,7 +105,7 @@ def tune(
     prepare(_planned(weights, expert_TK, x_TD.dtype, candidates))
     time_s = {product: {} for product in PRODUCTS}
     for tile in candidates:
-        uniform = _uniform(tile)
+        uniform = uniform_tiles(tile)
         for product, seconds in _times(weights, x_TD, expert_TK, combine_TK, uniform, measure).items():
             time_s[product][tile] = seconds
     up, down = _best_pair(time_s["up"], time_s["down"])
@@ -104,16 +114,12 @@ def tune(
     return LayerTiles(up, down, grad_activation, grad_input, grad_weight)
 
 
-def _uniform(tile: Tile) -> LayerTiles:
-    return LayerTiles(tile, tile, tile, tile, tile)
-
-
 def _planned(
     weights: ExpertWeights, expert_TK: Tensor, dtype: torch.dtype, candidates: Sequence[Tile]
 ) -> Iterator[Launch]:
     on_meta = replace(weights, up=weights.up.to("meta"), down=weights.down.to("meta"))
     for tile in candidates:
-        yield from layer_launches(on_meta, *expert_TK.shape, dtype, _uniform(tile), trains=True)
+        yield from layer_launches(on_meta, *expert_TK.shape, dtype, uniform_tiles(tile), trains=True)
 
 
 def _times(

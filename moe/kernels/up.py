@@ -15,7 +15,7 @@ from .product import rows_by_weight, rows_of_tile
 from .quantise import QuantisedWeight
 from .tiles import Tile
 from .tiling import tile_and_block
-from .weight_tile import memory_row, weight_arguments
+from .weight_tile import Projection, memory_row, weight_arguments
 
 
 @triton.jit
@@ -81,9 +81,11 @@ def up_kernel(
     out_row = memory_row(out, num_outputs // 2, HALVES)
     sum_MO = rows_by_weight(
         x_ptr + token.to(tl.int64) * x_stride, is_row, slot, out_row, is_out, num_inputs,
-        weight_ptr, scale_ptr, zero_ptr, weight_stride_slot, weight_stride_out, weight_stride_in,
-        scale_stride_slot, scale_stride_out, scale_stride_in,
-        FORMAT, OUT_GROUP, IN_GROUP, BLOCK_M, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE, ACCUMULATE, PRECISION,
+        Projection(
+            weight_ptr, scale_ptr, zero_ptr, weight_stride_slot, weight_stride_out, weight_stride_in,
+            scale_stride_slot, scale_stride_out, scale_stride_in, FORMAT, OUT_GROUP, IN_GROUP,
+        ),
+        BLOCK_M, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE, ACCUMULATE, PRECISION,
     )  # fmt: skip
 
     if HAS_BIAS:
@@ -131,7 +133,7 @@ def project_up(
         pre_NO: receives the sums in pair order, for the backward pass.
         activated_NF: receives the activations.
         activation: the function between the projections.
-        is_halves: whether gates lie before ups in memory (else they alternate).
+        is_halves: whether there are gates, and they lie before ups in memory.
         tile: tile sizes.
         run: what to do with the launch.
     """
@@ -151,7 +153,7 @@ def project_up(
         "num_inputs": num_inputs,
         "top_k": len(groups.order_N) // len(x_TD),
         "x_stride": x_TD.stride(0),
-        "HALVES": is_halves and activation.gated,
+        "HALVES": is_halves,
         "HAS_BIAS": bias_CO is not None,
         "SAVE_PRE": pre_NO is not None,
         "BLOCK_M": tiles.block_m,

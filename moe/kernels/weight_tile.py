@@ -8,6 +8,8 @@ Formats: `dense`; `int8` (one scale per output); `int4` (two inputs per byte, a 
 `fp8` (e4m3 as bytes, a scale per output or per block of outputs and inputs).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,23 @@ from .quantise import QuantisedWeight
 FP8_EXPONENT_GAP = tl.constexpr(2.0**120)
 # stands for "all inputs share a scale", so that one compiled kernel serves every number of inputs
 ALL_INPUTS = 1 << 30
+
+
+class Projection(NamedTuple):
+    """The weights of one projection inside a kernel: what `weight_arguments` describes, but for the tile's sizes."""
+
+    weight_ptr: tl.tensor
+    scale_ptr: tl.tensor
+    zero_ptr: tl.tensor
+    stride_slot: tl.tensor
+    stride_out: tl.tensor
+    stride_in: tl.tensor
+    scale_stride_slot: tl.tensor
+    scale_stride_out: tl.tensor
+    scale_stride_in: tl.tensor
+    FORMAT: tl.constexpr
+    OUT_GROUP: tl.constexpr
+    IN_GROUP: tl.constexpr
 
 
 @triton.jit
@@ -38,29 +57,29 @@ def int4_bias(COMPUTE: tl.constexpr):
 
 @triton.jit
 def load_codes(
-    tile_ptr,
-    out_offset,
+    projection,
+    slot,
+    out,
     is_out,
     in_start,
     num_inputs,
-    stride_in,
-    FORMAT: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     EVEN: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """A tile as stored, exact in COMPUTE; int4 codes come with `int4_bias` added."""
-    PACK: tl.constexpr = 2 if FORMAT == "int4" else 1
+    PACK: tl.constexpr = 2 if projection.FORMAT == "int4" else 1
+    tile_ptr = projection.weight_ptr + slot.to(tl.int64) * projection.stride_slot
+    out_offset = out * projection.stride_out
     local = tl.arange(0, BLOCK_IN // PACK)
     start = in_start // PACK
     mask = is_out[:, None]
     if not EVEN:
         mask = mask & ((start + local)[None, :] < num_inputs // PACK)
-    stored = tl.load(
-        tile_ptr + start.to(tl.int64) * stride_in + out_offset[:, None] + local[None, :] * stride_in, mask=mask, other=0
-    )
-    if FORMAT == "int4":
+    in_ptr = tile_ptr + start.to(tl.int64) * projection.stride_in
+    stored = tl.load(in_ptr + out_offset[:, None] + local[None, :] * projection.stride_in, mask=mask, other=0)
+    if projection.FORMAT == "int4":
         code = tl.reshape(tl.join(stored & 0xF, stored >> 4), (BLOCK_OUT, BLOCK_IN))
         if COMPUTE == tl.bfloat16:
             return (code.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
@@ -68,7 +87,7 @@ def load_codes(
             return (code.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
         else:
             return code.to(COMPUTE)
-    elif FORMAT == "fp8":
+    elif projection.FORMAT == "fp8":
         bits = stored.to(tl.int32)
         moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
         return (moved.to(tl.float32, bitcast=True) * FP8_EXPONENT_GAP).to(COMPUTE)
@@ -77,54 +96,35 @@ def load_codes(
 
 
 @triton.jit
-def load_scale(
-    scale_ptr, out, is_out, in_start, stride_out, stride_in, OUT_GROUP: tl.constexpr, IN_GROUP: tl.constexpr
-):
+def load_scale(scale_ptr, projection, slot, out, is_out, in_start):
     """One scale (or zero) per output of a tile; a tile never spans two groups of inputs."""
-    group_ptr = scale_ptr + (in_start // IN_GROUP) * stride_in
-    return tl.load(group_ptr + (out // OUT_GROUP) * stride_out, mask=is_out, other=0).to(tl.float32)
+    slot_ptr = scale_ptr + slot.to(tl.int64) * projection.scale_stride_slot
+    group_ptr = slot_ptr + (in_start // projection.IN_GROUP) * projection.scale_stride_in
+    scale = tl.load(group_ptr + (out // projection.OUT_GROUP) * projection.scale_stride_out, mask=is_out, other=0)
+    return scale.to(tl.float32)
 
 
 @triton.jit
 def load_weight(
-    weight_ptr,
-    scale_ptr,
-    zero_ptr,
+    projection,
     slot,
     out,
     is_out,
     in_start,
     num_inputs,
-    stride_slot,
-    stride_out,
-    stride_in,
-    scale_stride_slot,
-    scale_stride_out,
-    scale_stride_in,
-    FORMAT: tl.constexpr,
-    OUT_GROUP: tl.constexpr,
-    IN_GROUP: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     EVEN: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """The weights `[out, in_start : in_start + BLOCK_IN]` of a slot, in COMPUTE."""
-    tile_ptr = weight_ptr + slot.to(tl.int64) * stride_slot
-    code = load_codes(
-        tile_ptr, out * stride_out, is_out, in_start, num_inputs, stride_in, FORMAT, BLOCK_OUT, BLOCK_IN, EVEN, COMPUTE
-    )
-    if FORMAT == "dense":
+    code = load_codes(projection, slot, out, is_out, in_start, num_inputs, BLOCK_OUT, BLOCK_IN, EVEN, COMPUTE)
+    if projection.FORMAT == "dense":
         return code
     else:
-        group = slot.to(tl.int64) * scale_stride_slot
-        scale = load_scale(
-            scale_ptr + group, out, is_out, in_start, scale_stride_out, scale_stride_in, OUT_GROUP, IN_GROUP
-        )
-        if FORMAT == "int4":
-            zero = load_scale(
-                zero_ptr + group, out, is_out, in_start, scale_stride_out, scale_stride_in, OUT_GROUP, IN_GROUP
-            )
+        scale = load_scale(projection.scale_ptr, projection, slot, out, is_out, in_start)
+        if projection.FORMAT == "int4":
+            zero = load_scale(projection.zero_ptr, projection, slot, out, is_out, in_start)
             value = (code.to(tl.float32) - (zero + int4_bias(COMPUTE))[:, None]) * scale[:, None]
         else:
             value = code.to(tl.float32) * scale[:, None]

@@ -65,6 +65,11 @@ class ExpertWeights:
         return self.up.shape[1]
 
     @property
+    def gates_first(self) -> bool:
+        """Whether there are gates and they lie before the ups, so that kernels visit outputs in another order."""
+        return self.is_halves and self.activation.gated
+
+    @property
     def width(self) -> int:
         """D."""
         return self.up.shape[2]
