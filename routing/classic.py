@@ -8,14 +8,15 @@ Shapes: T tokens, D model width, K experts per token, E FFN experts, R = E + Z r
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from .assignment import Routing
 from .capacity import CAPACITY_POLICIES, limit_capacity, share_capacity_R, tutel_capacity
 from .nulls import copy_ffn_rows_to_nulls
+from .products import narrow_linear
 from .router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
 from .rule import ClassicRule
 from .stats import RouterStats
+from .top_experts import top_experts
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -70,7 +71,7 @@ class ClassicRouter(RouterModule):
 
     def logits(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry]:
         """[T, R] scores before any activation, and what the next layer's router is told."""
-        return linear(x_TD, self.weight.to(x_TD.dtype)), carry
+        return narrow_linear(x_TD, self.weight.to(x_TD.dtype)), carry
 
     def score(self, logit_TR: Tensor) -> tuple[Tensor, Tensor]:
         """The distribution that the balance loss sees, and the scores that select and weigh."""
@@ -86,7 +87,7 @@ class ClassicRouter(RouterModule):
             score_TR = score_TR + self.bias_R
         if self.rule.num_groups > 1:
             score_TR = self._mask_groups(score_TR)
-        return score_TR.topk(self.top_k(context), dim=-1).indices
+        return top_experts(score_TR, self.top_k(context))
 
     def weigh(self, score_TR: Tensor, expert_TK: Tensor) -> Tensor:
         """[T, K] from the unbiased scores of the selected experts."""

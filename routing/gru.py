@@ -79,12 +79,11 @@ class _BlockwiseCell(torch.autograd.Function):
                 block = workspace.rows(slice(0, rows.stop - rows.start))
                 before_Mp = None if state_Tp is None else state_Tp[rows]
                 _differentiate(block, grad_state[rows], grad_Tp[rows], before_Mp, gates.rows(rows))
-                bias_2p = block.reset_update.sum(dim=0)
-                grad_bias_ih += torch.cat([bias_2p, block.new.sum(dim=0)])
-                grad_bias_hh += torch.cat([bias_2p, block.of_state.sum(dim=0)])
-                grad_ih[: 2 * p].addmm_(block.reset_update.T, x_Tp[rows])
-                grad_ih[2 * p :].addmm_(block.new.T, x_Tp[rows])
-                torch.mm(block.reset_update, weight_ih[: 2 * p], out=grad_x[rows]).addmm_(block.new, weight_ih[2 * p :])
+                bias_3p = block.all.sum(dim=0)
+                grad_bias_ih += bias_3p
+                grad_bias_hh += torch.cat([bias_3p[: 2 * p], block.of_state.sum(dim=0)])
+                grad_ih.addmm_(block.all.T, x_Tp[rows])
+                torch.mm(block.all, weight_ih, out=grad_x[rows])
                 if before_Mp is not None:
                     grad_hh[: 2 * p].addmm_(block.reset_update.T, before_Mp)
                     grad_hh[2 * p :].addmm_(block.of_state.T, before_Mp)
@@ -94,44 +93,51 @@ class _BlockwiseCell(torch.autograd.Function):
 
 
 class _Gates(NamedTuple):
-    """Of some rows: reset and update gate [M, 2p], the new state [M, p], and the former state's part of it [M, p]."""
+    """Of some rows: reset gate, update gate and new state [M, 3p], and the former state's part of the latter [M, p]."""
 
-    reset_update: Tensor
-    new: Tensor
+    all: Tensor
     of_state: Tensor
 
     @classmethod
     def empty(cls, like_Tp: Tensor, num_rows: int) -> Self:
         """Memory for so many rows."""
         p = like_Tp.shape[1]
-        return cls(*(like_Tp.new_empty(num_rows, width) for width in (2 * p, p, p)))
+        return cls(like_Tp.new_empty(num_rows, 3 * p), like_Tp.new_empty(num_rows, p))
 
     def rows(self, rows: slice) -> Self:
         """Those of some rows."""
-        return type(self)(*(part[rows] for part in self))
+        return type(self)(self.all[rows], self.of_state[rows])
+
+    @property
+    def reset_update(self) -> Tensor:
+        return self.all[:, : 2 * self.of_state.shape[1]]
 
     @property
     def reset(self) -> Tensor:
-        return self.reset_update[:, : self.new.shape[1]]
+        return self.all[:, : self.of_state.shape[1]]
 
     @property
     def update(self) -> Tensor:
-        return self.reset_update[:, self.new.shape[1] :]
+        p = self.of_state.shape[1]
+        return self.all[:, p : 2 * p]
+
+    @property
+    def new(self) -> Tensor:
+        return self.all[:, 2 * self.of_state.shape[1] :]
 
 
 def _compute(block: _Gates, x_Mp: Tensor, state_Mp: Tensor | None, weights: Sequence[Tensor]) -> None:
     """Fill in the gates of one block."""
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     p = x_Mp.shape[1]
-    torch.mm(x_Mp, weight_ih[: 2 * p].T, out=block.reset_update)
-    torch.mm(x_Mp, weight_ih[2 * p :].T, out=block.new)
+    torch.addmm(torch.cat([bias_ih[: 2 * p] + bias_hh[: 2 * p], bias_ih[2 * p :]]), x_Mp, weight_ih.T, out=block.all)
     if state_Mp is None:
         block.of_state.copy_(bias_hh[2 * p :])
     else:
         block.reset_update.addmm_(state_Mp, weight_hh[: 2 * p].T)
-        torch.mm(state_Mp, weight_hh[2 * p :].T, out=block.of_state).add_(bias_hh[2 * p :])
-    block.reset_update.add_(bias_ih[: 2 * p] + bias_hh[: 2 * p]).sigmoid_()
-    block.new.add_(bias_ih[2 * p :]).addcmul_(block.reset, block.of_state).tanh_()
+        torch.addmm(bias_hh[2 * p :], state_Mp, weight_hh[2 * p :].T, out=block.of_state)
+    block.reset_update.sigmoid_()
+    block.new.addcmul_(block.reset, block.of_state).tanh_()
 
 
 def _differentiate(block: _Gates, through_Mp: Tensor, grad_Mp: Tensor, state_Mp: Tensor | None, gates: _Gates) -> None:

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from .classic import ClassicRouter
 from .gru import gru_cell
+from .products import narrow_linear
 from .router import Carry, RouterSizes, RoutingContext
 from .rule import ClassicRule, expect_one_of
 
@@ -45,7 +46,7 @@ class RecurrentRouter(ClassicRouter):
         self._shared = (cell,)  # in a tuple, or torch would register it again
 
     def logits(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry]:
-        projected = linear(x_TD, self.projection.to(x_TD.dtype))
+        projected = narrow_linear(x_TD, self.projection.to(x_TD.dtype))
         before = None if self.recurrence == "none" else carry.get(STATE)
         if before is not None and self.recurrence == "detach":
             before = before.detach()
