@@ -31,6 +31,7 @@ VARIANTS = {
         "router": "classic",
         "router_options": {"capacity_factor": 0.7, "capacity_policy": "priority", "balance_loss": "first_choice"},
     },
+    "weight": {"router": "classic", "router_options": {"capacity_factor": 0.7, "capacity_policy": "weight"}},
     "entropy": {"router": "classic", "router_options": {"score": "sigmoid", "balance_loss": "entropy"}},
 }
 LONGER = (
@@ -42,6 +43,7 @@ LONGER = (
     "pregate-rmoe",
     "tutel",
     "priority",
+    "weight",
     "entropy",
 )
 each_variant = pytest.mark.parametrize(
