@@ -2,7 +2,7 @@
 
 torch's own cell on a CPU gives every product, sum and gate of all rows new memory, which costs more than the products.
 
-Shapes: T tokens, p state width; M rows of one block.
+Shapes: T tokens, D model width, p state width, R routable experts; M rows of one block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-# bounds the memory of gates without gradient; smaller blocks cost more in waiting for threads than the cache saves
-BLOCK_ROWS = 4096
+# of the sizes tried, the quickest on two cores with 2 MiB of cache each: in smaller blocks threads wait for each other
+BLOCK_ROWS = 2048
 # below, torch's own cell has less to prepare
 FEWEST_ROWS = 128
 _aten = torch.ops.aten
@@ -31,9 +31,40 @@ def gru_cell(x_Tp: Tensor, state_Tp: Tensor | None, weights: Sequence[Tensor]) -
 
     Source: Cho et al. 2014, arXiv:1406.1078, eqs. 5-8, with the gate order and biases of `torch.nn.GRUCell`.
     """
-    if x_Tp.device.type == "cpu" and len(x_Tp) >= FEWEST_ROWS and not torch.compiler.is_compiling():
+    if suits_blocks(x_Tp):
         return _BlockwiseCell.apply(x_Tp, state_Tp, *weights)
     return torch.gru_cell(x_Tp, torch.zeros_like(x_Tp) if state_Tp is None else state_Tp, *weights)
+
+
+def suits_blocks(x_TD: Tensor) -> bool:
+    """Whether these rows are better taken in blocks than by torch's own cell."""
+    return x_TD.device.type == "cpu" and len(x_TD) >= FEWEST_ROWS and not torch.compiler.is_compiling()
+
+
+def scored_steps(
+    x_TD: Tensor, state_Tp: Tensor | None, projection_pD: Tensor, weights: Sequence[Tensor], score_Rp: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`gru_cell` of the projected inputs, and scores of its states, without gradient and block by block.
+
+    Args:
+        x_TD: inputs.
+        state_Tp: the state before; None is zero.
+        projection_pD: the cell's inputs are linear in x by it.
+        weights: those of `gru_cell`.
+        score_Rp: the scores are linear in the state by it.
+
+    Returns:
+        The scores [T, R] and the state after [T, p].
+    """
+    T, p = len(x_TD), len(projection_pD)
+    after_Tp, score_TR = x_TD.new_empty(T, p), x_TD.new_empty(T, len(score_Rp))
+    workspace, projected = _Gates.empty(after_Tp, min(T, BLOCK_ROWS)), after_Tp.new_empty(min(T, BLOCK_ROWS), p)
+    for rows in _blocks(T):
+        inside = slice(0, rows.stop - rows.start)
+        x_Mp = torch.mm(x_TD[rows], projection_pD.T, out=projected[inside])
+        _step(workspace.rows(inside), x_Mp, None if state_Tp is None else state_Tp[rows], weights, after_Tp[rows])
+        torch.mm(after_Tp[rows], score_Rp.T, out=score_TR[rows])
+    return score_TR, after_Tp
 
 
 class _BlockwiseCell(torch.autograd.Function):
@@ -54,12 +85,7 @@ class _BlockwiseCell(torch.autograd.Function):
         after_Tp = torch.empty_like(x_Tp)
         for rows in _blocks(T):
             block = gates.rows(rows if keeps else slice(0, rows.stop - rows.start))
-            before_Mp = None if state_Tp is None else state_Tp[rows]
-            _compute(block, x_Tp[rows], before_Mp, weights)
-            if before_Mp is None:
-                torch.addcmul(block.new, block.update, block.new, value=-1, out=after_Tp[rows])
-            else:
-                torch.lerp(block.new, before_Mp, block.update, out=after_Tp[rows])
+            _step(block, x_Tp[rows], None if state_Tp is None else state_Tp[rows], weights, after_Tp[rows])
         if keeps:
             ctx.save_for_backward(x_Tp, state_Tp, weight_ih, weight_hh, *gates)
         return after_Tp
@@ -126,8 +152,8 @@ class _Gates(NamedTuple):
         return self.all[:, 2 * self.of_state.shape[1] :]
 
 
-def _compute(block: _Gates, x_Mp: Tensor, state_Mp: Tensor | None, weights: Sequence[Tensor]) -> None:
-    """Fill in the gates of one block."""
+def _step(block: _Gates, x_Mp: Tensor, state_Mp: Tensor | None, weights: Sequence[Tensor], after_Mp: Tensor) -> None:
+    """Fill in the gates and the state after of one block."""
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     p = x_Mp.shape[1]
     torch.addmm(torch.cat([bias_ih[: 2 * p] + bias_hh[: 2 * p], bias_ih[2 * p :]]), x_Mp, weight_ih.T, out=block.all)
@@ -138,6 +164,10 @@ def _compute(block: _Gates, x_Mp: Tensor, state_Mp: Tensor | None, weights: Sequ
         torch.addmm(bias_hh[2 * p :], state_Mp, weight_hh[2 * p :].T, out=block.of_state)
     block.reset_update.sigmoid_()
     block.new.addcmul_(block.reset, block.of_state).tanh_()
+    if state_Mp is None:
+        torch.addcmul(block.new, block.update, block.new, value=-1, out=after_Mp)
+    else:
+        torch.lerp(block.new, state_Mp, block.update, out=after_Mp)
 
 
 def _differentiate(block: _Gates, through_Mp: Tensor, grad_Mp: Tensor, state_Mp: Tensor | None, gates: _Gates) -> None:
