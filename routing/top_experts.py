@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # below so many scores preparing the keys takes longer than sorting without them
-FEWEST_SCORES = 8192
+FEWEST_SCORES = 4096
 
 
 def top_experts(score_TR: Tensor, top_k: int) -> Tensor:
