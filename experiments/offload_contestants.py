@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from offload import parse_size
+from offload import parse_size, write_pack
 
 from .llama_cpp import LlamaCpp, gguf_of
 
@@ -92,7 +92,7 @@ def load_model(name: str, checkpoint: Path, limit: str, context: int, predictor:
         memory: Any = "auto" if limit == "none" else parse_size(limit)
         options: dict[str, Any] = {"context": context}
         for part in name.split("-")[1:]:
-            options |= _option(part, predictor)
+            options |= _option(part, checkpoint, predictor)
         return offload.load(checkpoint, cpu_memory=memory, **options)
     if name == "resident":
         return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
@@ -105,8 +105,18 @@ def load_model(name: str, checkpoint: Path, limit: str, context: int, predictor:
     raise ValueError(f"unknown contestant {name!r}; there are ours, ours-POLICY, resident, accelerate and llama.cpp")
 
 
-def _option(part: str, predictor: str) -> dict[str, Any]:
-    """What `ours-fast`, `ours-ahead`, `ours-lru` and so on add to the defaults."""
+def compressed_of(checkpoint: Path) -> Path:
+    """The compressed copy of the experts in a checkpoint's folder, written when it is not there or older."""
+    file, index = checkpoint / "experts.compressed", checkpoint / "model.safetensors.index.json"
+    if file.is_file() and file.stat().st_mtime >= index.stat().st_mtime:
+        return file
+    return write_pack(checkpoint, file, is_compressed=True)
+
+
+def _option(part: str, checkpoint: Path, predictor: str) -> dict[str, Any]:
+    """What `ours-compressed`, `ours-fast`, `ours-ahead`, `ours-lru` and so on add to the defaults."""
+    if part == "compressed":
+        return {"pack": compressed_of(checkpoint)}
     if part == "ahead":
         if not predictor:
             raise ValueError("ours-ahead needs --predictor; make one with `expertier trace predictor`")

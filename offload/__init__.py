@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .gpu.loading import open_lane
     from .handle import Offload
     from .loading import load
+    from .packing import write_pack
 
 _HOME = {
     "Offload": ".handle",
@@ -23,6 +24,7 @@ _HOME = {
     "load": ".loading",
     "open_lane": ".gpu.loading",
     "wire_bandwidth": ".gpu.calibrate",
+    "write_pack": ".packing",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "parse_size",
     "simulate",
     "wire_bandwidth",
+    "write_pack",
 ]
 
 

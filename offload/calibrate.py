@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -17,7 +17,7 @@ from .hardware import Hardware
 BLOCK_BYTES = 4096
 
 MEASURED_BYTES = 512 << 20
-TINY_LAYERS = 8
+LAYERS = 4
 
 
 def disk_bandwidth(file: Path, *, num_threads: int, read_bytes: int, total_bytes: int = MEASURED_BYTES) -> float:
@@ -64,14 +64,15 @@ def calibrate(
         file = Path(scratch.name)
         disk = disk_bandwidth(file, num_threads=num_threads, read_bytes=read_bytes)
         cached = cached_bandwidth(file, read_bytes)
-    exact, fast, memory = _token_products()
+    exact, fast, compressed, memory = _token_products()
     return Hardware(
         disk_bytes_per_s=disk,
         cached_bytes_per_s=cached,
         memory_bytes_per_s=memory,
         exact_bytes_per_s=exact,
         fast_bytes_per_s=fast,
-        layer_s=_layer_seconds(),
+        layer_s=_layer_seconds(exact),
+        compressed_bytes_per_s=compressed,
         **gpu_rates(),
     )
 
@@ -91,54 +92,69 @@ def cached_bandwidth(file: Path, read_bytes: int) -> float:
         os.close(descriptor)
 
 
-def _layer_seconds() -> float:
-    """Seconds that a decoder layer costs one token besides reading weights: a tiny offloaded model, all in memory."""
+def _layer_seconds(exact_bytes_per_s: float) -> float:
+    """Seconds that a decoder layer costs one token besides reading weights: a small offloaded model, all in memory.
+
+    Its weights are of a usual width, because reading them empties the caches that everything else would run from.
+    """
     import torch
     from transformers import AutoModelForCausalLM, OlmoeConfig
 
     from .loading import load
+    from .resident import embedding_bytes, weight_bytes
 
     config = OlmoeConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=TINY_LAYERS, num_attention_heads=2,
-        num_key_value_heads=2, num_experts=4, num_experts_per_tok=4, eos_token_id=None, pad_token_id=None,
+        vocab_size=64, hidden_size=2048, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=16,
+        num_key_value_heads=16, num_experts=4, num_experts_per_tok=4, eos_token_id=None, pad_token_id=None,
         dtype="bfloat16",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model = model.to_empty(device="cpu").bfloat16()
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.02)
+        nbytes = weight_bytes(model) - embedding_bytes(model)
+        model.save_pretrained(folder)
         model = load(folder, cache_experts=4)
         token = torch.tensor([[1]])
         seconds = _median_s(lambda: model(token, use_cache=False), times=25)
         model.offload.close()
-    return seconds / TINY_LAYERS
+    return max(seconds - nbytes / exact_bytes_per_s, 0.0) / LAYERS
 
 
-def _token_products() -> tuple[float, float, float]:
-    """Bytes per second of single tokens' products, exact and fast, and of plain reading."""
+def _token_products() -> tuple[float, float, float, float]:
+    """Bytes per second of single tokens' products, exact, fast and of compressed weights, and of plain reading."""
     import torch
+    from torch import nn
 
     from .matvec import Matvecs
+    from .resident import compress_linears, weight_bytes
 
     weights = [torch.randn(2048, 2048).bfloat16() for _ in range(48)]
     x, out = torch.randn(1, 2048).bfloat16(), torch.empty(1, 2048, dtype=torch.bfloat16)
     total = sum(weight.nbytes for weight in weights)
 
-    def each(run: Callable[[torch.Tensor], object]) -> float:
+    def each(run: Callable[[torch.Tensor], object], weights: Sequence[torch.Tensor], nbytes: int) -> float:
         def once() -> None:
             for weight in weights:
                 run(weight)
 
-        return total / _median_s(once)
+        return nbytes / _median_s(once)
 
     def product(matvecs: Matvecs) -> Callable[[torch.Tensor], object]:
         return lambda weight: matvecs.multiply(x, (weight,), (out,)) or torch.mm(x, weight.t(), out=out)
 
-    exact = each(product(Matvecs("exact")))
-    memory = each(lambda weight: weight.view(torch.int64).sum())
+    exact = each(product(Matvecs("exact")), weights, total)
+    memory = each(lambda weight: weight.view(torch.int64).sum(), weights, total)
     try:
-        fast = each(product(Matvecs("fast")))
+        fast = each(product(Matvecs("fast")), weights, total)
     except ValueError:
         fast = 0.0
-    return exact, fast, memory
+    model = nn.ModuleList([nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16) for _ in weights])
+    compress_linears(model)
+    compressed = each(product(Matvecs("exact")), [linear.weight for linear in model], weight_bytes(model))
+    return exact, fast, compressed, memory
 
 
 def _median_s(run: Callable[[], object], times: int = 9) -> float:

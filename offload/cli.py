@@ -130,23 +130,28 @@ def _say(line: str) -> None:
 def pack(
     model: Model,
     out: Annotated[Path, typer.Option("--out", help="The file to write; its index goes beside it.")],
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Without loss: bfloat16 weights take 30 % less on disk and in RAM.")
+    ] = False,
 ) -> None:
     """Copy all experts of a model into one file of aligned, checksummed records; resumes if it was interrupted.
 
-    Example: `expertier pack my-model --out my-model.experts`
+    Example: `expertier pack my-model --out my-model.experts --compress`
     """
     from rich.progress import Progress
 
-    from .fit import skeleton_of
     from .packing import write_pack
 
     _quiet_transformers()
-    skeleton, entries, layers = skeleton_of(model)
-    total = sum(layer.num_experts * layer.expert_bytes for layer in layers)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("packing", total=total)
-        write_pack(skeleton, layers, entries, out, lambda nbytes: progress.advance(task, nbytes))
-    Console(stderr=True).print(f"{format_size(total)} of experts packed in {out}", highlight=False)
+        task = progress.add_task("packing", total=None)
+        write_pack(
+            model,
+            out,
+            is_compressed=compress,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    Console(stderr=True).print(f"experts packed in {out}, {format_size(out.stat().st_size)}", highlight=False)
 
 
 @app.command("fit")
@@ -161,6 +166,7 @@ def fit(
         Path | None, typer.Option("--hardware", help="Rates of this machine from `calibrate`, to predict the speed.")
     ] = None,
     arithmetic: Annotated[str, typer.Option("--arithmetic", help="exact or fast.")] = "exact",
+    packed: Annotated[Path | None, typer.Option("--pack", help="With experts from this packed copy.")] = None,
     hit_rate: Annotated[
         float | None, typer.Option("--hit-rate", min=0, max=1, help="Known hit rate, for example from `simulate`.")
     ] = None,
@@ -173,7 +179,7 @@ def fit(
     from .fit import fit as fit_model
 
     _quiet_transformers()
-    fitted = fit_model(model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, context=context)
+    fitted = fit_model(model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, context=context, pack=packed)
     console = Console()
     first = fitted.layers[0]
     console.print(

@@ -57,7 +57,9 @@ class Prediction:
         return "disk" if self.disk_s >= self.compute_s else "memory"
 
 
-def predict_decode(work: DecodeWork, hardware: Hardware, *, is_fast: bool, is_cached: bool = False) -> Prediction:
+def predict_decode(
+    work: DecodeWork, hardware: Hardware, *, is_fast: bool, is_cached: bool = False, is_compressed: bool = False
+) -> Prediction:
     """Time of one token.
 
     Within a layer the hits are computed while the misses load, and each miss once it is there; everything outside
@@ -66,8 +68,11 @@ def predict_decode(work: DecodeWork, hardware: Hardware, *, is_fast: bool, is_ca
     Args:
         is_fast: products whose last bits may differ.
         is_cached: reads come out of the page cache.
+        is_compressed: bytes are those of compressed weights.
     """
     rate = hardware.fast_bytes_per_s if is_fast and hardware.fast_bytes_per_s else hardware.exact_bytes_per_s
+    if is_compressed and hardware.compressed_bytes_per_s:
+        rate = hardware.compressed_bytes_per_s
     disk = work.missed_bytes / (hardware.cached_bytes_per_s if is_cached else hardware.disk_bytes_per_s)
     outside = work.resident_bytes / rate + work.num_layers * hardware.layer_s
     experts = (work.active_bytes - work.resident_bytes) / rate

@@ -1,21 +1,21 @@
 """Will it fit? What a model needs in memory, from the headers of its checkpoint, without loading it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .budget import AUTO_SHARE, MemoryPlan, Needs, available_memory, parse_size, plan_memory
-from .checkpoint import TensorEntry, read_checkpoint
 from .cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
 from .gpu.budget import plan_gpu, split_needs
 from .gpu.cost import GpuPrediction, predict_gpu_decode
 from .gpu.loading import gpu_slot_bytes
 from .hardware import Hardware
-from .layout import ExpertLayer, experts_modules, locate_experts, weight_names
-from .loading import _config, _local_folder, _model_class, _running_dtype, experts_per_token, memory_needs
-from .record import ExpertRecord
+from .layout import ExpertLayer, experts_modules, weight_names
+from .loading import experts_per_token, memory_needs
+from .model_folder import skeleton_of
+from .packing import read_pack
+from .resident import embedding_bytes, expected_saving
+from .store import record_of
 
 PROCESS_BYTES = 450 << 20
 
@@ -25,11 +25,13 @@ class Fit:
     """What a model needs and what a budget buys.
 
     `plan` is None if the budget is too small; `shortfall` then says what would do. `gpu_plan` is None without a GPU.
+    `unread_bytes` are resident weights of which a token reads a row: the embedding of its input.
     """
 
     layers: list[ExpertLayer]
     top_k: int
     needs: Needs
+    unread_bytes: int
     slot_bytes_L: list[int]
     plan: MemoryPlan | None
     shortfall: str | None
@@ -55,10 +57,10 @@ class Fit:
             num_layers=len(self.layers),
             experts_per_layer=self.top_k,
             expert_bytes=self.expert_bytes // experts,
-            resident_bytes=self.needs.weight_bytes,
+            resident_bytes=self.needs.weight_bytes - self.unread_bytes,
             hit_rate=hit_rate,
         )
-        return predict_decode(work, hardware, is_fast=is_fast)
+        return predict_decode(work, hardware, is_fast=is_fast, is_compressed=self.layers[0].compressed_E is not None)
 
     def predict_gpu(self, hardware: Hardware) -> GpuPrediction:
         """Seconds per decoded token with the GPU tier, at hit rates that are typical for the shares of experts.
@@ -106,22 +108,6 @@ class Fit:
         }
 
 
-def skeleton_of(path_or_id: str | Path) -> tuple[Any, dict[str, TensorEntry], list[ExpertLayer]]:
-    """A model without weights, its checkpoint's tensors, and where its experts lie.
-
-    Raises:
-        ValueError: if the checkpoint is damaged or its experts cannot be offloaded.
-    """
-    folder = _local_folder(path_or_id)
-    entries, config = read_checkpoint(folder), _config(folder)
-    with torch.device("meta"):
-        skeleton = _model_class(config)._from_config(config, dtype=_running_dtype("auto", config, entries))
-    if not experts_modules(skeleton):
-        raise ValueError(f"model {folder}: {type(skeleton).__name__} has no experts that can be offloaded")
-    dtypes = {name: parameter.dtype for name, parameter in skeleton.state_dict().items()}
-    return skeleton, entries, locate_experts(skeleton, entries, dtypes)
-
-
 def fit(
     path_or_id: str | Path,
     *,
@@ -129,23 +115,28 @@ def fit(
     gpu_memory: str | int | None = None,
     context: int = 2048,
     io_threads: int = 4,
+    pack: str | Path | None = None,
 ) -> Fit:
-    """What `load` would do with these budgets; no GPU has to be there for `gpu_memory`.
+    """What `load` would do with these budgets and this packed copy; no GPU has to be there for `gpu_memory`.
 
     Raises:
         ValueError: if the checkpoint is damaged, its experts cannot be offloaded, or a budget is not a size.
     """
-    skeleton, _, layers = skeleton_of(path_or_id)
+    skeleton, entries, layers = skeleton_of(path_or_id)
+    if pack is not None:
+        layers = read_pack(Path(pack), layers, entries).layers
     config, dtype = skeleton.config, skeleton.dtype
     for module in experts_modules(skeleton).values():
         for name in weight_names(module):
             delattr(module, name)
     top_k = experts_per_token(config)
-    needs = memory_needs(config, skeleton, dtype, context, io_threads, PROCESS_BYTES)
-    gpu_bytes_L, ring_bytes = gpu_slot_bytes(skeleton, layers)
+    needs = memory_needs(config, skeleton, layers, dtype, context, io_threads, PROCESS_BYTES)
+    if any(layer.compressed_E is not None for layer in layers):
+        needs = replace(needs, weight_bytes=needs.weight_bytes - expected_saving(skeleton))
     if gpu_memory is not None:
+        gpu_bytes_L, ring_bytes = gpu_slot_bytes(skeleton, layers)
         needs, gpu_needs = split_needs(needs, ring_bytes)
-    slot_bytes_L = [ExpertRecord.of(layer).slot_bytes for layer in layers]
+    slot_bytes_L = [record_of(layer).slot_bytes for layer in layers]
     limit = int(AUTO_SHARE * available_memory()) if cpu_memory == "auto" else parse_size(cpu_memory)
     experts_L = [layer.num_experts for layer in layers]
     gpu_limit = None if gpu_memory is None else parse_size(gpu_memory)
@@ -160,6 +151,7 @@ def fit(
         layers=layers,
         top_k=top_k,
         needs=needs,
+        unread_bytes=embedding_bytes(skeleton),
         slot_bytes_L=slot_bytes_L,
         plan=plan,
         shortfall=shortfall,

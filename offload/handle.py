@@ -12,6 +12,7 @@ from .budget import MemoryPlan, describe, peak_bytes
 from .cost import DecodeWork, Prediction, predict_decode
 from .counters import AheadCounters
 from .hardware import Hardware
+from .resident import embedding_bytes, weight_bytes
 from .runtime import OffloadRuntime
 
 
@@ -27,7 +28,7 @@ class Offload:
 
     def __init__(self, model: Any, runtime: OffloadRuntime, plan: MemoryPlan, policy: str) -> None:
         self.plan, self.policy = plan, policy
-        self._runtime = runtime
+        self._model, self._runtime = model, runtime
         self._call_started_s = 0.0
         self._call_tokens = 0
         self._busy_before_s = runtime.store.busy_s
@@ -78,12 +79,13 @@ class Offload:
             num_layers=len(layers),
             experts_per_layer=top_k,
             expert_bytes=sum(slots.expert_bytes for slots in layers) // len(layers),
-            resident_bytes=self.plan.weight_bytes,
+            resident_bytes=weight_bytes(self._model) - embedding_bytes(self._model),
             hit_rate=hit_rate,
         )
         is_cached = not self._runtime.store.is_direct
         is_fast = self._runtime.matvecs.arithmetic == "fast"
-        return predict_decode(work, hardware, is_fast=is_fast, is_cached=is_cached)
+        is_compressed = layers[0].is_compressed
+        return predict_decode(work, hardware, is_fast=is_fast, is_cached=is_cached, is_compressed=is_compressed)
 
     def _floor(self) -> dict[str, Any]:
         """How long the disk was busy: no schedule of the same reads can be quicker, whatever is computed meanwhile."""

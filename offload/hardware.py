@@ -18,6 +18,7 @@ class Hardware:
         exact_bytes_per_s: weights that one bfloat16 token's products read with the bits of torch's.
         fast_bytes_per_s: the same where the last bits may differ; 0 without a C compiler.
         layer_s: seconds that one decoder layer costs a token besides reading weights.
+        compressed_bytes_per_s: compressed weights that one token's products read; 0 if it was not measured.
         pcie_bytes_per_s: copies from pinned host memory to the GPU; 0 without a GPU.
         gpu_bytes_per_s: reads of the GPU's memory; 0 without a GPU.
     """
@@ -28,6 +29,7 @@ class Hardware:
     exact_bytes_per_s: float
     fast_bytes_per_s: float
     layer_s: float
+    compressed_bytes_per_s: float = 0.0
     pcie_bytes_per_s: float = 0.0
     gpu_bytes_per_s: float = 0.0
 

@@ -75,15 +75,27 @@ class Parameter:
 
 @dataclass(frozen=True, eq=False)
 class ExpertLayer:
-    """The experts of one layer: where their bytes are."""
+    """The experts of one layer: where their bytes are.
+
+    `compressed_E` says where the compressed record of each expert is; the places of its parameters then do not matter.
+    """
 
     module_name: str
     num_experts: int
     parameters: tuple[Parameter, ...]
+    compressed_E: tuple[TensorEntry, ...] | None = None
+
+    @property
+    def plain_bytes(self) -> int:
+        """One expert as it is computed with."""
+        return sum(parameter.nbytes for parameter in self.parameters)
 
     @property
     def expert_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.parameters)
+        """One expert as it is stored; the mean, if experts differ."""
+        if self.compressed_E is None:
+            return self.plain_bytes
+        return -(-sum(entry.nbytes for entry in self.compressed_E) // self.num_experts)
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,13 +1,12 @@
 """`offload.load`: an ordinary transformers model whose experts stay on disk and visit RAM slots."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 import moe  # noqa: F401  registers our own model type with transformers
 
@@ -24,19 +23,21 @@ from .budget import (
 )
 from .cache import NEEDS_FUTURE
 from .checkpoint import StoredTensor, TensorEntry, read_checkpoint
+from .expanding import room_bytes
 from .gpu.budget import split_needs
 from .gpu.loading import add_gpu_tier, expect_gpu_layers, gpu_slot_bytes, open_lane, plan_for
 from .handle import Offload
-from .huge_pages import move_to_huge_pages
+from .io_mode import wants_direct
 from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
 from .linears import quicken_linears
 from .matvec import Matvecs
+from .model_folder import local_folder, model_class_of, read_config, running_dtype_of
 from .packing import read_pack
 from .prefetch import PREDICTORS
-from .record import ExpertRecord
+from .resident import compress_linears, expansion_bytes, move_to_huge_pages, weight_bytes
 from .routers import make_prefetcher
 from .starting_plan import read_starting_plan
-from .store import READ_BYTES, ExpertStore
+from .store import READ_BYTES, ExpertStore, record_of
 from .tracing import TraceRecorder
 
 DEFAULT_POLICY = "learned"
@@ -73,7 +74,7 @@ def load(
         cache_experts: RAM slots per MoE layer instead of what a budget pays for.
         gpu_experts: GPU slots per MoE layer instead of what a budget pays for.
         policy: cache policy by name (see CACHES), or `"auto"`.
-        io: `"direct"` reads past the page cache, `"cached"` through it, `"auto"` decides by the size of the model.
+        io: `"direct"` reads past the page cache, `"cached"` through it, `"auto"` decides (see io_mode.py).
         io_threads: reads in flight at most.
         dtype: dtype of the running model; `"auto"` is that of the checkpoint.
         context: tokens of KV cache that the budget keeps room for.
@@ -106,10 +107,10 @@ def load(
             f"prefetch must be auto, off, one of {', '.join(PREDICTORS)}, or a predictor file (.npz); got {prefetch!r}"
         )
     policy = _policy(policy)
-    folder = _local_folder(path_or_id)
+    folder = local_folder(path_or_id)
     entries = read_checkpoint(folder)
-    config = _config(folder)
-    running_dtype = _running_dtype(dtype, config, entries)
+    config = read_config(folder)
+    running_dtype = running_dtype_of(dtype, config, entries)
     process_bytes = resident_bytes()
     model = _load_resident(folder, config, entries, running_dtype)
     dtypes = {name: parameter.dtype for name, parameter in model.state_dict().items()}
@@ -118,18 +119,21 @@ def load(
         packed = read_pack(Path(pack), layers, entries)
         layers, checksums = packed.layers, packed.checksums
     _drop_expert_weights(model)
+    if any(layer.compressed_E is not None for layer in layers):
+        compress_linears(model)
     if lane is None:
         move_to_huge_pages(model)
     top_k = experts_per_token(config)
     num_slots = None
-    slot_bytes = [ExpertRecord.of(layer).slot_bytes for layer in layers]
+    records = [record_of(layer) for layer in layers]
+    slot_bytes = [record.slot_bytes for record in records]
     experts = [layer.num_experts for layer in layers]
     limit = int(AUTO_SHARE * available_memory()) if cpu_memory == "auto" else parse_size(cpu_memory)
     if cache_experts is not None:
         if cache_experts < 1:
             raise ValueError(f"cache_experts must be at least 1 slot per layer; got {cache_experts}")
         num_slots = [min(cache_experts, count) for count in experts]
-    needs = memory_needs(config, model, running_dtype, context, io_threads, process_bytes)
+    needs = memory_needs(config, model, layers, running_dtype, context, io_threads, process_bytes)
     if lane is not None:
         expect_gpu_layers(model)
         gpu_bytes, ring_bytes = gpu_slot_bytes(model, layers)
@@ -143,7 +147,7 @@ def load(
         least = [min(top_k, count) for count in experts]
         planned = starting.slots(slot_bytes, least, limit - memory.fixed_bytes)
         memory = plan_memory(limit, needs, slot_bytes, experts, top_k, planned)
-    is_direct = _wants_direct(io, memory, layers)
+    is_direct = wants_direct(io, memory, records)
     store = ExpertStore(model, layers, num_threads=io_threads, is_direct=is_direct, checksums=checksums)
     recorder = _recorder(layers, str(path_or_id)) if record_trace else None
     running = _runtime.OffloadRuntime(store, memory.num_slots, policy, recorder, matvecs)
@@ -174,55 +178,6 @@ def _attach(model: Any, running: _runtime.OffloadRuntime, plan: MemoryPlan, poli
     return model
 
 
-def _local_folder(path_or_id: str | Path) -> Path:
-    folder = Path(path_or_id)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or str(path_or_id).startswith(".") or str(path_or_id).count("/") != 1:
-        raise ValueError(f"model {path_or_id}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(str(path_or_id), allow_patterns=wanted))
-    except Exception as error:
-        raise ValueError(
-            f"model {path_or_id}: neither a folder here nor a model id that can be downloaded ({error})"
-        ) from error
-
-
-def _config(folder: Path) -> Any:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model {folder}: config.json is missing")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (KeyError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"model {folder}: config.json cannot be read: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        method = dict(config.to_dict()["quantization_config"]).get("quant_method", "unknown")
-        raise ValueError(
-            f"model {folder}: its weights are quantised ({method}); offloading reads plain float weights, "
-            "so save a dequantised copy first"
-        )
-    return config
-
-
-def _running_dtype(dtype: str | torch.dtype, config: Any, entries: Mapping[str, TensorEntry]) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype != "auto":
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
-            raise ValueError(f"dtype must be auto, bfloat16, float16 or float32; got {dtype!r}")
-        return found
-    declared = getattr(config, "dtype", None)
-    if isinstance(declared, torch.dtype):
-        return declared
-    return next(
-        (entry.torch_dtype() for entry in entries.values() if entry.dtype in ("F32", "F16", "BF16")), torch.float32
-    )
-
-
 class _Hollow:
     """Stands in for an experts weight while transformers loads the rest: the right shape, no memory."""
 
@@ -245,7 +200,7 @@ class _Hollow:
 def _load_resident(folder: Path, config: Any, entries: Mapping[str, TensorEntry], dtype: torch.dtype) -> Any:
     """Let transformers load everything but the experts' matrices, which stay hollow."""
     with torch.device("meta"):
-        skeleton = _model_class(config)._from_config(config)
+        skeleton = model_class_of(config)._from_config(config)
     modules = experts_modules(skeleton)
     if not modules:
         raise ValueError(
@@ -263,7 +218,7 @@ def _load_resident(folder: Path, config: Any, entries: Mapping[str, TensorEntry]
         if name not in found:
             raise ValueError(f"model {folder}: the checkpoint has no tensor for {name}; is a shard missing?")
         state[name] = _Hollow(shapes[name], dtype)
-    model, info = _model_class(config).from_pretrained(
+    model, info = model_class_of(config).from_pretrained(
         None,
         config=config,
         state_dict=state,
@@ -276,18 +231,6 @@ def _load_resident(folder: Path, config: Any, entries: Mapping[str, TensorEntry]
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False)
-
-
-def _model_class(config: Any) -> Any:
-    import transformers
-
-    mapping = AutoModelForCausalLM._model_mapping
-    if type(config) in mapping:
-        return mapping[type(config)]
-    for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    raise ValueError(f"no causal language model is known for model type {config.model_type!r}")
 
 
 def _check_loaded(folder: Path, info: Mapping[str, Any]) -> None:
@@ -327,29 +270,26 @@ def experts_per_token(config: Any) -> int:
 
 
 def memory_needs(
-    config: Any, model: Any, dtype: torch.dtype, context: int, io_threads: int, process_bytes: int
+    config: Any,
+    model: Any,
+    layers: Sequence[ExpertLayer],
+    dtype: torch.dtype,
+    context: int,
+    io_threads: int,
+    process_bytes: int,
 ) -> Needs:
     """What the process needs besides expert slots, with `context` tokens of KV cache."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     width, vocabulary = int(getattr(text, "hidden_size", 0) or 0), int(getattr(text, "vocab_size", 0) or 0)
     rows = context * max(experts_per_token(config), 1)
+    expanded = expansion_bytes(model) if any(layer.compressed_E is not None for layer in layers) else 0
     return Needs(
         process_bytes=process_bytes,
-        weight_bytes=weight_bytes,
+        weight_bytes=weight_bytes(model),
         kv_bytes=context * kv_bytes_per_token(config, dtype.itemsize),
-        activation_bytes=4 * vocabulary * 4 + rows * width * dtype.itemsize * 8,
-        staging_bytes=io_threads * READ_BYTES,
+        activation_bytes=4 * vocabulary * 4 + rows * width * dtype.itemsize * 8 + expanded,
+        staging_bytes=io_threads * READ_BYTES + room_bytes(layers),
     )
-
-
-def _wants_direct(io: str, plan: MemoryPlan, layers: list[ExpertLayer]) -> bool:
-    if io not in ("auto", "direct", "cached"):
-        raise ValueError(f"io must be auto, direct or cached; got {io!r}")
-    if io != "auto":
-        return io == "direct"
-    model_bytes = sum(layer.num_experts * layer.expert_bytes for layer in layers)
-    return model_bytes > 0.8 * (min(available_memory(), plan.limit_bytes) - plan.fixed_bytes)
 
 
 def _policy(name: str) -> str:

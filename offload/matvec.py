@@ -7,21 +7,15 @@ of threads then in use. `arithmetic="fast"` uses it also where the last bits dif
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-SOURCE = Path(__file__).with_name("matvec.c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
+from . import native
+from .compressed_weight import CompressedWeight
+
 AMX_BLOCK = 32
 TRIALS = 4
 ARITHMETICS = ("exact", "fast")
@@ -57,7 +51,7 @@ class Matvecs:
 
         Args:
             x_ND: one row for each product, or one row for all.
-            weights_FD: N matrices of the same width; their numbers of rows may differ.
+            weights_FD: N matrices of the same width, all compressed or all plain; their numbers of rows may differ.
             outs_F: where the results go, each contiguous.
         """
         if not (self._kernels and _fits(x_ND, weights_FD)):
@@ -88,7 +82,8 @@ class Matvecs:
         """What computes this shape; tried on the given weight, or on a random one."""
         key = (*shape, torch.get_num_threads())
         if key not in self._chosen:
-            self._chosen[key] = self._choose(torch.randn(shape).bfloat16() if weight_FD is None else weight_FD)
+            tried = torch.randn(shape).bfloat16() if weight_FD is None else weight_FD
+            self._chosen[key] = self._choose(tried.expanded() if isinstance(tried, CompressedWeight) else tried)
         return self._chosen[key]
 
     def _choose(self, weight_FD: torch.Tensor) -> Kernel | None:
@@ -113,6 +108,7 @@ def _fits(x: torch.Tensor, weights_FD: Sequence[torch.Tensor]) -> bool:
             and weight.device.type == "cpu"
             and weight.is_contiguous()
             and weight.shape[-1] == weights_FD[0].shape[-1]
+            and isinstance(weight, CompressedWeight) == isinstance(weights_FD[0], CompressedWeight)
             for weight in weights_FD
         )
     )
@@ -139,9 +135,19 @@ def _name(kernel: Kernel | None) -> str:
 @functools.cache
 def _kernels() -> dict[str, Kernel]:
     """Our kernels that this processor runs, best first. Raises OSError if there is no C compiler or it fails."""
-    library = _library()
+    library = native.library()
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.expertier_matvec.argtypes = [ctypes.c_int, number, pointer, pointer, number, pointer, pointer, number]
+    library.expertier_matvec.argtypes = [
+        ctypes.c_int,
+        ctypes.c_int,
+        number,
+        pointer,
+        pointer,
+        number,
+        pointer,
+        pointer,
+        number,
+    ]
     library.expertier_matvec.restype = None
     return {name: _matvec(library.expertier_matvec, is_amx) for name, is_amx in _arithmetics(library).items()}
 
@@ -149,10 +155,10 @@ def _kernels() -> dict[str, Kernel]:
 @functools.cache
 def _experts_kernels() -> dict[str, ExpertsKernel]:
     """Whole experts, by the same names."""
-    library = _library()
+    library = native.library()
     function = library.expertier_experts
     function.argtypes = (
-        [ctypes.c_int, ctypes.c_int64]
+        [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
         + [ctypes.c_void_p] * 4
         + [ctypes.c_int]
         + [ctypes.c_void_p] * 2
@@ -171,7 +177,9 @@ def _matvec(function: Any, is_amx: bool) -> Kernel:
         num, columns = len(weights_FD), weights_FD[0].shape[1]
         rows = (ctypes.c_int64 * num)(*[weight.shape[0] for weight in weights_FD])
         x_step = columns if x_ND.numel() > columns else 0
-        function(is_amx, num, pointers(weights_FD), x_ND.data_ptr(), x_step, pointers(outs_F), rows, columns)
+        compressed = [weight.compressed for weight in weights_FD if isinstance(weight, CompressedWeight)]
+        place = pointers(compressed or weights_FD)
+        function(is_amx, bool(compressed), num, place, x_ND.data_ptr(), x_step, pointers(outs_F), rows, columns)
 
     return call
 
@@ -179,47 +187,3 @@ def _matvec(function: Any, is_amx: bool) -> Kernel:
 def pointers(tensors: Sequence[torch.Tensor]) -> Any:
     """Where tensors lie, as C takes it."""
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    """Compile once per processor and source into the user's cache, and load."""
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-    if compiler is None:
-        raise OSError("no C compiler (cc) was found for a small C file")
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "expertier"
-    folder.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(SOURCE.read_bytes() + _processor() + " ".join(FLAGS).encode()).hexdigest()[:16]
-    target = folder / f"matvec-{key}.so"
-    if not target.is_file():
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            _compile(compiler, Path(work)).replace(target)
-    return ctypes.CDLL(str(target))
-
-
-def _compile(compiler: str, work: Path) -> Path:
-    """The library, linked with torch's own OpenMP if that is visible: two pools of threads would disturb each other."""
-    built, compiled = work / "matvec.so", work / "matvec.o"
-    _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
-    for openmp in ((), ("-fopenmp",)):
-        _run([compiler, "-shared", *openmp, str(compiled), "-o", str(built)])
-        try:
-            ctypes.CDLL(str(built))
-            return built
-        except OSError as error:
-            problem = error
-    raise problem
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(f"{SOURCE.name} could not be compiled: {done.stderr.strip()[:300]}")
-
-
-def _processor() -> bytes:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor().encode()
-    return next((line for line in lines if line.startswith("flags")), "").encode()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -43,9 +44,28 @@ class ExpertRecord:
     parameters: tuple[Parameter, ...]
     """In the order in which they lie in the file."""
 
+    is_compressed = False
+    guard_bytes = 0
+
     @classmethod
     def of(cls, layer: ExpertLayer) -> "ExpertRecord":
         return cls(layer, tuple(sorted(layer.parameters, key=_first_byte)))
+
+    @property
+    def files(self) -> set[Path]:
+        return {entry.file for parameter in self.parameters for source in parameter.sources for entry in source.entry_E}
+
+    def file_of(self, expert: int) -> Path:
+        return self.parameters[0].sources[0].entry_E[expert].file
+
+    def offset_of(self, expert: int) -> int:
+        return self.parameters[0].sources[0].place(expert)[1]
+
+    def stored_bytes(self, expert: int) -> int:
+        return self.layer.expert_bytes
+
+    def check(self, expert: int, slot: torch.Tensor) -> None:
+        """Nothing that plain weights hold can do harm."""
 
     @property
     def is_straight(self) -> bool:
@@ -88,6 +108,11 @@ class ExpertRecord:
                         extents.append(extent)
                 base += parameter.nbytes
         return extents
+
+    def shifts(self, extents: list[Extent]) -> tuple[int, ...]:
+        """How far each region is shifted when its extent is read by whole blocks."""
+        by_region: Mapping[int, Extent] = {extent.region: extent for extent in extents}
+        return tuple(by_region[region].offset % BLOCK_BYTES for region in range(len(self.regions)))
 
     def views(self, slot: torch.Tensor, shifts: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """The parameters of the expert in `slot` (uint8), whose regions are shifted by `shifts` bytes."""
@@ -152,9 +177,3 @@ def _follows(before: Extent, after: Extent) -> bool:
 def _first_byte(parameter: Parameter) -> tuple[str, int]:
     entry, offset, _ = parameter.sources[0].place(0)
     return str(entry.file), offset
-
-
-def shifts_of(record: ExpertRecord, extents: list[Extent]) -> tuple[int, ...]:
-    """How far each region is shifted when its extent is read by whole blocks."""
-    by_region: Mapping[int, Extent] = {extent.region: extent for extent in extents}
-    return tuple(by_region[region].offset % BLOCK_BYTES for region in range(len(record.regions)))

@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .compute import RoutedRows, eager_forward
 from .counters import Counters, LayerCounters
+from .expanding import ExpandedWeights, make_rooms
 from .gpu.tier import GpuTier
 from .matvec import Matvecs
 from .prefetch import Prefetcher
@@ -54,6 +55,7 @@ class OffloadRuntime:
         self.counters = Counters([LayerCounters() for _ in self.layers])
         self.recorder = recorder
         self.prefetcher: Prefetcher | None = None
+        self._rooms = make_rooms([record.layer for record in store.records])
         self._fused: dict[tuple[int, int, int], FusedExperts | None] = {}
         self.gpu: GpuTier | None = None
         self._lock = threading.RLock()
@@ -72,7 +74,8 @@ class OffloadRuntime:
             if not slots.is_grouped:
                 return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
             rows = self._rows(slots, module, x_TD, expert_TK, weight_TK)
-            step = ExpertStep(slots, self.counters, rows.num_rows, expert_TK)
+            weights = slots if isinstance(rows, TokenRows) else self._plain_weights(slots)
+            step = ExpertStep(slots, weights, self.counters, rows.num_rows, expert_TK)
             step.run(rows, lambda: self._look_ahead(layer, x_TD, expert_TK))
             return rows.combine()
 
@@ -118,6 +121,10 @@ class OffloadRuntime:
                 return TokenRows(fused, experts, slots.num_experts, x_TD, weight_TK)
         return RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK, self.matvecs)
 
+    def _plain_weights(self, slots: LayerSlots) -> LayerSlots | ExpandedWeights:
+        room = self._rooms[slots.layer]
+        return slots if room is None else ExpandedWeights(slots, room)
+
     def _fused_experts(self, layer: int, module: Any, top_k: int) -> FusedExperts | None:
         key = (layer, top_k, torch.get_num_threads())
         if key not in self._fused:
@@ -144,7 +151,7 @@ class OffloadRuntime:
             for expert, count in zip(expert_ids.tolist(), counts.tolist(), strict=True)
             if 0 <= expert < slots.num_experts
         }
-        with ExpertStep(slots, self.counters, num_rows, expert_TK) as step:
+        with ExpertStep(slots, self._plain_weights(slots), self.counters, num_rows, expert_TK) as step:
             return eager_forward(module, step.fetch, slots.num_experts, x_TD, expert_TK, weight_TK)
 
 

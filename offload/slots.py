@@ -31,13 +31,15 @@ class LayerSlots:
         policy: name in CACHES.
     """
 
+    holds_several = True
+
     def __init__(self, store: ExpertStore, layer: int, num_slots: int, policy: str) -> None:
         self.layer, self.num_slots = layer, num_slots
         self.num_experts = store.records[layer].layer.num_experts
         self._store, self._record = store, store.records[layer]
         self.expert_bytes = self._record.layer.expert_bytes
         self.is_grouped = can_group(self._record.layer)
-        self._slots = Slots(num_slots, self._record.slot_bytes)
+        self._slots = Slots(num_slots, self._record.slot_bytes, self._record.guard_bytes)
         self._free = list(range(num_slots))[::-1]
         self._resident: dict[int, Resident] = {}
         self._ahead: dict[int, Ticket] = {}
@@ -46,10 +48,15 @@ class LayerSlots:
         self.ahead_counters = AheadCounters()
         self.cache: Cache = make_cache(policy, num_slots, self.num_experts)
 
+    @property
+    def is_compressed(self) -> bool:
+        return self._record.is_compressed
+
     def __contains__(self, expert: int) -> bool:
         return expert in self._resident
 
     def __getitem__(self, expert: int) -> dict[str, torch.Tensor]:
+        """An expert's weights, as they are stored."""
         return self._resident[expert].weights
 
     @property

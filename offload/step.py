@@ -8,6 +8,7 @@ import torch
 
 from .compute import RoutedRows
 from .counters import Counters
+from .expanding import ExpandedWeights
 from .reading import Ticket
 from .slots import LayerSlots
 from .token_experts import TokenRows
@@ -18,13 +19,20 @@ LEARN_FROM_TOKENS = 512
 class ExpertStep:
     """One call of one layer: which experts it needs, and how many rows each of them has.
 
+    `weights` gives their weights to compute with: the slots themselves, or what is in them, expanded.
+
     `run` computes them in the order in which they are there; as a context, `fetch` gives one after the other.
     """
 
     def __init__(
-        self, slots: LayerSlots, counters: Counters, num_rows: Mapping[int, int], expert_TK: torch.Tensor
+        self,
+        slots: LayerSlots,
+        weights: LayerSlots | ExpandedWeights,
+        counters: Counters,
+        num_rows: Mapping[int, int],
+        expert_TK: torch.Tensor,
     ) -> None:
-        self._slots, self._num_rows, self._counters = slots, num_rows, counters
+        self._slots, self._weights, self._num_rows, self._counters = slots, weights, num_rows, counters
         self._expert_TK = expert_TK
         self._landed: SimpleQueue[Ticket] = SimpleQueue()
         self._in_flight: dict[int, Ticket] = {}
@@ -56,9 +64,10 @@ class ExpertStep:
 
     def _start_hits(self, rows: RoutedRows | TokenRows, hits: list[int]) -> None:
         started = time.perf_counter()
-        if not (hits and rows.compute_singles(hits, [self._slots[expert] for expert in hits])):
+        several = [self._weights[expert] for expert in hits] if self._weights.holds_several else []
+        if not (several and rows.compute_singles(hits, several)):
             for expert in hits:
-                rows.start(expert, self._slots[expert])
+                rows.start(expert, self._weights[expert])
         self._counters.compute_s += time.perf_counter() - started
 
     def _run_in_waves(self, rows: RoutedRows | TokenRows, hits: list[int], misses: list[int]) -> None:
@@ -94,7 +103,7 @@ class ExpertStep:
             self._read(expert, pinned=())
         while expert in self._in_flight:
             self._next_landed()
-        return self._slots[expert]
+        return self._weights[expert]
 
     @property
     def _fits(self) -> bool:
@@ -141,5 +150,5 @@ class ExpertStep:
 
     def _timed(self, compute: Callable[[int, Mapping[str, torch.Tensor]], None], expert: int) -> None:
         started = time.perf_counter()
-        compute(expert, self._slots[expert])
+        compute(expert, self._weights[expert])
         self._counters.compute_s += time.perf_counter() - started

@@ -3,19 +3,20 @@
 import mmap
 import os
 import threading
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import torch
+from xxhash import xxh3_64_hexdigest
 
 from .checkpoint import TensorEntry, read_into
+from .compressed_record import CompressedRecord
 from .huge_pages import huge_mapping
 from .layout import ExpertLayer, convert_expert
 from .reading import ReadingThreads, Ticket
-from .record import BLOCK_BYTES, ExpertRecord, Extent, shifts_of
+from .record import BLOCK_BYTES, ExpertRecord, Extent
 
 READ_BYTES = 4 << 20
 AHEAD_READ_BYTES = 1 << 20
@@ -31,9 +32,9 @@ class Slots:
     read then waits for the kernel to find and clear huge pages.
     """
 
-    def __init__(self, num_slots: int, slot_bytes: int) -> None:
+    def __init__(self, num_slots: int, slot_bytes: int, guard_bytes: int = 0) -> None:
         self.slot_bytes = slot_bytes
-        self._mapping = huge_mapping(num_slots * slot_bytes)
+        self._mapping = huge_mapping(num_slots * slot_bytes + guard_bytes)
         self.bytes = memoryview(self._mapping)
         self.tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
         try:
@@ -57,7 +58,7 @@ class ExpertStore:
         num_threads: reads in flight at most.
         is_direct: read with O_DIRECT, past the page cache.
         read_bytes: one read is at most this long; longer extents are split and read in parallel.
-        checksums: CRC-32 of each expert of each layer; every expert is compared when it is first read.
+        checksums: XXH3 of each expert of each layer, hexadecimal; every expert is compared when it is first read.
     """
 
     def __init__(
@@ -68,11 +69,11 @@ class ExpertStore:
         num_threads: int = 4,
         is_direct: bool = False,
         read_bytes: int = READ_BYTES,
-        checksums: Sequence[Sequence[int]] | None = None,
+        checksums: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self._checksums = checksums
         self._checked: set[tuple[int, int]] = set()
-        self.records = [ExpertRecord.of(layer) for layer in layers]
+        self.records = [record_of(layer) for layer in layers]
         self.is_direct = is_direct
         self.read_bytes = read_bytes
         self._model = model
@@ -110,18 +111,16 @@ class ExpertStore:
             The ticket, which appears in `landed` when the expert is complete, and how far each region will be shifted.
         """
         record = self.records[layer]
-        if not record.is_straight:
+        if isinstance(record, ExpertRecord) and not record.is_straight:
             jobs: list[Callable[[], None]] = [lambda: self._convert(record, expert, slots.slot(slot))]
             shifts = (0,) * len(record.regions)
         else:
             extents = record.extents(expert)
-            shifts = (
-                shifts_of(record, extents) if self.is_direct and record.is_shiftable else (0,) * len(record.regions)
-            )
+            shifts = record.shifts(extents) if self.is_direct and record.is_shiftable else (0,) * len(record.regions)
             read_bytes = self.read_bytes if is_demand else min(self.read_bytes, AHEAD_READ_BYTES)
             raw = slots.raw(slot)
             jobs = [job for extent in extents for job in self._jobs(extent, shifts, raw, read_bytes)]
-        check = self._check_of(layer, expert, slots.raw(slot)) if self._checksums is not None else None
+        check = self._check_of(layer, expert, slots.slot(slot)) if self._checksums is not None else None
         ticket = Ticket(layer, expert, slot, len(jobs), landed, check)
         self._threads.submit(ticket, jobs, is_demand=is_demand)
         return ticket, shifts
@@ -130,32 +129,27 @@ class ExpertStore:
         """Read this one before anything that is not needed yet."""
         self._threads.promote(ticket)
 
-    def _check_of(self, layer: int, expert: int, raw: memoryview) -> Callable[[], None] | None:
-        if (layer, expert) in self._checked:
-            return None
+    def _check_of(self, layer: int, expert: int, slot: torch.Tensor) -> Callable[[], None]:
         record = self.records[layer]
         assert self._checksums is not None
-        expected, data = self._checksums[layer][expert], raw[: record.layer.expert_bytes]
+        expected, data = self._checksums[layer][expert], slot[: record.stored_bytes(expert)]
 
         def check() -> None:
-            found = zlib.crc32(data)
-            if found != expected:
-                file = record.parameters[0].sources[0].entry_E[expert].file
-                raise OSError(
-                    f"{file}: checksum {found:08x} instead of {expected:08x}: "
-                    "the packed copy is damaged, make it again with `expertier pack`"
-                )
-            self._checked.add((layer, expert))
+            if (layer, expert) not in self._checked:
+                found = xxh3_64_hexdigest(data.numpy())
+                if found != expected:
+                    raise OSError(
+                        f"{record.file_of(expert)}: checksum {found} instead of {expected}: "
+                        "the packed copy is damaged, make it again with `expertier pack`"
+                    )
+                self._checked.add((layer, expert))
+            record.check(expert, slot)
 
         return check
 
     def _open_files(self) -> None:
-        for record in self.records:
-            for parameter in record.parameters:
-                for source in parameter.sources:
-                    for file in {entry.file for entry in source.entry_E}:
-                        if file not in self._files:
-                            self._files[file] = self._open(file)
+        for file in {file for record in self.records for file in record.files}:
+            self._files[file] = self._open(file)
 
     def _open(self, file: Path) -> int:
         flags = os.O_RDONLY | os.O_CLOEXEC
@@ -223,6 +217,11 @@ class ExpertStore:
         raw = torch.empty(nbytes, dtype=torch.uint8)
         read_into(entry.file, self._files[entry.file], offset, memoryview(raw.numpy()))
         return raw.view(entry.torch_dtype()).view(shape)
+
+
+def record_of(layer: ExpertLayer) -> ExpertRecord | CompressedRecord:
+    """How one layer's experts lie in files and slots."""
+    return ExpertRecord.of(layer) if layer.compressed_E is None else CompressedRecord(layer, layer.compressed_E)
 
 
 def _bind(function: Callable[..., None], *arguments: Any) -> Callable[[], None]:

@@ -27,10 +27,13 @@ class FusedExperts:
         module: the experts module.
         table: the activation of every bfloat16 number, in the order of their bits.
         width: F.
+        is_compressed: the weights it gets are compressed.
     """
 
-    def __init__(self, kernel: ExpertsKernel, module: Any, table: torch.Tensor, width: int) -> None:
-        self._kernel, self._table, self._width = kernel, table, width
+    def __init__(
+        self, kernel: ExpertsKernel, module: Any, table: torch.Tensor, width: int, *, is_compressed: bool
+    ) -> None:
+        self._kernel, self._table, self._width, self._is_compressed = kernel, table, width, is_compressed
         self._is_gated = bool(module.has_gate)
         self._up_name, self._down_name = weight_names(module)
 
@@ -44,6 +47,7 @@ class FusedExperts:
         """
         hidden_KF = x_1D.new_empty(len(weights), self._width)
         self._kernel(
+            self._is_compressed,
             len(weights),
             pointers([weight[self._up_name] for weight in weights]),
             pointers([weight[self._down_name] for weight in weights]),
@@ -124,7 +128,9 @@ def fuse_experts(module: Any, layer: ExpertLayer, top_k: int, matvecs: Matvecs) 
         return None
     kernel = matvecs.experts_kernel([shape[name] for name in names])
     table = None if kernel is None else _activation_table(module, width)
-    return None if kernel is None or table is None else FusedExperts(kernel, module, table, width)
+    if kernel is None or table is None:
+        return None
+    return FusedExperts(kernel, module, table, width, is_compressed=layer.compressed_E is not None)
 
 
 def _has_usual_gate(module: Any) -> bool:

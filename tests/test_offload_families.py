@@ -68,12 +68,15 @@ def _families():
     return names
 
 
-def _small_config(model_type):
+WIDE = {name: 64 for name, value in SMALL.items() if value in (40, 48)}
+
+
+def _small_config(model_type, changes=()):
     config_class = CONFIG_MAPPING[model_type]
     whole = config_class()
     text = whole.get_text_config()
     known = text.to_dict().keys() | getattr(type(text), "attribute_map", {}).keys()
-    sizes = {name: value for name, value in SMALL.items() if name in known}
+    sizes = {name: value for name, value in (SMALL | dict(changes)).items() if name in known}
     if {"kv_lora_rank", "qk_rope_head_dim"} <= known:
         sizes |= {name: value for name, value in MLA.items() if name in known}
     sizes |= REFUSES_GENERIC_SIZES.get(model_type, {})
@@ -83,9 +86,9 @@ def _small_config(model_type):
     return config_class(**{part: type(text)(**sizes)}, **OUTER.get(model_type, {}))
 
 
-def _small_model(model_type, dtype):
+def _small_model(model_type, dtype, changes=()):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(_small_config(model_type)).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(_small_config(model_type, changes)).to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -110,6 +113,36 @@ def _check(model_type, folder, dtype):
             assert torch.equal(model(tokens, use_cache=False).logits, expected)
         assert model.offload.report()["misses"] > 0
         model.offload.close()
+
+
+def _check_compressed(model_type, folder):
+    """Everything that can be is compressed: experts in the packed copy, linear layers in memory."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    _small_model(model_type, torch.bfloat16, WIDE).save_pretrained(folder)
+    resident = AutoModelForCausalLM.from_pretrained(folder).eval()
+    pack = offload.write_pack(folder, folder / "experts", is_compressed=True)
+    model = offload.load(folder, cache_experts=3, pack=pack)
+    for tokens in (torch.arange(3, 21).view(2, 9), torch.tensor([[7]])):
+        with torch.no_grad():
+            expected = resident(tokens, use_cache=False).logits
+            assert torch.equal(model(tokens, use_cache=False).logits, expected)
+    model.offload.close()
+    return [slots.is_compressed for slots in model.offload._runtime.layers]
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "gpt_oss", "qwen3_next", "mixtral"])
+@pytest.mark.filterwarnings("ignore")
+def test_compressed_family(model_type, tmp_path):
+    assert all(_check_compressed(model_type, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", _families())
+@pytest.mark.filterwarnings("ignore")
+def test_every_compressed_family(model_type, tmp_path):
+    _check_compressed(model_type, tmp_path)
 
 
 @pytest.mark.parametrize("model_type", QUICK)

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 import offload
 from offload import packing
-from offload.fit import skeleton_of
 
 SHARED = {
     "vocab_size": 64,
@@ -40,8 +39,7 @@ def tokens():
 
 
 def _pack(folder):
-    skeleton, entries, layers = skeleton_of(folder)
-    return packing.write_pack(skeleton, layers, entries, folder.parent / "experts")
+    return packing.write_pack(folder, folder.parent / "experts")
 
 
 @pytest.mark.parametrize("io", ["cached", "direct"])
@@ -55,12 +53,12 @@ def test_same_bits_as_from_the_checkpoint(folder, tokens, io):
 def test_goes_on_where_it_was_interrupted(folder, tokens, monkeypatch):
     written, real = [], packing._write_layer
 
-    def interrupted(store, layer, *rest):
+    def interrupted(store, layer, *rest, **options):
         if layer == 1 and 1 not in written:
             written.append(layer)
             raise KeyboardInterrupt
         written.append(layer)
-        return real(store, layer, *rest)
+        return real(store, layer, *rest, **options)
 
     monkeypatch.setattr(packing, "_write_layer", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -40,11 +40,17 @@ def open_lane(device: str, gpu_memory: str | int, gpu_experts: int | None) -> La
 
 
 def gpu_slot_bytes(model: Any, layers: Sequence[ExpertLayer]) -> tuple[list[int], int]:
-    """Bytes of a slot in each layer, and of the rings that prefill passes through."""
+    """Bytes of a slot in each layer, and of the rings that prefill passes through.
+
+    Raises:
+        ValueError: if the experts are compressed.
+    """
+    if any(layer.compressed_E is not None for layer in layers):
+        raise ValueError("the GPU tier does not read compressed experts yet; pack without --compress for it")
     modules = experts_modules(model).values()
     shapes = [slot_shapes(layer, biases_of(module)) for layer, module in zip(layers, modules, strict=True)]
     sizes = [
-        layer.expert_bytes + sum(bias_E[0].nbytes for bias_E in biases_of(module).values())
+        layer.plain_bytes + sum(bias_E[0].nbytes for bias_E in biases_of(module).values())
         for layer, module in zip(layers, modules, strict=True)
     ]
     ring = ring_slots(max(layer.num_experts for layer in layers))
