@@ -14,6 +14,7 @@ from .record import RECORDS, save_record
 
 TOKENS, WIDTH, EXPERTS, TOP_K, LAYERS = 4096, 512, 64, 8, 8
 LIMITS = {"classic": 1.3, "rmoe": 2.0}
+PLAIN, PRODUCTS = "linear + softmax + topk", "rmoe's products alone"
 MEASURED = ("classic", "mixtral", "deepseek_v3", "rmoe", "moepp", "xmoe", "pregate", "remoe", "expert_choice")
 
 
@@ -55,7 +56,7 @@ def measure(repeats: int) -> list[dict[str, Any]]:
     import torch
 
     x_LTD = torch.randn(LAYERS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
-    contestants: dict[str, Callable[[], None]] = {"linear + softmax + topk": _plain(x_LTD)}
+    contestants = {PLAIN: _plain(x_LTD), PRODUCTS: _products(x_LTD)}
     contestants |= {name: _contestant(name, x_LTD) for name in MEASURED}
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     with torch.no_grad():
@@ -65,8 +66,7 @@ def measure(repeats: int) -> list[dict[str, Any]]:
                 run()
                 if number >= 3:
                     samples[name].append((time.perf_counter() - start) * 1e3 / LAYERS)
-    plain = samples["linear + softmax + topk"]
-    return [_row(name, values, plain) for name, values in samples.items()]
+    return [_row(name, values, samples[PLAIN]) for name, values in samples.items()]
 
 
 def _plain(x_LTD: Any) -> Callable[[], None]:
@@ -77,6 +77,27 @@ def _plain(x_LTD: Any) -> Callable[[], None]:
     def run() -> None:
         for x_TD, weight in zip(x_LTD, weights, strict=True):
             torch.nn.functional.linear(x_TD, weight).softmax(dim=-1).topk(TOP_K, dim=-1)
+
+    return run
+
+
+def _products(x_LTD: Any) -> Callable[[], None]:
+    """RMoE's matrix products into memory that is there already: no gate, no softmax, no choice."""
+    import torch
+
+    routers = _build("rmoe")
+    cell = routers[0].cell
+    p = cell.hidden_size
+    projected, state, hidden, score = (x_LTD.new_empty(TOKENS, width) for width in (p, p, 3 * p, EXPERTS))
+    state.normal_()
+
+    def run() -> None:
+        for router, x_TD in zip(routers, x_LTD, strict=True):
+            torch.mm(x_TD, router.projection.T, out=projected)
+            torch.mm(projected, cell.weight_ih.T, out=hidden)
+            if router.layer:
+                torch.mm(state, cell.weight_hh.T, out=hidden)
+            torch.mm(state, router.weight.T, out=score)
 
     return run
 

@@ -127,7 +127,8 @@ class _BlockwiseExperts(torch.autograd.Function):
                 y_MD = silu(gate_MF).mul_(up_MF).to(dtype) @ down[block.expert]
                 rows.add(y_TD, y_MD.to(rows.wide) * rows.combine(block), block)
         if keeps:
-            ctx.save_for_backward(x_TD, up_EDO, down_EFD, pre_PO)
+            # like autocast's own linear layers, rather than cast all experts again
+            ctx.save_for_backward(x_TD, up_EDO, down_EFD, pre_PO, up, down)
             ctx.rows, ctx.blocks = rows, blocks
         return y_TD.to(x_TD.dtype)
 
@@ -178,12 +179,14 @@ class _Gradients:
         up_EDO: Tensor,
         down_EFD: Tensor,
         pre_PO: Tensor,
+        cast_up_EDO: Tensor,
+        cast_down_EFD: Tensor,
         rows: _Rows,
         needs: Sequence[bool],
     ) -> None:
         dtype = pre_PO.dtype
         self.grad_TD, self.x_TD = grad_TD.to(dtype), x_TD.to(dtype)
-        self.up_EDO, self.down_EFD = up_EDO.to(dtype), down_EFD.to(dtype)
+        self.up_EDO, self.down_EFD = cast_up_EDO, cast_down_EFD
         self.x_dtype = x_TD.dtype
         self.pre_PO, self.rows = pre_PO, rows
         needs_x, needs_combine, needs_up, needs_down, *_ = needs

@@ -21,7 +21,19 @@ def first(routing: Routing) -> Tensor:
 
 
 def priority(routing: Routing) -> Tensor:
-    """The largest weights stay. Source: V-MoE batch-prioritised routing, arXiv:2106.05974, section 4."""
+    """First choices before second ones; within a choice, tokens by their largest weight, whatever this choice weighs.
+
+    Source: V-MoE batch-prioritised routing, Riquelme et al. 2021, arXiv:2106.05974, algorithm 2.
+    """
+    T, K = routing.weight_TK.shape
+    order_T = torch.argsort(routing.weight_TK.detach().amax(dim=-1), descending=True, stable=True)
+    place_T = torch.empty_like(order_T)
+    place_T[order_T] = torch.arange(T, device=order_T.device)
+    return -(torch.arange(K, device=order_T.device) * T + place_T[:, None])
+
+
+def weight(routing: Routing) -> Tensor:
+    """Whatever choice it is, the largest weights stay. Source: `probs`, a drop policy of Megatron-Core's router."""
     return routing.weight_TK.detach()
 
 
@@ -30,7 +42,12 @@ def random(routing: Routing) -> Tensor:
     return torch.rand_like(routing.weight_TK)
 
 
-CAPACITY_POLICIES: dict[str, CapacityPolicy] = {"first": first, "priority": priority, "random": random}
+CAPACITY_POLICIES: dict[str, CapacityPolicy] = {
+    "first": first,
+    "priority": priority,
+    "weight": weight,
+    "random": random,
+}
 
 
 def share_capacity_R(factor: float, num_slots: Tensor | int, share_R: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from .nulls import copy_ffn_rows_to_nulls
 from .router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
 from .rule import ClassicRule
 from .stats import RouterStats
+from .top_experts import top_experts
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -86,14 +87,14 @@ class ClassicRouter(RouterModule):
             score_TR = score_TR + self.bias_R
         if self.rule.num_groups > 1:
             score_TR = self._mask_groups(score_TR)
-        return score_TR.topk(self.top_k(context), dim=-1).indices
+        return top_experts(score_TR, self.top_k(context))
 
     def weigh(self, score_TR: Tensor, expert_TK: Tensor) -> Tensor:
         """[T, K] from the unbiased scores of the selected experts."""
         weight_TK = score_TR.gather(-1, expert_TK)
         counts_TK = self._counts_in_sum(expert_TK)
         if self.rule.score == "selected_softmax":
-            weight_TK = weight_TK.softmax(dim=-1) if counts_TK is None else _masked_softmax(weight_TK, counts_TK)
+            weight_TK = _softmax(weight_TK) if counts_TK is None else _masked_softmax(weight_TK, counts_TK)
         elif self.rule.renormalise:
             weight_TK = weight_TK if counts_TK is None else torch.where(counts_TK, weight_TK, 0.0)
             weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp_min(TINY)
@@ -188,9 +189,16 @@ class ClassicRouter(RouterModule):
         return share_capacity_R(factor, num_tokens * K, share_R)
 
 
+def _softmax(logit_TK: Tensor) -> Tensor:
+    """Softmax over the slots; on a CPU along columns, because torch has no vectors for rows as short as these."""
+    if logit_TK.device.type != "cpu":
+        return logit_TK.softmax(dim=-1)
+    return logit_TK.T.contiguous().softmax(dim=0).T.contiguous()
+
+
 def _masked_softmax(logit_TK: Tensor, counts_TK: Tensor) -> Tensor:
     """Softmax over the slots that count; 0 elsewhere and in rows where none counts. Other slots get no gradient."""
     any_T1 = counts_TK.any(dim=-1, keepdim=True)
     masked_TK = logit_TK.masked_fill(~counts_TK, -torch.inf)
-    weight_TK = torch.where(any_T1, masked_TK, 0.0).softmax(dim=-1)
+    weight_TK = _softmax(torch.where(any_T1, masked_TK, 0.0))
     return torch.where(any_T1 & counts_TK, weight_TK, 0.0)

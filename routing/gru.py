@@ -2,7 +2,7 @@
 
 torch's own cell on a CPU gives every product, sum and gate of all rows new memory, which costs more than the products.
 
-Shapes: T tokens, p state width; M rows of one block.
+Shapes: T tokens, D model width, p state width, R routable experts; M rows of one block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-# bounds the memory of gates without gradient; smaller blocks cost more in waiting for threads than the cache saves
-BLOCK_ROWS = 4096
+# of the sizes tried, the quickest on two cores with 2 MiB of cache each: in smaller blocks threads wait for each other
+BLOCK_ROWS = 2048
 # below, torch's own cell has less to prepare
 FEWEST_ROWS = 128
 _aten = torch.ops.aten
@@ -31,9 +31,40 @@ def gru_cell(x_Tp: Tensor, state_Tp: Tensor | None, weights: Sequence[Tensor]) -
 
     Source: Cho et al. 2014, arXiv:1406.1078, eqs. 5-8, with the gate order and biases of `torch.nn.GRUCell`.
     """
-    if x_Tp.device.type == "cpu" and len(x_Tp) >= FEWEST_ROWS and not torch.compiler.is_compiling():
+    if suits_blocks(x_Tp):
         return _BlockwiseCell.apply(x_Tp, state_Tp, *weights)
     return torch.gru_cell(x_Tp, torch.zeros_like(x_Tp) if state_Tp is None else state_Tp, *weights)
+
+
+def suits_blocks(x_TD: Tensor) -> bool:
+    """Whether these rows are better taken in blocks than by torch's own cell."""
+    return x_TD.device.type == "cpu" and len(x_TD) >= FEWEST_ROWS and not torch.compiler.is_compiling()
+
+
+def scored_steps(
+    x_TD: Tensor, state_Tp: Tensor | None, projection_pD: Tensor, weights: Sequence[Tensor], score_Rp: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`gru_cell` of the projected inputs, and scores of its states, without gradient and block by block.
+
+    Args:
+        x_TD: inputs.
+        state_Tp: the state before; None is zero.
+        projection_pD: the cell's inputs are linear in x by it.
+        weights: those of `gru_cell`.
+        score_Rp: the scores are linear in the state by it.
+
+    Returns:
+        The scores [T, R] and the state after [T, p].
+    """
+    T, p = len(x_TD), len(projection_pD)
+    after_Tp, score_TR = x_TD.new_empty(T, p), x_TD.new_empty(T, len(score_Rp))
+    workspace, projected = _Gates.empty(after_Tp, min(T, BLOCK_ROWS)), after_Tp.new_empty(min(T, BLOCK_ROWS), p)
+    for rows in _blocks(T):
+        inside = slice(0, rows.stop - rows.start)
+        x_Mp = torch.mm(x_TD[rows], projection_pD.T, out=projected[inside])
+        _step(workspace.rows(inside), x_Mp, None if state_Tp is None else state_Tp[rows], weights, after_Tp[rows])
+        torch.mm(after_Tp[rows], score_Rp.T, out=score_TR[rows])
+    return score_TR, after_Tp
 
 
 class _BlockwiseCell(torch.autograd.Function):
@@ -54,12 +85,7 @@ class _BlockwiseCell(torch.autograd.Function):
         after_Tp = torch.empty_like(x_Tp)
         for rows in _blocks(T):
             block = gates.rows(rows if keeps else slice(0, rows.stop - rows.start))
-            before_Mp = None if state_Tp is None else state_Tp[rows]
-            _compute(block, x_Tp[rows], before_Mp, weights)
-            if before_Mp is None:
-                torch.addcmul(block.new, block.update, block.new, value=-1, out=after_Tp[rows])
-            else:
-                torch.lerp(block.new, before_Mp, block.update, out=after_Tp[rows])
+            _step(block, x_Tp[rows], None if state_Tp is None else state_Tp[rows], weights, after_Tp[rows])
         if keeps:
             ctx.save_for_backward(x_Tp, state_Tp, weight_ih, weight_hh, *gates)
         return after_Tp
@@ -79,12 +105,11 @@ class _BlockwiseCell(torch.autograd.Function):
                 block = workspace.rows(slice(0, rows.stop - rows.start))
                 before_Mp = None if state_Tp is None else state_Tp[rows]
                 _differentiate(block, grad_state[rows], grad_Tp[rows], before_Mp, gates.rows(rows))
-                bias_2p = block.reset_update.sum(dim=0)
-                grad_bias_ih += torch.cat([bias_2p, block.new.sum(dim=0)])
-                grad_bias_hh += torch.cat([bias_2p, block.of_state.sum(dim=0)])
-                grad_ih[: 2 * p].addmm_(block.reset_update.T, x_Tp[rows])
-                grad_ih[2 * p :].addmm_(block.new.T, x_Tp[rows])
-                torch.mm(block.reset_update, weight_ih[: 2 * p], out=grad_x[rows]).addmm_(block.new, weight_ih[2 * p :])
+                bias_3p = block.all.sum(dim=0)
+                grad_bias_ih += bias_3p
+                grad_bias_hh += torch.cat([bias_3p[: 2 * p], block.of_state.sum(dim=0)])
+                grad_ih.addmm_(block.all.T, x_Tp[rows])
+                torch.mm(block.all, weight_ih, out=grad_x[rows])
                 if before_Mp is not None:
                     grad_hh[: 2 * p].addmm_(block.reset_update.T, before_Mp)
                     grad_hh[2 * p :].addmm_(block.of_state.T, before_Mp)
@@ -94,44 +119,55 @@ class _BlockwiseCell(torch.autograd.Function):
 
 
 class _Gates(NamedTuple):
-    """Of some rows: reset and update gate [M, 2p], the new state [M, p], and the former state's part of it [M, p]."""
+    """Of some rows: reset gate, update gate and new state [M, 3p], and the former state's part of the latter [M, p]."""
 
-    reset_update: Tensor
-    new: Tensor
+    all: Tensor
     of_state: Tensor
 
     @classmethod
     def empty(cls, like_Tp: Tensor, num_rows: int) -> Self:
         """Memory for so many rows."""
         p = like_Tp.shape[1]
-        return cls(*(like_Tp.new_empty(num_rows, width) for width in (2 * p, p, p)))
+        return cls(like_Tp.new_empty(num_rows, 3 * p), like_Tp.new_empty(num_rows, p))
 
     def rows(self, rows: slice) -> Self:
         """Those of some rows."""
-        return type(self)(*(part[rows] for part in self))
+        return type(self)(self.all[rows], self.of_state[rows])
+
+    @property
+    def reset_update(self) -> Tensor:
+        return self.all[:, : 2 * self.of_state.shape[1]]
 
     @property
     def reset(self) -> Tensor:
-        return self.reset_update[:, : self.new.shape[1]]
+        return self.all[:, : self.of_state.shape[1]]
 
     @property
     def update(self) -> Tensor:
-        return self.reset_update[:, self.new.shape[1] :]
+        p = self.of_state.shape[1]
+        return self.all[:, p : 2 * p]
+
+    @property
+    def new(self) -> Tensor:
+        return self.all[:, 2 * self.of_state.shape[1] :]
 
 
-def _compute(block: _Gates, x_Mp: Tensor, state_Mp: Tensor | None, weights: Sequence[Tensor]) -> None:
-    """Fill in the gates of one block."""
+def _step(block: _Gates, x_Mp: Tensor, state_Mp: Tensor | None, weights: Sequence[Tensor], after_Mp: Tensor) -> None:
+    """Fill in the gates and the state after of one block."""
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     p = x_Mp.shape[1]
-    torch.mm(x_Mp, weight_ih[: 2 * p].T, out=block.reset_update)
-    torch.mm(x_Mp, weight_ih[2 * p :].T, out=block.new)
+    torch.addmm(torch.cat([bias_ih[: 2 * p] + bias_hh[: 2 * p], bias_ih[2 * p :]]), x_Mp, weight_ih.T, out=block.all)
     if state_Mp is None:
         block.of_state.copy_(bias_hh[2 * p :])
     else:
         block.reset_update.addmm_(state_Mp, weight_hh[: 2 * p].T)
-        torch.mm(state_Mp, weight_hh[2 * p :].T, out=block.of_state).add_(bias_hh[2 * p :])
-    block.reset_update.add_(bias_ih[: 2 * p] + bias_hh[: 2 * p]).sigmoid_()
-    block.new.add_(bias_ih[2 * p :]).addcmul_(block.reset, block.of_state).tanh_()
+        torch.addmm(bias_hh[2 * p :], state_Mp, weight_hh[2 * p :].T, out=block.of_state)
+    block.reset_update.sigmoid_()
+    block.new.addcmul_(block.reset, block.of_state).tanh_()
+    if state_Mp is None:
+        torch.addcmul(block.new, block.update, block.new, value=-1, out=after_Mp)
+    else:
+        torch.lerp(block.new, state_Mp, block.update, out=after_Mp)
 
 
 def _differentiate(block: _Gates, through_Mp: Tensor, grad_Mp: Tensor, state_Mp: Tensor | None, gates: _Gates) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .classic import ClassicRouter
-from .gru import gru_cell
+from .gru import gru_cell, scored_steps, suits_blocks
 from .router import Carry, RouterSizes, RoutingContext
 from .rule import ClassicRule, expect_one_of
 
@@ -45,11 +45,15 @@ class RecurrentRouter(ClassicRouter):
         self._shared = (cell,)  # in a tuple, or torch would register it again
 
     def logits(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry]:
-        projected = linear(x_TD, self.projection.to(x_TD.dtype))
         before = None if self.recurrence == "none" else carry.get(STATE)
         if before is not None and self.recurrence == "detach":
             before = before.detach()
         cell = self._shared[0]
         weights = tuple(w.to(x_TD.dtype) for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh))
-        state = gru_cell(projected, before, weights)
-        return linear(state, self.weight.to(x_TD.dtype)), carry.put(**{STATE: state})
+        projection, score = self.projection.to(x_TD.dtype), self.weight.to(x_TD.dtype)
+        if suits_blocks(x_TD) and not torch.is_grad_enabled():
+            logit_TR, state = scored_steps(x_TD, before, projection, weights, score)
+        else:
+            state = gru_cell(linear(x_TD, projection), before, weights)
+            logit_TR = linear(state, score)
+        return logit_TR, carry.put(**{STATE: state})

@@ -36,7 +36,7 @@ class ClassicRule:
             zero-compute experts left alone; None steers every routable expert to the mean load by its error's sign.
         capacity_factor: an expert takes at most `ceil(factor * T * K / R)` tokens in training; None drops nothing.
         capacity_rule: `share` as above, or `tutel`: see `routing.capacity.tutel_capacity` (the factor may be negative).
-        capacity_policy: `first`, `priority` or `random`: who stays when an expert overflows.
+        capacity_policy: `first`, `priority`, `weight` or `random`: who stays when an expert overflows.
         renormalise_kept: divide by the sum of the weights that are left after overflow was dropped.
         ffn_share: load that one FFN expert should take relative to one zero-compute expert, in capacities and in the
             balance loss.

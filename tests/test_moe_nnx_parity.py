@@ -18,6 +18,11 @@ VARIANTS = {
     "olmoe-dense-shared": {"num_hidden_layers": 3, "num_dense_layers": 1, "num_shared_experts": 2},
     "qwen3-tied": {"router": "qwen3_moe", "tie_word_embeddings": True, "qk_norm": "none"},
     "deepseek-v3": {"router": "deepseek_v3", "router_options": {"num_groups": 3, "groups_kept": 2}, "qk_norm": "full"},
+    "deepseek-v2": {
+        "router": "deepseek_v2",
+        "num_experts_per_tok": 3,
+        "router_options": {"num_groups": 3, "groups_kept": 2, "device_weight": 0.7, "communication_weight": 0.4},
+    },
     "adamoe": {"router": "adamoe", **NULLS},
     "longcat": {"router": "longcat", "zero_compute_experts": ["copy"] * 2},
     "moepp": {"router": "moepp", "zero_compute_experts": ["zero", "copy", "constant", "constant"]},
@@ -31,6 +36,7 @@ VARIANTS = {
         "router": "classic",
         "router_options": {"capacity_factor": 0.7, "capacity_policy": "priority", "balance_loss": "first_choice"},
     },
+    "weight": {"router": "classic", "router_options": {"capacity_factor": 0.7, "capacity_policy": "weight"}},
     "entropy": {"router": "classic", "router_options": {"score": "sigmoid", "balance_loss": "entropy"}},
 }
 LONGER = (
@@ -42,6 +48,7 @@ LONGER = (
     "pregate-rmoe",
     "tutel",
     "priority",
+    "weight",
     "entropy",
 )
 each_variant = pytest.mark.parametrize(
@@ -111,6 +118,18 @@ def test_padding_is_not_counted_by_the_router(tiny_config, tmp_path):
         assert one.chosen.count_R.tolist() == other.count_R.tolist()
         np.testing.assert_allclose(one.probability_R, other.probability_R.detach(), rtol=1e-5)
         np.testing.assert_allclose(one.entropy, other.entropy, rtol=1e-5)
+
+
+def test_padding_counts_in_no_device_loss(tiny_config, tmp_path):
+    options = {"num_groups": 3, "groups_kept": 2}
+    model, twin = pair(tiny_config, tmp_path, {"router": "deepseek_v2", "router_options": options})
+    token_BS = torch.randint(96, (2, 6))
+    mask_BS = torch.ones_like(token_BS)
+    mask_BS[0, :4] = 0
+    theirs = model.train()(token_BS, attention_mask=mask_BS).router_stats
+    ours = twin(token_BS.numpy(), attention_mask=mask_BS.numpy(), is_training=True).router_stats
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one.penalty, other.penalty_T.detach().mean(), rtol=1e-5)
 
 
 def test_the_balancing_bias_moves_as_in_torch_and_is_no_parameter(tiny_config, tmp_path):

@@ -101,7 +101,7 @@ def compare_with_loops(layer, x_TD, context, plain, inputs, tolerance):
 
 def experts_of(layer, x_TD, score_TR, k, renormalise):
     share = score_TR.softmax(-1)
-    expert_TK = share.topk(k, -1).indices
+    expert_TK = share.sort(dim=-1, descending=True, stable=True).indices[:, :k]  # before a first chunk all scores tie
     weight_TK = share.gather(-1, expert_TK)
     if renormalise:
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)

@@ -35,7 +35,7 @@ def routings(draw):
 
 
 @settings(max_examples=80, deadline=None)
-@given(routings(), st.integers(0, 6), st.sampled_from(["first", "priority"]))
+@given(routings(), st.integers(0, 6), st.sampled_from(["first", "priority", "weight"]))
 def test_policy_equals_the_queue(routing, capacity, policy):
     rank_TK = CAPACITY_POLICIES[policy](routing).tolist()
     kept = queue_reference(routing, [capacity] * routing.num_routable, rank_TK)
@@ -43,6 +43,53 @@ def test_policy_equals_the_queue(routing, capacity, policy):
     found = {(t, k) for t, k in (limited.expert_TK < limited.empty_id).nonzero().tolist()}
     assert found == kept
     assert all(limited.expert_TK[t, k] == routing.expert_TK[t, k] for t, k in kept)
+
+
+def by_the_book(routing, capacity):
+    """Algorithm 2 of V-MoE in plain loops: choice by choice, tokens in the order of their largest weight."""
+    T, K = routing.expert_TK.shape
+    weight = routing.weight_TK.tolist()
+    taken, kept = [0] * routing.num_routable, set()
+    for k in range(K):
+        for t in sorted(range(T), key=lambda t: -max(weight[t])):
+            expert = int(routing.expert_TK[t, k])
+            if expert < routing.num_routable and taken[expert] < capacity:
+                taken[expert] += 1
+                kept.add((t, k))
+    return kept
+
+
+@settings(max_examples=80, deadline=None)
+@given(routings(), st.integers(0, 6))
+def test_priority_is_batch_prioritised_routing(routing, capacity):
+    limited = limit_capacity(routing, capacity, CAPACITY_POLICIES["priority"])
+    found = {(t, k) for t, k in (limited.expert_TK < limited.empty_id).nonzero().tolist()}
+    assert found == by_the_book(routing, capacity)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        ("first", [[True, True], [True, False], [True, False]]),
+        ("priority", [[True, False], [True, False], [True, True]]),
+        ("weight", [[False, True], [True, True], [True, False]]),
+    ],
+)
+def test_policies_worked_out_by_hand(policy, kept):
+    """Two places per expert. Largest weights: .5, .6, .9.
+
+    Expert 0 is the first choice of tokens 0 (.5) and 2 (.9) and the second of token 1 (.55): by weight alone token 1
+    would take the place of token 0, by V-MoE's order no second choice goes before a first one. Expert 1 is the second
+    choice of tokens 0 (.2) and 2 (.1) and the first of token 1 (.6): V-MoE gives the second place to token 2, whose
+    largest weight is .9, though this choice of it weighs less than that of token 0.
+    """
+    routing = Routing(
+        expert_TK=torch.tensor([[0, 1], [1, 0], [0, 1]]),
+        weight_TK=torch.tensor([[0.5, 0.2], [0.6, 0.55], [0.9, 0.1]]),
+        num_experts=2,
+    )
+    limited = limit_capacity(routing, 2, CAPACITY_POLICIES[policy])
+    assert (limited.expert_TK < limited.empty_id).tolist() == kept
 
 
 @settings(max_examples=40, deadline=None)

@@ -349,7 +349,7 @@ def test_every_combination_of_enumerated_settings_routes():
     for score, over, policy, loss in itertools.product(
         ("softmax", "selected_softmax", "sigmoid"),
         ("selected", "ffn", "nonzero"),
-        ("first", "priority", "random"),
+        ("first", "priority", "weight", "random"),
         ("switch", "null_averaged"),
     ):
         router = build(

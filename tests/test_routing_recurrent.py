@@ -180,3 +180,16 @@ def test_bad_options_are_refused():
         build(state_width=0)
     with pytest.raises(ValueError, match="did you mean 'recurrence'"):
         build(recurence="none")
+
+
+@pytest.mark.parametrize("recurrence", ["full", "detach", "none"])
+def test_blocks_without_gradient_give_what_training_gives(recurrence, monkeypatch, tolerance):
+    monkeypatch.setattr("routing.gru.BLOCK_ROWS", 2)
+    monkeypatch.setattr("routing.gru.FEWEST_ROWS", 1)
+    routers, x_LTD = build(recurrence=recurrence), torch.randn(L, T, D, dtype=torch.float64)
+    expected = run(routers, x_LTD)
+    with torch.no_grad():
+        for (found, stats), (wanted, wanted_stats) in zip(run(routers, x_LTD), expected, strict=True):
+            torch.testing.assert_close(stats.logit_TR, wanted_stats.logit_TR, **tolerance[torch.float64])
+            assert torch.equal(found.expert_TK, wanted.expert_TK)
+            torch.testing.assert_close(found.weight_TK, wanted.weight_TK, **tolerance[torch.float64])

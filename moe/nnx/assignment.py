@@ -82,7 +82,7 @@ class RoutingContext:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["probability_TR", "logit_TR", "chosen", "kept", "is_valid_T", "target_share_R"],
+    data_fields=["probability_TR", "logit_TR", "chosen", "kept", "is_valid_T", "target_share_R", "penalty"],
     meta_fields=["batch_size", "balance_loss"],
 )
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,6 +98,7 @@ class RouterStats:
         target_share_R: the load shares that the balance loss aims at; None means uniform.
         batch_size: B, sequences among the T tokens.
         balance_loss: the name in `losses.BALANCE_LOSSES` of the loss that the router is trained with.
+        penalty: a loss that the router weighs itself, or None.
     """
 
     probability_TR: Array
@@ -108,6 +109,7 @@ class RouterStats:
     target_share_R: Array | None
     batch_size: int
     balance_loss: str
+    penalty: Array | None = None
 
     @property
     def probability_R(self) -> Array:

@@ -20,7 +20,15 @@ def first(routing: Routing, key: Array | None) -> Array:
 
 
 def priority(routing: Routing, key: Array | None) -> Array:
-    """The largest weights stay."""
+    """First choices before second ones; within a choice, tokens by their largest weight."""
+    T, K = routing.weight_TK.shape
+    order_T = jnp.argsort(lax.stop_gradient(routing.weight_TK).max(axis=-1), descending=True, stable=True)
+    place_T = jnp.zeros_like(order_T).at[order_T].set(jnp.arange(T))
+    return -(jnp.arange(K) * T + place_T[:, None])
+
+
+def weight(routing: Routing, key: Array | None) -> Array:
+    """Whatever choice it is, the largest weights stay."""
     return lax.stop_gradient(routing.weight_TK)
 
 
@@ -34,6 +42,7 @@ def random(routing: Routing, key: Array | None) -> Array:
 CAPACITY_POLICIES: dict[str, Callable[[Routing, Array | None], Array]] = {
     "first": first,
     "priority": priority,
+    "weight": weight,
     "random": random,
 }
 

@@ -69,12 +69,17 @@ class ClassicRouter(nnx.Module):
             target_share_R=None if self.rule.ffn_share == 1 else jnp.asarray(self._target_share_R(), jnp.float32),
             batch_size=context.batch_size,
             balance_loss=self.rule.balance_loss,
+            penalty=self.penalty(probability_TR, chosen, context),
         )
         return kept, carry, stats
 
     def logits(self, x_TD: Array, carry: Carry) -> tuple[Array, Carry]:
         """[T, R] scores before any activation, and what the next layer's router is told."""
         return x_TD @ self.weight[...].astype(jnp.float32).T, carry
+
+    def penalty(self, probability_TR: Array, chosen: Routing, context: RoutingContext) -> Array | None:
+        """Losses that the router weighs itself, over valid tokens. None for none."""
+        return None
 
     def post_step(self, count_R: Array) -> None:
         """Move the balancing bias towards the mean load, or the FFN experts' bias towards the target load.

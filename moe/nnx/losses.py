@@ -73,10 +73,14 @@ def z_loss(stats: RouterStats) -> Array:
 
 
 def auxiliary_loss(stats: Sequence[RouterStats], *, balance_weight: float, z_weight: float) -> Array:
-    """The weighted sum of each router's balance loss and the z-loss, averaged over layers."""
-    per_layer = [
-        balance_weight * BALANCE_LOSSES[layer.balance_loss](layer) + z_weight * z_loss(layer) for layer in stats
-    ]
+    """The weighted sum of each router's balance loss and the z-loss, averaged over layers.
+
+    A router's own penalty, which it weighs itself, is added as it is.
+    """
+    per_layer = []
+    for layer in stats:
+        loss = balance_weight * BALANCE_LOSSES[layer.balance_loss](layer) + z_weight * z_loss(layer)
+        per_layer.append(loss if layer.penalty is None else loss + layer.penalty)
     return jnp.stack(per_layer).mean()
 
 

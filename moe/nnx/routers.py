@@ -16,6 +16,7 @@ from routing import build_routers
 from ..config import MoEConfig
 from .assignment import Carry, RouterStats, Routing, RoutingContext
 from .classic import ClassicRouter, GRUCell, PathwayRouter, RecurrentRouter
+from .device_balance import DeviceBalancedRouter
 
 
 class PreGate(nnx.Module):
@@ -78,6 +79,21 @@ def _classic(originals: list[Any], config: MoEConfig, rngs: nnx.Rngs) -> list[Cl
     return [ClassicRouter(one.sizes, one.layer, one.rule, std, rngs) for one in originals]
 
 
+def _device_balanced(originals: list[Any], config: MoEConfig, rngs: nnx.Rngs) -> list[ClassicRouter]:
+    return [
+        DeviceBalancedRouter(
+            one.sizes,
+            one.layer,
+            one.rule,
+            config.initializer_range,
+            rngs,
+            device_weight=one.device_weight,
+            communication_weight=one.communication_weight,
+        )
+        for one in originals
+    ]
+
+
 def _pathway(originals: list[Any], config: MoEConfig, rngs: nnx.Rngs) -> list[ClassicRouter]:
     std = config.initializer_range
     if originals[0].hidden_weight is not None or originals[0].logit_std is not None:
@@ -114,6 +130,7 @@ def _pregate(originals: list[Any], config: MoEConfig, rngs: nnx.Rngs) -> list[Pr
 
 TWINS: dict[str, Callable[[list[Any], MoEConfig, nnx.Rngs], list[Any]]] = {
     "ClassicRouter": _classic,
+    "DeviceBalancedRouter": _device_balanced,
     "PathwayRouter": _pathway,
     "RecurrentRouter": _recurrent,
     "PreGate": _pregate,

@@ -1,0 +1,70 @@
+"""The best experts by sorted keys, against a sort of Python tuples."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import routing.top_experts
+from routing.top_experts import FEWEST_SCORES, _by_sorted_keys, _by_stable_sort, top_experts
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 1 + 2**-23, 1 + 2**-22, -1 - 2**-23, 2**-149, -(2**-149), 3e38, torch.inf, -torch.inf]
+
+
+def by_the_book(score, top_k):
+    """Falling scores; equal ones by rising id."""
+    return [sorted(range(len(row)), key=lambda e: (-row[e], e))[:top_k] for row in score.tolist()]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.integers(1, 5), st.integers(1, 70))
+def test_both_ways_are_the_order_of_scores_then_ids(data, num_tokens, num_experts):
+    top_k = data.draw(st.integers(1, num_experts))
+    number = st.sampled_from(SPECIAL) | st.floats(width=32, allow_nan=False)
+    row = st.lists(number, min_size=num_experts, max_size=num_experts)
+    score = torch.tensor([data.draw(row) for _ in range(num_tokens)], dtype=torch.float32)
+    expected = by_the_book(score, top_k)
+    assert _by_stable_sort(score, top_k).tolist() == expected
+    assert _by_sorted_keys(score, top_k).tolist() == expected
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(64, 8), (60, 4), (16, 2), (8, 8), (256, 8), (1000, 16), (1, 1)])
+@pytest.mark.parametrize("spread", [1.0, 1e-6])
+def test_many_tokens_are_those_of_topk(num_experts, top_k, spread):
+    """A small spread leaves many pairs whose leading bits are equal."""
+    score = (1 + spread * torch.randn(max(40, 1 + FEWEST_SCORES // num_experts), num_experts)).softmax(dim=-1)
+    expert_TK = top_experts(score, top_k)
+    assert expert_TK.dtype == torch.int64
+    assert torch.equal(score.gather(1, expert_TK), score.topk(top_k, dim=-1).values)
+    assert torch.equal(expert_TK, _by_stable_sort(score, top_k))
+
+
+def test_rows_that_are_no_neighbours_in_memory():
+    score = torch.randn(64, 300).T
+    assert torch.equal(top_experts(score, 5), _by_stable_sort(score, 5))
+
+
+def test_scores_are_left_as_they_are():
+    score = torch.randn(300, 64)
+    before = score.clone()
+    top_experts(score, 8)
+    assert torch.equal(score, before)
+
+
+def test_few_tokens_and_double_precision_choose_by_the_same_rule(monkeypatch):
+    score = torch.randint(0, 3, (200, 64)).float()
+    many = top_experts(score, 8)
+    assert torch.equal(top_experts(score[:1], 8), many[:1])
+    assert torch.equal(top_experts(score.double(), 8), many)
+    monkeypatch.setattr(routing.top_experts, "FEWEST_SCORES", score.numel() + 1)
+    assert torch.equal(top_experts(score, 8), many)
+
+
+def test_a_diverged_token_disturbs_no_other():
+    score = torch.randn(300, 64)
+    expected = top_experts(score, 8)
+    score[7], score[9, 3] = torch.nan, -torch.nan
+    found = top_experts(score, 8)
+    others = [t for t in range(300) if t not in (7, 9)]
+    assert torch.equal(found[others], expected[others])
+    assert all(len(set(row)) == 8 and min(row) >= 0 and max(row) < 64 for row in found[[7, 9]].tolist())
