@@ -5,6 +5,7 @@ to one sequence on one machine with a disk below it.
 """
 
 from dataclasses import dataclass
+from math import comb
 
 from .hardware import Hardware
 
@@ -62,8 +63,9 @@ def predict_decode(
 ) -> Prediction:
     """Time of one token.
 
-    Within a layer the hits are computed while the misses load, and each miss once it is there; everything outside
-    experts does not overlap with reading.
+    Within a layer the hits are computed while the misses load, and each miss once it is there, the last one after all
+    reading. How many of a layer's experts miss is taken as binomial, because a layer without misses leaves the disk
+    idle. Everything outside experts does not overlap with reading.
 
     Args:
         is_fast: products whose last bits may differ.
@@ -73,11 +75,25 @@ def predict_decode(
     rate = hardware.fast_bytes_per_s if is_fast and hardware.fast_bytes_per_s else hardware.exact_bytes_per_s
     if is_compressed and hardware.compressed_bytes_per_s:
         rate = hardware.compressed_bytes_per_s
-    disk = work.missed_bytes / (hardware.cached_bytes_per_s if is_cached else hardware.disk_bytes_per_s)
+    disk_rate = hardware.cached_bytes_per_s if is_cached else hardware.disk_bytes_per_s
     outside = work.resident_bytes / rate + work.num_layers * hardware.layer_s
     experts = (work.active_bytes - work.resident_bytes) / rate
-    hits = experts * work.hit_rate
-    return Prediction(disk_s=disk, compute_s=outside + experts, token_s=outside + max(disk, hits) + experts - hits)
+    layer = _layer_seconds(work, work.expert_bytes / disk_rate, work.expert_bytes / rate)
+    return Prediction(
+        disk_s=work.missed_bytes / disk_rate,
+        compute_s=outside + experts,
+        token_s=outside + work.num_layers * layer,
+    )
+
+
+def _layer_seconds(work: DecodeWork, read_s: float, compute_s: float) -> float:
+    """The experts of one layer, over the number of misses, given the seconds of reading and of computing one."""
+    top_k, seconds = work.experts_per_layer, 0.0
+    for misses in range(top_k + 1):
+        chance = comb(top_k, misses) * (1 - work.hit_rate) ** misses * work.hit_rate ** (top_k - misses)
+        last = compute_s if misses else 0.0
+        seconds += chance * (max(misses * read_s, (top_k - (misses > 0)) * compute_s) + last)
+    return seconds
 
 
 def expected_hit_rate(share: float, top_k: int, num_experts: int) -> float:

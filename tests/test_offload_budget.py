@@ -106,12 +106,17 @@ def test_cost_by_hand():
     assert prediction.compute_s == pytest.approx(0.06)
     assert prediction.binds == "disk"
     assert prediction.floor_s == pytest.approx(0.15)
-    assert prediction.token_s == pytest.approx(0.03 + 0.15 + 0.015)
+    one_layer_ms = [4 * 0.75, 7.5 + 0.75, 15 + 0.75, 22.5 + 0.75, 30 + 0.75]  # with 0 to 4 misses, of 7.5 ms each
+    expected_ms = sum(count * ms for count, ms in zip([1, 4, 6, 4, 1], one_layer_ms, strict=True)) / 16
+    assert prediction.token_s == pytest.approx(0.03 + 10 * expected_ms / 1000)
     slow_layers = predict_decode(work, replace(HARDWARE, layer_s=0.001), is_fast=False)
     assert slow_layers.token_s == pytest.approx(prediction.token_s + 10 * 0.001)
     all_hits = DecodeWork(num_layers=10, experts_per_layer=4, expert_bytes=15_000_000, resident_bytes=0, hit_rate=1.0)
     in_memory = predict_decode(all_hits, HARDWARE, is_fast=True)
     assert (in_memory.binds, in_memory.token_s) == ("memory", pytest.approx(0.02))
+    compressed = replace(HARDWARE, compressed_bytes_per_s=2 * HARDWARE.exact_bytes_per_s)
+    assert predict_decode(work, compressed, is_fast=False, is_compressed=True).compute_s == pytest.approx(0.03)
+    assert predict_decode(work, compressed, is_fast=False).compute_s == prediction.compute_s
 
 
 def test_expected_hit_rate_is_a_rate():
