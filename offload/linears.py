@@ -1,8 +1,11 @@
-"""Resident linear layers on single tokens: our products where they have the bits, siblings of one input together."""
+"""Resident linear layers on single tokens: our products where they have the bits, siblings of one input together.
+
+Routers and the like hold a matrix and call `torch.nn.functional.linear` themselves; their weights see to it.
+"""
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,11 @@ from .matvec import Matvecs
 
 def quicken_linears(model: nn.Module, matvecs: Matvecs) -> None:
     """Let the resident bfloat16 linear layers of a model multiply single tokens by `matvecs`."""
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        is_other = not isinstance(module, nn.Linear | nn.Embedding) and weight is not None
+        if is_other and weight.dim() == 2 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+            module.weight = TokenWeight(weight.data, matvecs)
     for parent in list(model.modules()):
         siblings = defaultdict(list)
         for child in parent.children():
@@ -23,6 +31,35 @@ def quicken_linears(model: nn.Module, matvecs: Matvecs) -> None:
             group = SiblingLinears(linears, matvecs)
             for number, linear in enumerate(linears):
                 linear.forward = functools.partial(group, number, linear.forward)  # type: ignore[method-assign]
+
+
+class TokenWeight(nn.Parameter):
+    """A matrix that single tokens are multiplied with by `matvecs` when `linear` is called with it.
+
+    Args:
+        weight_FD: the matrix.
+        matvecs: the products.
+    """
+
+    matvecs: Matvecs
+
+    def __new__(cls, weight_FD: torch.Tensor, matvecs: Matvecs) -> "TokenWeight":
+        weight: TokenWeight = torch.Tensor._make_subclass(cls, weight_FD, False)
+        weight.matvecs = matvecs
+        return weight
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is nn.functional.linear and len(args) == 2 and not kwargs and isinstance(args[1], TokenWeight):
+                x, weight_FD = args
+                if isinstance(x, torch.Tensor) and x.numel() == weight_FD.shape[1] and not x.requires_grad:
+                    out = x.new_empty(*x.shape[:-1], len(weight_FD))
+                    if weight_FD.matvecs.multiply(x, (weight_FD,), (out,)):
+                        return out
+            return func(*args, **(kwargs or {}))
 
 
 @dataclass(eq=False)

@@ -32,6 +32,7 @@ from .layout import ExpertLayer, experts_modules, locate_experts, match_checkpoi
 from .linears import quicken_linears
 from .matvec import Matvecs
 from .model_folder import local_folder, model_class_of, read_config, running_dtype_of
+from .norms import quicken_norms
 from .packing import read_pack
 from .prefetch import PREDICTORS
 from .resident import compress_linears, expansion_bytes, move_to_huge_pages, weight_bytes
@@ -156,6 +157,7 @@ def load(
         add_gpu_tier(running, lane, model, layers, gpu_plan, matvecs)
     else:
         quicken_linears(model, matvecs)
+        quicken_norms(model)
     if starting is not None:
         running.fill(starting.experts_L)
     return _attach(model, running, memory, policy)

@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "matvec.c", FOLDER / "compress.c")
+SOURCES = (FOLDER / "matvec.c", FOLDER / "compress.c", FOLDER / "norms.c")
 HEADERS = (FOLDER / "compressed.h",)
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def _compile(compiler: str, work: Path) -> Path:
     for source, target in zip(SOURCES, compiled, strict=True):
         _run([compiler, *FLAGS, "-c", str(source), "-o", target])
     for openmp in ((), ("-fopenmp",)):
-        _run([compiler, "-shared", *openmp, *compiled, "-o", str(built)])
+        _run([compiler, "-shared", *openmp, *compiled, "-lm", "-o", str(built)])
         try:
             ctypes.CDLL(str(built))
             return built

@@ -118,3 +118,28 @@ def test_threads_do_not_take_each_others_results():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+class Gate(nn.Module):
+    """Like the routers of transformers: a weight, and `linear` called by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+def test_weights_that_modules_multiply_with_themselves():
+    gate = Gate().bfloat16().requires_grad_(False)
+    x_TD = torch.randn(3, 64).bfloat16()
+    expected, single = gate(x_TD), gate(x_TD[:1])
+    matvecs = Matvecs("exact")
+    quicken_linears(gate, matvecs)
+    assert torch.equal(gate(x_TD), expected)
+    assert torch.equal(gate(x_TD[:1]), single)
+    assert "32x64" in matvecs.names or not matvecs._kernels
+    assert type(gate.weight.float()) is torch.Tensor
+    assert torch.equal(gate.weight + 1, gate.weight.data + 1)
+    assert torch.equal(nn.functional.linear(x_TD[:1], weight=gate.weight), single)
