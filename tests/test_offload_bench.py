@@ -63,7 +63,7 @@ def test_llama_cpp_computes_the_same_model(checkpoint):
 
 
 def test_an_unknown_contestant_is_refused_before_anything_runs(tmp_path):
-    with pytest.raises(ValueError, match="unknown contestant 'theirs'; there are ours,"):
+    with pytest.raises(ValueError, match="unknown contestant 'theirs'; there are ours-compressed, ours,"):
         bench_offload.bench_offload(tmp_path, contestant=["theirs"])
 
 

@@ -22,8 +22,9 @@ def first(routing: Routing, key: Array | None) -> Array:
 def priority(routing: Routing, key: Array | None) -> Array:
     """First choices before second ones; within a choice, tokens by their largest weight."""
     T, K = routing.weight_TK.shape
-    order_T = jnp.argsort(lax.stop_gradient(routing.weight_TK).max(axis=-1), descending=True, stable=True)
-    place_T = jnp.zeros_like(order_T).at[order_T].set(jnp.arange(T))
+    iota_T = jnp.arange(T)
+    _, order_T = lax.sort((-lax.stop_gradient(routing.weight_TK).max(axis=-1), iota_T), num_keys=1, is_stable=True)
+    place_T = jnp.zeros_like(order_T).at[order_T].set(iota_T)
     return -(jnp.arange(K) * T + place_T[:, None])
 
 
