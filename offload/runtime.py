@@ -28,6 +28,8 @@ from .token_experts import FusedExperts, TokenRows, fuse_experts
 from .tracing import TraceRecorder
 
 IMPLEMENTATION = "expertier_offload"
+ROWS_FOR_ALL = 4
+"""Rows per expert from which on one in 50 experts is not asked for, if rows choose at random."""
 
 
 class OffloadRuntime:
@@ -139,8 +141,20 @@ class OffloadRuntime:
 
     def _look_ahead(self, layer: int, x_TD: torch.Tensor, expert_TK: torch.Tensor) -> None:
         """Once this layer's reads are on their way: start what the next layers will probably ask for."""
-        if self.prefetcher is not None and len(expert_TK) == 1:
+        if len(expert_TK) > 1:
+            self._fill_next(layer, expert_TK.numel())
+        elif self.prefetcher is not None:
             self.prefetcher.look_ahead(layer, x_TD, expert_TK, self.layers)
+
+    def _fill_next(self, layer: int, num_rows: int) -> None:
+        """Many rows ask for nearly every expert: read into the next layer's free slots what it does not have."""
+        if layer + 1 == len(self.layers) or self.gpu is not None:
+            return
+        slots = self.layers[layer + 1]
+        if num_rows >= ROWS_FOR_ALL * slots.num_experts:
+            missing = [expert for expert in range(slots.num_experts) if expert not in slots]
+            for expert in missing[: slots.num_free]:
+                slots.read_ahead(expert, (), slots.num_experts)
 
     def _forward_eager(
         self, slots: LayerSlots, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor

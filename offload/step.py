@@ -38,13 +38,13 @@ class ExpertStep:
         self._in_flight: dict[int, Ticket] = {}
 
     def run(self, rows: RoutedRows | TokenRows, reads_started: Callable[[], None] = lambda: None) -> None:
-        """Compute every needed expert once; `reads_started` is called when all reads that fit are on their way."""
+        """Compute every needed expert once; `reads_started` is called when no more reads are waiting for slots."""
         hits, misses = self._look_up()
         try:
             if self._fits:
                 self._run_together(rows, hits, misses, reads_started)
             else:
-                self._run_in_waves(rows, hits, misses)
+                self._run_in_waves(rows, hits, misses, reads_started)
         finally:
             self._settle()
 
@@ -70,7 +70,9 @@ class ExpertStep:
                 rows.start(expert, self._weights[expert])
         self._counters.compute_s += time.perf_counter() - started
 
-    def _run_in_waves(self, rows: RoutedRows | TokenRows, hits: list[int], misses: list[int]) -> None:
+    def _run_in_waves(
+        self, rows: RoutedRows | TokenRows, hits: list[int], misses: list[int], reads_started: Callable[[], None]
+    ) -> None:
         """Fewer slots than experts: those that wait take the slots of computed ones, at most half of the slots."""
         slots, waiting = self._slots, misses[::-1]
         for expert in hits:
@@ -80,12 +82,16 @@ class ExpertStep:
         window = max(1, slots.num_slots // 2)
         while waiting and len(self._in_flight) < window:
             self._read(waiting.pop(), pinned=list(self._in_flight))
+        if not waiting:
+            reads_started()
         while self._in_flight:
             expert = self._next_landed()
             self._timed(rows.compute, expert)
             if waiting:
                 slots.release(expert)
                 self._read(waiting.pop(), pinned=list(self._in_flight))
+                if not waiting:
+                    reads_started()
 
     def __enter__(self) -> "ExpertStep":
         _, misses = self._look_up()
