@@ -241,7 +241,8 @@ class LearnedReuse:
         self._block = max(self.LEAST_BLOCK, self.BLOCK_PER_KEY * num_keys)
         self._resident: set[int] = set()
         self._decay = np.array(self.DECAYS, np.float64)[:, None]
-        self._frequency = np.zeros((len(self.DECAYS), num_keys))
+        self._input = np.append(np.zeros(len(self.DECAYS) * num_keys), 1.0)
+        self._frequency = self._input[:-1].reshape(len(self.DECAYS), num_keys)
         self._start = np.zeros((len(self.DECAYS) * num_keys + 1, num_keys))
         self._start[self.START * num_keys : (self.START + 1) * num_keys] = np.eye(num_keys)
         self._model = self._start
@@ -268,7 +269,7 @@ class LearnedReuse:
         self._frequency[:, keys] += 1 - self._decay
         self._score = None
         if self._num_keys <= self.MOST_KEYS:
-            self._inputs.append(np.append(self._frequency.reshape(-1), 1.0))
+            self._inputs.append(self._input.copy())
             self._demands.append(keys)
             if len(self._inputs) == self._block + self.HORIZON:
                 self._learn()
@@ -295,7 +296,7 @@ class LearnedReuse:
     def rank(self, key: int) -> tuple[float, float]:
         """Expected use soon, and how recent the last use is."""
         if self._score is None:
-            self._score = np.append(self._frequency.reshape(-1), 1.0) @ self._model
+            self._score = self._input @ self._model
         return float(self._score[key]), float(self._frequency[0, key])
 
     def access(self, keys: Sequence[int], next_uses: Sequence[int] = (), weights: Sequence[float] = ()) -> int:
