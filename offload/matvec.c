@@ -4,25 +4,12 @@
    The order of a sum depends on `columns` alone, so results do not depend on threads, on what else is computed, or on
    whether the weights are compressed. */
 
+#include "bfloat16.h"
 #include "compressed.h"
 
 #include <stdlib.h>
 
 enum { CHUNK = 4 };
-
-static inline float load_bf16(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
-}
-
-static inline uint16_t round_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 /* --- dot products: every processor, quickest with avx512_bf16 -------------------------------------------------- */
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "matvec.c", FOLDER / "compress.c", FOLDER / "norms.c")
-HEADERS = (FOLDER / "compressed.h",)
+HEADERS = (FOLDER / "bfloat16.h", FOLDER / "compressed.h")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
 
 

@@ -3,25 +3,11 @@
    Source of the order of summation: aten/src/ATen/native/cpu/SumKernel.cpp of PyTorch. This file must be compiled without
    contraction of products and sums. */
 
+#include "bfloat16.h"
+
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
 enum { LANES = 8, CHAINS = 4, LEVELS = 4, LEAST_POWER = 4 };
-
-static inline float load_bf16(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
-}
-
-static inline uint16_t round_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 static int power_of_level(int64_t steps) {
     int power = 0;
