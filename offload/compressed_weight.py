@@ -12,6 +12,8 @@ from .compression import expand
 class CompressedWeight(torch.Tensor):
     """A bfloat16 matrix whose bytes are compressed; it is expanded for every operation but our product of one token.
 
+    It cannot be written to: a change would be made to what was expanded, and lost.
+
     Args:
         compressed: as `compress` made it, followed by GUARD_BYTES.
         shape: of the matrix.
@@ -44,5 +46,10 @@ class CompressedWeight(torch.Tensor):
     ) -> Any:
         if func is torch.ops.aten.detach.default:
             return cls(args[0].compressed, args[0].shape)
+        if func._schema.is_mutable and isinstance(args[0], cls):
+            raise RuntimeError(
+                f"{func} would change a compressed weight, which only holds what was loaded; load the model without a "
+                "compressed copy of its experts"
+            )
         plain_args, plain_kwargs = tree_map_only(cls, cls.expanded, (tuple(args), dict(kwargs or {})))
         return func(*plain_args, **plain_kwargs)

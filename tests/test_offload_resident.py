@@ -77,6 +77,18 @@ def test_a_compressed_weight_is_any_other_tensor_to_others(linears):
     assert "CompressedWeight" in repr(weight)
 
 
+def test_a_compressed_weight_cannot_be_written_to(linears):
+    compress_linears(linears)
+    with torch.no_grad():
+        for write in (
+            lambda weight: weight.mul_(2),
+            lambda weight: weight.copy_(weight + 1),
+            lambda weight: weight.zero_(),
+        ):
+            with pytest.raises(RuntimeError, match="would change a compressed weight"):
+                write(linears[0].weight)
+
+
 def test_single_tokens_are_multiplied_without_expanding(linears, monkeypatch):
     x_1D = torch.randn(1, 128).bfloat16()
     expected = linears[0](x_1D)
