@@ -26,14 +26,16 @@ def quicken_norms(model: nn.Module) -> None:
     numbers of several magnitudes. Modules whose bits are none of these stay as they are, and all do if torch adds up
     numbers in another order than we.
     """
-    kernel = _kernel()
-    if kernel is None:
+    kernels = _kernels()
+    if kernels is None:
         return
     for module in model.modules():
         epsilon = _epsilon(module)
-        if epsilon is not None and _sums_like_torch(module.weight.shape[0]):
+        if epsilon is not None and _sums_like_torch(kernels, module.weight.shape[0]):
             for rounds_first in (True, False):
-                norm = functools.partial(_norm, kernel, rounds_first, module.weight, epsilon, module.forward)
+                norm = functools.partial(
+                    _norm, kernels.expertier_rms_norm, rounds_first, module.weight, epsilon, module.forward
+                )
                 if _has_the_bits_of(module, norm):
                     module.forward = norm  # type: ignore[method-assign]
                     break
@@ -79,16 +81,16 @@ def _has_the_bits_of(module: nn.Module, norm: Forward) -> bool:
 
 
 @functools.cache
-def _sums_like_torch(width: int) -> bool:
+def _sums_like_torch(kernels: ctypes.CDLL, width: int) -> bool:
     """Whether float32 sums have the bits of torch's; a norm in bfloat16 would show a difference too rarely."""
     value_TD = torch.randn(TRIED_SUMS, width, generator=torch.Generator().manual_seed(0)).square()
-    found = [native.library().expertier_sum(row_D.data_ptr(), width) for row_D in value_TD]
+    found = [kernels.expertier_sum(row_D.data_ptr(), width) for row_D in value_TD]
     return torch.equal(value_TD.sum(-1), torch.tensor(found))
 
 
 @functools.cache
-def _kernel() -> Any:
-    """`expertier_rms_norm`; None without a C compiler."""
+def _kernels() -> ctypes.CDLL | None:
+    """The library with the types of `expertier_sum` and `expertier_rms_norm` set; None without a C compiler."""
     try:
         library = native.library()
     except OSError:
@@ -96,7 +98,8 @@ def _kernel() -> Any:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.expertier_sum.argtypes = [pointer, number]
     library.expertier_sum.restype = ctypes.c_float
-    function = library.expertier_rms_norm
-    function.argtypes = [ctypes.c_int, pointer, pointer, ctypes.c_float, pointer, pointer, number, number]
-    function.restype = None
-    return function
+    library.expertier_rms_norm.argtypes = [
+        ctypes.c_int, pointer, pointer, ctypes.c_float, pointer, pointer, number, number,
+    ]  # fmt: skip
+    library.expertier_rms_norm.restype = None
+    return library

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 from xxhash import xxh3_64_hexdigest
 
 import offload
-from offload import compression, native, packing
+from offload import compression, native, norms, packing
 from offload.compression import CompressedShape, can_compress, compress, expand
 from offload.fit import fit
 from offload.matvec import Matvecs
@@ -177,16 +177,27 @@ def test_a_model_has_the_same_bits(folder, pack, cache_experts, io):
     model.offload.close()
 
 
-def test_a_model_has_the_same_bits_without_our_c(folder, pack, monkeypatch):
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """As on a machine without a C compiler, also for what was compiled before."""
+
     def none():
         raise OSError("no compiler")
 
-    native.compression_kernels.cache_clear()
+    caches = native.compression_kernels, norms._kernels
+    for cache in caches:
+        cache.cache_clear()
     monkeypatch.setattr(native, "library", none)
     monkeypatch.setattr("offload.matvec._kernels", none)
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_model_has_the_same_bits_without_our_c(folder, pack):
     expected = _run(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
     assert torch.equal(_run(offload.load(folder, cache_experts=2, pack=pack)), expected)
-    native.compression_kernels.cache_clear()
 
 
 def test_more_experts_fit_the_same_memory(folder, pack):
