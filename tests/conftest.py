@@ -36,6 +36,20 @@ def _seed():
 
 
 @pytest.fixture
+def run(monkeypatch):
+    """`expertier` with these arguments, in this process; gives its exit code."""
+    from experiments import cli
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["expertier", *map(str, arguments)])
+        with pytest.raises(SystemExit) as finished:
+            cli.main()
+        return finished.value.code or 0
+
+    return call
+
+
+@pytest.fixture
 def tiny_config():
     """A function from overrides to a MoEConfig that builds in milliseconds."""
     from moe import MoEConfig

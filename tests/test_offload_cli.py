@@ -12,7 +12,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from experiments import cli as joined_cli
 from routing.traces import RoutingTrace
 
 
@@ -36,17 +35,6 @@ def model_folder(tmp_path_factory):
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def run(monkeypatch):
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["expertier", *map(str, arguments)])
-        with pytest.raises(SystemExit) as finished:
-            joined_cli.main()
-        return finished.value.code or 0
-
-    return call
 
 
 def test_generate(model_folder, run, tmp_path):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from experiments import bench_offload_gpu
-from experiments import cli as joined_cli
 from experiments.replay import ReplaySize, build_replay
 from offload.budget import Needs
 from offload.cost import DecodeWork
@@ -47,17 +46,6 @@ def model_folder(tmp_path_factory):
     config = OlmoeConfig(**sizes, num_key_value_heads=2, intermediate_size=24, num_experts=8, num_experts_per_tok=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def run(monkeypatch):
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["expertier", *map(str, arguments)])
-        with pytest.raises(SystemExit) as finished:
-            joined_cli.main()
-        return finished.value.code or 0
-
-    return call
 
 
 @pytest.fixture
