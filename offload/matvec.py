@@ -115,17 +115,35 @@ def _fits(x: torch.Tensor, weights_FD: Sequence[torch.Tensor]) -> bool:
 
 
 def _has_the_bits_of_torch(kernel: Kernel, weight_FD: torch.Tensor) -> bool:
+    """On the given weight, and on products that are rounding alone: these tell any two orders of adding up apart, where
+    of ordinary sums, rounded to bfloat16, only one in thousands differs."""
     generator = torch.Generator().manual_seed(0)
-    expected_1F, found_1F = (weight_FD.new_empty(1, weight_FD.shape[0]) for _ in range(2))
-    for trial in range(TRIALS):
-        x_1D = torch.randn(1, weight_FD.shape[1], generator=generator).mul_(10.0 ** (trial - 2)).bfloat16()
-        torch.mm(x_1D, weight_FD.t(), out=expected_1F)
-        kernel(x_1D, (weight_FD,), (found_1F,))
-        if not torch.equal(expected_1F, found_1F) or not torch.equal(
-            nn.functional.linear(x_1D[None], weight_FD)[0], found_1F
-        ):
-            return False
-    return True
+    rows, columns = weight_FD.shape
+    given = [
+        (torch.randn(1, columns, generator=generator).mul_(10.0 ** (trial - 2)).bfloat16(), weight_FD)
+        for trial in range(TRIALS)
+    ]
+    return all(_agree(kernel, *operands) for operands in (*given, _cancelling(rows, columns, generator)))
+
+
+def _agree(kernel: Kernel, x_1D: torch.Tensor, weight_FD: torch.Tensor) -> bool:
+    expected_1F, found_1F = (weight_FD.new_empty(1, len(weight_FD)) for _ in range(2))
+    torch.mm(x_1D, weight_FD.t(), out=expected_1F)
+    kernel(x_1D, (weight_FD,), (found_1F,))
+    linear_1F = nn.functional.linear(x_1D[None], weight_FD)[0]
+    return torch.equal(expected_1F, found_1F) and torch.equal(linear_1F, found_1F)
+
+
+def _cancelling(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """[1, D] and [F, D] whose product would be 0 without rounding: every term comes a second time, negative."""
+    half = columns // 2
+    place_D = torch.randperm(columns, generator=generator)
+    x_1D, weight_FD = torch.zeros(1, columns).bfloat16(), torch.zeros(rows, columns).bfloat16()
+    x_1H = torch.randn(1, half, generator=generator).bfloat16()
+    weight_FH = torch.randn(rows, half, generator=generator).bfloat16()
+    for places, sign in ((place_D[:half], 1), (place_D[half : 2 * half], -1)):
+        x_1D[:, places], weight_FD[:, places] = x_1H, sign * weight_FH
+    return x_1D, weight_FD
 
 
 def _name(kernel: Kernel | None) -> str:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from moe import ARCHITECTURES, MoEConfig, MoEForCausalLM
+from tests.resident import load_resident
 
 README = {"expert_widths": [16, 8, 24], "permanent_widths": [8, 16, 0]}
 README |= {"router_width": 16, "router_heads": 2, "router_ffn": 12}
@@ -103,6 +104,6 @@ def test_a_checkpoint_round_trip_keeps_the_logits(model, tmp_path):
     extra = inputs_of(model, token_BS)
     model.save_pretrained(tmp_path)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), MoEConfig)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    loaded = load_resident(tmp_path)
     with torch.no_grad():
         assert torch.equal(model(token_BS, **extra).logits, loaded(token_BS, **extra).logits)

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 import offload
 from moe import MoEForCausalLM
 from routing import auxiliary_loss
+from tests.resident import load_resident
 
 SETTINGS = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
@@ -83,7 +84,7 @@ def test_router_has_no_parameters_and_prefers_what_is_sparse(tiny_config):
 def test_statistics_follow_the_weights(tiny_config, tmp_path):
     model, token_BS = build(tiny_config), torch.randint(96, (2, 7))
     model.save_pretrained(tmp_path / "new")
-    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    fresh = load_resident(tmp_path / "new")
     assert torch.equal(fresh(token_BS).logits, model.eval()(token_BS).logits), "never run before it was saved"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     model.train()
@@ -123,7 +124,7 @@ def test_the_routers_statistics_stay_exact_in_a_halved_model(tiny_config, tmp_pa
 @pytest.mark.parametrize("slots", [1, 2, 4, 6])
 def test_offloaded_logits_are_the_resident_bits(tiny_config, tmp_path, slots):
     build(tiny_config).save_pretrained(tmp_path)
-    resident = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="grouped_mm")
+    resident = load_resident(tmp_path, experts_implementation="grouped_mm")
     loaded = offload.load(tmp_path, cache_experts=slots)
     token_BS = torch.randint(96, (2, 9))
     with torch.no_grad():

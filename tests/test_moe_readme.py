@@ -1,10 +1,11 @@
 import pytest
 import torch
 from torch.nn.functional import silu
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
 import offload
 from moe import MoEForCausalLM
+from tests.resident import load_resident
 
 SETTINGS = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
@@ -180,7 +181,7 @@ def test_beam_search_reorders_the_routers_cache_too(tiny_config):
 @pytest.mark.parametrize("slots", [1, 3, 6])
 def test_offloaded_logits_are_the_resident_bits(tiny_config, tmp_path, slots):
     build(tiny_config).save_pretrained(tmp_path)
-    resident = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="grouped_mm")
+    resident = load_resident(tmp_path, experts_implementation="grouped_mm")
     loaded = offload.load(tmp_path, cache_experts=slots)
     token_BS = torch.randint(96, (2, 9))
     with torch.no_grad():

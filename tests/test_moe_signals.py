@@ -3,12 +3,12 @@
 import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm
-from transformers import AutoModelForCausalLM
 
 import offload
 from moe import MoEForCausalLM, fused_experts
 from moe.reference import swiglu_experts_reference
 from routing import BALANCE_LOSSES, Carry, RoutingContext, task_bias, z_loss
+from tests.resident import load_resident
 
 CASES = {
     "hydra previous chunk": {"architecture": "hydra", "architecture_options": {"chunk": 3}},
@@ -69,7 +69,7 @@ def test_trains_and_comes_back_bit_for_bit(case, tiny_config, tmp_path):
         losses.append(output.lm_loss.item())
     assert losses[-1] < losses[0]
     model.eval().save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    loaded = load_resident(tmp_path)
     with torch.no_grad():
         assert torch.equal(model(token_BS, **extra).logits, loaded(token_BS, **extra).logits)
 

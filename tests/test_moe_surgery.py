@@ -19,6 +19,7 @@ import offload
 from moe import MoEForCausalLM, drawn, join, most_used, prune
 from moe.surgery_cli import app
 from routing import RoutingTrace
+from tests.resident import load_resident
 
 E, K, L = 6, 2, 3
 SIZES = {
@@ -83,7 +84,7 @@ def test_a_pruned_model_has_the_rows_of_what_is_kept(model, tmp_path):
             assert torch.equal(value, state[name][rows]), name
     token_BS = torch.randint(0, 96, (2, 9))
     pruned.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    loaded = load_resident(tmp_path)
     assert torch.equal(logits(loaded, token_BS), logits(pruned, token_BS))
     offloaded = offload.load(tmp_path, cache_experts=2)
     torch.testing.assert_close(logits(offloaded, token_BS), logits(pruned, token_BS))
@@ -126,7 +127,7 @@ def test_joined_experts_stand_beside_each_other(model, tmp_path):
         else:
             assert torch.equal(both[name], ours[name])
     joined.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    loaded = load_resident(tmp_path)
     token_BS = torch.randint(0, 96, (2, 9))
     assert torch.equal(logits(loaded, token_BS), logits(joined, token_BS))
     first, second = (np.arange(E)[None].repeat(L, 0) + start for start in (0, E))

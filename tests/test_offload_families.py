@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import offload
+from tests.resident import bits_follow_addresses, load_resident
 
 SMALL = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 96),
@@ -102,7 +103,7 @@ def _check(model_type, folder, dtype):
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     _small_model(model_type, dtype).save_pretrained(folder, max_shard_size="200KB")
-    resident = AutoModelForCausalLM.from_pretrained(folder).eval()
+    resident = load_resident(folder)
     tokens = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = resident(tokens, use_cache=False).logits
@@ -110,7 +111,11 @@ def _check(model_type, folder, dtype):
     for cache_experts, io in ((2, "cached"), (5, "direct")):
         model = offload.load(folder, cache_experts=cache_experts, io=io)
         with torch.no_grad():
-            assert torch.equal(model(tokens, use_cache=False).logits, expected)
+            found = model(tokens, use_cache=False).logits
+        if dtype == torch.float32 and io == "direct" and bits_follow_addresses():  # experts lie as in the file
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(found, expected)
         assert model.offload.report()["misses"] > 0
         model.offload.close()
 
@@ -121,7 +126,7 @@ def _check_compressed(model_type, folder):
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     _small_model(model_type, torch.bfloat16, WIDE).save_pretrained(folder)
-    resident = AutoModelForCausalLM.from_pretrained(folder).eval()
+    resident = load_resident(folder)
     pack = offload.write_pack(folder, folder / "experts", is_compressed=True)
     model = offload.load(folder, cache_experts=3, pack=pack)
     for tokens in (torch.arange(3, 21).view(2, 9), torch.tensor([[7]])):

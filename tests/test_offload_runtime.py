@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3
 import offload
 from offload.predictor import TrainedPredictor
 from routing.traces import EMPTY
+from tests.resident import load_resident
 
 SHARED = {
     "vocab_size": 97,
@@ -48,7 +49,7 @@ def saved(tmp_path_factory):
             model = AutoModelForCausalLM.from_config(CONFIGS[name]()).to(dtype)
             model.save_pretrained(folder, max_shard_size="100KB")
             implementation = "eager" if name == "odd" else None
-            resident = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=implementation)
+            resident = load_resident(folder, experts_implementation=implementation)
             made[name, dtype] = (folder, resident.eval())
         return made[name, dtype]
 
@@ -155,7 +156,7 @@ def test_bits_do_not_depend_on_where_vectors_and_threads_end(tmp_path, width, th
     """Enough rows for several threads to share an elementwise operation, at widths with and without a remainder."""
     config = OlmoeConfig(**{**SHARED, "hidden_size": 64}, intermediate_size=width, num_experts=8, num_experts_per_tok=2)
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
-    resident = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    resident = load_resident(tmp_path)
     torch.set_num_threads(threads)
     for length in (1, 211):
         tokens = torch.randint(0, 97, (1, length), generator=torch.Generator().manual_seed(4))
@@ -174,7 +175,7 @@ def test_bits_do_not_depend_on_where_vectors_and_threads_end(tmp_path, width, th
 def test_our_own_model(tiny_config, tmp_path, overrides):
     config = tiny_config(**overrides)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    resident = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    resident = load_resident(tmp_path)
     tokens = torch.randint(0, config.vocab_size, (2, 11), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected = resident(tokens).logits
@@ -202,7 +203,7 @@ def test_fused_checkpoints_need_no_conversion(tmp_path, tokens):
 
 def test_running_in_another_dtype_converts_while_reading(saved, tokens):
     folder, _ = saved("qwen3_moe")
-    resident = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    resident = load_resident(folder, dtype=torch.bfloat16)
     with torch.no_grad():
         expected = resident(tokens).logits
     assert torch.equal(offload.load(folder, cache_experts=3, dtype="bfloat16")(tokens).logits, expected)
@@ -309,6 +310,7 @@ def test_dense_models_are_refused(tmp_path):
 
 def test_a_model_that_was_not_loaded_by_us_is_refused(saved, tokens):
     folder, _ = saved("olmoe")
+    assert offload.load  # makes its experts known to transformers
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="expertier_offload")
     with pytest.raises(ValueError, match=r"offload\.load"):
         model(tokens)

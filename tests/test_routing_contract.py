@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from moe import MoEForCausalLM
 from routing import ROUTERS, Router, RouterSizes, RoutingContext, build_routers
 from routing.fixed import ForcedRouter
+from tests.resident import load_resident
 
 T, D, E, K, L = 24, 8, 6, 2, 3
 
@@ -234,7 +235,7 @@ def test_checkpoint_keeps_everything_and_buffers_exactly_in_bfloat16(model_case,
         buffer += 1.0009765625  # more bits than bfloat16 has
     model.save_pretrained(tmp_path)
 
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = load_resident(tmp_path)
     ours, theirs = model.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
