@@ -1,5 +1,6 @@
 """MoEConfig: everything that defines a model of ours; it is the `config.json` of its checkpoints."""
 
+from math import isfinite
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -73,6 +74,10 @@ class MoEConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         expect_router(self.router)
+        for name in ("balance_loss_weight", "z_loss_weight"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not isfinite(value):
+                raise ValueError(f"{name} must be a finite number; got {value!r}")
         steps = [pair[0] for pair in self.balance_loss_schedule or () if len(pair) == 2]
         if len(steps) != len(self.balance_loss_schedule or ()) or steps != sorted(steps):
             raise ValueError(

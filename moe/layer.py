@@ -5,6 +5,7 @@ Shapes: T tokens, D model width, R routable experts.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -138,7 +139,8 @@ class SoftMoELayer(MoELayer):
         B, _, Q = mix.dispatch_BSQ.shape
         slot_BQD = mix.dispatch_BSQ.mT.to(x_TD.dtype) @ x_TD.unflatten(0, (B, -1))
         expert_N1 = mix.expert_Q.repeat(B)[:, None]
-        slot_ND = self.experts(slot_BQD.flatten(0, 1), expert_N1, stats.kept.weight_TK)
+        weight_N1 = torch.ones(B * Q, 1, device=x_TD.device)
+        slot_ND = self.experts(slot_BQD.flatten(0, 1), expert_N1, weight_N1)
         y_TD = (mix.combine_BSQ.to(x_TD.dtype) @ slot_ND.unflatten(0, (B, Q))).flatten(0, 1)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)

@@ -15,7 +15,7 @@ def signal_fields(
         B, S, D: sizes of the call.
         condition_BD: one condition per sequence.
         modality: int64 [B, S], or [B, 1] for one per sequence.
-        logit_bias_LR: for all tokens of the call.
+        logit_bias_LR: for all tokens of the call; the routers check that it fits.
 
     Returns:
         Only what was given, token by token.
@@ -39,7 +39,5 @@ def signal_fields(
             )
         fields["modality_T"] = modality.expand(B, S).flatten()
     if logit_bias_LR is not None:
-        if logit_bias_LR.ndim != 2:
-            raise ValueError(f"logit_bias_LR must be [MoE layers, routable experts]; got {tuple(logit_bias_LR.shape)}")
         fields["logit_bias_LR"] = logit_bias_LR
     return fields

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routing import Carry, RouterModule, RouterSizes, RouterStats, Routing, RoutingContext
+from routing import Carry, RouterModule, RouterSizes, RouterStats, Routing, RoutingContext, top_experts
 
 from .relu_experts import ReluExperts
 
@@ -55,9 +55,8 @@ class SparsityRouter(RouterModule):
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
         with torch.autocast(x_TD.device.type, enabled=False):
             score_TE = self.score(x_TD, *self._statistics(context.is_training))
-            if context.logit_bias_LR is not None:
-                score_TE = score_TE + context.logit_bias_LR[self.layer]
-            expert_TK = score_TE.detach().topk(self.top_k(context), dim=-1).indices
+            score_TE = self.biased(score_TE, context)
+            expert_TK = top_experts(score_TE.detach(), self.top_k(context))
             weight_TK = score_TE.gather(-1, expert_TK).softmax(dim=-1)
             routing = self.routing(expert_TK, weight_TK)
             if context.is_valid_T is not None:

@@ -8,10 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from routing import Carry, RouterModule, RouterSizes, RouterStats, Routing, RoutingContext
+from routing import (
+    Carry,
+    RouterModule,
+    RouterSizes,
+    RouterStats,
+    Routing,
+    RoutingContext,
+    at_least_float32,
+    top_experts,
+)
 
 from .attention import Attention, rotary_angles
 from .config import MoEConfig
@@ -77,17 +87,20 @@ class TokenRouter(nn.Module):
         x_BSD = self.embed_tokens(token_BS)
         for block in self.blocks:
             x_BSD = block(x_BSD, angles, context.attention_mask, context.cache)
-        logit_TE = self.head(self.norm(x_BSD)).flatten(0, 1)
-        return logit_TE if logit_TE.dtype == torch.float64 else logit_TE.float()
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            x_TD = at_least_float32(self.norm(x_BSD)).flatten(0, 1)
+            return linear(x_TD, self.head.weight.to(x_TD.dtype))
 
-    def exact_plan(self, logit_TE: Tensor) -> Mapping[int, Tensor]:
-        """Every layer's experts, int64 [T, K] each, that what `forward` returned fixes."""
-        expert_TK = logit_TE.topk(self.top_k, dim=-1).indices
-        return dict.fromkeys(range(self.num_routed_layers), expert_TK)
+    def exact_plan(self, logit_TE: Tensor, context: RoutingContext) -> Mapping[int, Tensor]:
+        """Every layer's experts, int64 [T, K] each, that what `forward` returned for this context fixes."""
+        layers, bias_LR = range(self.num_routed_layers), context.logit_bias_LR
+        if bias_LR is None:
+            return dict.fromkeys(layers, top_experts(logit_TE, self.top_k))
+        return {layer: top_experts(logit_TE + bias_LR[layer].to(logit_TE.dtype), self.top_k) for layer in layers}
 
     def plan_of_ids(self, token_BS: Tensor) -> Tensor:
         """Every layer's experts for whole sequences of token ids, int64 [T, K], without running the model."""
-        return self(context_of(token_BS)).topk(self.top_k, dim=-1).indices
+        return top_experts(self(context_of(token_BS)), self.top_k)
 
     def _make_room(self, cache: Cache | None) -> None:
         if cache is None:
@@ -150,10 +163,9 @@ class SharedRouter(RouterModule):
         logit_TE = carry.get(LOGITS)
         if logit_TE is None:
             raise ValueError("the routing is made by `begin`, which must be called first")
-        if context.logit_bias_LR is not None:
-            logit_TE = logit_TE + context.logit_bias_LR[self.layer]
+        logit_TE = self.biased(logit_TE, context)
         probability_TE = logit_TE.softmax(dim=-1)
-        expert_TK = logit_TE.detach().topk(self.top_k(context), dim=-1).indices
+        expert_TK = top_experts(logit_TE.detach(), self.top_k(context))
         weight_TK = probability_TE.gather(-1, expert_TK)
         routing = self.routing(expert_TK, weight_TK if self.weigh == "probability" else torch.ones_like(weight_TK))
         if context.is_valid_T is not None:

@@ -1,7 +1,7 @@
 """Routers that decide ahead: their exact plans for the runtime to read by, and for forming batches.
 
-A router decides ahead if it has a method `exact_plan`: from what its forward returned, later layers' experts. One that
-needs token ids only has a method `plan_of_ids` besides.
+A router decides ahead if it has a method `exact_plan`: from what its forward returned and was given, later layers'
+experts. One that needs token ids only has a method `plan_of_ids` besides.
 
 Shapes: N prompts, L MoE layers, E experts.
 """
@@ -36,8 +36,8 @@ class ExactPlan(Prefetcher):
                 f"{type(model).__name__} has none"
             )
 
-        def follow(router: Any, _inputs: Any, result: Any) -> None:
-            plan = router.exact_plan(result)
+        def follow(router: Any, inputs: Any, result: Any) -> None:
+            plan = router.exact_plan(result, *inputs)
             runtime.read_ahead({layer: _most_used_first(expert_TK) for layer, expert_TK in plan.items()})
 
         for router in routers:

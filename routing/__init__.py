@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from .losses import BALANCE_LOSSES, auxiliary_loss, scheduled_weight, switch_balance_loss, z_loss
     from .marginals import MarginalStats
     from .modality import ModalityRouter, modality_of
+    from .native import compile_library
     from .nulls import copy_ffn_rows_to_nulls, expected_true_load
     from .pooled import PooledRouter
     from .pregate import PreGate, planned_experts
     from .product_key import ProductKeyRouter
-    from .router import Carry, ExactBuffers, Router, RouterModule, RouterSizes, RoutingContext
+    from .router import Carry, ExactBuffers, Router, RouterModule, RouterSizes, RoutingContext, at_least_float32
     from .rule import ClassicRule
     from .soft import SoftRouter
     from .stats import RouterStats
+    from .top_k import top_experts
     from .tucker_key import TuckerKeyRouter
 
 _HOME = {
@@ -45,7 +47,9 @@ _HOME = {
     "expect_router": ".catalogue",
     "BALANCE_LOSSES": ".losses",
     "ClassicRule": ".rule",
+    "at_least_float32": ".router",
     "auxiliary_loss": ".losses",
+    "compile_library": ".native",
     "scheduled_weight": ".losses",
     "switch_balance_loss": ".losses",
     "z_loss": ".losses",
@@ -68,6 +72,7 @@ _HOME = {
     "TuckerKeyRouter": ".tucker_key",
     "gather_dot": ".gathered",
     "gather_sum": ".gathered",
+    "top_experts": ".top_k",
 }
 
 __all__ = [
@@ -95,8 +100,10 @@ __all__ = [
     "RoutingTrace",
     "SoftRouter",
     "TuckerKeyRouter",
+    "at_least_float32",
     "auxiliary_loss",
     "build_routers",
+    "compile_library",
     "copy_ffn_rows_to_nulls",
     "expect_router",
     "expected_true_load",
@@ -108,6 +115,7 @@ __all__ = [
     "scheduled_weight",
     "switch_balance_loss",
     "task_bias",
+    "top_experts",
     "z_loss",
 ]
 

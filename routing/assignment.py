@@ -79,7 +79,7 @@ class Routing:
     def from_dense(cls, weight_TR: Tensor, is_chosen_TR: Tensor, *, num_experts: int) -> Self:
         """From a weight per token and routable expert: choices heaviest first, padded to the longest row."""
         R = weight_TR.shape[1]
-        K = max(1, int(is_chosen_TR.sum(dim=-1).max()))
+        K = max(1, int(is_chosen_TR.sum(dim=-1).max())) if len(is_chosen_TR) else 1
         rank_TR = weight_TR.detach().masked_fill(~is_chosen_TR, -torch.inf)
         expert_TK = rank_TR.topk(K, dim=-1).indices
         is_empty_TK = ~is_chosen_TR.gather(-1, expert_TK)

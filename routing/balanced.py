@@ -14,6 +14,7 @@ from torch import Tensor
 from .classic import ClassicRouter
 from .router import RouterSizes, RoutingContext
 from .rule import ClassicRule
+from .top_k import top_experts
 
 
 class SinkhornRouter(ClassicRouter):
@@ -21,14 +22,20 @@ class SinkhornRouter(ClassicRouter):
 
     The gate is a sigmoid for K = 1, else a softmax over all experts. Source: Clark et al. 2022 (S-BASE),
     arXiv:2202.01169, appendix B; selection and gate in the form of Megatron-LM's router.
+
+    Raises:
+        ValueError: if the rule has groups or a balancing bias, which the normalised scores of training know nothing of.
     """
+
+    def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule) -> None:
+        _expect_plain_selection("sinkhorn", rule)
+        super().__init__(sizes, layer, rule)
 
     def select(self, logit_TR: Tensor, score_TR: Tensor, context: RoutingContext) -> Tensor:
         greedy_TK = super().select(logit_TR, logit_TR, context)
-        if not context.is_training:
-            return greedy_TK
         valid_T = _valid(logit_TR, context)
-        greedy_TK[valid_T] = sinkhorn(logit_TR[valid_T]).topk(self.top_k(context), dim=-1).indices
+        if context.is_training and len(valid_T):
+            greedy_TK[valid_T] = top_experts(sinkhorn(logit_TR[valid_T]), self.top_k(context))
         return greedy_TK
 
 
@@ -38,7 +45,7 @@ class BaseRouter(ClassicRouter):
     The weight is the sigmoid of that logit. Source: Lewis et al. 2021 (BASE), arXiv:2103.16716, eqs. 2-4.
 
     Raises:
-        ValueError: if K is not 1.
+        ValueError: if K is not 1, or the rule has groups or a balancing bias.
     """
 
     has_fixed_top_k = True
@@ -46,14 +53,14 @@ class BaseRouter(ClassicRouter):
     def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule) -> None:
         if sizes.top_k != 1:
             raise ValueError(f"base assigns exactly 1 expert to a token; got top_k = {sizes.top_k}")
+        _expect_plain_selection("base", rule)
         super().__init__(sizes, layer, rule)
 
     def select(self, logit_TR: Tensor, score_TR: Tensor, context: RoutingContext) -> Tensor:
         greedy_TK = super().select(logit_TR, logit_TR, context)
-        if not context.is_training:
-            return greedy_TK
         valid_T = _valid(logit_TR, context)
-        greedy_TK[valid_T, 0] = balanced_assignment(logit_TR[valid_T])
+        if context.is_training and len(valid_T):
+            greedy_TK[valid_T, 0] = balanced_assignment(logit_TR[valid_T])
         return greedy_TK
 
 
@@ -85,6 +92,12 @@ def balanced_assignment(score_TR: Tensor) -> Tensor:
     cost = score_TR.double().cpu().numpy().repeat(seats, axis=1)
     _, seat_T = linear_sum_assignment(cost, maximize=True)
     return torch.from_numpy(seat_T // seats).to(score_TR.device)
+
+
+def _expect_plain_selection(name: str, rule: ClassicRule) -> None:
+    """Training assigns by logits alone; groups and biases would only change what is chosen outside training."""
+    if rule.num_groups != 1 or rule.bias_rate:
+        raise ValueError(f"{name} balances by its assignment in training; leave num_groups and bias_rate out")
 
 
 def _valid(logit_TR: Tensor, context: RoutingContext) -> Tensor:

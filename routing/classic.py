@@ -16,7 +16,7 @@ from .nulls import copy_ffn_rows_to_nulls
 from .router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
 from .rule import ClassicRule
 from .stats import RouterStats
-from .top_experts import top_experts
+from .top_k import top_experts
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -42,6 +42,10 @@ class ClassicRouter(RouterModule):
         self.bias_R: Tensor | None
         self.register_buffer("bias_R", torch.zeros(sizes.num_routable) if rule.bias_rate else None)
 
+    @property
+    def most_choices(self) -> int:
+        return self.rule.reachable(self.sizes)
+
     def init_parameters(self, std: float) -> None:
         super().init_parameters(std)
         self._init_weight(std)
@@ -53,8 +57,7 @@ class ClassicRouter(RouterModule):
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
         with torch.autocast(x_TD.device.type, enabled=False):
             logit_TR, carry = self.logits(self._jitter(at_least_float32(x_TD), context), carry, context)
-            if context.logit_bias_LR is not None:
-                logit_TR = logit_TR + context.logit_bias_LR[self.layer]
+            logit_TR = self.biased(logit_TR, context)
             probability_TR, score_TR = self.score(logit_TR)
             expert_TK = self.select(logit_TR.detach(), score_TR.detach(), context)
             chosen = drop_padding(self.routing(expert_TK, self.weigh(score_TR, expert_TK)), context)
@@ -163,7 +166,7 @@ class ClassicRouter(RouterModule):
         """Scores with -inf outside each token's best groups. Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2."""
         grouped = score_TR.unflatten(-1, (self.rule.num_groups, -1))
         best = grouped.topk(2 if self.rule.group_score == "top2" and grouped.shape[-1] > 1 else 1, dim=-1).values
-        kept = best.sum(dim=-1).topk(self.rule.groups_kept, dim=-1).indices
+        kept = top_experts(best.sum(dim=-1), self.rule.groups_kept)
         is_kept = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=score_TR.device).scatter(-1, kept, True)
         return grouped.masked_fill(~is_kept[..., None], -torch.inf).flatten(-2)
 
@@ -173,7 +176,8 @@ class ClassicRouter(RouterModule):
             return None
         if self.rule.normalise_over == "ffn":
             return expert_TK < self.sizes.num_experts
-        counts_R = torch.tensor([True] * self.sizes.num_experts + [kind != "zero" for kind in self.sizes.zero_compute])
+        is_nonzero = [kind != "zero" for kind in self.sizes.zero_compute]
+        counts_R = torch.tensor([True] * self.sizes.num_experts + is_nonzero + [False])
         return counts_R.to(expert_TK.device)[expert_TK]
 
     def _capacity(self, chosen: Routing, context: RoutingContext) -> int | Tensor:

@@ -34,12 +34,12 @@ class ExpertChoiceRouter(ClassicRouter):
             raise ValueError(f"mean_experts must lie in 0..{sizes.num_routable} (E + Z); got {mean_experts}")
         super().__init__(sizes, layer, rule)
         self.mean_experts = mean_experts
+        self.has_fixed_top_k = mean_experts is not None
 
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
         with torch.autocast(x_TD.device.type, enabled=False):
             logit_TR, carry = self.logits(at_least_float32(x_TD), carry, context)
-            if context.logit_bias_LR is not None:
-                logit_TR = logit_TR + context.logit_bias_LR[self.layer]
+            logit_TR = self.biased(logit_TR, context)
             probability_TR = logit_TR.softmax(dim=-1)
             is_chosen_TR = self._pick(probability_TR.detach(), context)
             routing = Routing.from_dense(probability_TR, is_chosen_TR, num_experts=self.sizes.num_experts)
@@ -50,7 +50,8 @@ class ExpertChoiceRouter(ClassicRouter):
         if context.is_valid_T is not None:
             T = int(context.is_valid_T.sum())
             probability_TR = probability_TR.masked_fill(~context.is_valid_T[:, None], -1.0)
-        mean_experts = self.mean_experts or self.top_k(context)
-        capacity = min(T, max(1, int(mean_experts * T / R)))
+        top_k = self.top_k(context)
+        mean_experts = top_k if self.mean_experts is None else self.mean_experts
+        capacity = min(T, max(1, int(mean_experts * T / R + 1e-6)))  # the slack absorbs rounding: 2.3 * 10 is below 23
         token_CR = probability_TR.topk(capacity, dim=0).indices
         return torch.zeros_like(probability_TR, dtype=torch.bool).scatter(0, token_CR, True)

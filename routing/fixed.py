@@ -70,8 +70,16 @@ class ForcedRouter(RouterModule):
     @torch.no_grad()
     def replay(self, expert_PK: Tensor, weight_PK: Tensor | None = None) -> None:
         """Set the rows; weights are 1 / K without `weight_PK`. Raises ValueError if they do not fit."""
-        if expert_PK.shape != self.expert_PK.shape:
-            raise ValueError(f"expected a routing of {tuple(self.expert_PK.shape)}; got {tuple(expert_PK.shape)}")
+        if expert_PK.shape != self.expert_PK.shape or expert_PK.is_floating_point():
+            raise ValueError(
+                f"expected int64 ids {tuple(self.expert_PK.shape)}; got {expert_PK.dtype} {tuple(expert_PK.shape)}"
+            )
+        ordered_PK = expert_PK.sort(dim=1).values
+        is_twice_P = ((ordered_PK[:, 1:] == ordered_PK[:, :-1]) & (ordered_PK[:, 1:] < self.sizes.num_routable)).any(
+            dim=1
+        )
+        if is_twice_P.any():
+            raise ValueError(f"row {int(is_twice_P.nonzero()[0])} names an expert twice")
         if weight_PK is None:
             weight_PK = (expert_PK < self.sizes.num_routable) / self.sizes.top_k
         self.routing(expert_PK.long(), weight_PK.float()).validate()
@@ -92,6 +100,7 @@ def fixed_routing(
 ) -> tuple[Routing, Carry, RouterStats]:
     """Statistics of a routing without scores: the distribution is the choice itself."""
     router.top_k(context)
+    router.expect_no_logit_bias(context)
     routing = drop_padding(routing, context)
     share_TR = torch.zeros(len(routing.expert_TK), routing.num_routable + 1, device=routing.expert_TK.device)
     share_TR = share_TR.scatter(1, routing.expert_TK, 1.0)[:, : routing.num_routable]

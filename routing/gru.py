@@ -2,7 +2,7 @@
 
 torch's own cell on a CPU gives every product, sum and gate of all rows new memory, which costs more than the products.
 
-Shapes: T tokens, D model width, p state width, R routable experts; M rows of one block.
+Shapes: T tokens, p state width; M rows of one block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,40 +31,9 @@ def gru_cell(x_Tp: Tensor, state_Tp: Tensor | None, weights: Sequence[Tensor]) -
 
     Source: Cho et al. 2014, arXiv:1406.1078, eqs. 5-8, with the gate order and biases of `torch.nn.GRUCell`.
     """
-    if suits_blocks(x_Tp):
+    if x_Tp.device.type == "cpu" and len(x_Tp) >= FEWEST_ROWS and not torch.compiler.is_compiling():
         return _BlockwiseCell.apply(x_Tp, state_Tp, *weights)
     return torch.gru_cell(x_Tp, torch.zeros_like(x_Tp) if state_Tp is None else state_Tp, *weights)
-
-
-def suits_blocks(x_TD: Tensor) -> bool:
-    """Whether these rows are better taken in blocks than by torch's own cell."""
-    return x_TD.device.type == "cpu" and len(x_TD) >= FEWEST_ROWS and not torch.compiler.is_compiling()
-
-
-def scored_steps(
-    x_TD: Tensor, state_Tp: Tensor | None, projection_pD: Tensor, weights: Sequence[Tensor], score_Rp: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`gru_cell` of the projected inputs, and scores of its states, without gradient and block by block.
-
-    Args:
-        x_TD: inputs.
-        state_Tp: the state before; None is zero.
-        projection_pD: the cell's inputs are linear in x by it.
-        weights: those of `gru_cell`.
-        score_Rp: the scores are linear in the state by it.
-
-    Returns:
-        The scores [T, R] and the state after [T, p].
-    """
-    T, p = len(x_TD), len(projection_pD)
-    after_Tp, score_TR = x_TD.new_empty(T, p), x_TD.new_empty(T, len(score_Rp))
-    workspace, projected = _Gates.empty(after_Tp, min(T, BLOCK_ROWS)), after_Tp.new_empty(min(T, BLOCK_ROWS), p)
-    for rows in _blocks(T):
-        inside = slice(0, rows.stop - rows.start)
-        x_Mp = torch.mm(x_TD[rows], projection_pD.T, out=projected[inside])
-        _step(workspace.rows(inside), x_Mp, None if state_Tp is None else state_Tp[rows], weights, after_Tp[rows])
-        torch.mm(after_Tp[rows], score_Rp.T, out=score_TR[rows])
-    return score_TR, after_Tp
 
 
 class _BlockwiseCell(torch.autograd.Function):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .stats import RouterStats
+from .stats import RouterStats, mean_over_tokens
 
 
 def switch_balance_loss(stats: RouterStats) -> Tensor:
@@ -54,6 +54,8 @@ def sequence_balance_loss(stats: RouterStats) -> Tensor:
     """
     if stats.sequence_T is None:
         raise ValueError("the sequence-wise balance loss needs sequence_T in the routing context; got none")
+    if not stats.num_tokens:
+        return stats.probability_TR.sum()
     R, K = stats.chosen.num_routable, stats.chosen.expert_TK.shape[1]
     num_sequences = int(stats.sequence_T.max()) + 1
     token_B = torch.bincount(stats.sequence_T, minlength=num_sequences).clamp_min(1)
@@ -72,7 +74,7 @@ def entropy_balance_loss(stats: RouterStats) -> Tensor:
     """
     if stats.logit_TR is None:
         raise ValueError("the entropy balance loss needs router logits; this router has none")
-    mean_R = stats.logit_TR.softmax(dim=-1).mean(dim=0)
+    mean_R = mean_over_tokens(stats.logit_TR.softmax(dim=-1))
     return -torch.special.entr(mean_R).sum()
 
 
@@ -93,7 +95,7 @@ BALANCE_LOSSES: dict[str, Callable[[RouterStats], Tensor]] = {
 
 def z_loss(stats: RouterStats) -> Tensor:
     """Mean squared log-partition of the router logits. Source: Zoph et al. 2022 (ST-MoE), arXiv:2202.08906, eq. 5."""
-    return stats.logsumexp_T.square().mean()
+    return mean_over_tokens(stats.logsumexp_T.square())
 
 
 def auxiliary_loss(stats: Sequence[RouterStats], *, balance_weight: float, z_weight: float) -> Tensor:
@@ -109,7 +111,7 @@ def auxiliary_loss(stats: Sequence[RouterStats], *, balance_weight: float, z_wei
     per_layer = []
     for layer in stats:
         loss = balance_weight * BALANCE_LOSSES[layer.balance_loss](layer) + z_weight * z_loss(layer)
-        per_layer.append(loss if layer.penalty_T is None else loss + layer.penalty_T.mean())
+        per_layer.append(loss if layer.penalty_T is None else loss + mean_over_tokens(layer.penalty_T))
     return torch.stack(per_layer).mean()
 
 

@@ -17,6 +17,8 @@ from .rule import ClassicRule
 
 LOGIT = "previous_logit"
 HIDDEN_PER_EXPERT = 8
+# added to variances: a token whose logits are all the same (padding) has none, and a root at 0 no gradient
+LEAST_VARIANCE = 1e-12
 
 
 class PathwayRouter(ClassicRouter):
@@ -59,5 +61,6 @@ class PathwayRouter(ClassicRouter):
 
     def score(self, logit_TR: Tensor) -> tuple[Tensor, Tensor]:
         if self.logit_std is not None:
-            logit_TR = logit_TR * (self.logit_std / logit_TR.std(dim=-1, keepdim=True))
+            variance_T1 = logit_TR.var(dim=-1, keepdim=True) + LEAST_VARIANCE
+            logit_TR = logit_TR * (self.logit_std * variance_T1.rsqrt())
         return super().score(logit_TR)

@@ -56,7 +56,7 @@ class PreGate(nn.Module):
             carry = self._put_plan(carry, self.layer + self.ahead, plan, plan_stats, context)
         return routing, carry, stats
 
-    def exact_plan(self, result: tuple[Routing, Carry, RouterStats]) -> dict[int, Tensor]:
+    def exact_plan(self, result: tuple[Routing, Carry, RouterStats], *inputs: object) -> dict[int, Tensor]:
         """Later blocks' experts, int64 [T, K] each, that what `forward` returned already fixes."""
         planned = planned_experts(result[1], self.layer + self.ahead)
         return {} if planned is None else {self.layer + self.ahead: planned}

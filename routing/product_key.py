@@ -92,11 +92,13 @@ class GridRouter(RouterModule):
 
     def top_k(self, context: RoutingContext) -> int:
         """K per head of this call."""
-        if context.logit_bias_LR is not None:
-            raise ValueError("product keys take no logit bias: it would have one entry for each of N experts")
-        if context.top_k is not None and not 1 <= context.top_k <= self.num_rows:
-            raise ValueError(f"top_k of a call must lie in 1..{self.num_rows} (root of N); got {context.top_k}")
-        return context.top_k or self.sizes.top_k
+        self.expect_no_logit_bias(context)
+        return super().top_k(context)
+
+    @property
+    def most_choices(self) -> int:
+        """Per head: the root of N, as many as there are rows."""
+        return self.num_rows
 
     def first_stage(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of some tokens: scores of rows and columns [t, H, M], and what the second stage needs, [t, H, ranks, M]."""

@@ -5,6 +5,7 @@ Shapes: T tokens, K experts per token, R routable experts.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from .assignment import Routing
 from .classic import ClassicRouter
@@ -71,7 +72,9 @@ class SigmaRouter(ClassicRouter):
         return expert_TK.masked_fill(is_hidden_TR.gather(-1, expert_TK), self.sizes.num_routable)
 
     def weigh(self, score_TR: Tensor, expert_TK: Tensor) -> Tensor:
-        """0 in slots that stay empty because fewer than K experts were left to choose from."""
-        is_empty_TK = expert_TK == self.sizes.num_routable
-        weight_TK = super().weigh(score_TR, expert_TK.clamp(max=self.sizes.num_routable - 1))
-        return weight_TK.masked_fill(is_empty_TK, 0.0)
+        """Slots that stay empty, because fewer than K experts were left to choose from, score 0."""
+        return super().weigh(pad(score_TR, (0, 1)), expert_TK)
+
+    def _counts_in_sum(self, expert_TK: Tensor) -> Tensor:
+        counts_TK, is_full_TK = super()._counts_in_sum(expert_TK), expert_TK < self.sizes.num_routable
+        return is_full_TK if counts_TK is None else counts_TK & is_full_TK

@@ -10,12 +10,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from .classic import ClassicRouter
-from .gru import gru_cell, scored_steps, suits_blocks
 from .router import Carry, RouterSizes, RoutingContext
 from .rule import ClassicRule, expect_one_of
+from .scored_steps import scored_steps
 
 STATE = "recurrent_state"
 Recurrence = Literal["full", "detach", "none"]
@@ -51,9 +50,5 @@ class RecurrentRouter(ClassicRouter):
         cell = self._shared[0]
         weights = tuple(w.to(x_TD.dtype) for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh))
         projection, score = self.projection.to(x_TD.dtype), self.weight.to(x_TD.dtype)
-        if suits_blocks(x_TD) and not torch.is_grad_enabled():
-            logit_TR, state = scored_steps(x_TD, before, projection, weights, score)
-        else:
-            state = gru_cell(linear(x_TD, projection), before, weights)
-            logit_TR = linear(state, score)
+        logit_TR, state = scored_steps(x_TD, before, projection, weights, score)
         return logit_TR, carry.put(**{STATE: state})

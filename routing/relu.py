@@ -64,8 +64,7 @@ class ReluRouter(RouterModule):
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = at_least_float32(x_TD)
             logit_TR = linear(x_TD, self.weight.to(x_TD.dtype))
-            if context.logit_bias_LR is not None:
-                logit_TR = logit_TR + context.logit_bias_LR[self.layer]
+            logit_TR = self.biased(logit_TR, context)
             weight_TR = logit_TR.relu()
             routing = Routing.from_dense(weight_TR, weight_TR > 0, num_experts=self.sizes.num_experts)
             routing = drop_padding(routing, context)
@@ -80,7 +79,8 @@ class ReluRouter(RouterModule):
 
     @torch.no_grad()
     def post_step(self, count_R: Tensor, num_tokens: int) -> None:
-        self._shared[0].report(count_R.sum() / (num_tokens * self.sizes.num_routable))
+        if num_tokens:
+            self._shared[0].report(count_R.sum() / (num_tokens * self.sizes.num_routable))
 
     def _penalty_T(self, weight_TR: Tensor, routing: Routing, context: RoutingContext) -> Tensor:
         """Its mean over tokens is `lambda R / (K T^2) * sum_r count_r * (sum of r's weights)`, the balanced L1 term."""

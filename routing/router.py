@@ -137,15 +137,15 @@ class RouterSizes:
 
 
 class ExactBuffers(nn.Module):
-    """A module whose float32 buffers stay float32, bit for bit, when the model is cast to another dtype."""
+    """A module whose buffers keep their dtype (float32 as built), bit for bit, when the model is cast to another."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.dtype == torch.float32}
+        exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
         super()._apply(fn, recurse)
         for name, before in exact.items():
             after = getattr(self, name)
             if after.dtype != before.dtype:
-                setattr(self, name, after.float() if before.is_meta else before.to(after.device))
+                setattr(self, name, after.to(before.dtype) if before.is_meta else before.to(after.device))
         return self
 
 
@@ -185,9 +185,34 @@ class RouterModule(ExactBuffers):
             return self.sizes.top_k
         if self.has_fixed_top_k:
             raise ValueError(f"{type(self).__name__} cannot change K between calls; got top_k = {context.top_k}")
-        if not 1 <= context.top_k <= self.sizes.num_routable:
-            raise ValueError(f"top_k of a call must lie in 1..{self.sizes.num_routable} (E + Z); got {context.top_k}")
+        if type(context.top_k) is not int or not 1 <= context.top_k <= self.most_choices:
+            raise ValueError(
+                f"top_k of a call must be a whole number in 1..{self.most_choices}, the experts that a token can "
+                f"choose from; got {context.top_k!r}"
+            )
         return context.top_k
+
+    @property
+    def most_choices(self) -> int:
+        """The largest K of a call."""
+        return self.sizes.num_routable
+
+    def biased(self, logit_TR: Tensor, context: RoutingContext) -> Tensor:
+        """The logits with this layer's row of the call's bias. Raises ValueError if the bias is not [L, R]."""
+        bias_LR, wanted = context.logit_bias_LR, (self.sizes.num_layers, self.sizes.num_routable)
+        if bias_LR is None:
+            return logit_TR
+        if bias_LR.shape != wanted or not bias_LR.is_floating_point():
+            raise ValueError(
+                f"logit_bias_LR must be floating point {wanted}, MoE layers x routable experts (E + Z); "
+                f"got {bias_LR.dtype} {tuple(bias_LR.shape)}"
+            )
+        return logit_TR + bias_LR[self.layer].to(logit_TR.dtype)
+
+    def expect_no_logit_bias(self, context: RoutingContext) -> None:
+        """Raises ValueError if the call has a bias, for routers whose choice has no logits to add it to."""
+        if context.logit_bias_LR is not None:
+            raise ValueError(f"{type(self).__name__} takes no logit bias: its experts are not chosen by logits")
 
     def target_share_R(self, device: torch.device) -> Tensor | None:
         """The load shares that the balance loss aims at; None means uniform."""

@@ -5,6 +5,7 @@ Shapes: T tokens, K experts per token, R = E + Z routable experts.
 
 import math
 from dataclasses import dataclass, fields
+from types import NoneType, UnionType
 from typing import Literal, get_args
 
 from .capacity import CAPACITY_POLICIES
@@ -113,19 +114,17 @@ class ClassicRule:
     def _expect_types(self) -> None:
         """Options come from JSON files: numbers must be numbers, and finite."""
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, bool):
-                expect_type(field.name, value, field.type)  # type: ignore[arg-type]
-            elif field.type is float or (field.type == float | None and value is not None):
-                is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                if not is_number or not math.isfinite(value):
-                    raise ValueError(f"{field.name} must be a finite number; got {value!r}")
+            expect_plain(field.name, getattr(self, field.name), field.type)
+
+    def reachable(self, sizes: RouterSizes) -> int:
+        """Experts among which a token can choose: those of the groups that it keeps."""
+        return sizes.num_routable // self.num_groups * self.groups_kept
 
     def check_sizes(self, sizes: RouterSizes) -> None:
         """Raises ValueError if these sizes cannot be routed by this rule."""
         if sizes.num_routable % self.num_groups:
             raise ValueError(f"{sizes.num_routable} experts do not divide into {self.num_groups} groups")
-        reachable = sizes.num_routable // self.num_groups * self.groups_kept
+        reachable = self.reachable(sizes)
         if reachable < sizes.top_k:
             raise ValueError(f"{self.groups_kept} groups hold {reachable} experts, fewer than top_k = {sizes.top_k}")
         if self.null_copy_noise is not None and sizes.num_zero_compute % sizes.num_experts:
@@ -142,22 +141,24 @@ class ClassicRule:
                 raise ValueError(f"target_load must be below top_k = {sizes.top_k}; got {self.target_load}")
 
 
-def parse_rule(options: dict[str, object]) -> ClassicRule:
-    """A rule from router options.
-
-    Raises:
-        ValueError: if an option is unknown or out of range.
-    """
-    if unknown := set(options) - set(ClassicRule.__dataclass_fields__):
-        known = ", ".join(ClassicRule.__dataclass_fields__)
-        raise ValueError(f"unknown router option {', '.join(sorted(unknown))}; known are {known}")
-    return ClassicRule(**options)  # type: ignore[arg-type]
-
-
 def expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises ValueError if a setting is not among its choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def expect_plain(name: str, value: object, annotation: object) -> None:
+    """Raises ValueError if an option does not have the plain type of its parameter: a number, a name, yes or no."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if value is None and NoneType in kinds:
+        return
+    if float in kinds:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number; got {value!r}")
+    for kind in (int, bool, str):
+        if kind in kinds:
+            expect_type(name, value, kind)
 
 
 def expect_type(name: str, value: object, kind: type) -> None:

@@ -64,6 +64,7 @@ class SoftRouter(RouterModule):
 
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[SlotMix, Carry, RouterStats]:
         self.top_k(context)
+        self.expect_no_logit_bias(context)
         B = 1 if context.sequence_T is None else int(context.sequence_T[-1]) + 1
         with torch.autocast(x_TD.device.type, enabled=False):
             x_BSD = at_least_float32(x_TD).unflatten(0, (B, -1))
@@ -78,12 +79,16 @@ class SoftRouter(RouterModule):
         if context.is_valid_T is None:
             return logit_BSQ.softmax(dim=1), logit_BSQ.softmax(dim=2)
         is_valid_BS1 = context.is_valid_T.view(*logit_BSQ.shape[:2], 1)
-        return logit_BSQ.masked_fill(~is_valid_BS1, -torch.inf).softmax(dim=1), logit_BSQ.softmax(dim=2) * is_valid_BS1
+        # not -inf, of which a sequence of padding alone would have no softmax
+        masked_BSQ = logit_BSQ.masked_fill(~is_valid_BS1, torch.finfo(logit_BSQ.dtype).min)
+        return masked_BSQ.softmax(dim=1) * is_valid_BS1, logit_BSQ.softmax(dim=2) * is_valid_BS1
 
     def _stats(self, combine_BSQ: Tensor, expert_Q: Tensor, context: RoutingContext) -> RouterStats:
-        """Loads count slots, of which every expert has as many as the others."""
+        """Loads count slots of sequences that are not all padding; every expert has as many as the others."""
         B, _, Q = combine_BSQ.shape
         probability_TE = combine_BSQ.unflatten(-1, (-1, self.slots_per_expert)).sum(dim=-1).flatten(0, 1)
-        slots = self.routing(expert_Q.repeat(B)[:, None], combine_BSQ.new_ones(B * Q, 1).float())
         valid_T = slice(None) if context.is_valid_T is None else context.is_valid_T
+        if context.is_valid_T is not None:
+            B = int(context.is_valid_T.view(B, -1).any(dim=1).sum())
+        slots = self.routing(expert_Q.repeat(B)[:, None], combine_BSQ.new_ones(B * Q, 1).float())
         return RouterStats(probability_TR=probability_TE[valid_T], chosen=slots, kept=slots, balance_loss="none")

@@ -52,7 +52,7 @@ class RouterStats:
     @cached_property
     def probability_R(self) -> Tensor:
         """Mean router probability per routable expert, with gradient."""
-        return self.probability_TR.mean(dim=0)
+        return mean_over_tokens(self.probability_TR)
 
     @cached_property
     def count_R(self) -> Tensor:
@@ -74,7 +74,7 @@ class RouterStats:
     @cached_property
     def entropy(self) -> Tensor:
         """Mean entropy of the router's distribution in nats, no gradient."""
-        return torch.special.entr(self.probability_TR.detach()).sum(dim=-1).mean()
+        return mean_over_tokens(torch.special.entr(self.probability_TR.detach()).sum(dim=-1))
 
     @property
     def true_load(self) -> Tensor:
@@ -95,6 +95,11 @@ class RouterStats:
             sequence_T=_joined_rows([call.sequence_T for call in calls]),
             penalty_T=_joined_rows([call.penalty_T for call in calls]),
         )
+
+
+def mean_over_tokens(x: Tensor) -> Tensor:
+    """Mean over the first axis; 0, with gradient 0, for a call without valid tokens."""
+    return x.mean(dim=0) if len(x) else x.sum(dim=0)
 
 
 def _joined_rows(parts: Sequence[Tensor | None]) -> Tensor | None:

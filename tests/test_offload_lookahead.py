@@ -32,7 +32,7 @@ def test_plans_are_exactly_what_layers_then_ask_for(tiny_config, name):
     plans, asked = {}, []
     for module in model.modules():
         if hasattr(module, "exact_plan"):
-            module.register_forward_hook(lambda m, _i, result: plans.update(m.exact_plan(result)))
+            module.register_forward_hook(lambda m, inputs, result: plans.update(m.exact_plan(result, *inputs)))
     for layer in model.model.moe_layers:
         layer.experts.register_forward_pre_hook(lambda _m, inputs: asked.append(inputs[1]))
     model(torch.randint(96, (1, 5)))
@@ -64,7 +64,7 @@ def test_only_what_is_missing_is_read_and_the_most_used_first(tiny_config, tmp_p
         runtime.layers[layer].read_ahead = lambda *given, layer=layer: asked.append((layer, *given))
     runtime.layers[0]._resident[3] = None
     expert_TK = torch.tensor([[1], [3], [2], [2], [6]])
-    core.exact_plan = lambda _logits: {2: expert_TK, 0: expert_TK}
+    core.exact_plan = lambda _logits, _context: {2: expert_TK, 0: expert_TK}
     core(context_of(torch.tensor([[1, 2]])))
     assert asked == [(0, 2, [3], 2), (0, 1, [3], 2), (2, 2, [], 3), (2, 1, [], 3), (2, 3, [], 3)]
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import routing.gru
-from routing.gru import gru_cell, scored_steps
+from routing.gru import gru_cell
 
 BLOCK = 4
 NAMES = ("x", "state", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -90,15 +90,3 @@ def test_few_rows_go_to_torch(monkeypatch):
     monkeypatch.setattr(routing.gru, "FEWEST_ROWS", 6)
     inputs = leaves(5, 3, dtype=torch.float32)
     assert torch.equal(ours(*inputs), torch.gru_cell(*inputs))
-
-
-@pytest.mark.parametrize("num_rows", [1, BLOCK, 2 * BLOCK + 1])
-@pytest.mark.parametrize("has_state", [True, False])
-def test_scored_steps_are_projection_cell_and_scores(num_rows, has_state):
-    x, state, *weights = (value.detach() for value in leaves(num_rows, 3))
-    projection, score = torch.randn(3, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    x = torch.randn(num_rows, 5, dtype=torch.float64)
-    before = state if has_state else None
-    found = scored_steps(x, before, projection, weights, score)
-    after = torch.gru_cell(x @ projection.T, state if has_state else torch.zeros_like(state), *weights)
-    torch.testing.assert_close(found, (after @ score.T, after), rtol=1e-12, atol=1e-14)

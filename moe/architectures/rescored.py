@@ -1,11 +1,11 @@
 """Routers of another kind under the rule of the configured router: top-k, weights and balance stay, scores change."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 from torch import nn
 
-from routing import ROUTERS
+from routing import ROUTERS, ClassicRouter
 
 from ..config import MoEConfig
 
@@ -22,10 +22,10 @@ def rescored_routers(config: MoEConfig, kind: Callable[..., nn.Module]) -> list[
             f"the architecture {config.architecture!r} scores experts itself, so the router must be one of "
             f"{', '.join(fitting)}; got {config.router!r}"
         )
-    options: dict[str, Any] = config.router_options or {}
-    return ROUTERS[config.router](config.router_sizes, kind=kind, **options)
+    rule: partial[list[nn.Module]] = ROUTERS[config.router]  # type: ignore[assignment]
+    return rule.func(kind, config.router_sizes, **rule.keywords | (config.router_options or {}))
 
 
 def _is_rule_alone(build: Callable[..., list[nn.Module]]) -> bool:
-    classic = ROUTERS["classic"]
-    return build is classic or (getattr(build, "func", None) is classic and "kind" not in build.keywords)  # type: ignore[attr-defined]
+    """Whether a router of the catalogue is a `ClassicRouter` with options and nothing else."""
+    return isinstance(build, partial) and build.args == (ClassicRouter,)

@@ -1,12 +1,12 @@
-"""The best experts by sorted keys, against a sort of Python tuples."""
+"""The best experts, by C and by a stable sort, against a sort of Python tuples."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import routing.top_experts
-from routing.top_experts import FEWEST_SCORES, _by_sorted_keys, _by_stable_sort, top_experts
+import routing.top_k
+from routing.top_k import MOST_CHOICES, _by_insertion, _by_stable_sort, top_experts
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1 + 2**-23, 1 + 2**-22, -1 - 2**-23, 2**-149, -(2**-149), 3e38, torch.inf, -torch.inf]
 
@@ -25,14 +25,14 @@ def test_both_ways_are_the_order_of_scores_then_ids(data, num_tokens, num_expert
     score = torch.tensor([data.draw(row) for _ in range(num_tokens)], dtype=torch.float32)
     expected = by_the_book(score, top_k)
     assert _by_stable_sort(score, top_k).tolist() == expected
-    assert _by_sorted_keys(score, top_k).tolist() == expected
+    assert _by_insertion(score, top_k).tolist() == expected
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(64, 8), (60, 4), (16, 2), (8, 8), (256, 8), (1000, 16), (1, 1)])
 @pytest.mark.parametrize("spread", [1.0, 1e-6])
 def test_many_tokens_are_those_of_topk(num_experts, top_k, spread):
-    """A small spread leaves many pairs whose leading bits are equal."""
-    score = (1 + spread * torch.randn(max(40, 1 + FEWEST_SCORES // num_experts), num_experts)).softmax(dim=-1)
+    """A small spread leaves many ties."""
+    score = (1 + spread * torch.randn(333, num_experts)).softmax(dim=-1)
     expert_TK = top_experts(score, top_k)
     assert expert_TK.dtype == torch.int64
     assert torch.equal(score.gather(1, expert_TK), score.topk(top_k, dim=-1).values)
@@ -51,13 +51,19 @@ def test_scores_are_left_as_they_are():
     assert torch.equal(score, before)
 
 
-def test_few_tokens_and_double_precision_choose_by_the_same_rule(monkeypatch):
+def test_few_tokens_many_choices_and_double_precision_choose_by_the_same_rule():
+    score = torch.randint(0, 3, (200, 80)).float()
+    many = top_experts(score, MOST_CHOICES)
+    assert torch.equal(top_experts(score[:1], MOST_CHOICES), many[:1])
+    assert torch.equal(top_experts(score.double(), MOST_CHOICES), many)
+    assert torch.equal(top_experts(score, MOST_CHOICES + 1)[:, :-1], many)
+
+
+def test_a_machine_without_a_compiler_chooses_the_same(monkeypatch):
     score = torch.randint(0, 3, (200, 64)).float()
-    many = top_experts(score, 8)
-    assert torch.equal(top_experts(score[:1], 8), many[:1])
-    assert torch.equal(top_experts(score.double(), 8), many)
-    monkeypatch.setattr(routing.top_experts, "FEWEST_SCORES", score.numel() + 1)
-    assert torch.equal(top_experts(score, 8), many)
+    expected = top_experts(score, 8)
+    monkeypatch.setattr(routing.top_k, "routing_kernels", lambda: None)
+    assert torch.equal(top_experts(score, 8), expected)
 
 
 def test_a_diverged_token_disturbs_no_other():

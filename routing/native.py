@@ -1,0 +1,84 @@
+"""C beside our Python, compiled when it is first needed: once per processor and source, into the user's cache."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
+
+
+def compile_library(sources: Sequence[Path], *, headers: Sequence[Path] = (), flags: Sequence[str] = ()) -> ctypes.CDLL:
+    """C files as one library.
+
+    Args:
+        sources: to compile.
+        headers: what they include; a change there compiles anew.
+        flags: of the compiler, besides `FLAGS`.
+
+    Raises:
+        OSError: if there is no C compiler, or it fails.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if compiler is None:
+        raise OSError("no C compiler (cc) was found for a small C file")
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "expertier"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = b"".join(file.read_bytes() for file in (*sources, *headers))
+    command = [compiler, *FLAGS, *flags]
+    key = hashlib.sha256(text + _processor() + " ".join(command).encode()).hexdigest()[:16]
+    target = folder / f"native-{key}.so"
+    if not target.is_file():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            _compile(command, sources, Path(work)).replace(target)
+    return ctypes.CDLL(str(target))
+
+
+@functools.cache
+def routing_kernels() -> ctypes.CDLL | None:
+    """The C of this package with the types of its functions set; None without a C compiler."""
+    folder = Path(__file__).parent
+    try:
+        found = compile_library((folder / "top_k.c", folder / "scored_steps.c"))
+    except OSError:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    found.expertier_top_experts.argtypes = [pointer, number, number, number, pointer]
+    found.expertier_scored_steps.argtypes = [pointer] * 10 + [number] * 4
+    found.expertier_top_experts.restype = found.expertier_scored_steps.restype = ctypes.c_int
+    return found
+
+
+def _compile(command: list[str], sources: Sequence[Path], work: Path) -> Path:
+    """The library, linked with torch's own OpenMP if that is visible: two pools of threads would disturb each other."""
+    built, compiled = work / "native.so", [str(work / f"{source.stem}.o") for source in sources]
+    for source, target in zip(sources, compiled, strict=True):
+        _run([*command, "-c", str(source), "-o", target])
+    for openmp in ((), ("-fopenmp",)):
+        _run([command[0], "-shared", *openmp, *compiled, "-lm", "-o", str(built)])
+        try:
+            ctypes.CDLL(str(built))
+            return built
+        except OSError as error:
+            problem = error
+    raise problem
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"our C could not be compiled: {done.stderr.strip()[:300]}")
+
+
+def _processor() -> bytes:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return next((line for line in lines if line.startswith("flags")), "").encode()

@@ -1,0 +1,68 @@
+"""A projection, a GRU cell and scores of its states in one pass of C over blocks of tokens, without gradient.
+
+torch's products of so narrow matrices wait for memory between each other, and on processors that MKL was not made for
+they leave half of the vector units idle.
+
+Shapes: T tokens, D model width, p state width, R routable experts.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .gru import gru_cell
+from .native import routing_kernels
+
+# below, arranging the weights for the C takes longer than the products
+FEWEST_ROWS = 128
+
+
+def scored_steps(
+    x_TD: Tensor, state_Tp: Tensor | None, projection_pD: Tensor, weights: Sequence[Tensor], score_Rp: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`gru_cell` of the projected inputs, and scores of its states.
+
+    Args:
+        x_TD: inputs.
+        state_Tp: the state before; None is zero.
+        projection_pD: the cell's inputs are linear in x by it.
+        weights: those of `gru_cell`.
+        score_Rp: the scores are linear in the state by it.
+
+    Returns:
+        The scores [T, R] and the state after [T, p].
+
+    Raises:
+        ValueError: if the state before is not that of these tokens.
+    """
+    wanted = (len(x_TD), len(projection_pD))
+    if state_Tp is not None and (state_Tp.shape, state_Tp.dtype) != (wanted, x_TD.dtype):
+        raise ValueError(
+            f"the state before must be {x_TD.dtype} {wanted}; got {state_Tp.dtype} {tuple(state_Tp.shape)}"
+        )
+    if _suits_c(x_TD) and (kernels := routing_kernels()) is not None:
+        return _by_c(kernels.expertier_scored_steps, x_TD, state_Tp, (projection_pD, *weights, score_Rp))
+    after_Tp = gru_cell(linear(x_TD, projection_pD), state_Tp, weights)
+    return linear(after_Tp, score_Rp), after_Tp
+
+
+def _suits_c(x_TD: Tensor) -> bool:
+    """Whether the C takes these rows: many, in float32 on a CPU, and no gradient asked for."""
+    is_plain = x_TD.device.type == "cpu" and x_TD.dtype == torch.float32 and len(x_TD) >= FEWEST_ROWS
+    return is_plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _by_c(
+    kernel: Callable[..., int], x_TD: Tensor, state_Tp: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    (T, D), p, R = x_TD.shape, len(weights[0]), len(weights[-1])
+    after_Tp, score_TR = x_TD.new_empty(T, p), x_TD.new_empty(T, R)
+    given = [x_TD.contiguous(), *(weight.contiguous() for weight in weights)]
+    state = None if state_Tp is None else state_Tp.contiguous()
+    x, *addresses = (tensor.data_ptr() for tensor in given)
+    before = 0 if state is None else state.data_ptr()
+    if kernel(x, before, *addresses, after_Tp.data_ptr(), score_TR.data_ptr(), T, D, p, R):
+        raise MemoryError(f"no memory for the states of {T} tokens")
+    return score_TR, after_Tp
