@@ -10,6 +10,8 @@ from routing import ROUTERS
 from .compare_architectures import ARCHITECTURE_VARIANTS
 
 Settings = dict[str, Any]
+# tau, the load of an FFN expert for that of a zero-compute one: the default of the router `moepp`
+MOEPP_FFN_SHARE = 0.75
 
 
 def _sizes(model: Settings) -> tuple[int, int]:
@@ -43,12 +45,15 @@ def _longcat(model: Settings) -> Settings:
 
 
 def _moepp(model: Settings) -> Settings:
-    """One zero, one copy and E/4 - 2 constant experts, as published."""
-    num_experts, _ = _sizes(model)
-    return {
-        "router": "moepp",
-        "zero_compute_experts": ["zero", "copy"] + ["constant"] * max(num_experts // 4 - 2, 1),
-    }
+    """One zero, one copy and E/4 - 2 constant experts, as published.
+
+    The paper's balance coefficient is 0.01 for a loss without the factor R and with load shares that sum to K; ours is
+    1 at its target.
+    """
+    num_experts, base_k = _sizes(model)
+    kinds = ["zero", "copy"] + ["constant"] * max(num_experts // 4 - 2, 1)
+    weight = 0.01 * base_k * MOEPP_FFN_SHARE / (MOEPP_FFN_SHARE * num_experts + len(kinds))
+    return {"router": "moepp", "zero_compute_experts": kinds, "balance_loss_weight": weight}
 
 
 def _deepseek_v2(model: Settings) -> Settings:
