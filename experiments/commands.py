@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .presets import PRESETS, preset
+from .presets import PRESETS, TrainConfig, preset
 
 
 def train(
@@ -59,7 +59,8 @@ def train(
 
 def compare(
     routers: Annotated[
-        str, typer.Option(help="Variants or routers, with commas between them; `all` for every variant.")
+        str,
+        typer.Option(help="Variants or routers, with commas between them; `all` for the routers that fit the preset."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the comparison; call again to continue it.")],
     preset_name: Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}.")] = "routers",
@@ -81,19 +82,39 @@ def compare(
 
     from .compare import compare as run
     from .compare import print_table, record_comparison
-    from .compare_variants import VARIANTS
 
+    if json_file and not json_file.parent.is_dir():
+        raise ValueError(f"--json {json_file}: there is no folder {json_file.parent}")
     base = preset(preset_name)
     if steps is not None:
         base = replace(base, steps=steps, warmup_steps=min(base.warmup_steps, steps))
-    names = list(VARIANTS) if routers == "all" else [name.strip() for name in routers.split(",") if name.strip()]
-    report = run(names, base, out, seeds=seeds, data=data, processes=processes)
+    names = [name.strip() for name in routers.split(",") if name.strip()]
+    report = run(
+        _all_fitting(base) if names == ["all"] else names, base, out, seeds=seeds, data=data, processes=processes
+    )
     print_table(report["variants"])
     if json_file:
         write_json(json_file, report)
     if record:
         typer.echo(f"record: {record_comparison(report, slug)}")
     typer.echo(f"report: {(out / 'compare.html').resolve()}")
+    if not any(row["seeds"] for row in report["variants"]):
+        raise RuntimeError("no run finished; the reasons are above")
+
+
+def _all_fitting(base: TrainConfig) -> list[str]:
+    """Every router variant that fits a preset; what does not is named."""
+    from .compare_runs import fitting_model
+    from .compare_variants import VARIANTS
+
+    fitting = []
+    for name in VARIANTS:
+        try:
+            fitting_model(name, base.model)
+            fitting.append(name)
+        except ValueError as error:
+            typer.echo(f"left out: {error}", err=True)
+    return fitting
 
 
 def demo(

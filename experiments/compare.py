@@ -8,21 +8,24 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from routing.traces import write_json
 
 from .compare_page import write_page
 from .compare_runs import Run, execute, plan_runs
 from .compare_summary import METRICS, cell, summarise
+from .corpus import load_corpus, windows
 from .metrics import read_log
 from .presets import TrainConfig
 from .record import save_record
+from .train_loop import LOG_FILE, expect_same_text
 
 SMOOTHED = 20
 SHOWN = (
     "held_out_bits_per_byte",
     "flops_per_token",
+    "parameters",
     "true_load",
     "max_vio",
     "dead_experts",
@@ -59,11 +62,18 @@ def compare(
         The report, which is also `<out>/compare.json`; `<out>/compare.html` shows it.
 
     Raises:
-        ValueError: if a variant is unknown or does not fit, or `out` holds a comparison with other settings.
+        ValueError: if a variant is unknown or does not fit, the text cannot be read or is too short, or `out` holds a
+            comparison with other settings or on another text.
     """
     if processes < 1:
         raise ValueError(f"processes must be at least 1; got {processes}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; a comparison needs a folder")
     runs = plan_runs(list(variants), base, seeds, data, out)
+    corpus = load_corpus(data)
+    windows(corpus.train, base.sequence_length)  # raises before any run if the text is too short
+    for run in runs:
+        expect_same_text(run.folder, corpus)
     results: dict[Path, dict[str, Any]] = {}
     columns = (TextColumn("compare"), BarColumn(), TextColumn("{task.completed}/{task.total}  {task.fields[text]}"))
     with Progress(*columns, TimeElapsedColumn(), disable=quiet, console=Console(stderr=True)) as progress:
@@ -95,9 +105,10 @@ def report(runs: list[Run], results: dict[Path, dict[str, Any]], base: TrainConf
         f"{base.model.get('num_experts')} experts of width {base.model.get('moe_intermediate_size')}; "
         f"{base.steps} steps of {base.batch_size * base.accumulation * base.sequence_length} tokens; "
         f"{seeds} seed(s); text: "
-        f"{runs[0].data or 'the standard library of the running Python'}. "
-        f"{len(ended)} of {len(runs)} runs have ended. ± is the standard deviation over seeds."
+        f"{runs[0].data or 'the standard library of the running Python'}. {len(ended)} of {len(runs)} runs have ended."
     )
+    if seeds > 1:
+        facts += " ± is the standard deviation over seeds."
     content = {"facts": facts, "config": asdict(base), "variants": rows, "runs": [results[run.folder] for run in ended]}
     write_json(out / "compare.json", content)
     write_page(out / "compare.html", rows, curves, facts)
@@ -105,12 +116,30 @@ def report(runs: list[Run], results: dict[Path, dict[str, Any]], base: TrainConf
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """The columns that decide, on the terminal; the page has all of them."""
-    table = Table("variant", *(METRICS[name].label for name in SHOWN))
+    """The columns that decide, in as many tables as the terminal's width asks for; the page has all of them."""
+    console = Console()
+    variants = [row["variant"] for row in rows]
+    for names in _fitting(rows, max(map(len, variants)), console.width):
+        table = Table(Column("variant", no_wrap=True), *(Column(METRICS[name].label, no_wrap=True) for name in names))
+        for row in rows:
+            table.add_row(row["variant"], *(cell(row, name) for name in names))
+        console.print(table)
     for row in rows:
-        name = f"{row['variant']} ({row['status']})" if row["status"] else row["variant"]
-        table.add_row(name, *(cell(row, metric) for metric in SHOWN))
-    Console().print(table)
+        for trouble in row["troubles"]:
+            console.print(f"{row['variant']}, {trouble}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _fitting(rows: list[dict[str, Any]], name_width: int, width: int) -> list[list[str]]:
+    """SHOWN, cut into groups whose tables are at most `width` wide (at least one column each)."""
+    border, groups, used = 3, [], width
+    for name in SHOWN:
+        own = border + max(len(METRICS[name].label), *(len(cell(row, name)) for row in rows))
+        if used + own > width:
+            groups.append([])
+            used = border + max(name_width, len("variant")) + 1
+        groups[-1].append(name)
+        used += own
+    return groups
 
 
 def record_comparison(content: dict[str, Any], slug: str) -> Path:
@@ -128,7 +157,7 @@ def _order(runs: list[Run], run: Run) -> tuple[int, int]:
 
 def _curve(run: Run) -> list[tuple[int, float]]:
     """Training bits per byte, each the mean of the last SMOOTHED steps."""
-    log = run.folder / "metrics.jsonl"
+    log = run.folder / LOG_FILE
     bits = [row["bits_per_byte"] for row in read_log(log)] if log.is_file() else []
     steps = [step for step in range(1, len(bits) + 1) if step % 5 == 0 or step == len(bits)]
     return [(step, statistics.fmean(bits[max(0, step - SMOOTHED) : step])) for step in steps]

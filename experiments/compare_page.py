@@ -2,11 +2,12 @@
 
 import html
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from routing.traces import atomic_write
 
@@ -15,20 +16,30 @@ from .figures import ACCENT, INK, SOFT, inline_svg
 
 PANELS = (
     "held_out_bits_per_byte",
+    "flops_per_token",
     "true_load",
     "max_vio",
+    "dead_experts",
+    "router_entropy",
     "inner_balance",
+    "outer_balance",
     "mutual_information",
     "predictability",
     "lru_hit_rate",
     "srp",
 )
+PANELS_IN_A_ROW = 4
 FROM_ZERO = set(PANELS) - {"held_out_bits_per_byte", "inner_balance"}
+# from this ratio of its largest to its smallest value on, a panel without zero is logarithmic
+LOGARITHMIC_FROM = 10
+LINES = ("-", "--", ":")
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1f2933;max-width:1180px;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
-.wide{overflow-x:auto} th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e4e7eb;white-space:nowrap}
-th:first-child,td:first-child{text-align:left} svg{max-width:100%;height:auto} .trouble{color:#c92a2a}
+body{font:15px/1.5 system-ui,sans-serif;color:#1f2933;max-width:1400px;margin:2rem auto;padding:0 1rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:12px}
+.wide{overflow-x:auto} th,td{padding:.25rem .35rem;text-align:right;border-bottom:1px solid #e4e7eb}
+td{white-space:nowrap} th{vertical-align:bottom;line-height:1.2}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
+svg{max-width:100%;height:auto} .trouble{color:#c92a2a}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem} dt{font-weight:600} dd{margin:0}
 """
 
@@ -52,6 +63,7 @@ def write_page(
         "<h1>Routers compared</h1>",
         f"<p>{html.escape(facts)}</p>",
         f'<div class="wide">{_table(rows)}</div>',
+        *(f'<p class="trouble">{html.escape(trouble)}</p>' for trouble in _troubles(rows)),
         *(inline_svg(figure) for figure in figures),
         "<h2>Columns</h2><dl>",
         *(f"<dt>{html.escape(m.label)}</dt><dd>{html.escape(m.meaning)}</dd>" for m in METRICS.values()),
@@ -69,7 +81,7 @@ def trade_off(rows: list[dict[str, Any]]) -> Figure:
     """Bits per byte against operations per token, with the spread over seeds."""
     figure, axes = plt.subplots(figsize=(9, 4.6))
     for row in rows:
-        x, y = row["metrics"]["flops_per_token"], row["metrics"]["held_out_bits_per_byte"]
+        x, y = (_in_units(row, name) for name in ("flops_per_token", "held_out_bits_per_byte"))
         axes.errorbar(
             x["mean"],
             y["mean"],
@@ -91,41 +103,58 @@ def trade_off(rows: list[dict[str, Any]]) -> Figure:
 def panels(rows: list[dict[str, Any]]) -> Figure:
     """One panel per metric: means as bars where zero means something, as ticks elsewhere; seeds as dots."""
     names = [row["variant"] for row in rows]
-    height = max(2.4, 0.24 * len(names) + 0.8)
-    figure, grid = plt.subplots(2, len(PANELS) // 2, figsize=(12, 2 * height), sharey=True, layout="constrained")
+    num_rows = -(-len(PANELS) // PANELS_IN_A_ROW)
+    size = (12, num_rows * max(2.2, 0.22 * len(names) + 0.8))
+    figure, grid = plt.subplots(num_rows, PANELS_IN_A_ROW, figsize=size, sharey=True, layout="constrained")
     for axes, metric in zip(grid.flat, PANELS, strict=True):
         for place, row in enumerate(rows):
-            value = row["metrics"].get(metric)
-            if value is None:
-                continue
-            if metric in FROM_ZERO:
-                axes.barh(place, value["mean"], color=ACCENT, alpha=0.35, height=0.7)
-            else:
-                axes.plot([value["mean"]], [place], "|", color=ACCENT, ms=12, mew=3)
-            axes.plot(value["values"], [place] * len(value["values"]), "o", color=INK, ms=3)
+            if metric in row["metrics"]:
+                _draw_value(axes, place, _in_units(row, metric), from_zero=metric in FROM_ZERO)
         axes.set_title(METRICS[metric].label, fontsize=10)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.grid(axis="y", color=SOFT, lw=0.3)
-        if metric == "inner_balance":
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_formatter("")
+        _scale(axes, metric, [row["metrics"][metric]["mean"] for row in rows if metric in row["metrics"]])
         _bare(axes)
     grid.flat[0].invert_yaxis()
     return figure
 
 
+def _draw_value(axes: Any, place: int, value: dict[str, Any], *, from_zero: bool) -> None:
+    if from_zero:
+        axes.barh(place, value["mean"], color=ACCENT, alpha=0.35, height=0.7)
+    else:
+        axes.plot([value["mean"]], [place], "|", color=ACCENT, ms=12, mew=3)
+    axes.plot(value["values"], [place] * len(value["values"]), "o", color=INK, ms=3)
+
+
+def _scale(axes: Any, metric: str, means: list[float]) -> None:
+    if metric not in FROM_ZERO and means and max(means) > LOGARITHMIC_FROM * min(means):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+
+
 def learning_curves(curves: dict[str, list[list[tuple[int, float]]]]) -> Figure:
-    """Smoothed training bits per byte against steps: a line per seed, a colour per variant."""
-    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
-    colours = plt.get_cmap("turbo")
+    """Smoothed training bits per byte against steps: the mean over seeds, and a band from the lowest to the highest."""
+    figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
+    colours = plt.get_cmap("tab10").colors
     for number, (name, seeds) in enumerate(curves.items()):
-        colour = colours(0.05 + 0.9 * number / max(1, len(curves) - 1))
-        for place, seed in enumerate(points for points in seeds if points):
-            axes.plot(*zip(*seed, strict=True), lw=1, color=colour, label=name if place == 0 else None)
-    axes.set(xlabel="optimiser step", ylabel="bits per byte in training, mean of 20 steps")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        begun = [dict(points) for points in seeds if points]
+        if not begun:
+            continue
+        style = {"color": colours[number % len(colours)], "ls": LINES[number // len(colours) % len(LINES)]}
+        steps = sorted(set.intersection(*(set(points) for points in begun)))
+        values = [[points[step] for points in begun] for step in steps]
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(steps, [fmean(own) for own in values], lw=1.2, label=name, marker=marker, **style)
+        if len(begun) > 1:
+            axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=style["color"], alpha=0.12, lw=0)
+    axes.set(xlabel="optimiser step", ylabel="bits per byte in training, mean of the last steps (20 at most)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(curves) // 28)
     _bare(axes)
     return figure
 
@@ -134,7 +163,7 @@ def _label_apart(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Names in a column at the right, in the order of their points, joined to them by thin lines."""
     order = sorted(rows, key=lambda row: -row["metrics"]["held_out_bits_per_byte"]["mean"])
     for place, row in enumerate(order):
-        point = (row["metrics"]["flops_per_token"]["mean"], row["metrics"]["held_out_bits_per_byte"]["mean"])
+        point = tuple(_in_units(row, name)["mean"] for name in ("flops_per_token", "held_out_bits_per_byte"))
         axes.annotate(
             row["variant"],
             point,
@@ -145,6 +174,17 @@ def _label_apart(axes: Any, rows: list[dict[str, Any]]) -> None:
             color=INK,
             arrowprops={"arrowstyle": "-", "color": SOFT, "lw": 0.6},
         )
+
+
+def _troubles(rows: list[dict[str, Any]]) -> list[str]:
+    return [f"{row['variant']}, {trouble}" for row in rows for trouble in row["troubles"]]
+
+
+def _in_units(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """A metric in the unit of its column."""
+    unit, value = METRICS[name].unit, row["metrics"][name]
+    spread = None if value["spread"] is None else value["spread"] / unit
+    return {"mean": value["mean"] / unit, "spread": spread, "values": [one / unit for one in value["values"]]}
 
 
 def _bare(axes: Any) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 
 from routing.traces import write_json
 
-from .compare_variants import model_overrides
+from .compare_variants import expect_variant, model_overrides
 from .presets import TrainConfig
+from .train_loop import differences
 
 RESULT_FILE, CONFIG_FILE = "compare_result.json", "compare_config.json"
 
@@ -37,9 +38,9 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What came out, if the run has ended."""
-        path = self.folder / RESULT_FILE
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        """What came out, if the run has finished or diverged; one that failed is tried again."""
+        found = _read(self.folder / RESULT_FILE)
+        return None if found is None or found["status"] == "failed" else found
 
 
 def plan_runs(variants: list[str], base: TrainConfig, seeds: int, data: str | None, out: Path) -> list[Run]:
@@ -54,9 +55,7 @@ def plan_runs(variants: list[str], base: TrainConfig, seeds: int, data: str | No
         raise ValueError(f"a variant is named twice in {', '.join(variants)}")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1; got {seeds}")
-    models = {name: model_overrides(name, base.model) for name in variants}
-    for name, model in models.items():
-        _expect_fits(name, model)
+    models = {name: fitting_model(name, base.model) for name in variants}
     return [
         Run(
             variant=name,
@@ -82,10 +81,10 @@ def execute(runs: list[Run], processes: int, done: Callable[[Run, dict[str, Any]
     """
     for run in runs:
         _expect_same(run)
-    waiting = [run for run in runs if run.result is None]
-    for run in runs:
-        if run.result is not None:
-            done(run, run.result)
+    ended = [(run, result) for run in runs if (result := run.result) is not None]
+    waiting = [run for run in runs if run not in [other for other, _ in ended]]
+    for run, result in ended:
+        done(run, result)
     if processes == 1:
         for run in waiting:
             done(run, execute_one(run, threads=None))
@@ -100,7 +99,7 @@ def execute(runs: list[Run], processes: int, done: Callable[[Run, dict[str, Any]
 def execute_one(run: Run, threads: int | None) -> dict[str, Any]:
     """Train, or continue training, then measure; the result is on disk when this returns.
 
-    A loss that is no longer finite ends the run with the status `diverged`; any other error of the run, with `failed`.
+    A loss that is no longer finite ends the run with the status `diverged`; any other error, with `failed`.
     """
     import torch
 
@@ -114,7 +113,7 @@ def execute_one(run: Run, threads: int | None) -> dict[str, Any]:
         result = _train_and_measure(run, load_corpus(run.data))
     except FloatingPointError as error:
         result = {"status": "diverged", "message": str(error)}
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever ends one run, the others go on
         result = {"status": "failed", "message": f"{type(error).__name__}: {error}"}
     result = {"variant": run.variant, "seed": run.config.seed} | result
     write_json(run.folder / RESULT_FILE, result)
@@ -165,25 +164,42 @@ def _as_they_end(futures: dict[Future[dict[str, Any]], Run]) -> Iterator[tuple[F
         raise
 
 
-def _expect_fits(name: str, model: dict[str, Any]) -> None:
-    """Build the variant's layers on no device, so that misfits show before any run starts."""
+def fitting_model(name: str, model: dict[str, Any]) -> dict[str, Any]:
+    """The model settings of a variant, whose layers were built on no device, so that misfits show before any run.
+
+    Raises:
+        ValueError: if there is no such variant, or it does not fit the preset's sizes.
+    """
     import torch
 
     from moe import MoEConfig, build_body
 
+    expect_variant(name)
     try:
+        own = model_overrides(name, model)
         with torch.device("meta"):
-            build_body(MoEConfig(**model))
+            build_body(MoEConfig(**own))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    return own
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """What makes a run this run, as it comes back from a JSON file."""
-    return json.loads(json.dumps({"variant": run.variant, "data": run.data, "config": asdict(run.config)}))
+    """What makes a run this run besides its text, as it comes back from a JSON file."""
+    return json.loads(json.dumps({"variant": run.variant, "config": asdict(run.config)}))
 
 
 def _expect_same(run: Run) -> None:
-    path = run.folder / CONFIG_FILE
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != _settings(run):
-        raise ValueError(f"{run.folder} holds a run with other settings; use another --out or remove it")
+    begun, wanted = _read(run.folder / CONFIG_FILE), _settings(run)
+    if begun is not None and (changed := differences(begun["config"], wanted["config"])):
+        raise ValueError(f"{run.folder} holds a run with other settings ({changed}); use another --out or remove it")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON file of a run, if it is there."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove {path.parent} to run it anew") from error

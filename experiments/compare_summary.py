@@ -13,11 +13,13 @@ class Metric:
         label: its heading.
         meaning: one line for the legend.
         digits: of the mean, as a format specification.
+        unit: what one of the table is worth in the results.
     """
 
     label: str
     meaning: str
     digits: str
+    unit: float = 1.0
 
 
 METRICS: dict[str, Metric] = {
@@ -27,12 +29,16 @@ METRICS: dict[str, Metric] = {
     "flops_per_token": Metric(
         label="MFLOP/token",
         meaning="operations of a forward pass with the loads that were measured: true experts, nulls, shared, router",
-        digits=".2f",
+        digits=".4g",
+        unit=1e6,
     ),
     "active_parameters": Metric(
-        label="active Mparam", meaning="parameters without the experts that a token does not visit", digits=".2f"
+        label="active Mparam",
+        meaning="parameters without the experts that a token does not visit",
+        digits=".4g",
+        unit=1e6,
     ),
-    "parameters": Metric(label="Mparam", meaning="all parameters, routers included", digits=".2f"),
+    "parameters": Metric(label="Mparam", meaning="all parameters, routers included", digits=".4g", unit=1e6),
     "true_load": Metric(label="true load", meaning="FFN experts per token and layer", digits=".2f"),
     "max_vio": Metric(
         label="MaxVio", meaning="largest expert load over the mean, minus 1; 0 is balanced", digits=".2f"
@@ -71,27 +77,28 @@ METRICS: dict[str, Metric] = {
     ),
     "tokens_per_second": Metric(label="tok/s", meaning="training speed of the last step on this machine", digits=".0f"),
 }
-MILLIONS = {"flops_per_token", "active_parameters", "parameters"}
 
 
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per variant, in the order of the results.
 
     Returns:
-        `variant`, `seeds` (finished ones), `status` (what did not finish, or ""), and per metric that the variant has
-        its `mean`, `spread` (sample standard deviation; None with one seed) and `values`.
+        `variant`, `seeds` (finished ones), `status` (what did not finish, or ""), `troubles` (the same with reasons),
+        and per metric that the variant has its `mean`, `spread` (sample standard deviation; None with one seed) and
+        `values`, in the units of the results.
     """
     variants = list(dict.fromkeys(result["variant"] for result in results))
     rows = []
     for variant in variants:
         own = [result for result in results if result["variant"] == variant]
         finished = [result for result in own if result["status"] == "finished"]
-        troubled = [f"seed {result['seed']} {result['status']}" for result in own if result["status"] != "finished"]
+        troubled = [result for result in own if result["status"] != "finished"]
         rows.append(
             {
                 "variant": variant,
                 "seeds": len(finished),
-                "status": ", ".join(troubled),
+                "status": ", ".join(_status(result) for result in troubled),
+                "troubles": [f"{_status(result)}: {result['message']}" for result in troubled],
                 "metrics": {
                     name: _spread(name, finished)
                     for name in METRICS
@@ -103,16 +110,24 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cell(row: dict[str, Any], name: str) -> str:
-    """A metric as `mean ± spread`, or the mean alone with one seed; "-" when no seed has it."""
+    """A metric as `mean ± spread`, or the mean alone where seeds do not differ; "-" when no seed has it."""
     if name not in row["metrics"]:
         return "-"
-    value, digits = row["metrics"][name], METRICS[name].digits
-    mean = format(value["mean"], digits)
-    return mean if value["spread"] is None else f"{mean} ± {format(value['spread'], digits)}"
+    value, metric = row["metrics"][name], METRICS[name]
+    mean = format(value["mean"] / metric.unit, metric.digits)
+    if not value["spread"]:
+        return mean
+    # as many decimals as the mean shows, so that 1.750 is not followed by 0.00012
+    decimals = len(mean.partition(".")[2])
+    return f"{mean} ± {value['spread'] / metric.unit:.{decimals}f}"
+
+
+def _status(result: dict[str, Any]) -> str:
+    return f"seed {result['seed']} {result['status']}"
 
 
 def _spread(name: str, finished: list[dict[str, Any]]) -> dict[str, Any]:
-    values = [result[name] / (1e6 if name in MILLIONS else 1) for result in finished]
+    values = [result[name] for result in finished]
     return {
         "mean": statistics.fmean(values),
         "spread": statistics.stdev(values) if len(values) > 1 else None,

@@ -119,15 +119,20 @@ def model_overrides(name: str, model: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if there is no such variant or router.
     """
+    expect_variant(name)
     if name in VARIANTS:
         return model | VARIANTS[name](model)
     if name in ARCHITECTURE_VARIANTS:
         return model | ARCHITECTURE_VARIANTS[name](model)
-    if name in ROUTERS:
-        return model | {"router": name}
+    return model | {"router": name}
+
+
+def expect_variant(name: str) -> None:
+    """Raises ValueError, with the nearest name, if there is no such variant or router."""
     names = [*VARIANTS, *ARCHITECTURE_VARIANTS]
-    near = get_close_matches(name, [*names, *ROUTERS], n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(
-        f"unknown variant {name!r}; {hint}variants are {', '.join(names)}; routers are {', '.join(ROUTERS)}"
-    )
+    if name not in names and name not in ROUTERS:
+        near = get_close_matches(name, [*names, *ROUTERS], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"unknown variant {name!r}; {hint}variants are {', '.join(names)}; routers are {', '.join(ROUTERS)}"
+        )

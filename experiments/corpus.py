@@ -3,12 +3,13 @@
 A corpus is two flat token streams, one to train on and one held out; whole documents fall on one side or the other.
 """
 
+import hashlib
 import json
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,14 @@ class Corpus:
     vocab_size: int
     tokens_per_byte: float
     source: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for equal token streams, wherever they came from."""
+        digest = hashlib.blake2b(digest_size=8)
+        for stream in (self.train, self.held_out):
+            digest.update(np.ascontiguousarray(stream).astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 def load_corpus(data: str | None, *, column: str = "text", tokenizer: str | None = None) -> Corpus:
@@ -122,7 +131,10 @@ def _jsonl(path: Path, column: str) -> Iterator[tuple[str, bytes]]:
 def _parquet(path: Path, column: str) -> Iterator[tuple[str, bytes]]:
     import pyarrow.parquet as parquet
 
-    table = parquet.ParquetFile(path)
+    try:
+        table = parquet.ParquetFile(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: no readable Parquet file: {error}") from error
     if column not in table.schema_arrow.names:
         raise ValueError(f"{path}: no column {column!r}; it has {', '.join(table.schema_arrow.names)}")
     number = 0

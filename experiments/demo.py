@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
 import offload
 from placement import Cluster, Plan, Problem, score, solve
@@ -23,6 +22,7 @@ from .demo_result import DemoResult, OffloadedRun, Placements, Yardsticks
 from .metrics import read_log
 from .ngram import ngram_bits_per_byte
 from .presets import TrainConfig, preset
+from .resident import load_resident
 from .train import measure_step_s, train
 
 TRAIN_SECONDS = 240.0
@@ -135,9 +135,9 @@ def _fit_steps(corpus: Corpus, train_seconds: float) -> TrainConfig:
 
 def _offload(model_dir: Path, corpus: Corpus) -> OffloadedRun:
     prompt = torch.from_numpy(corpus.held_out[:PROMPT_BYTES].astype(np.int64))[None]
-    resident = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    resident = load_resident(model_dir)
     cache_experts = max(resident.config.num_experts // 4, 1)
-    offloaded = offload.load(model_dir, cache_experts=cache_experts)
+    offloaded = offload.load(model_dir, cache_experts=cache_experts, io="cached")  # the files were just written
     resident_ids, resident_logits, _ = _generate(resident, prompt)
     token_ids, logits, seconds = _generate(offloaded, prompt)
     report = offloaded.offload.report()

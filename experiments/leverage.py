@@ -25,6 +25,8 @@ def efficiency_leverage(activation: float, granularity: float, compute_flops: fl
     Raises:
         ValueError: if a value is out of range.
     """
+    if not all(math.isfinite(value) for value in (activation, granularity, compute_flops)):
+        raise ValueError(f"expected finite numbers; got {activation}, {granularity}, {compute_flops}")
     if not 0 < activation <= 1:
         raise ValueError(f"activation must lie in 0..1; got {activation}")
     if granularity <= 0 or compute_flops <= 1:

@@ -1,6 +1,7 @@
 """TrainConfig and its presets: everything a training run depends on besides the text and the router."""
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, Literal
 
 
@@ -201,5 +202,7 @@ def preset(name: str) -> TrainConfig:
         ValueError: if there is none.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+        near = get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown preset {name!r}; {hint}known are {', '.join(PRESETS)}")
     return PRESETS[name]()

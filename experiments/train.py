@@ -45,12 +45,12 @@ def train(
         How it ended.
 
     Raises:
-        ValueError: if `run` holds another run, or the corpus is too short.
+        ValueError: if `run` holds another run or one on another text, or the corpus is too short.
         FloatingPointError: if the loss or its gradient is no longer finite; the last checkpoint is from before.
-        KeyboardInterrupt: after Ctrl-C, once the last finished step is saved.
+        KeyboardInterrupt: after Ctrl-C, once the step that it came in is done and saved; after a second one at once.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = prepare(run, config, resume=resume)
+    found = prepare(run, config, corpus, resume=resume)
     precision = precision_of(found[-1]) if found else resolve_precision(config, device)
     config = replace(config, precision=precision)
     model, optimizer, order = build(config, corpus, device)

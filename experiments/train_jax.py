@@ -42,12 +42,12 @@ def train(
         How it ended.
 
     Raises:
-        ValueError: if `run` holds another run or one of torch, the corpus is too short, the router has no twin in JAX,
-            or the mesh does not fit.
+        ValueError: if `run` holds another run, one on another text or one of torch, the corpus is too short, the router
+            has no twin in JAX, or the mesh does not fit.
         FloatingPointError: if the loss or its gradient is no longer finite; the last checkpoint is from before.
-        KeyboardInterrupt: after Ctrl-C, once the last finished step is saved.
+        KeyboardInterrupt: after Ctrl-C, once the step that it came in is done and saved; after a second one at once.
     """
-    found = prepare(run, config, resume=resume)
+    found = prepare(run, config, corpus, resume=resume)
     precision = precision_of(found[-1]) if found else resolve_precision(config.precision)
     config = replace(config, precision=precision)
     trainable = build(config, corpus, run, mesh=mesh)

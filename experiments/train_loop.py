@@ -18,9 +18,11 @@ from routing.traces import write_json
 
 from .checkpoint import CONFIG_FILE, checkpoints, publish
 from .corpus import Corpus, windows
-from .metrics import MetricsLog, open_log
+from .interrupt import interrupt_noted
+from .metrics import MetricsLog, open_log, read_log
 from .presets import TrainConfig
 
+LOG_FILE, TEXT_FILE = "metrics.jsonl", "training_text.json"
 HARMLESS = ("precision", "evaluate_every", "checkpoint_every", "held_out_tokens")
 
 
@@ -33,7 +35,7 @@ class TrainResult:
         held_out_bits_per_byte: of the final model.
         train_bits_per_byte: of the last step's batch.
         tokens_per_second: of the last step.
-        seconds: wall time, evaluations and checkpoints included.
+        seconds: wall time of this call, evaluations and checkpoints included.
     """
 
     steps: int
@@ -72,41 +74,50 @@ def run_steps(
     """Train from step `done` to the end, or until the time is up; everything that is left behind is under `run`.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, once the last finished step is saved.
+        KeyboardInterrupt: after Ctrl-C, once the step that it came in is done and saved; after a second one at once.
     """
-    start, row = time.perf_counter(), {}
-    with open_log(run / "metrics.jsonl", last_step=done) as log, _progress(config.steps, done, quiet) as advance:
-        try:
-            for step in range(done, config.steps):
-                if stop_after_s is not None and time.perf_counter() - start > stop_after_s:
-                    break
-                row = trainable.step(step)
-                row["bits_per_byte"] = bits_per_byte(row["lm_loss"], corpus)
-                done = step + 1
-                _after_step(row, done, trainable, config, log)
-                advance(row)
-        except KeyboardInterrupt:
-            trainable.save(done)
-            raise
+    start = time.perf_counter()
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / TEXT_FILE, {"source": corpus.source, "fingerprint": corpus.fingerprint})
+    with (
+        open_log(run / LOG_FILE, last_step=done) as log,
+        _progress(config.steps, done, quiet) as advance,
+        interrupt_noted() as is_interrupted,
+    ):
+        for step in range(done, config.steps):
+            if stop_after_s is not None and time.perf_counter() - start > stop_after_s:
+                break
+            row = trainable.step(step)
+            row["bits_per_byte"] = bits_per_byte(row["lm_loss"], corpus)
+            done = step + 1
+            _after_step(row, done, trainable, config, log)
+            advance(row)
+            if is_interrupted():
+                trainable.save(done)
+                raise KeyboardInterrupt
     publish(run, trainable.save(done))
+    last = next(reversed(read_log(run / LOG_FILE)), {})
     seconds = time.perf_counter() - start
     result = TrainResult(
         steps=done,
         held_out_bits_per_byte=trainable.evaluate(),
-        train_bits_per_byte=row.get("bits_per_byte", math.nan),
-        tokens_per_second=row.get("tokens_per_second", math.nan),
+        train_bits_per_byte=last.get("bits_per_byte", math.nan),
+        tokens_per_second=last.get("tokens_per_second", math.nan),
         seconds=seconds,
     )
     write_json(run / "result.json", asdict(result))
     return result
 
 
-def prepare(run: Path, config: TrainConfig, *, resume: bool) -> list[Path]:
+def prepare(run: Path, config: TrainConfig, corpus: Corpus, *, resume: bool) -> list[Path]:
     """The finished checkpoints of a run that may start or continue, oldest first.
 
     Raises:
-        ValueError: if there is nothing to resume, a run that was not to be resumed, or one with other settings.
+        ValueError: if there is nothing to resume, a run that was not to be resumed, or one with other settings or
+            another text.
     """
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run} is a file; a run needs a folder")
     found = checkpoints(run)
     if resume and not found:
         raise ValueError(f"nothing to resume: {run} has no finished checkpoint; start without --resume")
@@ -114,8 +125,27 @@ def prepare(run: Path, config: TrainConfig, *, resume: bool) -> list[Path]:
         raise ValueError(f"{run} already holds a run ({found[-1].name}); use --resume to continue it or another --out")
     if found:
         _expect_same_run(_saved_config(found[-1]), json.loads(json.dumps(asdict(config))), run)
-    run.mkdir(parents=True, exist_ok=True)
+        expect_same_text(run, corpus)
     return found
+
+
+def expect_same_text(run: Path, corpus: Corpus) -> None:
+    """Raises ValueError if a run was begun on another text."""
+    path = run / TEXT_FILE
+    if not path.is_file():
+        return
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    if begun["fingerprint"] != corpus.fingerprint:
+        raise ValueError(
+            f"{run} was begun on another text ({begun['source']} as it was then; now {corpus.source}); "
+            "give it that text again, or use another --out"
+        )
+
+
+def differences(begun: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What is set otherwise than in a run that exists, in words; empty if nothing is."""
+    changed = [name for name in wanted if begun.get(name) != wanted[name]]
+    return ", ".join(f"{name} {begun.get(name)!r} there and {wanted[name]!r} now" for name in changed)
 
 
 def precision_of(checkpoint: Path) -> str:
@@ -129,10 +159,9 @@ def _saved_config(checkpoint: Path) -> dict[str, Any]:
 
 def _expect_same_run(begun: dict[str, Any], wanted: dict[str, Any], run: Path) -> None:
     """Only what cannot change the result may differ; the precision is taken from the run itself."""
-    changed = [name for name in wanted if name not in HARMLESS and begun.get(name) != wanted[name]]
+    changed = differences(begun, {name: value for name, value in wanted.items() if name not in HARMLESS})
     if changed:
-        differences = ", ".join(f"{name} {begun.get(name)!r} there and {wanted[name]!r} now" for name in changed)
-        raise ValueError(f"{run} was begun with other settings ({differences}); repeat them, or use another --out")
+        raise ValueError(f"{run} was begun with other settings ({changed}); repeat them, or use another --out")
 
 
 def bits_per_byte(nats_per_token: float, corpus: Corpus) -> float:

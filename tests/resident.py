@@ -1,7 +1,6 @@
-"""Resident models whose bits can be compared."""
+"""What this processor does to the bits of a resident model."""
 
 import torch
-from transformers import AutoModelForCausalLM
 
 
 def bits_follow_addresses():
@@ -10,14 +9,3 @@ def bits_follow_addresses():
     weight = torch.randn(64, 64)
     products = [x @ memory[at : at + 64 * 64].view(64, 64).copy_(weight).T for at in range(16)]
     return not all(torch.equal(product, products[0]) for product in products)
-
-
-def load_resident(folder, **options):
-    """A checkpoint by transformers, its weights moved from where the file was mapped to memory of their own.
-
-    A checkpoint's tensors lie at any multiple of their elements' size; see `bits_follow_addresses`.
-    """
-    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-    return model

@@ -4,12 +4,15 @@ import json
 import math
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from experiments.compare import compare
+import experiments.train as train_module
+from experiments.commands import _all_fitting
+from experiments.compare import SHOWN, compare, print_table
 from experiments.compare_flops import Usage, parameters, router_flops, token_flops
 from experiments.compare_metrics import (
     mutual_information,
@@ -18,6 +21,7 @@ from experiments.compare_metrics import (
     sharpness,
     trace_of,
 )
+from experiments.compare_page import write_page
 from experiments.compare_runs import execute, execute_one, plan_runs
 from experiments.compare_summary import METRICS, cell, summarise
 from experiments.compare_variants import VARIANTS, model_overrides
@@ -149,15 +153,48 @@ def _model(name, tiny):
     return MoEForCausalLM(MoEConfig(**settings)).eval()
 
 
+def results_of(values, variant="a"):
+    return [
+        {"variant": variant, "seed": seed, "status": "finished", **dict.fromkeys(METRICS, value)}
+        for seed, value in enumerate(values)
+    ]
+
+
 def test_summary_has_mean_and_spread_over_finished_seeds():
-    results = [
-        {"variant": "a", "seed": seed, "status": "finished", **dict.fromkeys(METRICS, value)}
-        for seed, value in ((0, 1.0), (1, 3.0))
-    ] + [{"variant": "b", "seed": 0, "status": "diverged", "message": "loss nan"}]
-    a, b = summarise(results)
+    diverged = {"variant": "b", "seed": 0, "status": "diverged", "message": "loss nan"}
+    a, b = summarise([*results_of((1.0, 3.0)), diverged])
     assert a["metrics"]["true_load"] == {"mean": 2.0, "spread": math.sqrt(2), "values": [1.0, 3.0]}
     assert cell(a, "true_load") == "2.00 ± 1.41"
     assert (b["status"], b["seeds"], cell(b, "true_load")) == ("seed 0 diverged", 0, "-")
+    assert b["troubles"] == ["seed 0 diverged: loss nan"]
+
+
+def test_the_report_is_in_the_units_of_the_runs_and_the_table_in_millions():
+    (row,) = summarise(results_of((107_968.0, 114_000.0)))
+    assert row["metrics"]["parameters"]["mean"] == 110_984
+    assert cell(row, "parameters") == "0.111 ± 0.004"
+
+
+@pytest.mark.parametrize("width", [60, 80, 400])
+def test_tables_fit_the_terminal_and_cut_nothing(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    diverged = {"variant": "b", "seed": 0, "status": "diverged", "message": "loss nan"}
+    print_table(summarise([*results_of((1.25, 3.5), "adamoe-1.5-per-null"), *results_of((1.25, 3.5)), diverged]))
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= width
+    assert printed.count("adamoe-1.5-per-null") == printed.count("variant")
+    assert all(METRICS[name].label in printed for name in SHOWN)
+    assert "b, seed 0 diverged: loss nan" in printed
+
+
+def test_the_page_survives_one_step_one_seed_and_equal_values(tmp_path):
+    rows = summarise(results_of((2.0,)) + results_of((2.0,), "b"))
+    for curves in ({"a": [[(1, 5.0)]], "b": [[]]}, {"a": [[(5, 5.0), (10, 4.0)], [(5, 6.0)]]}, {}):
+        write_page(tmp_path / "page.html", rows, curves, "facts <&>")
+        page = (tmp_path / "page.html").read_text()
+        assert page.count("<svg") == 2 + bool(curves)
+        assert "facts &lt;&amp;&gt;" in page
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -196,6 +233,85 @@ def test_a_checkpoint_of_another_run_is_not_continued(tiny, text, tmp_path):
     result = execute_one(run, threads=None)
     assert result["status"] == "failed"
     assert "other settings" in result["message"]
+
+
+def test_a_run_that_failed_is_tried_again(tiny, text, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as broken:
+        broken.setattr(train_module, "build", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        report = compare(["top2"], tiny, out, seeds=1, data=text, quiet=True)
+    assert report["variants"][0]["troubles"] == ["seed 0 failed: OSError: no space left"]
+    assert "no space left" in (out / "compare.html").read_text()
+    report = compare(["top2"], tiny, out, seeds=1, data=text, quiet=True)
+    assert report["variants"][0]["status"] == ""
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_result_changes_nothing(tiny, text, tmp_path):
+    out = tmp_path / "out"
+    whole = compare(["top2"], tiny, out, seeds=2, data=text, quiet=True)
+    (out / "runs/top2/seed_0/compare_result.json").unlink()
+    again = compare(["top2"], tiny, out, seeds=2, data=text, quiet=True)
+    for one, other in zip(whole["runs"], again["runs"], strict=True):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
+@pytest.mark.parametrize("name", ["compare_result.json", "compare_config.json"])
+def test_a_damaged_file_is_named(name, tiny, text, tmp_path):
+    out = tmp_path / "out"
+    compare(["top2"], tiny, out, seeds=1, data=text, quiet=True)
+    path = out / "runs/top2/seed_0" / name
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(ValueError, match=rf"{name} is damaged .*; remove .*seed_0 to run it anew"):
+        compare(["top2"], tiny, out, seeds=1, data=text, quiet=True)
+
+
+def test_a_damaged_checkpoint_sinks_one_run_only(tiny, text, tmp_path):
+    out = tmp_path / "out"
+    (run, _) = plan_runs(["top2", "loss-free"], tiny, 1, text, out)
+    train(run.config, load_corpus(text), run.folder, quiet=True)
+    for weights in run.folder.glob("checkpoints/*/model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:100])
+    report = compare(["top2", "loss-free"], tiny, out, seeds=1, data=text, quiet=True)
+    assert [row["status"] for row in report["variants"]] == ["seed 0 failed", ""]
+
+
+def test_seeds_on_different_texts_are_not_mixed(tiny, text, tmp_path):
+    out = tmp_path / "out"
+    compare(["top2"], tiny, out, seeds=1, data=text, quiet=True)
+    absolute = compare(["top2"], tiny, out, seeds=1, data=f"{tmp_path}/./text.txt", quiet=True)
+    assert absolute["variants"][0]["seeds"] == 1, "the same text by another name"
+    Path(text).write_text(Path(text).read_text()[::-1])
+    with pytest.raises(ValueError, match="was begun on another text"):
+        compare(["top2"], tiny, out, seeds=2, data=text, quiet=True)
+
+
+@pytest.mark.parametrize("content", [None, "", "ab", "too short for a sequence of 64"])
+def test_bad_text_is_refused_before_anything_starts(content, tiny, tmp_path):
+    path = tmp_path / "t.txt"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"no such file|too few|fewer than one sequence"):
+        compare(["top2"], replace(tiny, sequence_length=64), tmp_path / "out", seeds=1, data=str(path), quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_what_went_wrong(text, tmp_path, run, capfd):
+    common = ("compare", "--preset", "smoke", "--steps", "1", "--seeds", "1", "--data", text)
+    assert run(*common, "--routers", "forced", "--out", tmp_path / "a") == 1
+    printed = capfd.readouterr()
+    assert "forced, seed 0 failed: " in printed.out
+    assert "no run finished" in printed.err
+    assert run(*common, "--routers", "top2", "--out", tmp_path / "b", "--json", tmp_path / "none" / "x.json") == 2
+    assert "there is no folder" in capfd.readouterr().err
+    assert not (tmp_path / "b").exists()
+    assert run(*common, "--routers", "top2", "--out", text) == 2
+    assert "is a file" in capfd.readouterr().err
+
+
+def test_all_are_those_that_fit_the_preset(capsys):
+    names = _all_fitting(preset("smoke"))
+    assert set(VARIANTS) - set(names) == {"pregate-2", "pregate-3"}
+    assert "left out: pregate-2: ahead must lie in 0..1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -42,6 +42,69 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, corpus, pr
         }
 
 
+@pytest.mark.parametrize("moment", ["forward", "optimiser"])
+def test_ctrl_c_in_the_middle_of_a_step_lets_it_end_and_the_rest_is_the_same(
+    tmp_path, corpus, tiny_training, monkeypatch, moment
+):
+    """Jitter draws in the forward pass; a step that was saved half done would draw, or be applied, twice."""
+    train(tiny_training, corpus, tmp_path / "whole", quiet=True)
+    interrupt_at(monkeypatch, moment, call=5)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_training, corpus, tmp_path / "cut", quiet=True)
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(read_log(tmp_path / "cut" / "metrics.jsonl")) == int(checkpoints(tmp_path / "cut")[-1].name[5:])
+    train(tiny_training, corpus, tmp_path / "cut", resume=True, quiet=True)
+    whole, resumed = parameters(tmp_path / "whole"), parameters(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def interrupt_at(monkeypatch, moment, call):
+    """Send SIGINT right after the given call of a model's forward or an optimiser's step."""
+    owner, name = (MoEForCausalLM, "forward") if moment == "forward" else (torch.optim.AdamW, "step")
+    original, calls = getattr(owner, name), []
+
+    def wrapped(*args, **kwargs):
+        result = original(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, corpus, tiny_training, monkeypatch):
+    interrupt_at(monkeypatch, "forward", call=3)
+    interrupt_at(monkeypatch, "optimiser", call=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_training, corpus, tmp_path / "run", quiet=True)
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_resuming_a_finished_run_repeats_its_result(tmp_path, corpus, tiny_training):
+    first = train(tiny_training, corpus, tmp_path / "run", quiet=True)
+    again = train(tiny_training, corpus, tmp_path / "run", resume=True, quiet=True)
+    assert replace(again, seconds=first.seconds) == first
+
+
+def test_a_run_is_not_continued_on_another_text(tmp_path, corpus, tiny_training):
+    train(tiny_training, corpus, tmp_path / "run", quiet=True)
+    other = replace(corpus, train=corpus.train[::-1], source="backwards")
+    with pytest.raises(ValueError, match=r"was begun on another text .*; now backwards"):
+        train(tiny_training, other, tmp_path / "run", resume=True, quiet=True)
+
+
+def test_nothing_is_left_of_a_run_that_could_not_be_built(tmp_path, corpus, tiny_training):
+    impossible = replace(tiny_training, model=tiny_training.model | {"router": "base"})
+    with pytest.raises(ValueError, match="exactly 1 expert"):
+        train(impossible, corpus, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file; a run needs a folder"):
+        train(tiny_training, corpus, tmp_path / "file", quiet=True)
+
+
 def test_metrics_have_what_a_run_is_judged_by(tmp_path, corpus, tiny_training):
     train(tiny_training, corpus, tmp_path / "run", quiet=True)
     rows = read_log(tmp_path / "run" / "metrics.jsonl")

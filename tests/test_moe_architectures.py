@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from experiments.resident import load_resident
 from moe import ARCHITECTURES, MoEConfig, MoEForCausalLM
-from tests.resident import load_resident
 
 README = {"expert_widths": [16, 8, 24], "permanent_widths": [8, 16, 0]}
 README |= {"router_width": 16, "router_heads": 2, "router_ffn": 12}

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import offload
+from experiments.resident import load_resident
 from moe import MoEForCausalLM
 from routing import auxiliary_loss
-from tests.resident import load_resident
 
 SETTINGS = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 

@@ -4,8 +4,8 @@ from torch.nn.functional import silu
 from transformers import DynamicCache, StaticCache
 
 import offload
+from experiments.resident import load_resident
 from moe import MoEForCausalLM
-from tests.resident import load_resident
 
 SETTINGS = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 

@@ -5,10 +5,10 @@ import torch
 from torch.nn.functional import gelu, layer_norm
 
 import offload
+from experiments.resident import load_resident
 from moe import MoEForCausalLM, fused_experts
 from moe.reference import swiglu_experts_reference
 from routing import BALANCE_LOSSES, Carry, RoutingContext, task_bias, z_loss
-from tests.resident import load_resident
 
 CASES = {
     "hydra previous chunk": {"architecture": "hydra", "architecture_options": {"chunk": 3}},

@@ -16,10 +16,10 @@ from transformers import (
 )
 
 import offload
+from experiments.resident import load_resident
 from moe import MoEForCausalLM, drawn, join, most_used, prune
 from moe.surgery_cli import app
 from routing import RoutingTrace
-from tests.resident import load_resident
 
 E, K, L = 6, 2, 3
 SIZES = {

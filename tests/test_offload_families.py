@@ -13,7 +13,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import offload
-from tests.resident import bits_follow_addresses, load_resident
+from experiments.resident import load_resident
+from tests.resident import bits_follow_addresses
 
 SMALL = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 96),

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 import offload
+from experiments.resident import load_resident
 from offload.predictor import TrainedPredictor
 from routing.traces import EMPTY
-from tests.resident import load_resident
 
 SHARED = {
     "vocab_size": 97,

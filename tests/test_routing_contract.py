@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from experiments.resident import load_resident
 from moe import MoEForCausalLM
 from routing import ROUTERS, Router, RouterSizes, RoutingContext, build_routers
 from routing.fixed import ForcedRouter
-from tests.resident import load_resident
 
 T, D, E, K, L = 24, 8, 6, 2, 3
 
