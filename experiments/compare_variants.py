@@ -94,6 +94,8 @@ VARIANTS: dict[str, Callable[[Settings], Settings]] = {
     "moe++": _moepp,
     "rmoe": _recurrent,
     "rmoe-np": partial(_recurrent, recurrence="none"),
+    "rmoe-kaiming": partial(_recurrent, init="kaiming"),
+    "rmoe-np-kaiming": partial(_recurrent, init="kaiming", recurrence="none"),
     "rmoe-detach": partial(_recurrent, recurrence="detach"),
     "pregate-1": _router("pregate", ahead=1),
     "pregate-2": _router("pregate", ahead=2),

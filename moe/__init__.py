@@ -13,6 +13,7 @@ from .flops import LayerFlops, projection_flops
 from .fused_experts import FusedCache, fused_experts
 from .grouped import expertier_experts, grouped_experts
 from .layer import FeedForward, MoELayer, RoutedLayer
+from .product import Linear
 from .reference import swiglu_experts_reference
 from .skip_feed_forward import SkipReport, skip_feed_forward
 from .stack import LayerPasses
@@ -29,6 +30,7 @@ __all__ = [
     "FusedCache",
     "LayerFlops",
     "LayerPasses",
+    "Linear",
     "MoEConfig",
     "MoEForCausalLM",
     "MoELayer",

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .config import MoEConfig
 from .norm import RMSNorm, is_large_cpu_training
+from .product import Linear
 
 
 def rotary_angles(position_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -91,10 +92,10 @@ class Attention(nn.Module):
         self.norms_heads = config.qk_norm == "head"
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query_width)
+        self.k_proj = Linear(config.hidden_size, key_width)
+        self.v_proj = Linear(config.hidden_size, key_width)
+        self.o_proj = Linear(query_width, config.hidden_size)
         if config.qk_norm == "none":
             self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         else:

@@ -4,8 +4,9 @@ The mathematics is that of `kernels/README.md`: the backward pass recomputes the
 the input, that and the routing are all that is kept. Products are in the number format of the experts (or of autocast),
 everything else is in float32 at least.
 
-In bfloat16 the rows of a block are filled up with zeros to a multiple of `ROWS_TOGETHER`: the library behind
-`torch.mm` prepares each number of rows anew, which costs more than the product itself, and so meets only a few.
+Where oneDNN multiplies (bfloat16, and float32 on some processors) the rows of a block are filled up with zeros to a
+multiple of `ROWS_TOGETHER`: it prepares each number of rows anew, which costs more than the product itself, and so
+meets only a few.
 
 Shapes: T tokens, K slots, N = T * K routed rows sorted by expert, P places of rows, fillings included; M places of one
 block; E experts, D model width, F expert width, O = 2F.
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+
+from .product import matmul, suits_onednn
 
 ROWS_TOGETHER = 64
 # of a block's widest tensor, so that all of them stay in the cache
@@ -96,7 +99,7 @@ def blockwise_experts(
     Returns:
         [T, D] in the dtype of `x_TD`.
     """
-    together = ROWS_TOGETHER if dtype == torch.bfloat16 else 1
+    together = ROWS_TOGETHER if dtype == torch.bfloat16 or suits_onednn(down_EFD) else 1
     fitting = BLOCK_NUMBERS // up_EDO.shape[2] // ROWS_TOGETHER * ROWS_TOGETHER
     blocks = blocks_of(ends, max(LEAST_ROWS, fitting), together)
     return _BlockwiseExperts.apply(x_TD, combine_TK, up_EDO, down_EFD, order_N, blocks, dtype)
@@ -122,9 +125,9 @@ class _BlockwiseExperts(torch.autograd.Function):
             given_TD, up, down = x_TD.to(dtype), up_EDO.to(dtype), down_EFD.to(dtype)
             for block in blocks:
                 out = pre_PO[block.places] if keeps else None
-                pre_MO = torch.mm(rows.gather(given_TD, block), up[block.expert], out=out)
+                pre_MO = matmul(rows.gather(given_TD, block), up[block.expert], out=out)
                 gate_MF, up_MF = pre_MO.to(rows.wide).chunk(2, dim=1)
-                y_MD = silu(gate_MF).mul_(up_MF).to(dtype) @ down[block.expert]
+                y_MD = matmul(silu(gate_MF).mul_(up_MF).to(dtype), down[block.expert])
                 rows.add(y_TD, y_MD.to(rows.wide) * rows.combine(block), block)
         if keeps:
             # like autocast's own linear layers, rather than cast all experts again
@@ -205,7 +208,7 @@ class _Gradients:
         activated_MF = inner_MF * up_MF
 
         grad_MD = rows.gather(self.grad_TD, block)
-        raw_MF = (grad_MD @ down.T).to(rows.wide)
+        raw_MF = matmul(grad_MD, down.T).to(rows.wide)
         if self.dot_N is not None:
             self.dot_N[block.rows] = torch.linalg.vecdot(raw_MF, activated_MF)[: block.num_rows]
         if self.grad_down is not None:
@@ -221,7 +224,7 @@ class _Gradients:
         if self.grad_up is not None:
             self.grad_up.add(block.expert, rows.gather(self.x_TD, block), grad_pre_MO)
         if self.grad_x_TD is not None:
-            rows.add(self.grad_x_TD, (grad_pre_MO @ up.T).to(rows.wide), block)
+            rows.add(self.grad_x_TD, matmul(grad_pre_MO, up.T).to(rows.wide), block)
 
     def finished(self) -> tuple[Tensor | None, ...]:
         """Gradients of the tokens, combine weights and projections."""
@@ -248,14 +251,14 @@ class _WeightGradient:
         # checkpoints mostly store [E, O, I], whose gradient this writes without a copy
         grad_OI = self.grad_EIO[expert].T
         if expert < self.num_begun:
-            grad_OI += grad_MO.T @ left_MI
+            grad_OI += matmul(grad_MO.T, left_MI)
             return
         self.grad_EIO[self.num_begun : expert].zero_()
         self.num_begun = expert + 1
         if grad_OI.dtype == left_MI.dtype:
-            torch.mm(grad_MO.T, left_MI, out=grad_OI)
+            matmul(grad_MO.T, left_MI, out=grad_OI)
         else:
-            grad_OI.copy_(grad_MO.T @ left_MI)
+            grad_OI.copy_(matmul(grad_MO.T, left_MI))
 
     def finished(self) -> Tensor:
         """[E, I, O]."""

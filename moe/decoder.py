@@ -30,6 +30,7 @@ from .attention import Attention, rotary_angles
 from .config import MoEConfig
 from .layer import FeedForward, RoutedLayer
 from .norm import RMSNorm
+from .product import Linear
 from .signals import signal_fields
 from .stack import LayerPasses, StackInputs, StackOutput
 
@@ -248,7 +249,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
         self.model = MoEModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def forward(

@@ -14,6 +14,7 @@ from routing import Carry, Router, RouterStats, Routing, RoutingContext, SoftRou
 from .config import MoEConfig
 from .experts import Experts
 from .flops import LayerFlops, projection_flops
+from .product import Linear
 from .zero_compute import ZeroComputeExperts
 
 
@@ -28,9 +29,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, inner_width: int, activation: str) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner_width, bias=False)
-        self.up_proj = nn.Linear(width, inner_width, bias=False)
-        self.down_proj = nn.Linear(inner_width, width, bias=False)
+        self.gate_proj = Linear(width, inner_width)
+        self.up_proj = Linear(width, inner_width)
+        self.down_proj = Linear(inner_width, width)
         self.act_fn = ACT2FN[activation]
 
     def forward(self, x: Tensor) -> Tensor:

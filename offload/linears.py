@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe import Linear
+
 from .matvec import Matvecs
+
+# what they compute is known from the type alone
+PLAIN_LINEARS = (nn.Linear, Linear)
 
 
 def quicken_linears(model: nn.Module, matvecs: Matvecs) -> None:
@@ -25,7 +30,7 @@ def quicken_linears(model: nn.Module, matvecs: Matvecs) -> None:
     for parent in list(model.modules()):
         siblings = defaultdict(list)
         for child in parent.children():
-            if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16 and child.bias is None:
+            if type(child) in PLAIN_LINEARS and child.weight.dtype == torch.bfloat16 and child.bias is None:
                 siblings[child.in_features].append(child)
         for linears in siblings.values():
             group = SiblingLinears(linears, matvecs)

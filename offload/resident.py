@@ -6,6 +6,7 @@ from torch import nn
 from .compressed_weight import CompressedWeight
 from .compression import GUARD_BYTES, CompressedShape, can_compress, compress
 from .huge_pages import huge_mapping
+from .linears import PLAIN_LINEARS
 
 ALIGNMENT_BYTES = 64
 NORMAL_OTHERS = 0.025
@@ -84,7 +85,7 @@ def _compressible(model: nn.Module) -> list[nn.Linear]:
     return [
         module
         for module in model.modules()
-        if type(module) is nn.Linear
+        if type(module) in PLAIN_LINEARS
         and id(module.weight) not in embeddings
         and can_compress(tuple(module.weight.shape), module.weight.dtype)
     ]

@@ -43,6 +43,18 @@ class RecurrentRouter(ClassicRouter):
             self.cell = cell
         self._shared = (cell,)  # in a tuple, or torch would register it again
 
+    def init_parameters(self, std: float) -> None:
+        """With `init="kaiming"` projection, cell and scores all start as torch's own layers do, uniform by their width.
+
+        Normal with the model's range, they pass on hardly anything while the model is narrow: of a range of 0.02 and a
+        width of 96, logits of 0.001.
+        """
+        super().init_parameters(std)
+        if self.rule.init == "kaiming":
+            cell = self._shared[0]
+            for matrix in (self.projection, *((cell.weight_ih, cell.weight_hh) if self.layer == 0 else ())):
+                nn.init.kaiming_uniform_(matrix, a=5**0.5)
+
     def logits(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry]:
         before = None if self.recurrence == "none" else carry.get(STATE)
         if before is not None and self.recurrence == "detach":

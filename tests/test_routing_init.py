@@ -66,3 +66,20 @@ def test_null_rows_may_start_as_noisy_copies_and_survive_saving(tiny_config, tmp
 def test_bad_initialisations_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         weight_of("classic", **options)
+
+
+def test_rmoe_starts_as_torchs_own_layers_if_asked(tiny_config):
+    """Uniform within 1 / sqrt(inputs) for all of its matrices, and 0 for the cell's biases."""
+    options = {"init": "kaiming", "state_width": 64}
+    model = MoEForCausalLM(tiny_config(router="rmoe", router_options=options))
+    first, *others = model.model.routers
+    matrices = {"projection": 32, "weight": 64}
+    for router in (first, *others):
+        for name, inputs in matrices.items():
+            assert getattr(router, name).abs().max().item() == pytest.approx(inputs**-0.5, rel=0.02)
+    for name in ("weight_ih", "weight_hh"):
+        assert getattr(first.cell, name).abs().max().item() == pytest.approx(64**-0.5, rel=0.01)
+    assert not first.cell.bias_ih.any()
+    assert not first.cell.bias_hh.any()
+    plain = MoEForCausalLM(tiny_config(router="rmoe", router_options={"state_width": 64}))
+    assert plain.model.routers[0].cell.weight_ih.std().item() == pytest.approx(0.2, rel=0.05)
