@@ -30,6 +30,14 @@ def tolerance():
     return TOLERANCES
 
 
+@pytest.fixture
+def several_threads():
+    """A function that sets the number of torch's threads, which is what it was afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -98,6 +98,16 @@ def test_a_token_does_not_depend_on_the_others():
 
 
 @needs_c
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_bit(threads, several_threads):
+    given = inputs(1000, 70, 24, 18)
+    alone = by_c(*given)
+    several_threads(threads)
+    for _ in range(20):
+        assert all(torch.equal(found, wanted) for found, wanted in zip(by_c(*given), alone, strict=True))
+
+
+@needs_c
 def test_a_diverged_token_disturbs_no_other():
     given = inputs(300, 70, 24, 18)
     expected, _ = by_c(*given)

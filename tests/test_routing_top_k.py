@@ -59,6 +59,15 @@ def test_few_tokens_many_choices_and_double_precision_choose_by_the_same_rule():
     assert torch.equal(top_experts(score, MOST_CHOICES + 1)[:, :-1], many)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_nothing(threads, several_threads):
+    score = torch.randint(0, 5, (2000, 64)).float()
+    expected = _by_stable_sort(score, 8)
+    several_threads(threads)
+    for _ in range(20):
+        assert torch.equal(top_experts(score, 8), expected)
+
+
 def test_a_machine_without_a_compiler_chooses_the_same(monkeypatch):
     score = torch.randint(0, 3, (200, 64)).float()
     expected = top_experts(score, 8)
