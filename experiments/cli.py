@@ -120,7 +120,10 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        sys.exit(app(arguments, standalone_mode=False))
+        code = app(arguments, standalone_mode=False)
+        if code == INTERRUPTED:  # what Typer makes of Ctrl-C
+            _complain("interrupted")
+        sys.exit(code)
     except typer.Exit as exit_request:
         sys.exit(exit_request.exit_code)
     except typer.exceptions.TyperException as error:

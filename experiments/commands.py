@@ -1,5 +1,7 @@
 """`expertier train`, `compare` and `demo`: the commands; what they do needs torch and is imported when they run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +50,8 @@ def train(
         config = replace(config, steps=steps)
     if router is not None:
         config = replace(config, model=model_overrides(router, config.model))
-    result = run(config, load_corpus(data, column=column, tokenizer=tokenizer), out, resume=resume)
+    with _hint_when_interrupted(f"{out} keeps what was done; the same command with --resume continues"):
+        result = run(config, load_corpus(data, column=column, tokenizer=tokenizer), out, resume=resume)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, out)
     typer.echo(
@@ -89,9 +92,9 @@ def compare(
     if steps is not None:
         base = replace(base, steps=steps, warmup_steps=min(base.warmup_steps, steps))
     names = [name.strip() for name in routers.split(",") if name.strip()]
-    report = run(
-        _all_fitting(base) if names == ["all"] else names, base, out, seeds=seeds, data=data, processes=processes
-    )
+    names = _all_fitting(base) if names == ["all"] else names
+    with _hint_when_interrupted(f"{out} keeps what was done; the same command continues"):
+        report = run(names, base, out, seeds=seeds, data=data, processes=processes)
     print_table(report["variants"])
     if json_file:
         write_json(json_file, report)
@@ -100,6 +103,15 @@ def compare(
     typer.echo(f"report: {(out / 'compare.html').resolve()}")
     if not any(row["seeds"] for row in report["variants"]):
         raise RuntimeError("no run finished; the reasons are above")
+
+
+@contextmanager
+def _hint_when_interrupted(hint: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(hint, err=True)
+        raise
 
 
 def _all_fitting(base: TrainConfig) -> list[str]:

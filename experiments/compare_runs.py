@@ -3,10 +3,11 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+import signal
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -90,10 +91,17 @@ def execute(runs: list[Run], processes: int, done: Callable[[Run, dict[str, Any]
             done(run, execute_one(run, threads=None))
         return
     threads = max(1, (os.cpu_count() or 1) // processes)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_follow_parent) as pool:
         futures = {pool.submit(execute_one, run, threads): run for run in waiting}
-        for future, run in _as_they_end(futures):
-            done(run, future.result())
+        try:
+            for future in as_completed(futures):
+                done(futures[future], future.result())
+        except KeyboardInterrupt:
+            for future in futures:
+                future.cancel()
+            for worker in active_children():
+                os.kill(worker.pid, signal.SIGINT)
+            raise
 
 
 def execute_one(run: Run, threads: int | None) -> dict[str, Any]:
@@ -142,8 +150,12 @@ def _train_and_measure(run: Run, corpus: Any) -> dict[str, Any]:
     return {"status": "finished", **asdict(trained), **measured}
 
 
-def _end_with_parent() -> None:
-    """Make a worker die with the process that started it: two processes must never train in one folder."""
+def _follow_parent() -> None:
+    """Make a worker die with the process that started it: two processes must never train in one folder.
+
+    It leaves the terminal's group, because Ctrl-C is passed on by that process, and a second one would end it at once.
+    """
+    os.setpgid(0, 0)
 
     def watch() -> None:
         parent = parent_process()
@@ -152,16 +164,6 @@ def _end_with_parent() -> None:
             os._exit(1)
 
     Thread(target=watch, daemon=True).start()
-
-
-def _as_they_end(futures: dict[Future[dict[str, Any]], Run]) -> Iterator[tuple[Future[dict[str, Any]], Run]]:
-    try:
-        for future in as_completed(futures):
-            yield future, futures[future]
-    except KeyboardInterrupt:
-        for future in futures:
-            future.cancel()
-        raise
 
 
 def fitting_model(name: str, model: dict[str, Any]) -> dict[str, Any]:

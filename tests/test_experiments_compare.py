@@ -342,6 +342,34 @@ def test_killed_comparison_continues_where_it_was(processes, text, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 81))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_saves_every_run_and_the_same_command_continues(processes, text, tmp_path):
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "experiments.cli", "compare", "--routers", "top2,rmoe", "--preset", "smoke",
+        "--steps", "200", "--seeds", "1", "--data", text, "--out", str(out), "--processes", processes,
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    begun = [out / f"runs/{name}/seed_0/checkpoints/step_00000020" for name in ("top2", "rmoe")[: int(processes)]]
+    while not all(path.exists() for path in begun) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in errors
+    assert "expertier: interrupted" in errors
+    assert "Traceback" not in errors
+    subprocess.run(command, check=True, capture_output=True)
+    report = json.loads((out / "compare.json").read_text())
+    assert {run["status"] for run in report["runs"]} == {"finished"}
+
+
 # --- variants and bad input -----------------------------------------------------------------------------------------
 
 
