@@ -166,3 +166,17 @@ def test_a_router_without_a_twin_is_refused_by_name(tiny_config):
         Twin(tiny_config(router="remoe"), nnx.Rngs(0))
     with pytest.raises(ValueError, match="hidden_act"):
         Twin(tiny_config(hidden_act="tanh"), nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(("init", "bound"), [("kaiming", 16**-0.5), ("normal", None)])
+def test_rmoe_starts_as_its_option_says(tiny_config, init, bound):
+    from moe.nnx.routers import build_twins
+
+    options = {"state_width": 16, "init": init}
+    routers = build_twins(tiny_config(router="rmoe", router_options=options), nnx.Rngs(0))
+    weights = [routers[0].weight, routers[0].cell.weight_ih, routers[0].cell.weight_hh]
+    if bound:
+        assert all(0.9 * bound < abs(weight[...]).max() <= bound for weight in weights)
+        assert 0.9 * 32**-0.5 < abs(routers[0].projection[...]).max() <= 32**-0.5
+    else:
+        assert all(abs(weight[...]).max() > 0.4 for weight in weights[1:]), "normal with the tiny model's 0.2"

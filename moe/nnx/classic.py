@@ -192,6 +192,11 @@ def _initial(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: flo
     return nnx.Param(std * jax.random.truncated_normal(rngs.params(), -cut, cut, shape, jnp.float32))
 
 
+def _inner(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: float) -> nnx.Param:
+    """A matrix of RMoE before its scores: normal, unless all of them start as torch's own layers do."""
+    return _initial(rule, rngs, shape, std) if rule.init == "kaiming" else normal(rngs, shape, std)
+
+
 class PathwayRouter(ClassicRouter):
     """MoE++: a classic router whose logits add a linear map of the previous layer's. See `routing.pathway`."""
 
@@ -211,13 +216,14 @@ class GRUCell(nnx.Module):
 
     Args:
         width: p, of input and state.
-        std: of the initial weights; biases start at 0.
+        rule: of its router, whose `init` says how the weights start.
+        std: of normal initial weights; biases start at 0.
         rngs: random streams.
     """
 
-    def __init__(self, width: int, std: float, rngs: nnx.Rngs) -> None:
-        self.weight_ih = normal(rngs, (3 * width, width), std)
-        self.weight_hh = normal(rngs, (3 * width, width), std)
+    def __init__(self, width: int, rule: ClassicRule, std: float, rngs: nnx.Rngs) -> None:
+        self.weight_ih = _inner(rule, rngs, (3 * width, width), std)
+        self.weight_hh = _inner(rule, rngs, (3 * width, width), std)
         self.bias_ih = nnx.Param(jnp.zeros(3 * width, jnp.float32))
         self.bias_hh = nnx.Param(jnp.zeros(3 * width, jnp.float32))
 
@@ -256,7 +262,7 @@ class RecurrentRouter(ClassicRouter):
         recurrence: str,
     ) -> None:
         super().__init__(sizes, layer, rule, std, rngs, score_width=width)
-        self.projection = normal(rngs, (width, sizes.width), std)
+        self.projection = _inner(rule, rngs, (width, sizes.width), std)
         self.cell, self.recurrence = cell, recurrence
 
     def logits(self, x_TD: Array, carry: Carry) -> tuple[Array, Carry]:

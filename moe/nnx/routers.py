@@ -105,7 +105,7 @@ def _pathway(originals: list[Any], config: MoEConfig, rngs: nnx.Rngs) -> list[Cl
 
 def _recurrent(originals: list[Any], config: MoEConfig, rngs: nnx.Rngs) -> list[ClassicRouter]:
     std, width = config.initializer_range, originals[0].projection.shape[0]
-    cell = GRUCell(width, std, rngs)
+    cell = GRUCell(width, originals[0].rule, std, rngs)
     return [
         RecurrentRouter(one.sizes, one.layer, one.rule, std, rngs, cell=cell, width=width, recurrence=one.recurrence)
         for one in originals
