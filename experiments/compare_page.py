@@ -138,7 +138,10 @@ def _scale(axes: Any, metric: str, means: list[float]) -> None:
 
 
 def learning_curves(curves: dict[str, list[list[tuple[int, float]]]]) -> Figure:
-    """Smoothed training bits per byte against steps: the mean over seeds, and a band from the lowest to the highest."""
+    """Smoothed training bits per byte against steps: the mean over seeds, and a band from the lowest to the highest.
+
+    The steep first tenth of the steps may leave at the top.
+    """
     figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
     colours = plt.get_cmap("tab10").colors
     for number, (name, seeds) in enumerate(curves.items()):
@@ -152,11 +155,19 @@ def learning_curves(curves: dict[str, list[list[tuple[int, float]]]]) -> Figure:
         axes.plot(steps, [fmean(own) for own in values], lw=1.2, label=name, marker=marker, **style)
         if len(begun) > 1:
             axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=style["color"], alpha=0.12, lw=0)
+    _leave_out_the_fall(axes, curves)
     axes.set(xlabel="optimiser step", ylabel="bits per byte in training, mean of the last steps (20 at most)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(curves) // 28)
     _bare(axes)
     return figure
+
+
+def _leave_out_the_fall(axes: Any, curves: dict[str, list[list[tuple[int, float]]]]) -> None:
+    runs = [points for seeds in curves.values() for points in seeds]
+    settled = [bits for points in runs for step, bits in points if 10 * step >= points[-1][0]]
+    if len(set(settled)) > 1:
+        axes.set_ylim(top=max(settled) + 0.05 * (max(settled) - min(settled)))
 
 
 def _label_apart(axes: Any, rows: list[dict[str, Any]]) -> None:
