@@ -135,7 +135,7 @@ def _fit_steps(corpus: Corpus, train_seconds: float) -> TrainConfig:
 
 def _offload(model_dir: Path, corpus: Corpus) -> OffloadedRun:
     prompt = torch.from_numpy(corpus.held_out[:PROMPT_BYTES].astype(np.int64))[None]
-    resident = load_resident(model_dir)
+    resident = load_resident(model_dir, experts_implementation="grouped_mm")  # whose bits offloading keeps
     cache_experts = max(resident.config.num_experts // 4, 1)
     offloaded = offload.load(model_dir, cache_experts=cache_experts, io="cached")  # the files were just written
     resident_ids, resident_logits, _ = _generate(resident, prompt)

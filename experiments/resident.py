@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import moe  # noqa: F401 - makes transformers know our models
+
 
 def load_resident(folder: Path, **options: Any) -> nn.Module:
     """A checkpoint by transformers, its weights moved from where the file was mapped to memory of their own.
