@@ -82,10 +82,11 @@ def execute(runs: list[Run], processes: int, done: Callable[[Run, dict[str, Any]
     """
     for run in runs:
         _expect_same(run)
-    ended = [(run, result) for run in runs if (result := run.result) is not None]
-    waiting = [run for run in runs if run not in [other for other, _ in ended]]
-    for run, result in ended:
-        done(run, result)
+    found = [(run, run.result) for run in runs]
+    waiting = [run for run, result in found if result is None]
+    for run, result in found:
+        if result is not None:
+            done(run, result)
     if processes == 1:
         for run in waiting:
             done(run, execute_one(run, threads=None))

@@ -7,12 +7,13 @@ Shapes: N rows, I inputs, O outputs.
 """
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+
+from routing import processor_fact
 
 from .norm import is_large_cpu_training
 
@@ -41,16 +42,8 @@ def suits_onednn(x: Tensor) -> bool:
 def mkl_is_half_as_wide() -> bool:
     """Whether torch multiplies by MKL on an AVX-512 processor that is not Intel's, and has oneDNN besides."""
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() not in ("", "GenuineIntel")
-
-
-def _vendor() -> str:
-    """As the kernel has it; empty where it does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    is_other = processor_fact("vendor_id") not in ("", "GenuineIntel")
+    return has_both and is_other and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class Linear(nn.Linear):

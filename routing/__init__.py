@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .losses import BALANCE_LOSSES, auxiliary_loss, scheduled_weight, switch_balance_loss, z_loss
     from .marginals import MarginalStats
     from .modality import ModalityRouter, modality_of
-    from .native import compile_library
+    from .native import compile_library, processor_fact
     from .nulls import copy_ffn_rows_to_nulls, expected_true_load
     from .pooled import PooledRouter
     from .pregate import PreGate, planned_experts
@@ -50,6 +50,7 @@ _HOME = {
     "at_least_float32": ".router",
     "auxiliary_loss": ".losses",
     "compile_library": ".native",
+    "processor_fact": ".native",
     "scheduled_weight": ".losses",
     "switch_balance_loss": ".losses",
     "z_loss": ".losses",
@@ -112,6 +113,7 @@ __all__ = [
     "limit_capacity",
     "modality_of",
     "planned_experts",
+    "processor_fact",
     "scheduled_weight",
     "switch_balance_loss",
     "task_bias",

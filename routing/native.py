@@ -31,8 +31,8 @@ def compile_library(sources: Sequence[Path], *, headers: Sequence[Path] = (), fl
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "expertier"
     folder.mkdir(parents=True, exist_ok=True)
     text = b"".join(file.read_bytes() for file in (*sources, *headers))
-    command = [compiler, *FLAGS, *flags]
-    key = hashlib.sha256(text + _processor() + " ".join(command).encode()).hexdigest()[:16]
+    command, processor = [compiler, *FLAGS, *flags], processor_fact("flags") or platform.processor()
+    key = hashlib.sha256(text + processor.encode() + " ".join(command).encode()).hexdigest()[:16]
     target = folder / f"native-{key}.so"
     if not target.is_file():
         with tempfile.TemporaryDirectory(dir=folder) as work:
@@ -76,9 +76,10 @@ def _run(command: list[str]) -> None:
         raise OSError(f"our C could not be compiled: {done.stderr.strip()[:300]}")
 
 
-def _processor() -> bytes:
+def processor_fact(name: str) -> str:
+    """What Linux says of the first processor under a name such as `flags` or `vendor_id`; empty if it says nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor().encode()
-    return next((line for line in lines if line.startswith("flags")), "").encode()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -314,20 +319,18 @@ def test_all_are_those_that_fit_the_preset(capsys):
     assert "left out: pregate-2: ahead must lie in 0..1" in capsys.readouterr().err
 
 
+def command_of(out, text, processes, steps):
+    return [
+        sys.executable, "-m", "experiments.cli", "compare", "--routers", "top2,rmoe", "--preset", "smoke",
+        "--steps", str(steps), "--seeds", "1", "--data", text, "--out", str(out), "--processes", processes,
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_killed_comparison_continues_where_it_was(processes, text, tmp_path):
-    import os
-    import signal
-    import subprocess
-    import sys
-    import time
-
     out = tmp_path / "out"
-    command = [
-        sys.executable, "-m", "experiments.cli", "compare", "--routers", "top2,rmoe", "--preset", "smoke",
-        "--steps", "80", "--seeds", "1", "--data", text, "--out", str(out), "--processes", processes,
-    ]  # fmt: skip
+    command = command_of(out, text, processes, steps=80)
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     checkpoint = out / "runs/top2/seed_0/checkpoints/step_00000020"
     while not checkpoint.exists() and process.poll() is None:
@@ -345,16 +348,8 @@ def test_killed_comparison_continues_where_it_was(processes, text, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_ctrl_c_saves_every_run_and_the_same_command_continues(processes, text, tmp_path):
-    import signal
-    import subprocess
-    import sys
-    import time
-
     out = tmp_path / "out"
-    command = [
-        sys.executable, "-m", "experiments.cli", "compare", "--routers", "top2,rmoe", "--preset", "smoke",
-        "--steps", "200", "--seeds", "1", "--data", text, "--out", str(out), "--processes", processes,
-    ]  # fmt: skip
+    command = command_of(out, text, processes, steps=200)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     begun = [out / f"runs/{name}/seed_0/checkpoints/step_00000020" for name in ("top2", "rmoe")[: int(processes)]]
     while not all(path.exists() for path in begun) and process.poll() is None:

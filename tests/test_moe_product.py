@@ -85,7 +85,7 @@ def test_other_dtypes_autocast_and_inference_have_torchs_bits(onednn):
     ],
 )
 def test_who_is_asked_follows_from_the_processor(vendor, capability, expected, monkeypatch):
-    monkeypatch.setattr(moe.product, "_vendor", lambda: vendor)
+    monkeypatch.setattr(moe.product, "processor_fact", lambda _name: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
