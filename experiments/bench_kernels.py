@@ -157,7 +157,7 @@ def _keep(
     record: bool,
     has_gpu: bool,
 ) -> None:
-    from routing.traces import write_json
+    from routing.ground.files import write_json
 
     from .record import save_record
 

@@ -13,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from moe import MoEForCausalLM
-from routing.traces import write_json
+from routing.ground.files import write_json
 
 from .presets import TrainConfig
 

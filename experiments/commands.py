@@ -81,7 +81,7 @@ def compare(
 
     Example: `expertier compare --routers top2,rmoe,pregate-1 --preset routers --out runs/compare`
     """
-    from routing.traces import write_json
+    from routing.ground.files import write_json
 
     from .compare import compare as run
     from .compare import print_table, record_comparison

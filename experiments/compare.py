@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from routing.traces import write_json
+from routing.ground.files import write_json
 
 from .compare_page import write_page
 from .compare_runs import Run, execute, plan_runs

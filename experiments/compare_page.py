@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from routing.traces import atomic_write
+from routing.ground.files import atomic_write
 
 from .compare_summary import METRICS, cell
 from .figures import ACCENT, INK, SOFT, inline_svg

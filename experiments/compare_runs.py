@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from routing.traces import write_json
+from routing.ground.files import write_json
 
 from .compare_variants import expect_variant, model_overrides
 from .presets import TrainConfig

@@ -14,7 +14,7 @@ from rich.console import Console
 import offload
 from placement import Cluster, Plan, Problem, score, solve
 from routing import RoutingTrace
-from routing.traces import write_json
+from routing.ground.files import write_json
 
 from .corpus import Corpus, load_corpus, windows
 from .demo_page import write_page

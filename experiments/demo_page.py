@@ -7,7 +7,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from offload import format_size
-from routing.traces import atomic_write, load_LE
+from routing.ground.files import atomic_write
+from routing.traces import load_LE
 
 from .demo_result import DemoResult
 from .figures import hit_rate_figure, inline_svg, load_figure, loss_figure, placement_figure

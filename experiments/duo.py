@@ -51,7 +51,7 @@ def bench_duo(
 
     Example: `expertier bench duo --steps 200 --budgets 2,4 --out runs/duo`
     """
-    from routing.traces import write_json
+    from routing.ground.files import write_json
 
     from .corpus import load_corpus
     from .presets import preset

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from routing.traces import atomic_write
+from routing.ground.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from routing.traces import EMPTY, RoutingTrace, write_json
+from routing.ground.files import write_json
+from routing.traces import EMPTY, RoutingTrace
 
 HEAD_WIDTH = 128
 ROUTER_SCALE = 32.0

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from routing.traces import write_json
+from routing.ground.files import write_json
 
 from .checkpoint import CONFIG_FILE, checkpoints, publish
 from .corpus import Corpus, windows

@@ -68,7 +68,7 @@ def convert(
     from rich.console import Console
     from rich.progress import Progress
 
-    from routing.traces import write_json
+    from routing.ground.files import write_json
 
     from .latent_conversion import LatentPlan, convert_to_latent
 
@@ -120,7 +120,7 @@ def refactor(
     from rich.console import Console
     from rich.progress import Progress
 
-    from routing.traces import write_json
+    from routing.ground.files import write_json
 
     from .refactor import RefactorPlan
     from .refactor import refactor as run

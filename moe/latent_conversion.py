@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from routing.traces import write_json
+from routing.ground.files import write_json
 
 from .decoder import MoEForCausalLM
 from .factorise import Factors, Whitening, factorise

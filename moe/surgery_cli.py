@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from routing import RoutingTrace
-from routing.traces import write_json
+from routing.ground.files import write_json
 
 app = typer.Typer(pretty_exceptions_enable=False)
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder of a mixture-of-experts model.")]

@@ -6,7 +6,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .budget import format_size, parse_size
+from routing.ground.quantity import format_size, parse_size
+
 from .cache import CACHES, make_cache
 from .simulate import Simulated, simulate
 

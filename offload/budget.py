@@ -4,43 +4,15 @@ Without torch.
 """
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+from routing.ground.quantity import format_size
+
 SLACK_SHARE, MIN_SLACK_BYTES = 0.03, 96 << 20
 AUTO_SHARE = 0.9
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of a size such as `6GiB`, `512MB` or `1000000`.
-
-    Raises:
-        ValueError: if it is not a positive number with a known unit.
-    """
-    if isinstance(text, int):
-        size = text
-    else:
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-        if match is None or match[2].upper() not in UNITS:
-            raise ValueError(f"cannot read {text!r} as a size; write it like 6GiB, 512MB or 4000000000")
-        size = int(float(match[1]) * UNITS[match[2].upper()])
-    if size <= 0:
-        raise ValueError(f"a size must be positive; got {text!r}")
-    return size
-
-
-def format_size(size: float) -> str:
-    """A size as people read it, in binary units."""
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size:.0f} B"
 
 
 def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int | None:

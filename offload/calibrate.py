@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from .hardware import Hardware
+from routing.ground.hardware import Hardware
 
 BLOCK_BYTES = 4096
 

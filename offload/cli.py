@@ -8,9 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from routing.traces import RoutingTrace, write_json
-
-from .budget import format_size
+from routing.ground.files import write_json
+from routing.ground.quantity import format_size
+from routing.traces import RoutingTrace
 
 app = typer.Typer()
 
@@ -70,9 +70,9 @@ def generate(
     With a GPU: `expertier generate my-model --prompt "def main():" --device cuda --gpu-memory 8GiB --cpu-memory 32GiB`
     """
     from moe import text_of
+    from routing.ground.hardware import Hardware
 
     from .generation import generate_text
-    from .hardware import Hardware
     from .loading import load
 
     _quiet_transformers()
@@ -205,7 +205,7 @@ def fit(
     if fitted.gpu_plan is not None:
         predicted = _gpu_fit(console, fitted, hardware)
     elif hardware is not None and fitted.plan is not None:
-        from .hardware import Hardware
+        from routing.ground.hardware import Hardware
 
         prediction = fitted.predict(Hardware.load(hardware), is_fast=arithmetic == "fast", hit_rate=hit_rate)
         console.print(
@@ -220,8 +220,9 @@ def fit(
 
 def _gpu_fit(console: Console, fitted: Any, hardware: Path | None) -> dict[str, Any]:
     """What goes to the GPU, and how fast it may be."""
+    from routing.ground.hardware import Hardware
+
     from .gpu.budget import gpu_table
-    from .hardware import Hardware
 
     table = Table("GPU memory", "size")
     for name, size in gpu_table(fitted.gpu_plan):

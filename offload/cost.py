@@ -7,7 +7,7 @@ to one sequence on one machine with a disk below it.
 from dataclasses import dataclass
 from math import comb
 
-from .hardware import Hardware
+from routing.ground.hardware import Hardware
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .budget import AUTO_SHARE, MemoryPlan, Needs, available_memory, parse_size, plan_memory
+from routing.ground.hardware import Hardware
+from routing.ground.quantity import parse_size
+
+from .budget import AUTO_SHARE, MemoryPlan, Needs, available_memory, plan_memory
 from .cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
 from .gpu.budget import plan_gpu, split_needs
 from .gpu.cost import GpuPrediction, predict_gpu_decode
 from .gpu.loading import gpu_slot_bytes
-from .hardware import Hardware
 from .layout import ExpertLayer, experts_modules, weight_names
 from .loading import experts_per_token, memory_needs
 from .model_folder import skeleton_of

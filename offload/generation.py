@@ -9,9 +9,9 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from moe import ByteText, TokenizerText
+from routing.ground.hardware import Hardware
+from routing.ground.quantity import format_size
 
-from .budget import format_size
-from .hardware import Hardware
 from .loading import experts_per_token
 
 TRACE_EVERY_S = 5.0

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from routing.ground.hardware import Hardware
 from routing.traces import RoutingTrace
 
 from .budget import MemoryPlan, describe, peak_bytes
 from .cost import DecodeWork, Prediction, predict_decode
 from .counters import AheadCounters
-from .hardware import Hardware
 from .resident import embedding_bytes, weight_bytes
 from .runtime import OffloadRuntime
 

@@ -9,6 +9,9 @@ import torch
 from transformers import GenerationConfig
 
 import moe  # noqa: F401  registers our own model type with transformers
+from routing.ground.quantity import (
+    parse_size,
+)
 
 from . import runtime as _runtime
 from .budget import (
@@ -17,7 +20,6 @@ from .budget import (
     Needs,
     available_memory,
     kv_bytes_per_token,
-    parse_size,
     plan_memory,
     resident_bytes,
 )

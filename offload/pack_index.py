@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from routing.traces import write_json
+from routing.ground.files import write_json
 
 from .checkpoint import TensorEntry
 from .layout import ExpertLayer

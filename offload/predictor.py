@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from routing.traces import RoutingTrace, atomic_write
+from routing.ground.files import atomic_write
+from routing.traces import RoutingTrace
 
 AHEAD = (1, 2)
 SOURCES = 3

@@ -7,7 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from routing.traces import RoutingTrace, write_json
+from routing.ground.files import write_json
+from routing.traces import RoutingTrace
 
 Trace = Annotated[Path, typer.Argument(help="A routing trace (.npz).")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the numbers as JSON.")]

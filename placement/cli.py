@@ -52,7 +52,7 @@ def solve_command(
     """
     from dataclasses import replace
 
-    from routing.traces import write_json
+    from routing.ground.files import write_json
 
     from .cluster import load_cluster
     from .elastic import match_gpus
@@ -112,7 +112,7 @@ def score_command(
 
     Example: `expertier place score plan.json --trace other.npz`
     """
-    from routing.traces import write_json
+    from routing.ground.files import write_json
 
     from .plan import Plan
     from .scoring import score
@@ -140,7 +140,7 @@ def cluster_command(
     import yaml
     from rich.console import Console
 
-    from routing.traces import atomic_write
+    from routing.ground.files import atomic_write
 
     from .cluster import Cluster
     from .topology import read_nccl_topology, read_nvidia_smi_topo
@@ -184,7 +184,7 @@ def loads_command(
     """
     from rich.console import Console
 
-    from routing.traces import write_json
+    from routing.ground.files import write_json
 
     from .load_importers import import_loads
 
@@ -206,7 +206,7 @@ def migrate_command(
     """
     from rich.console import Console
 
-    from routing.traces import write_json
+    from routing.ground.files import write_json
 
     from .elastic import migrate, replay
     from .plan import Plan
@@ -248,8 +248,9 @@ def tiers_command(
     import numpy as np
     from rich.console import Console
 
+    from routing.ground.quantity import parse_bytes
+
     from .cluster import Cluster
-    from .quantity import parse_bytes
     from .tiers import load_machine, place_tiers
 
     require_folder(out)

@@ -13,7 +13,7 @@ from typing import Any, Self, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from routing.traces import write_json
+from routing.ground.files import write_json
 
 from .certificate import Certificate
 from .cluster import Cluster, Dispatch

@@ -14,7 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from routing.traces import RoutingTrace, atomic_write
+from routing.ground.files import atomic_write
+from routing.traces import RoutingTrace
 
 from .objectives import weighted
 from .objectives.balance import gpu_load_LG

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from .quantity import parse_bytes, parse_bytes_per_s, parse_flops, parse_seconds
+from routing.ground.quantity import parse_bytes, parse_bytes_per_s, parse_flops, parse_seconds
 
 Bytes = Annotated[float, BeforeValidator(parse_bytes), Field(ge=0, allow_inf_nan=False)]
 BytesPerSecond = Annotated[float, BeforeValidator(parse_bytes_per_s), Field(gt=0, allow_inf_nan=False)]

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from routing.ground.quantity import parse_bytes, parse_bytes_per_s
+
 from .objectives import find_objective
 from .plan import Plan
 from .problem import Problem
-from .quantity import parse_bytes, parse_bytes_per_s
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]

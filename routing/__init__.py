@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from .fixed import ForcedRouter
     from .gathered import gather_dot, gather_sum
     from .glider import GliderRouter, task_bias
+    from .ground.c_library import compile_library, processor_fact
     from .losses import BALANCE_LOSSES, auxiliary_loss, scheduled_weight, switch_balance_loss, z_loss
     from .marginals import MarginalStats
     from .modality import ModalityRouter, modality_of
-    from .native import compile_library, processor_fact
     from .nulls import copy_ffn_rows_to_nulls, expected_true_load
     from .pooled import PooledRouter
     from .pregate import PreGate, planned_experts
@@ -49,8 +49,8 @@ _HOME = {
     "ClassicRule": ".rule",
     "at_least_float32": ".router",
     "auxiliary_loss": ".losses",
-    "compile_library": ".native",
-    "processor_fact": ".native",
+    "compile_library": ".ground.c_library",
+    "processor_fact": ".ground.c_library",
     "scheduled_weight": ".losses",
     "switch_balance_loss": ".losses",
     "z_loss": ".losses",

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .traces import RoutingTrace, write_json
+from .ground.files import write_json
+from .traces import RoutingTrace
 
 trace_app = typer.Typer(help="Record and look at routing traces.", no_args_is_help=True)
 

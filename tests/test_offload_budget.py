@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.budget import Needs, available_memory, cgroup_limit, format_size, parse_size, plan_memory, spread_slots
+from offload.budget import Needs, available_memory, cgroup_limit, plan_memory, spread_slots
 from offload.cost import DecodeWork, expected_hit_rate, predict_decode
-from offload.hardware import Hardware
+from routing.ground.hardware import Hardware
+from routing.ground.quantity import format_size, parse_size
 
 HARDWARE = Hardware(
     disk_bytes_per_s=2e9,

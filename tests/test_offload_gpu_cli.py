@@ -19,7 +19,7 @@ from offload.gpu import loading as gpu_loading
 from offload.gpu import rows as gpu_rows
 from offload.gpu.budget import CONTEXT_BYTES, gpu_table, plan_gpu, ring_slots, split_needs
 from offload.gpu.cost import predict_gpu_decode
-from offload.hardware import Hardware
+from routing.ground.hardware import Hardware
 from routing.traces import RoutingTrace
 from tests.simulated_lane import SimulatedLane
 

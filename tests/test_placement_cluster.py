@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from placement import Cluster, Problem, load_cluster
-from placement.quantity import parse_bytes, parse_bytes_per_s, parse_flops, parse_seconds
+from routing.ground.quantity import parse_bytes, parse_bytes_per_s, parse_flops, parse_seconds
 
 CLUSTER = """
 version: 1

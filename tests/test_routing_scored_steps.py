@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import routing.native
+import routing.choice.library
+import routing.ground.c_library
 import routing.scored_steps
-from routing.native import routing_kernels
+from routing.choice.library import routing_kernels
 from routing.scored_steps import FEWEST_ROWS, scored_steps
 
 
@@ -157,8 +158,8 @@ def test_the_state_of_other_tokens_is_refused():
 
 
 def test_a_machine_without_a_compiler_has_no_kernels(monkeypatch):
-    monkeypatch.setattr(routing.native.shutil, "which", lambda name: None)
-    assert routing.native.routing_kernels.__wrapped__() is None
+    monkeypatch.setattr(routing.ground.c_library.shutil, "which", lambda name: None)
+    assert routing.choice.library.routing_kernels.__wrapped__() is None
 
 
 def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch, tmp_path):
@@ -166,5 +167,5 @@ def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch, tmp_path):
     source = tmp_path / "broken.c"
     source.write_text("this is no C")
     with pytest.raises(OSError, match="our C could not be compiled"):
-        routing.native.compile_library([source])
+        routing.ground.c_library.compile_library([source])
     assert not list((tmp_path / "expertier").iterdir())

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from routing import RoutingTrace
-from routing.traces import (
+from routing.ground.files import (
     atomic_write,
+)
+from routing.traces import (
     coactivation_EE,
     entropy_L,
     load_LE,

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from routing.traces import write_json
+from routing.ground.files import write_json
 
 from .backward import Needs, backward
 from .forward import forward

@@ -5,8 +5,9 @@ Source: as in cost.py, with one more tier.
 
 from dataclasses import dataclass
 
+from routing.ground.hardware import Hardware
+
 from ..cost import DecodeWork
-from ..hardware import Hardware
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..budget import AUTO_SHARE, MemoryPlan, Needs, parse_size
+from routing.ground.quantity import parse_size
+
+from ..budget import AUTO_SHARE, MemoryPlan, Needs
 from ..layout import ExpertLayer, experts_modules
 from ..matvec import Matvecs
 from ..runtime import OffloadRuntime

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from routing.traces import write_json
+from routing.ground.files import write_json
 
 from ..plan import Plan
 from .reading import read_json

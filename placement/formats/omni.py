@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from routing.traces import atomic_write
+from routing.ground.files import atomic_write
 
 from ..check import doubled_copies
 from ..plan import Plan

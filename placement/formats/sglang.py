@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from routing.traces import write_json
+from routing.ground.files import write_json
 
 from ..plan import Plan
 from .ktransformers import export_ktransformers, validate_ktransformers

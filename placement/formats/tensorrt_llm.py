@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from routing.traces import atomic_write
+from routing.ground.files import atomic_write
 
 from ..plan import Plan
 from .reading import MAX_BYTES, require_complete, table_of_ints

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from routing.traces import atomic_write, write_json
+from routing.ground.files import atomic_write, write_json
 
 from ..plan import Plan
 from .reading import read_json, require_complete, table_of_ints

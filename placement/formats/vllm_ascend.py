@@ -6,7 +6,7 @@ Source: vllm_ascend/eplb (182b75e); lists of equal length, copies of one expert 
 from pathlib import Path
 from typing import Any
 
-from routing.traces import write_json
+from routing.ground.files import write_json
 
 from ..check import doubled_copies
 from ..plan import Plan

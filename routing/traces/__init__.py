@@ -1,7 +1,7 @@
 """Routing traces and their statistics; NumPy and SciPy only."""
 
+from ..ground.files import atomic_write, write_json
 from .affinity import coactivation_EE, transition_EE, used_TE
-from .files import atomic_write, write_json
 from .foresight import belady_hits_LC, segment_cache_rate_C, segment_cache_rate_LC
 from .importers import IMPORTERS, import_trace, load_torch
 from .load import entropy_L, load_LE, skew_L

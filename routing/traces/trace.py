@@ -13,7 +13,7 @@ from typing import IO, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .files import atomic_write
+from ..ground.files import atomic_write
 
 EMPTY = -1
 MAX_FILE_BYTES = 64 << 30

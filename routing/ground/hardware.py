@@ -4,7 +4,7 @@ import tomllib
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
-from routing.traces import atomic_write
+from routing.ground.files import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)

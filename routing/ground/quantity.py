@@ -1,18 +1,51 @@
-"""Numbers with units as people write them in a cluster file: `80GiB`, `3.35TB/s`, `400Gb/s`, `5us`, `1979T`."""
+"""Numbers with units as people write them: `80GiB`, `3.35TB/s`, `400Gb/s`, `5us`, `1979T`.
+
+A size's bare letter is binary, as in every tool that limits memory: `8G` is 8 GiB, `8GB` is 8e9 bytes. In rates a
+letter is decimal, as on data sheets.
+"""
 
 import re
 
 _NUMBER = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµ/]*)\s*$")
 _DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40, "Pi": 2.0**50}
+_SIZES = {"": 1, "b": 1} | {
+    letter + suffix: 1000**power if suffix == "b" else 1024**power
+    for power, letter in enumerate("kmgtp", start=1)
+    for suffix in ("b", "", "ib")
+}
 _SECONDS = {"": 1.0, "s": 1.0, "ms": 1e3, "us": 1e6, "µs": 1e6, "ns": 1e9}  # divisors: 5 / 1e6 is exactly 5e-6
 _PREFIX = _DECIMAL | _BINARY
 
 
 def parse_bytes(value: object) -> float:
-    """Bytes from a number or from text such as `80GiB` or `2TB`."""
+    """Bytes from a number or from text such as `80GiB`, `80G` (the same) or `2TB`; case does not matter."""
     number, unit = _split(value, "a size such as 80GiB")
-    return number * _prefix(unit.removesuffix("B"), value, "a size such as 80GiB")
+    if unit.lower() not in _SIZES:
+        raise ValueError(f"expected a size such as 80GiB; got {value!r}")
+    return number * _SIZES[unit.lower()]
+
+
+def parse_size(text: str | int) -> int:
+    """Whole bytes of a budget on the command line, such as `6GiB`, `512MB` or `1000000`.
+
+    Raises:
+        ValueError: if it is not a positive number with a known unit.
+    """
+    if isinstance(text, str) and not re.fullmatch(r"\s*[0-9.]+\s*[A-Za-z]*\s*", text):
+        raise ValueError(f"cannot read {text!r} as a size; write it like 6GiB, 512MB or 4000000000")
+    size = int(parse_bytes(text))
+    if size <= 0:
+        raise ValueError(f"a size must be positive; got {text!r}")
+    return size
+
+
+def format_size(size: float) -> str:
+    """A size as people read it, in binary units."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size:.0f} B"
 
 
 def parse_bytes_per_s(value: object) -> float:

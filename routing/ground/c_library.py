@@ -1,7 +1,6 @@
-"""C beside our Python, compiled when it is first needed: once per processor and source, into the user's cache."""
+"""The C compiler: a C file beside our Python is compiled on first use, once per processor and source, and cached."""
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -38,21 +37,6 @@ def compile_library(sources: Sequence[Path], *, headers: Sequence[Path] = (), fl
         with tempfile.TemporaryDirectory(dir=folder) as work:
             _compile(command, sources, Path(work)).replace(target)
     return ctypes.CDLL(str(target))
-
-
-@functools.cache
-def routing_kernels() -> ctypes.CDLL | None:
-    """The C of this package with the types of its functions set; None without a C compiler."""
-    folder = Path(__file__).parent
-    try:
-        found = compile_library((folder / "top_k.c", folder / "scored_steps.c"))
-    except OSError:
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.expertier_top_experts.argtypes = [pointer, number, number, number, pointer]
-    found.expertier_scored_steps.argtypes = [pointer] * 10 + [number] * 4
-    found.expertier_top_experts.restype = found.expertier_scored_steps.restype = ctypes.c_int
-    return found
 
 
 def _compile(command: list[str], sources: Sequence[Path], work: Path) -> Path:

@@ -1,0 +1,1 @@
+"""The arithmetic that routers share, with its C: top-k, the GRU step, rows of large tables."""

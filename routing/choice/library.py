@@ -1,0 +1,22 @@
+"""Bindings of the C that routers use: top-k and the scored steps of a recurrent router."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+from ..ground.c_library import compile_library
+
+
+@functools.cache
+def routing_kernels() -> ctypes.CDLL | None:
+    """The compiled library with the types of its functions set; None without a C compiler."""
+    folder = Path(__file__).parent
+    try:
+        found = compile_library((folder / "top_k.c", folder / "scored_steps.c"))
+    except OSError:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    found.expertier_top_experts.argtypes = [pointer, number, number, number, pointer]
+    found.expertier_scored_steps.argtypes = [pointer] * 10 + [number] * 4
+    found.expertier_top_experts.restype = found.expertier_scored_steps.restype = ctypes.c_int
+    return found

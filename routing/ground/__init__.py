@@ -1,0 +1,1 @@
+"""What every package stands on, without torch: whole files, the C compiler, sizes, hardware rates, expectations."""
