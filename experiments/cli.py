@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.markup import escape
 
 import offload.cli
-import offload.trace_cli
 import placement.cli
 import routing.cli
 
@@ -58,9 +57,7 @@ bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)
 bench.command("train")(bench_train)
 app.add_typer(bench, name="bench")
-routing.cli.trace_app.command("record")(offload.cli.record)
-routing.cli.trace_app.command("batches")(offload.trace_cli.batches)
-routing.cli.trace_app.command("predictor")(offload.trace_cli.predictor)
+offload.cli.join_trace(routing.cli.trace_app)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)
 app.add_typer(placement.cli.app, name="place")

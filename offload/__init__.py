@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 from routing.ground.quantity import format_size, parse_size
 
-from .cache import CACHES, make_cache
-from .simulate import Simulated, simulate
+from .cache.catalogue import CACHES, make_cache
+from .cache.simulate import Simulated, simulate
 
 if TYPE_CHECKING:
-    from .calibrate import disk_bandwidth
-    from .gpu.calibrate import wire_bandwidth
-    from .gpu.loading import open_lane
-    from .handle import Offload
-    from .loading import load
-    from .packing import write_pack
+    from .forecast.calibrate import disk_bandwidth
+    from .forecast.calibrate_gpu import wire_bandwidth
+    from .gpu.devices import open_lane
+    from .runtime.loading import load
+    from .runtime.report import Offload
+    from .store.packing import write_pack
 
 _HOME = {
-    "Offload": ".handle",
-    "disk_bandwidth": ".calibrate",
-    "load": ".loading",
-    "open_lane": ".gpu.loading",
-    "wire_bandwidth": ".gpu.calibrate",
-    "write_pack": ".packing",
+    "Offload": ".runtime.report",
+    "disk_bandwidth": ".forecast.calibrate",
+    "load": ".runtime.loading",
+    "open_lane": ".gpu.devices",
+    "wire_bandwidth": ".forecast.calibrate_gpu",
+    "write_pack": ".store.packing",
 }
 
 __all__ = [

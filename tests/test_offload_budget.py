@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.budget import Needs, available_memory, cgroup_limit, plan_memory, spread_slots
-from offload.cost import DecodeWork, expected_hit_rate, predict_decode
+from offload.memory.budget import Needs, available_memory, cgroup_limit, plan_memory, spread_slots
+from offload.memory.cost import DecodeWork, expected_hit_rate, predict_decode
 from routing.ground.hardware import Hardware
 from routing.ground.quantity import format_size, parse_size
 
@@ -140,7 +140,7 @@ def test_hardware_files(tmp_path):
 
 
 def test_calibration_measures_something(tmp_path):
-    from offload.calibrate import cached_bandwidth, disk_bandwidth
+    from offload.forecast.calibrate import cached_bandwidth, disk_bandwidth
 
     file = tmp_path / "data"
     file.write_bytes(bytes(8 << 20))

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.cache import CACHES, LRU, NEVER, Belady, make_cache
+from offload.cache.catalogue import CACHES, make_cache
+from offload.cache.policies import LRU, NEVER, Belady
 from routing.traces import next_use_TK
 
 TOKENS = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=3, unique=True), min_size=1, max_size=40)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from offload.checkpoint import read_checkpoint, read_header, read_tensor
+from offload.checkpoint.tensors import read_checkpoint, read_header, read_tensor
 
 
 @pytest.fixture

@@ -11,11 +11,14 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 from xxhash import xxh3_64_hexdigest
 
 import offload
-from offload import compression, native, norms, packing
-from offload.compression import CompressedShape, can_compress, compress, expand
-from offload.fit import fit
-from offload.matvec import Matvecs
-from offload.pack_index import PackIndex
+from offload.compute import norms
+from offload.compute.matvec import Matvecs
+from offload.forecast.fit import fit
+from offload.formats import compression
+from offload.formats.compression import CompressedShape, can_compress, compress, expand
+from offload.formats.pack_index import PackIndex
+from offload.native import library as native
+from offload.store import packing
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -108,7 +111,7 @@ def test_what_can_be_compressed(shape, dtype, expected):
 @pytest.mark.parametrize("is_gated", [True, False])
 @pytest.mark.parametrize(("width", "model_width"), [(64, 128), (192, 64), (1344, 256)])
 def test_experts_of_one_token_have_the_bits_of_the_plain_kernel(kernel, is_gated, width, model_width):
-    from offload import matvec
+    from offload.compute import matvec
 
     Matvecs("exact")
     try:
@@ -188,7 +191,7 @@ def no_compiler(monkeypatch):
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(native, "library", none)
-    monkeypatch.setattr("offload.matvec._kernels", none)
+    monkeypatch.setattr("offload.compute.matvec._kernels", none)
     yield
     for cache in caches:
         cache.cache_clear()

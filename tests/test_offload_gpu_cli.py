@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from experiments import bench_offload_gpu
 from experiments.replay import ReplaySize, build_replay
-from offload.budget import Needs
-from offload.cost import DecodeWork
-from offload.gpu import loading as gpu_loading
+from offload.gpu import devices as gpu_devices
 from offload.gpu import rows as gpu_rows
 from offload.gpu.budget import CONTEXT_BYTES, gpu_table, plan_gpu, ring_slots, split_needs
 from offload.gpu.cost import predict_gpu_decode
+from offload.memory.budget import Needs
+from offload.memory.cost import DecodeWork
 from routing.ground.hardware import Hardware
 from routing.traces import RoutingTrace
 from tests.simulated_lane import SimulatedLane
@@ -50,7 +50,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def simulated(monkeypatch):
-    monkeypatch.setattr(gpu_loading, "LANES", {"cuda": SimulatedLane})
+    monkeypatch.setattr(gpu_devices, "LANES", {"cuda": SimulatedLane})
     monkeypatch.setattr("offload.gpu.tier.experts_for", lambda module, count, *_: gpu_rows.LoopExperts(module, count))
 
 

@@ -9,8 +9,8 @@ import transformers
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 import offload
-from offload.gpu import calibrate as gpu_calibrate
-from offload.gpu import loading as gpu_loading
+from offload.forecast import calibrate_gpu as gpu_calibrate
+from offload.gpu import devices as gpu_devices
 from offload.gpu import rows as gpu_rows
 from tests.simulated_lane import SimulatedLane
 
@@ -72,7 +72,7 @@ def load(monkeypatch):
 
     def load_simulated(folder, *, seed=0, copy_share=0.5, pins=True, kernels=False, **arguments):
         lane = SimulatedLane(seed, copy_share, pins)
-        monkeypatch.setattr(gpu_loading, "LANES", {"cuda": lambda: lane})
+        monkeypatch.setattr(gpu_devices, "LANES", {"cuda": lambda: lane})
         monkeypatch.setattr("offload.gpu.budget.RING_SLOTS", 2)
         if not kernels:
             monkeypatch.setattr(
@@ -299,7 +299,7 @@ def test_gpu_budgets(saved, load):
     ],
 )
 def test_contradictions_are_refused(saved, monkeypatch, arguments, message):
-    monkeypatch.setattr(gpu_loading, "LANES", {"cuda": SimulatedLane})
+    monkeypatch.setattr(gpu_devices, "LANES", {"cuda": SimulatedLane})
     with pytest.raises(ValueError, match=message):
         offload.load(saved("olmoe")[0], cache_experts=2, **arguments)
 

@@ -8,8 +8,8 @@ import transformers
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import offload
-from offload import io_mode
-from offload.store import record_of
+from offload.store import io_mode
+from offload.store.store import record_of
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def _is_direct(folder, **options):
 
 @pytest.fixture
 def records(folder):
-    from offload.model_folder import skeleton_of
+    from offload.checkpoint.model_folder import skeleton_of
 
     return [record_of(layer) for layer in skeleton_of(folder)[2]]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from offload.linears import SiblingLinears, quicken_linears
-from offload.matvec import Matvecs
+from offload.compute.linears import SiblingLinears, quicken_linears
+from offload.compute.matvec import Matvecs
 
 
 class Attention(nn.Module):

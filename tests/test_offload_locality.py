@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.capacities import spread_by_gain
-from offload.reschedule import experts_touched, form_batches, in_order, signatures
+from offload.cache.capacities import spread_by_gain
+from offload.serve.batches import experts_touched, form_batches, in_order, signatures
 from routing.traces import RoutingTrace
 
 

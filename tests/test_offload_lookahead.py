@@ -7,8 +7,7 @@ import torch
 import offload
 from moe import MoEForCausalLM
 from moe.token_router import context_of
-from offload.lookahead import planned_signature
-from offload.reschedule import signatures
+from offload.serve.batches import planned_signature, signatures
 
 MODELS = {
     "readme": {

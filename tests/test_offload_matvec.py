@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload.matvec import AMX_BLOCK, Matvecs, _kernels
+from offload.compute.matvec import AMX_BLOCK, Matvecs, _kernels
 
 SHAPES = [(1, 1), (3, 31), (5, 33), (64, 128), (17, 300), (96, 2048), (2688, 2048), (2048, 1344)]
 
@@ -102,7 +102,7 @@ def test_without_a_compiler_exact_is_torch_and_fast_is_refused(monkeypatch):
     def none():
         raise OSError("no C compiler (cc) was found for a small C file")
 
-    monkeypatch.setattr("offload.matvec._kernels", none)
+    monkeypatch.setattr("offload.compute.matvec._kernels", none)
     x, weight, out = operands((64, 128))
     assert not Matvecs("exact").multiply(x, (weight,), (out,))
     with pytest.raises(ValueError, match="no C compiler"):

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from offload import norms
+from offload.compute import norms
 
 
 class RoundsLast(MixtralRMSNorm):

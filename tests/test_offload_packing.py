@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 import offload
-from offload import packing
+from offload.store import packing
 
 SHARED = {
     "vocab_size": 64,

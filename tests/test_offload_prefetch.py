@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from offload.predictor import TrainedPredictor, hot_TLE, inputs_TV
-from offload.predictor_fit import fit_predictor, precision_and_recall
-from offload.prefetch import GatePredictor, Prefetcher, TransitionPredictor
+from offload.prefetch.predictor import TrainedPredictor, hot_TLE, inputs_TV
+from offload.prefetch.predictor_fit import fit_predictor, precision_and_recall
+from offload.prefetch.prefetch import GatePredictor, Prefetcher, TransitionPredictor
 from routing.traces import RoutingTrace
 
 

@@ -8,7 +8,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from offload.reading import ReadingThreads, Ticket
+from offload.store.reading import ReadingThreads, Ticket
 
 
 def test_demand_goes_before_what_may_be_needed_later():
@@ -84,7 +84,7 @@ def test_the_interpreter_ends_with_threads_alive(ending):
     code = f"""
         import sys, time
         from queue import SimpleQueue
-        from offload.reading import ReadingThreads, Ticket
+        from offload.store.reading import ReadingThreads, Ticket
         threads = ReadingThreads(3)
         threads.submit(Ticket(0, 0, 0, 1, SimpleQueue()), [lambda: time.sleep(0.1)])
         {ending}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from offload.compressed_weight import CompressedWeight
-from offload.matvec import Matvecs
-from offload.resident import compress_linears, move_to_huge_pages, weight_bytes
+from offload.compute.compressed_weight import CompressedWeight
+from offload.compute.matvec import Matvecs
+from offload.compute.resident import compress_linears, move_to_huge_pages, weight_bytes
 
 
 def test_weights_keep_values_shapes_types_and_ties():

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3
 
 import offload
 from experiments.resident import load_resident
-from offload.predictor import TrainedPredictor
+from offload.prefetch.predictor import TrainedPredictor
 from routing.traces import EMPTY
 
 SHARED = {

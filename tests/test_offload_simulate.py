@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import cli as joined_cli
-from offload.simulate import gap_closed, simulate
+from offload.cache.simulate import gap_closed, simulate
 from routing.traces import EMPTY, RoutingTrace, reuse_distance_TK
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import offload
-from offload.starting_plan import read_starting_plan
+from offload.cache.starting import read_starting_plan
 from routing.traces import RoutingTrace, lru_hits_LC
 
 

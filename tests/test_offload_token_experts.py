@@ -6,10 +6,10 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
-from offload.compute import RoutedRows
-from offload.layout import ExpertLayer, Parameter
-from offload.matvec import Matvecs, _kernels
-from offload.token_experts import TokenRows, fuse_experts
+from offload.checkpoint.experts import ExpertLayer, Parameter
+from offload.compute.matvec import Matvecs, _kernels
+from offload.compute.routed_rows import RoutedRows
+from offload.compute.single_token import TokenRows, fuse_experts
 
 TOP_K, NUM_EXPERTS = 3, 5
 

@@ -11,9 +11,9 @@ from queue import SimpleQueue
 
 import torch
 
-from ..counters import Counters
-from ..reading import Ticket
-from ..slots import LayerSlots
+from ..ram.counters import Counters
+from ..ram.slots import LayerSlots
+from ..store.reading import Ticket
 from .lanes import Copy
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..layout import weight_names
+from ..checkpoint.experts import weight_names
 from .slots import GpuSlots, SlotMap
 
 Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..layout import ExpertLayer
+from ..checkpoint.experts import ExpertLayer
 from .lanes import Lane, Mark
 
 Tensors = Mapping[str, torch.Tensor]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..counters import Counters
-from ..matvec import Matvecs
-from ..slots import LayerSlots
+from ..compute.matvec import Matvecs
+from ..ram.counters import Counters
+from ..ram.slots import LayerSlots
 from .counters import GpuCounters
 from .lanes import Copy, Lane
 from .ram_feed import RamFeed

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ..budget import MemoryPlan, describe
-from ..counters import Counters
-from ..layout import ExpertLayer
-from ..matvec import Matvecs
-from ..slots import LayerSlots
+from ..checkpoint.experts import ExpertLayer
+from ..compute.matvec import Matvecs
+from ..memory.budget import MemoryPlan, describe
+from ..ram.counters import Counters
+from ..ram.slots import LayerSlots
 from .budget import ring_slots
 from .counters import GpuCounters
 from .lanes import Lane

@@ -1,0 +1,33 @@
+"""All cache policies by name."""
+
+from collections.abc import Callable
+
+from .learned import LearnedReuse
+from .policies import LFU, LRU, ActivationAware, Belady, Cache, DecayedFrequency, StaticHotList
+
+CACHES: dict[str, Callable[[int, int], Cache]] = {
+    "lru": lambda capacity, num_keys: LRU(capacity),
+    "lfu": lambda capacity, num_keys: LFU(capacity),
+    "static": lambda capacity, num_keys: StaticHotList(capacity),
+    "eam": ActivationAware,
+    "score": lambda capacity, num_keys: DecayedFrequency(capacity),
+    "learned": LearnedReuse,
+    "belady": lambda capacity, num_keys: Belady(capacity),
+}
+NEEDS_FUTURE = frozenset({"belady"})
+
+
+def make_cache(policy: str, capacity: int, num_keys: int) -> Cache:
+    """A cache by the name of its policy.
+
+    Args:
+        policy: name in CACHES.
+        capacity: keys it can hold.
+        num_keys: keys there are.
+
+    Raises:
+        ValueError: if no policy has this name; the message lists those there are.
+    """
+    if policy not in CACHES:
+        raise ValueError(f"unknown cache policy {policy!r}; there are {', '.join(sorted(CACHES))}")
+    return CACHES[policy](capacity, num_keys)

@@ -1,0 +1,113 @@
+"""How a cache starts: slots per layer, and what is in them first, from a plan (`expertier place tiers`) or a trace.
+
+Shapes: L MoE layers, E experts, C cache slots. Without torch.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from routing.traces import RoutingTrace, lru_hits_LC
+
+from ..memory.budget import spread_slots
+from .capacities import spread_by_gain
+
+SSD = 2
+MOST_BYTES = 64 << 20
+MOST_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class StartingPlan:
+    """Experts that are to be in memory from the start, per layer, in the order of their ids."""
+
+    experts_L: tuple[tuple[int, ...], ...]
+
+    def slots(self, slot_bytes_L: Sequence[int], least_L: Sequence[int], free_bytes: int) -> list[int]:
+        """Slots per layer: those of the plan, and at least `least_L`.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
+        slots = [max(len(experts), least) for experts, least in zip(self.experts_L, least_L, strict=True)]
+        wanted = sum(count * size for count, size in zip(slots, slot_bytes_L, strict=True))
+        if wanted > free_bytes:
+            raise ValueError(
+                f"the plan keeps {wanted} bytes of experts in memory and {free_bytes} bytes are left for them; "
+                f"solve it again with `expertier place tiers --cpu-memory {free_bytes}`, or give more memory"
+            )
+        return slots
+
+
+@dataclass(frozen=True, eq=False)
+class TracedSlots:
+    """All the memory there is, spread over the layers so that an LRU would have hit most on a trace; empty at first.
+
+    `hits_LC` counts the hits of an LRU of 0, 1, .. E slots in each layer.
+    """
+
+    hits_LC: NDArray[np.int64]
+    experts_per_layer: tuple[int, ...]
+
+    @property
+    def experts_L(self) -> tuple[tuple[int, ...], ...]:
+        return ((),) * len(self.experts_per_layer)
+
+    def slots(self, slot_bytes_L: Sequence[int], least_L: Sequence[int], free_bytes: int) -> list[int]:
+        """Slots per layer: at least `least_L`, and no more bytes than `free_bytes`.
+
+        Raises:
+            ValueError: if the least do not fit.
+        """
+        least_bytes = sum(count * size for count, size in zip(least_L, slot_bytes_L, strict=True))
+        more = (free_bytes - least_bytes) // max(slot_bytes_L)
+        slots = spread_by_gain(self.hits_LC, sum(least_L) + more, least_L)
+        return spread_slots(free_bytes, slot_bytes_L, self.experts_per_layer, slots)
+
+
+def read_starting_plan(path: str | Path, experts_L: Sequence[int]) -> StartingPlan | TracedSlots:
+    """Read the tiers of a plan file, or slots per layer off a routing trace.
+
+    Args:
+        path: JSON written by `expertier place tiers`, or a routing trace (.npz) of the model.
+        experts_L: experts of each layer of the model.
+
+    Raises:
+        ValueError: if the file is not such a plan or trace, or is for a model of other sizes.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        return _read_trace(path, experts_L)
+    if not path.is_file():
+        raise ValueError(f"plan {path}: no such file; make one with `expertier place tiers`")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"plan {path}: larger than {MOST_BYTES} bytes, so not a plan of one machine")
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"plan {path}: not JSON: {error}") from error
+    if not isinstance(plan, dict) or plan.get("format") != "expertier.plan" or not isinstance(plan.get("tier"), list):
+        raise ValueError(f"plan {path}: it says nothing about tiers; make one with `expertier place tiers`")
+    tiers = plan["tier"]
+    if [len(row) if isinstance(row, list) else -1 for row in tiers] != list(experts_L):
+        raise ValueError(
+            f"plan {path}: tiers of {len(tiers)} layers do not fit the model's {len(experts_L)} layers of "
+            f"{', '.join(sorted({str(count) for count in experts_L}))} experts"
+        )
+    if not all(tier in (0, 1, SSD) for row in tiers for tier in row):
+        raise ValueError(f"plan {path}: tiers must be 0 (GPU), 1 (CPU) or 2 (SSD)")
+    return StartingPlan(tuple(tuple(expert for expert, tier in enumerate(row) if tier != SSD) for row in tiers))
+
+
+def _read_trace(path: Path, experts_L: Sequence[int]) -> TracedSlots:
+    trace = RoutingTrace.load(path)
+    if trace.num_layers != len(experts_L) or trace.num_experts > max(experts_L):
+        raise ValueError(
+            f"trace {path}: {trace.num_layers} layers of {trace.num_experts} experts do not fit the model's "
+            f"{len(experts_L)} layers of {', '.join(sorted({str(count) for count in experts_L}))} experts"
+        )
+    return TracedSlots(lru_hits_LC(trace.rows(0, MOST_ROWS)), tuple(experts_L))

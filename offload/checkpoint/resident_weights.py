@@ -1,0 +1,92 @@
+"""Everything of a model but its experts, loaded by transformers itself."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from .experts import experts_modules, match_checkpoint, weight_names
+from .model_folder import model_class_of
+from .tensors import StoredTensor, TensorEntry
+
+
+class _Hollow:
+    """Stands in for an experts weight while transformers loads the rest: the right shape, no memory."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def __getitem__(self, key: Any) -> "_Hollow":
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.zeros((), dtype=dtype or self.dtype).expand(self.shape)
+
+
+def load_resident(
+    folder: Path, config: Any, entries: Mapping[str, TensorEntry], dtype: torch.dtype, implementation: str
+) -> Any:
+    """Let transformers load everything but the experts' matrices, which stay hollow."""
+    with torch.device("meta"):
+        skeleton = model_class_of(config)._from_config(config)
+    modules = experts_modules(skeleton)
+    if not modules:
+        raise ValueError(
+            f"model {folder}: {type(skeleton).__name__} does not compute its experts through transformers' experts "
+            "interface (or has none), so they cannot be offloaded"
+        )
+    found = match_checkpoint(skeleton, entries)
+    state: dict[str, Any] = {}
+    shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
+    hollow = {f"{name}.{weight}" for name, module in modules.items() for weight in weight_names(module)}
+    for name, keys in found.items():
+        if name not in hollow:
+            state.update({key: StoredTensor(entries[key]) for key, _ in keys})
+    for name in hollow & shapes.keys():
+        if name not in found:
+            raise ValueError(f"model {folder}: the checkpoint has no tensor for {name}; is a shard missing?")
+        state[name] = _Hollow(shapes[name], dtype)
+    model, info = model_class_of(config).from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        experts_implementation=implementation,
+        output_loading_info=True,
+    )
+    _check_loaded(folder, info)
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.requires_grad_(False)
+
+
+def _check_loaded(folder: Path, info: Mapping[str, Any]) -> None:
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"model {folder}: the checkpoint has no tensor for {missing[0]} and {len(missing) - 1} others; "
+            "is a shard missing?"
+        )
+    for kind in ("mismatched_keys", "conversion_errors", "error_msgs"):
+        if problems := info.get(kind):
+            raise ValueError(f"model {folder}: {kind.replace('_', ' ')}: {str(problems)[:500]}")
+
+
+def drop_expert_weights(model: Any) -> None:
+    """Take the hollow weights out, so that nothing can compute with them or save them."""
+    for module in experts_modules(model).values():
+        for name in weight_names(module):
+            delattr(module, name)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("an offloaded model has no expert weights to save; copy its checkpoint folder instead")
+
+    model.save_pretrained = refuse

@@ -1,0 +1,207 @@
+"""One token's bfloat16 matrix-vector products at the speed of memory: a small C file, compiled when it is first needed.
+
+torch's own products of one row read weights at about half the speed of memory. A kernel of ours takes their place where
+its results are the same, bit for bit: each shape is tried against torch's product when it first occurs, with the number
+of threads then in use. `arithmetic="fast"` uses it also where the last bits differ.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..native import library as native
+from .compressed_weight import CompressedWeight
+
+AMX_BLOCK = 32
+TRIALS = 4
+ARITHMETICS = ("exact", "fast")
+
+Kernel = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
+ExpertsKernel = Callable[..., None]
+
+
+class Matvecs:
+    """Chooses a kernel for each shape.
+
+    Args:
+        arithmetic: `exact` or `fast`.
+
+    Raises:
+        ValueError: if the arithmetic is unknown, or `fast` and there is no C compiler.
+    """
+
+    def __init__(self, arithmetic: str) -> None:
+        if arithmetic not in ARITHMETICS:
+            raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}; got {arithmetic!r}")
+        self.arithmetic = arithmetic
+        self._chosen: dict[tuple[int, int, int], Kernel | None] = {}
+        try:
+            self._kernels = _kernels()
+        except OSError as error:
+            if arithmetic == "fast":
+                raise ValueError(f'arithmetic="fast": {error}; use "exact"') from error
+            self._kernels = {}
+
+    def multiply(self, x_ND: torch.Tensor, weights_FD: Sequence[torch.Tensor], outs_F: Sequence[torch.Tensor]) -> bool:
+        """`outs[n] = weights[n] @ x[n]`, if one kernel fits all; otherwise nothing happens and the result is False.
+
+        Args:
+            x_ND: one row for each product, or one row for all.
+            weights_FD: N matrices of the same width, all compressed or all plain; their numbers of rows may differ.
+            outs_F: where the results go, each contiguous.
+        """
+        if not (self._kernels and _fits(x_ND, weights_FD)):
+            return False
+        first, *others = {self._kernel((len(weight_FD), weight_FD.shape[1]), weight_FD) for weight_FD in weights_FD}
+        if first is None or others:
+            return False
+        first(x_ND, weights_FD, outs_F)
+        return True
+
+    def experts_kernel(self, shapes: Sequence[tuple[int, int]]) -> ExpertsKernel | None:
+        """The kernel of whole experts, if all of their products are computed by the same one.
+
+        Args:
+            shapes: of the weights.
+        """
+        if not self._kernels:
+            return None
+        kernel, *others = {self._kernel(shape) for shape in shapes}
+        return None if others or kernel is None else _experts_kernels()[_name(kernel)]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What computes each shape met so far, for the report."""
+        return {f"{rows}x{columns}": _name(kernel) for (rows, columns, _), kernel in self._chosen.items()}
+
+    def _kernel(self, shape: tuple[int, int], weight_FD: torch.Tensor | None = None) -> Kernel | None:
+        """What computes this shape; tried on the given weight, or on a random one."""
+        key = (*shape, torch.get_num_threads())
+        if key not in self._chosen:
+            tried = torch.randn(shape).bfloat16() if weight_FD is None else weight_FD
+            self._chosen[key] = self._choose(tried.expanded() if isinstance(tried, CompressedWeight) else tried)
+        return self._chosen[key]
+
+    def _choose(self, weight_FD: torch.Tensor) -> Kernel | None:
+        rows, columns = weight_FD.shape
+        candidates = [
+            kernel
+            for name, kernel in self._kernels.items()
+            if name != "amx" or rows % AMX_BLOCK == columns % AMX_BLOCK == 0
+        ]
+        if self.arithmetic == "exact":
+            candidates = [kernel for kernel in candidates if _has_the_bits_of_torch(kernel, weight_FD)]
+        return next(iter(candidates), None)
+
+
+def _fits(x: torch.Tensor, weights_FD: Sequence[torch.Tensor]) -> bool:
+    return (
+        x.numel() in (weights_FD[0].shape[-1], len(weights_FD) * weights_FD[0].shape[-1])
+        and x.dtype == torch.bfloat16
+        and x.is_contiguous()
+        and all(
+            weight.dtype == torch.bfloat16
+            and weight.device.type == "cpu"
+            and weight.is_contiguous()
+            and weight.shape[-1] == weights_FD[0].shape[-1]
+            and isinstance(weight, CompressedWeight) == isinstance(weights_FD[0], CompressedWeight)
+            for weight in weights_FD
+        )
+    )
+
+
+def _has_the_bits_of_torch(kernel: Kernel, weight_FD: torch.Tensor) -> bool:
+    """On the given weight, and on products that are rounding alone: these tell any two orders of adding up apart, where
+    of ordinary sums, rounded to bfloat16, only one in thousands differs."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = weight_FD.shape
+    given = [
+        (torch.randn(1, columns, generator=generator).mul_(10.0 ** (trial - 2)).bfloat16(), weight_FD)
+        for trial in range(TRIALS)
+    ]
+    return all(_agree(kernel, *operands) for operands in (*given, _cancelling(rows, columns, generator)))
+
+
+def _agree(kernel: Kernel, x_1D: torch.Tensor, weight_FD: torch.Tensor) -> bool:
+    expected_1F, found_1F = (weight_FD.new_empty(1, len(weight_FD)) for _ in range(2))
+    torch.mm(x_1D, weight_FD.t(), out=expected_1F)
+    kernel(x_1D, (weight_FD,), (found_1F,))
+    linear_1F = nn.functional.linear(x_1D[None], weight_FD)[0]
+    return torch.equal(expected_1F, found_1F) and torch.equal(linear_1F, found_1F)
+
+
+def _cancelling(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """[1, D] and [F, D] whose product would be 0 without rounding: every term comes a second time, negative."""
+    half = columns // 2
+    place_D = torch.randperm(columns, generator=generator)
+    x_1D, weight_FD = torch.zeros(1, columns).bfloat16(), torch.zeros(rows, columns).bfloat16()
+    x_1H = torch.randn(1, half, generator=generator).bfloat16()
+    weight_FH = torch.randn(rows, half, generator=generator).bfloat16()
+    for places, sign in ((place_D[:half], 1), (place_D[half : 2 * half], -1)):
+        x_1D[:, places], weight_FD[:, places] = x_1H, sign * weight_FH
+    return x_1D, weight_FD
+
+
+def _name(kernel: Kernel | None) -> str:
+    return "torch" if kernel is None else next(name for name, ours in _kernels().items() if ours is kernel)
+
+
+@functools.cache
+def _kernels() -> dict[str, Kernel]:
+    """Our kernels that this processor runs, best first. Raises OSError if there is no C compiler or it fails."""
+    library = native.library()
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.expertier_matvec.argtypes = [
+        ctypes.c_int,
+        ctypes.c_int,
+        number,
+        pointer,
+        pointer,
+        number,
+        pointer,
+        pointer,
+        number,
+    ]
+    library.expertier_matvec.restype = None
+    return {name: _matvec(library.expertier_matvec, is_amx) for name, is_amx in _arithmetics(library).items()}
+
+
+@functools.cache
+def _experts_kernels() -> dict[str, ExpertsKernel]:
+    """Whole experts, by the same names."""
+    library = native.library()
+    function = library.expertier_experts
+    function.argtypes = (
+        [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+        + [ctypes.c_void_p] * 4
+        + [ctypes.c_int]
+        + [ctypes.c_void_p] * 2
+        + [ctypes.c_int64] * 2
+    )
+    function.restype = None
+    return {name: functools.partial(function, is_amx) for name, is_amx in _arithmetics(library).items()}
+
+
+def _arithmetics(library: ctypes.CDLL) -> dict[str, bool]:
+    return ({"amx": True} if library.expertier_has_amx() else {}) | {"dot": False}
+
+
+def _matvec(function: Any, is_amx: bool) -> Kernel:
+    def call(x_ND: torch.Tensor, weights_FD: Sequence[torch.Tensor], outs_F: Sequence[torch.Tensor]) -> None:
+        num, columns = len(weights_FD), weights_FD[0].shape[1]
+        rows = (ctypes.c_int64 * num)(*[weight.shape[0] for weight in weights_FD])
+        x_step = columns if x_ND.numel() > columns else 0
+        compressed = [weight.compressed for weight in weights_FD if isinstance(weight, CompressedWeight)]
+        place = pointers(compressed or weights_FD)
+        function(is_amx, bool(compressed), num, place, x_ND.data_ptr(), x_step, pointers(outs_F), rows, columns)
+
+    return call
+
+
+def pointers(tensors: Sequence[torch.Tensor]) -> Any:
+    """Where tensors lie, as C takes it."""
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

@@ -1,0 +1,105 @@
+"""Root-mean-square norms of single tokens: one call of C with torch's bits instead of seven operations of torch."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..native import library as native
+
+EPSILONS = ("variance_epsilon", "eps", "epsilon")
+MOST_ELEMENTS = 1 << 15
+"""Beyond, torch's own operations use all threads."""
+TRIED_POWERS = range(-2, 4)
+TRIED_SUMS = 64
+
+Forward = Callable[..., torch.Tensor]
+
+
+def quicken_norms(model: nn.Module) -> None:
+    """Let the bfloat16 norms of a model that compute `weight * (x / rms(x))` do it by our kernel on single tokens.
+
+    What a module computes is found out by trying: both places of the rounding before the product with the weight, on
+    numbers of several magnitudes. Modules whose bits are none of these stay as they are, and all do if torch adds up
+    numbers in another order than we.
+    """
+    kernels = _kernels()
+    if kernels is None:
+        return
+    for module in model.modules():
+        epsilon = _epsilon(module)
+        if epsilon is not None and _sums_like_torch(kernels, module.weight.shape[0]):
+            for rounds_first in (True, False):
+                norm = functools.partial(
+                    _norm, kernels.expertier_rms_norm, rounds_first, module.weight, epsilon, module.forward
+                )
+                if _has_the_bits_of(module, norm):
+                    module.forward = norm  # type: ignore[method-assign]
+                    break
+
+
+def _norm(
+    kernel: Any, rounds_first: bool, weight_D: torch.Tensor, epsilon: float, otherwise: Forward, x: Any, *rest: Any
+) -> torch.Tensor:
+    width = weight_D.shape[0]
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad)
+    fits = x.dtype == torch.bfloat16 and x.numel() <= MOST_ELEMENTS and x.is_contiguous() and x.device.type == "cpu"
+    if rest or learns or not fits or x.shape[-1] != width:
+        return otherwise(x, *rest)
+    out, square_D = torch.empty_like(x), torch.empty(width)
+    addresses = (x.data_ptr(), weight_D.data_ptr(), epsilon, square_D.data_ptr(), out.data_ptr())
+    kernel(rounds_first, *addresses, x.numel() // width, width)
+    return out
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    """A norm's epsilon; None if the module is something else."""
+    if list(module.children()) or [name for name, _ in module.named_parameters()] != ["weight"]:
+        return None
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype != torch.bfloat16:
+        return None
+    found = next((getattr(module, name) for name in EPSILONS if hasattr(module, name)), None)
+    return found if isinstance(found, float) and weight.device.type == "cpu" and weight.is_contiguous() else None
+
+
+def _has_the_bits_of(module: nn.Module, norm: Forward) -> bool:
+    generator, width = torch.Generator().manual_seed(0), module.weight.shape[0]
+    with torch.no_grad():
+        for power in TRIED_POWERS:
+            x_13D = (torch.randn(1, 3, width, generator=generator) * 10.0**power).bfloat16()
+            try:
+                expected = module(x_13D)
+            except Exception:
+                return False
+            if not isinstance(expected, torch.Tensor) or not torch.equal(norm(x_13D), expected):
+                return False
+    return True
+
+
+@functools.cache
+def _sums_like_torch(kernels: ctypes.CDLL, width: int) -> bool:
+    """Whether float32 sums have the bits of torch's; a norm in bfloat16 would show a difference too rarely."""
+    value_TD = torch.randn(TRIED_SUMS, width, generator=torch.Generator().manual_seed(0)).square()
+    found = [kernels.expertier_sum(row_D.data_ptr(), width) for row_D in value_TD]
+    return torch.equal(value_TD.sum(-1), torch.tensor(found))
+
+
+@functools.cache
+def _kernels() -> ctypes.CDLL | None:
+    """The library with the types of `expertier_sum` and `expertier_rms_norm` set; None without a C compiler."""
+    try:
+        library = native.library()
+    except OSError:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.expertier_sum.argtypes = [pointer, number]
+    library.expertier_sum.restype = ctypes.c_float
+    library.expertier_rms_norm.argtypes = [
+        ctypes.c_int, pointer, pointer, ctypes.c_float, pointer, pointer, number, number,
+    ]  # fmt: skip
+    library.expertier_rms_norm.restype = None
+    return library

@@ -1,0 +1,1 @@
+"""Measures this machine (`calibrate`) and predicts memory and speed (`fit`)."""

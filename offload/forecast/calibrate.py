@@ -1,0 +1,170 @@
+"""Measure what this machine can do: disk, memory, and how fast one token's products read weights.
+
+The disk part needs no torch.
+"""
+
+import mmap
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+from routing.ground.hardware import Hardware
+
+BLOCK_BYTES = 4096
+
+MEASURED_BYTES = 512 << 20
+LAYERS, CONTEXT = 4, 64
+WEIGHTS = 96
+"""Of 8 MiB each, so that no cache holds what was read last time."""
+
+
+def disk_bandwidth(file: Path, *, num_threads: int, read_bytes: int, total_bytes: int = MEASURED_BYTES) -> float:
+    """Bytes per second of O_DIRECT reads of `file` by several threads, each taking every num_threads-th piece."""
+    size = file.stat().st_size // BLOCK_BYTES * BLOCK_BYTES
+    pieces = range(0, min(size, total_bytes) - read_bytes + 1, read_bytes)
+    if not pieces:
+        raise ValueError(f"{file} is too small to measure with reads of {read_bytes} bytes")
+    descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+
+    def read(first: int) -> None:
+        buffer = memoryview(mmap.mmap(-1, read_bytes))
+        for offset in pieces[first::num_threads]:
+            os.preadv(descriptor, [buffer], offset)
+
+    try:
+        threads = [threading.Thread(target=read, args=(first,)) for first in range(num_threads)]
+        started = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return len(pieces) * read_bytes / (time.perf_counter() - started)
+    finally:
+        os.close(descriptor)
+
+
+def calibrate(
+    folder: Path, *, num_threads: int = 4, read_bytes: int = 4 << 20, file_bytes: int = MEASURED_BYTES
+) -> Hardware:
+    """Measure this machine; takes some ten seconds and `file_bytes` of disk in `folder` for as long.
+
+    Args:
+        folder: on the disk where models are.
+    """
+    from .calibrate_gpu import gpu_rates
+
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="expertier-calibrate-") as scratch:
+        chunk = os.urandom(1 << 20)
+        for _ in range(max(file_bytes, read_bytes) >> 20):
+            scratch.write(chunk)
+        scratch.flush()
+        os.fsync(scratch.fileno())
+        file = Path(scratch.name)
+        disk = disk_bandwidth(file, num_threads=num_threads, read_bytes=read_bytes)
+        cached = cached_bandwidth(file, read_bytes)
+    exact, fast, compressed, memory = _token_products()
+    return Hardware(
+        disk_bytes_per_s=disk,
+        cached_bytes_per_s=cached,
+        memory_bytes_per_s=memory,
+        exact_bytes_per_s=exact,
+        fast_bytes_per_s=fast,
+        layer_s=_layer_seconds(exact),
+        compressed_bytes_per_s=compressed,
+        **gpu_rates(),
+    )
+
+
+def cached_bandwidth(file: Path, read_bytes: int) -> float:
+    """Bytes per second of buffered reads of a file that is in the page cache."""
+    buffer = memoryview(mmap.mmap(-1, read_bytes))
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        for _ in range(2):
+            started, done = time.perf_counter(), 0
+            while count := os.preadv(descriptor, [buffer], done):
+                done += count
+            seconds = time.perf_counter() - started
+        return done / seconds
+    finally:
+        os.close(descriptor)
+
+
+def _layer_seconds(exact_bytes_per_s: float) -> float:
+    """Seconds that a decoder layer costs one token besides reading weights: a small offloaded model, all in memory.
+
+    Its weights are of a usual width, because reading them empties the caches that everything else would run from.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, OlmoeConfig
+
+    from ..compute.resident import embedding_bytes, weight_bytes
+    from ..runtime.loading import load
+
+    config = OlmoeConfig(
+        vocab_size=64, hidden_size=2048, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=16,
+        num_key_value_heads=16, num_experts=4, num_experts_per_tok=4, eos_token_id=None, pad_token_id=None,
+        dtype="bfloat16",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model = model.to_empty(device="cpu").bfloat16()
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.02)
+        nbytes = weight_bytes(model) - embedding_bytes(model)
+        model.save_pretrained(folder)
+        model = load(folder, cache_experts=4)
+        past = model(torch.ones(1, CONTEXT, dtype=torch.long), use_cache=True).past_key_values
+        token = torch.tensor([[1]])
+        seconds = _median_s(lambda: model(token, past_key_values=past, use_cache=True), times=25)
+        model.offload.close()
+    return max(seconds - nbytes / exact_bytes_per_s, 0.0) / LAYERS
+
+
+def _token_products() -> tuple[float, float, float, float]:
+    """Bytes per second of single tokens' products, exact, fast and of compressed weights, and of plain reading."""
+    import torch
+    from torch import nn
+
+    from ..compute.matvec import Matvecs
+    from ..compute.resident import compress_linears, weight_bytes
+
+    weights = [torch.randn(2048, 2048).bfloat16() for _ in range(WEIGHTS)]
+    x, out = torch.randn(1, 2048).bfloat16(), torch.empty(1, 2048, dtype=torch.bfloat16)
+    total = sum(weight.nbytes for weight in weights)
+
+    def each(run: Callable[[torch.Tensor], object], weights: Sequence[torch.Tensor], nbytes: int) -> float:
+        def once() -> None:
+            for weight in weights:
+                run(weight)
+
+        return nbytes / _median_s(once)
+
+    def product(matvecs: Matvecs) -> Callable[[torch.Tensor], object]:
+        return lambda weight: matvecs.multiply(x, (weight,), (out,)) or torch.mm(x, weight.t(), out=out)
+
+    exact = each(product(Matvecs("exact")), weights, total)
+    memory = each(lambda weight: weight.view(torch.int64).sum(), weights, total)
+    try:
+        fast = each(product(Matvecs("fast")), weights, total)
+    except ValueError:
+        fast = 0.0
+    model = nn.ModuleList([nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16) for _ in weights])
+    compress_linears(model)
+    compressed = each(product(Matvecs("exact")), [linear.weight for linear in model], weight_bytes(model))
+    return exact, fast, compressed, memory
+
+
+def _median_s(run: Callable[[], object], times: int = 9) -> float:
+    run()
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)

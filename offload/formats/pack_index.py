@@ -1,0 +1,121 @@
+"""The index of a packed copy of experts: which layers it holds, in which encoding, and where each record is."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from routing.ground.files import write_json
+
+from ..checkpoint.experts import ExpertLayer
+from ..checkpoint.tensors import TensorEntry
+from .plain import BLOCK_BYTES
+
+MAX_INDEX_BYTES = 256 << 20
+Count = Field(ge=0, lt=1 << 62)
+
+
+class PackedRecord(BaseModel):
+    """One expert: where it is, how long it is, and the XXH3 (64 bits, hexadecimal) of its bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    offset: int = Count
+    nbytes: int = Count
+    xxh3: str = Field(pattern="^[0-9a-f]{16}$")
+
+
+class PackedParameter(BaseModel):
+    """A parameter of an experts module, as the model has it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class PackedLayer(BaseModel):
+    """One layer's experts.
+
+    `plain` records are the parameters one after the other; compressed_record.py says what `compressed` ones are.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    module: str
+    parameters: tuple[PackedParameter, ...]
+    encoding: Literal["plain", "compressed"]
+    records: tuple[PackedRecord, ...]
+
+    def holds(self, layer: ExpertLayer) -> bool:
+        """Whether these are that layer's experts."""
+        return (self.module, self.parameters, len(self.records)) == (
+            layer.module_name,
+            describe_parameters(layer),
+            layer.num_experts,
+        )
+
+
+class PackIndex(BaseModel):
+    """What is in a packed copy. `source` tells one checkpoint from another: size and time of change of its files."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal["expertier-pack"] = "expertier-pack"
+    version: Literal[2] = 2
+    source: dict[str, tuple[int, int]]
+    is_compressed: bool
+    layers: list[PackedLayer] = []
+
+    @classmethod
+    def of(cls, entries: Mapping[str, TensorEntry], *, is_compressed: bool) -> "PackIndex":
+        """The index of a checkpoint of which nothing is packed yet."""
+        files = sorted({entry.file for entry in entries.values()})
+        source = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+        return cls(source=source, is_compressed=is_compressed)
+
+    @classmethod
+    def read(cls, file: Path) -> "PackIndex":
+        """Raises ValueError if `file` is something else."""
+        if file.stat().st_size > MAX_INDEX_BYTES:
+            raise ValueError(f"{file}: too large for the index of a packed copy")
+        try:
+            return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        except (ValidationError, ValueError) as error:
+            found = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            place = ".".join(map(str, found["loc"]))
+            raise ValueError(
+                f"{file}: not the index of a packed copy of version 2 ({place} {found['msg']}); make it again"
+            ) from error
+
+    def write(self, file: Path) -> None:
+        """Atomically, as JSON."""
+        write_json(file, self.model_dump(mode="json"))
+
+    def begins_like(self, other: "PackIndex", layers: Sequence[ExpertLayer]) -> bool:
+        """Whether this is a part of what `other`, of the same model, is going to be."""
+        return (
+            (self.source, self.is_compressed) == (other.source, other.is_compressed)
+            and len(self.layers) <= len(layers)
+            and all(packed.holds(layer) for packed, layer in zip(self.layers, layers, strict=False))
+        )
+
+    @property
+    def end(self) -> int:
+        """Bytes of the file that holds these records."""
+        last = [layer.records[-1] for layer in self.layers if layer.records]
+        return rounded_up(last[-1].offset + last[-1].nbytes) if last else 0
+
+
+def describe_parameters(layer: ExpertLayer) -> tuple[PackedParameter, ...]:
+    """A layer's parameters as an index names them."""
+    return tuple(
+        PackedParameter(
+            name=parameter.name, dtype=str(parameter.dtype).removeprefix("torch."), shape=tuple(parameter.shape)
+        )
+        for parameter in layer.parameters
+    )
+
+
+def rounded_up(nbytes: int) -> int:
+    """Whole blocks."""
+    return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES

@@ -1,0 +1,179 @@
+"""How one expert lies in a slot: regions, the extents of files that fill them, and the views to compute with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.experts import ExpertLayer, Parameter
+from ..checkpoint.tensors import TensorEntry
+
+BLOCK_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Extent:
+    """`nbytes` bytes at `offset` of a file that fill a slot from byte `target` on (before any shift)."""
+
+    entry: TensorEntry
+    offset: int
+    nbytes: int
+    region: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Region:
+    """A stretch of a slot that holds one or more whole parameters, with room to be shifted by less than a block."""
+
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertRecord:
+    """The slot layout of one layer's experts.
+
+    Parameters that follow each other in the file share a region, so that one read fills them. A region that one extent
+    fills can be read with O_DIRECT without a copy: its data is shifted to the extent's place within a file block.
+    """
+
+    layer: ExpertLayer
+    parameters: tuple[Parameter, ...]
+    """In the order in which they lie in the file."""
+
+    is_compressed = False
+    guard_bytes = 0
+
+    @classmethod
+    def of(cls, layer: ExpertLayer) -> "ExpertRecord":
+        return cls(layer, tuple(sorted(layer.parameters, key=_first_byte)))
+
+    @property
+    def files(self) -> set[Path]:
+        return {entry.file for parameter in self.parameters for source in parameter.sources for entry in source.entry_E}
+
+    def file_of(self, expert: int) -> Path:
+        return self.parameters[0].sources[0].entry_E[expert].file
+
+    def offset_of(self, expert: int) -> int:
+        return self.parameters[0].sources[0].place(expert)[1]
+
+    def stored_bytes(self, expert: int) -> int:
+        return self.layer.expert_bytes
+
+    def check(self, expert: int, slot: torch.Tensor) -> None:
+        """Nothing that plain weights hold can do harm."""
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether every expert is read without conversion."""
+        return all(parameter.runs is not None for parameter in self.parameters)
+
+    @cached_property
+    def regions(self) -> tuple[Region, ...]:
+        sizes = [sum(parameter.nbytes for parameter in group) for group in self._groups]
+        regions, start = [], 0
+        for size in sizes:
+            regions.append(Region(start, size))
+            start += -(-size // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES
+        return tuple(regions)
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot, a multiple of the block size."""
+        last = self.regions[-1]
+        return last.start + -(-last.nbytes // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES
+
+    @cached_property
+    def is_shiftable(self) -> bool:
+        """Whether O_DIRECT can fill a slot without a copy: one extent for each region, for every expert."""
+        return self.is_straight and all(
+            len(self.extents(expert)) == len(self.regions) for expert in range(self.layer.num_experts)
+        )
+
+    def extents(self, expert: int) -> list[Extent]:
+        """What to read for one expert, neighbours in file and slot merged. Only for straight records."""
+        extents: list[Extent] = []
+        for region, (group, place) in enumerate(zip(self._groups, self.regions, strict=True)):
+            base = place.start
+            for parameter in group:
+                for extent in _parameter_extents(parameter, expert, region, base):
+                    if extents and _follows(extents[-1], extent):
+                        last = extents[-1]
+                        extents[-1] = Extent(last.entry, last.offset, last.nbytes + extent.nbytes, region, last.target)
+                    else:
+                        extents.append(extent)
+                base += parameter.nbytes
+        return extents
+
+    def shifts(self, extents: list[Extent]) -> tuple[int, ...]:
+        """How far each region is shifted when its extent is read by whole blocks."""
+        by_region: Mapping[int, Extent] = {extent.region: extent for extent in extents}
+        return tuple(by_region[region].offset % BLOCK_BYTES for region in range(len(self.regions)))
+
+    def views(self, slot: torch.Tensor, shifts: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """The parameters of the expert in `slot` (uint8), whose regions are shifted by `shifts` bytes."""
+        views = {}
+        for group, region, shift in zip(self._groups, self.regions, shifts, strict=True):
+            start = region.start + shift
+            for parameter in group:
+                raw = slot[start : start + parameter.nbytes]
+                views[parameter.name] = raw.view(parameter.dtype).view(parameter.shape)
+                start += parameter.nbytes
+        return views
+
+    @cached_property
+    def _groups(self) -> tuple[tuple[Parameter, ...], ...]:
+        """Parameters of a region: neighbours in the file for every expert, as far as expert 0 tells."""
+        if not self.is_straight:
+            return tuple((parameter,) for parameter in self.parameters)
+        groups: list[list[Parameter]] = []
+        for parameter in self.parameters:
+            if groups and self._adjacent(groups[-1][-1], parameter):
+                groups[-1].append(parameter)
+            else:
+                groups.append([parameter])
+        return tuple(tuple(group) for group in groups)
+
+    def _adjacent(self, before: Parameter, after: Parameter) -> bool:
+        return all(
+            _follows(
+                _parameter_extents(before, expert, 0, 0)[-1],
+                _parameter_extents(after, expert, 0, before.nbytes)[0],
+            )
+            and len(_parameter_extents(before, expert, 0, 0)) == 1
+            and len(_parameter_extents(after, expert, 0, 0)) == 1
+            for expert in range(self.layer.num_experts)
+        )
+
+
+def _parameter_extents(parameter: Parameter, expert: int, region: int, base: int) -> list[Extent]:
+    assert parameter.runs is not None
+    item = parameter.dtype.itemsize
+    extents: list[Extent] = []
+    for source, inside, target, count in parameter.runs:
+        entry, offset, _ = parameter.sources[source].place(expert)
+        extent = Extent(entry, offset + inside * item, count * item, region, base + target * item)
+        if extents and _follows(extents[-1], extent):
+            last = extents[-1]
+            extents[-1] = Extent(last.entry, last.offset, last.nbytes + extent.nbytes, region, last.target)
+        else:
+            extents.append(extent)
+    return extents
+
+
+def _follows(before: Extent, after: Extent) -> bool:
+    return (
+        before.entry.file == after.entry.file
+        and before.region == after.region
+        and before.offset + before.nbytes == after.offset
+        and before.target + before.nbytes == after.target
+    )
+
+
+def _first_byte(parameter: Parameter) -> tuple[str, int]:
+    entry, offset, _ = parameter.sources[0].place(0)
+    return str(entry.file), offset

@@ -1,0 +1,31 @@
+"""Which device computes experts, from what the caller asked for."""
+
+from collections.abc import Mapping
+
+from .cuda import CudaLane
+from .lanes import Lane
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+LANES: Mapping[str, type[Lane]] = {"cuda": CudaLane}
+
+
+def open_lane(device: str, gpu_memory: str | int, gpu_experts: int | None) -> Lane | None:
+    """The device that experts are computed on, or None for the CPU.
+
+    `"auto"` is a GPU only if it is said how much of one may be used, because this tier's speed has not been measured.
+
+    Raises:
+        ValueError: if the device is unknown or absent, or the arguments contradict each other.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}; got {device!r}")
+    wants_gpu = gpu_memory not in ("auto", 0, "0") or gpu_experts is not None
+    if device == "cpu" and wants_gpu:
+        raise ValueError(f'device="cpu" has no GPU slots; leave gpu_memory={gpu_memory!r} out, or use device="cuda"')
+    if device == "cuda" and gpu_memory in (0, "0"):
+        raise ValueError('device="cuda" with gpu_memory=0: nothing fits; give some memory, or use device="cpu"')
+    if gpu_experts is not None and gpu_experts < 1:
+        raise ValueError(f"gpu_experts must be at least 1 slot per layer; got {gpu_experts}")
+    return LANES["cuda"]() if device == "cuda" or (device == "auto" and wants_gpu) else None

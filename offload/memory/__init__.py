@@ -1,0 +1,1 @@
+"""Memory budgets, the cost model of a decode step, huge pages."""

@@ -1,0 +1,1 @@
+"""The C of this package, compiled on first use, and its bindings."""

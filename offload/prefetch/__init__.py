@@ -1,0 +1,1 @@
+"""Which experts are read before a layer asks for them."""

@@ -1,0 +1,44 @@
+"""Finds the router beside each experts module, so that the next layer's choice can be guessed, for any family."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.experts import ExpertLayer
+from .lookahead import ExactPlan
+from .predictor import TrainedPredictor
+from .prefetch import GatePredictor, Predictor, Prefetcher, TransitionPredictor
+
+MOST_AHEAD = 2
+
+
+def make_prefetcher(name: str, model: nn.Module, layers: Sequence[ExpertLayer], top_k: int) -> Prefetcher | None:
+    """The prefetcher of this name, or of this file with a trained predictor, for a model; None for `off` and `auto`."""
+    predictor: Predictor
+    if name == "plan":
+        return ExactPlan()
+    if name == "gate":
+        predictor = GatePredictor([router_of(model, layer) for layer in layers], top_k)
+    elif name == "transitions":
+        predictor = TransitionPredictor(len(layers), max(layer.num_experts for layer in layers), top_k)
+    elif name in ("off", "auto"):
+        return None
+    else:
+        predictor = TrainedPredictor.load(name).expect(len(layers), max(layer.num_experts for layer in layers))
+    return Prefetcher(predictor, min(MOST_AHEAD, top_k))
+
+
+def router_of(model: nn.Module, layer: ExpertLayer) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight `[E, D]` and selection bias `[E]` of the router beside an experts module; None if none looks like one."""
+    parent = model.get_submodule(layer.module_name.rpartition(".")[0])
+    tensors: dict[str, Any] = {**dict(parent.named_parameters()), **dict(parent.named_buffers())}
+    outside = {name: tensor for name, tensor in tensors.items() if not name.startswith("experts.")}
+    weights = [tensor for tensor in outside.values() if tensor.dim() == 2 and tensor.shape[0] == layer.num_experts]
+    biases = [
+        tensor for name, tensor in outside.items() if "correction" in name and tensor.numel() == layer.num_experts
+    ]
+    if len(weights) != 1:
+        return None
+    return weights[0], biases[0].reshape(-1) if biases else None

@@ -1,0 +1,54 @@
+"""Routers that decide ahead: their exact plans for the runtime to read by, and for forming batches.
+
+A router decides ahead if it has a method `exact_plan`: from what its forward returned and was given, later layers'
+experts. One that needs token ids only has a method `plan_of_ids` besides.
+
+Shapes: N prompts, L MoE layers, E experts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .prefetch import Prefetcher
+
+
+class ExactPlan(Prefetcher):
+    """Reads what the model's own routers have decided for later layers of a pass; nothing is guessed."""
+
+    def __init__(self) -> None:
+        self.is_active = True
+
+    def attach(self, model: nn.Module, runtime: Any) -> None:
+        """Tell the runtime every plan as soon as a router has made it.
+
+        Raises:
+            ValueError: if no router of the model decides ahead.
+        """
+        routers = [module for module in model.modules() if hasattr(module, "exact_plan")]
+        if not routers:
+            raise ValueError(
+                f'prefetch="plan" needs routers that decide ahead (pregate, or the architecture readme); '
+                f"{type(model).__name__} has none"
+            )
+
+        def follow(router: Any, inputs: Any, result: Any) -> None:
+            plan = router.exact_plan(result, *inputs)
+            runtime.read_ahead({layer: _most_used_first(expert_TK) for layer, expert_TK in plan.items()})
+
+        for router in routers:
+            router.register_forward_hook(follow)
+
+    def look_ahead(self, layer: int, x_1D: Any, expert_1K: Any, layers: Sequence[Any]) -> None:
+        """Nothing is left to guess."""
+
+    def judge(self, issued: int, useful: int, late: int) -> None:
+        """A plan is exact, so it always pays."""
+
+
+def _most_used_first(expert_TK: torch.Tensor) -> list[int]:
+    expert_ids, counts = expert_TK.unique(return_counts=True)
+    ordered: list[int] = expert_ids[counts.argsort(descending=True, stable=True)].tolist()
+    return ordered

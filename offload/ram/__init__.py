@@ -1,0 +1,1 @@
+"""RAM slots, and one layer call computed from them."""

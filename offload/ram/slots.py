@@ -1,0 +1,156 @@
+"""The RAM slots of one layer: which expert is in which slot, which is on its way, and which goes when room is short."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import torch
+
+from ..cache.catalogue import Cache, make_cache
+from ..compute.routed_rows import can_group
+from ..store.reading import Ticket
+from ..store.store import ExpertStore, Slots
+from .counters import AheadCounters
+
+
+@dataclass(eq=False)
+class Resident:
+    """An expert in a slot."""
+
+    slot: int
+    weights: dict[str, torch.Tensor]
+
+
+class LayerSlots:
+    """The RAM slots of one layer: which expert is where, and which goes when another needs the room.
+
+    Args:
+        store: where experts are read from.
+        layer: number of the MoE layer.
+        num_slots: experts that fit.
+        policy: name in CACHES.
+    """
+
+    holds_several = True
+
+    def __init__(self, store: ExpertStore, layer: int, num_slots: int, policy: str) -> None:
+        self.layer, self.num_slots = layer, num_slots
+        self.num_experts = store.records[layer].layer.num_experts
+        self._store, self._record = store, store.records[layer]
+        self.expert_bytes = self._record.layer.expert_bytes
+        self.is_grouped = can_group(self._record.layer)
+        self._slots = Slots(num_slots, self._record.slot_bytes, self._record.guard_bytes)
+        self._free = list(range(num_slots))[::-1]
+        self._resident: dict[int, Resident] = {}
+        self._ahead: dict[int, Ticket] = {}
+        self._unproven: set[int] = set()
+        self._given_up: list[tuple[Ticket, int]] = []
+        self.ahead_counters = AheadCounters()
+        self.cache: Cache = make_cache(policy, num_slots, self.num_experts)
+
+    @property
+    def is_compressed(self) -> bool:
+        return self._record.is_compressed
+
+    def __contains__(self, expert: int) -> bool:
+        return expert in self._resident
+
+    def __getitem__(self, expert: int) -> dict[str, torch.Tensor]:
+        """An expert's weights, as they are stored."""
+        return self._resident[expert].weights
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """All slots, as bytes."""
+        return self._slots.tensor
+
+    def start_read(self, expert: int, pinned: Collection[int], landed: "SimpleQueue[Ticket]") -> Ticket:
+        """Take a slot, evicting if there is no free one, and start reading an expert into it."""
+        return self._start(expert, {*pinned, *self._ahead}, landed, is_demand=True)
+
+    def read_ahead(self, expert: int, pinned: Collection[int], most: int) -> bool:
+        """Start reading an expert that may be needed soon, behind everything that is needed now.
+
+        Args:
+            pinned: experts that must stay.
+            most: experts that may be on their way at the same time.
+
+        Returns:
+            Whether there was a reason and room to.
+        """
+        if expert in self._resident or len(self._ahead) >= most:
+            return False
+        if not self._free and len(self._ahead) + len(pinned) + 1 >= self.num_slots:
+            return False
+        self._ahead[expert] = self._start(expert, {*pinned, *self._ahead}, SimpleQueue(), is_demand=False)
+        self._unproven.add(expert)
+        self.ahead_counters.issued += 1
+        return True
+
+    def settle_ahead(self, needed: Collection[int], landed: "SimpleQueue[Ticket]") -> dict[int, Ticket]:
+        """When the layer's turn has come: keep what has arrived, hurry what is needed, give up the rest.
+
+        Returns:
+            Experts that are needed and still on their way; they will land in `landed`.
+        """
+        coming = {}
+        for expert, ticket in list(self._ahead.items()):
+            if expert in needed and not ticket.is_finished:
+                self._store.promote(ticket)
+                ticket.redirect(landed)
+                coming[expert] = ticket
+                self.ahead_counters.late += 1
+                self._unproven.discard(expert)
+                self.ahead_counters.bytes_read += self.expert_bytes
+            elif not ticket.is_complete:
+                self._give_up(expert, ticket)
+            else:
+                self.ahead_counters.bytes_read += self.expert_bytes
+            del self._ahead[expert]
+        for expert in self._unproven & set(needed):
+            self.ahead_counters.useful += 1
+            self._unproven.discard(expert)
+        return coming
+
+    def _start(self, expert: int, pinned: Collection[int], landed: "SimpleQueue[Ticket]", *, is_demand: bool) -> Ticket:
+        slot = self._take_slot(pinned)
+        ticket, shifts = self._store.read(self.layer, expert, slot, self._slots, landed, is_demand=is_demand)
+        self._resident[expert] = Resident(slot, self._record.views(self._slots.slot(slot), shifts))
+        self.cache.insert(expert)
+        return ticket
+
+    def _take_slot(self, pinned: Collection[int]) -> int:
+        self._reclaim()
+        if not self._free and self._given_up and self._resident.keys() <= set(pinned):
+            self._given_up[0][0].wait()
+            self._reclaim()
+        if not self._free:
+            self.release(self.cache.evict(pinned))
+        return self._free.pop()
+
+    def _give_up(self, expert: int, ticket: Ticket) -> None:
+        """Forget an expert that is still being read; its slot is free again when the last read has ended."""
+        ticket.is_cancelled = True
+        self._given_up.append((ticket, self._forget(expert)))
+
+    def _reclaim(self) -> None:
+        for ticket, slot in [pair for pair in self._given_up if pair[0].is_finished]:
+            self._free.append(slot)
+            self._given_up.remove((ticket, slot))
+            self.ahead_counters.bytes_read += int(self.expert_bytes * ticket.share_read)
+
+    def release(self, expert: int) -> None:
+        """Give an expert's slot back; it must not be in use or being read."""
+        self._free.append(self._forget(expert))
+
+    def _forget(self, expert: int) -> int:
+        slot = self._resident.pop(expert).slot
+        self.cache.discard(expert)
+        if expert in self._unproven:
+            self._unproven.discard(expert)
+            self.ahead_counters.wasted += 1
+        return slot

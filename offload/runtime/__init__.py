@@ -1,0 +1,1 @@
+"""`load`, the division of memory, what transformers calls at each layer, the report."""

@@ -1,0 +1,187 @@
+"""The running model's side: what happens when transformers calls an experts module.
+
+Order of one call of one layer: look all experts up, start reading all that are missing, compute those that are there,
+compute the others in the order in which they arrive, combine in a fixed order. Slots that a call uses are not evicted
+during that call.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from ..compute.matvec import Matvecs
+from ..compute.routed_rows import RoutedRows, eager_forward
+from ..compute.single_token import FusedExperts, TokenRows, fuse_experts
+from ..gpu.tier import GpuTier
+from ..prefetch.prefetch import Prefetcher
+from ..ram.counters import Counters, LayerCounters
+from ..ram.expanded import ExpandedWeights, make_rooms
+from ..ram.slots import LayerSlots
+from ..ram.step import ExpertStep
+from ..store.reading import Ticket
+from ..store.store import ExpertStore
+from .recorder import TraceRecorder
+
+IMPLEMENTATION = "expertier_offload"
+ROWS_FOR_ALL = 4
+"""Rows per expert from which on one in 50 experts is not asked for, if rows choose at random."""
+
+
+class OffloadRuntime:
+    """All layers of one offloaded model.
+
+    Args:
+        store: the SSD tier.
+        num_slots: RAM slots of each layer.
+        policy: name in CACHES.
+        recorder: records the routing, or None.
+        matvecs: products for experts with one row.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        num_slots: Sequence[int],
+        policy: str,
+        recorder: TraceRecorder | None,
+        matvecs: Matvecs,
+    ) -> None:
+        self.matvecs = matvecs
+        self.store = store
+        self.layers = [LayerSlots(store, layer, count, policy) for layer, count in enumerate(num_slots)]
+        self.counters = Counters([LayerCounters() for _ in self.layers])
+        self.recorder = recorder
+        self.prefetcher: Prefetcher | None = None
+        self._rooms = make_rooms([record.layer for record in store.records])
+        self._fused: dict[tuple[int, int, int], FusedExperts | None] = {}
+        self.gpu: GpuTier | None = None
+        self._lock = threading.RLock()
+
+    def forward(
+        self, layer: int, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """The experts' output for one layer, `[T, D]`."""
+        with self._lock, torch.no_grad():
+            if self.recorder is not None:
+                self.recorder.note(layer, expert_TK, weight_TK)
+            if self.gpu is not None:
+                look_ahead = partial(self._look_ahead, layer, x_TD)
+                return self.gpu.forward(layer, x_TD, expert_TK, weight_TK, look_ahead)
+            slots = self.layers[layer]
+            if not slots.is_grouped:
+                return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
+            rows = self._rows(slots, module, x_TD, expert_TK, weight_TK)
+            weights = slots if isinstance(rows, TokenRows) else self._plain_weights(slots)
+            step = ExpertStep(slots, weights, self.counters, rows.num_rows, expert_TK)
+            step.run(rows, lambda: self._look_ahead(layer, x_TD, expert_TK))
+            return rows.combine()
+
+    def fill(self, experts_L: Sequence[Sequence[int]]) -> None:
+        """Read experts into free slots before anything asks for them; gives up none that is there.
+
+        Raises:
+            OSError: if reading fails.
+        """
+        landed: SimpleQueue[Ticket] = SimpleQueue()
+        reads = 0
+        for slots, experts in zip(self.layers, experts_L, strict=True):
+            for expert in [expert for expert in experts if expert not in slots][: slots.num_free]:
+                slots.start_read(expert, (), landed)
+                reads += 1
+        for _ in range(reads):
+            ticket = landed.get()
+            if ticket.error is not None:
+                raise OSError(f"reading expert {ticket.expert} of MoE layer {ticket.layer} failed: {ticket.error}")
+
+    def read_ahead(self, plan: Mapping[int, Sequence[int]]) -> None:
+        """Start reading what later layers of this pass will certainly need, nearest layer first, where there is room.
+
+        Args:
+            plan: layer -> its experts in this pass, most used first.
+        """
+        with self._lock:
+            for layer, experts in sorted(plan.items()):
+                slots = self.layers[layer]
+                waiting = [expert for expert in experts if 0 <= expert < slots.num_experts and expert not in slots]
+                present = [expert for expert in experts if expert in slots]
+                for expert in waiting:
+                    slots.read_ahead(expert, present, len(waiting))
+
+    def _rows(
+        self, slots: LayerSlots, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> RoutedRows | TokenRows:
+        num_tokens, top_k = expert_TK.shape
+        if num_tokens == 1 and x_TD.dtype == torch.bfloat16 and x_TD.is_contiguous():
+            experts = expert_TK[0].tolist()
+            fused = self._fused_experts(slots.layer, module, top_k)
+            if fused is not None and len(set(experts)) == top_k:
+                return TokenRows(fused, experts, slots.num_experts, x_TD, weight_TK)
+        return RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK, self.matvecs)
+
+    def _plain_weights(self, slots: LayerSlots) -> LayerSlots | ExpandedWeights:
+        room = self._rooms[slots.layer]
+        return slots if room is None else ExpandedWeights(slots, room)
+
+    def _fused_experts(self, layer: int, module: Any, top_k: int) -> FusedExperts | None:
+        key = (layer, top_k, torch.get_num_threads())
+        if key not in self._fused:
+            self._fused[key] = fuse_experts(module, self.store.records[layer].layer, top_k, self.matvecs)
+        return self._fused[key]
+
+    def close(self) -> None:
+        """Stop reading; the model cannot run afterwards."""
+        if self.gpu is not None:
+            self.gpu.close()
+        self.store.close()
+
+    def _look_ahead(self, layer: int, x_TD: torch.Tensor, expert_TK: torch.Tensor) -> None:
+        """Once this layer's reads are on their way: start what the next layers will probably ask for."""
+        if len(expert_TK) > 1:
+            self._fill_next(layer, expert_TK.numel())
+        elif self.prefetcher is not None:
+            self.prefetcher.look_ahead(layer, x_TD, expert_TK, self.layers)
+
+    def _fill_next(self, layer: int, num_rows: int) -> None:
+        """Many rows ask for nearly every expert: read into the next layer's free slots what it does not have."""
+        if layer + 1 == len(self.layers) or self.gpu is not None:
+            return
+        slots = self.layers[layer + 1]
+        if num_rows >= ROWS_FOR_ALL * slots.num_experts:
+            missing = [expert for expert in range(slots.num_experts) if expert not in slots]
+            for expert in missing[: slots.num_free]:
+                slots.read_ahead(expert, (), slots.num_experts)
+
+    def _forward_eager(
+        self, slots: LayerSlots, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> torch.Tensor:
+        expert_ids, counts = expert_TK.unique(return_counts=True)
+        num_rows = {
+            expert: count
+            for expert, count in zip(expert_ids.tolist(), counts.tolist(), strict=True)
+            if 0 <= expert < slots.num_experts
+        }
+        with ExpertStep(slots, self._plain_weights(slots), self.counters, num_rows, expert_TK) as step:
+            return eager_forward(module, step.fetch, slots.num_experts, x_TD, expert_TK, weight_TK)
+
+
+def offloaded_experts_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts function `expertier_offload` of transformers' experts interface."""
+    place = getattr(self, "_expertier_place", None)
+    if place is None:
+        raise ValueError(
+            f'experts_implementation="{IMPLEMENTATION}" needs a model that was loaded by offload.load(); '
+            f"this {type(self).__name__} was not"
+        )
+    runtime, layer = place
+    result: torch.Tensor = runtime.forward(layer, self, hidden_states, top_k_index, top_k_weights)
+    return result
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, offloaded_experts_forward)

@@ -1,0 +1,1 @@
+"""Generates text with an offloaded model, alone or in batches of prompts."""

@@ -1,0 +1,142 @@
+"""Greedy generation with a live text, timings and a trace that is on disk while it grows."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from moe import ByteText, TokenizerText
+from routing.ground.hardware import Hardware
+from routing.ground.quantity import format_size
+
+from ..runtime.needs import experts_per_token
+
+TRACE_EVERY_S = 5.0
+STATUS_EVERY_S = 0.5
+
+
+class LiveText(BaseStreamer):  # type: ignore[misc]
+    """Receives tokens from `generate`: shows them, notes when they came, saves the trace and says how it goes now and
+    then."""
+
+    def __init__(
+        self,
+        text: ByteText | TokenizerText,
+        show: Callable[[str], None],
+        save_trace: Callable[[], None] | None,
+        say_status: Callable[[float], None] | None = None,
+        after_prefill: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._after_prefill = after_prefill
+        self.token_ids: list[int] = []
+        self.time_s: list[float] = []
+        self._text, self._show, self._save_trace, self._say_status = text, show, save_trace, say_status
+        self._shown = ""
+        self._saved_s = self._said_s = time.perf_counter()
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        if not self.token_ids:
+            self._after_prefill()
+        self.token_ids.extend(value.reshape(-1).tolist())
+        self.time_s.append(time.perf_counter())
+        whole = self._text.decode(self.token_ids)
+        if not whole.endswith("�"):
+            self._show(whole[len(self._shown) :])
+            self._shown = whole
+        if self._save_trace and self.time_s[-1] - self._saved_s > TRACE_EVERY_S:
+            self._save_trace()
+            self._saved_s = time.perf_counter()
+
+        if self._say_status and self.time_s[-1] - self._said_s > STATUS_EVERY_S and len(self.time_s) > 1:
+            self._say_status((len(self.time_s) - 1) / (self.time_s[-1] - self.time_s[0]))
+            self._said_s = self.time_s[-1]
+
+    def end(self) -> None:
+        self._show(self._text.decode(self.token_ids)[len(self._shown) :])
+
+
+def generate_text(
+    model: Any,
+    text: ByteText | TokenizerText,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    show: Callable[[str], None],
+    trace_file: Path | None = None,
+    say: Callable[[str], None] | None = None,
+    hardware: Hardware | None = None,
+) -> dict[str, Any]:
+    """Continue a prompt greedily.
+
+    Args:
+        model: a model from `load`.
+        prompt_ids: tokens of the prompt.
+        show: receives pieces of text as they come.
+        trace_file: where the routing goes; written every few seconds and at the end, also after Ctrl-C.
+        say: receives a line about speed, hits and bytes twice a second.
+        hardware: rates of this machine, to predict the speed of decoding with the hit rate that it had.
+
+    Returns:
+        tokens_per_second (of decoding), predicted (on the CPU, with `hardware`), prefill_seconds, hit_rate, bytes_read,
+        peak_memory_bytes, token_ids and the report of the offloading.
+    """
+    if not prompt_ids:
+        raise ValueError("the prompt is empty; give at least one token")
+    save_trace = None if trace_file is None else lambda: model.offload.save_trace(trace_file)
+    prefilled: dict[str, Any] = {}
+    live = LiveText(
+        text,
+        show,
+        save_trace,
+        None if say is None else lambda rate: say(_status(rate, model.offload)),
+        lambda: prefilled.update(model.offload.report()),
+    )
+    model.offload.reset()
+    started = time.perf_counter()
+    try:
+        model.generate(
+            torch.tensor([list(prompt_ids)], device=model.device),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=live,
+        )
+    finally:
+        if save_trace is not None and live.time_s:
+            save_trace()
+    report = model.offload.report()
+    is_predicted = hardware is not None and model.offload.lane is None
+    decode_s = live.time_s[-1] - live.time_s[0]
+    return {
+        "tokens_per_second": (len(live.time_s) - 1) / decode_s if decode_s > 0 else 0.0,
+        "prefill_seconds": live.time_s[0] - started,
+        "hit_rate": report["hit_rate"],
+        "bytes_read": report["bytes_read"],
+        "peak_memory_bytes": report["peak_memory_bytes"],
+        "token_ids": live.token_ids,
+        "predicted": _predicted(model, hardware, prefilled, report) if is_predicted else None,
+        "report": report,
+    }
+
+
+def _predicted(model: Any, hardware: Any, prefilled: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Tokens per second to expect, and what binds."""
+    hits, misses = (report[name] - prefilled[name] for name in ("hits", "misses"))
+    hit_rate = hits / max(hits + misses, 1)
+    found = model.offload.predict(hardware, hit_rate, experts_per_token(model.config))
+    return {"tokens_per_second": 1 / found.token_s, "binds": found.binds, "hit_rate": hit_rate, **vars(found)}
+
+
+def _status(tokens_per_s: float, offload: Any) -> str:
+    report = offload.report()
+    return (
+        f"{tokens_per_s:.2f} tok/s, hit rate {report['hit_rate']:.3f}, read {format_size(report['bytes_read'])}, "
+        f"disk busy {report['share_of_floor'] or 0:.0%} of the time"
+    )

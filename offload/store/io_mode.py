@@ -1,0 +1,70 @@
+"""Past the kernel's page cache, or through it?"""
+
+import os
+from collections.abc import Sequence
+
+from ..formats.compressed import CompressedRecord
+from ..formats.plain import ExpertRecord
+from ..memory.budget import MemoryPlan, available_memory
+
+IO_MODES = ("auto", "direct", "cached")
+SAMPLES = 64
+SPARE_SHARE = 0.8
+ALL_SLOTS = 0.95
+
+Records = Sequence[ExpertRecord | CompressedRecord]
+
+
+def wants_direct(io: str, plan: MemoryPlan, records: Records) -> bool:
+    """Whether to read with O_DIRECT.
+
+    The page cache helps where memory is left for it and the slots do not hold everything, or where it holds the files
+    already. Elsewhere it only costs: a copy, and pages that slots could have had.
+
+    Args:
+        io: name in IO_MODES; all but `auto` decide.
+        plan: the budget and the slots.
+        records: of each layer.
+
+    Raises:
+        ValueError: if `io` is unknown.
+    """
+    if io not in IO_MODES:
+        raise ValueError(f"io must be one of {', '.join(IO_MODES)}; got {io!r}")
+    if io != "auto":
+        return io == "direct"
+    if not _reads_direct(records[0]):
+        return False
+    num_experts = sum(record.layer.num_experts for record in records)
+    nbytes = sum(record.layer.num_experts * record.layer.expert_bytes for record in records)
+    if nbytes > SPARE_SHARE * (min(available_memory(), plan.limit_bytes) - plan.fixed_bytes):
+        return True
+    return sum(plan.num_slots) >= ALL_SLOTS * num_experts and cached_share(records) < 0.5
+
+
+def cached_share(records: Records) -> float:
+    """Share of experts, of a sample, whose first byte is read without the disk; 0 where the kernel does not say."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return 0.0
+    places = [(record, expert) for record in records for expert in range(record.layer.num_experts)]
+    sample = places[:: max(1, len(places) // SAMPLES)]
+    return sum(_is_cached(record, expert) for record, expert in sample) / len(sample)
+
+
+def _is_cached(record: ExpertRecord | CompressedRecord, expert: int) -> bool:
+    descriptor = os.open(record.file_of(expert), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.preadv(descriptor, [bytearray(1)], record.offset_of(expert), os.RWF_NOWAIT) == 1
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _reads_direct(record: ExpertRecord | CompressedRecord) -> bool:
+    """Whether the file system of a record knows O_DIRECT."""
+    try:
+        os.close(os.open(record.file_of(0), os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
+    except (OSError, AttributeError):
+        return False
+    return True

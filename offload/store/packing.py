@@ -1,0 +1,210 @@
+"""A packed copy of all experts: one contiguous, block-aligned, checksummed record per expert, in one file.
+
+`FILE` holds the records, `FILE.json` says where each one is and what is in it (see pack_index.py). Records may be
+compressed without loss (see compression.py). Packing can be interrupted and resumed: what is finished stands in
+`FILE.part.json`.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import BinaryIO
+
+import torch
+from xxhash import xxh3_64_hexdigest
+
+from ..checkpoint.experts import ExpertLayer, Parameter, Source
+from ..checkpoint.model_folder import skeleton_of
+from ..checkpoint.tensors import TORCH_DTYPES, TensorEntry
+from ..formats.compressed import can_compress_layer, compress_expert, compressed_bounds
+from ..formats.pack_index import PackedLayer, PackedRecord, PackIndex, describe_parameters, rounded_up
+from ..formats.plain import BLOCK_BYTES
+from .reading import Ticket
+from .store import ExpertStore, Slots
+
+DTYPE_NAMES = {name: stored for stored, name in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A packed copy: the layers as a store reads them, and the checksum of each expert of each layer."""
+
+    layers: list[ExpertLayer]
+    checksums: list[list[str]]
+
+
+def write_pack(
+    path_or_id: str | Path,
+    target: Path,
+    *,
+    is_compressed: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Copy all experts of a model into `target`, going on where an interrupted run of the same checkpoint stopped.
+
+    Args:
+        path_or_id: a Hugging Face model folder with safetensors weights, or a model id.
+        target: the file to write; its index is written beside it when everything is on disk.
+        is_compressed: compress the layers that can be (bfloat16 matrices of whole blocks), without loss.
+        progress: told after each expert how many bytes of the checkpoint's experts are done, and how many there are.
+    """
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {target}: the folder {target.absolute().parent} does not exist")
+    model, entries, layers = skeleton_of(path_or_id)
+    done, total = 0, sum(layer.num_experts * layer.expert_bytes for layer in layers)
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    part, state_file = _beside(target, ".part"), _beside(target, ".part.json")
+    index = _resume(state_file, part, PackIndex.of(entries, is_compressed=is_compressed), layers)
+    store = ExpertStore(model, layers, num_threads=2)
+    try:
+        with part.open("r+b" if index.layers else "wb") as file:
+            for number, layer in enumerate(layers):
+                if number < len(index.layers):
+                    advance(layer.num_experts * layer.expert_bytes)
+                    continue
+                file.seek(index.end)
+                index.layers.append(_write_layer(store, number, file, advance, is_compressed=is_compressed))
+                file.truncate()
+                file.flush()
+                os.fsync(file.fileno())
+                index.write(state_file)
+    finally:
+        store.close()
+    part.replace(target)
+    index.write(_beside(target, ".json"))
+    state_file.unlink()
+    return target
+
+
+def read_pack(file: Path, layers: Sequence[ExpertLayer], entries: Mapping[str, TensorEntry]) -> Pack:
+    """Open a packed copy of the checkpoint that `layers` and `entries` describe.
+
+    Raises:
+        ValueError: if it is damaged, or was made from another checkpoint.
+    """
+    index_file = _beside(file, ".json")
+    for needed in (file, index_file):
+        if not needed.is_file():
+            raise ValueError(f"{needed}: no such file; make it with `expertier pack`")
+    index = PackIndex.read(index_file)
+    if len(index.layers) != len(layers) or not all(map(PackedLayer.holds, index.layers, layers)):
+        raise ValueError(f"{file} holds other experts than this checkpoint's; make it again with `expertier pack`")
+    if index.source != PackIndex.of(entries, is_compressed=False).source:
+        raise ValueError(f"{file} was made from other files than this checkpoint's; pack it again")
+    if file.stat().st_size != index.end:
+        raise ValueError(f"{file}: has {file.stat().st_size} bytes instead of {index.end}; make it again")
+    for packed, layer in zip(index.layers, layers, strict=True):
+        _check_records(file, packed, layer, index.end)
+    return Pack(
+        [LAYERS[packed.encoding](file, layer, packed) for layer, packed in zip(layers, index.layers, strict=True)],
+        [[record.xxh3 for record in packed.records] for packed in index.layers],
+    )
+
+
+def _write_layer(
+    store: ExpertStore, number: int, file: BinaryIO, progress: Callable[[int], None], *, is_compressed: bool
+) -> PackedLayer:
+    """Write one layer's records from the file's position on."""
+    record, landed = store.records[number], SimpleQueue[Ticket]()
+    layer, records, encoding = record.layer, list[PackedRecord](), "plain"
+    slots = Slots(1, record.slot_bytes)
+    for expert in range(layer.num_experts):
+        _, shifts = store.read(number, expert, 0, slots, landed)
+        ticket = landed.get()
+        if ticket.error is not None:
+            raise OSError(f"reading expert {expert} of MoE layer {number} failed: {ticket.error}") from ticket.error
+        views = record.views(slots.slot(0), shifts)
+        if expert == 0 and is_compressed and can_compress_layer(layer):
+            is_smaller = sum(map(len, compress_expert(layer, views))) < layer.expert_bytes
+            encoding = "compressed" if is_smaller else "plain"
+        parts = compress_expert(layer, views) if encoding == "compressed" else _plain_parts(layer, views)
+        data = b"".join(parts)
+        records.append(PackedRecord(offset=file.tell(), nbytes=len(data), xxh3=xxh3_64_hexdigest(data)))
+        file.write(data.ljust(rounded_up(len(data)), b"\0"))
+        progress(layer.expert_bytes)
+    return PackedLayer(
+        module=layer.module_name, parameters=describe_parameters(layer), encoding=encoding, records=tuple(records)
+    )
+
+
+def _plain_parts(layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> list[bytes]:
+    flat = [views[parameter.name].reshape(-1) for parameter in layer.parameters]
+    return [tensor.view(torch.uint8).numpy().tobytes() for tensor in flat]
+
+
+def _check_records(file: Path, packed: PackedLayer, layer: ExpertLayer, end: int) -> None:
+    least, most = (
+        compressed_bounds(layer) if packed.encoding == "compressed" else (layer.expert_bytes, layer.expert_bytes)
+    )
+    for record in packed.records:
+        inside = record.offset % BLOCK_BYTES == 0 and record.offset + record.nbytes <= end
+        if not (inside and least <= record.nbytes <= most):
+            raise ValueError(
+                f"{file}: an expert of {packed.module} would have {record.nbytes} bytes at {record.offset}; "
+                "the index is damaged, make it again with `expertier pack`"
+            )
+
+
+def _compressed_layer(file: Path, layer: ExpertLayer, packed: PackedLayer) -> ExpertLayer:
+    if not can_compress_layer(layer):
+        raise ValueError(f"{file}: {packed.module} cannot be compressed; make it again with `expertier pack`")
+    entries = [
+        TensorEntry(f"{packed.module}[{expert}]", file, record.offset, record.nbytes, "U8", (record.nbytes,))
+        for expert, record in enumerate(packed.records)
+    ]
+    return replace(layer, compressed_E=tuple(entries))
+
+
+def _plain_layer(file: Path, layer: ExpertLayer, packed: PackedLayer) -> ExpertLayer:
+    parameters, inside = [], 0
+    for parameter in layer.parameters:
+        count = parameter.nbytes // parameter.dtype.itemsize
+        stored = DTYPE_NAMES[str(parameter.dtype).removeprefix("torch.")]
+        entries = tuple(
+            TensorEntry(
+                f"{parameter.full_name}[{expert}]",
+                file,
+                record.offset + inside,
+                parameter.nbytes,
+                stored,
+                parameter.shape,
+            )
+            for expert, record in enumerate(packed.records)
+        )
+        source = Source(parameter.full_name, entries, is_fused=False)
+        parameters.append(
+            Parameter(
+                parameter.name,
+                parameter.full_name,
+                parameter.shape,
+                parameter.dtype,
+                (source,),
+                None,
+                ((0, 0, 0, count),),
+            )
+        )
+        inside += parameter.nbytes
+    return ExpertLayer(layer.module_name, layer.num_experts, tuple(parameters))
+
+
+LAYERS = {"plain": _plain_layer, "compressed": _compressed_layer}
+
+
+def _resume(state_file: Path, part: Path, fresh: PackIndex, layers: Sequence[ExpertLayer]) -> PackIndex:
+    """What an interrupted run finished; nothing if it was another checkpoint's, or packed differently."""
+    if not (state_file.is_file() and part.is_file()):
+        return fresh
+    state = PackIndex.read(state_file)
+    is_same = state.begins_like(fresh, layers) and part.stat().st_size >= state.end
+    return state if is_same else fresh
+
+
+def _beside(file: Path, suffix: str) -> Path:
+    return file.with_name(file.name + suffix)

@@ -1,0 +1,245 @@
+"""The SSD tier: reads one expert of one layer into a slot, straight from the checkpoint's own files."""
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from xxhash import xxh3_64_hexdigest
+
+from ..checkpoint.experts import ExpertLayer, convert_expert
+from ..checkpoint.tensors import TensorEntry, read_into
+from ..formats.compressed import CompressedRecord
+from ..formats.plain import BLOCK_BYTES, ExpertRecord, Extent
+from ..memory.huge_pages import huge_mapping
+from .reading import ReadingThreads, Ticket
+
+READ_BYTES = 4 << 20
+AHEAD_READ_BYTES = 1 << 20
+"""Reads that may not be needed are short, because one that is needed waits for those that have begun."""
+MADV_POPULATE_WRITE = 23
+"""Linux 5.14 and later; the mmap module does not name it."""
+
+
+class Slots:
+    """A pool of equal, block-aligned slots in one anonymous mapping, whose memory is taken at once.
+
+    Reading with O_DIRECT into pages that do not exist yet is ten times slower than into pages that do, because each
+    read then waits for the kernel to find and clear huge pages.
+    """
+
+    def __init__(self, num_slots: int, slot_bytes: int, guard_bytes: int = 0) -> None:
+        self.slot_bytes = slot_bytes
+        self._mapping = huge_mapping(num_slots * slot_bytes + guard_bytes)
+        self.bytes = memoryview(self._mapping)
+        self.tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        try:
+            self._mapping.madvise(MADV_POPULATE_WRITE)
+        except OSError:
+            self.tensor[:: mmap.PAGESIZE] = 0
+
+    def slot(self, index: int) -> torch.Tensor:
+        return self.tensor[index * self.slot_bytes : (index + 1) * self.slot_bytes]
+
+    def raw(self, index: int) -> memoryview:
+        return self.bytes[index * self.slot_bytes : (index + 1) * self.slot_bytes]
+
+
+class ExpertStore:
+    """Reads experts by layer and id.
+
+    Args:
+        model: the model whose experts these are; conversions look at its config.
+        layers: where the experts lie.
+        num_threads: reads in flight at most.
+        is_direct: read with O_DIRECT, past the page cache.
+        read_bytes: one read is at most this long; longer extents are split and read in parallel.
+        checksums: XXH3 of each expert of each layer, hexadecimal; every expert is compared when it is first read.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[ExpertLayer],
+        *,
+        num_threads: int = 4,
+        is_direct: bool = False,
+        read_bytes: int = READ_BYTES,
+        checksums: Sequence[Sequence[str]] | None = None,
+    ) -> None:
+        self._checksums = checksums
+        self._checked: set[tuple[int, int]] = set()
+        self.records = [record_of(layer) for layer in layers]
+        self.is_direct = is_direct
+        self.read_bytes = read_bytes
+        self._model = model
+        self._files: dict[Path, int] = {}
+        self._bounce = threading.local()
+        self._threads = ReadingThreads(num_threads)
+        self._open_files()
+
+    @property
+    def bytes_per_expert(self) -> list[int]:
+        return [record.layer.expert_bytes for record in self.records]
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one read was on its way, since the store was opened."""
+        return self._threads.busy_s
+
+    def close(self) -> None:
+        """Stop the threads and close the files."""
+        self._threads.close()
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_threads"):
+            self.close()
+
+    def read(
+        self, layer: int, expert: int, slot: int, slots: Slots, landed: "SimpleQueue[Ticket]", *, is_demand: bool = True
+    ) -> tuple[Ticket, tuple[int, ...]]:
+        """Start reading an expert into a slot.
+
+        Returns:
+            The ticket, which appears in `landed` when the expert is complete, and how far each region will be shifted.
+        """
+        record = self.records[layer]
+        if isinstance(record, ExpertRecord) and not record.is_straight:
+            jobs: list[Callable[[], None]] = [lambda: self._convert(record, expert, slots.slot(slot))]
+            shifts = (0,) * len(record.regions)
+        else:
+            extents = record.extents(expert)
+            shifts = record.shifts(extents) if self.is_direct and record.is_shiftable else (0,) * len(record.regions)
+            read_bytes = self.read_bytes if is_demand else min(self.read_bytes, AHEAD_READ_BYTES)
+            raw = slots.raw(slot)
+            jobs = [job for extent in extents for job in self._jobs(extent, shifts, raw, read_bytes)]
+        check = self._check_of(layer, expert, slots.slot(slot)) if self._checksums is not None else None
+        ticket = Ticket(layer, expert, slot, len(jobs), landed, check)
+        self._threads.submit(ticket, jobs, is_demand=is_demand)
+        return ticket, shifts
+
+    def promote(self, ticket: Ticket) -> None:
+        """Read this one before anything that is not needed yet."""
+        self._threads.promote(ticket)
+
+    def _check_of(self, layer: int, expert: int, slot: torch.Tensor) -> Callable[[], None]:
+        record = self.records[layer]
+        assert self._checksums is not None
+        expected, data = self._checksums[layer][expert], slot[: record.stored_bytes(expert)]
+
+        def check() -> None:
+            if (layer, expert) not in self._checked:
+                found = xxh3_64_hexdigest(data.numpy())
+                if found != expected:
+                    raise OSError(
+                        f"{record.file_of(expert)}: checksum {found} instead of {expected}: "
+                        "the packed copy is damaged, make it again with `expertier pack`"
+                    )
+                self._checked.add((layer, expert))
+            record.check(expert, slot)
+
+        return check
+
+    def _open_files(self) -> None:
+        for file in {file for record in self.records for file in record.files}:
+            self._files[file] = self._open(file)
+
+    def _open(self, file: Path) -> int:
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        if self.is_direct and all(record.is_straight for record in self.records):
+            try:
+                return os.open(file, flags | os.O_DIRECT)
+            except OSError as error:
+                raise ValueError(
+                    f'{file}: this file system does not read with O_DIRECT ({error.strerror}); use io="cached"'
+                ) from error
+        return os.open(file, flags)
+
+    def _jobs(
+        self, extent: Extent, shifts: Sequence[int], raw: memoryview, read_bytes: int
+    ) -> list[Callable[[], None]]:
+        """One read per `read_bytes` of the extent."""
+        if self.is_direct:
+            return self._direct_jobs(extent, shifts, raw, read_bytes)
+        descriptor, jobs = self._files[extent.entry.file], []
+        for start in range(0, extent.nbytes, read_bytes):
+            count = min(read_bytes, extent.nbytes - start)
+            target = raw[extent.target + start : extent.target + start + count]
+            jobs.append(_bind(read_into, extent.entry.file, descriptor, extent.offset + start, target))
+        return jobs
+
+    def _direct_jobs(
+        self, extent: Extent, shifts: Sequence[int], raw: memoryview, read_bytes: int
+    ) -> list[Callable[[], None]]:
+        descriptor, jobs = self._files[extent.entry.file], []
+        begin = extent.offset // BLOCK_BYTES * BLOCK_BYTES
+        end = extent.offset + extent.nbytes
+        is_shifted = shifts[extent.region] == extent.offset % BLOCK_BYTES and extent.target % BLOCK_BYTES == 0
+        for start in range(begin, end, read_bytes):
+            stop = min(start + read_bytes, end)
+            if is_shifted:
+                first = extent.target + start - begin
+                length = -(-(stop - start) // BLOCK_BYTES) * BLOCK_BYTES
+                jobs.append(
+                    _bind(_read_blocks, extent.entry.file, descriptor, start, raw[first : first + length], stop - start)
+                )
+            else:
+                first = extent.target + max(start, extent.offset) - extent.offset
+                target = raw[first : first + stop - max(start, extent.offset)]
+                jobs.append(_bind(self._read_bounced, extent, descriptor, start, stop, target))
+        return jobs
+
+    def _read_bounced(self, extent: Extent, descriptor: int, start: int, stop: int, target: memoryview) -> None:
+        """Read whole blocks into this thread's own buffer and copy the wanted part out."""
+        if not hasattr(self._bounce, "buffer"):
+            self._bounce.buffer = memoryview(mmap.mmap(-1, self.read_bytes + BLOCK_BYTES))
+        length = -(-(stop - start) // BLOCK_BYTES) * BLOCK_BYTES
+        buffer = self._bounce.buffer[:length]
+        _read_blocks(extent.entry.file, descriptor, start, buffer, stop - start)
+        skip = max(start, extent.offset) - start
+        target[:] = buffer[skip : skip + len(target)]
+
+    def _convert(self, record: ExpertRecord, expert: int, slot: torch.Tensor) -> None:
+        views = record.views(slot, (0,) * len(record.regions))
+        for parameter in record.parameters:
+            parts = [self._part(*source.place(expert), source.shape()) for source in parameter.sources]
+            whole = convert_expert(self._model, parameter.full_name, parameter.sources, parameter.converter, parts)
+            views[parameter.name].copy_(whole.reshape(parameter.shape))
+
+    def _part(self, entry: TensorEntry, offset: int, nbytes: int, shape: tuple[int, ...]) -> torch.Tensor:
+        raw = torch.empty(nbytes, dtype=torch.uint8)
+        read_into(entry.file, self._files[entry.file], offset, memoryview(raw.numpy()))
+        return raw.view(entry.torch_dtype()).view(shape)
+
+
+def record_of(layer: ExpertLayer) -> ExpertRecord | CompressedRecord:
+    """How one layer's experts lie in files and slots."""
+    return ExpertRecord.of(layer) if layer.compressed_E is None else CompressedRecord(layer, layer.compressed_E)
+
+
+def _bind(function: Callable[..., None], *arguments: Any) -> Callable[[], None]:
+    return lambda: function(*arguments)
+
+
+def _read_blocks(file: Path, descriptor: int, offset: int, target: memoryview, needed: int) -> None:
+    """Read whole blocks; the last block of a file may be cut short, but not before `needed` bytes."""
+    done = 0
+    while done < needed:
+        try:
+            count = os.preadv(descriptor, [target[done:]], offset + done)
+        except OSError as error:
+            raise OSError(error.errno, f"{file}: reading {len(target)} bytes at {offset}: {error.strerror}") from error
+        reached = done + count
+        if reached < needed and reached // BLOCK_BYTES * BLOCK_BYTES == done:
+            raise OSError(
+                f"{file}: the file ends at byte {offset + reached}, {needed - reached} bytes short; "
+                "it was truncated or replaced while it was in use"
+            )
+        done = reached if reached >= needed else reached // BLOCK_BYTES * BLOCK_BYTES
