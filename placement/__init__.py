@@ -3,17 +3,17 @@
 NumPy and SciPy only; PuLP is imported by `placement.ilp` when an integer programme is solved.
 """
 
-from .certificate import Bound, Certificate
-from .cluster import Cluster, load_cluster
-from .eplb import eplb
-from .eplb_reference import eplb_layer_reference
-from .generators import generate_loads, generate_trace
-from .loads import read_loads
+from .contract.certificate import Bound, Certificate
+from .contract.cluster import Cluster, load_cluster
+from .contract.plan import Plan
+from .contract.problem import Problem, Scenario
+from .data.generators import generate_loads, generate_trace
+from .data.loads import read_loads
+from .heuristics.eplb import eplb
+from .heuristics.eplb_reference import eplb_layer_reference
 from .objectives import OBJECTIVES, Objective, evaluate, weighted
-from .plan import Plan
-from .problem import Problem, Scenario
-from .scoring import Score, score
-from .solvers import SOLVERS, solve
+from .scoring.score import Score, score
+from .solving.solvers import SOLVERS, solve
 
 __all__ = [
     "OBJECTIVES",

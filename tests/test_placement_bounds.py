@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import Cluster, Problem, solve
-from placement.fanout_bounds import fanout_bound_L, least_parts
-from placement.generators import generate_trace
+from placement.bounds.fanout import fanout_bound_L, least_parts
+from placement.data.generators import generate_trace
 from placement.objectives.fanout import gpu_fanout, node_fanout
 
 

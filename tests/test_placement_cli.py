@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from placement.generators import generate_trace
+from placement.data.generators import generate_trace
 
 CLUSTER = """
 model: {experts: 16}

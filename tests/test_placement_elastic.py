@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import Cluster, Problem, solve
-from placement.elastic import Drop, Transfer, match_gpus, migrate, replay
 from placement.objectives.churn import churn
-from placement.tiers import Machine, choose_tiers, load_machine, place_tiers, tier_seconds
+from placement.solving.elastic import Drop, Transfer, match_gpus, migrate, replay
+from placement.solving.tiers import Machine, choose_tiers, load_machine, place_tiers, tier_seconds
 
 
 def random_plan(gpus, replicas, seed, nodes=1):

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placement.eplb import eplb
-from placement.eplb_reference import eplb_layer_reference
+from placement.heuristics.eplb import eplb
+from placement.heuristics.eplb_reference import eplb_layer_reference
 
 
 def test_eplb_gives_the_published_example():

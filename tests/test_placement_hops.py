@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import Cluster, Problem, solve
-from placement.generators import generate_trace
-from placement.hops_annealing import ChainAnnealing
+from placement.data.generators import generate_trace
 from placement.objectives.hops import hop_share
+from placement.search.hops.annealing import ChainAnnealing
 
 
 def make_annealing(seed, *, gpus=4, layers=4, copies=False, price=0.3, floor=None, saved=None):

@@ -6,10 +6,10 @@ import torch
 from safetensors.numpy import save_file
 
 from placement import Cluster, Problem, read_loads, solve
-from placement.generators import generate_loads, generate_trace
-from placement.load_importers import import_loads
-from placement.report import traffic_GG, write_report
-from placement.topology import read_nccl_topology, read_nvidia_smi_topo
+from placement.commands.report import traffic_GG, write_report
+from placement.data.generators import generate_loads, generate_trace
+from placement.data.load_importers import import_loads
+from placement.data.topology import read_nccl_topology, read_nvidia_smi_topo
 
 
 def test_loads_of_engines(tmp_path):

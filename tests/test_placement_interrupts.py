@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from placement import Cluster, Plan, Problem, generate_trace, solve
-from placement.check import check_plan
+from placement.scoring.check import check_plan
 
 CLUSTER = """
 model: {experts: 16}

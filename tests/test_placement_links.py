@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from placement import Cluster, Problem, evaluate, solve
-from placement.generators import generate_trace
+from placement.data.generators import generate_trace
 from placement.objectives import find_objective
 from placement.objectives.hops import first_choice_TL, hop_share
 from placement.objectives.latency import ingress_cost_G
-from placement.solvers import make_plan
+from placement.solving.solvers import make_plan
 
 MODEL = {"hidden": 256, "moe_intermediate": 64, "top_k": 2}
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from placement import Cluster, Problem, score, solve
-from placement.dispatch import nearest_share_EG, quota_share_EG, share_EG, uniform_share_EG
-from placement.generators import generate_trace
+from placement.data.generators import generate_trace
+from placement.objectives.dispatch import nearest_share_EG, quota_share_EG, share_EG, uniform_share_EG
 from placement.objectives.fanout import gpu_fanout, node_fanout
 from placement.objectives.hops import hop_share
 from routing.traces import RoutingTrace

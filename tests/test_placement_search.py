@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import SOLVERS, Cluster, Problem, score, solve
-from placement.bundles import unique_sets
-from placement.check import check_plan, doubled_copies
-from placement.generators import generate_trace
-from placement.hops_annealing import ChainAnnealing
+from placement.data.bundles import unique_sets
+from placement.data.generators import generate_trace
 from placement.ilp.exflow import solve_exflow
-from placement.tabu import LayerTask, SearchState, tabu_search
+from placement.scoring.check import check_plan, doubled_copies
+from placement.search.hops.annealing import ChainAnnealing
+from placement.search.tabu import LayerTask, SearchState, tabu_search
 
 
 def make_task(seed, items=12, gpus=4, has_linear=False):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..plan import Plan
+from ..contract.plan import Plan
 from .ktransformers import export_ktransformers, validate_ktransformers
 from .omni import export_omni, validate_omni
 from .sglang import export_sglang, export_sglang_count, validate_sglang, validate_sglang_count

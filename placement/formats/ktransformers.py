@@ -12,7 +12,7 @@ import numpy as np
 
 from routing.ground.files import write_json
 
-from ..plan import Plan
+from ..contract.plan import Plan
 from .reading import read_json
 
 KEY = "logical_count"

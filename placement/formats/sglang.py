@@ -10,7 +10,7 @@ from typing import Any
 
 from routing.ground.files import write_json
 
-from ..plan import Plan
+from ..contract.plan import Plan
 from .ktransformers import export_ktransformers, validate_ktransformers
 from .reading import read_json, require_complete, table_of_ints
 

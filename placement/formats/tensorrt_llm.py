@@ -9,7 +9,7 @@ import yaml
 
 from routing.ground.files import atomic_write
 
-from ..plan import Plan
+from ..contract.plan import Plan
 from .reading import MAX_BYTES, require_complete, table_of_ints
 
 KEYS = {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}

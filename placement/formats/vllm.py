@@ -10,7 +10,7 @@ from typing import Any
 
 from routing.ground.files import atomic_write, write_json
 
-from ..plan import Plan
+from ..contract.plan import Plan
 from .reading import read_json, require_complete, table_of_ints
 
 RECORD = "eplb_initial_mapping"

@@ -13,7 +13,7 @@ import numpy as np
 import pulp  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from ..bundles import Bundles
+from ..data.bundles import Bundles
 from .run import MilpResult, SolverName, solve_milp
 
 Float = NDArray[np.float64]

@@ -3,10 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ..budget import Budget
-from ..bundles import Bundles, unique_sets
+from ..contract.problem import Problem
+from ..data.bundles import Bundles, unique_sets
 from ..objectives import Objective, part_weights
-from ..problem import Problem
+from ..run.budget import Budget
 from .exact import LayerModel, solve_layer
 
 Integer = NDArray[np.int64]

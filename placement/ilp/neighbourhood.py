@@ -8,14 +8,14 @@ Shapes: X items (experts or copies), G GPUs, F freed GPUs.
 import numpy as np
 from numpy.typing import NDArray
 
-from ..affinity_search import churn_costs, layer_task
-from ..blocks import MAX_ITEMS
-from ..budget import Budget
-from ..bundles import Bundles
-from ..layer_search import is_feasible
+from ..contract.problem import Problem
+from ..data.bundles import Bundles
 from ..objectives import Objective, part_weights
-from ..problem import Problem
-from ..tabu import LayerTask, SearchState
+from ..run.blocks import MAX_ITEMS
+from ..run.budget import Budget
+from ..search.affinity import churn_costs, layer_task
+from ..search.layer import is_feasible
+from ..search.tabu import LayerTask, SearchState
 from .exact import LayerModel, solve_layer
 
 Integer = NDArray[np.int64]

@@ -6,10 +6,10 @@ Shapes: L layers, E experts, G GPUs, P slots.
 import numpy as np
 from numpy.typing import NDArray
 
-from ..balance_search import lpt_swap_LP
-from ..budget import Budget
-from ..hops_search import pair_shares
-from ..problem import Problem
+from ..contract.problem import Problem
+from ..run.budget import Budget
+from ..search.balance import lpt_swap_LP
+from ..search.hops.search import pair_shares
 from .exflow import solve_exflow
 from .moetuner import assign_clusters, cluster_layer
 

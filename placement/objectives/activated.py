@@ -9,7 +9,7 @@ Shapes: L layers, E experts, G GPUs, P slots.
 import numpy as np
 from numpy.typing import NDArray
 
-from ..plan import Plan
+from ..contract.plan import Plan
 
 Float = NDArray[np.float64]
 

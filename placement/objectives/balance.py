@@ -6,8 +6,8 @@ Shapes: L layers, E experts, G GPUs.
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dispatch import share_EG
-from ..plan import Plan
+from ..contract.plan import Plan
+from .dispatch import share_EG
 
 Float = NDArray[np.float64]
 

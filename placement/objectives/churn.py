@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..plan import Plan
-from ..problem import Problem
+from ..contract.plan import Plan
+from ..contract.problem import Problem
 
 
 @dataclass(frozen=True)

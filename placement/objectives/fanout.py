@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from routing.traces import RoutingTrace
 
-from ..dispatch import MAX_NEAREST_GPUS, nearest_share_EG, share_EG
-from ..plan import Plan
+from ..contract.plan import Plan
+from .dispatch import MAX_NEAREST_GPUS, nearest_share_EG, share_EG
 
 Float = NDArray[np.float64]
 CHUNK_CELLS = 1 << 22

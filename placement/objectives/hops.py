@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from routing.traces import RoutingTrace
 
-from ..cluster import Cluster
-from ..dispatch import share_EG
-from ..plan import Plan
+from ..contract.cluster import Cluster
+from ..contract.plan import Plan
+from .dispatch import share_EG
 
 Float = NDArray[np.float64]
 

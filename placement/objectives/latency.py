@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from routing.traces import RoutingTrace
 
-from ..cluster import Cluster
-from ..dispatch import share_EG
-from ..plan import Plan
+from ..contract.cluster import Cluster
+from ..contract.plan import Plan
 from .activated import activation_weight_LE
+from .dispatch import share_EG
 from .fanout import gpu_fanout_L, node_fanout_L
 
 Float = NDArray[np.float64]

@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cluster import Cluster
-from ..plan import Plan
-from ..problem import Problem, Scenario
+from ..contract.cluster import Cluster
+from ..contract.plan import Plan
+from ..contract.problem import Problem, Scenario
 from .activated import activated_L
 from .balance import imbalance_L
 from .churn import moved_bytes_L

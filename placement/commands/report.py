@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from routing.ground.files import atomic_write
 from routing.traces import RoutingTrace
 
-from .objectives import weighted
-from .objectives.balance import gpu_load_LG
-from .plan import Plan
-from .problem import Problem
-from .scoring import Score, score
-from .solvers import solve
+from ..contract.plan import Plan
+from ..contract.problem import Problem
+from ..objectives import weighted
+from ..objectives.balance import gpu_load_LG
+from ..scoring.score import Score, score
+from ..solving.solvers import solve
 
 Float = NDArray[np.float64]
 PARETO_PRICES = (0.05, 0.2, 0.5, 1.5, 5.0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundles import Bundles
+from ..data.bundles import Bundles
 from .tabu import LayerTask, SearchState, tabu_search
 from .transport import transport_starts
 

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bound_choice import objective_bound, tighten
-from .certificate import relative_gap
+from ..bounds.choice import objective_bound, tighten
+from ..contract.certificate import relative_gap
+from ..contract.plan import Plan
+from ..contract.problem import Problem, Scenario
+from ..objectives import Objective, Robustness, evaluate_L, find_objective, without_churn
+from ..objectives.balance import imbalance_L
+from ..objectives.fanout import gpu_fanout_L, node_fanout_L
+from ..objectives.hops import hop_share
 from .check import check_plan
-from .objectives import Objective, Robustness, evaluate_L, find_objective, without_churn
-from .objectives.balance import imbalance_L
-from .objectives.fanout import gpu_fanout_L, node_fanout_L
-from .objectives.hops import hop_share
-from .plan import Plan
-from .problem import Problem, Scenario
 
 Float = NDArray[np.float64]
 

@@ -9,8 +9,8 @@ def read_problem(
 ) -> Any:
     from routing.traces import RoutingTrace
 
-    from .loads import read_loads
-    from .problem import Problem
+    from ..contract.problem import Problem
+    from ..data.loads import read_loads
 
     if (trace is None) == (not loads):
         raise ValueError("give either --trace FILE or --loads FILE (once or more)")
@@ -63,7 +63,7 @@ def split_by_sequence(problem: Any, share: float, seed: int) -> tuple[Any, Any]:
     """
     import numpy as np
 
-    from .problem import Problem
+    from ..contract.problem import Problem
 
     trace = problem.scenarios[0].trace
     if trace is None:
@@ -92,3 +92,9 @@ def read_validation(files: list[Path], problem: Any) -> dict[str, Any]:
         )
         for file in files
     }
+
+
+def ordered_report(found: dict[str, Any]) -> dict[str, Any]:
+    """The same report with the keys that other programs read first."""
+    first = ("objective", "bound", "gap", "balancedness", "gpu_fanout", "node_fanout", "seconds")
+    return {key: found[key] for key in first} | {key: value for key, value in found.items() if key not in first}

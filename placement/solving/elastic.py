@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from .objectives.churn import require_same_model
-from .plan import Plan
+from ..contract.plan import Plan
+from ..objectives.churn import require_same_model
 
 Integer = NDArray[np.int64]
 

@@ -5,8 +5,8 @@ Shares no code with solvers and objectives on purpose.
 
 from collections import Counter
 
-from .plan import Plan
-from .problem import Problem
+from ..contract.plan import Plan
+from ..contract.problem import Problem
 
 TOLERANCE = 1e-6
 

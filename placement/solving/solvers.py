@@ -8,23 +8,23 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .affinity_search import running_LP, search_affinity
-from .balance_search import kick_and_swap, lpt_swap_LP, robust_weights
-from .baselines import contiguous_LP, random_LP, round_robin_LP
-from .blocks import one_block
-from .budget import Budget, Progress
-from .certificate import PROVEN, Certificate
-from .check import require_valid
+from ..contract.certificate import PROVEN, Certificate
+from ..contract.plan import Plan
+from ..contract.problem import Problem
+from ..heuristics.baselines import contiguous_LP, random_LP, round_robin_LP
+from ..heuristics.eplb import eplb
+from ..objectives import Objective, PartWeights, Robustness, find_objective, part_weights
+from ..run.blocks import one_block
+from ..run.budget import Budget, Progress
+from ..scoring.check import require_valid
+from ..scoring.score import score
+from ..search.affinity import running_LP, search_affinity
+from ..search.balance import kick_and_swap, lpt_swap_LP, robust_weights
+from ..search.hops.search import search_hops
+from ..search.latency import search_latency
+from ..search.layer import Effort
+from ..search.price_choice import choose_price
 from .elastic import match_gpus
-from .eplb import eplb
-from .hops_search import search_hops
-from .latency_search import search_latency
-from .layer_search import Effort
-from .objectives import Objective, PartWeights, Robustness, find_objective, part_weights
-from .plan import Plan
-from .price_choice import choose_price
-from .problem import Problem
-from .scoring import score
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
@@ -231,7 +231,7 @@ def _search_block(problem: Problem, objective: Objective, budget: Budget, weight
 
 
 def _ilp(problem: Problem, objective: Objective, budget: Budget) -> Integer:
-    from .ilp.layers import solve_layers_exactly
+    from ..ilp.layers import solve_layers_exactly
 
     map_LP = _search(problem, objective, budget.part(SEARCH_SHARE))
     budget.offer(map_LP)
@@ -240,7 +240,7 @@ def _ilp(problem: Problem, objective: Objective, budget: Budget) -> Integer:
 
 def _lns(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     """Search, then large neighbourhoods by integer programming for the rest of the time."""
-    from .ilp.neighbourhood import improve_by_neighbourhoods
+    from ..ilp.neighbourhood import improve_by_neighbourhoods
 
     map_LP = _search(problem, objective, budget.part(SEARCH_SHARE))
     budget.offer(map_LP)
@@ -248,20 +248,20 @@ def _lns(problem: Problem, objective: Objective, budget: Budget) -> Integer:
 
 
 def _moetuner(problem: Problem, objective: Objective, budget: Budget) -> Integer:
-    from .ilp.published import moetuner_LP
+    from ..ilp.published import moetuner_LP
 
     return moetuner_LP(problem, budget)
 
 
 def _exflow(problem: Problem, objective: Objective, budget: Budget) -> Integer:
-    from .ilp.published import exflow_LP
+    from ..ilp.published import exflow_LP
 
     return exflow_LP(problem, budget)
 
 
 def _auto(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     """Search; then prove and improve by integer programming what is small enough for it."""
-    from .ilp.layers import is_small, solve_layers_exactly
+    from ..ilp.layers import is_small, solve_layers_exactly
 
     if not is_small(problem, objective, ILP_BINARIES):
         return _search(problem, objective, budget)

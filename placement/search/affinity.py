@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .budget import Budget
-from .bundles import Bundles, unique_sets
-from .layer_search import Effort, search_layer
-from .objectives import PartWeights
-from .objectives.churn import require_same_model
-from .objectives.fanout import gpu_fanout, node_fanout
-from .plan import Plan
-from .problem import Problem
-from .recount import recount
-from .replication import counts_of
+from ..contract.plan import Plan
+from ..contract.problem import Problem
+from ..data.bundles import Bundles, unique_sets
+from ..heuristics.recount import recount
+from ..heuristics.replication import counts_of
+from ..objectives import PartWeights
+from ..objectives.churn import require_same_model
+from ..objectives.fanout import gpu_fanout, node_fanout
+from ..run.budget import Budget
+from ..run.workers import in_workers
+from .layer import Effort, search_layer
 from .tabu import LayerTask, SearchState
-from .workers import in_workers
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]

@@ -11,12 +11,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .affinity_search import MIN_SEQUENCES, search_affinity
-from .balance_search import lpt_swap_LP, peaks_L, robust_weights
-from .budget import Budget
-from .layer_search import Effort
-from .objectives import PartWeights
-from .problem import Problem
+from ..contract.problem import Problem
+from ..objectives import PartWeights
+from ..run.budget import Budget
+from .affinity import MIN_SEQUENCES, search_affinity
+from .balance import lpt_swap_LP, peaks_L, robust_weights
+from .layer import Effort
 
 Float = NDArray[np.float64]
 NOISE_LEFT = 0.5**0.5

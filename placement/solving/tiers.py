@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from routing.ground.quantity import parse_bytes, parse_bytes_per_s
 
-from .objectives import find_objective
-from .plan import Plan
-from .problem import Problem
+from ..contract.plan import Plan
+from ..contract.problem import Problem
+from ..objectives import find_objective
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]

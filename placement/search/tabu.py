@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundles import Bundles
-from .group_state import GroupState
-from .level_state import LevelState
+from ..data.bundles import Bundles
+from .groups import GroupState
+from .levels import LevelState
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import linprog
 
-from .cluster import Cluster, Dispatch
+from ..contract.cluster import Cluster, Dispatch
 
 Float = NDArray[np.float64]
 MAX_NEAREST_GPUS = 2048

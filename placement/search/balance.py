@@ -6,13 +6,13 @@ Shapes: W scenarios, L layers, E experts, G GPUs, P slots.
 import numpy as np
 from numpy.typing import NDArray
 
-from .bounds import imbalance_bound_L
-from .budget import Budget
-from .certificate import PROVEN
-from .lpt import lpt_LP
-from .problem import Problem
-from .replication import counts_of, replicate_LE, slots_of
-from .swaps import balance_by_swaps
+from ..bounds.imbalance import imbalance_bound_L
+from ..contract.certificate import PROVEN
+from ..contract.problem import Problem
+from ..heuristics.lpt import lpt_LP
+from ..heuristics.replication import counts_of, replicate_LE, slots_of
+from ..heuristics.swaps import balance_by_swaps
+from ..run.budget import Budget
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]

@@ -17,9 +17,9 @@ from scipy.optimize import linprog
 
 from routing.traces import RoutingTrace
 
-from .bundles import unique_sets
-from .objectives.registry import fanout_weights
-from .plan import Plan
+from ..contract.plan import Plan
+from ..data.bundles import unique_sets
+from ..objectives.registry import fanout_weights
 
 Float = NDArray[np.float64]
 MATCHING_EXPERTS = 64

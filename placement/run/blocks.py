@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .cluster import Cluster
-from .problem import Problem
+from ..contract.cluster import Cluster
+from ..contract.problem import Problem
 
 Integer = NDArray[np.int64]
 MAX_GPUS = 2048  # beyond it a layer table of GPU x expert no longer fits small machines

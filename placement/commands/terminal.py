@@ -5,9 +5,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .check import doubled_copies
-from .plan import Plan
-from .scoring import Score
+from ..contract.plan import Plan
+from ..scoring.check import doubled_copies
+from ..scoring.score import Score
 
 
 def print_certificate(plan: Plan, out: Path) -> None:

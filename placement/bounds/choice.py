@@ -3,14 +3,14 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from .bounds import imbalance_bound_L
-from .certificate import Bound
-from .fanout_bounds import fanout_bound_L
-from .objectives import Objective, Robustness, join_scenarios
-from .objectives.activated import activation_weight_LE
-from .objectives.registry import imbalance_price, split_goal
-from .plan import Plan
-from .problem import Problem, Scenario
+from ..contract.certificate import Bound
+from ..contract.plan import Plan
+from ..contract.problem import Problem, Scenario
+from ..objectives import Objective, Robustness, join_scenarios
+from ..objectives.activated import activation_weight_LE
+from ..objectives.registry import imbalance_price, split_goal
+from .fanout import fanout_bound_L
+from .imbalance import imbalance_bound_L
 
 Float = NDArray[np.float64]
 

@@ -66,7 +66,7 @@ def imbalance_bound_L(weight_LE: Float, slots: int, speed_G: Float, *, equal_sha
 
 def _least_peak_L(weight_LE: Float, slots: int, gpus: int) -> Float:
     """Least possible largest load per copy with `slots` copies in all, at most one copy per GPU."""
-    from .replication import replicate_LE
+    from ..heuristics.replication import replicate_LE
 
     count_LE = replicate_LE(weight_LE[None], slots, gpus)
     return np.asarray((weight_LE / count_LE).max(axis=1))

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from .affinity_search import layer_task
-from .budget import Budget
-from .hops_annealing import ChainAnnealing
-from .objectives import PartWeights
-from .objectives.hops import first_choice_TL, hop_cost_GG
-from .problem import Problem
-from .tabu import LayerTask, SearchState, tabu_search
-from .workers import in_workers
+from ...contract.problem import Problem
+from ...objectives import PartWeights
+from ...objectives.hops import first_choice_TL, hop_cost_GG
+from ...run.budget import Budget
+from ...run.workers import in_workers
+from ..affinity import layer_task
+from ..tabu import LayerTask, SearchState, tabu_search
+from .annealing import ChainAnnealing
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]

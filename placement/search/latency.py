@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from routing.traces import RoutingTrace
 
-from .affinity_search import search_affinity
-from .budget import Budget
-from .layer_search import Effort
-from .objectives import Objective, PartWeights, evaluate_L
-from .objectives.balance import gpu_load_LG
-from .objectives.fanout import gpu_fanout_L, node_fanout_L
-from .objectives.latency import expert_seconds_LG, ingress_cost_G, model_sizes, seconds_per_byte, traffic_seconds_L
-from .plan import Plan
-from .problem import Problem, Scenario
+from ..contract.plan import Plan
+from ..contract.problem import Problem, Scenario
+from ..objectives import Objective, PartWeights, evaluate_L
+from ..objectives.balance import gpu_load_LG
+from ..objectives.fanout import gpu_fanout_L, node_fanout_L
+from ..objectives.latency import expert_seconds_LG, ingress_cost_G, model_sizes, seconds_per_byte, traffic_seconds_L
+from ..run.budget import Budget
+from .affinity import search_affinity
+from .layer import Effort
 
 Integer = NDArray[np.int64]
 

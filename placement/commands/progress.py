@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .budget import Progress as Tell
+from ..run.budget import Progress as Tell
 
 
 @contextmanager

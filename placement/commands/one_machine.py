@@ -1,0 +1,46 @@
+"""`expertier place tiers`: experts over GPU, CPU and SSD of one machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .inputs import read_problem, require_folder
+from .options import LoadsOption, RowsOption, TraceOption
+
+
+def tiers_command(
+    hardware: Annotated[Path, typer.Option(help="hardware.toml, as `expertier calibrate` writes it.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the plan goes (JSON).")],
+    expert_size: Annotated[str, typer.Option(help="Bytes of one expert of one layer, for instance 26MB.")],
+    trace: TraceOption = None,
+    loads: LoadsOption = None,
+    rows: RowsOption = None,
+    gpu_memory: Annotated[str, typer.Option(help="For experts, for instance 8GiB.")] = "0",
+    cpu_memory: Annotated[str, typer.Option(help="For experts, for instance 24GiB.")] = "0",
+    robust: Annotated[bool, typer.Option(help="Count each expert's worst scenario.")] = False,
+) -> None:
+    """Place experts over GPU, CPU and SSD of one machine by expected seconds per decoded token.
+
+    Example: `expertier place tiers --trace t.npz --hardware hw.toml --expert-size 26MB --cpu-memory 8GiB --out p.json`
+    """
+    import numpy as np
+    from rich.console import Console
+
+    from routing.ground.quantity import parse_bytes
+
+    from ..contract.cluster import Cluster
+    from ..solving.tiers import load_machine, place_tiers
+
+    require_folder(out)
+    machine = load_machine(hardware, gpu_memory=gpu_memory, cpu_memory=cpu_memory)
+    problem = read_problem(trace, loads, rows, Cluster.grid(1, 1), 0)
+    plan = place_tiers(problem, machine, np.full(problem.num_layers, parse_bytes(expert_size)), robust=robust)
+    plan.save(out)
+    assert plan.tier_LE is not None
+    counts = np.bincount(plan.tier_LE.ravel(), minlength=3).tolist()
+    Console().print(
+        f"wrote {out}: {counts[0]} experts on GPU, {counts[1]} in RAM, {counts[2]} on SSD; "
+        f"{plan.metadata['seconds_per_token'] * 1e3:.3g} ms of expert reads per token expected",
+        highlight=False,
+    )

@@ -1,0 +1,1 @@
+"""Problem, plan, cluster and certificate; other packages may read these."""

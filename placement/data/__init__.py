@@ -1,0 +1,1 @@
+"""Input data: measured loads, topologies, generated workloads."""

@@ -1,0 +1,1 @@
+"""Placements in milliseconds: LPT, swaps, replication, EPLB."""

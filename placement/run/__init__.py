@@ -1,0 +1,1 @@
+"""What a long search runs on: time budgets, worker processes, blocks of tokens."""

@@ -1,0 +1,1 @@
+"""Scores a plan, and checks that score by other code."""

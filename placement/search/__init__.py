@@ -1,0 +1,1 @@
+"""Local searches, one per kind of objective."""

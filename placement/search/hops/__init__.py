@@ -1,0 +1,1 @@
+"""The search for few hops between nodes from layer to layer."""

@@ -1,0 +1,1 @@
+"""The three questions: solve, re-plan, and tiers of one machine."""
