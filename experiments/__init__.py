@@ -1,1 +1,1 @@
-"""experiments"""
+"""Questions asked of the other packages: training runs, comparisons, benchmarks, the demo, records of evidence."""

@@ -11,16 +11,18 @@ import offload.cli
 import placement.cli
 import routing.cli
 
-from .bench_flax import bench_flax
-from .bench_kernels import bench_kernels
-from .bench_memory_layers import bench_memory_layers
-from .bench_offload import bench_offload
-from .bench_placement import bench_placement
-from .bench_routers import routers as bench_routers
-from .bench_train import bench_train
-from .commands import compare, demo, train
-from .duo import bench_duo
-from .leverage import leverage
+from .bench.duo.bench import bench_duo
+from .bench.expert_kernels.bench import bench_kernels
+from .bench.flax import bench_flax
+from .bench.leverage import leverage
+from .bench.memory_layers import bench_memory_layers
+from .bench.offloading.bench import bench_offload
+from .bench.placement_solvers import bench_placement
+from .bench.routers import routers as bench_routers
+from .bench.training import bench_train
+from .compare.command import compare
+from .demo.command import demo
+from .train.command import train
 
 app = typer.Typer(
     name="expertier",

@@ -84,7 +84,7 @@ def tiny_config():
 @pytest.fixture
 def tiny_training():
     """Eight steps of training that touch everything: accumulation, warm-up, evaluation, checkpoints."""
-    from experiments.presets import TrainConfig
+    from experiments.train.presets import TrainConfig
 
     return TrainConfig(
         model={
@@ -112,7 +112,7 @@ def tiny_training():
 @pytest.fixture
 def corpus():
     """Random tokens of the vocabulary of `tiny_training`."""
-    from experiments.corpus import Corpus
+    from experiments.train.corpus import Corpus
 
     tokens = np.random.default_rng(0).integers(0, 32, 4_000).astype(np.uint8)
     return Corpus(train=tokens[:3_500], held_out=tokens[3_500:], vocab_size=32, tokens_per_byte=1.0, source="random")

@@ -11,12 +11,15 @@ from typer.testing import CliRunner
 pytest.importorskip("triton")
 
 import moe.kernels
-from experiments import bench_kernels, kernel_contestants, kernel_gpu, kernel_timing
+from experiments.bench.expert_kernels import bench as bench_kernels
+from experiments.bench.expert_kernels import contestants as kernel_contestants
+from experiments.bench.expert_kernels import gpu as kernel_gpu
+from experiments.bench.expert_kernels import timing as kernel_timing
+from experiments.bench.expert_kernels.contestants import Contestant
+from experiments.bench.expert_kernels.goals import GOALS, verdicts
+from experiments.bench.expert_kernels.measured import ParityError
+from experiments.bench.expert_kernels.shapes import LayerShape
 from experiments.cli import app
-from experiments.kernel_contestants import Contestant
-from experiments.kernel_goals import GOALS, verdicts
-from experiments.kernel_measured import ParityError
-from experiments.kernel_shapes import LayerShape
 from moe.kernels import fused_experts
 from moe.kernels.launch import is_interpreted
 from moe.kernels.tiles import ROW_CLASSES, LayerTiles, Tile, TunedFor, row_class, tuned_tiles

@@ -1,6 +1,6 @@
 """The router benchmark measures every contestant and refuses to time a router that routes wrongly."""
 
-import experiments.bench_routers as bench
+import experiments.bench.routers as bench
 
 
 def test_every_contestant_is_measured(monkeypatch):

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments import bench_train
-from experiments.presets import smoke
+from experiments.bench import training as bench_train
+from experiments.train.presets import smoke
 
 
 @pytest.fixture

@@ -15,24 +15,24 @@ import numpy as np
 import pytest
 import torch
 
-import experiments.train as train_module
-from experiments.commands import _all_fitting
-from experiments.compare import SHOWN, compare, print_table
-from experiments.compare_flops import Usage, parameters, router_flops, token_flops
-from experiments.compare_metrics import (
+import experiments.train.torch_run as train_module
+from experiments.compare.command import _all_fitting
+from experiments.compare.compare import SHOWN, compare, print_table
+from experiments.compare.measures.choices import (
     mutual_information,
     router_metrics,
     segment_routing_performance,
     sharpness,
     trace_of,
 )
-from experiments.compare_page import write_page
-from experiments.compare_runs import execute, execute_one, plan_runs
-from experiments.compare_summary import METRICS, cell, summarise
-from experiments.compare_variants import VARIANTS, model_overrides
-from experiments.corpus import load_corpus
-from experiments.presets import preset
-from experiments.train import train
+from experiments.compare.measures.flops import Usage, parameters, router_flops, token_flops
+from experiments.compare.page import write_page
+from experiments.compare.runs import execute, execute_one, plan_runs
+from experiments.compare.summary import METRICS, cell, summarise
+from experiments.train.corpus import load_corpus
+from experiments.train.presets import preset
+from experiments.train.torch_run import train
+from experiments.variants.catalogue import VARIANTS, model_overrides
 from moe import MoEConfig, MoEForCausalLM
 from routing import ROUTERS, RouterStats, Routing, RoutingTrace
 

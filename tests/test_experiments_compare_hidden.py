@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from experiments.compare_hidden import coverage, hidden_metrics, hidden_units
+from experiments.compare.measures.hidden_units import coverage, hidden_metrics, hidden_units
 from moe import MoEForCausalLM
 
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments.compare_flops import Usage, router_flops, token_flops
-from experiments.compare_metrics import router_metrics
-from experiments.compare_summary import METRICS
-from experiments.compare_variants import model_overrides
-from experiments.corpus import load_corpus
-from experiments.presets import preset
-from experiments.train import train
+from experiments.compare.measures.choices import router_metrics
+from experiments.compare.measures.flops import Usage, router_flops, token_flops
+from experiments.compare.summary import METRICS
+from experiments.train.corpus import load_corpus
+from experiments.train.presets import preset
+from experiments.train.torch_run import train
+from experiments.variants.catalogue import model_overrides
 from moe import MoEConfig, MoEForCausalLM
 
 VARIANTS = ["latent", "latent-half", "moe-x", "read-me", "read-me-weighted"]

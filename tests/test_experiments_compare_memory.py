@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments.compare_flops import Usage, parameters, token_flops
-from experiments.compare_memory import MEMORY_VARIANTS
-from experiments.compare_metrics import ROUTING_METRICS, router_metrics
-from experiments.compare_variants import model_overrides
-from experiments.corpus import load_corpus
-from experiments.presets import preset
-from experiments.train import train
+from experiments.compare.measures.choices import ROUTING_METRICS, router_metrics
+from experiments.compare.measures.flops import Usage, parameters, token_flops
+from experiments.train.corpus import load_corpus
+from experiments.train.presets import preset
+from experiments.train.torch_run import train
+from experiments.variants.catalogue import model_overrides
+from experiments.variants.memory_layers import MEMORY_VARIANTS
 from moe import MoEConfig, MoEForCausalLM
 
 

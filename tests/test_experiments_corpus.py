@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.corpus import BatchOrder, load_corpus, windows
-from experiments.ngram import ngram_bits_per_byte
+from experiments.demo.ngram import ngram_bits_per_byte
+from experiments.train.corpus import BatchOrder, load_corpus, windows
 
 TEXTS = [f"document number {number} says hello\n" for number in range(60)]
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from experiments.demo import run_demo
+from experiments.demo.demo import run_demo
 
 
 @pytest.mark.slow

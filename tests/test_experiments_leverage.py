@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.leverage import best_granularity, efficiency_leverage
+from experiments.bench.leverage import best_granularity, efficiency_leverage
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ pytest.importorskip("optax", reason="needs the extra expertier[jax]")
 
 import jax
 
-from experiments import train as torch_training
-from experiments import train_jax
-from experiments.checkpoint import checkpoints, restore
-from experiments.corpus import Corpus
-from experiments.metrics import read_log
-from experiments.train_jax import train
+from experiments.train import jax_run as train_jax
+from experiments.train import torch_run as torch_training
+from experiments.train.checkpoint import checkpoints, restore
+from experiments.train.corpus import Corpus
+from experiments.train.jax_run import train
+from experiments.train.metrics import read_log
 from moe import MoEForCausalLM
 from moe.nnx.checkpoint import read_tensors
 

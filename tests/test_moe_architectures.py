@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from experiments.resident import load_resident
+from experiments.evidence.resident import load_resident
 from moe import ARCHITECTURES, MoEConfig, MoEForCausalLM
 
 README = {"expert_widths": [16, 8, 24], "permanent_widths": [8, 16, 0]}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import offload
-from experiments.compare_flops import measured_usage, token_flops
+from experiments.compare.measures.flops import measured_usage, token_flops
 from moe import MoEForCausalLM, RoutedLayer
 from routing import Carry, RoutingContext
 

@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import offload
-from experiments.compare_flops import measured_usage, token_flops
-from experiments.duo_oracle import count_routes, every_route, oracle_routes, route_loss
+from experiments.bench.duo.oracle import count_routes, every_route, oracle_routes, route_loss
+from experiments.compare.measures.flops import measured_usage, token_flops
 from moe import MoEForCausalLM
 from routing import Carry, RoutingContext
 

@@ -6,7 +6,7 @@ from torch.nn.functional import gelu
 from transformers import AutoModelForCausalLM
 
 import routing.gathered
-from experiments.live_bytes import LiveBytes
+from experiments.evidence.live_bytes import LiveBytes
 from moe import MoEForCausalLM
 from moe.architectures import build_body
 from moe.architectures.ultramem import Shuffle

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import offload
-from experiments.resident import load_resident
+from experiments.evidence.resident import load_resident
 from moe import MoEForCausalLM
 from routing import auxiliary_loss
 

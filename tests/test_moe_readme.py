@@ -4,7 +4,7 @@ from torch.nn.functional import silu
 from transformers import DynamicCache, StaticCache
 
 import offload
-from experiments.resident import load_resident
+from experiments.evidence.resident import load_resident
 from moe import MoEForCausalLM
 
 SETTINGS = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import offload
-from experiments.compare_flops import measured_usage, token_flops
+from experiments.compare.measures.flops import measured_usage, token_flops
 from moe import MoEForCausalLM
 
 LAYERS = {"num_hidden_layers": 4, "intermediate_size": 40, "architecture": "mixture_of_recursions"}

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import gelu, layer_norm
 
 import offload
-from experiments.resident import load_resident
+from experiments.evidence.resident import load_resident
 from moe import MoEForCausalLM, fused_experts
 from moe.reference import swiglu_experts_reference
 from routing import BALANCE_LOSSES, Carry, RoutingContext, task_bias, z_loss

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import offload
-from experiments.resident import load_resident
+from experiments.evidence.resident import load_resident
 from moe import MoEForCausalLM, drawn, join, most_used, prune
 from moe.surgery_cli import app
 from routing import RoutingTrace

@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from experiments import bench_offload, llama_cpp, memory_limit
-from experiments.offload_contestants import contest, load_model
-from experiments.replay import ReplaySize, build_replay
+from experiments.bench.offloading import bench as bench_offload
+from experiments.bench.offloading import llama_cpp
+from experiments.bench.offloading.contestants import contest, load_model
+from experiments.evidence import memory_limit
+from experiments.evidence.replay import ReplaySize, build_replay
 from routing.traces import RoutingTrace
 
 

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import offload
-from experiments.resident import load_resident
+from experiments.evidence.resident import load_resident
 from tests.resident import bits_follow_addresses
 
 SMALL = {

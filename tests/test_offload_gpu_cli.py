@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
-from experiments import bench_offload_gpu
-from experiments.replay import ReplaySize, build_replay
+from experiments.bench.offloading import gpu as bench_offload_gpu
+from experiments.evidence.replay import ReplaySize, build_replay
 from offload.gpu import devices as gpu_devices
 from offload.gpu import rows as gpu_rows
 from offload.gpu.budget import CONTEXT_BYTES, gpu_table, plan_gpu, ring_slots, split_needs

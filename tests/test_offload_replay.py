@@ -7,7 +7,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import offload
-from experiments.replay import ReplaySize, build_replay, check_replay, replay_bytes
+from experiments.evidence.replay import ReplaySize, build_replay, check_replay, replay_bytes
 from routing.traces import RoutingTrace
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 import offload
-from experiments.resident import load_resident
+from experiments.evidence.resident import load_resident
 from offload.prefetch.predictor import TrainedPredictor
 from routing.traces import EMPTY
 

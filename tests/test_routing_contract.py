@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from experiments.resident import load_resident
+from experiments.evidence.resident import load_resident
 from moe import MoEForCausalLM
 from routing import ROUTERS, Router, RouterSizes, RoutingContext, build_routers
 from routing.fixed import ForcedRouter

@@ -1,0 +1,1 @@
+"""The Duo-LLM benchmark and its oracle."""

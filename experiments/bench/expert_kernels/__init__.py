@@ -1,0 +1,1 @@
+"""The benchmark of expert kernels against other implementations."""

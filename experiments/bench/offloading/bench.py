@@ -1,0 +1,228 @@
+"""`expertier bench offload`: decode speed of several engines on one replay checkpoint under the same memory limit."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from offload import format_size, parse_size
+
+from ...evidence.memory_limit import drop_cached, run_limited
+
+DEFAULT_CONTESTANTS = ("ours-compressed", "ours", "ours-fast", "ours-lru", "accelerate", "resident", "llama.cpp")
+NEEDS_LIMIT = {"accelerate": True, "resident": False}
+TIMEOUT_S = 1800.0
+
+
+def bench_offload(
+    checkpoint: Annotated[Path, typer.Argument(help="A replay checkpoint; made from --trace if it is not there.")],
+    trace: Annotated[Path | None, typer.Option("--trace", help="The trace to build it from.")] = None,
+    rows: Annotated[int, typer.Option("--rows", help="Rows of the trace to build in.")] = 20480,
+    limit: Annotated[list[str] | None, typer.Option("--limit", help="Memory limit, or none; repeat for more.")] = None,
+    contestant: Annotated[list[str] | None, typer.Option("--contestant", help="Who runs; repeat for more.")] = None,
+    prefill: Annotated[int, typer.Option("--prefill", min=1, help="Tokens of the first call.")] = 64,
+    decode: Annotated[int, typer.Option("--decode", min=2, help="Tokens decoded one by one.")] = 48,
+    predictor: Annotated[
+        Path | None,
+        typer.Option("--predictor", help="From other rows, for ours-ahead."),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu; or cuda, where limits are GPU budgets.")] = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the table as JSON.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Save a record.")] = False,
+) -> None:
+    """Feed a recorded trace through each engine under a memory limit, and print tokens per second.
+
+    Example: `expertier bench offload /tmp/replay --trace routing.npz --limit 6GiB --limit none`
+
+    On a GPU: `expertier bench offload /tmp/replay --trace routing.npz --device cuda --limit 8GiB --limit 4GiB`
+    """
+    if device != "cpu":
+        _bench_gpu(checkpoint, trace, rows, device, limit, contestant, prefill, decode, json_file, record)
+        return
+    for name in contestant or ():
+        if name not in NEEDS_LIMIT and name != "llama.cpp" and name.split("-")[0] != "ours":
+            raise ValueError(f"unknown contestant {name!r}; there are {', '.join(DEFAULT_CONTESTANTS)} and ours-POLICY")
+    check_parity()
+    _ensure_checkpoint(checkpoint, trace, rows)
+    bandwidth = _read_bandwidth(checkpoint)
+    console, results = Console(), []
+    console.print(
+        f"the disk gives {bandwidth / 1e9:.2f} GB/s to 4 threads reading 4 MiB with O_DIRECT", highlight=False
+    )
+    for text in limit or ["6GiB", "4GiB", "none"]:
+        for name in contestant or DEFAULT_CONTESTANTS:
+            if name in NEEDS_LIMIT and NEEDS_LIMIT[name] != (text != "none"):
+                continue
+            result = _run(name, checkpoint, text, prefill, decode, predictor)
+            result["bound_tok_per_s"] = _bound(result, bandwidth)
+            results.append(result)
+            console.print(_line(result), highlight=False)
+    _print(console, results)
+    if json_file:
+        json_file.write_text(json.dumps(results, indent=2))
+    if record:
+        from ...evidence.record import save_record
+
+        config = {"prefill": prefill, "decode": decode, "read_bytes_per_s": bandwidth}
+        save_record("bench-offload", results, config=config)
+
+
+def _bench_gpu(
+    checkpoint: Path,
+    trace: Path | None,
+    rows: int,
+    device: str,
+    limit: list[str] | None,
+    contestant: list[str] | None,
+    prefill: int,
+    decode: int,
+    json_file: Path | None,
+    record: bool,
+) -> None:
+    from offload import open_lane
+
+    from .gpu import CONTESTANTS, bench_gpu
+
+    open_lane(device, "auto", None)
+    _ensure_checkpoint(checkpoint, trace, rows)
+    limits, contestants = limit or ["8GiB", "4GiB"], contestant or list(CONTESTANTS)
+    bench_gpu(checkpoint, limits, contestants, prefill, decode, json_file, record=record)
+
+
+def check_parity() -> None:
+    """Offloaded logits must be the resident model's, bit by bit, on a small replay, before anything is timed.
+
+    Raises:
+        RuntimeError: if they are not.
+    """
+    import numpy as np
+    import torch
+
+    import offload
+    from routing.traces import RoutingTrace
+
+    from ...evidence.replay import ReplaySize, build_replay
+    from .contestants import compressed_of, load_model
+
+    rng = np.random.default_rng(0)
+    expert_TLK = np.stack([[rng.permutation(16)[:4] for _ in range(3)] for _ in range(40)]).astype(np.int16)
+    trace = RoutingTrace(expert_TLK=expert_TLK, sequence_T=np.zeros(40, np.int32), metadata={"num_experts": 16})
+    tokens = torch.arange(40)[None]
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        build_replay(trace, Path(folder), ReplaySize(hidden=128, expert=64))
+        resident = load_model("resident", Path(folder), "none", 40)
+        resident(tokens)  # torch's first call in a process now and then differs in last bits from all later ones
+        expected = resident(tokens).logits
+        for cache_experts, pack in ((2, None), (5, compressed_of(Path(folder))), (16, None)):
+            model = offload.load(folder, cache_experts=cache_experts, pack=pack)
+            if not torch.equal(model(tokens).logits, expected):
+                raise RuntimeError(f"{cache_experts} slots per layer change the output; nothing is measured")
+            model.offload.close()
+
+
+def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, predictor: Path | None) -> dict[str, Any]:
+    if name == "llama.cpp":
+        from . import llama_cpp
+
+        if not llama_cpp.is_available():
+            return _row({"contestant": name, "limit": limit, "note": llama_cpp.NOT_INSTALLED}, {}, None)
+        llama_cpp.gguf_of(checkpoint)
+    if "compressed" in name.split("-"):
+        from .contestants import compressed_of
+
+        compressed_of(checkpoint)
+    drop_cached(checkpoint)
+    limit_bytes = None if limit == "none" else parse_size(limit)
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.bench.offloading.contestants",
+        name,
+        str(checkpoint),
+        limit,
+        str(prefill),
+        str(decode),
+        str(predictor or ""),
+    ]
+    row: dict[str, Any] = {"contestant": name, "limit": limit}
+    finished = run_limited(command, limit_bytes, TIMEOUT_S)
+    measured: dict[str, Any] = {}
+    if finished.returncode == 0:
+        measured = json.loads(finished.stdout.strip().splitlines()[-1])
+    else:
+        reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+        row["note"] = f"exit {finished.returncode}: {reason}"[:160]
+    return _row(row, measured, finished.peak_bytes)
+
+
+def _row(row: dict[str, Any], measured: dict[str, Any], peak_bytes: int | None) -> dict[str, Any]:
+    step_s = measured.get("step_s", [])
+    ordered = sorted(step_s)
+    return {
+        **row,
+        "tok_per_s": len(step_s) / sum(step_s) if step_s else None,
+        "median_s": median(ordered) if ordered else None,
+        "p20_s": ordered[len(ordered) // 5] if ordered else None,
+        "p80_s": ordered[len(ordered) * 4 // 5] if ordered else None,
+        "prefill_s": measured.get("prefill_s"),
+        "load_s": measured.get("load_s"),
+        "hit_rate": measured.get("hit_rate"),
+        "bytes_per_token": measured.get("bytes_per_token"),
+        "bytes_missed_per_token": measured.get("bytes_missed_per_token"),
+        "prefill_bytes": measured.get("prefill_bytes"),
+        "io_and_compute_share": measured.get("io_and_compute_share"),
+        "prefetch": measured.get("prefetch"),
+        "peak_bytes": peak_bytes,
+        "peak_rss_bytes": measured.get("peak_rss_bytes"),
+        "logits": measured.get("logits"),
+        "note": row.get("note", ""),
+    }
+
+
+def _bound(result: dict[str, Any], bandwidth: float) -> float | None:
+    missed = result["bytes_missed_per_token"]
+    return bandwidth / missed if missed else None
+
+
+def _ensure_checkpoint(checkpoint: Path, trace: Path | None, rows: int) -> None:
+    from routing.traces import RoutingTrace
+
+    from ...evidence.replay import ReplaySize, build_replay, check_replay
+
+    if not (checkpoint / "model.safetensors.index.json").is_file():
+        if trace is None:
+            raise ValueError(f"{checkpoint} is not there; give --trace to build it")
+        build_replay(RoutingTrace.load(trace).rows(0, rows), checkpoint, ReplaySize())
+    if trace is not None:
+        share = check_replay(checkpoint, RoutingTrace.load(trace).rows(0, rows), 1000)
+        if share < 1:
+            raise ValueError(f"{checkpoint} routes only {share:.2%} of the experts as recorded; build it again")
+
+
+def _read_bandwidth(checkpoint: Path) -> float:
+    from offload import disk_bandwidth
+
+    drop_cached(checkpoint)
+    files = sorted(checkpoint.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    return disk_bandwidth(files[-1], num_threads=4, read_bytes=4 << 20)
+
+
+def _line(result: dict[str, Any]) -> str:
+    speed = "failed" if result["tok_per_s"] is None else f"{result['tok_per_s']:.3f} tok/s"
+    return f"{result['limit']:>6}  {result['contestant']:<15} {speed}  {result['note']}"
+
+
+def _print(console: Console, results: list[dict[str, Any]]) -> None:
+    table = Table("limit", "contestant", "tok/s", "median s", "p20", "p80", "bound", "hit rate", "prefill s", "peak")
+    for row in results:
+        numbers = [row[key] for key in ("tok_per_s", "median_s", "p20_s", "p80_s", "bound_tok_per_s", "hit_rate")]
+        shown = ["-" if number is None else f"{number:.3f}" for number in [*numbers, row["prefill_s"]]]
+        peak = "-" if row["peak_bytes"] is None else format_size(row["peak_bytes"])
+        table.add_row(row["limit"], row["contestant"], *shown, peak)
+    console.print(table)

@@ -1,0 +1,1 @@
+"""Several variants trained under equal conditions, and the page about them."""

@@ -1,0 +1,208 @@
+"""The runs of a comparison: every variant with every seed, each in its own folder, resumable, in parallel processes."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import active_children, get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from routing.ground.files import write_json
+
+from ..train.loop import differences
+from ..train.presets import TrainConfig
+from ..variants.catalogue import expect_variant, model_overrides
+
+RESULT_FILE, CONFIG_FILE = "compare_result.json", "compare_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One variant with one seed.
+
+    Args:
+        variant: its name.
+        config: everything that training depends on besides the text.
+        data: the text, as `load_corpus` takes it.
+        folder: where it lives.
+    """
+
+    variant: str
+    config: TrainConfig
+    data: str | None
+    folder: Path
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What came out, if the run has finished or diverged; one that failed is tried again."""
+        found = _read(self.folder / RESULT_FILE)
+        return None if found is None or found["status"] == "failed" else found
+
+
+def plan_runs(variants: list[str], base: TrainConfig, seeds: int, data: str | None, out: Path) -> list[Run]:
+    """Every variant with every seed, seeds outermost, so that an interrupted comparison has all variants.
+
+    Raises:
+        ValueError: if there is no variant, or one is unknown, named twice or does not fit the preset's sizes.
+    """
+    if not variants:
+        raise ValueError("no variant to compare; name at least one, such as top2,rmoe, or `all`")
+    if len(set(variants)) != len(variants):
+        raise ValueError(f"a variant is named twice in {', '.join(variants)}")
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1; got {seeds}")
+    models = {name: fitting_model(name, base.model) for name in variants}
+    return [
+        Run(
+            variant=name,
+            config=replace(base, model=models[name], seed=base.seed + seed),
+            data=data,
+            folder=out / "runs" / name / f"seed_{base.seed + seed}",
+        )
+        for seed in range(seeds)
+        for name in variants
+    ]
+
+
+def execute(runs: list[Run], processes: int, done: Callable[[Run, dict[str, Any]], None]) -> None:
+    """Finish every run that has no result yet; one that fails does not stop the others.
+
+    Args:
+        runs: as planned.
+        processes: how many at a time, sharing the cores.
+        done: called with each run and its result as it ends.
+
+    Raises:
+        ValueError: if a folder holds a run with other settings.
+    """
+    for run in runs:
+        _expect_same(run)
+    found = [(run, run.result) for run in runs]
+    waiting = [run for run, result in found if result is None]
+    for run, result in found:
+        if result is not None:
+            done(run, result)
+    if processes == 1:
+        for run in waiting:
+            done(run, execute_one(run, threads=None))
+        return
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_follow_parent) as pool:
+        futures = {pool.submit(execute_one, run, threads): run for run in waiting}
+        try:
+            for future in as_completed(futures):
+                done(futures[future], future.result())
+        except KeyboardInterrupt:
+            for future in futures:
+                future.cancel()
+            for worker in active_children():
+                os.kill(worker.pid, signal.SIGINT)
+            raise
+
+
+def execute_one(run: Run, threads: int | None) -> dict[str, Any]:
+    """Train, or continue training, then measure; the result is on disk when this returns.
+
+    A loss that is no longer finite ends the run with the status `diverged`; any other error, with `failed`.
+    """
+    import torch
+
+    from ..train.corpus import load_corpus
+
+    if threads:
+        torch.set_num_threads(threads)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_json(run.folder / CONFIG_FILE, _settings(run))
+    try:
+        result = _train_and_measure(run, load_corpus(run.data))
+    except FloatingPointError as error:
+        result = {"status": "diverged", "message": str(error)}
+    except Exception as error:  # whatever ends one run, the others go on
+        result = {"status": "failed", "message": f"{type(error).__name__}: {error}"}
+    result = {"variant": run.variant, "seed": run.config.seed} | result
+    write_json(run.folder / RESULT_FILE, result)
+    return result
+
+
+def _train_and_measure(run: Run, corpus: Any) -> dict[str, Any]:
+    from moe import MoEForCausalLM
+
+    from ..train.checkpoint import checkpoints
+    from ..train.torch_run import train
+    from .measures.choices import router_metrics
+
+    found = checkpoints(run.folder)
+    trained = train(run.config, corpus, run.folder, resume=bool(found), quiet=True)
+    if not math.isfinite(trained.held_out_bits_per_byte):
+        raise FloatingPointError("held-out loss is not finite")
+    model = MoEForCausalLM.from_pretrained(run.folder).eval()
+    measured = router_metrics(
+        model,
+        corpus,
+        sequence_length=run.config.sequence_length,
+        max_tokens=min(run.config.held_out_tokens, 16_384),
+        batch_size=run.config.batch_size,
+    )
+    return {"status": "finished", **asdict(trained), **measured}
+
+
+def _follow_parent() -> None:
+    """Make a worker die with the process that started it: two processes must never train in one folder.
+
+    It leaves the terminal's group, because Ctrl-C is passed on by that process, and a second one would end it at once.
+    """
+    os.setpgid(0, 0)
+
+    def watch() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def fitting_model(name: str, model: dict[str, Any]) -> dict[str, Any]:
+    """The model settings of a variant, whose layers were built on no device, so that misfits show before any run.
+
+    Raises:
+        ValueError: if there is no such variant, or it does not fit the preset's sizes.
+    """
+    import torch
+
+    from moe import MoEConfig, build_body
+
+    expect_variant(name)
+    try:
+        own = model_overrides(name, model)
+        with torch.device("meta"):
+            build_body(MoEConfig(**own))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return own
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """What makes a run this run besides its text, as it comes back from a JSON file."""
+    return json.loads(json.dumps({"variant": run.variant, "config": asdict(run.config)}))
+
+
+def _expect_same(run: Run) -> None:
+    begun, wanted = _read(run.folder / CONFIG_FILE), _settings(run)
+    if begun is not None and (changed := differences(begun["config"], wanted["config"])):
+        raise ValueError(f"{run.folder} holds a run with other settings ({changed}); use another --out or remove it")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON file of a run, if it is there."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove {path.parent} to run it anew") from error

@@ -1,0 +1,1 @@
+"""`expertier demo`: the whole story on this machine, as one HTML page."""

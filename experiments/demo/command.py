@@ -1,0 +1,23 @@
+"""`expertier demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the model, the trace, the plan and the report.")] = Path(
+        "runs/demo"
+    ),
+    data: Annotated[str | None, typer.Option(help="Text to train on; the standard library without it.")] = None,
+    train_seconds: Annotated[float, typer.Option(min=1, help="About how long training may take.")] = 240.0,
+) -> None:
+    """Train a model, run it with its experts on the SSD, record its routing, place it on a cluster; ends with a page.
+
+    Example: `expertier demo`
+    """
+    from .demo import run_demo
+
+    report = run_demo(out, data=data, train_seconds=train_seconds)
+    typer.echo(f"report: {report.resolve()}")

@@ -1,0 +1,1 @@
+"""How a measurement is made and kept: records, replay checkpoints, memory limits, figures."""

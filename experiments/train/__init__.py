@@ -1,0 +1,1 @@
+"""One training run, in torch or in JAX."""

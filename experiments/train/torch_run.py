@@ -1,0 +1,175 @@
+"""Train a small mixture-of-experts model on a text, killable and resumable at any moment."""
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from moe import MoEConfig, MoEForCausalLM, MoEOutput
+
+from .checkpoint import restore, save_checkpoint
+from .corpus import BatchOrder, Corpus, windows
+from .loop import TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
+from .metrics import routing_metrics
+from .precision import resolve_precision
+from .presets import TrainConfig
+from .schedule import learning_rate
+
+
+def train(
+    config: TrainConfig,
+    corpus: Corpus,
+    run: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    stop_after_s: float | None = None,
+) -> TrainResult:
+    """Train a model; everything it leaves behind is under `run`.
+
+    Args:
+        config: the run.
+        corpus: the text.
+        run: folder for checkpoints, `metrics.jsonl`, and at the end the model itself.
+        resume: continue after the last finished checkpoint, bit by bit as if nothing had happened.
+        quiet: no progress bar.
+        stop_after_s: end early after so many seconds, wherever the schedule is.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        ValueError: if `run` holds another run or one on another text, or the corpus is too short.
+        FloatingPointError: if the loss or its gradient is no longer finite; the last checkpoint is from before.
+        KeyboardInterrupt: after Ctrl-C, once the step that it came in is done and saved; after a second one at once.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = prepare(run, config, corpus, resume=resume)
+    precision = precision_of(found[-1]) if found else resolve_precision(config, device)
+    config = replace(config, precision=precision)
+    model, optimizer, order = build(config, corpus, device)
+    done = restore(found[-1], model, optimizer) if found else 0
+    trainable = _TorchRun(model, optimizer, order, corpus, config, run)
+    return run_steps(trainable, config, corpus, run, done, quiet=quiet, stop_after_s=stop_after_s)
+
+
+@dataclass(frozen=True, eq=False)
+class _TorchRun:
+    model: MoEForCausalLM
+    optimizer: AdamW
+    order: BatchOrder
+    corpus: Corpus
+    config: TrainConfig
+    run: Path
+
+    def step(self, number: int) -> dict[str, Any]:
+        return train_step(self.model, self.optimizer, self.order, self.config, number)
+
+    def evaluate(self) -> float:
+        return evaluate(self.model, self.corpus, self.config)
+
+    def save(self, done: int) -> Path:
+        return save_checkpoint(self.run, done, self.model, self.optimizer, self.config)
+
+
+def train_step(
+    model: MoEForCausalLM, optimizer: AdamW, order: BatchOrder, config: TrainConfig, step: int
+) -> dict[str, Any]:
+    """One optimiser step over `accumulation` micro-batches; returns its metrics."""
+    start = time.perf_counter()
+    device = next(model.parameters()).device
+    rate = learning_rate(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = lm_loss = 0.0
+    counts: list[Tensor] = []
+    loads: list[Tensor] = []
+    for micro in range(config.accumulation):
+        token_BS = torch.from_numpy(order.batch(step * config.accumulation + micro)).to(device)
+        with autocast(config.precision, device):
+            output: MoEOutput = model(token_BS, labels=token_BS, use_cache=False)
+        (output.loss / config.accumulation).backward()
+        loss += output.loss.item() / config.accumulation
+        lm_loss += output.lm_loss.item() / config.accumulation
+        counts = _added(counts, [call.count_R for call in output.router_stats])
+        loads = _added(loads, [call.kept_R[: call.num_experts] for call in output.router_stats])
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    if not (math.isfinite(loss) and torch.isfinite(norm)):
+        raise FloatingPointError(f"diverged at step {step + 1}: loss {loss}, gradient norm {norm.item()}")
+    optimizer.step()
+    optimizer.zero_grad()
+    tokens = config.accumulation * config.batch_size * config.sequence_length
+    model.model.post_step(counts, tokens)
+    return {
+        "step": step + 1,
+        "loss": loss,
+        "lm_loss": lm_loss,
+        "learning_rate": rate,
+        "gradient_norm": norm.item(),
+        "tokens_per_second": tokens / (time.perf_counter() - start),
+        **routing_metrics(output.router_stats, loads),
+    }
+
+
+def _added(totals: list[Tensor], counts: list[Tensor]) -> list[Tensor]:
+    return [total + count for total, count in zip(totals, counts, strict=True)] if totals else counts
+
+
+@torch.no_grad()
+def evaluate(model: MoEForCausalLM, corpus: Corpus, config: TrainConfig) -> float:
+    """Bits per byte on held-out documents."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    rows = held_out_rows(corpus, config)
+    total = 0.0
+    for start in range(0, len(rows), config.batch_size):
+        batch = rows[start : start + config.batch_size]
+        token_BS = torch.from_numpy(batch.astype("int64")).to(device)
+        with autocast(config.precision, device):
+            total += model(token_BS, labels=token_BS, use_cache=False).lm_loss.item() * len(batch)
+    model.train(was_training)
+    return bits_per_byte(total / len(rows), corpus)
+
+
+def build(config: TrainConfig, corpus: Corpus, device: torch.device) -> tuple[MoEForCausalLM, AdamW, BatchOrder]:
+    """The model as its seed initialises it, its optimiser, and the order of its batches."""
+    torch.manual_seed(config.seed)
+    model = MoEForCausalLM(MoEConfig(**({"vocab_size": corpus.vocab_size} | config.model))).to(device).train()
+    order = BatchOrder(windows(corpus.train, config.sequence_length), config.batch_size, config.seed)
+    return model, build_optimizer(model, config), order
+
+
+def build_optimizer(model: MoEForCausalLM, config: TrainConfig) -> AdamW:
+    """AdamW; matrices decay, norms and biases do not."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast | nullcontext:
+    """bfloat16 autocast, or nothing for float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def measure_step_s(config: TrainConfig, corpus: Corpus, *, num_steps: int = 4) -> float:
+    """Median seconds of an optimiser step of this run here, on a model that is thrown away."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = replace(config, precision=resolve_precision(config, device))
+    model, optimizer, order = build(config, corpus, device)
+    train_step(model, optimizer, order, config, 0)
+    seconds = []
+    for step in range(num_steps):
+        start = time.perf_counter()
+        train_step(model, optimizer, order, config, step)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[num_steps // 2]

@@ -1,0 +1,1 @@
+"""What can be trained and compared: router and architecture variants by name."""
