@@ -86,31 +86,23 @@ def refactor(context: typer.Context) -> None:
     _pass_on("refactor", context)
 
 
+@app.command("prune", context_settings=PASSED_ON)
+def prune(context: typer.Context) -> None:
+    """Keep some experts of each layer of a trained model: those most used in a trace, or random ones."""
+    _pass_on("prune", context)
+
+
+@app.command("join", context_settings=PASSED_ON)
+def join(context: typer.Context) -> None:
+    """Put the experts of two trained models of one backbone beside each other."""
+    _pass_on("join", context)
+
+
 def _pass_on(command: str, context: typer.Context) -> None:
     # importing moe imports torch and transformers, which `expertier --help` and `expertier place` do without
     import moe.cli
 
     moe.cli.app([command, *context.args], prog_name="expertier", standalone_mode=False)
-
-
-@app.command(
-    "prune", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-)
-def prune(context: typer.Context) -> None:
-    """Keep some experts of each layer of a trained model: those most used in a trace, or random ones."""
-    import moe.surgery_cli
-
-    moe.surgery_cli.app(["prune", *context.args], prog_name="expertier", standalone_mode=False)
-
-
-@app.command(
-    "join", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-)
-def join(context: typer.Context) -> None:
-    """Put the experts of two trained models of one backbone beside each other."""
-    import moe.surgery_cli
-
-    moe.surgery_cli.app(["join", *context.args], prog_name="expertier", standalone_mode=False)
 
 
 def main() -> None:

@@ -5,20 +5,21 @@ implementation of that name with transformers.
 """
 
 from .architectures import ARCHITECTURES, build_body
-from .config import MoEConfig
-from .decoder import MoEForCausalLM, MoEModel, MoEOutput
-from .ensemble import EnsembleConfig, EnsembleForCausalLM, ensemble
-from .experts import Experts
-from .flops import LayerFlops, projection_flops
-from .fused_experts import FusedCache, fused_experts
-from .grouped import expertier_experts, grouped_experts
-from .layer import FeedForward, MoELayer, RoutedLayer
-from .product import Linear
-from .reference import swiglu_experts_reference
-from .skip_feed_forward import SkipReport, skip_feed_forward
-from .stack import LayerPasses
-from .surgery import drawn, join, most_used, prune
-from .text import ByteText, TokenizerText, text_of
+from .conversion.export import export
+from .conversion.prune_and_join import drawn, join, most_used, prune
+from .experts.bank import Experts
+from .experts.grouped import expertier_experts, grouped_experts
+from .experts.reference import swiglu_experts_reference
+from .inference.ensemble import EnsembleConfig, EnsembleForCausalLM, ensemble
+from .inference.fused_condition import FusedCache, fused_experts
+from .inference.skip_feed_forward import SkipReport, skip_feed_forward
+from .layers.layer import FeedForward, MoELayer, RoutedLayer
+from .layers.stack import LayerPasses
+from .model.decoder import MoEForCausalLM, MoEModel, MoEOutput
+from .parts.config import MoEConfig
+from .parts.flops import LayerFlops, projection_flops
+from .parts.linear import Linear
+from .parts.text import ByteText, TokenizerText, text_of
 
 __all__ = [
     "ARCHITECTURES",
@@ -43,6 +44,7 @@ __all__ = [
     "drawn",
     "ensemble",
     "expertier_experts",
+    "export",
     "fused_experts",
     "grouped_experts",
     "join",

@@ -46,7 +46,7 @@ def test_imports_between_packages_run_one_way_and_through_the_root(package):
                 continue
             doors = ("moe.kernels", "moe.nnx", "routing.traces", "routing.ground")
             entry = name.startswith(doors) or name.endswith("cli")
-            allowed = name in ALLOWED[package] or entry or name == "moe.export"
+            allowed = name in ALLOWED[package] or entry
             assert top in {entry.split(".")[0] for entry in ALLOWED[package]}, (
                 f"{path}: {package} must not import {top}"
             )

@@ -19,7 +19,7 @@ from experiments.train.corpus import Corpus
 from experiments.train.jax_run import train
 from experiments.train.metrics import read_log
 from moe import MoEForCausalLM
-from moe.nnx.checkpoint import read_tensors
+from moe.nnx.model.checkpoint import read_tensors
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-import moe.norm
-from moe.attention import rotary_angles, rotate
+import moe.parts.norm
+from moe.parts.attention import rotary_angles, rotate
 
 B, H, S, A = 2, 3, 5, 8
 
 
 @pytest.fixture(autouse=True, params=[0, 1 << 30], ids=["in place", "few numbers"])
 def fewest_numbers(request, monkeypatch):
-    monkeypatch.setattr(moe.norm, "FEWEST_NUMBERS", request.param)
+    monkeypatch.setattr(moe.parts.norm, "FEWEST_NUMBERS", request.param)
 
 
 def heads(dtype=torch.float64):

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe import MoEForCausalLM
-from moe.export import export
+from moe.conversion.export import export
 
 FAMILIES = [
     pytest.param("olmoe", {"qk_norm": "full", "router": "olmoe"}, id="olmoe"),

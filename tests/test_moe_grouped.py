@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from moe import Experts, blockwise, grouped_experts
-from moe.blockwise import blocks_of, blockwise_experts
-from moe.looped_product import looped_product
-from moe.reference import swiglu_experts_reference
+from moe import Experts, grouped_experts
+from moe.experts import blockwise
+from moe.experts.blockwise import blocks_of, blockwise_experts
+from moe.experts.looped_product import looped_product
+from moe.experts.reference import swiglu_experts_reference
 
 PATHS = ["grouped", "blockwise", "looped"]
 
@@ -53,7 +54,7 @@ def build(tiny_config, dtype=torch.float32):
 @pytest.mark.parametrize("num_tokens", [1, 3, 40])
 def test_equals_grouped_mm_of_transformers_with_every_gradient(tiny_config, tolerance, monkeypatch, num_tokens, forced):
     for limit in forced:
-        monkeypatch.setattr(f"moe.grouped.{limit}", 0)
+        monkeypatch.setattr(f"moe.experts.grouped.{limit}", 0)
     experts = build(tiny_config)
     expert_TK = torch.stack([torch.randperm(7)[:2] for _ in range(num_tokens)])
     weight_TK = torch.rand(num_tokens, 2).masked_fill(expert_TK == 6, 0.0).requires_grad_()
@@ -73,7 +74,7 @@ def test_negative_ids_are_refused(tiny_config):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_compiles_whole_in_every_number_format(tiny_config, tolerance, monkeypatch, dtype):
-    monkeypatch.setattr("moe.grouped.BLOCKWISE_ROWS", 0)
+    monkeypatch.setattr("moe.experts.grouped.BLOCKWISE_ROWS", 0)
     experts = build(tiny_config, dtype)
     expert_TK, weight_TK = torch.randint(7, (20, 2)), torch.rand(20, 2)
     x_TD = torch.randn(20, 32, dtype=dtype, requires_grad=True)
@@ -133,7 +134,7 @@ def test_several_blocks_of_an_expert_equal_the_loop_with_every_gradient(
 ):
     monkeypatch.setattr(blockwise, "BLOCK_NUMBERS", 0)
     monkeypatch.setattr(blockwise, "LEAST_ROWS", 64)
-    monkeypatch.setattr("moe.grouped.BLOCKWISE_ROWS", 0)
+    monkeypatch.setattr("moe.experts.grouped.BLOCKWISE_ROWS", 0)
     experts = build(tiny_config, torch.float32 if is_autocast else dtype)
     expert_TK = torch.stack([torch.randperm(7)[:2] for _ in range(300)])
     expert_TK[:, 0] = torch.where(expert_TK[:, 1] == 2, expert_TK[:, 0], 2)
@@ -153,7 +154,7 @@ def test_several_blocks_of_an_expert_equal_the_loop_with_every_gradient(
 
 
 def test_frozen_experts_give_a_gradient_of_tokens_and_weights_alone(tiny_config, monkeypatch):
-    monkeypatch.setattr("moe.grouped.BLOCKWISE_ROWS", 0)
+    monkeypatch.setattr("moe.experts.grouped.BLOCKWISE_ROWS", 0)
     experts = build(tiny_config).requires_grad_(False)
     x_TD, weight_TK = torch.randn(40, 32, requires_grad=True), torch.rand(40, 2, requires_grad=True)
     y_TD = grouped_experts(experts, x_TD, torch.randint(6, (40, 2)), weight_TK)

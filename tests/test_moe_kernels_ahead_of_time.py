@@ -23,7 +23,7 @@ ALL_KERNELS = PRODUCTS | {
 def compiled(*arguments):
     """Compilation needs a process whose kernels are not interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "moe.kernels.ahead_of_time", "--json", *arguments]
+    command = [sys.executable, "-m", "moe.kernels.tuning.ahead_of_time", "--json", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -78,8 +78,8 @@ def test_every_shipped_configuration(arch):
 STAND_IN = """
 import triton
 from triton.runtime import driver
-from moe.kernels import ahead_of_time
-from moe.kernels.planned import compile_together
+from moe.kernels.tuning import ahead_of_time
+from moe.kernels.tuning.planned import compile_together
 
 class Device:
     def get_current_target(self):
@@ -144,7 +144,7 @@ def test_kernels_that_are_compiled_together_are_ready_for_their_launch():
 def test_interpreted_kernels_are_not_compiled():
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels of this process are not interpreted")
-    from moe.kernels.ahead_of_time import compile_shipped
+    from moe.kernels.tuning.ahead_of_time import compile_shipped
 
     with pytest.raises(ValueError, match="without TRITON_INTERPRET"):
         next(compile_shipped("sm90"))

@@ -6,11 +6,11 @@ import torch
 pytest.importorskip("triton")
 
 from moe.kernels import ExpertWeights, compute_experts, dequantise, quantise
-from moe.kernels import decode as decode_module
-from moe.kernels.activation import Activation
-from moe.kernels.forward import forward
-from moe.kernels.launch import execute
-from moe.kernels.tiles import chosen_tiles
+from moe.kernels.decode import rows as decode_module
+from moe.kernels.grouped.forward import forward
+from moe.kernels.launching.launch import execute
+from moe.kernels.launching.tiles import chosen_tiles
+from moe.kernels.weights.activation import Activation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPT_OSS = Activation(alpha=1.702, limit=0.5, shift=1.0)

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from moe.kernels import ExpertWeights, compute_experts, in_parts, operators, rows_in_parts
-from moe.kernels import decode as decode_module
-from moe.kernels.activation import Activation
+from moe.kernels.decode import rows as decode_module
+from moe.kernels.weights.activation import Activation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E, K, C = 5, 2, 2

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from moe.kernels.launch import execute
-from moe.kernels.metadata import NOBODY, UNUSED, group_rows, map_tiles
+from moe.kernels.grouped.metadata import NOBODY, UNUSED, group_rows, map_tiles
+from moe.kernels.launching.launch import execute
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

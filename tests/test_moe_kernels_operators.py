@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 from moe import Experts
 from moe.kernels import ExpertWeights, can_compute, compute_experts, fused_experts, quantise
-from moe.kernels.activation import Activation
 from moe.kernels.experts import activation_of
+from moe.kernels.weights.activation import Activation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from moe.kernels import ExpertWeights, QuantisedWeight, compute_experts, dequantise, quantise
-from moe.kernels.activation import Activation
-from moe.kernels.quantise import FORMATS
+from moe.kernels.weights.activation import Activation
+from moe.kernels.weights.quantise import FORMATS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPT_OSS = Activation(alpha=1.702, limit=0.5, shift=1.0)

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from moe.kernels import ExpertWeights, compute_experts
-from moe.kernels.activation import INNER, Activation
+from moe.kernels.weights.activation import INNER, Activation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E = 5

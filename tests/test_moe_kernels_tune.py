@@ -13,11 +13,11 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from moe.kernels import ExpertWeights, quantise
-from moe.kernels import tiles as tile_table
-from moe.kernels.activation import Activation
-from moe.kernels.launch import is_interpreted
-from moe.kernels.tiles import LayerTiles, Tile, TunedFor, chosen_tiles, table_tiles, tuned_file, tuned_tiles
-from moe.kernels.tune import PRODUCTS, measure_on_device, save_tuned, tune
+from moe.kernels.launching import tiles as tile_table
+from moe.kernels.launching.launch import is_interpreted
+from moe.kernels.launching.tiles import LayerTiles, Tile, TunedFor, chosen_tiles, table_tiles, tuned_file, tuned_tiles
+from moe.kernels.tuning.tune import PRODUCTS, measure_on_device, save_tuned, tune
+from moe.kernels.weights.activation import Activation
 
 TILES = LOW, LOW_WIDE, HIGH = Tile(16, 32, 16, 4, 1), Tile(16, 64, 16, 4, 1), Tile(32, 32, 16, 4, 1)
 NAMES = {

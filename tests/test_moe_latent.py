@@ -4,7 +4,7 @@ from torch.nn.functional import silu
 
 import offload
 from moe import MoEForCausalLM
-from moe.latent_experts import LatentExperts
+from moe.experts.latent import LatentExperts
 
 E, D, F, U, K, T = 6, 32, 24, 5, 2, 20
 
@@ -64,7 +64,7 @@ def test_trap_a_token_is_projected_once_per_group(tiny_config, monkeypatch):
             projected.append(len(x))
         return original(x, weight, bias)
 
-    monkeypatch.setattr("moe.latent_experts.linear", counting)
+    monkeypatch.setattr("moe.experts.latent.linear", counting)
     expert_TK = torch.tensor([[0, 1, 2], [0, 3, 4], [5, 4, 3]])
     experts(torch.randn(3, D).double(), expert_TK, torch.ones(3, 3).double())
     assert projected == [2, 2, 2, 2], "two tokens in each of two groups, gate and up"

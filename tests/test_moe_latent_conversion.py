@@ -7,10 +7,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, OlmoeFo
 import moe.cli
 import offload
 from moe import MoEForCausalLM
-from moe.export import export
-from moe.factorise import Whitening, factorise, truncate
-from moe.latent_conversion import LatentPlan, convert_to_latent
-from moe.native import config_of_moe
+from moe.conversion.export import export
+from moe.conversion.factorise import Whitening, factorise, truncate
+from moe.conversion.families import config_of_moe
+from moe.conversion.latent_conversion import LatentPlan, convert_to_latent
 
 FAMILIES = {
     "olmoe": {"qk_norm": "full", "router": "olmoe"},

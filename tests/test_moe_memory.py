@@ -9,7 +9,7 @@ import routing.gathered
 from experiments.evidence.live_bytes import LiveBytes
 from moe import MoEForCausalLM
 from moe.architectures import build_body
-from moe.architectures.ultramem import Shuffle
+from moe.architectures.memory.ultramem import Shuffle
 from routing import BALANCE_LOSSES, Carry, RoutingContext, gather_dot, gather_sum
 
 OPTIONS = {

@@ -13,8 +13,8 @@ import jax.numpy as jnp  # noqa: E402
 from einops import rearrange  # noqa: E402
 
 from moe.nnx import GROUPED_PRODUCTS, compute_experts  # noqa: E402
-from moe.nnx.grouped import block_rows, default_product  # noqa: E402
-from moe.nnx.sorting import sort_by_expert, sort_tokens, unsort_rows  # noqa: E402
+from moe.nnx.parts.grouped import block_rows, default_product  # noqa: E402
+from moe.nnx.parts.sorting import sort_by_expert, sort_tokens, unsort_rows  # noqa: E402
 
 E, D, F = 6, 8, 12
 ROUTINGS = {

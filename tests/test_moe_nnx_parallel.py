@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("jax", reason="needs the extra expertier[jax]")
 
 from moe.nnx import build_mesh, parse_mesh
-from moe.nnx.mesh import partition
+from moe.nnx.parts.mesh import partition
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,8 +20,10 @@ import warnings; warnings.simplefilter("error")
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from moe import MoEConfig
-from moe.nnx import MoEForCausalLM, build_mesh, compute_experts, distribute, experts, sorting
-from moe.nnx.mesh import place_batch
+from moe.nnx import MoEForCausalLM, build_mesh, compute_experts, distribute
+from moe.nnx.model import experts
+from moe.nnx.parts import sorting
+from moe.nnx.parts.mesh import place_batch
 
 assert len(jax.devices()) == 8
 SIZES = dict(vocab_size=32, hidden_size=16, intermediate_size=24, moe_intermediate_size=12, num_attention_heads=4,
@@ -142,7 +144,7 @@ def test_training_on_a_mesh_resumes_bit_by_bit_and_stays_close_to_one_device():
     on_eight_devices("""
 import tempfile
 from pathlib import Path
-from moe.nnx.training import Optimisation, Trainer
+from moe.nnx.training.training import Optimisation, Trainer
 
 how = Optimisation(weight_decay=0.1, betas=(0.9, 0.95), clip_norm=1.0, precision="float32", seed=0)
 config = MoEConfig(**(SIZES | dict(num_hidden_layers=2, router="deepseek_v3")))

@@ -10,7 +10,7 @@ jax = pytest.importorskip("jax", reason="needs the extra expertier[jax]")
 nnx = pytest.importorskip("flax.nnx", reason="needs the extra expertier[jax]")
 
 from moe.nnx import load_pretrained  # noqa: E402
-from moe.nnx.checkpoint import _outwards  # noqa: E402
+from moe.nnx.model.checkpoint import _outwards  # noqa: E402
 
 NULLS = {"zero_compute_experts": ["zero"] * 3, "num_experts_per_tok": 4}
 VARIANTS = {
@@ -170,7 +170,7 @@ def test_a_router_without_a_twin_is_refused_by_name(tiny_config):
 
 @pytest.mark.parametrize(("init", "bound"), [("kaiming", 16**-0.5), ("normal", None)])
 def test_rmoe_starts_as_its_option_says(tiny_config, init, bound):
-    from moe.nnx.routers import build_twins
+    from moe.nnx.routing.routers import build_twins
 
     options = {"state_width": 16, "init": init}
     routers = build_twins(tiny_config(router="rmoe", router_options=options), nnx.Rngs(0))

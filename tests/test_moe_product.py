@@ -6,17 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import moe.norm
-import moe.product
-from moe.product import Linear, matmul, mkl_is_half_as_wide
+import moe.parts.linear
+import moe.parts.norm
+from moe.parts.linear import Linear, matmul, mkl_is_half_as_wide
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
 
 @pytest.fixture
 def onednn(monkeypatch):
-    monkeypatch.setattr(moe.product, "mkl_is_half_as_wide", lambda: True)
-    monkeypatch.setattr(moe.norm, "FEWEST_NUMBERS", 1)
+    monkeypatch.setattr(moe.parts.linear, "mkl_is_half_as_wide", lambda: True)
+    monkeypatch.setattr(moe.parts.norm, "FEWEST_NUMBERS", 1)
 
 
 @needs_onednn
@@ -33,7 +33,7 @@ def test_any_layout_is_torchs_product(N, I, O, layouts):
     right = torch.randn(O, I).T if turns_right else torch.randn(I, O)
     out = {"new": None, "rows": torch.empty(N, O), "columns": torch.empty(O, N).T}[out_layout]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe.product, "mkl_is_half_as_wide", lambda: True)
+        patch.setattr(moe.parts.linear, "mkl_is_half_as_wide", lambda: True)
         found = matmul(left, right, out=out)
     assert out is None or found is out
     torch.testing.assert_close(found, left @ right, rtol=1e-5, atol=1e-5)
@@ -85,7 +85,7 @@ def test_other_dtypes_autocast_and_inference_have_torchs_bits(onednn):
     ],
 )
 def test_who_is_asked_follows_from_the_processor(vendor, capability, expected, monkeypatch):
-    monkeypatch.setattr(moe.product, "processor_fact", lambda _name: vendor)
+    monkeypatch.setattr(moe.parts.linear, "processor_fact", lambda _name: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)

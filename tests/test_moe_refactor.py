@@ -6,11 +6,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 import moe.cli
 import offload
-from moe.dense_slicing import sliced_model, storage
-from moe.domain_masks import cluster, hidden_channels, mean_activations, slice_layer
-from moe.native import config_of_dense
-from moe.refactor import RefactorPlan, refactor
-from moe.refactor_training import Rounds, distillation_loss, overlap_target_LTE
+from moe.conversion.dense_to_experts.domain_masks import cluster, hidden_channels, mean_activations, slice_layer
+from moe.conversion.dense_to_experts.refactor import RefactorPlan, refactor
+from moe.conversion.dense_to_experts.slicing import sliced_model, storage
+from moe.conversion.dense_to_experts.training import Rounds, distillation_loss, overlap_target_LTE
+from moe.conversion.families import config_of_dense
 
 ROUTER = {"router_width": 16, "router_heads": 2}
 

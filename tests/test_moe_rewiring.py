@@ -4,9 +4,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import offload
 from moe import MoEForCausalLM
-from moe.export import export
-from moe.logit_offsets import logit_offsets
-from moe.rewiring import Rewiring, confidence_L, generate_rewired, layer_weights
+from moe.conversion.export import export
+from moe.inference.logit_offsets import logit_offsets
+from moe.inference.rewiring import Rewiring, confidence_L, generate_rewired, layer_weights
 
 FAMILIES = {
     "olmoe": {"qk_norm": "full", "router": "olmoe"},

@@ -7,7 +7,7 @@ from torch.nn.functional import gelu, layer_norm
 import offload
 from experiments.evidence.resident import load_resident
 from moe import MoEForCausalLM, fused_experts
-from moe.reference import swiglu_experts_reference
+from moe.experts.reference import swiglu_experts_reference
 from routing import BALANCE_LOSSES, Carry, RoutingContext, task_bias, z_loss
 
 CASES = {

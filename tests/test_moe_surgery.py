@@ -18,7 +18,7 @@ from transformers import (
 import offload
 from experiments.evidence.resident import load_resident
 from moe import MoEForCausalLM, drawn, join, most_used, prune
-from moe.surgery_cli import app
+from moe.cli import app
 from routing import RoutingTrace
 
 E, K, L = 6, 2, 3

@@ -6,7 +6,7 @@ import torch
 
 import offload
 from moe import MoEForCausalLM
-from moe.token_router import context_of
+from moe.architectures.read_me.token_router import context_of
 from offload.serve.batches import planned_signature, signatures
 
 MODELS = {

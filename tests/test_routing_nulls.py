@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe import MoELayer
-from moe.reference import swiglu_experts_reference
+from moe.experts.reference import swiglu_experts_reference
 from routing import BALANCE_LOSSES, Carry, RouterSizes, RoutingContext, build_routers
 from routing.nulls import copy_ffn_rows_to_nulls, expected_true_load
 

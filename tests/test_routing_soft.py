@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe import MoEForCausalLM
-from moe.layer import SoftMoELayer
-from moe.reference import swiglu_experts_reference
+from moe.experts.reference import swiglu_experts_reference
+from moe.layers.layer import SoftMoELayer
 from routing import Carry, RouterSizes, RoutingContext, build_routers
 
 D, E, S, P = 32, 6, 5, 2

@@ -38,7 +38,7 @@ def bench_flax(
 
 
 def _product_rows(case: str, sizes: tuple[int, int, int, int], samples: int) -> list[dict[str, Any]]:
-    from moe.nnx.probe import grouped_product_calls
+    from moe.nnx.parts.probe import grouped_product_calls
 
     calls = grouped_product_calls(*sizes)
     for what in ("forward", "gradient"):

@@ -135,7 +135,7 @@ def _as_mixtral(model: "nn.Module") -> "nn.Module":
     """The same weights in transformers' class, whose experts are computed by its own grouped products."""
     from transformers import MixtralForCausalLM
 
-    from moe.export import export
+    from moe import export
 
     exported = export(model, "mixtral")
     config = exported.config

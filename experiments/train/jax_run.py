@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from moe import MoEConfig
-from moe.nnx.mesh import parse_mesh
-from moe.nnx.training import Optimisation, Trainer, resolve_precision
+from moe.nnx.parts.mesh import parse_mesh
+from moe.nnx.training.training import Optimisation, Trainer, resolve_precision
 
 from .checkpoint import write_checkpoint
 from .corpus import BatchOrder, Corpus, windows

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from ..config import MoEConfig
+from ..parts.config import MoEConfig
 from .body import Body
 from .chain import chain_of_experts
 from .duo import duo_llm
@@ -12,14 +12,14 @@ from .feature_groups import feature_groups
 from .glider import glider
 from .hydra import hydra
 from .latent import latent
+from .memory.peer import peer
+from .memory.ultramem import ultramem
 from .mixture_of_transformers import mixture_of_transformers
 from .mode import mode
 from .moex import moex
-from .peer import peer
 from .plain import plain
-from .readme import readme
-from .recursion import mixture_of_recursions
-from .ultramem import ultramem
+from .read_me.architecture import readme
+from .recursion.architecture import mixture_of_recursions
 
 ARCHITECTURES: dict[str, Callable[..., Body]] = {
     "moe": plain,

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..config import MoEConfig
-from ..stack import Stack
+from ..layers.stack import Stack
+from ..parts.config import MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

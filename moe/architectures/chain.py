@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from routing import Carry, RouterStats, RoutingContext, build_routers
 
-from ..config import MoEConfig
-from ..flops import LayerFlops
-from ..layer import ExpertBank
+from ..layers.layer import ExpertBank
+from ..parts.config import MoEConfig
+from ..parts.flops import LayerFlops
 from .body import Body
 
 Residual = Literal["stream", "normed"]

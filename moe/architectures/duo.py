@@ -13,10 +13,10 @@ from torch.nn.functional import linear
 
 from routing import Carry, RouterModule, RouterSizes, RouterStats, Routing, RoutingContext
 
-from ..config import MoEConfig
-from ..flops import LayerFlops, projection_flops
-from ..layer import FeedForward, RoutedLayer
-from ..stack import Stack, StackInputs, StackOutput
+from ..layers.layer import FeedForward, RoutedLayer
+from ..layers.stack import Stack, StackInputs, StackOutput
+from ..parts.config import MoEConfig
+from ..parts.flops import LayerFlops, projection_flops
 from .body import Body
 
 Stage = Literal["random", "router"]

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from routing import Carry, RouterModule, RouterStats, Routing, RoutingContext, build_routers
 
-from ..config import MoEConfig
-from ..flops import LayerFlops
-from ..layer import FeedForward, RoutedLayer
+from ..layers.layer import FeedForward, RoutedLayer
+from ..parts.config import MoEConfig
+from ..parts.flops import LayerFlops
 from .body import Body
 
 

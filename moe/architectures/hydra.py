@@ -7,8 +7,8 @@ from functools import partial
 
 from routing import PooledRouter
 
-from ..config import MoEConfig
-from ..layer import build_moe_layer
+from ..layers.layer import build_moe_layer
+from ..parts.config import MoEConfig
 from .body import Body
 from .rescored import rescored_routers
 

@@ -2,9 +2,9 @@
 
 from routing import build_routers
 
-from ..config import MoEConfig
-from ..latent_experts import LatentExperts
-from ..layer import build_moe_layer
+from ..experts.latent import LatentExperts
+from ..layers.layer import build_moe_layer
+from ..parts.config import MoEConfig
 from .body import Body
 
 

@@ -15,11 +15,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from routing import Carry, ModalityRouter, RouterStats, RoutingContext, modality_of
 
-from ..attention import Attention, rotate
-from ..config import MoEConfig
-from ..layer import build_moe_layer
-from ..norm import RMSNorm
-from ..stack import StackInputs
+from ..layers.layer import build_moe_layer
+from ..layers.stack import StackInputs
+from ..parts.attention import Attention, rotate
+from ..parts.config import MoEConfig
+from ..parts.norm import RMSNorm
 from .body import Body
 
 

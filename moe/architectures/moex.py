@@ -5,12 +5,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..config import MoEConfig
-from ..flops import LayerFlops
-from ..layer import MoELayer
-from ..relu_experts import ReluExperts
-from ..sparsity_router import SparsityRouter
+from ..experts.relu import ReluExperts
+from ..layers.layer import MoELayer
+from ..parts.config import MoEConfig
+from ..parts.flops import LayerFlops
 from .body import Body
+from .sparsity_router import SparsityRouter
 
 
 class MoEXLayer(MoELayer):

@@ -2,8 +2,8 @@
 
 from routing import build_routers
 
-from ..config import MoEConfig
-from ..layer import build_moe_layer
+from ..layers.layer import build_moe_layer
+from ..parts.config import MoEConfig
 from .body import Body
 
 

@@ -8,7 +8,7 @@ The only place that imports triton, and imported only when it is used, so that `
 from .experts import activation_of, can_compute, can_compute_in, fused_experts
 from .in_parts import FewRows, ManyRows, rows_in_parts
 from .operators import ExpertWeights, compute_experts
-from .quantise import QuantisedWeight, dequantise, quantise
+from .weights.quantise import QuantisedWeight, dequantise, quantise
 
 __all__ = [
     "ExpertWeights",

@@ -11,10 +11,10 @@ from dataclasses import astuple
 import torch
 from torch import Tensor, nn
 
-from .activation import INNER, Activation
-from .launch import TRITON_TYPES, is_interpreted
+from .launching.launch import TRITON_TYPES, is_interpreted
 from .operators import compute_experts
-from .weights import ExpertWeights
+from .weights.activation import INNER, Activation
+from .weights.weights import ExpertWeights
 
 LIMIT_NAMES = ("limit", "swiglu_limit")
 ALPHA_NAMES = ("alpha", "swiglu_alpha")

@@ -11,16 +11,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .decode import MAX_ROWS, DecodePlan, decode_rows
-from .decode_combine import combine_rows
-from .down import project_down
-from .gather_sum import gather_sum
-from .launch import execute
-from .metadata import UNUSED, Groups, TileMap, group_rows
+from .decode.combine import combine_rows
+from .decode.rows import MAX_ROWS, DecodePlan, decode_rows
+from .grouped.down import project_down
+from .grouped.gather_sum import gather_sum
+from .grouped.metadata import UNUSED, Groups, TileMap, group_rows
+from .grouped.up import project_up
+from .launching.launch import execute
+from .launching.tiles import chosen_tiles
 from .operators import on_device_of
-from .tiles import chosen_tiles
-from .up import project_up
-from .weights import ExpertWeights
+from .weights.weights import ExpertWeights
 
 
 class FewRows:

@@ -13,15 +13,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .activation import Activation
-from .backward import Needs, backward
-from .decode import MAX_ROWS, decode
-from .forward import forward
-from .launch import execute
-from .metadata import Groups
-from .quantise import QuantisedWeight
-from .tiles import chosen_tiles
-from .weights import ExpertWeights
+from .decode.rows import MAX_ROWS, decode
+from .grouped.backward import Needs, backward
+from .grouped.forward import forward
+from .grouped.metadata import Groups
+from .launching.launch import execute
+from .launching.tiles import chosen_tiles
+from .weights.activation import Activation
+from .weights.quantise import QuantisedWeight
+from .weights.weights import ExpertWeights
 
 DENSE = "dense"
 # arguments of `expertier::experts`: those that can have a gradient; tensors from `slot` on

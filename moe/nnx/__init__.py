@@ -4,12 +4,12 @@
 computes nothing.
 """
 
-from .checkpoint import load_pretrained, save_pretrained
-from .decoder import MoEForCausalLM, MoEOutput
-from .distribute import distribute
-from .experts import Experts, compute_experts
-from .grouped import GROUPED_PRODUCTS
-from .mesh import build_mesh, parse_mesh
+from .model.checkpoint import load_pretrained, save_pretrained
+from .model.decoder import MoEForCausalLM, MoEOutput
+from .model.experts import Experts, compute_experts
+from .parts.grouped import GROUPED_PRODUCTS
+from .parts.mesh import build_mesh, parse_mesh
+from .training.distribute import distribute
 
 __all__ = [
     "GROUPED_PRODUCTS",

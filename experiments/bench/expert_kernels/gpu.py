@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from moe.kernels.decode import MAX_ROWS
+from moe.kernels.decode.rows import MAX_ROWS
 from moe.kernels.experts import weights_of
-from moe.kernels.launch import Launch
-from moe.kernels.planned import compile_together, decode_launches, layer_launches, meta_weights
-from moe.kernels.tiles import chosen_tiles, num_processors
-from moe.kernels.tune import save_tuned, tune
-from moe.kernels.weights import ExpertWeights
+from moe.kernels.launching.launch import Launch
+from moe.kernels.launching.tiles import chosen_tiles, num_processors
+from moe.kernels.tuning.planned import compile_together, decode_launches, layer_launches, meta_weights
+from moe.kernels.tuning.tune import save_tuned, tune
+from moe.kernels.weights.weights import ExpertWeights
 from routing.traces import RoutingTrace
 
 from .contestants import QUANTISED, Contestant, dense_contestants, quantised_contestant

@@ -1,0 +1,1 @@
+"""Memory layers: PEER and UltraMem, whose experts are rows of large tables."""

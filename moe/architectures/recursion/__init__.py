@@ -1,0 +1,1 @@
+"""Mixture-of-Recursions: one block applied a token-dependent number of times."""

@@ -1,0 +1,1 @@
+"""One checkpoint written as another: export, factorise, prune, join."""

@@ -1,0 +1,1 @@
+"""Read-ME: a dense model refactored into experts behind one router."""

@@ -1,0 +1,131 @@
+"""`expertier refactor`: a small dense Llama-type checkpoint as experts, a permanent part, and one router for all."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ...model.decoder import MoEForCausalLM
+from ...parts.text import TOKENIZER_FILES, token_rows
+from ..families import config_of_dense
+from ..layer_by_layer import loss_of, mean_loss
+from .domain_masks import cluster, mean_activations, slice_layer
+from .slicing import sliced_model, storage
+from .training import Rounds, train_rounds
+
+ALIGN = 8
+"""Widths in channels: 16 bytes of bfloat16, which grouped matrix products need."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefactorPlan:
+    """What to make of a dense model.
+
+    Args:
+        texts: one per domain, or any number if `domains` is given.
+        domains: group the sequences of all texts into so many; None takes each text as one.
+        keep: share of the hidden channels that a domain keeps.
+        sequence_length, tokens: of the texts, at most.
+        rounds: training after slicing.
+        router_options: sizes of the router.
+    """
+
+    texts: tuple[Path, ...]
+    domains: int | None = None
+    keep: float = 0.5
+    sequence_length: int = 256
+    tokens: int = 65_536
+    rounds: Rounds = field(default_factory=Rounds)
+    router_options: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep must lie in (0, 1]; got {self.keep:g}")
+        if self.domains is None and len(self.texts) < 2:
+            raise ValueError(
+                "one text is one domain; give two or more with --data, or a number of clusters (--domains)"
+            )
+        if self.domains is not None and self.domains < 2:
+            raise ValueError(f"domains must be at least 2; got {self.domains}")
+
+
+def refactor(folder: Path, out: Path, plan: RefactorPlan, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Cut, train, and write a checkpoint of ours (architecture `readme`).
+
+    Args:
+        folder: a dense checkpoint: llama, mistral without a window, or qwen3.
+        out: folder to write; appears whole or not at all.
+        plan: texts, domains and training.
+        advance: is called after every optimiser step.
+
+    Returns:
+        Widths and storage, sequences per domain, and held-out losses: of the dense model, after slicing, after rounds.
+
+    Raises:
+        ValueError: if the model cannot be expressed, or the texts do not suffice.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no checkpoint folder: it has no config.json")
+    config = AutoConfig.from_pretrained(folder)
+    config_of_dense(config)
+    rows = _rows(folder, config.vocab_size, plan)
+    dense = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    train, held_out, text_B = _split(rows)
+    activation_BLF = mean_activations(dense, train)
+    domain_B = text_B if plan.domains is None else cluster(activation_BLF, plan.domains, seed=plan.rounds.seed)
+    num_domains = int(domain_B.max()) + 1
+    activation_ELF = torch.stack([activation_BLF[domain_B == domain].mean(dim=0) for domain in range(num_domains)])
+    slices = [slice_layer(activation_EF, plan.keep, ALIGN) for activation_EF in activation_ELF.unbind(dim=1)]
+    torch.manual_seed(plan.rounds.seed)
+    model = sliced_model(dense, slices, plan.router_options)
+    report: dict[str, Any] = {
+        "domains": num_domains,
+        "sequences_per_domain": torch.bincount(domain_B).tolist(),
+        **storage(config.intermediate_size, slices),
+        "loss_dense": _dense_loss(dense, held_out),
+        "loss_sliced": mean_loss(model, held_out),
+    }
+    report["rounds"] = train_rounds(model, dense, slices, train, held_out, plan.rounds, advance)
+    report["loss_after"] = mean_loss(model, held_out)
+    _write(model, folder, out)
+    return report
+
+
+def _dense_loss(dense: Any, token_BS: Tensor) -> float:
+    with torch.no_grad():
+        return loss_of(dense.model(token_BS, use_cache=False).last_hidden_state, dense.lm_head, token_BS)
+
+
+def _rows(folder: Path, vocab_size: int, plan: RefactorPlan) -> list[Tensor]:
+    """int64 [B, S] of each text."""
+    length, share = plan.sequence_length, plan.tokens // len(plan.texts)
+    rows = [token_rows(folder, vocab_size, [text], length, share) for text in plan.texts]
+    for text, found in zip(plan.texts, rows, strict=True):
+        if found.shape[1] < length or len(found) < 2:
+            raise ValueError(f"text {text} has {found.numel()} tokens; give two sequences of {length} or more")
+    return rows
+
+
+def _split(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences to train on, sequences held out (the last tenth of each text), and the text of each of the former."""
+    held = [max(1, len(found) // 10) for found in rows]
+    train = torch.cat([found[:-count] for found, count in zip(rows, held, strict=True)])
+    held_out = torch.cat([found[-count:] for found, count in zip(rows, held, strict=True)])
+    sizes = torch.tensor([len(found) - count for found, count in zip(rows, held, strict=True)])
+    return train, held_out, torch.arange(len(rows)).repeat_interleave(sizes)
+
+
+def _write(model: MoEForCausalLM, folder: Path, out: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
+        unfinished = Path(staging) / "checkpoint"
+        model.save_pretrained(unfinished)
+        for name in (*TOKENIZER_FILES, "generation_config.json"):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, unfinished / name)
+        unfinished.rename(out)

@@ -1,0 +1,1 @@
+"""Kernels for few tokens: one program per routed row."""

@@ -1,0 +1,1 @@
+"""Kernels for many tokens, forward and backward, grouped by expert."""

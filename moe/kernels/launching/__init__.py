@@ -1,0 +1,1 @@
+"""How a kernel is launched: tile sizes, grids, shared memory."""

@@ -1,0 +1,1 @@
+"""The tuner, and the compiler that needs no device."""

@@ -1,0 +1,1 @@
+"""The routed feed-forward layer, and the stack of decoder layers."""

@@ -1,0 +1,66 @@
+"""Grouped-query attention with rotary positions and optional query/key norm; twin of `moe.attention`, without a cache.
+
+Shapes: B batch, S positions, D model width, H heads, A = head width.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+
+from ...parts.config import MoEConfig
+from ..parts.dense import Linear, RMSNorm
+
+
+def rotary_angles(position_BS: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """Cosine and sine [B, S, 1, A] in float32 for rotary position embedding with half-split pairs."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = jnp.tile(position_BS[..., None].astype(jnp.float32) * frequency, 2)
+    return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+
+
+def rotate(x_BSHA: Array, cos: Array, sin: Array) -> Array:
+    """Apply rotary angles to queries or keys."""
+    first, second = jnp.split(x_BSHA, 2, axis=-1)
+    turned = jnp.concatenate((-second, first), axis=-1)
+    return x_BSHA * cos.astype(x_BSHA.dtype) + turned * sin.astype(x_BSHA.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention of one decoder layer.
+
+    Args:
+        config: the model's config.
+        rngs: random streams.
+    """
+
+    def __init__(self, config: MoEConfig, rngs: nnx.Rngs) -> None:
+        self.head_dim, self.norms_heads = config.head_dim, config.qk_norm == "head"
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        width, std = config.hidden_size, config.initializer_range
+        self.q_proj = Linear(width, query_width, std, rngs)
+        self.k_proj = Linear(width, key_width, std, rngs)
+        self.v_proj = Linear(width, key_width, std, rngs)
+        self.o_proj = Linear(query_width, width, std, rngs)
+        widths = (config.head_dim, config.head_dim) if self.norms_heads else (query_width, key_width)
+        norms = [None if config.qk_norm == "none" else RMSNorm(width, config.rms_norm_eps) for width in widths]
+        self.q_norm, self.k_norm = norms
+
+    def __call__(self, x_BSD: Array, angles: tuple[Array, Array], is_valid_BS: Array | None) -> Array:
+        """[B, S, D]."""
+        query = rotate(self._normed_heads(self.q_proj(x_BSD), self.q_norm), *angles)
+        key = rotate(self._normed_heads(self.k_proj(x_BSD), self.k_norm), *angles)
+        value = self._heads(self.v_proj(x_BSD)).astype(query.dtype)
+        mask = None if is_valid_BS is None else is_valid_BS[:, None, None, :]
+        y_BSHA = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True, scale=self.head_dim**-0.5)
+        return self.o_proj(rearrange(y_BSHA, "b s h a -> b s (h a)"))
+
+    def _normed_heads(self, x: Array, norm: RMSNorm | None) -> Array:
+        if norm is None:
+            return self._heads(x)
+        return norm(self._heads(x)) if self.norms_heads else self._heads(norm(x))
+
+    def _heads(self, x: Array) -> Array:
+        return rearrange(x, "b s (h a) -> b s h a", a=self.head_dim)

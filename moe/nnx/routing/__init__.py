@@ -1,0 +1,1 @@
+"""The JAX twin's routers, losses and capacity limits."""

@@ -1,0 +1,283 @@
+"""ClassicRouter and its variants MoE++ and RMoE; twins of `routing.classic`, `routing.pathway`, `routing.recurrent`.
+
+Shapes: T tokens, D model width, K experts per token, E FFN experts, R = E + Z routable experts, p = recurrent width.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax import Array, lax
+
+from routing import ClassicRule, RouterSizes
+
+from ..parts.dense import normal
+from .assignment import Carry, RouterStats, Routing, RoutingContext
+from .capacity import CAPACITY_POLICIES, limit_capacity, share_capacity_R, tutel_capacity
+
+TINY = float(np.finfo(np.float32).tiny)
+
+
+class ClassicRouter(nnx.Module):
+    """Linear scorer, top-k selector, weigher; computes in float32.
+
+    Args:
+        sizes: D, E, Z, K, L.
+        layer: which MoE layer this router serves.
+        rule: how logits become a routing.
+        std: of the initial weights, unless the rule has its own.
+        rngs: random streams.
+        score_width: what the scores are linear in, if not the D-wide hidden state.
+    """
+
+    def __init__(
+        self,
+        sizes: RouterSizes,
+        layer: int,
+        rule: ClassicRule,
+        std: float,
+        rngs: nnx.Rngs,
+        score_width: int | None = None,
+    ) -> None:
+        self.sizes, self.layer, self.rule = sizes, layer, rule
+        shape = (sizes.num_routable, score_width or sizes.width)
+        std = std if rule.init_scale is None else (rule.init_scale / shape[1]) ** 0.5
+        self.weight = _initial(rule, rngs, shape, std)
+        self.bias_R = nnx.Variable(jnp.zeros(sizes.num_routable, jnp.float32)) if rule.bias_rate else None
+
+    def __call__(self, x_TD: Array, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
+        """Route the normed inputs of this layer's experts."""
+        logit_TR, carry = self.logits(self._jitter(x_TD.astype(jnp.float32), context), carry)
+        probability_TR, score_TR = self._score(logit_TR)
+        expert_TK = self._select(lax.stop_gradient(score_TR))
+        chosen = Routing(
+            expert_TK=expert_TK,
+            weight_TK=self._weigh(score_TR, expert_TK),
+            E=self.sizes.num_experts,
+            Z=self.sizes.num_zero_compute,
+        )
+        if context.is_valid_T is not None:
+            chosen = chosen.drop(~context.is_valid_T[:, None])
+        kept = self._drop_overflow(chosen, context) if context.is_training else chosen
+        stats = RouterStats(
+            probability_TR=probability_TR,
+            logit_TR=logit_TR,
+            chosen=chosen,
+            kept=kept,
+            is_valid_T=context.is_valid_T,
+            target_share_R=None if self.rule.ffn_share == 1 else jnp.asarray(self._target_share_R(), jnp.float32),
+            batch_size=context.batch_size,
+            balance_loss=self.rule.balance_loss,
+            penalty=self.penalty(probability_TR, chosen, context),
+        )
+        return kept, carry, stats
+
+    def logits(self, x_TD: Array, carry: Carry) -> tuple[Array, Carry]:
+        """[T, R] scores before any activation, and what the next layer's router is told."""
+        return x_TD @ self.weight[...].astype(jnp.float32).T, carry
+
+    def penalty(self, probability_TR: Array, chosen: Routing, context: RoutingContext) -> Array | None:
+        """Losses that the router weighs itself, over valid tokens. None for none."""
+        return None
+
+    def post_step(self, count_R: Array) -> None:
+        """Move the balancing bias towards the mean load, or the FFN experts' bias towards the target load.
+
+        Source: Wang et al. 2024, arXiv:2408.15664, algorithm 1; with `target_load`, Meituan 2025 (LongCat-Flash),
+        arXiv:2509.01322, section 2.1.1.
+        """
+        if self.bias_R is None:
+            return
+        load_R, bias_R, rate = count_R.astype(jnp.float32), self.bias_R[...], self.rule.bias_rate
+        if self.rule.target_load is None:
+            self.bias_R[...] = bias_R + rate * jnp.sign(load_R.mean() - load_R)
+        else:
+            E = self.sizes.num_experts
+            target_share = self.rule.target_load / self.sizes.top_k / E
+            error_E = target_share - load_R[:E] / jnp.maximum(load_R.sum(), 1)
+            self.bias_R[...] = bias_R.at[:E].add(rate * error_E)
+
+    def _score(self, logit_TR: Array) -> tuple[Array, Array]:
+        """The distribution that the balance loss sees, and the scores that select and weigh."""
+        if self.rule.score == "sigmoid":
+            score_TR = jax.nn.sigmoid(logit_TR)
+            return score_TR / score_TR.sum(axis=-1, keepdims=True), score_TR
+        probability_TR = jax.nn.softmax(logit_TR)
+        return probability_TR, logit_TR if self.rule.score == "selected_softmax" else probability_TR
+
+    def _select(self, score_TR: Array) -> Array:
+        """int32 [T, K], best first. The balancing bias acts here and nowhere else."""
+        if self.bias_R is not None:
+            score_TR = score_TR + self.bias_R[...]
+        if self.rule.num_groups > 1:
+            score_TR = self._mask_groups(score_TR)
+        return lax.top_k(score_TR, self.sizes.top_k)[1]
+
+    def _weigh(self, score_TR: Array, expert_TK: Array) -> Array:
+        """[T, K] from the unbiased scores of the selected experts."""
+        weight_TK = jnp.take_along_axis(score_TR, expert_TK, axis=-1)
+        counts_TK = self._counts_in_sum(expert_TK)
+        if self.rule.score == "selected_softmax":
+            weight_TK = _masked_softmax(weight_TK, counts_TK)
+        elif self.rule.renormalise:
+            weight_TK = jnp.where(counts_TK, weight_TK, 0.0)
+            weight_TK = weight_TK / jnp.maximum(weight_TK.sum(axis=-1, keepdims=True), TINY)
+        return weight_TK * self.rule.scale
+
+    def _drop_overflow(self, chosen: Routing, context: RoutingContext) -> Routing:
+        """The routing within the capacity of the rule."""
+        if self.rule.capacity_factor is None:
+            return chosen
+        rank_TK = CAPACITY_POLICIES[self.rule.capacity_policy](chosen, self._key(context, 1))
+        kept = limit_capacity(chosen, self._capacity(chosen, context), rank_TK)
+        if not self.rule.renormalise_kept:
+            return kept
+        sum_T1 = jnp.maximum(kept.weight_TK.sum(axis=-1, keepdims=True), TINY)
+        weight_TK = kept.weight_TK / sum_T1 * self.rule.scale
+        return Routing(expert_TK=kept.expert_TK, weight_TK=weight_TK, E=kept.E, Z=kept.Z)
+
+    def _jitter(self, x_TD: Array, context: RoutingContext) -> Array:
+        if not (context.is_training and self.rule.jitter):
+            return x_TD
+        key = self._key(context, 0)
+        if key is None:
+            raise ValueError("this router's jitter draws numbers in training; give the model a key")
+        return x_TD * jax.random.uniform(key, x_TD.shape, minval=1 - self.rule.jitter, maxval=1 + self.rule.jitter)
+
+    def _key(self, context: RoutingContext, use: int) -> Array | None:
+        return None if context.key is None else jax.random.fold_in(context.key, 2 * self.layer + use)
+
+    def _mask_groups(self, score_TR: Array) -> Array:
+        """Scores with -inf outside each token's best groups. Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2."""
+        groups, kept = self.rule.num_groups, self.rule.groups_kept
+        grouped = rearrange(score_TR, "t (g r) -> t g r", g=groups)
+        num_best = 2 if self.rule.group_score == "top2" and grouped.shape[-1] > 1 else 1
+        best_TG = lax.top_k(grouped, num_best)[0].sum(axis=-1)
+        is_kept_TG = (lax.top_k(best_TG, kept)[1][:, :, None] == jnp.arange(groups)).any(axis=1)
+        return rearrange(jnp.where(is_kept_TG[..., None], grouped, -jnp.inf), "t g r -> t (g r)")
+
+    def _counts_in_sum(self, expert_TK: Array) -> Array:
+        """Which selected slots the normalising sum runs over."""
+        E, kinds = self.sizes.num_experts, self.sizes.zero_compute
+        if self.rule.normalise_over == "selected":
+            counts_R = [True] * (E + len(kinds))
+        else:
+            counts_R = [True] * E + [self.rule.normalise_over == "nonzero" and kind != "zero" for kind in kinds]
+        return jnp.asarray(counts_R)[expert_TK]
+
+    def _capacity(self, chosen: Routing, context: RoutingContext) -> Array:
+        num_tokens, top_k = chosen.expert_TK.shape
+        if context.is_valid_T is not None:
+            num_tokens = context.is_valid_T.sum()
+        factor = self.rule.capacity_factor
+        if self.rule.capacity_rule == "tutel":
+            return tutel_capacity(factor, count_R=chosen.count_R, num_tokens=num_tokens, top_k=top_k)
+        return share_capacity_R(factor, num_tokens * top_k, self._target_share_R())
+
+    def _target_share_R(self) -> np.ndarray:
+        """The load share that each routable expert should take; sums to 1."""
+        share_R = np.ones(self.sizes.num_routable)
+        share_R[: self.sizes.num_experts] = self.rule.ffn_share
+        return share_R / share_R.sum()
+
+
+def _initial(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: float) -> nnx.Param:
+    """The distributions of `routing.rule.ClassicRule.init`."""
+    if rule.init == "normal":
+        return normal(rngs, shape, std)
+    if rule.init == "kaiming":
+        return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -1, 1) / shape[1] ** 0.5)
+    cut = rule.init_cut
+    return nnx.Param(std * jax.random.truncated_normal(rngs.params(), -cut, cut, shape, jnp.float32))
+
+
+def _inner(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: float) -> nnx.Param:
+    """A matrix of RMoE before its scores: normal, unless all of them start as torch's own layers do."""
+    return _initial(rule, rngs, shape, std) if rule.init == "kaiming" else normal(rngs, shape, std)
+
+
+class PathwayRouter(ClassicRouter):
+    """MoE++: a classic router whose logits add a linear map of the previous layer's. See `routing.pathway`."""
+
+    def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule, std: float, rngs: nnx.Rngs) -> None:
+        super().__init__(sizes, layer, rule, std, rngs)
+        self.residual_weight = normal(rngs, (sizes.num_routable,) * 2, std) if layer else None
+
+    def logits(self, x_TD: Array, carry: Carry) -> tuple[Array, Carry]:
+        logit_TR, carry = super().logits(x_TD, carry)
+        if self.residual_weight is not None and "previous_logit" in carry:
+            logit_TR = logit_TR + carry["previous_logit"] @ self.residual_weight[...].astype(jnp.float32).T
+        return logit_TR, carry | {"previous_logit": logit_TR}
+
+
+class GRUCell(nnx.Module):
+    """A gated recurrent unit with the parameters and gate order of torch's `GRUCell`.
+
+    Args:
+        width: p, of input and state.
+        rule: of its router, whose `init` says how the weights start.
+        std: of normal initial weights; biases start at 0.
+        rngs: random streams.
+    """
+
+    def __init__(self, width: int, rule: ClassicRule, std: float, rngs: nnx.Rngs) -> None:
+        self.weight_ih = _inner(rule, rngs, (3 * width, width), std)
+        self.weight_hh = _inner(rule, rngs, (3 * width, width), std)
+        self.bias_ih = nnx.Param(jnp.zeros(3 * width, jnp.float32))
+        self.bias_hh = nnx.Param(jnp.zeros(3 * width, jnp.float32))
+
+    def __call__(self, x_Tp: Array, state_Tp: Array) -> Array:
+        weight_ih, weight_hh, bias_ih, bias_hh = (
+            parameter[...].astype(jnp.float32)
+            for parameter in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        )
+        reset_x, update_x, new_x = jnp.split(x_Tp @ weight_ih.T + bias_ih, 3, axis=-1)
+        reset_h, update_h, new_h = jnp.split(state_Tp @ weight_hh.T + bias_hh, 3, axis=-1)
+        update = jax.nn.sigmoid(update_x + update_h)
+        new = jnp.tanh(new_x + jax.nn.sigmoid(reset_x + reset_h) * new_h)
+        return (1 - update) * new + update * state_Tp
+
+
+class RecurrentRouter(ClassicRouter):
+    """RMoE: scores from the state of a GRU that runs through the layers. See `routing.recurrent`.
+
+    Args:
+        sizes, layer, rule, std, rngs: as for `ClassicRouter`.
+        cell: shared by all layers; checkpoints hold it once, at layer 0.
+        width: p.
+        recurrence: `full`, `detach` or `none`.
+    """
+
+    def __init__(
+        self,
+        sizes: RouterSizes,
+        layer: int,
+        rule: ClassicRule,
+        std: float,
+        rngs: nnx.Rngs,
+        *,
+        cell: GRUCell,
+        width: int,
+        recurrence: str,
+    ) -> None:
+        super().__init__(sizes, layer, rule, std, rngs, score_width=width)
+        self.projection = _inner(rule, rngs, (width, sizes.width), std)
+        self.cell, self.recurrence = cell, recurrence
+
+    def logits(self, x_TD: Array, carry: Carry) -> tuple[Array, Carry]:
+        projected_Tp = x_TD @ self.projection[...].astype(jnp.float32).T
+        before_Tp = carry.get("recurrent_state")
+        if before_Tp is None or self.recurrence == "none":
+            before_Tp = jnp.zeros_like(projected_Tp)
+        elif self.recurrence == "detach":
+            before_Tp = lax.stop_gradient(before_Tp)
+        state_Tp = self.cell(projected_Tp, before_Tp)
+        return state_Tp @ self.weight[...].astype(jnp.float32).T, carry | {"recurrent_state": state_Tp}
+
+
+def _masked_softmax(logit_TK: Array, counts_TK: Array) -> Array:
+    """Softmax over the slots that count; 0 elsewhere and in rows where none counts. Other slots get no gradient."""
+    any_T1 = counts_TK.any(axis=-1, keepdims=True)
+    masked_TK = jnp.where(any_T1, jnp.where(counts_TK, logit_TK, -jnp.inf), 0.0)
+    return jnp.where(counts_TK, jax.nn.softmax(masked_TK), 0.0)

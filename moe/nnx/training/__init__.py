@@ -1,0 +1,1 @@
+"""The JAX twin's training step, on one device or a mesh."""
