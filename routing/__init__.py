@@ -9,71 +9,79 @@ from typing import TYPE_CHECKING, Any
 from .traces import RoutingTrace
 
 if TYPE_CHECKING:
-    from .assignment import Routing
-    from .capacity import CAPACITY_POLICIES, limit_capacity
-    from .catalogue import ROUTERS, build_routers, expect_router
-    from .classic import ClassicRouter
-    from .condition import ConditionRouter
-    from .fixed import ForcedRouter
-    from .gathered import gather_dot, gather_sum
-    from .glider import GliderRouter, task_bias
+    from .choice.table_rows import gather_dot, gather_sum
+    from .choice.top_k import top_experts
+    from .contract.assignment import Routing
+    from .contract.router import (
+        Carry,
+        ExactBuffers,
+        Router,
+        RouterModule,
+        RouterSizes,
+        RoutingContext,
+        at_least_float32,
+    )
+    from .contract.stats import RouterStats
     from .ground.c_library import compile_library, processor_fact
-    from .losses import BALANCE_LOSSES, auxiliary_loss, scheduled_weight, switch_balance_loss, z_loss
-    from .marginals import MarginalStats
-    from .modality import ModalityRouter, modality_of
-    from .nulls import copy_ffn_rows_to_nulls, expected_true_load
-    from .pooled import PooledRouter
-    from .pregate import PreGate, planned_experts
-    from .product_key import ProductKeyRouter
-    from .router import Carry, ExactBuffers, Router, RouterModule, RouterSizes, RoutingContext, at_least_float32
-    from .rule import ClassicRule
-    from .soft import SoftRouter
-    from .stats import RouterStats
-    from .top_k import top_experts
-    from .tucker_key import TuckerKeyRouter
+    from .losses.balance import BALANCE_LOSSES, auxiliary_loss, scheduled_weight, switch_balance_loss, z_loss
+    from .losses.capacity import CAPACITY_POLICIES, limit_capacity
+    from .losses.marginals import MarginalStats
+    from .routers.catalogue import ROUTERS, build_routers, expect_router
+    from .routers.classic.classic import ClassicRouter
+    from .routers.classic.condition import ConditionRouter
+    from .routers.classic.glider import GliderRouter, task_bias
+    from .routers.classic.nulls import copy_ffn_rows_to_nulls, expected_true_load
+    from .routers.classic.pooled import PooledRouter
+    from .routers.classic.rule import ClassicRule
+    from .routers.own_rules.fixed import ForcedRouter
+    from .routers.own_rules.modality import ModalityRouter, modality_of
+    from .routers.own_rules.pregate import PreGate, planned_experts
+    from .routers.own_rules.soft import SoftRouter
+    from .routers.tables.product_key import ProductKeyRouter
+    from .routers.tables.tucker_key import TuckerKeyRouter
 
 _HOME = {
-    "Routing": ".assignment",
-    "CAPACITY_POLICIES": ".capacity",
-    "limit_capacity": ".capacity",
-    "ForcedRouter": ".fixed",
-    "copy_ffn_rows_to_nulls": ".nulls",
-    "expected_true_load": ".nulls",
-    "PreGate": ".pregate",
-    "planned_experts": ".pregate",
-    "ROUTERS": ".catalogue",
-    "build_routers": ".catalogue",
-    "ClassicRouter": ".classic",
-    "expect_router": ".catalogue",
-    "BALANCE_LOSSES": ".losses",
-    "ClassicRule": ".rule",
-    "at_least_float32": ".router",
-    "auxiliary_loss": ".losses",
+    "Routing": ".contract.assignment",
+    "CAPACITY_POLICIES": ".losses.capacity",
+    "limit_capacity": ".losses.capacity",
+    "ForcedRouter": ".routers.own_rules.fixed",
+    "copy_ffn_rows_to_nulls": ".routers.classic.nulls",
+    "expected_true_load": ".routers.classic.nulls",
+    "PreGate": ".routers.own_rules.pregate",
+    "planned_experts": ".routers.own_rules.pregate",
+    "ROUTERS": ".routers.catalogue",
+    "build_routers": ".routers.catalogue",
+    "ClassicRouter": ".routers.classic.classic",
+    "expect_router": ".routers.catalogue",
+    "BALANCE_LOSSES": ".losses.balance",
+    "ClassicRule": ".routers.classic.rule",
+    "at_least_float32": ".contract.router",
+    "auxiliary_loss": ".losses.balance",
     "compile_library": ".ground.c_library",
     "processor_fact": ".ground.c_library",
-    "scheduled_weight": ".losses",
-    "switch_balance_loss": ".losses",
-    "z_loss": ".losses",
-    "Carry": ".router",
-    "ExactBuffers": ".router",
-    "Router": ".router",
-    "RouterSizes": ".router",
-    "RouterModule": ".router",
-    "RouterStats": ".stats",
-    "SoftRouter": ".soft",
-    "RoutingContext": ".router",
-    "ConditionRouter": ".condition",
-    "GliderRouter": ".glider",
-    "task_bias": ".glider",
-    "ModalityRouter": ".modality",
-    "modality_of": ".modality",
-    "PooledRouter": ".pooled",
-    "MarginalStats": ".marginals",
-    "ProductKeyRouter": ".product_key",
-    "TuckerKeyRouter": ".tucker_key",
-    "gather_dot": ".gathered",
-    "gather_sum": ".gathered",
-    "top_experts": ".top_k",
+    "scheduled_weight": ".losses.balance",
+    "switch_balance_loss": ".losses.balance",
+    "z_loss": ".losses.balance",
+    "Carry": ".contract.router",
+    "ExactBuffers": ".contract.router",
+    "Router": ".contract.router",
+    "RouterSizes": ".contract.router",
+    "RouterModule": ".contract.router",
+    "RouterStats": ".contract.stats",
+    "SoftRouter": ".routers.own_rules.soft",
+    "RoutingContext": ".contract.router",
+    "ConditionRouter": ".routers.classic.condition",
+    "GliderRouter": ".routers.classic.glider",
+    "task_bias": ".routers.classic.glider",
+    "ModalityRouter": ".routers.own_rules.modality",
+    "modality_of": ".routers.own_rules.modality",
+    "PooledRouter": ".routers.classic.pooled",
+    "MarginalStats": ".losses.marginals",
+    "ProductKeyRouter": ".routers.tables.product_key",
+    "TuckerKeyRouter": ".routers.tables.tucker_key",
+    "gather_dot": ".choice.table_rows",
+    "gather_sum": ".choice.table_rows",
+    "top_experts": ".choice.top_k",
 }
 
 __all__ = [

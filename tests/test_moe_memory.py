@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import gelu
 from transformers import AutoModelForCausalLM
 
-import routing.gathered
+import routing.choice.table_rows
 from experiments.evidence.live_bytes import LiveBytes
 from moe import MoEForCausalLM
 from moe.architectures import build_body
@@ -37,7 +37,7 @@ def name(request):
 @pytest.fixture
 def few_at_once(monkeypatch):
     """Chunks of one or two tokens, so that tests cross their borders."""
-    monkeypatch.setattr(routing.gathered, "ELEMENTS_AT_ONCE", 100)
+    monkeypatch.setattr(routing.choice.table_rows, "ELEMENTS_AT_ONCE", 100)
 
 
 def grads(result, inputs):
@@ -146,7 +146,7 @@ def test_memory_at_a_million_experts_is_that_of_the_tokens_and_the_root(name, ti
             layer(x_TD, Carry(), RoutingContext())
         peaks.append(forward.peak)
     token_bytes, root_bytes = T * 8 * 4, 1000 * 4
-    working = 16 * routing.gathered.ELEMENTS_AT_ONCE
+    working = 16 * routing.choice.table_rows.ELEMENTS_AT_ONCE
     assert peaks[0] < 32 * token_bytes + 64 * root_bytes + working
     assert peaks[1] - peaks[0] < 32 * token_bytes
     assert peaks[1] < 2 * T * 1000 * 4, "less than scores of all rows would take, let alone of all experts"
@@ -163,7 +163,7 @@ def test_training_a_million_experts_holds_tables_gradients_and_tokens_only(name,
     with LiveBytes() as training:
         y_TD, _, _ = layer(x_TD, Carry(), RoutingContext(is_training=True))
         y_TD.sum().backward()
-    working = 32 * routing.gathered.ELEMENTS_AT_ONCE
+    working = 32 * routing.choice.table_rows.ELEMENTS_AT_ONCE
     assert training.peak < tables + 64 * T * 8 * 4 + working, "tables are not counted, their gradients are"
     assert training.largest <= max(p.numel() * 4 for p in layer.parameters())
 

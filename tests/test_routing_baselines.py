@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from routing import BALANCE_LOSSES, Carry, RouterSizes, RoutingContext, auxiliary_loss, build_routers
-from routing.balanced import balanced_assignment, sinkhorn
-from routing.relu import SparsityControl
+from routing.routers.classic.balanced import balanced_assignment, sinkhorn
+from routing.routers.own_rules.relu import SparsityControl
 
 T, D, E = 8, 4, 4
 

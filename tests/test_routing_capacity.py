@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routing import CAPACITY_POLICIES, Routing, limit_capacity
-from routing.capacity import share_capacity_R, tutel_capacity
+from routing.losses.capacity import share_capacity_R, tutel_capacity
 
 
 def queue_reference(routing, capacity_R, rank_TK):

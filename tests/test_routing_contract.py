@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from experiments.evidence.resident import load_resident
 from moe import MoEForCausalLM
 from routing import ROUTERS, Router, RouterSizes, RoutingContext, build_routers
-from routing.fixed import ForcedRouter
+from routing.routers.own_rules.fixed import ForcedRouter
 
 T, D, E, K, L = 24, 8, 6, 2, 3
 

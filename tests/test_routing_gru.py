@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import routing.gru
-from routing.gru import gru_cell
+import routing.choice.gru
+from routing.choice.gru import gru_cell
 
 BLOCK = 4
 NAMES = ("x", "state", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -14,8 +14,8 @@ NAMES = ("x", "state", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(routing.gru, "BLOCK_ROWS", BLOCK)
-    monkeypatch.setattr(routing.gru, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(routing.choice.gru, "BLOCK_ROWS", BLOCK)
+    monkeypatch.setattr(routing.choice.gru, "FEWEST_ROWS", 1)
 
 
 def leaves(T, p, seed=0, dtype=torch.float64):
@@ -38,8 +38,8 @@ def ours(x, state, *weights):
 @given(T=st.integers(1, 3 * BLOCK), p=st.integers(1, 5), seed=st.integers(0, 1000))
 def test_value_and_every_gradient_are_those_of_torch(T, p, seed):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing.gru, "BLOCK_ROWS", BLOCK)
-        patch.setattr(routing.gru, "FEWEST_ROWS", 1)
+        patch.setattr(routing.choice.gru, "BLOCK_ROWS", BLOCK)
+        patch.setattr(routing.choice.gru, "FEWEST_ROWS", 1)
         found, found_grads = results(ours, leaves(T, p, seed))
     wanted, wanted_grads = results(torch.gru_cell, leaves(T, p, seed))
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
@@ -87,6 +87,6 @@ def test_saved_inputs_may_not_change_before_the_backward_pass():
 
 
 def test_few_rows_go_to_torch(monkeypatch):
-    monkeypatch.setattr(routing.gru, "FEWEST_ROWS", 6)
+    monkeypatch.setattr(routing.choice.gru, "FEWEST_ROWS", 6)
     inputs = leaves(5, 3, dtype=torch.float32)
     assert torch.equal(ours(*inputs), torch.gru_cell(*inputs))

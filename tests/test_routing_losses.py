@@ -1,4 +1,4 @@
-"""Balance losses and z-loss on numbers worked out by hand, with the conventions of routing/losses.py."""
+"""Balance losses and z-loss on numbers worked out by hand, with the conventions of routing/losses/balance.py."""
 
 import math
 

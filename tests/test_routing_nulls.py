@@ -8,7 +8,7 @@ import torch
 from moe import MoELayer
 from moe.experts.reference import swiglu_experts_reference
 from routing import BALANCE_LOSSES, Carry, RouterSizes, RoutingContext, build_routers
-from routing.nulls import copy_ffn_rows_to_nulls, expected_true_load
+from routing.routers.classic.nulls import copy_ffn_rows_to_nulls, expected_true_load
 
 T, D, E = 7, 32, 6
 

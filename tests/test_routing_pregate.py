@@ -5,7 +5,7 @@ import torch
 
 from moe import MoEForCausalLM
 from routing import Carry, RouterSizes, RoutingContext, build_routers
-from routing.pregate import planned_experts
+from routing.routers.own_rules.pregate import planned_experts
 
 T, D, E, K, L = 6, 4, 6, 2, 5
 

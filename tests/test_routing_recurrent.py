@@ -184,8 +184,8 @@ def test_bad_options_are_refused():
 
 @pytest.mark.parametrize("recurrence", ["full", "detach", "none"])
 def test_blocks_without_gradient_give_what_training_gives(recurrence, monkeypatch, tolerance):
-    monkeypatch.setattr("routing.gru.BLOCK_ROWS", 2)
-    monkeypatch.setattr("routing.gru.FEWEST_ROWS", 1)
+    monkeypatch.setattr("routing.choice.gru.BLOCK_ROWS", 2)
+    monkeypatch.setattr("routing.choice.gru.FEWEST_ROWS", 1)
     routers, x_LTD = build(recurrence=recurrence), torch.randn(L, T, D, dtype=torch.float64)
     expected = run(routers, x_LTD)
     with torch.no_grad():

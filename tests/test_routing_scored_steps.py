@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import routing.choice.library
+import routing.choice.scored_steps
 import routing.ground.c_library
-import routing.scored_steps
 from routing.choice.library import routing_kernels
-from routing.scored_steps import FEWEST_ROWS, scored_steps
+from routing.choice.scored_steps import FEWEST_ROWS, scored_steps
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def by_torch(x, state, projection, *rest):
 def by_c(*given):
     """The C itself, whatever the number of rows."""
     x, state, projection, *rest = given
-    return routing.scored_steps._by_c(routing_kernels().expertier_scored_steps, x, state, (projection, *rest))
+    return routing.choice.scored_steps._by_c(routing_kernels().expertier_scored_steps, x, state, (projection, *rest))
 
 
 def assert_like_torch(found, wanted):
@@ -132,7 +132,7 @@ def test_rows_and_weights_may_lie_anyhow_in_memory():
 @pytest.mark.parametrize("compiler", ["as it is", "none"])
 def test_few_and_many_rows_with_and_without_a_compiler(num_rows, has_state, compiler, monkeypatch):
     if compiler == "none":
-        monkeypatch.setattr(routing.scored_steps, "routing_kernels", lambda: None)
+        monkeypatch.setattr(routing.choice.scored_steps, "routing_kernels", lambda: None)
     given = inputs(num_rows, 40, 24, 8)
     given = given if has_state else (given[0], None, *given[2:])
     assert_like_torch(step(*given), by_torch(*given))

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import routing.top_k
-from routing.top_k import MOST_CHOICES, _by_insertion, _by_stable_sort, top_experts
+import routing.choice.top_k
+from routing.choice.top_k import MOST_CHOICES, _by_insertion, _by_stable_sort, top_experts
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1 + 2**-23, 1 + 2**-22, -1 - 2**-23, 2**-149, -(2**-149), 3e38, torch.inf, -torch.inf]
 
@@ -71,7 +71,7 @@ def test_threads_change_nothing(threads, several_threads):
 def test_a_machine_without_a_compiler_chooses_the_same(monkeypatch):
     score = torch.randint(0, 3, (200, 64)).float()
     expected = top_experts(score, 8)
-    monkeypatch.setattr(routing.top_k, "routing_kernels", lambda: None)
+    monkeypatch.setattr(routing.choice.top_k, "routing_kernels", lambda: None)
     assert torch.equal(top_experts(score, 8), expected)
 
 

@@ -6,8 +6,8 @@ from .foresight import belady_hits_LC, segment_cache_rate_C, segment_cache_rate_
 from .importers import IMPORTERS, import_trace, load_torch
 from .load import entropy_L, load_LE, skew_L
 from .reuse import NEVER, lru_hits_LC, next_use_TK, reuse_distance_TK
+from .routing_trace import EMPTY, RoutingTrace
 from .segments import SegmentRouting, longest_sequence, segment_routing
-from .trace import EMPTY, RoutingTrace
 
 __all__ = [
     "EMPTY",

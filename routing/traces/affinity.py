@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from .trace import RoutingTrace
+from .routing_trace import RoutingTrace
 
 Integer = NDArray[np.int64]
 

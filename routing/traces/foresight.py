@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .reuse import next_use_TK
-from .trace import EMPTY, RoutingTrace
+from .routing_trace import EMPTY, RoutingTrace
 
 Integer = NDArray[np.int64]
 Float = NDArray[np.float64]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .trace import EMPTY, RoutingTrace
+from .routing_trace import EMPTY, RoutingTrace
 
 MAX_BYTES = 16 << 30
 MAX_LINE_BYTES = 256 << 20

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .trace import RoutingTrace
+from .routing_trace import RoutingTrace
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]

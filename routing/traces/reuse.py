@@ -6,7 +6,7 @@ Shapes: T tokens, L MoE layers, K experts per token, E experts, C cache slots.
 import numpy as np
 from numpy.typing import NDArray
 
-from .trace import RoutingTrace
+from .routing_trace import RoutingTrace
 
 FIRST_USE = -1
 BLOCK_ROWS = 8192

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .affinity import used_TE
-from .trace import RoutingTrace
+from .routing_trace import RoutingTrace
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from types import NoneType, UnionType
 from typing import Literal, get_args
 
-from .capacity import CAPACITY_POLICIES
-from .losses import BALANCE_LOSSES
-from .router import RouterSizes
+from ...contract.router import RouterSizes
+from ...losses.balance import BALANCE_LOSSES
+from ...losses.capacity import CAPACITY_POLICIES
 
 Score = Literal["softmax", "selected_softmax", "sigmoid"]
 NormaliseOver = Literal["selected", "ffn", "nonzero"]

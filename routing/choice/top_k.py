@@ -7,7 +7,7 @@ Shapes: T tokens, R routable experts, K experts per token.
 import torch
 from torch import Tensor
 
-from .choice.library import routing_kernels
+from .library import routing_kernels
 
 # the C goes through all K places for every score; beyond, a sort has less to do
 MOST_CHOICES = 64

@@ -11,10 +11,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ...choice.top_k import top_experts
+from ...contract.router import RouterSizes, RoutingContext
 from .classic import ClassicRouter
-from .router import RouterSizes, RoutingContext
 from .rule import ClassicRule
-from .top_k import top_experts
 
 
 class SinkhornRouter(ClassicRouter):

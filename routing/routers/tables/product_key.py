@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 from torch.utils.checkpoint import checkpoint
 
-from .assignment import Routing
-from .gathered import gather_dot, slices
-from .marginals import MarginalStats
-from .router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
-from .rule import expect_one_of
+from ...choice.table_rows import gather_dot, slices
+from ...contract.assignment import Routing
+from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
+from ...losses.marginals import MarginalStats
+from ..classic.rule import expect_one_of
 
 QueryNorm = Literal["none", "layer", "batch"]
 GridLoss = Literal["none", "switch"]

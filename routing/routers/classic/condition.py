@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
-from .assignment import Routing
+from ...contract.assignment import Routing
+from ...contract.router import Carry, RouterSizes, RoutingContext
+from ...contract.stats import RouterStats
 from .classic import ClassicRouter
-from .router import Carry, RouterSizes, RoutingContext
 from .rule import ClassicRule, expect_one_of
-from .stats import RouterStats
 
 Reads = Literal["condition", "token_and_condition"]
 

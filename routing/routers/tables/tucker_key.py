@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 
-from .assignment import Routing
-from .gathered import gather_dot
-from .marginals import MarginalStats
+from ...choice.table_rows import gather_dot
+from ...contract.assignment import Routing
+from ...contract.router import Carry, RouterSizes, RoutingContext, at_least_float32
+from ...losses.marginals import MarginalStats
 from .product_key import GridLoss, GridRouter, Selection
-from .router import Carry, RouterSizes, RoutingContext, at_least_float32
 
 EPSILON = 1e-6
 

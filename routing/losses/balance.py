@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .stats import RouterStats, mean_over_tokens
+from ..contract.stats import RouterStats, mean_over_tokens
 
 
 def switch_balance_loss(stats: RouterStats) -> Tensor:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .assignment import Routing
-from .router import Carry, RouterModule, RoutingContext
-from .stats import RouterStats
+from ...contract.assignment import Routing
+from ...contract.router import Carry, RouterModule, RoutingContext
+from ...contract.stats import RouterStats
 
 PLANNED = ("expert", "kept_expert", "weight", "kept_weight", "probability", "logit", "penalty")
 

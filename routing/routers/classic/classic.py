@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .assignment import Routing
-from .capacity import CAPACITY_POLICIES, limit_capacity, share_capacity_R, tutel_capacity
+from ...choice.top_k import top_experts
+from ...contract.assignment import Routing
+from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
+from ...contract.stats import RouterStats
+from ...losses.capacity import CAPACITY_POLICIES, limit_capacity, share_capacity_R, tutel_capacity
 from .nulls import copy_ffn_rows_to_nulls
-from .router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
 from .rule import ClassicRule
-from .stats import RouterStats
-from .top_k import top_experts
 
 TINY = torch.finfo(torch.float32).tiny
 

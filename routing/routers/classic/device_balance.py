@@ -6,9 +6,9 @@ Shapes: T tokens, K experts per token, R routable experts, G groups of experts (
 import torch
 from torch import Tensor
 
-from .assignment import Routing
+from ...contract.assignment import Routing
+from ...contract.router import RouterSizes, RoutingContext
 from .classic import ClassicRouter
-from .router import RouterSizes, RoutingContext
 from .rule import ClassicRule
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ...contract.router import Carry, RouterSizes, RoutingContext
 from .classic import ClassicRouter
-from .router import Carry, RouterSizes, RoutingContext
 from .rule import ClassicRule, expect_one_of
 
 Pooling = Literal["previous_chunk", "prefix", "chunk", "sequence"]

@@ -11,10 +11,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .assignment import Routing
+from ...contract.assignment import Routing
+from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext
+from ...contract.stats import RouterStats
 from .fixed import fixed_routing
-from .router import Carry, RouterModule, RouterSizes, RoutingContext
-from .stats import RouterStats
 
 
 class ModalityRouter(RouterModule):

@@ -7,9 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .assignment import Routing
-from .router import Carry, ExactBuffers, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
-from .stats import RouterStats
+from ...contract.assignment import Routing
+from ...contract.router import (
+    Carry,
+    ExactBuffers,
+    RouterModule,
+    RouterSizes,
+    RoutingContext,
+    at_least_float32,
+    drop_padding,
+)
+from ...contract.stats import RouterStats
 
 
 class SparsityControl(ExactBuffers):

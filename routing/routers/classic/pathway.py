@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ...contract.router import Carry, RouterSizes, RoutingContext
 from .classic import ClassicRouter
-from .router import Carry, RouterSizes, RoutingContext
 from .rule import ClassicRule
 
 LOGIT = "previous_logit"

@@ -11,10 +11,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ...choice.scored_steps import scored_steps
+from ...contract.router import Carry, RouterSizes, RoutingContext
 from .classic import ClassicRouter
-from .router import Carry, RouterSizes, RoutingContext
 from .rule import ClassicRule, expect_one_of
-from .scored_steps import scored_steps
 
 STATE = "recurrent_state"
 Recurrence = Literal["full", "detach", "none"]

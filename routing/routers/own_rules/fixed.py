@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .assignment import Routing
-from .router import Carry, RouterModule, RouterSizes, RoutingContext, drop_padding
-from .rule import expect_one_of
-from .stats import RouterStats
+from ...contract.assignment import Routing
+from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext, drop_padding
+from ...contract.stats import RouterStats
+from ..classic.rule import expect_one_of
 
 RowBy = Literal["position", "order"]
 

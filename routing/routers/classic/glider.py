@@ -11,8 +11,8 @@ from math import sqrt
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, normalize
 
+from ...contract.router import Carry, RoutingContext
 from .classic import ClassicRouter
-from .router import Carry, RoutingContext
 
 
 class GliderRouter(ClassicRouter):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .traces import (
+from ..traces import (
     RoutingTrace,
     belady_hits_LC,
     entropy_L,

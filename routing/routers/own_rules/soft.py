@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from .router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32
-from .stats import RouterStats
+from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32
+from ...contract.stats import RouterStats
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .assignment import Routing
+from ..contract.assignment import Routing
 
 CapacityPolicy = Callable[[Routing], Tensor]
 

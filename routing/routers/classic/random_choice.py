@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .assignment import Routing
+from ...contract.assignment import Routing
+from ...contract.router import RouterSizes, RoutingContext
 from .classic import ClassicRouter
-from .router import RouterSizes, RoutingContext
 from .rule import ClassicRule
 
 

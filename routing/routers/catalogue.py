@@ -11,20 +11,20 @@ from typing import Any
 
 from torch import nn
 
-from .balanced import BaseRouter, SinkhornRouter
-from .classic import ClassicRouter
-from .cosine import CosineRouter
-from .device_balance import DeviceBalancedRouter
-from .expert_choice import ExpertChoiceRouter
-from .fixed import ForcedRouter, HashRouter
-from .pathway import PathwayRouter
-from .pregate import PreGate
-from .random_choice import GShardRouter, SigmaRouter
-from .recurrent import RecurrentRouter
-from .relu import ReluRouter, SparsityControl
-from .router import RouterSizes
-from .rule import ClassicRule, expect_plain
-from .soft import SoftRouter
+from ..contract.router import RouterSizes
+from .classic.balanced import BaseRouter, SinkhornRouter
+from .classic.classic import ClassicRouter
+from .classic.cosine import CosineRouter
+from .classic.device_balance import DeviceBalancedRouter
+from .classic.expert_choice import ExpertChoiceRouter
+from .classic.pathway import PathwayRouter
+from .classic.random_choice import GShardRouter, SigmaRouter
+from .classic.recurrent import RecurrentRouter
+from .classic.rule import ClassicRule, expect_plain
+from .own_rules.fixed import ForcedRouter, HashRouter
+from .own_rules.pregate import PreGate
+from .own_rules.relu import ReluRouter, SparsityControl
+from .own_rules.soft import SoftRouter
 
 Kind = Callable[..., ClassicRouter]
 

@@ -6,11 +6,11 @@ Shapes: T tokens, D model width, R routable experts.
 import torch
 from torch import Tensor
 
-from .assignment import Routing
+from ...contract.assignment import Routing
+from ...contract.router import Carry, RouterSizes, RoutingContext, at_least_float32
+from ...contract.stats import RouterStats
 from .classic import ClassicRouter
-from .router import Carry, RouterSizes, RoutingContext, at_least_float32
 from .rule import ClassicRule
-from .stats import RouterStats
 
 
 class ExpertChoiceRouter(ClassicRouter):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .choice.library import routing_kernels
 from .gru import gru_cell
+from .library import routing_kernels
 
 # below, arranging the weights for the C takes longer than the products
 FEWEST_ROWS = 128

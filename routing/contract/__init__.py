@@ -1,0 +1,1 @@
+"""What a routing is and what a router must do: Routing, Router, Carry, RouterStats."""

@@ -1,0 +1,1 @@
+"""Balance losses, capacity limits and the statistics they are computed from."""

@@ -1,0 +1,1 @@
+"""What `trace show` prints and draws."""

@@ -1,0 +1,1 @@
+"""The catalogue of routers, and the routers themselves in rooms by kind."""

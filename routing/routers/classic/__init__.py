@@ -1,0 +1,1 @@
+"""Score, select, weigh: the classic router and every router that overrides one of its steps."""

@@ -1,0 +1,1 @@
+"""Routers with a rule of their own: ReLU, soft, fixed, by modality, pre-gated."""
