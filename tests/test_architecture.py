@@ -1,77 +1,279 @@
-"""The structure that docs/architecture.md promises: who may import whom, and what works without what."""
+"""The structure that docs/architecture.md promises: rooms on floors, who may import whom, what works without what."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("routing", "moe", "offload", "placement", "experiments")
+MOST_FILES = 15
+DOORS = {"__init__", "cli"}
+DRAWERS = {"utils", "util", "helpers", "misc", "common", "manager"}
+
+# Which room may use which: a room imports only rooms of its folder that stand on a floor before its own.
+FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "routing": (
+        ("ground", "contract"),
+        ("choice", "losses", "traces"),
+        ("routers", "report"),
+        ("__init__", "cli"),
+    ),
+    "routing/routers": (
+        ("classic",),
+        ("own_rules", "tables"),
+        ("catalogue",),
+        ("__init__",),
+    ),
+    "moe": (
+        ("parts", "kernels"),
+        ("experts", "nnx"),
+        ("layers",),
+        ("architectures",),
+        ("model",),
+        ("inference", "conversion"),
+        ("__init__", "cli"),
+    ),
+    "moe/kernels": (
+        ("weights",),
+        ("launching",),
+        ("grouped",),
+        ("decode",),
+        ("operators", "tuning"),
+        ("experts", "in_parts"),
+        ("__init__",),
+    ),
+    "moe/nnx": (
+        ("parts",),
+        ("routing",),
+        ("model",),
+        ("training",),
+        ("__init__",),
+    ),
+    "offload": (
+        ("native", "memory", "checkpoint"),
+        ("formats", "cache", "prefetch"),
+        ("store", "compute"),
+        ("ram",),
+        ("gpu",),
+        ("runtime",),
+        ("forecast", "serve"),
+        ("__init__", "commands"),
+        ("cli",),
+    ),
+    "placement": (
+        ("contract", "data", "heuristics"),
+        ("objectives", "run"),
+        ("bounds",),
+        ("scoring", "search"),
+        ("ilp", "formats"),
+        ("solving",),
+        ("__init__", "commands"),
+        ("cli",),
+    ),
+    "experiments": (
+        ("evidence", "variants"),
+        ("train",),
+        ("compare", "bench", "demo"),
+        ("__init__", "cli"),
+    ),
+}
+
+# What one package may use of another: the root, and doors behind which no heavy library stands.
 ALLOWED = {
     "routing": set(),
-    "moe": {"routing"},
-    "placement": {"routing.traces"},
-    "offload": {"moe", "routing", "placement.contract"},
-    "experiments": {"routing", "moe", "placement", "offload"},
+    "moe": {"routing", "routing.ground"},
+    "placement": {"routing.traces", "routing.ground"},
+    "offload": {"moe", "moe.kernels", "routing", "routing.traces", "routing.ground", "placement.contract"},
+    "experiments": {
+        *("routing", "routing.traces", "routing.ground", "routing.cli"),
+        *("moe", "moe.kernels", "moe.nnx", "moe.cli"),
+        *("placement", "placement.cli", "offload", "offload.cli"),
+    },
 }
 OWNERS = {
     "triton": ("moe/kernels/",),
     "jax": ("moe/nnx/",),
     "flax": ("moe/nnx/",),
-    "pulp": ("placement/",),
+    "pulp": ("placement/ilp/",),
+    "fastapi": ("offload/serve/",),
+    "uvicorn": ("offload/serve/",),
 }
+TORCH_FREE = (
+    *("routing", "routing.ground", "routing.traces", "routing.cli"),
+    *("placement", "placement.contract.plan", "placement.cli"),
+    *("offload", "experiments.cli"),
+)
 
 
-def sources(package):
-    return sorted((ROOT / package).rglob("*.py"))
+def sources(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
 
 
-def imported(path):
-    """Absolute names that a file imports, and the depth of each import below module level."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(file: Path, root: Path = ROOT) -> Iterator[str]:
+    """Every module that a file imports, by its absolute name; a name taken from a module counts as the module."""
+    package = file.relative_to(root).parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                inner = root.joinpath(*base, alias.name)
+                is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
+                yield ".".join([*base, alias.name] if is_module else base)
+
+
+def rooms(folder: str, root: Path = ROOT) -> dict[str, set[str]]:
+    """Rooms and single files of a folder, and which of them each imports."""
+    place = root / folder
+    found: dict[str, set[str]] = {}
+    for file in sources(place):
+        room = file.relative_to(place).parts[0].removesuffix(".py")
+        used = found.setdefault(room, set())
+        prefix = folder.replace("/", ".")
+        for name in imports(file, root):
+            if name == prefix:
+                used.add("__init__")
+            elif name.startswith(f"{prefix}."):
+                used.add(name[len(prefix) + 1 :].split(".")[0])
+    return {room: used - {room} for room, used in found.items()}
+
+
+def arrows_up(folder: str, root: Path = ROOT) -> list[str]:
+    """Imports between rooms of a folder that do not run to a lower floor; rooms that stand on no floor."""
+    floor = {room: height for height, row in enumerate(FLOORS[folder]) for room in row}
+    faults = []
+    for room, used in rooms(folder, root).items():
+        if room not in floor:
+            faults.append(f"{folder}/{room} stands on no floor")
+            continue
+        faults += [f"{folder}/{room} -> {other}" for other in sorted(used) if floor.get(other, 99) >= floor[room]]
+    return faults
+
+
+def circle(root: Path, packages: tuple[str, ...] = PACKAGES) -> list[str]:
+    """Files that import each other in a circle, in order; empty without one."""
+    files = {}
+    for package in packages:
+        for file in sources(root / package):
+            name = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+            files[name] = [found for found in imports(file, root) if found != name]
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done or name not in files:
+            return []
+        for used in files[name]:
+            if found := visit(used, (*path, name)):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in files if (found := visit(name, ()))), [])
+
+
+def full_folders(root: Path, packages: tuple[str, ...] = PACKAGES) -> list[str]:
+    counts: dict[str, int] = {}
+    for package in packages:
+        for file in (root / package).rglob("*"):
+            if file.suffix in (".py", ".c", ".h"):
+                folder = file.parent.relative_to(root).as_posix()
+                counts[folder] = counts.get(folder, 0) + 1
+    return [folder for folder, count in counts.items() if count > MOST_FILES]
+
+
+def misleading_names(root: Path, packages: tuple[str, ...] = PACKAGES) -> list[str]:
+    """Files and folders that bear the name of a standard module, or of a drawer that takes anything."""
+    bad = set(sys.stdlib_module_names) | DRAWERS
+    return [
+        path.relative_to(root).as_posix()
+        for package in packages
+        for path in sorted((root / package).rglob("*"))
+        if (path.suffix == ".py" or path.is_dir()) and path.stem in bad and path.stem != "__init__"
+    ]
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_imports_run_down_the_floors(folder):
+    assert not arrows_up(folder)
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_every_floor_is_lived_on(folder):
+    assert {room for row in FLOORS[folder] for room in row} == set(rooms(folder))
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert not circle(ROOT)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_imports_between_packages_run_one_way_and_through_the_root(package):
-    for path in sources(package):
-        for name in imported(path):
-            top = name.split(".")[0]
-            if top not in PACKAGES or top == package:
-                continue
-            doors = ("moe.kernels", "moe.nnx", "routing.traces", "routing.ground")
-            entry = name.startswith(doors) or name.endswith("cli")
-            allowed = name in ALLOWED[package] or entry
-            assert top in {entry.split(".")[0] for entry in ALLOWED[package]}, (
-                f"{path}: {package} must not import {top}"
-            )
-            assert allowed, f"{path}: import {top} from its root, not {name}"
+def test_a_package_root_holds_doors_only(package):
+    assert {path.stem for path in (ROOT / package).glob("*.py")} <= DOORS
+
+
+def test_no_folder_is_full():
+    assert not full_folders(ROOT)
+
+
+def test_no_file_is_a_drawer_or_named_like_a_standard_module():
+    assert not misleading_names(ROOT)
+
+
+def test_every_folder_says_in_one_sentence_what_lives_there():
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("__init__.py"):
+            first = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+            assert first.endswith("."), f"{file}: say in one sentence what lives there"
+            assert ". " not in first, f"{file}: one sentence"
+    for folder in {file.parent for package in PACKAGES for file in sources(ROOT / package)}:
+        assert (folder / "__init__.py").is_file(), f"{folder} has no __init__.py"
+
+
+def test_the_checks_above_see_one_wrong_import_name_and_file(tmp_path):
+    for room in ("runtime", "store", "formats"):
+        (tmp_path / "offload" / room).mkdir(parents=True)
+    (tmp_path / "offload" / "store" / "reads.py").write_text("from ..formats import plain\n")
+    (tmp_path / "offload" / "formats" / "plain.py").write_text("x = 1\n")
+    assert not arrows_up("offload", tmp_path)
+    assert not circle(tmp_path, ("offload",))
+    (tmp_path / "offload" / "formats" / "plain.py").write_text("def f():\n    from offload.store.reads import y\n")
+    assert arrows_up("offload", tmp_path) == ["offload/formats -> store"]
+    assert circle(tmp_path, ("offload",))[0].startswith("offload.")
+    (tmp_path / "offload" / "attic").mkdir()
+    (tmp_path / "offload" / "attic" / "queue.py").write_text("")
+    assert "offload/attic stands on no floor" in arrows_up("offload", tmp_path)
+    assert misleading_names(tmp_path, ("offload",)) == ["offload/attic/queue.py"]
+    for number in range(MOST_FILES + 1):
+        (tmp_path / "offload" / "store" / f"file{number}.py").write_text("")
+    assert full_folders(tmp_path, ("offload",)) == ["offload/store"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_between_packages_run_one_way_and_through_doors(package):
+    for path in sources(ROOT / package):
+        for name in imports(path):
+            if name.split(".")[0] in PACKAGES and name.split(".")[0] != package:
+                doors = [door for door in ALLOWED[package] if name == door or name.startswith(f"{door}.")]
+                behind = "placement.contract", "routing.ground", "routing.traces", "moe.kernels", "moe.nnx"
+                is_door = any(name == door or door in behind for door in doors)
+                assert is_door, f"{path}: {package} may import {sorted(ALLOWED[package])}, not {name}"
 
 
 @pytest.mark.parametrize(("library", "homes"), OWNERS.items(), ids=list(OWNERS))
 def test_special_libraries_stay_in_their_place(library, homes):
     for package in PACKAGES:
-        for path in sources(package):
+        for path in sources(ROOT / package):
             relative = path.relative_to(ROOT).as_posix()
-            if any(name.split(".")[0] == library for name in imported(path)):
+            if any(name.split(".")[0] == library for name in imports(path)):
                 assert relative.startswith(homes), f"{relative} imports {library}; only {homes} may"
-
-
-TORCH_FREE = (
-    "routing",
-    "routing.ground",
-    "routing.traces",
-    "routing.cli",
-    "placement",
-    "placement.cli",
-    "offload",
-    "experiments.cli",
-)
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)
@@ -83,11 +285,6 @@ def test_works_without_torch(module):
 def test_moe_imports_without_triton_jax_and_pulp():
     block = "import sys; sys.modules.update(dict.fromkeys(['triton', 'jax', 'flax', 'pulp']))"
     subprocess.run([sys.executable, "-c", f"{block}; import moe"], cwd=ROOT, check=True)
-
-
-def test_no_file_is_a_drawer():
-    names = {path.stem for package in PACKAGES for path in sources(package)}
-    assert not names & {"utils", "util", "helpers", "misc", "common", "manager"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
