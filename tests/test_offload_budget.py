@@ -102,7 +102,7 @@ def test_cost_by_hand():
     )
     assert work.missed_bytes == 300e6
     assert work.active_bytes == 1200e6
-    prediction = predict_decode(work, HARDWARE, is_fast=False)
+    prediction = predict_decode(work, HARDWARE, rate=HARDWARE.exact_bytes_per_s)
     assert prediction.disk_s == pytest.approx(0.15)
     assert prediction.compute_s == pytest.approx(0.06)
     assert prediction.binds == "disk"
@@ -110,14 +110,14 @@ def test_cost_by_hand():
     one_layer_ms = [4 * 0.75, 7.5 + 0.75, 15 + 0.75, 22.5 + 0.75, 30 + 0.75]  # with 0 to 4 misses, of 7.5 ms each
     expected_ms = sum(count * ms for count, ms in zip([1, 4, 6, 4, 1], one_layer_ms, strict=True)) / 16
     assert prediction.token_s == pytest.approx(0.03 + 10 * expected_ms / 1000)
-    slow_layers = predict_decode(work, replace(HARDWARE, layer_s=0.001), is_fast=False)
+    slow_layers = predict_decode(work, replace(HARDWARE, layer_s=0.001), rate=HARDWARE.exact_bytes_per_s)
     assert slow_layers.token_s == pytest.approx(prediction.token_s + 10 * 0.001)
     all_hits = DecodeWork(num_layers=10, experts_per_layer=4, expert_bytes=15_000_000, resident_bytes=0, hit_rate=1.0)
-    in_memory = predict_decode(all_hits, HARDWARE, is_fast=True)
+    in_memory = predict_decode(all_hits, HARDWARE, rate=HARDWARE.fast_bytes_per_s)
     assert (in_memory.binds, in_memory.token_s) == ("memory", pytest.approx(0.02))
     compressed = replace(HARDWARE, compressed_bytes_per_s=2 * HARDWARE.exact_bytes_per_s)
-    assert predict_decode(work, compressed, is_fast=False, is_compressed=True).compute_s == pytest.approx(0.03)
-    assert predict_decode(work, compressed, is_fast=False).compute_s == prediction.compute_s
+    assert predict_decode(work, compressed, rate=compressed.compressed_bytes_per_s).compute_s == pytest.approx(0.03)
+    assert predict_decode(work, compressed, rate=compressed.exact_bytes_per_s).compute_s == prediction.compute_s
 
 
 def test_expected_hit_rate_is_a_rate():

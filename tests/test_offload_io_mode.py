@@ -8,8 +8,8 @@ import transformers
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import offload
+from offload.formats.plain import PlainForm
 from offload.store import io_mode
-from offload.store.store import record_of
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def _is_direct(folder, **options):
 def records(folder):
     from offload.checkpoint.model_folder import skeleton_of
 
-    return [record_of(layer) for layer in skeleton_of(folder)[2]]
+    return [PlainForm(layer) for layer in skeleton_of(folder)[2]]
 
 
 def test_files_that_are_cached_are_read_from_there(folder, records):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from offload.compute.compressed_weight import CompressedWeight
 from offload.compute.matvec import Matvecs
-from offload.compute.resident import compress_linears, move_to_huge_pages, weight_bytes
+from offload.compute.resident import move_to_huge_pages, store_linears, weight_bytes
+from offload.formats.compression import CompressedMatrix
+from offload.formats.stored_weight import StoredWeight
 
 
 def test_weights_keep_values_shapes_types_and_ties():
@@ -55,8 +56,8 @@ def linears():
 def test_compressed_linear_layers_compute_the_same_bits(linears):
     x_BSD = torch.randn(2, 3, 128).bfloat16()
     expected, nbytes = linears(x_BSD), weight_bytes(linears)
-    compress_linears(linears)
-    assert [isinstance(linear.weight, CompressedWeight) for linear in linears] == [True, True, False]
+    store_linears(linears, CompressedMatrix())
+    assert [isinstance(linear.weight, StoredWeight) for linear in linears] == [True, True, False]
     assert weight_bytes(linears) < 0.85 * nbytes
     assert torch.equal(linears(x_BSD), expected)
     with torch.inference_mode():
@@ -65,7 +66,7 @@ def test_compressed_linear_layers_compute_the_same_bits(linears):
 
 def test_a_compressed_weight_is_any_other_tensor_to_others(linears):
     plain = linears[0].weight.detach().clone()
-    compress_linears(linears)
+    store_linears(linears, CompressedMatrix())
     weight = linears[0].weight
     assert isinstance(weight, nn.Parameter)
     assert (weight.shape, weight.dtype, weight.device) == (plain.shape, plain.dtype, plain.device)
@@ -73,12 +74,12 @@ def test_a_compressed_weight_is_any_other_tensor_to_others(linears):
     assert torch.equal(weight.t() @ plain, plain.t() @ plain)
     assert torch.equal(weight[3:7, ::2], plain[3:7, ::2])
     assert torch.equal(weight.float(), plain.float())
-    assert isinstance(linears.state_dict()["0.weight"], CompressedWeight)
-    assert "CompressedWeight" in repr(weight)
+    assert isinstance(linears.state_dict()["0.weight"], StoredWeight)
+    assert "StoredWeight" in repr(weight)
 
 
 def test_a_compressed_weight_cannot_be_written_to(linears):
-    compress_linears(linears)
+    store_linears(linears, CompressedMatrix())
     with torch.no_grad():
         for write in (
             lambda weight: weight.mul_(2),
@@ -92,12 +93,12 @@ def test_a_compressed_weight_cannot_be_written_to(linears):
 def test_single_tokens_are_multiplied_without_expanding(linears, monkeypatch):
     x_1D = torch.randn(1, 128).bfloat16()
     expected = linears[0](x_1D)
-    compress_linears(linears)
+    store_linears(linears, CompressedMatrix())
     matvecs = Matvecs("exact")
     out_1F = torch.empty(1, 64, dtype=torch.bfloat16)
     if not matvecs.multiply(x_1D, (linears[0].weight,), (out_1F,)):
         pytest.skip("torch's products of one row have other bits here, or there is no C compiler")
-    monkeypatch.setattr(CompressedWeight, "expanded", lambda weight: pytest.fail("expanded"))
+    monkeypatch.setattr(StoredWeight, "expanded", lambda weight: pytest.fail("expanded"))
     out_1F.zero_()
     assert matvecs.multiply(x_1D, (linears[0].weight,), (out_1F,))
     assert torch.equal(out_1F, expected)
@@ -112,13 +113,13 @@ def test_what_embeddings_share_stays_plain():
             self.head.weight = self.embed.weight
 
     model = Tied().bfloat16()
-    compress_linears(model)
+    store_linears(model, CompressedMatrix())
     assert model.head.weight is model.embed.weight
-    assert not isinstance(model.head.weight, CompressedWeight)
+    assert not isinstance(model.head.weight, StoredWeight)
 
 
 def test_compressed_weights_stay_where_they_are(linears):
-    compress_linears(linears)
-    place = linears[0].weight.compressed.data_ptr()
+    store_linears(linears, CompressedMatrix())
+    place = linears[0].weight.stored.data_ptr()
     move_to_huge_pages(linears)
-    assert linears[0].weight.compressed.data_ptr() == place
+    assert linears[0].weight.stored.data_ptr() == place

@@ -10,6 +10,7 @@ from offload.checkpoint.experts import ExpertLayer, Parameter
 from offload.compute.matvec import Matvecs, _kernels
 from offload.compute.routed_rows import RoutedRows
 from offload.compute.single_token import TokenRows, fuse_experts
+from offload.formats.plain import PlainForm
 
 TOP_K, NUM_EXPERTS = 3, 5
 
@@ -26,20 +27,21 @@ class Experts(nn.Module):
         self.act_fn, self.has_gate = ACT2FN[activation], has_gate
 
 
-def layer_of(module, width, model_width, dtype=torch.bfloat16):
+def form_of(module, width, model_width, dtype=torch.bfloat16):
     up = ("gate_up_proj", (2 * width, model_width)) if module.has_gate else ("up_proj", (width, model_width))
     shapes = [up, ("down_proj", (model_width, width))]
-    return ExpertLayer("experts", NUM_EXPERTS, tuple(Parameter(n, n, s, dtype, (), None, ()) for n, s in shapes))
+    parameters = tuple(Parameter(n, n, s, dtype, (), None, ()) for n, s in shapes)
+    return PlainForm(ExpertLayer("experts", NUM_EXPERTS, parameters))
 
 
-def operands(layer, seed):
+def operands(form, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
         return torch.randn(shape, generator=generator).bfloat16()
 
-    weights = [{p.name: random(*p.shape) for p in layer.parameters} for _ in range(NUM_EXPERTS)]
-    return weights, random(1, layer.parameters[0].shape[1]), random(1, TOP_K).abs()
+    weights = [{p.name: random(*p.shape) for p in form.layer.parameters} for _ in range(NUM_EXPERTS)]
+    return weights, random(1, form.layer.parameters[0].shape[1]), random(1, TOP_K).abs()
 
 
 @pytest.mark.parametrize("arithmetic", ["exact", "fast"])
@@ -47,12 +49,12 @@ def operands(layer, seed):
 @pytest.mark.parametrize("has_gate", [True, False])
 def test_bits_of_the_path_for_many_tokens(arithmetic, activation, has_gate):
     module, matvecs = Experts(activation, has_gate), Matvecs(arithmetic)
-    layer = layer_of(module, 128, 96)
-    fused = fuse_experts(module, layer, TOP_K, matvecs)
+    form = form_of(module, 128, 96)
+    fused = fuse_experts(module, form, TOP_K, matvecs)
     if fused is None:
         pytest.skip("no kernel here has torch's bits")
     for seed in range(20):
-        weights, x_1D, weight_1K = operands(layer, seed)
+        weights, x_1D, weight_1K = operands(form, seed)
         expert_1K = torch.tensor([[4, 0, 2]]) if seed % 2 else torch.tensor([[1, NUM_EXPERTS, 3]])
         many = RoutedRows(module, NUM_EXPERTS, x_1D, expert_1K, weight_1K, matvecs)
         one = TokenRows(fused, expert_1K[0].tolist(), NUM_EXPERTS, x_1D, weight_1K)
@@ -74,9 +76,9 @@ def test_kernels_against_float64(name):
         pytest.skip("this processor has no AMX")
     module, matvecs = Experts(), Matvecs("fast")
     matvecs._kernels = {name: _kernels()[name]}
-    layer = layer_of(module, 64 * TOP_K * torch.get_num_threads(), 160)
-    fused = fuse_experts(module, layer, TOP_K, matvecs)
-    weights, x_1D, weight_1K = operands(layer, 0)
+    form = form_of(module, 64 * TOP_K * torch.get_num_threads(), 160)
+    fused = fuse_experts(module, form, TOP_K, matvecs)
+    weights, x_1D, weight_1K = operands(form, 0)
     rows = TokenRows(fused, [3, 1, 0], NUM_EXPERTS, x_1D, weight_1K)
     rows.compute_singles([0, 1, 3], [weights[expert] for expert in (0, 1, 3)])
     expected = torch.zeros(1, 160, dtype=torch.float64)
@@ -88,9 +90,9 @@ def test_kernels_against_float64(name):
 
 def test_an_expert_that_is_left_out_contributes_nothing():
     module = Experts()
-    layer = layer_of(module, 128, 96)
-    fused = fuse_experts(module, layer, TOP_K, Matvecs("fast"))
-    weights, x_1D, weight_1K = operands(layer, 0)
+    form = form_of(module, 128, 96)
+    fused = fuse_experts(module, form, TOP_K, Matvecs("fast"))
+    weights, x_1D, weight_1K = operands(form, 0)
     rows = TokenRows(fused, [2, NUM_EXPERTS, -1], NUM_EXPERTS, x_1D, weight_1K)
     rows.compute(2, weights[2])
     alone = TokenRows(fused, [2], NUM_EXPERTS, x_1D, weight_1K[:, :1])
@@ -101,18 +103,18 @@ def test_an_expert_that_is_left_out_contributes_nothing():
 @pytest.mark.parametrize("flag", ["has_bias", "is_transposed", "has_post_expert_norm"])
 def test_layouts_that_are_not_covered(flag):
     module = Experts()
-    layer = layer_of(module, 128, 96)
+    form = form_of(module, 128, 96)
     setattr(module, flag, True)
-    assert fuse_experts(module, layer, TOP_K, Matvecs("fast")) is None
+    assert fuse_experts(module, form, TOP_K, Matvecs("fast")) is None
 
 
 def test_gates_activations_and_types_that_are_not_covered():
     matvecs = Matvecs("fast")
     clamped = type("Clamped", (Experts,), {"_apply_gate": lambda self, up: up.clamp(max=7).chunk(2, -1)[0]})()
-    assert fuse_experts(clamped, layer_of(clamped, 128, 96), TOP_K, matvecs) is None
+    assert fuse_experts(clamped, form_of(clamped, 128, 96), TOP_K, matvecs) is None
     mixing = Experts()
     mixing.act_fn = nn.Softmax(-1)
-    assert fuse_experts(mixing, layer_of(mixing, 128, 96), TOP_K, matvecs) is None
+    assert fuse_experts(mixing, form_of(mixing, 128, 96), TOP_K, matvecs) is None
     plain = Experts()
-    assert fuse_experts(plain, layer_of(plain, 128, 96, torch.float32), TOP_K, matvecs) is None
-    assert fuse_experts(plain, layer_of(plain, 72, 96), TOP_K, matvecs) is None
+    assert fuse_experts(plain, form_of(plain, 128, 96, torch.float32), TOP_K, matvecs) is None
+    assert fuse_experts(plain, form_of(plain, 72, 96), TOP_K, matvecs) is None

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from routing import RoutingTrace
+from routing.ground.model_config import experts_per_token
 
 COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "num_selected_experts")
 BACKBONES = ("same", "first", "second", "mean")
 
 
@@ -66,7 +66,7 @@ def prune(model: Any, expert_LP: NDArray[np.int64]) -> Any:
     _expect_kept(num_kept, E)
     if expert_LP.min() < 0 or expert_LP.max() >= E or any(len(set(row)) < num_kept for row in expert_LP.tolist()):
         raise ValueError(f"kept experts must be different ids in 0..{E - 1} in every layer")
-    top_k = next((getattr(model.config, name) for name in TOP_K_NAMES if hasattr(model.config, name)), 1)
+    top_k = experts_per_token(model.config)
     _expect_no_groups(model.config)
     if num_kept < top_k:
         raise ValueError(

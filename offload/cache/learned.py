@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .policies import access, expect_room
 
@@ -33,7 +34,7 @@ class LearnedReuse:
         self._frequency = self._input[:-1].reshape(len(self.DECAYS), num_keys)
         self._start = np.zeros((len(self.DECAYS) * num_keys + 1, num_keys))
         self._start[self.START * num_keys : (self.START + 1) * num_keys] = np.eye(num_keys)
-        self._model = self._start
+        self._model: NDArray[np.floating] = self._start
         self._score: np.ndarray | None = None
         self._inputs: list[np.ndarray] = []
         self._demands: list[Sequence[int]] = []

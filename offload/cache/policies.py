@@ -31,6 +31,15 @@ class Cache(Protocol):
     def demand(self, keys: Sequence[int], next_uses: Sequence[int] = (), weights: Sequence[float] = ()) -> None:
         """One token uses `keys`, whether or not they are resident; nothing is inserted yet."""
 
+    def access(self, keys: Sequence[int], next_uses: Sequence[int] = (), weights: Sequence[float] = ()) -> int:
+        """One token at one layer: look all keys up, then insert them; gives the number of hits."""
+
+    def rank(self, key: int) -> tuple[float, float]:
+        """How promising a key would be if it were resident; higher stays longer."""
+
+    def discard(self, key: int) -> None:
+        """Make a key not resident, whatever its score."""
+
     def insert(self, key: int) -> None:
         """Make a key resident; there must be room."""
 

@@ -24,16 +24,6 @@ from .tensors import TensorEntry
 MAX_RUNS = 32
 
 
-@dataclass(frozen=True)
-class Run:
-    """`nbytes` bytes at `offset` of one file that go to byte `target` of an expert's record."""
-
-    entry: TensorEntry
-    offset: int
-    nbytes: int
-    target: int
-
-
 @dataclass(frozen=True, eq=False)
 class Source:
     """One checkpoint tensor, or one expert's share of it, as an input of a conversion."""
@@ -75,27 +65,16 @@ class Parameter:
 
 @dataclass(frozen=True, eq=False)
 class ExpertLayer:
-    """The experts of one layer: where their bytes are.
-
-    `compressed_E` says where the compressed record of each expert is; the places of its parameters then do not matter.
-    """
+    """The experts of one layer, and where the checkpoint has them."""
 
     module_name: str
     num_experts: int
     parameters: tuple[Parameter, ...]
-    compressed_E: tuple[TensorEntry, ...] | None = None
 
     @property
     def plain_bytes(self) -> int:
-        """One expert as it is computed with."""
+        """One expert as the model computes with it."""
         return sum(parameter.nbytes for parameter in self.parameters)
-
-    @property
-    def expert_bytes(self) -> int:
-        """One expert as it is stored; the mean, if experts differ."""
-        if self.compressed_E is None:
-            return self.plain_bytes
-        return -(-sum(entry.nbytes for entry in self.compressed_E) // self.num_experts)
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:

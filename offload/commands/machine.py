@@ -39,9 +39,9 @@ def fit(
     quiet_transformers()
     fitted = fit_model(model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, context=context, pack=packed)
     console = Console()
-    first = fitted.layers[0]
+    first = fitted.forms[0]
     console.print(
-        f"{len(fitted.layers)} MoE layers x {first.num_experts} experts of {format_size(first.expert_bytes)}, "
+        f"{len(fitted.forms)} MoE layers x {first.layer.num_experts} experts of {format_size(first.expert_bytes)}, "
         f"top-{fitted.top_k}: {format_size(fitted.expert_bytes)} of experts, "
         f"{format_size(fitted.active_bytes)} used by each token",
         highlight=False,
@@ -55,8 +55,8 @@ def fit(
         console.print(table)
         slots = fitted.plan.num_slots
         console.print(
-            f"fits {format_size(fitted.plan.limit_bytes)} with {min(slots)} to {max(slots)} of {first.num_experts} "
-            "experts per layer in memory",
+            f"fits {format_size(fitted.plan.limit_bytes)} with {min(slots)} to {max(slots)} of "
+            f"{first.layer.num_experts} experts per layer in memory",
             highlight=False,
         )
     predicted: dict[str, Any] = {}

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..formats.stored_weight import expanded, kernel_of, stored_bytes
 from ..native import library as native
-from .compressed_weight import CompressedWeight
 
 AMX_BLOCK = 32
 TRIALS = 4
@@ -51,7 +51,7 @@ class Matvecs:
 
         Args:
             x_ND: one row for each product, or one row for all.
-            weights_FD: N matrices of the same width, all compressed or all plain; their numbers of rows may differ.
+            weights_FD: N matrices of the same width, all in one stored form; their numbers of rows may differ.
             outs_F: where the results go, each contiguous.
         """
         if not (self._kernels and _fits(x_ND, weights_FD)):
@@ -83,7 +83,7 @@ class Matvecs:
         key = (*shape, torch.get_num_threads())
         if key not in self._chosen:
             tried = torch.randn(shape).bfloat16() if weight_FD is None else weight_FD
-            self._chosen[key] = self._choose(tried.expanded() if isinstance(tried, CompressedWeight) else tried)
+            self._chosen[key] = self._choose(expanded(tried))
         return self._chosen[key]
 
     def _choose(self, weight_FD: torch.Tensor) -> Kernel | None:
@@ -108,7 +108,8 @@ def _fits(x: torch.Tensor, weights_FD: Sequence[torch.Tensor]) -> bool:
             and weight.device.type == "cpu"
             and weight.is_contiguous()
             and weight.shape[-1] == weights_FD[0].shape[-1]
-            and isinstance(weight, CompressedWeight) == isinstance(weights_FD[0], CompressedWeight)
+            and kernel_of(weight) is not None
+            and kernel_of(weight) == kernel_of(weights_FD[0])
             for weight in weights_FD
         )
     )
@@ -195,9 +196,8 @@ def _matvec(function: Any, is_amx: bool) -> Kernel:
         num, columns = len(weights_FD), weights_FD[0].shape[1]
         rows = (ctypes.c_int64 * num)(*[weight.shape[0] for weight in weights_FD])
         x_step = columns if x_ND.numel() > columns else 0
-        compressed = [weight.compressed for weight in weights_FD if isinstance(weight, CompressedWeight)]
-        place = pointers(compressed or weights_FD)
-        function(is_amx, bool(compressed), num, place, x_ND.data_ptr(), x_step, pointers(outs_F), rows, columns)
+        place = pointers([stored_bytes(weight) for weight in weights_FD])
+        function(is_amx, kernel_of(weights_FD[0]), num, place, x_ND.data_ptr(), x_step, pointers(outs_F), rows, columns)
 
     return call
 

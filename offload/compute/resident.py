@@ -1,16 +1,14 @@
-"""Where a model's resident weights lie: in huge pages, linear layers compressed if that is wanted."""
+"""Where a model's resident weights lie: in huge pages, linear layers in a stored form if that is wanted."""
 
 import torch
 from torch import nn
 
-from ..formats.compression import GUARD_BYTES, CompressedShape, can_compress, compress
+from ..formats.form import MatrixForm
+from ..formats.stored_weight import StoredWeight, stored_bytes
 from ..memory.huge_pages import huge_mapping
-from .compressed_weight import CompressedWeight
 from .linears import PLAIN_LINEARS
 
 ALIGNMENT_BYTES = 64
-NORMAL_OTHERS = 0.025
-"""Share of normally distributed weights whose exponent has no code."""
 
 
 def move_to_huge_pages(model: nn.Module) -> None:
@@ -21,7 +19,7 @@ def move_to_huge_pages(model: nn.Module) -> None:
     parameters = [
         parameter
         for parameter in model.parameters()
-        if parameter.device.type == "cpu" and parameter.numel() and not isinstance(parameter, CompressedWeight)
+        if parameter.device.type == "cpu" and parameter.numel() and not isinstance(parameter, StoredWeight)
     ]
     total = sum(_rounded(parameter.nbytes) for parameter in parameters)
     if not total:
@@ -34,29 +32,27 @@ def move_to_huge_pages(model: nn.Module) -> None:
         start += _rounded(parameter.nbytes)
 
 
-def compress_linears(model: nn.Module) -> None:
-    """Compress the weights of a model's linear layers, where that saves memory, but for those that embeddings share.
+def store_linears(model: nn.Module, form: MatrixForm) -> None:
+    """Hold a model's linear layers in a stored form where that saves memory, but for those that embeddings share.
 
     All lie in one mapping, of which only what is used takes memory, and each plain weight is freed in its turn.
     """
-    linears = [linear for linear in _compressible(model) if linear.weight.is_contiguous()]
-    total = sum(module.weight.nbytes for module in linears)
+    linears = [linear for linear in _storable(model, form) if linear.weight.is_contiguous()]
+    total = sum(_rounded(module.weight.nbytes) for module in linears)
     if not total:
         return
     place, start = torch.frombuffer(huge_mapping(total), dtype=torch.uint8), 0
     for module in linears:
-        compressed = _compressed(module.weight.data, place[start:])
-        if compressed is not None:
-            module.weight = nn.Parameter(compressed, requires_grad=False)
-            start += _rounded(compressed.compressed.numel())
+        if (encoded := form.encode(module.weight.data)) is None:
+            continue
+        stored = place[start : start + len(encoded)].copy_(encoded)
+        module.weight = nn.Parameter(StoredWeight(stored, module.weight.shape, form), requires_grad=False)
+        start += _rounded(len(encoded))
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Memory of a model's parameters and buffers."""
-    tensors = (*model.parameters(), *model.buffers())
-    return sum(
-        tensor.compressed.nbytes if isinstance(tensor, CompressedWeight) else tensor.nbytes for tensor in tensors
-    )
+    return sum(stored_bytes(tensor).nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def embedding_bytes(model: nn.Module) -> int:
@@ -66,40 +62,27 @@ def embedding_bytes(model: nn.Module) -> int:
     return sum(weight.nbytes for key, weight in embeddings.items() if key not in linears)
 
 
-def expected_saving(model: nn.Module) -> int:
-    """What `compress_linears` will save, if weights are distributed normally; for models without weights."""
-    weights = [linear.weight for linear in _compressible(model)]
-    least = sum(CompressedShape(*weight.shape).others_at for weight in weights)
-    others = int(NORMAL_OTHERS * sum(weight.numel() for weight in weights))
-    return sum(weight.nbytes for weight in weights) - least - others
+def expected_saving(model: nn.Module, form: MatrixForm) -> int:
+    """What `store_linears` will save, if weights are distributed normally; for models without weights."""
+    weights = [linear.weight for linear in _storable(model, form)]
+    return sum(weight.nbytes - form.expected_bytes((weight.shape[0], weight.shape[1])) for weight in weights)
 
 
-def expansion_bytes(model: nn.Module) -> int:
-    """What the largest linear layer that can be compressed takes while several tokens pass through it."""
-    return max((linear.weight.nbytes for linear in _compressible(model)), default=0)
+def expansion_bytes(model: nn.Module, form: MatrixForm) -> int:
+    """What the largest linear layer takes that is expanded while several tokens pass through it."""
+    return max((linear.weight.nbytes for linear in _storable(model, form)), default=0)
 
 
-def _compressible(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers whose weights can be compressed and are no embedding's."""
+def _storable(model: nn.Module, form: MatrixForm) -> list[nn.Linear]:
+    """The linear layers whose weights the form accepts and are no embedding's."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return [
         module
         for module in model.modules()
         if type(module) in PLAIN_LINEARS
         and id(module.weight) not in embeddings
-        and can_compress(tuple(module.weight.shape), module.weight.dtype)
+        and form.accepts(tuple(module.weight.shape), module.weight.dtype)
     ]
-
-
-def _compressed(weight_FD: torch.Tensor, place: torch.Tensor) -> CompressedWeight | None:
-    """The weight compressed, at the beginning of `place`; None if that saves nothing."""
-    whole, others = compress(weight_FD)
-    nbytes = len(whole) + len(others) + GUARD_BYTES
-    if nbytes > weight_FD.nbytes - ALIGNMENT_BYTES:
-        return None
-    place[: len(whole)] = whole
-    place[len(whole) : len(whole) + len(others)] = others
-    return CompressedWeight(place[:nbytes], weight_FD.shape)
 
 
 def _rounded(nbytes: int) -> int:

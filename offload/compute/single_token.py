@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.experts import ExpertLayer, weight_names
+from ..checkpoint.experts import weight_names
+from ..formats.form import Form
 from .matvec import ExpertsKernel, Matvecs, pointers
 from .routed_rows import VECTOR_ELEMENTS
 
@@ -27,13 +28,13 @@ class FusedExperts:
         module: the experts module.
         table: the activation of every bfloat16 number, in the order of their bits.
         width: F.
-        is_compressed: the weights it gets are compressed.
+        form_kernel: number of the form that its weights are stored in.
     """
 
     def __init__(
-        self, kernel: ExpertsKernel, module: Any, table: torch.Tensor, width: int, *, is_compressed: bool
+        self, kernel: ExpertsKernel, module: Any, table: torch.Tensor, width: int, *, form_kernel: int
     ) -> None:
-        self._kernel, self._table, self._width, self._is_compressed = kernel, table, width, is_compressed
+        self._kernel, self._table, self._width, self._form_kernel = kernel, table, width, form_kernel
         self._is_gated = bool(module.has_gate)
         self._up_name, self._down_name = weight_names(module)
 
@@ -47,7 +48,7 @@ class FusedExperts:
         """
         hidden_KF = x_1D.new_empty(len(weights), self._width)
         self._kernel(
-            self._is_compressed,
+            self._form_kernel,
             len(weights),
             pointers([weight[self._up_name] for weight in weights]),
             pointers([weight[self._down_name] for weight in weights]),
@@ -108,20 +109,27 @@ class TokenRows:
         return weighted_KD[None].sum(dim=1).to(self._x_1D.dtype)
 
 
-def fuse_experts(module: Any, layer: ExpertLayer, top_k: int, matvecs: Matvecs) -> FusedExperts | None:
+def fuse_experts(module: Any, form: Form, top_k: int, matvecs: Matvecs) -> FusedExperts | None:
     """The kernel of a layer's experts; None if it has none with torch's bits.
 
     Args:
         module: the experts module.
-        layer: its shapes.
+        form: how the layer's experts are stored.
         top_k: K; torch's activation runs over the rows of all K experts, and is vectorised to the last element only if
             those divide.
     """
+    layer, form_kernel = form.layer, form.kernel
     shape = {parameter.name: parameter.shape for parameter in layer.parameters}
     names = weight_names(module)
     is_plain = not (module.has_bias or module.is_transposed or getattr(module, "has_post_expert_norm", False))
     is_bfloat16 = all(parameter.dtype == torch.bfloat16 for parameter in layer.parameters)
-    if not is_plain or not is_bfloat16 or set(shape) != set(names) or not _has_usual_gate(module):
+    if (
+        form_kernel is None
+        or not is_plain
+        or not is_bfloat16
+        or set(shape) != set(names)
+        or not _has_usual_gate(module)
+    ):
         return None
     width = shape["down_proj"][1]
     if width % VECTOR_ELEMENTS or top_k * width % (VECTOR_ELEMENTS * torch.get_num_threads()):
@@ -130,7 +138,7 @@ def fuse_experts(module: Any, layer: ExpertLayer, top_k: int, matvecs: Matvecs) 
     table = None if kernel is None else _activation_table(module, width)
     if kernel is None or table is None:
         return None
-    return FusedExperts(kernel, module, table, width, is_compressed=layer.compressed_E is not None)
+    return FusedExperts(kernel, module, table, width, form_kernel=form_kernel)
 
 
 def _has_usual_gate(module: Any) -> bool:

@@ -132,7 +132,8 @@ def _token_products() -> tuple[float, float, float, float]:
     from torch import nn
 
     from ..compute.matvec import Matvecs
-    from ..compute.resident import compress_linears, weight_bytes
+    from ..compute.resident import store_linears, weight_bytes
+    from ..formats.compression import CompressedMatrix
 
     weights = [torch.randn(2048, 2048).bfloat16() for _ in range(WEIGHTS)]
     x, out = torch.randn(1, 2048).bfloat16(), torch.empty(1, 2048, dtype=torch.bfloat16)
@@ -155,7 +156,7 @@ def _token_products() -> tuple[float, float, float, float]:
     except ValueError:
         fast = 0.0
     model = nn.ModuleList([nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16) for _ in weights])
-    compress_linears(model)
+    store_linears(model, CompressedMatrix())
     compressed = each(product(Matvecs("exact")), [linear.weight for linear in model], weight_bytes(model))
     return exact, fast, compressed, memory
 

@@ -1,105 +1,52 @@
-"""One expert whose matrices are compressed: a record of bytes, and where each matrix begins in it.
+"""Experts compressed without loss: a record of bytes, and where each matrix begins in it.
 
 First come heads and segments of all matrices, each at the same place for every expert; then the exponents that have no
-code, whose number differs from expert to expert.
+code, whose number differs from expert to expert. `compression.py` has the form of one matrix.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
+from typing import ClassVar
 
 import torch
 
+from routing.ground.hardware import Hardware
+
 from ..checkpoint.experts import ExpertLayer
-from ..checkpoint.tensors import TensorEntry
-from .compression import BLOCK_ROWS, GUARD_BYTES, CompressedShape, can_compress, compress, others_end
-from .plain import BLOCK_BYTES, Extent, Region
-
-
-def can_compress_layer(layer: ExpertLayer) -> bool:
-    """Whether all matrices of a layer's experts are of a kind that can be compressed."""
-    return all(can_compress(parameter.shape, parameter.dtype) for parameter in layer.parameters)
-
-
-def compress_expert(layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> list[bytes]:
-    """The parts of one expert's record, to be joined.
-
-    Args:
-        views: its matrices by name.
-    """
-    places, others_at = _places(layer), compressed_bounds(layer)[0]
-    wholes, others = [], []
-    for parameter in layer.parameters:
-        whole, rest = compress(views[parameter.name], others_at - places[parameter.name])
-        wholes.append(whole.numpy().tobytes())
-        others.append(rest.numpy().tobytes())
-        others_at += len(rest)
-    return wholes + others
-
-
-def compressed_bounds(layer: ExpertLayer) -> tuple[int, int]:
-    """The fewest and the most bytes that a compressed expert of this layer can have."""
-    shapes = _shapes(layer).values()
-    least = sum(shape.others_at for shape in shapes)
-    return least, least + sum(shape.rows * shape.columns for shape in shapes)
+from .compression import (
+    BLOCK_ROWS,
+    GUARD_BYTES,
+    CompressedMatrix,
+    CompressedShape,
+    can_compress,
+    compress,
+    expand,
+    others_end,
+)
+from .form import MatrixForm
+from .packed import PackedForm
 
 
 @dataclass(frozen=True, eq=False)
-class CompressedRecord:
-    """The slot layout of one layer's compressed experts; what ExpertRecord is for plain ones.
+class CompressedForm(PackedForm):
+    """The experts of one layer, compressed."""
 
-    Args:
-        layer: shapes of the matrices.
-        entry_E: where each expert's record is.
-    """
-
-    layer: ExpertLayer
-    entry_E: tuple[TensorEntry, ...]
-    is_straight = True
-    is_shiftable = True
-    is_compressed = True
-
-    @property
-    def files(self) -> set[Path]:
-        return {entry.file for entry in self.entry_E}
-
-    def file_of(self, expert: int) -> Path:
-        return self.entry_E[expert].file
-
-    def offset_of(self, expert: int) -> int:
-        return self.entry_E[expert].offset
-
-    @cached_property
-    def regions(self) -> tuple[Region, ...]:
-        return (Region(0, max(entry.nbytes for entry in self.entry_E)),)
-
-    @cached_property
-    def slot_bytes(self) -> int:
-        """Bytes of a slot, a multiple of the block size."""
-        return -(-self.regions[0].nbytes // BLOCK_BYTES) * BLOCK_BYTES
+    name: ClassVar[str] = CompressedMatrix.name
+    kernel: ClassVar[int | None] = CompressedMatrix.kernel
+    linears: ClassVar[MatrixForm | None] = CompressedMatrix()
+    reaches_gpu: ClassVar[bool] = False
+    is_expanded: ClassVar[bool] = True
 
     @cached_property
     def guard_bytes(self) -> int:
         """What reading may touch after the last slot, however wrong the codes of a record are."""
         return GUARD_BYTES + BLOCK_ROWS * max(shape.columns for shape in _shapes(self.layer).values())
 
-    def shifts(self, extents: list[Extent]) -> tuple[int, ...]:
-        """Records begin with a block of the file, so none."""
-        return (0,)
-
-    def stored_bytes(self, expert: int) -> int:
-        return self.entry_E[expert].nbytes
-
-    def extents(self, expert: int) -> list[Extent]:
-        """What to read for one expert."""
-        entry = self.entry_E[expert]
-        return [Extent(entry, entry.offset, entry.nbytes, 0, 0)]
-
-    def views(self, slot: torch.Tensor, shifts: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        """Each compressed matrix of the expert in `slot`, from its first head on (uint8, to the end of the slot)."""
-        return {name: slot[shifts[0] + place :] for name, place in self._places.items()}
+    def views(self, slot: torch.Tensor, shifts: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Each compressed matrix from its first head on (uint8), to the end of the slot."""
+        return {name: slot[shifts[0] + place :] for name, place in _places(self.layer).items()}
 
     def check(self, expert: int, slot: torch.Tensor) -> None:
         """Refuse heads that point outside the record.
@@ -107,17 +54,49 @@ class CompressedRecord:
         Raises:
             OSError: if one does.
         """
-        shapes = _shapes(self.layer)
+        shapes, places = _shapes(self.layer), _places(self.layer)
         for name, view in self.views(slot, (0,)).items():
-            end = others_end(view, shapes[name]) + self._places[name]
+            end = others_end(view, shapes[name]) + places[name]
             if end > self.stored_bytes(expert):
                 raise OSError(
                     f"{self.file_of(expert)}: expert {expert} points to byte {end}; make it again with `expertier pack`"
                 )
 
-    @cached_property
-    def _places(self) -> dict[str, int]:
-        return _places(self.layer)
+    def expand(self, views: Mapping[str, torch.Tensor], room: Mapping[str, torch.Tensor]) -> None:
+        for name, compressed in views.items():
+            expand(compressed, room[name])
+
+    def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
+        return hardware.compressed_bytes_per_s or hardware.exact_bytes_per_s
+
+    @classmethod
+    def suits(cls, layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> bool:
+        """Whether all matrices are of a kind that can be compressed, and the first expert gets smaller."""
+        return _can_compress(layer) and sum(map(len, cls.encode(layer, views))) < layer.plain_bytes
+
+    @classmethod
+    def encode(cls, layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> list[bytes]:
+        places, others_at = _places(layer), cls.record_bounds(layer)[0]
+        wholes, others = [], []
+        for parameter in layer.parameters:
+            whole, rest = compress(views[parameter.name], others_at - places[parameter.name])
+            wholes.append(whole.numpy().tobytes())
+            others.append(rest.numpy().tobytes())
+            others_at += len(rest)
+        return wholes + others
+
+    @classmethod
+    def record_bounds(cls, layer: ExpertLayer) -> tuple[int, int]:
+        """Without exponents that have no code, and with a byte for every weight."""
+        if not _can_compress(layer):
+            raise ValueError(f"{layer.module_name} has matrices that cannot be compressed")
+        shapes = _shapes(layer).values()
+        least = sum(shape.others_at for shape in shapes)
+        return least, least + sum(shape.rows * shape.columns for shape in shapes)
+
+
+def _can_compress(layer: ExpertLayer) -> bool:
+    return all(can_compress(parameter.shape, parameter.dtype) for parameter in layer.parameters)
 
 
 def _shapes(layer: ExpertLayer) -> dict[str, CompressedShape]:

@@ -100,6 +100,29 @@ def expand(compressed: torch.Tensor, out_RC: torch.Tensor) -> None:
         kernels.expertier_expand(compressed.data_ptr(), *out_RC.shape, out_RC.data_ptr())
 
 
+class CompressedMatrix:
+    """One resident matrix, compressed."""
+
+    name = "compressed"
+    kernel: int | None = 1
+    NORMAL_OTHERS = 0.025
+    """Share of normally distributed weights whose exponent has no code: 0.021 to 0.030, depending on their scale."""
+
+    def accepts(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        return can_compress(shape, dtype)
+
+    def expected_bytes(self, shape: tuple[int, int]) -> int:
+        return CompressedShape(*shape).others_at + int(self.NORMAL_OTHERS * prod(shape)) + GUARD_BYTES
+
+    def encode(self, weight_FD: torch.Tensor) -> torch.Tensor | None:
+        whole, others = compress(weight_FD)
+        stored = torch.cat([whole, others, torch.zeros(GUARD_BYTES, dtype=torch.uint8)])
+        return stored if stored.nbytes <= weight_FD.nbytes - GUARD_BYTES else None
+
+    def expand(self, stored: torch.Tensor, out_FD: torch.Tensor) -> None:
+        expand(stored, out_FD)
+
+
 def others_end(compressed: torch.Tensor, shape: CompressedShape) -> int:
     """Where the last block's exponents without a code begin at most, as the heads say: what a reader has to check."""
     head_B = compressed[: shape.num_blocks * HEAD_BYTES].view(shape.num_blocks, HEAD_BYTES)

@@ -3,18 +3,21 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from routing.ground.expect import expect_name
 from routing.ground.files import write_json
 
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.tensors import TensorEntry
-from .plain import BLOCK_BYTES
+from .catalogue import FORMS
+from .form import BLOCK_BYTES, Form
 
 MAX_INDEX_BYTES = 256 << 20
 Count = Field(ge=0, lt=1 << 62)
+FormName = Annotated[str, AfterValidator(lambda name: expect_name(name, FORMS, "stored form"))]
 
 
 class PackedRecord(BaseModel):
@@ -36,16 +39,37 @@ class PackedParameter(BaseModel):
 
 
 class PackedLayer(BaseModel):
-    """One layer's experts.
-
-    `plain` records are the parameters one after the other; compressed_record.py says what `compressed` ones are.
-    """
+    """One layer's experts; `encoding` is the name of their form."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     module: str
     parameters: tuple[PackedParameter, ...]
-    encoding: Literal["plain", "compressed"]
+    encoding: FormName
     records: tuple[PackedRecord, ...]
+
+    def opened(self, file: Path, layer: ExpertLayer, end: int) -> Form:
+        """The form of these experts in `file`, whose records end at byte `end`.
+
+        Raises:
+            ValueError: if a record lies outside the file, or has a size that the form cannot have.
+        """
+        form = FORMS[self.encoding]
+        try:
+            least, most = form.record_bounds(layer)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}; make it again with `expertier pack`") from error
+        for record in self.records:
+            is_inside = record.offset % BLOCK_BYTES == 0 and record.offset + record.nbytes <= end
+            if not (is_inside and least <= record.nbytes <= most):
+                raise ValueError(
+                    f"{file}: an expert of {self.module} would have {record.nbytes} bytes at {record.offset}; "
+                    "the index is damaged, make it again with `expertier pack`"
+                )
+        entries = (
+            TensorEntry(f"{self.module}[{expert}]", file, record.offset, record.nbytes, "U8", (record.nbytes,))
+            for expert, record in enumerate(self.records)
+        )
+        return form.of_records(layer, tuple(entries))
 
     def holds(self, layer: ExpertLayer) -> bool:
         """Whether these are that layer's experts."""
@@ -64,14 +88,17 @@ class PackIndex(BaseModel):
     version: Literal[2] = 2
     source: dict[str, tuple[int, int]]
     is_compressed: bool
+    form: FormName | None = None
+    """What was asked for, if neither plain nor compressed; a layer that it does not suit is plain all the same."""
     layers: list[PackedLayer] = []
 
     @classmethod
-    def of(cls, entries: Mapping[str, TensorEntry], *, is_compressed: bool) -> "PackIndex":
+    def of(cls, entries: Mapping[str, TensorEntry], form: str = "plain") -> "PackIndex":
         """The index of a checkpoint of which nothing is packed yet."""
         files = sorted({entry.file for entry in entries.values()})
         source = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
-        return cls(source=source, is_compressed=is_compressed)
+        is_named = form not in ("plain", "compressed")
+        return cls(source=source, is_compressed=form == "compressed", form=form if is_named else None)
 
     @classmethod
     def read(cls, file: Path) -> "PackIndex":
@@ -89,12 +116,12 @@ class PackIndex(BaseModel):
 
     def write(self, file: Path) -> None:
         """Atomically, as JSON."""
-        write_json(file, self.model_dump(mode="json"))
+        write_json(file, self.model_dump(mode="json", exclude_none=True))
 
     def begins_like(self, other: "PackIndex", layers: Sequence[ExpertLayer]) -> bool:
         """Whether this is a part of what `other`, of the same model, is going to be."""
         return (
-            (self.source, self.is_compressed) == (other.source, other.is_compressed)
+            (self.source, self.is_compressed, self.form) == (other.source, other.is_compressed, other.form)
             and len(self.layers) <= len(layers)
             and all(packed.holds(layer) for packed, layer in zip(self.layers, layers, strict=False))
         )

@@ -1,55 +1,53 @@
-"""How one expert lies in a slot: regions, the extents of files that fill them, and the views to compute with."""
+"""Experts stored as the model computes with them: straight from a checkpoint's files, or from a packed copy."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
+from math import prod
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
-from ..checkpoint.experts import ExpertLayer, Parameter
-from ..checkpoint.tensors import TensorEntry
+from routing.ground.hardware import Hardware
 
-BLOCK_BYTES = 4096
+from ..checkpoint.experts import ExpertLayer, Parameter, Source, convert_expert
+from ..checkpoint.tensors import TORCH_DTYPES, TensorEntry
+from .form import BLOCK_BYTES, Extent, MatrixForm, PartReader, Region
 
-
-@dataclass(frozen=True)
-class Extent:
-    """`nbytes` bytes at `offset` of a file that fill a slot from byte `target` on (before any shift)."""
-
-    entry: TensorEntry
-    offset: int
-    nbytes: int
-    region: int
-    target: int
-
-
-@dataclass(frozen=True)
-class Region:
-    """A stretch of a slot that holds one or more whole parameters, with room to be shifted by less than a block."""
-
-    start: int
-    nbytes: int
+DTYPE_NAMES = {name: stored for stored, name in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertRecord:
-    """The slot layout of one layer's experts.
+class PlainForm:
+    """The experts of one layer as the model computes with them.
 
     Parameters that follow each other in the file share a region, so that one read fills them. A region that one extent
     fills can be read with O_DIRECT without a copy: its data is shifted to the extent's place within a file block.
     """
 
     layer: ExpertLayer
-    parameters: tuple[Parameter, ...]
-    """In the order in which they lie in the file."""
 
-    is_compressed = False
-    guard_bytes = 0
+    name: ClassVar[str] = "plain"
+    kernel: ClassVar[int | None] = 0
+    linears: ClassVar[MatrixForm | None] = None
+    reaches_gpu: ClassVar[bool] = True
+    is_expanded: ClassVar[bool] = False
 
-    @classmethod
-    def of(cls, layer: ExpertLayer) -> "ExpertRecord":
-        return cls(layer, tuple(sorted(layer.parameters, key=_first_byte)))
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """In the order in which they lie in the file."""
+        return tuple(sorted(self.layer.parameters, key=_first_byte))
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.layer.plain_bytes
+
+    @property
+    def guard_bytes(self) -> int:
+        """Plain weights are read to their end and no further."""
+        return 0
 
     @property
     def files(self) -> set[Path]:
@@ -62,10 +60,16 @@ class ExpertRecord:
         return self.parameters[0].sources[0].place(expert)[1]
 
     def stored_bytes(self, expert: int) -> int:
-        return self.layer.expert_bytes
+        return self.expert_bytes
 
     def check(self, expert: int, slot: torch.Tensor) -> None:
         """Nothing that plain weights hold can do harm."""
+
+    def expand(self, views: Mapping[str, torch.Tensor], room: Mapping[str, torch.Tensor]) -> None:
+        """Nothing to do: the views are the matrices."""
+
+    def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
+        return hardware.fast_bytes_per_s if is_fast and hardware.fast_bytes_per_s else hardware.exact_bytes_per_s
 
     @property
     def is_straight(self) -> bool:
@@ -109,12 +113,12 @@ class ExpertRecord:
                 base += parameter.nbytes
         return extents
 
-    def shifts(self, extents: list[Extent]) -> tuple[int, ...]:
+    def shifts(self, extents: Sequence[Extent]) -> tuple[int, ...]:
         """How far each region is shifted when its extent is read by whole blocks."""
         by_region: Mapping[int, Extent] = {extent.region: extent for extent in extents}
         return tuple(by_region[region].offset % BLOCK_BYTES for region in range(len(self.regions)))
 
-    def views(self, slot: torch.Tensor, shifts: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    def views(self, slot: torch.Tensor, shifts: Sequence[int]) -> dict[str, torch.Tensor]:
         """The parameters of the expert in `slot` (uint8), whose regions are shifted by `shifts` bytes."""
         views = {}
         for group, region, shift in zip(self._groups, self.regions, shifts, strict=True):
@@ -124,6 +128,34 @@ class ExpertRecord:
                 views[parameter.name] = raw.view(parameter.dtype).view(parameter.shape)
                 start += parameter.nbytes
         return views
+
+    def convert(self, expert: int, slot: torch.Tensor, model: Any, read: PartReader) -> None:
+        """Run transformers' own conversion on the parts of one expert."""
+        views = self.views(slot, (0,) * len(self.regions))
+        for parameter in self.parameters:
+            parts = [read(*source.place(expert), source.shape()) for source in parameter.sources]
+            whole = convert_expert(model, parameter.full_name, parameter.sources, parameter.converter, parts)
+            views[parameter.name].copy_(whole.reshape(parameter.shape))
+
+    @classmethod
+    def suits(cls, layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> bool:
+        return True
+
+    @classmethod
+    def encode(cls, layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> list[bytes]:
+        flat = [views[parameter.name].reshape(-1) for parameter in layer.parameters]
+        return [tensor.view(torch.uint8).numpy().tobytes() for tensor in flat]
+
+    @classmethod
+    def record_bounds(cls, layer: ExpertLayer) -> tuple[int, int]:
+        return layer.plain_bytes, layer.plain_bytes
+
+    @classmethod
+    def of_records(cls, layer: ExpertLayer, record_E: Sequence[TensorEntry]) -> "PlainForm":
+        """The parameters lie one after the other in each record."""
+        starts = accumulate((parameter.nbytes for parameter in layer.parameters), initial=0)
+        packed = (_in_records(*pair, record_E) for pair in zip(layer.parameters, starts, strict=False))
+        return cls(replace(layer, parameters=tuple(packed)))
 
     @cached_property
     def _groups(self) -> tuple[tuple[Parameter, ...], ...]:
@@ -148,6 +180,24 @@ class ExpertRecord:
             and len(_parameter_extents(after, expert, 0, 0)) == 1
             for expert in range(self.layer.num_experts)
         )
+
+
+def _in_records(parameter: Parameter, start: int, record_E: Sequence[TensorEntry]) -> Parameter:
+    """The same parameter, found `start` bytes after the beginning of each record."""
+    stored = DTYPE_NAMES[str(parameter.dtype).removeprefix("torch.")]
+    entry_E = tuple(
+        TensorEntry(
+            f"{parameter.full_name}[{expert}]",
+            record.file,
+            record.offset + start,
+            parameter.nbytes,
+            stored,
+            parameter.shape,
+        )
+        for expert, record in enumerate(record_E)
+    )
+    source = Source(parameter.full_name, entry_E, is_fused=False)
+    return replace(parameter, sources=(source,), converter=None, runs=((0, 0, 0, prod(parameter.shape)),))
 
 
 def _parameter_extents(parameter: Parameter, expert: int, region: int, base: int) -> list[Extent]:

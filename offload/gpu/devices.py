@@ -2,13 +2,28 @@
 
 from collections.abc import Mapping
 
+from routing.ground.expect import expect_choice
+
 from .cuda import CudaLane
 from .lanes import Lane
 
 DEVICES = ("auto", "cpu", "cuda")
-
-
 LANES: Mapping[str, type[Lane]] = {"cuda": CudaLane}
+
+
+def expect_device(device: str, gpu_memory: str | int, gpu_experts: int | None) -> None:
+    """Refuse a device and budgets for it that contradict each other, before anything is read.
+
+    Raises:
+        ValueError: if the device is unknown, or has no use for what is given for it.
+    """
+    expect_choice(device, DEVICES, "device")
+    if device == "cpu" and _wants_gpu(gpu_memory, gpu_experts):
+        raise ValueError(f'device="cpu" has no GPU slots; leave gpu_memory={gpu_memory!r} out, or use device="cuda"')
+    if device == "cuda" and gpu_memory in (0, "0"):
+        raise ValueError('device="cuda" with gpu_memory=0: nothing fits; give some memory, or use device="cpu"')
+    if gpu_experts is not None and gpu_experts < 1:
+        raise ValueError(f"gpu_experts must be at least 1 slot per layer; got {gpu_experts}")
 
 
 def open_lane(device: str, gpu_memory: str | int, gpu_experts: int | None) -> Lane | None:
@@ -19,13 +34,10 @@ def open_lane(device: str, gpu_memory: str | int, gpu_experts: int | None) -> La
     Raises:
         ValueError: if the device is unknown or absent, or the arguments contradict each other.
     """
-    if device not in DEVICES:
-        raise ValueError(f"device must be one of {', '.join(DEVICES)}; got {device!r}")
-    wants_gpu = gpu_memory not in ("auto", 0, "0") or gpu_experts is not None
-    if device == "cpu" and wants_gpu:
-        raise ValueError(f'device="cpu" has no GPU slots; leave gpu_memory={gpu_memory!r} out, or use device="cuda"')
-    if device == "cuda" and gpu_memory in (0, "0"):
-        raise ValueError('device="cuda" with gpu_memory=0: nothing fits; give some memory, or use device="cpu"')
-    if gpu_experts is not None and gpu_experts < 1:
-        raise ValueError(f"gpu_experts must be at least 1 slot per layer; got {gpu_experts}")
-    return LANES["cuda"]() if device == "cuda" or (device == "auto" and wants_gpu) else None
+    expect_device(device, gpu_memory, gpu_experts)
+    wants_gpu = device == "cuda" or (device == "auto" and _wants_gpu(gpu_memory, gpu_experts))
+    return LANES["cuda"]() if wants_gpu else None
+
+
+def _wants_gpu(gpu_memory: str | int, gpu_experts: int | None) -> bool:
+    return gpu_memory not in ("auto", 0, "0") or gpu_experts is not None

@@ -5,9 +5,10 @@ from typing import Any
 
 from routing.ground.quantity import parse_size
 
-from ..checkpoint.experts import ExpertLayer, experts_modules
-from ..memory.budget import AUTO_SHARE, MemoryPlan, Needs
-from .budget import plan_gpu, ring_slots
+from ..checkpoint.experts import experts_modules
+from ..formats.form import Form
+from ..memory.budget import AUTO_SHARE
+from .budget import ring_slots
 from .lanes import Lane
 from .rows import biases_of
 from .slots import slot_shapes
@@ -15,15 +16,20 @@ from .slots import slot_shapes
 UNLIMITED = 1 << 62
 
 
-def gpu_slot_bytes(model: Any, layers: Sequence[ExpertLayer]) -> tuple[list[int], int]:
+def gpu_slot_bytes(model: Any, forms: Sequence[Form]) -> tuple[list[int], int]:
     """Bytes of a slot in each layer, and of the rings that prefill passes through.
 
     Raises:
-        ValueError: if the experts are compressed.
+        ValueError: if the GPU tier cannot compute with the stored bytes of a layer.
     """
-    if any(layer.compressed_E is not None for layer in layers):
-        raise ValueError("the GPU tier does not read compressed experts yet; pack without --compress for it")
+    for form in forms:
+        if not form.reaches_gpu:
+            raise ValueError(
+                f"the GPU tier does not read {form.name} experts yet; pack without --compress for it, "
+                "or leave the packed copy out"
+            )
     modules = experts_modules(model).values()
+    layers = [form.layer for form in forms]
     shapes = [slot_shapes(layer, biases_of(module)) for layer, module in zip(layers, modules, strict=True)]
     sizes = [
         layer.plain_bytes + sum(bias_E[0].nbytes for bias_E in biases_of(module).values())
@@ -33,23 +39,23 @@ def gpu_slot_bytes(model: Any, layers: Sequence[ExpertLayer]) -> tuple[list[int]
     return sizes, ring * sum(dict(zip(shapes, sizes, strict=True)).values())
 
 
-def plan_for(
-    lane: Lane,
-    gpu_memory: str | int,
-    gpu_experts: int | None,
-    needs: Needs,
-    slot_bytes_L: Sequence[int],
-    experts_L: Sequence[int],
-    top_k: int,
-) -> MemoryPlan:
-    """Divide the GPU's memory, and hold the allocator to it where a size was given.
+def gpu_limit(gpu_memory: str | int, lane: Lane | None) -> int:
+    """The GPU's budget in bytes.
+
+    Args:
+        gpu_memory: a size, or `"auto"` for a share of what is free on `lane`.
+        lane: the GPU that is there; None plans for one that is elsewhere.
 
     Raises:
-        ValueError: if it is too small.
+        ValueError: if the size cannot be read, or is `"auto"` without a GPU.
     """
-    is_auto = gpu_memory == "auto"
-    limit = int(AUTO_SHARE * lane.available_bytes()) if is_auto else parse_size(gpu_memory)
-    num_slots = None if gpu_experts is None else [min(gpu_experts, count) for count in experts_L]
-    plan = plan_gpu(limit, needs, slot_bytes_L, experts_L, top_k, num_slots)
-    lane.limit(UNLIMITED if is_auto or gpu_experts is not None else limit)
-    return plan
+    if gpu_memory != "auto":
+        return parse_size(gpu_memory)
+    if lane is None:
+        raise ValueError('gpu_memory="auto" needs a GPU that is here; name a size such as 8GiB')
+    return int(AUTO_SHARE * lane.available_bytes())
+
+
+def hold_to(lane: Lane, limit_bytes: int, *, is_given: bool) -> None:
+    """Let allocations beyond the budget fail, where the caller named it; an automatic one only guides the plan."""
+    lane.limit(limit_bytes if is_given else UNLIMITED)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from routing.ground.model_config import text_config
 from routing.ground.quantity import format_size
 
 SLACK_SHARE, MIN_SLACK_BYTES = 0.03, 96 << 20
@@ -24,6 +25,7 @@ def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/pro
     limits = []
     for line in lines:
         number, controllers, path = line.split(":", 2)
+        bases: tuple[Path, ...]
         if number == "0":
             bases, name = (root, root / "unified"), "memory.max"
         elif "memory" in controllers.split(","):
@@ -77,7 +79,7 @@ def peak_bytes() -> int:
 
 def kv_bytes_per_token(config: Any, item_bytes: int) -> int:
     """An upper bound of the KV cache that one token takes in all layers, from the names that configs share."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     num_layers = int(getattr(text, "num_hidden_layers", 0) or 0)
     layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * num_layers
     return sum(_kv_width(layers[layer]) for layer in range(num_layers)) * item_bytes

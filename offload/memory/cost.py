@@ -58,9 +58,7 @@ class Prediction:
         return "disk" if self.disk_s >= self.compute_s else "memory"
 
 
-def predict_decode(
-    work: DecodeWork, hardware: Hardware, *, is_fast: bool, is_cached: bool = False, is_compressed: bool = False
-) -> Prediction:
+def predict_decode(work: DecodeWork, hardware: Hardware, *, rate: float, is_cached: bool = False) -> Prediction:
     """Time of one token.
 
     Within a layer the hits are computed while the misses load, and each miss once it is there, the last one after all
@@ -68,13 +66,11 @@ def predict_decode(
     idle. Everything outside experts does not overlap with reading.
 
     Args:
-        is_fast: products whose last bits may differ.
-        is_cached: reads come out of the page cache.
-        is_compressed: bytes are those of compressed weights.
+        work: bytes that a token needs.
+        hardware: rates of this machine.
+        rate: stored bytes per second that the products of one token read.
+        is_cached: whether reads come out of the page cache.
     """
-    rate = hardware.fast_bytes_per_s if is_fast and hardware.fast_bytes_per_s else hardware.exact_bytes_per_s
-    if is_compressed and hardware.compressed_bytes_per_s:
-        rate = hardware.compressed_bytes_per_s
     disk_rate = hardware.cached_bytes_per_s if is_cached else hardware.disk_bytes_per_s
     outside = work.resident_bytes / rate + work.num_layers * hardware.layer_s
     experts = (work.active_bytes - work.resident_bytes) / rate

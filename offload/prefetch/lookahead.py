@@ -49,6 +49,6 @@ class ExactPlan(Prefetcher):
 
 
 def _most_used_first(expert_TK: torch.Tensor) -> list[int]:
-    expert_ids, counts = expert_TK.unique(return_counts=True)
+    expert_ids, counts = torch.unique(expert_TK, return_counts=True)
     ordered: list[int] = expert_ids[counts.argsort(descending=True, stable=True)].tolist()
     return ordered

@@ -64,9 +64,9 @@ def _regress(
     bias_E = torch.logit(y_TE.mean(dim=0).clamp(1e-4, 1 - 1e-4)).requires_grad_()
     optimizer = torch.optim.Adam([weight_VE, bias_E], RATE)
     for _ in range(max(EPOCHS, LEAST_STEPS * BATCH // len(x_TV))):
-        for row_N in torch.randperm(len(x_TV), generator=generator).split(BATCH):
+        for row_N in torch.randperm(len(x_TV), generator=generator).split(BATCH):  # type: ignore[no-untyped-call]
             optimizer.zero_grad()
-            binary_cross_entropy_with_logits(x_TV[row_N] @ weight_VE + bias_E, y_TE[row_N]).backward()
+            binary_cross_entropy_with_logits(x_TV[row_N] @ weight_VE + bias_E, y_TE[row_N]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return weight_VE.detach().numpy(), bias_E.detach().numpy()
 

@@ -15,12 +15,11 @@ PROBATION, LEAST_USEFUL = 256, 0.5
 
 
 class Predictor(Protocol):
-    """Guesses a layer's experts, the likeliest first, from the layers before it.
+    """Guesses a layer's experts, the likeliest first, from the layers before it."""
 
-    `distances` says how many layers ahead it guesses.
-    """
-
-    distances: tuple[int, ...]
+    @property
+    def distances(self) -> tuple[int, ...]:
+        """How many layers ahead it guesses, each."""
 
     def note(self, layer: int, experts: Sequence[int]) -> None:
         """The experts that one token visits in a layer; layers come in order."""

@@ -35,11 +35,11 @@ class LayerSlots:
 
     def __init__(self, store: ExpertStore, layer: int, num_slots: int, policy: str) -> None:
         self.layer, self.num_slots = layer, num_slots
-        self.num_experts = store.records[layer].layer.num_experts
-        self._store, self._record = store, store.records[layer]
-        self.expert_bytes = self._record.layer.expert_bytes
-        self.is_grouped = can_group(self._record.layer)
-        self._slots = Slots(num_slots, self._record.slot_bytes, self._record.guard_bytes)
+        self._store, self.form = store, store.forms[layer]
+        self.num_experts = self.form.layer.num_experts
+        self.expert_bytes = self.form.expert_bytes
+        self.is_grouped = can_group(self.form.layer)
+        self._slots = Slots(num_slots, self.form.slot_bytes, self.form.guard_bytes)
         self._free = list(range(num_slots))[::-1]
         self._resident: dict[int, Resident] = {}
         self._ahead: dict[int, Ticket] = {}
@@ -47,10 +47,6 @@ class LayerSlots:
         self._given_up: list[tuple[Ticket, int]] = []
         self.ahead_counters = AheadCounters()
         self.cache: Cache = make_cache(policy, num_slots, self.num_experts)
-
-    @property
-    def is_compressed(self) -> bool:
-        return self._record.is_compressed
 
     def __contains__(self, expert: int) -> bool:
         return expert in self._resident
@@ -119,7 +115,7 @@ class LayerSlots:
     def _start(self, expert: int, pinned: Collection[int], landed: "SimpleQueue[Ticket]", *, is_demand: bool) -> Ticket:
         slot = self._take_slot(pinned)
         ticket, shifts = self._store.read(self.layer, expert, slot, self._slots, landed, is_demand=is_demand)
-        self._resident[expert] = Resident(slot, self._record.views(self._slots.slot(slot), shifts))
+        self._resident[expert] = Resident(slot, self.form.views(self._slots.slot(slot), shifts))
         self.cache.insert(expert)
         return ticket
 

@@ -84,8 +84,8 @@ class Offload:
         )
         is_cached = not self._runtime.store.is_direct
         is_fast = self._runtime.matvecs.arithmetic == "fast"
-        is_compressed = layers[0].is_compressed
-        return predict_decode(work, hardware, is_fast=is_fast, is_cached=is_cached, is_compressed=is_compressed)
+        rate = layers[0].form.token_rate(hardware, is_fast=is_fast)
+        return predict_decode(work, hardware, rate=rate, is_cached=is_cached)
 
     def _floor(self) -> dict[str, Any]:
         """How long the disk was busy: no schedule of the same reads can be quicker, whatever is computed meanwhile."""

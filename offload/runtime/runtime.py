@@ -57,7 +57,7 @@ class OffloadRuntime:
         self.counters = Counters([LayerCounters() for _ in self.layers])
         self.recorder = recorder
         self.prefetcher: Prefetcher | None = None
-        self._rooms = make_rooms([record.layer for record in store.records])
+        self._rooms = make_rooms(store.forms)
         self._fused: dict[tuple[int, int, int], FusedExperts | None] = {}
         self.gpu: GpuTier | None = None
         self._lock = threading.RLock()
@@ -125,12 +125,12 @@ class OffloadRuntime:
 
     def _plain_weights(self, slots: LayerSlots) -> LayerSlots | ExpandedWeights:
         room = self._rooms[slots.layer]
-        return slots if room is None else ExpandedWeights(slots, room)
+        return slots if room is None else ExpandedWeights(slots, slots.form, room)
 
     def _fused_experts(self, layer: int, module: Any, top_k: int) -> FusedExperts | None:
         key = (layer, top_k, torch.get_num_threads())
         if key not in self._fused:
-            self._fused[key] = fuse_experts(module, self.store.records[layer].layer, top_k, self.matvecs)
+            self._fused[key] = fuse_experts(module, self.store.forms[layer], top_k, self.matvecs)
         return self._fused[key]
 
     def close(self) -> None:

@@ -10,9 +10,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from moe import ByteText, TokenizerText
 from routing.ground.hardware import Hardware
+from routing.ground.model_config import experts_per_token
 from routing.ground.quantity import format_size
-
-from ..runtime.needs import experts_per_token
 
 TRACE_EVERY_S = 5.0
 STATUS_EVERY_S = 0.5

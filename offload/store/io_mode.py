@@ -3,8 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from ..formats.compressed import CompressedRecord
-from ..formats.plain import ExpertRecord
+from ..formats.form import Form
 from ..memory.budget import MemoryPlan, available_memory
 
 IO_MODES = ("auto", "direct", "cached")
@@ -12,10 +11,8 @@ SAMPLES = 64
 SPARE_SHARE = 0.8
 ALL_SLOTS = 0.95
 
-Records = Sequence[ExpertRecord | CompressedRecord]
 
-
-def wants_direct(io: str, plan: MemoryPlan, records: Records) -> bool:
+def wants_direct(io: str, plan: MemoryPlan, forms: Sequence[Form]) -> bool:
     """Whether to read with O_DIRECT.
 
     The page cache helps where memory is left for it and the slots do not hold everything, or where it holds the files
@@ -24,7 +21,7 @@ def wants_direct(io: str, plan: MemoryPlan, records: Records) -> bool:
     Args:
         io: name in IO_MODES; all but `auto` decide.
         plan: the budget and the slots.
-        records: of each layer.
+        forms: how each layer's experts are stored.
 
     Raises:
         ValueError: if `io` is unknown.
@@ -33,38 +30,38 @@ def wants_direct(io: str, plan: MemoryPlan, records: Records) -> bool:
         raise ValueError(f"io must be one of {', '.join(IO_MODES)}; got {io!r}")
     if io != "auto":
         return io == "direct"
-    if not _reads_direct(records[0]):
+    if not _reads_direct(forms[0]):
         return False
-    num_experts = sum(record.layer.num_experts for record in records)
-    nbytes = sum(record.layer.num_experts * record.layer.expert_bytes for record in records)
+    num_experts = sum(form.layer.num_experts for form in forms)
+    nbytes = sum(form.layer.num_experts * form.expert_bytes for form in forms)
     if nbytes > SPARE_SHARE * (min(available_memory(), plan.limit_bytes) - plan.fixed_bytes):
         return True
-    return sum(plan.num_slots) >= ALL_SLOTS * num_experts and cached_share(records) < 0.5
+    return sum(plan.num_slots) >= ALL_SLOTS * num_experts and cached_share(forms) < 0.5
 
 
-def cached_share(records: Records) -> float:
+def cached_share(forms: Sequence[Form]) -> float:
     """Share of experts, of a sample, whose first byte is read without the disk; 0 where the kernel does not say."""
     if not hasattr(os, "RWF_NOWAIT"):
         return 0.0
-    places = [(record, expert) for record in records for expert in range(record.layer.num_experts)]
+    places = [(form, expert) for form in forms for expert in range(form.layer.num_experts)]
     sample = places[:: max(1, len(places) // SAMPLES)]
-    return sum(_is_cached(record, expert) for record, expert in sample) / len(sample)
+    return sum(_is_cached(form, expert) for form, expert in sample) / len(sample)
 
 
-def _is_cached(record: ExpertRecord | CompressedRecord, expert: int) -> bool:
-    descriptor = os.open(record.file_of(expert), os.O_RDONLY | os.O_CLOEXEC)
+def _is_cached(form: Form, expert: int) -> bool:
+    descriptor = os.open(form.file_of(expert), os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.preadv(descriptor, [bytearray(1)], record.offset_of(expert), os.RWF_NOWAIT) == 1
+        return os.preadv(descriptor, [bytearray(1)], form.offset_of(expert), os.RWF_NOWAIT) == 1
     except OSError:
         return False
     finally:
         os.close(descriptor)
 
 
-def _reads_direct(record: ExpertRecord | CompressedRecord) -> bool:
-    """Whether the file system of a record knows O_DIRECT."""
+def _reads_direct(form: Form) -> bool:
+    """Whether the file system of a layer's experts knows O_DIRECT."""
     try:
-        os.close(os.open(record.file_of(0), os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
+        os.close(os.open(form.file_of(0), os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
     except (OSError, AttributeError):
         return False
     return True

@@ -1,37 +1,37 @@
 """A packed copy of all experts: one contiguous, block-aligned, checksummed record per expert, in one file.
 
 `FILE` holds the records, `FILE.json` says where each one is and what is in it (see pack_index.py). Records may be
-compressed without loss (see compression.py). Packing can be interrupted and resumed: what is finished stands in
+in any form of FORMS. Packing can be interrupted and resumed: what is finished stands in
 `FILE.part.json`.
 """
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import BinaryIO
 
-import torch
 from xxhash import xxh3_64_hexdigest
 
-from ..checkpoint.experts import ExpertLayer, Parameter, Source
+from routing.ground.expect import expect_folder, expect_name
+
+from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.model_folder import skeleton_of
-from ..checkpoint.tensors import TORCH_DTYPES, TensorEntry
-from ..formats.compressed import can_compress_layer, compress_expert, compressed_bounds
+from ..checkpoint.tensors import TensorEntry
+from ..formats.catalogue import FORMS
+from ..formats.form import Form
 from ..formats.pack_index import PackedLayer, PackedRecord, PackIndex, describe_parameters, rounded_up
-from ..formats.plain import BLOCK_BYTES
+from ..formats.plain import PlainForm
 from .reading import Ticket
 from .store import ExpertStore, Slots
-
-DTYPE_NAMES = {name: stored for stored, name in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Pack:
-    """A packed copy: the layers as a store reads them, and the checksum of each expert of each layer."""
+    """A packed copy: how each layer is stored in it, and the checksum of each expert of each layer."""
 
-    layers: list[ExpertLayer]
+    forms: list[Form]
     checksums: list[list[str]]
 
 
@@ -40,6 +40,7 @@ def write_pack(
     target: Path,
     *,
     is_compressed: bool = False,
+    form: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Copy all experts of a model into `target`, going on where an interrupted run of the same checkpoint stopped.
@@ -47,13 +48,20 @@ def write_pack(
     Args:
         path_or_id: a Hugging Face model folder with safetensors weights, or a model id.
         target: the file to write; its index is written beside it when everything is on disk.
-        is_compressed: compress the layers that can be (bfloat16 matrices of whole blocks), without loss.
+        is_compressed: compress the layers that can be, without loss; short for `form="compressed"`.
+        form: name in FORMS; layers that it does not suit are stored plainly.
         progress: told after each expert how many bytes of the checkpoint's experts are done, and how many there are.
+
+    Returns:
+        `target`.
+
+    Raises:
+        ValueError: if the folder of `target` does not exist, the form is unknown, or the experts cannot be offloaded.
     """
-    if not target.absolute().parent.is_dir():
-        raise ValueError(f"cannot write {target}: the folder {target.absolute().parent} does not exist")
+    expect_folder(target)
+    wanted = expect_name(form or ("compressed" if is_compressed else "plain"), FORMS, "stored form")
     model, entries, layers = skeleton_of(path_or_id)
-    done, total = 0, sum(layer.num_experts * layer.expert_bytes for layer in layers)
+    done, total = 0, sum(layer.num_experts * layer.plain_bytes for layer in layers)
 
     def advance(nbytes: int) -> None:
         nonlocal done
@@ -61,16 +69,16 @@ def write_pack(
         progress(done, total)
 
     part, state_file = _beside(target, ".part"), _beside(target, ".part.json")
-    index = _resume(state_file, part, PackIndex.of(entries, is_compressed=is_compressed), layers)
-    store = ExpertStore(model, layers, num_threads=2)
+    index = _resume(state_file, part, PackIndex.of(entries, wanted), layers)
+    store = ExpertStore(model, [PlainForm(layer) for layer in layers], num_threads=2)
     try:
         with part.open("r+b" if index.layers else "wb") as file:
             for number, layer in enumerate(layers):
                 if number < len(index.layers):
-                    advance(layer.num_experts * layer.expert_bytes)
+                    advance(layer.num_experts * layer.plain_bytes)
                     continue
                 file.seek(index.end)
-                index.layers.append(_write_layer(store, number, file, advance, is_compressed=is_compressed))
+                index.layers.append(_write_layer(store, number, file, advance, FORMS[wanted]))
                 file.truncate()
                 file.flush()
                 os.fsync(file.fileno())
@@ -96,105 +104,38 @@ def read_pack(file: Path, layers: Sequence[ExpertLayer], entries: Mapping[str, T
     index = PackIndex.read(index_file)
     if len(index.layers) != len(layers) or not all(map(PackedLayer.holds, index.layers, layers)):
         raise ValueError(f"{file} holds other experts than this checkpoint's; make it again with `expertier pack`")
-    if index.source != PackIndex.of(entries, is_compressed=False).source:
+    if index.source != PackIndex.of(entries).source:
         raise ValueError(f"{file} was made from other files than this checkpoint's; pack it again")
     if file.stat().st_size != index.end:
         raise ValueError(f"{file}: has {file.stat().st_size} bytes instead of {index.end}; make it again")
-    for packed, layer in zip(index.layers, layers, strict=True):
-        _check_records(file, packed, layer, index.end)
     return Pack(
-        [LAYERS[packed.encoding](file, layer, packed) for layer, packed in zip(layers, index.layers, strict=True)],
+        [packed.opened(file, layer, index.end) for packed, layer in zip(index.layers, layers, strict=True)],
         [[record.xxh3 for record in packed.records] for packed in index.layers],
     )
 
 
 def _write_layer(
-    store: ExpertStore, number: int, file: BinaryIO, progress: Callable[[int], None], *, is_compressed: bool
+    store: ExpertStore, number: int, file: BinaryIO, progress: Callable[[int], None], wanted: type[Form]
 ) -> PackedLayer:
     """Write one layer's records from the file's position on."""
-    record, landed = store.records[number], SimpleQueue[Ticket]()
-    layer, records, encoding = record.layer, list[PackedRecord](), "plain"
-    slots = Slots(1, record.slot_bytes)
+    source, landed = store.forms[number], SimpleQueue[Ticket]()
+    layer, records, chosen = source.layer, list[PackedRecord](), wanted
+    slots = Slots(1, source.slot_bytes)
     for expert in range(layer.num_experts):
         _, shifts = store.read(number, expert, 0, slots, landed)
         ticket = landed.get()
         if ticket.error is not None:
             raise OSError(f"reading expert {expert} of MoE layer {number} failed: {ticket.error}") from ticket.error
-        views = record.views(slots.slot(0), shifts)
-        if expert == 0 and is_compressed and can_compress_layer(layer):
-            is_smaller = sum(map(len, compress_expert(layer, views))) < layer.expert_bytes
-            encoding = "compressed" if is_smaller else "plain"
-        parts = compress_expert(layer, views) if encoding == "compressed" else _plain_parts(layer, views)
-        data = b"".join(parts)
+        views = source.views(slots.slot(0), shifts)
+        if expert == 0 and not wanted.suits(layer, views):
+            chosen = PlainForm
+        data = b"".join(chosen.encode(layer, views))
         records.append(PackedRecord(offset=file.tell(), nbytes=len(data), xxh3=xxh3_64_hexdigest(data)))
         file.write(data.ljust(rounded_up(len(data)), b"\0"))
-        progress(layer.expert_bytes)
+        progress(layer.plain_bytes)
     return PackedLayer(
-        module=layer.module_name, parameters=describe_parameters(layer), encoding=encoding, records=tuple(records)
+        module=layer.module_name, parameters=describe_parameters(layer), encoding=chosen.name, records=tuple(records)
     )
-
-
-def _plain_parts(layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> list[bytes]:
-    flat = [views[parameter.name].reshape(-1) for parameter in layer.parameters]
-    return [tensor.view(torch.uint8).numpy().tobytes() for tensor in flat]
-
-
-def _check_records(file: Path, packed: PackedLayer, layer: ExpertLayer, end: int) -> None:
-    least, most = (
-        compressed_bounds(layer) if packed.encoding == "compressed" else (layer.expert_bytes, layer.expert_bytes)
-    )
-    for record in packed.records:
-        inside = record.offset % BLOCK_BYTES == 0 and record.offset + record.nbytes <= end
-        if not (inside and least <= record.nbytes <= most):
-            raise ValueError(
-                f"{file}: an expert of {packed.module} would have {record.nbytes} bytes at {record.offset}; "
-                "the index is damaged, make it again with `expertier pack`"
-            )
-
-
-def _compressed_layer(file: Path, layer: ExpertLayer, packed: PackedLayer) -> ExpertLayer:
-    if not can_compress_layer(layer):
-        raise ValueError(f"{file}: {packed.module} cannot be compressed; make it again with `expertier pack`")
-    entries = [
-        TensorEntry(f"{packed.module}[{expert}]", file, record.offset, record.nbytes, "U8", (record.nbytes,))
-        for expert, record in enumerate(packed.records)
-    ]
-    return replace(layer, compressed_E=tuple(entries))
-
-
-def _plain_layer(file: Path, layer: ExpertLayer, packed: PackedLayer) -> ExpertLayer:
-    parameters, inside = [], 0
-    for parameter in layer.parameters:
-        count = parameter.nbytes // parameter.dtype.itemsize
-        stored = DTYPE_NAMES[str(parameter.dtype).removeprefix("torch.")]
-        entries = tuple(
-            TensorEntry(
-                f"{parameter.full_name}[{expert}]",
-                file,
-                record.offset + inside,
-                parameter.nbytes,
-                stored,
-                parameter.shape,
-            )
-            for expert, record in enumerate(packed.records)
-        )
-        source = Source(parameter.full_name, entries, is_fused=False)
-        parameters.append(
-            Parameter(
-                parameter.name,
-                parameter.full_name,
-                parameter.shape,
-                parameter.dtype,
-                (source,),
-                None,
-                ((0, 0, 0, count),),
-            )
-        )
-        inside += parameter.nbytes
-    return ExpertLayer(layer.module_name, layer.num_experts, tuple(parameters))
-
-
-LAYERS = {"plain": _plain_layer, "compressed": _compressed_layer}
 
 
 def _resume(state_file: Path, part: Path, fresh: PackIndex, layers: Sequence[ExpertLayer]) -> PackIndex:

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from xxhash import xxh3_64_hexdigest
 
-from ..checkpoint.experts import ExpertLayer, convert_expert
 from ..checkpoint.tensors import TensorEntry, read_into
-from ..formats.compressed import CompressedRecord
-from ..formats.plain import BLOCK_BYTES, ExpertRecord, Extent
+from ..formats.form import BLOCK_BYTES, Extent, Form
 from ..memory.huge_pages import huge_mapping
 from .reading import ReadingThreads, Ticket
 
@@ -54,7 +52,7 @@ class ExpertStore:
 
     Args:
         model: the model whose experts these are; conversions look at its config.
-        layers: where the experts lie.
+        forms: how each layer's experts are stored, and where.
         num_threads: reads in flight at most.
         is_direct: read with O_DIRECT, past the page cache.
         read_bytes: one read is at most this long; longer extents are split and read in parallel.
@@ -64,7 +62,7 @@ class ExpertStore:
     def __init__(
         self,
         model: Any,
-        layers: Sequence[ExpertLayer],
+        forms: Sequence[Form],
         *,
         num_threads: int = 4,
         is_direct: bool = False,
@@ -73,7 +71,7 @@ class ExpertStore:
     ) -> None:
         self._checksums = checksums
         self._checked: set[tuple[int, int]] = set()
-        self.records = [record_of(layer) for layer in layers]
+        self.forms = list(forms)
         self.is_direct = is_direct
         self.read_bytes = read_bytes
         self._model = model
@@ -81,10 +79,6 @@ class ExpertStore:
         self._bounce = threading.local()
         self._threads = ReadingThreads(num_threads)
         self._open_files()
-
-    @property
-    def bytes_per_expert(self) -> list[int]:
-        return [record.layer.expert_bytes for record in self.records]
 
     @property
     def busy_s(self) -> float:
@@ -110,13 +104,14 @@ class ExpertStore:
         Returns:
             The ticket, which appears in `landed` when the expert is complete, and how far each region will be shifted.
         """
-        record = self.records[layer]
-        if isinstance(record, ExpertRecord) and not record.is_straight:
-            jobs: list[Callable[[], None]] = [lambda: self._convert(record, expert, slots.slot(slot))]
-            shifts = (0,) * len(record.regions)
+        form = self.forms[layer]
+        if not form.is_straight:
+            target = slots.slot(slot)
+            jobs: list[Callable[[], None]] = [lambda: form.convert(expert, target, self._model, self._part)]
+            shifts = (0,) * len(form.regions)
         else:
-            extents = record.extents(expert)
-            shifts = record.shifts(extents) if self.is_direct and record.is_shiftable else (0,) * len(record.regions)
+            extents = form.extents(expert)
+            shifts = form.shifts(extents) if self.is_direct and form.is_shiftable else (0,) * len(form.regions)
             read_bytes = self.read_bytes if is_demand else min(self.read_bytes, AHEAD_READ_BYTES)
             raw = slots.raw(slot)
             jobs = [job for extent in extents for job in self._jobs(extent, shifts, raw, read_bytes)]
@@ -130,30 +125,30 @@ class ExpertStore:
         self._threads.promote(ticket)
 
     def _check_of(self, layer: int, expert: int, slot: torch.Tensor) -> Callable[[], None]:
-        record = self.records[layer]
+        form = self.forms[layer]
         assert self._checksums is not None
-        expected, data = self._checksums[layer][expert], slot[: record.stored_bytes(expert)]
+        expected, data = self._checksums[layer][expert], slot[: form.stored_bytes(expert)]
 
         def check() -> None:
             if (layer, expert) not in self._checked:
                 found = xxh3_64_hexdigest(data.numpy())
                 if found != expected:
                     raise OSError(
-                        f"{record.file_of(expert)}: checksum {found} instead of {expected}: "
+                        f"{form.file_of(expert)}: checksum {found} instead of {expected}: "
                         "the packed copy is damaged, make it again with `expertier pack`"
                     )
                 self._checked.add((layer, expert))
-            record.check(expert, slot)
+            form.check(expert, slot)
 
         return check
 
     def _open_files(self) -> None:
-        for file in {file for record in self.records for file in record.files}:
+        for file in {file for form in self.forms for file in form.files}:
             self._files[file] = self._open(file)
 
     def _open(self, file: Path) -> int:
         flags = os.O_RDONLY | os.O_CLOEXEC
-        if self.is_direct and all(record.is_straight for record in self.records):
+        if self.is_direct and all(form.is_straight for form in self.forms):
             try:
                 return os.open(file, flags | os.O_DIRECT)
             except OSError as error:
@@ -206,22 +201,10 @@ class ExpertStore:
         skip = max(start, extent.offset) - start
         target[:] = buffer[skip : skip + len(target)]
 
-    def _convert(self, record: ExpertRecord, expert: int, slot: torch.Tensor) -> None:
-        views = record.views(slot, (0,) * len(record.regions))
-        for parameter in record.parameters:
-            parts = [self._part(*source.place(expert), source.shape()) for source in parameter.sources]
-            whole = convert_expert(self._model, parameter.full_name, parameter.sources, parameter.converter, parts)
-            views[parameter.name].copy_(whole.reshape(parameter.shape))
-
     def _part(self, entry: TensorEntry, offset: int, nbytes: int, shape: tuple[int, ...]) -> torch.Tensor:
         raw = torch.empty(nbytes, dtype=torch.uint8)
         read_into(entry.file, self._files[entry.file], offset, memoryview(raw.numpy()))
         return raw.view(entry.torch_dtype()).view(shape)
-
-
-def record_of(layer: ExpertLayer) -> ExpertRecord | CompressedRecord:
-    """How one layer's experts lie in files and slots."""
-    return ExpertRecord.of(layer) if layer.compressed_E is None else CompressedRecord(layer, layer.compressed_E)
 
 
 def _bind(function: Callable[..., None], *arguments: Any) -> Callable[[], None]:

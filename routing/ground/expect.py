@@ -49,3 +49,22 @@ def expect_name(name: str, known: Iterable[str], what: str) -> str:
     near = get_close_matches(str(name), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(f"unknown {what} {name!r}{hint}; there are {', '.join(names)}")
+
+
+def expect_choice(value: str, choices: Iterable[str], name: str) -> str:
+    """The value of an option, if it is one of its choices.
+
+    Args:
+        value: as the user wrote it.
+        choices: all there are, in the order in which the message lists them.
+        name: the option's.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    listed = list(choices)
+    if value in listed:
+        return value
+    near = get_close_matches(str(value), listed, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(listed)}; got {value!r}{hint}")

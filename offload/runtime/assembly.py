@@ -1,0 +1,77 @@
+"""The parts of an offloaded model put together, once it is known who gets which memory."""
+
+from typing import Any
+
+from ..checkpoint.experts import experts_modules
+from ..compute.linears import quicken_linears
+from ..compute.matvec import Matvecs
+from ..compute.norms import quicken_norms
+from ..gpu.lanes import Lane
+from ..gpu.tier import GpuTier
+from ..prefetch.find_routers import make_prefetcher
+from ..store.io_mode import wants_direct
+from ..store.store import ExpertStore
+from .division import Division
+from .opening import OpenedCheckpoint
+from .options import LoadOptions
+from .recorder import TraceRecorder
+from .report import Offload
+from .runtime import IMPLEMENTATION, OffloadRuntime
+
+
+def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions, lane: Lane | None) -> Any:
+    """The model with its tiers, ready to run.
+
+    Args:
+        opened: the model and its experts' places.
+        division: slots per layer and tier.
+        options: how to read, compute and record.
+        lane: the GPU, or None.
+    """
+    model, forms = opened.model, opened.forms
+    matvecs = Matvecs(options.arithmetic)
+    store = ExpertStore(
+        model,
+        forms,
+        num_threads=options.io_threads,
+        is_direct=wants_direct(options.io, division.ram, forms),
+        checksums=opened.checksums,
+    )
+    recorder = _recorder(opened, options) if options.record_trace else None
+    running = OffloadRuntime(store, division.ram.num_slots, options.policy_name, recorder, matvecs)
+    running.prefetcher = make_prefetcher(str(options.prefetch), model, [form.layer for form in forms], opened.top_k)
+    if lane is None:
+        quicken_linears(model, matvecs)
+        quicken_norms(model)
+    else:
+        _add_gpu_tier(opened, division, lane, running)
+    if division.starting is not None:
+        running.fill(division.starting.experts_L)
+    _attach(model, running)
+    model.offload = Offload(model, running, division.ram, options.policy_name)
+    return model
+
+
+def _recorder(opened: OpenedCheckpoint, options: LoadOptions) -> TraceRecorder:
+    metadata = {"model": str(options.path_or_id), "source": "expertier"}
+    return TraceRecorder(len(opened.forms), max(opened.experts_L), metadata)
+
+
+def _add_gpu_tier(opened: OpenedCheckpoint, division: Division, lane: Lane, running: OffloadRuntime) -> None:
+    """Give a runtime its GPU slots; with `fast` arithmetic, whose last bits differ, the CPU computes some misses."""
+    assert division.gpu is not None
+    modules = list(experts_modules(opened.model).values())
+    layers = [form.layer for form in opened.forms]
+    share = running.matvecs if running.matvecs.arithmetic == "fast" else None
+    running.gpu = GpuTier(lane, layers, modules, running.layers, division.gpu, running.counters, share)
+
+
+def _attach(model: Any, running: OffloadRuntime) -> None:
+    """Tell each experts module where its layer's experts are."""
+    for layer, module in enumerate(experts_modules(model).values()):
+        module._expertier_place = (running, layer)
+        module.config._experts_implementation = IMPLEMENTATION
+        if getattr(module, "is_own_loop", False):
+            running.layers[layer].is_grouped = False
+    if running.prefetcher is not None:
+        running.prefetcher.attach(model, running)

@@ -1,0 +1,108 @@
+"""How memory is divided: what `load` does and `fit` foretells, by the same arithmetic."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from routing.ground.quantity import parse_size
+
+from ..cache.starting import StartingPlan, TracedSlots, read_starting_plan
+from ..checkpoint.experts import experts_modules
+from ..compute.resident import expected_saving
+from ..gpu.budget import plan_gpu, split_needs
+from ..gpu.lanes import Lane
+from ..gpu.planning import gpu_limit, gpu_slot_bytes, hold_to
+from ..memory.budget import AUTO_SHARE, MemoryPlan, Needs, available_memory, plan_memory
+from .needs import memory_needs
+from .opening import OpenedCheckpoint
+from .options import LoadOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """Who gets which memory.
+
+    Args:
+        ram: the budget of the process.
+        gpu: the budget on the GPU; None without one.
+        starting: the experts that are in slots from the start; None leaves them empty.
+    """
+
+    ram: MemoryPlan
+    gpu: MemoryPlan | None
+    starting: StartingPlan | TracedSlots | None
+
+
+def divide_memory(
+    opened: OpenedCheckpoint,
+    options: LoadOptions,
+    lane: Lane | None,
+    host_bytes: Callable[[], int] | None = None,
+) -> Division:
+    """Divide the budgets of a model.
+
+    Args:
+        opened: the checkpoint.
+        options: the budgets.
+        lane: the GPU that is there, or None; `options.gpu_memory` plans for one that is elsewhere.
+        host_bytes: called once the GPU's plan stands: moves the model there and says what the process then has.
+
+    Raises:
+        ValueError: if a budget is too small; the message says which would do.
+    """
+    needs, gpu = needs_of(opened, options), None
+    if lane is not None or options.gpu_memory != "auto":
+        needs, gpu = _divide_gpu(opened, options, lane, needs)
+    if host_bytes is not None:
+        # what the GPU's libraries take on the host is only known when they are loaded
+        needs = replace(needs, process_bytes=host_bytes())
+    limit = cpu_limit(options)
+    counts = opened.experts_L
+    fixed = None if options.cache_experts is None else [min(options.cache_experts, count) for count in counts]
+    ram = plan_memory(limit, needs, opened.slot_bytes_L, counts, opened.top_k, fixed)
+    starting = None
+    if options.plan is not None:
+        starting = read_starting_plan(options.plan, counts)
+        least = [min(opened.top_k, count) for count in counts]
+        slots = starting.slots(opened.slot_bytes_L, least, limit - ram.fixed_bytes)
+        ram = plan_memory(limit, needs, opened.slot_bytes_L, counts, opened.top_k, slots)
+    return Division(ram=ram, gpu=gpu, starting=starting)
+
+
+def needs_of(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:
+    """What the process needs besides expert slots, without a GPU."""
+    needs = memory_needs(opened, options)
+    is_skeleton = any(parameter.is_meta for parameter in opened.model.parameters())
+    if is_skeleton and opened.linears is not None:
+        needs = replace(needs, weight_bytes=needs.weight_bytes - expected_saving(opened.model, opened.linears))
+    return needs
+
+
+def cpu_limit(options: LoadOptions) -> int:
+    """The budget of the process in bytes."""
+    if options.cpu_memory == "auto":
+        return int(AUTO_SHARE * available_memory())
+    return parse_size(options.cpu_memory)
+
+
+def _divide_gpu(
+    opened: OpenedCheckpoint, options: LoadOptions, lane: Lane | None, needs: Needs
+) -> tuple[Needs, MemoryPlan]:
+    """What is left for the CPU to hold, and the GPU's budget."""
+    if lane is not None:
+        _expect_gpu_layers(opened)
+    slot_bytes_L, ring_bytes = gpu_slot_bytes(opened.model, opened.forms)
+    on_cpu, on_gpu = split_needs(needs, ring_bytes)
+    counts = opened.experts_L
+    fixed = None if options.gpu_experts is None else [min(options.gpu_experts, count) for count in counts]
+    limit = gpu_limit(options.gpu_memory, lane)
+    plan = plan_gpu(limit, on_gpu, slot_bytes_L, counts, opened.top_k, fixed)
+    if lane is not None:
+        hold_to(lane, limit, is_given=options.gpu_memory != "auto" and options.gpu_experts is None)
+    return on_cpu, plan
+
+
+def _expect_gpu_layers(opened: OpenedCheckpoint) -> None:
+    """Refuse experts modules that compute themselves by a loop of their own: only the CPU runs those."""
+    for name, module in experts_modules(opened.model).items():
+        if getattr(module, "is_own_loop", False):
+            raise ValueError(f'{type(module).__name__} ({name}) is computed on the CPU only; use device="cpu"')

@@ -1,0 +1,110 @@
+"""A checkpoint opened: the model without its experts, and how each layer's experts are stored."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from routing.ground.model_config import experts_per_token
+
+from ..checkpoint.experts import experts_modules, locate_experts, weight_names
+from ..checkpoint.model_folder import local_folder, read_config, running_dtype_of, skeleton_of
+from ..checkpoint.resident_weights import drop_expert_weights, load_resident
+from ..checkpoint.tensors import read_checkpoint
+from ..compute.resident import store_linears
+from ..formats.form import Form, MatrixForm
+from ..formats.plain import PlainForm
+from ..memory.budget import resident_bytes
+from ..store.packing import read_pack
+from .options import LoadOptions
+from .runtime import IMPLEMENTATION
+
+EXPECTED_PROCESS_BYTES = 450 << 20
+"""Python with torch and transformers, for predictions: 380 to 440 MiB were seen with Python 3.11 and torch 2.13."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenedCheckpoint:
+    """A checkpoint that can be divided and assembled.
+
+    Args:
+        model: without expert weights; a skeleton on the meta device if nothing was loaded.
+        forms: how each layer's experts are stored, and where.
+        checksums: XXH3 of each expert of each layer, where a packed copy has them.
+        process_bytes: memory of the process without this model.
+    """
+
+    model: Any
+    forms: list[Form]
+    checksums: list[list[str]] | None
+    process_bytes: int
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def experts_L(self) -> list[int]:
+        """Experts of each layer."""
+        return [form.layer.num_experts for form in self.forms]
+
+    @property
+    def slot_bytes_L(self) -> list[int]:
+        """Bytes of one RAM slot of each layer."""
+        return [form.slot_bytes for form in self.forms]
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token visits in each layer."""
+        return experts_per_token(self.config)
+
+    @property
+    def linears(self) -> MatrixForm | None:
+        """The form in which linear layers are held beside these experts; None as they are."""
+        return linears_of(self.forms)
+
+
+def linears_of(forms: Sequence[Form]) -> MatrixForm | None:
+    """What the forms of the layers want for linear layers: the first that wants anything decides."""
+    return next((form.linears for form in forms if form.linears is not None), None)
+
+
+def open_checkpoint(options: LoadOptions) -> OpenedCheckpoint:
+    """Load everything of a model but its experts, and find these.
+
+    Raises:
+        ValueError: if the checkpoint is damaged or incomplete, or its experts cannot be offloaded.
+    """
+    folder = local_folder(options.path_or_id)
+    entries, config = read_checkpoint(folder), read_config(folder)
+    # before the weights come, so that they are not counted twice
+    process_bytes = resident_bytes()
+    model = load_resident(folder, config, entries, running_dtype_of(options.dtype, config, entries), IMPLEMENTATION)
+    dtypes = {name: parameter.dtype for name, parameter in model.state_dict().items()}
+    layers = locate_experts(model, entries, dtypes)
+    forms: list[Form] = [PlainForm(layer) for layer in layers]
+    checksums = None
+    if options.pack is not None:
+        packed = read_pack(Path(options.pack), layers, entries)
+        forms, checksums = packed.forms, packed.checksums
+    # hollow experts must be gone before anything looks at the size of the model's parameters
+    drop_expert_weights(model)
+    if (linears := linears_of(forms)) is not None:
+        store_linears(model, linears)
+    return OpenedCheckpoint(model=model, forms=forms, checksums=checksums, process_bytes=process_bytes)
+
+
+def open_headers(path_or_id: str | Path, pack: str | Path | None) -> OpenedCheckpoint:
+    """The same from headers alone, without a weight.
+
+    Raises:
+        ValueError: if the checkpoint is damaged or its experts cannot be offloaded.
+    """
+    skeleton, entries, layers = skeleton_of(path_or_id)
+    forms: list[Form] = [PlainForm(layer) for layer in layers]
+    if pack is not None:
+        forms = read_pack(Path(pack), layers, entries).forms
+    for module in experts_modules(skeleton).values():
+        for name in weight_names(module):
+            delattr(module, name)
+    return OpenedCheckpoint(model=skeleton, forms=forms, checksums=None, process_bytes=EXPECTED_PROCESS_BYTES)

@@ -1,0 +1,69 @@
+"""What a caller of `load` asked for, checked before anything is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from routing.ground.expect import expect_choice, expect_name
+from routing.ground.quantity import parse_size
+
+from ..cache.catalogue import CACHES, NEEDS_FUTURE
+from ..compute.matvec import ARITHMETICS
+from ..gpu.devices import expect_device
+from ..prefetch.prefetch import PREDICTORS
+from ..store.io_mode import IO_MODES
+
+DEFAULT_POLICY = "learned"
+"""The policy with the best hit rates on recorded traces; see docs/offload.md, "Which policy"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """The arguments of `load`, which documents them.
+
+    Raises:
+        ValueError: if one is unknown or out of range, or two contradict each other.
+    """
+
+    path_or_id: str | Path
+    device: str = "auto"
+    gpu_memory: str | int = "auto"
+    cpu_memory: str | int = "auto"
+    cache_experts: int | None = None
+    gpu_experts: int | None = None
+    policy: str = "auto"
+    io: str = "auto"
+    io_threads: int = 4
+    dtype: str | torch.dtype = "auto"
+    context: int = 2048
+    arithmetic: str = "exact"
+    pack: str | Path | None = None
+    prefetch: str | Path = "auto"
+    plan: str | Path | None = None
+    record_trace: bool = False
+
+    def __post_init__(self) -> None:
+        expect_device(self.device, self.gpu_memory, self.gpu_experts)
+        for size in (self.gpu_memory, self.cpu_memory):
+            if size not in ("auto", 0, "0"):
+                parse_size(size)
+        for name in ("cache_experts", "gpu_experts", "io_threads", "context"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if self.plan is not None and self.cache_experts is not None:
+            raise ValueError("plan and cache_experts both say how many slots a layer has; give one of them")
+        if self.policy in NEEDS_FUTURE:
+            raise ValueError(f"policy {self.policy} needs to know the future; it is for `simulate` only")
+        if self.policy != "auto":
+            expect_name(self.policy, CACHES, "cache policy")
+        expect_choice(self.io, IO_MODES, "io")
+        expect_choice(self.arithmetic, ARITHMETICS, "arithmetic")
+        if not str(self.prefetch).endswith(".npz"):
+            expect_choice(str(self.prefetch), ("auto", "off", *PREDICTORS, "a predictor file (.npz)"), "prefetch")
+
+    @property
+    def policy_name(self) -> str:
+        """Name in CACHES."""
+        return DEFAULT_POLICY if self.policy == "auto" else self.policy
