@@ -97,6 +97,9 @@ class SimulatedLane:
         self._copies.append(("mark", copy))
         return copy
 
+    def drain(self):
+        self.run_until(lambda: not self._compute and not self._copies)
+
     def compute_after(self, copy):
         self._compute.append(("wait", copy))
 

@@ -81,12 +81,7 @@ def _check_loaded(folder: Path, info: Mapping[str, Any]) -> None:
 
 
 def drop_expert_weights(model: Any) -> None:
-    """Take the hollow weights out, so that nothing can compute with them or save them."""
+    """Take the hollow weights out, so that nothing can compute with them."""
     for module in experts_modules(model).values():
         for name in weight_names(module):
             delattr(module, name)
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise ValueError("an offloaded model has no expert weights to save; copy its checkpoint folder instead")
-
-    model.save_pretrained = refuse

@@ -3,7 +3,6 @@
 Routers and the like hold a matrix and call `torch.nn.functional.linear` themselves; their weights see to it.
 """
 
-import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import nn
 
 from moe import Linear
 
-from .matvec import Matvecs
+from .matvec import Matvecs, is_in_memory
 
 # what they compute is known from the type alone
 PLAIN_LINEARS = (nn.Linear, Linear)
@@ -35,7 +34,7 @@ def quicken_linears(model: nn.Module, matvecs: Matvecs) -> None:
         for linears in siblings.values():
             group = SiblingLinears(linears, matvecs)
             for number, linear in enumerate(linears):
-                linear.forward = functools.partial(group, number, linear.forward)  # type: ignore[method-assign]
+                linear.forward = TokenLinear(group, number, linear.forward).forward  # type: ignore[method-assign]
 
 
 class TokenWeight(nn.Parameter):
@@ -60,11 +59,15 @@ class TokenWeight(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             if func is nn.functional.linear and len(args) == 2 and not kwargs and isinstance(args[1], TokenWeight):
                 x, weight_FD = args
-                if isinstance(x, torch.Tensor) and x.numel() == weight_FD.shape[1] and not x.requires_grad:
+                is_token = isinstance(x, torch.Tensor) and x.numel() == weight_FD.shape[1] and not x.requires_grad
+                if is_token and not torch.compiler.is_compiling():
                     out = x.new_empty(*x.shape[:-1], len(weight_FD))
-                    if weight_FD.matvecs.multiply(x, (weight_FD,), (out,)):
+                    if weight_FD.matvecs.multiply(x, (weight_FD.data,), (out,)):
                         return out
             return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TokenWeight":
+        return TokenWeight(self.data.clone(), self.matvecs)
 
 
 @dataclass(eq=False)
@@ -74,6 +77,22 @@ class _Round:
     leader: int
     x: torch.Tensor
     ready: dict[int, torch.Tensor]
+
+
+@dataclass(eq=False)
+class TokenLinear:
+    """The forward pass of one linear layer of a group; a method, so that a copied model has copies of its own."""
+
+    group: "SiblingLinears"
+    number: int
+    otherwise: Callable[[torch.Tensor], torch.Tensor]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  torch.nn.Linear calls it so
+        """What the layer computes; anything but a single token in memory by torch."""
+        if torch.compiler.is_compiling() or not is_in_memory(input):
+            return self.otherwise(input)
+        found: torch.Tensor = self.group(self.number, self.otherwise, input)
+        return found
 
 
 class SiblingLinears:
@@ -96,7 +115,7 @@ class SiblingLinears:
         """What the linear layer of this number gives for `x`; `otherwise` for anything but a single token."""
         linear, latest = self._linears[number], self._round
         learns = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
-        if x.numel() != linear.in_features or x.dtype != torch.bfloat16 or x.device.type != "cpu" or learns:
+        if x.numel() != linear.in_features or x.dtype != torch.bfloat16 or learns:
             return otherwise(x)
         if latest is not None and latest.x.shape == x.shape and torch.equal(latest.x, x):
             if (found := latest.ready.pop(number, None)) is not None:

@@ -19,6 +19,8 @@ from ..native import library as native
 AMX_BLOCK = 32
 TRIALS = 4
 ARITHMETICS = ("exact", "fast")
+MEMORY_TYPES = (torch.Tensor, nn.Parameter)
+"""`TokenWeight` is stripped of its type where it is multiplied."""
 
 Kernel = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 ExpertsKernel = Callable[..., None]
@@ -73,6 +75,10 @@ class Matvecs:
         kernel, *others = {self._kernel(shape) for shape in shapes}
         return None if others or kernel is None else _experts_kernels()[_name(kernel)]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Matvecs":
+        """Copies of a model share it: it holds nothing but which kernel was chosen."""
+        return self
+
     @property
     def names(self) -> dict[str, str]:
         """What computes each shape met so far, for the report."""
@@ -98,14 +104,28 @@ class Matvecs:
         return next(iter(candidates), None)
 
 
+def is_in_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's address is that of its numbers in host memory.
+
+    Not so for fake tensors of compilers, tensors that a transform such as vmap has wrapped, and subclasses that
+    compute something else than they hold. Those go to torch's own operations.
+    """
+    return (
+        type(tensor) in MEMORY_TYPES
+        and tensor.device.type == "cpu"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
 def _fits(x: torch.Tensor, weights_FD: Sequence[torch.Tensor]) -> bool:
     return (
-        x.numel() in (weights_FD[0].shape[-1], len(weights_FD) * weights_FD[0].shape[-1])
+        is_in_memory(x)
+        and x.numel() in (weights_FD[0].shape[-1], len(weights_FD) * weights_FD[0].shape[-1])
         and x.dtype == torch.bfloat16
         and x.is_contiguous()
         and all(
             weight.dtype == torch.bfloat16
-            and weight.device.type == "cpu"
+            and is_in_memory(stored_bytes(weight))
             and weight.is_contiguous()
             and weight.shape[-1] == weights_FD[0].shape[-1]
             and kernel_of(weight) is not None

@@ -3,12 +3,14 @@
 import ctypes
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..native import library as native
+from .matvec import is_in_memory
 
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 MOST_ELEMENTS = 1 << 15
@@ -23,8 +25,8 @@ def quicken_norms(model: nn.Module) -> None:
     """Let the bfloat16 norms of a model that compute `weight * (x / rms(x))` do it by our kernel on single tokens.
 
     What a module computes is found out by trying: both places of the rounding before the product with the weight, on
-    numbers of several magnitudes. Modules whose bits are none of these stay as they are, and all do if torch adds up
-    numbers in another order than we.
+    numbers of several magnitudes. Modules whose bits are none of these stay as they are. All stay as they are if
+    torch's summation order differs from ours.
     """
     kernels = _kernels()
     if kernels is None:
@@ -33,26 +35,36 @@ def quicken_norms(model: nn.Module) -> None:
         epsilon = _epsilon(module)
         if epsilon is not None and _sums_like_torch(kernels, module.weight.shape[0]):
             for rounds_first in (True, False):
-                norm = functools.partial(
-                    _norm, kernels.expertier_rms_norm, rounds_first, module.weight, epsilon, module.forward
-                )
-                if _has_the_bits_of(module, norm):
-                    module.forward = norm  # type: ignore[method-assign]
+                norm = TokenNorm(module, rounds_first, epsilon, module.forward)
+                if _has_the_bits_of(module, norm.forward):
+                    module.forward = norm.forward  # type: ignore[method-assign]
                     break
 
 
-def _norm(
-    kernel: Any, rounds_first: bool, weight_D: torch.Tensor, epsilon: float, otherwise: Forward, x: Any, *rest: Any
-) -> torch.Tensor:
-    width = weight_D.shape[0]
-    learns = torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad)
-    fits = x.dtype == torch.bfloat16 and x.numel() <= MOST_ELEMENTS and x.is_contiguous() and x.device.type == "cpu"
-    if rest or learns or not fits or x.shape[-1] != width:
-        return otherwise(x, *rest)
-    out, square_D = torch.empty_like(x), torch.empty(width)
-    addresses = (x.data_ptr(), weight_D.data_ptr(), epsilon, square_D.data_ptr(), out.data_ptr())
-    kernel(rounds_first, *addresses, x.numel() // width, width)
-    return out
+@dataclass(eq=False)
+class TokenNorm:
+    """The forward pass of one norm; a method, so that a copied model has copies of its own."""
+
+    module: nn.Module
+    rounds_first: bool
+    epsilon: float
+    otherwise: Forward
+
+    def forward(self, hidden_states: torch.Tensor, *rest: Any) -> torch.Tensor:
+        """What the norm computes; anything but a few tokens in memory by torch."""
+        x, weight_D = hidden_states, self.module.weight
+        # compilers and exporters record torch's own operations
+        if rest or torch.compiler.is_compiling() or not (is_in_memory(x) and is_in_memory(weight_D)):
+            return self.otherwise(x, *rest)
+        kernels, width = _kernels(), weight_D.shape[0]
+        learns = torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad)
+        fits = x.dtype == weight_D.dtype == torch.bfloat16 and x.numel() <= MOST_ELEMENTS and x.is_contiguous()
+        if kernels is None or learns or not fits or x.shape[-1] != width:
+            return self.otherwise(x)
+        out, square_D = torch.empty_like(x), torch.empty(width)
+        addresses = (x.data_ptr(), weight_D.data_ptr(), self.epsilon, square_D.data_ptr(), out.data_ptr())
+        kernels.expertier_rms_norm(self.rounds_first, *addresses, x.numel() // width, width)
+        return out
 
 
 def _epsilon(module: nn.Module) -> float | None:

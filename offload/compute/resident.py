@@ -47,6 +47,8 @@ def store_linears(model: nn.Module, form: MatrixForm) -> None:
             continue
         stored = place[start : start + len(encoded)].copy_(encoded)
         module.weight = nn.Parameter(StoredWeight(stored, module.weight.shape, form), requires_grad=False)
+        # a compiler would trace the expansion, whose C works on addresses
+        module.forward = torch.compiler.disable(module.forward)
         start += _rounded(len(encoded))
 
 

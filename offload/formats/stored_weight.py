@@ -39,6 +39,10 @@ class StoredWeight(torch.Tensor):
         self.form.expand(self.stored, out_FD)
         return out_FD
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StoredWeight":
+        """Copies share the bytes, which nobody writes to."""
+        return type(self)(self.stored, self.shape, self.form)
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"StoredWeight({list(self.shape)}, {self.stored.numel()} bytes)"
 

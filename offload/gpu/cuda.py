@@ -104,5 +104,8 @@ class CudaLane:
             done.record(self._copies)
         return CudaCopy(started, done, sum(source.nbytes for _, source in pairs))
 
+    def drain(self) -> None:
+        torch.cuda.synchronize(self.device)
+
     def compute_after(self, copy: CudaCopy) -> None:
         torch.cuda.current_stream(self.device).wait_event(copy.event)

@@ -34,7 +34,7 @@ class Copy(Mark, Protocol):
 
     @property
     def seconds(self) -> float:
-        """How long it took, without what it waited for; only when it is done."""
+        """Copy time in seconds, waiting excluded. Valid once `is_done`."""
         ...
 
 
@@ -85,6 +85,10 @@ class Lane(Protocol):
 
     def copy_in(self, pairs: Pairs, after: Mark | None) -> Copy:
         """Queue copies from host memory to device memory on the copy stream, once `after` has been reached."""
+        ...
+
+    def drain(self) -> None:
+        """Let the host wait until both streams have done everything that was queued."""
         ...
 
     def compute_after(self, copy: Copy) -> None:

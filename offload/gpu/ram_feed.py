@@ -13,7 +13,7 @@ import torch
 
 from ..ram.counters import Counters
 from ..ram.slots import LayerSlots
-from ..store.reading import Ticket
+from ..store.reading import Ticket, next_landed
 from .lanes import Copy
 
 
@@ -62,14 +62,11 @@ class RamFeed:
         if not self._in_flight:
             return None
         started = time.perf_counter()
-        ticket = self._landed.get()
+        ticket = next_landed(
+            self._landed, f"one of the experts {sorted(self._in_flight)[:8]} of MoE layer {self._ram.layer}"
+        )
         self._counters.stall_s += time.perf_counter() - started
         del self._in_flight[ticket.expert]
-        if ticket.error is not None:
-            self._ram.release(ticket.expert)
-            raise OSError(
-                f"reading expert {ticket.expert} of MoE layer {ticket.layer} failed: {ticket.error}"
-            ) from ticket.error
         self.present.append(ticket.expert)
         return ticket.expert
 
@@ -81,16 +78,6 @@ class RamFeed:
     def give_back(self, expert: int) -> None:
         """This expert is not needed from RAM any more."""
         self.present.remove(expert)
-
-    def abandon(self) -> None:
-        """After an error: wait for what is still being read or copied, and forget what was read."""
-        for copy in self._lent.values():
-            copy.wait()
-        for expert, ticket in self._in_flight.items():
-            ticket.is_cancelled = True
-            ticket.wait()
-            self._ram.release(expert)
-        self._in_flight.clear()
 
     def _read_next(self) -> None:
         expert = self._waiting.pop()

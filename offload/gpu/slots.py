@@ -67,9 +67,13 @@ class LayerGpuSlots(GpuSlots):
     def __init__(self, tensors: Tensors, num_experts: int, rank: Callable[[int], Any], lane: Lane) -> None:
         super().__init__(tensors)
         self._num_experts, self._rank, self._lane = num_experts, rank, lane
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what the slots hold; nothing that is queued may read or write them."""
         self._slot_of: dict[int, int] = {}
         self._free = list(range(self.num_slots))[::-1]
-        self.map = SlotMap({}, num_experts, lane)
+        self.map = SlotMap({}, self._num_experts, self._lane)
         self.released: Mark | None = None
         """After this, nothing reads what the slots held before the present call."""
 
@@ -108,6 +112,10 @@ class Ring(GpuSlots):
     def __init__(self, tensors: Tensors, lane: Lane) -> None:
         super().__init__(tensors)
         self._lane = lane
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin with the first slot; nothing that is queued may read or write any."""
         self._next = 0
         self._read: list[Mark | None] = [None] * self.num_slots
 

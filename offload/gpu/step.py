@@ -114,17 +114,13 @@ class GpuStep:
         self._gpu_counters.ids_wait_s += time.perf_counter() - started
         num_rows = self._count(ids_TK, rows)
         feed = self._look_up(ids_TK, num_rows)
-        try:
-            if not is_early and hits.slot_of:
-                lane.launch(lambda: rows.compute(self._slots, hits))
-            self._bring(rows, feed, num_rows, ids_TK, x_host_TD, look_ahead)
-            return lane.hand_over(lambda: rows.combine(weight_TK))
-        except BaseException:
-            feed.abandon()
-            raise
-        finally:
-            self._slots.publish()
-            self._gpu_counters.harvest_many()
+        if not is_early and hits.slot_of:
+            lane.launch(lambda: rows.compute(self._slots, hits))
+        self._bring(rows, feed, num_rows, ids_TK, x_host_TD, look_ahead)
+        combined = lane.hand_over(lambda: rows.combine(weight_TK))
+        self._slots.publish()
+        self._gpu_counters.harvest_many()
+        return combined
 
     def _count(self, ids_TK: torch.Tensor, rows: KernelRows | LoopRows) -> dict[int, int]:
         """Rows of each expert that has any."""
@@ -185,13 +181,9 @@ class GpuStep:
             self._send_through(rows, feed, expert)
             return
         slots, where = self._slots, {expert: self._slots.take(expert, num_rows)}
-        try:
-            copy = self._copy(feed, expert, slots.pairs(where[expert], feed[expert]), slots.released)
-            self._lane.compute_after(copy)
-            self._set_biases(slots, where)
-        except BaseException:
-            slots.drop(expert)
-            raise
+        copy = self._copy(feed, expert, slots.pairs(where[expert], feed[expert]), slots.released)
+        self._lane.compute_after(copy)
+        self._set_biases(slots, where)
         moment = SlotMap(where, self._layer.ram.num_experts, self._lane)
         self._lane.launch(lambda: rows.compute(slots, moment))
 

@@ -3,6 +3,7 @@
 import copy
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class GpuTier:
         self._layers = [
             GpuLayer(
                 lane,
-                LayerGpuSlots(stretch, layer.num_experts, slots.cache.rank, lane),
+                LayerGpuSlots(stretch, layer.num_experts, partial(_rank, slots), lane),
                 rings[id(ring)],
                 slots,
                 each,
@@ -93,6 +94,15 @@ class GpuTier:
         step = GpuStep(self._layers[layer], self._run_counters, self._counters)
         return step.run(x_TD, expert_TK, weight_TK, look_ahead)
 
+    def clear(self) -> None:
+        """Forget what the slots hold, once nothing that was queued reads or writes them any more."""
+        self.lane.drain()
+        for layer in self._layers:
+            layer.slots.clear()
+            layer.ring.clear()
+            layer.lent.clear()
+        self._counters.copies.clear()
+
     def report(self) -> dict[str, Any]:
         """Hits, copies and memory, JSON-serialisable."""
         splitter = self._splitter
@@ -114,6 +124,11 @@ class GpuTier:
         if matvecs is None or self._splitter is None:
             return None
         return CpuShare(copy.deepcopy(module).to("cpu"), self._splitter, matvecs)
+
+
+def _rank(ram: LayerSlots, expert: int) -> tuple[float, float]:
+    """How much an expert is worth keeping; asks the RAM tier each time, whose policy is a new one after `clear`."""
+    return ram.cache.rank(expert)
 
 
 _NAMES: dict[type, str] = {KernelExperts: "kernels", LoopExperts: "torch"}

@@ -40,13 +40,18 @@ class LayerSlots:
         self.expert_bytes = self.form.expert_bytes
         self.is_grouped = can_group(self.form.layer)
         self._slots = Slots(num_slots, self.form.slot_bytes, self.form.guard_bytes)
-        self._free = list(range(num_slots))[::-1]
+        self._policy = policy
+        self.ahead_counters = AheadCounters()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what every slot holds; nothing may be on its way into one."""
+        self._free = list(range(self.num_slots))[::-1]
         self._resident: dict[int, Resident] = {}
         self._ahead: dict[int, Ticket] = {}
         self._unproven: set[int] = set()
         self._given_up: list[tuple[Ticket, int]] = []
-        self.ahead_counters = AheadCounters()
-        self.cache: Cache = make_cache(policy, num_slots, self.num_experts)
+        self.cache: Cache = make_cache(self._policy, self.num_slots, self.num_experts)
 
     def __contains__(self, expert: int) -> bool:
         return expert in self._resident

@@ -12,6 +12,7 @@ from ..prefetch.find_routers import make_prefetcher
 from ..store.io_mode import wants_direct
 from ..store.store import ExpertStore
 from .division import Division
+from .guards import guard_model
 from .opening import OpenedCheckpoint
 from .options import LoadOptions
 from .recorder import TraceRecorder
@@ -48,6 +49,7 @@ def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions,
     if division.starting is not None:
         running.fill(division.starting.experts_L)
     _attach(model, running)
+    guard_model(model, forms)
     model.offload = Offload(model, running, division.ram, options.policy_name)
     return model
 

@@ -30,10 +30,14 @@ class TraceRecorder:
         self._keep_T: NDArray[np.bool_] | None = None
         self._lengths_B: NDArray[np.int32] = np.zeros(0, np.int32)
         self._next_sequence = 0
+        self._before: tuple[int, NDArray[np.int32]] | None = None
+        """Sequences and lengths before the call that is going on; None between calls."""
 
     def begin_call(self, batch: int, length: int, past: int, mask_BS: NDArray[np.bool_] | None) -> None:
         """A call of the model starts: `batch` sequences of `length` new tokens after `past` cached ones."""
+        self._leave_out_what_was_cut_short()
         self._finish_call()
+        self._before = (self._next_sequence, self._lengths_B)
         if past == 0 or batch != len(self._lengths_B):
             self._next_sequence += len(self._lengths_B)
             self._lengths_B = np.zeros(batch, np.int32)
@@ -43,6 +47,16 @@ class TraceRecorder:
         self._lengths_B = self._lengths_B + keep_BS.sum(axis=1, dtype=np.int32)
         self._keep_T, self._position_T = keep_BS.reshape(-1), position_BS.reshape(-1).astype(np.int32)
         self._sequence_T = sequence_BS.reshape(-1)
+
+    def end_call(self) -> None:
+        """The call has given its result; without this, what it noted is left out."""
+        self._finish_call()
+        self._before = None
+
+    def _leave_out_what_was_cut_short(self) -> None:
+        if self._before is not None:
+            self._layers.clear()
+            (self._next_sequence, self._lengths_B), self._before = self._before, None
 
     def note(self, layer: int, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> None:
         """One layer's routing of the call that has begun.
@@ -66,6 +80,7 @@ class TraceRecorder:
         Raises:
             ValueError: if nothing was recorded.
         """
+        self._leave_out_what_was_cut_short()
         self._finish_call()
         if not self._calls:
             raise ValueError("nothing was recorded yet; run the model first")

@@ -130,6 +130,7 @@ class Offload:
         """Stop the reading threads and close the files; the model cannot run afterwards."""
         self._runtime.close()
 
+    @torch.compiler.disable
     def _before_call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if tokens is None:
@@ -144,7 +145,10 @@ class Offload:
             self._runtime.recorder.begin_call(batch, length, past, mask.bool().cpu().numpy() if is_mask else None)
         self._call_started_s = time.perf_counter()
 
+    @torch.compiler.disable
     def _after_call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._runtime.recorder is not None:
+            self._runtime.recorder.end_call()
         if self._runtime.prefetcher is not None:
             tried = self._prefetch()
             self._runtime.prefetcher.judge(tried["issued"], tried["useful"], tried["late"])

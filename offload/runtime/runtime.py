@@ -3,10 +3,15 @@
 Order of one call of one layer: look all experts up, start reading all that are missing, compute those that are there,
 compute the others in the order in which they arrive, combine in a fixed order. Slots that a call uses are not evicted
 during that call.
+
+An exception can come between any two lines of Python (Ctrl-C, a timer, no memory). `_is_whole` is therefore false from
+the first change of a call to the last. A call that finds it false clears every slot and starts from nothing.
 """
 
+import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -23,13 +28,15 @@ from ..ram.counters import Counters, LayerCounters
 from ..ram.expanded import ExpandedWeights, make_rooms
 from ..ram.slots import LayerSlots
 from ..ram.step import ExpertStep
-from ..store.reading import Ticket
+from ..store.reading import Ticket, next_landed
 from ..store.store import ExpertStore
+from .guards import expect_no_gradient, expect_numbers_in_memory
 from .recorder import TraceRecorder
 
 IMPLEMENTATION = "expertier_offload"
 ROWS_FOR_ALL = 4
-"""Rows per expert from which on one in 50 experts is not asked for, if rows choose at random."""
+"""At 4 random rows per expert about 2 % of the experts (e^-4) get none; from here on, prefill reads the next layer
+whole."""
 
 
 class OffloadRuntime:
@@ -60,13 +67,21 @@ class OffloadRuntime:
         self._rooms = make_rooms(store.forms)
         self._fused: dict[tuple[int, int, int], FusedExperts | None] = {}
         self.gpu: GpuTier | None = None
-        self._lock = threading.RLock()
+        self._policy, self._num_slots = policy, tuple(num_slots)
+        self._lock, self._process, self._is_whole = threading.RLock(), os.getpid(), True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadRuntime":
+        """A copied model shares its experts, which nobody writes to."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an offloaded model cannot be pickled; load it with offload.load in the other process")
 
     def forward(
         self, layer: int, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> torch.Tensor:
         """The experts' output for one layer, `[T, D]`."""
-        with self._lock, torch.no_grad():
+        with self._changes(), torch.no_grad():
             if self.recorder is not None:
                 self.recorder.note(layer, expert_TK, weight_TK)
             if self.gpu is not None:
@@ -78,8 +93,37 @@ class OffloadRuntime:
             rows = self._rows(slots, module, x_TD, expert_TK, weight_TK)
             weights = slots if isinstance(rows, TokenRows) else self._plain_weights(slots)
             step = ExpertStep(slots, weights, self.counters, rows.num_rows, expert_TK)
-            step.run(rows, lambda: self._look_ahead(layer, x_TD, expert_TK))
+            step.begin(rows)
+            self._look_ahead(layer, x_TD, expert_TK)
+            step.finish(rows)
             return rows.combine()
+
+    @contextmanager
+    def _changes(self) -> Iterator[None]:
+        """Hold the bookkeeping for one call; what an earlier call left half changed is cleared first."""
+        if self._process != os.getpid():
+            self._enter_child()
+        with self._lock:
+            if not self._is_whole:
+                self._clear()
+            self._is_whole = False
+            yield
+            # not in a `finally`: after an exception it has to stay false
+            self._is_whole = True
+
+    def _clear(self) -> None:
+        """Forget all experts. Whoever interrupts this leaves `_is_whole` false, so it is done again."""
+        self.store.quiesce()
+        for slots in self.layers:
+            slots.clear()
+        if self.gpu is not None:
+            self.gpu.clear()
+
+    def _enter_child(self) -> None:
+        """In a child of fork(): the lock may be held by a thread that is not here, and no thread reads."""
+        if self.gpu is not None:
+            raise RuntimeError("CUDA does not work in a forked process; start processes by spawn and load there")
+        self._lock, self._process, self._is_whole = threading.RLock(), os.getpid(), False
 
     def fill(self, experts_L: Sequence[Sequence[int]]) -> None:
         """Read experts into free slots before anything asks for them; gives up none that is there.
@@ -94,9 +138,7 @@ class OffloadRuntime:
                 slots.start_read(expert, (), landed)
                 reads += 1
         for _ in range(reads):
-            ticket = landed.get()
-            if ticket.error is not None:
-                raise OSError(f"reading expert {ticket.expert} of MoE layer {ticket.layer} failed: {ticket.error}")
+            next_landed(landed, "an expert that the plan starts with")
 
     def read_ahead(self, plan: Mapping[int, Sequence[int]]) -> None:
         """Start reading what later layers of this pass will certainly need, nearest layer first, where there is room.
@@ -104,7 +146,7 @@ class OffloadRuntime:
         Args:
             plan: layer -> its experts in this pass, most used first.
         """
-        with self._lock:
+        with self._changes():
             for layer, experts in sorted(plan.items()):
                 slots = self.layers[layer]
                 waiting = [expert for expert in experts if 0 <= expert < slots.num_experts and expert not in slots]
@@ -165,10 +207,12 @@ class OffloadRuntime:
             for expert, count in zip(expert_ids.tolist(), counts.tolist(), strict=True)
             if 0 <= expert < slots.num_experts
         }
-        with ExpertStep(slots, self._plain_weights(slots), self.counters, num_rows, expert_TK) as step:
-            return eager_forward(module, step.fetch, slots.num_experts, x_TD, expert_TK, weight_TK)
+        step = ExpertStep(slots, self._plain_weights(slots), self.counters, num_rows, expert_TK)
+        step.prepare()
+        return eager_forward(module, step.fetch, slots.num_experts, x_TD, expert_TK, weight_TK)
 
 
+@torch.compiler.disable
 def offloaded_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -180,6 +224,8 @@ def offloaded_experts_forward(
             f"this {type(self).__name__} was not"
         )
     runtime, layer = place
+    expect_numbers_in_memory(hidden_states, top_k_index, top_k_weights)
+    expect_no_gradient(hidden_states, top_k_weights)
     result: torch.Tensor = runtime.forward(layer, self, hidden_states, top_k_index, top_k_weights)
     return result
 

@@ -1,11 +1,27 @@
-"""Reading threads: jobs with two priorities, a bounded number in flight, shut down with the interpreter."""
+"""Reading threads: jobs with two priorities, a bounded number in flight, shut down with the interpreter.
 
+Locks: `Ticket._lock` guards one ticket, `_Queues.lock` the queues; no code holds both. Only the thread that runs the
+model waits for tickets, and every such wait has a limit, so that a lost disk is an error and not a hang.
+
+That thread may get an exception between any two instructions (Ctrl-C, a timer). It therefore uses primitives of C only,
+`Lock` and `SimpleQueue`. Condition and Event are written in Python: an exception after they took their lock leaves it
+locked for ever, and one inside `notify` wakes a thread twice and another never.
+"""
+
+import os
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+
+WAIT_S = 120.0
+"""A read that has not ended by then never will: a disk that spins up takes 20 s, a stalled network mount 60 s."""
+
+
+POLL_S = 0.001
+"""Between two looks at whether reads have ended; a read of 4 MiB takes about 2 ms from a good disk."""
 
 
 class Ticket:
@@ -28,11 +44,9 @@ class Ticket:
         self._num_jobs = self._left = num_jobs
         self._num_skipped = 0
         self._lock = threading.Lock()
-        self._finished = threading.Event()
-
-    @property
-    def is_finished(self) -> bool:
-        return self._finished.is_set()
+        self.is_finished = False
+        self._reading = threading.Lock()  # held until the ticket is finished
+        self._reading.acquire()
 
     @property
     def share_read(self) -> float:
@@ -48,7 +62,7 @@ class Ticket:
         """Land in another queue, at once if it is finished already."""
         with self._lock:
             self.landed = landed
-            if self._finished.is_set():
+            if self.is_finished:
                 landed.put(self)
 
     def skip(self) -> None:
@@ -57,8 +71,17 @@ class Ticket:
             self._num_skipped += 1
         self.job_done()
 
-    def wait(self) -> None:
-        self._finished.wait()
+    def wait(self, limit_s: float | None = None) -> None:
+        """Wait until all jobs are done or skipped.
+
+        Raises:
+            TimeoutError: if that takes longer than `limit_s` seconds (WAIT_S if not given).
+        """
+        limit_s = WAIT_S if limit_s is None else limit_s
+        if not self.is_finished and not self._reading.acquire(timeout=limit_s):
+            raise TimeoutError(
+                f"expert {self.expert} of MoE layer {self.layer} was not read within {limit_s:.0f} s; is its disk gone?"
+            )
 
     def job_done(self, error: BaseException | None = None) -> None:
         """Called by a reading thread after each job."""
@@ -73,8 +96,31 @@ class Ticket:
             except Exception as caught:
                 self.error = caught
         with self._lock:
-            self._finished.set()
+            self.is_finished = True
+            self._reading.release()
             self.landed.put(self)
+
+
+def next_landed(landed: "SimpleQueue[Ticket]", waiting_for: str) -> Ticket:
+    """The next ticket that is finished.
+
+    Args:
+        landed: where tickets land.
+        waiting_for: what is on its way, for the message.
+
+    Raises:
+        TimeoutError: if none lands within WAIT_S seconds.
+        OSError: if reading failed.
+    """
+    try:
+        ticket = landed.get(timeout=WAIT_S)
+    except Empty:
+        raise TimeoutError(f"{waiting_for} was not read within {WAIT_S:.0f} s; is its disk gone?") from None
+    if ticket.error is not None:
+        raise OSError(
+            f"reading expert {ticket.expert} of MoE layer {ticket.layer} failed: {ticket.error}"
+        ) from ticket.error
+    return ticket
 
 
 Job = tuple[Ticket, Callable[[], None]]
@@ -90,14 +136,41 @@ class ReadingThreads:
     def __init__(self, num_threads: int) -> None:
         if num_threads < 1:
             raise ValueError(f"at least 1 reading thread is needed; got {num_threads}")
+        self._num_threads = num_threads
+        self._start()
+
+    def _start(self) -> None:
+        self._process = os.getpid()
         self._state = _Queues()
         self._threads = [
             threading.Thread(target=_work, args=(self._state,), name=f"expertier-read-{index}", daemon=True)
-            for index in range(num_threads)
+            for index in range(self._num_threads)
         ]
         for thread in self._threads:
             thread.start()
-        self.close = weakref.finalize(self, _close, self._state, self._threads)
+        self.close = weakref.finalize(self, _close, self._state, self._threads, self._process)
+
+    def quiesce(self) -> None:
+        """Drop what waits and let what runs end: from then on no thread writes to a slot.
+
+        In a child of fork() there are no threads, and a lock that one of them held stays locked: new ones take over.
+
+        Raises:
+            TimeoutError: if a read does not end within WAIT_S seconds.
+        """
+        if self._process != os.getpid():
+            self.close.detach()
+            self._start()
+            return
+        state, end_s = self._state, time.monotonic() + WAIT_S
+        with state.lock:
+            state.demand.clear()
+            state.ahead.clear()
+        # asked for again and again instead of waited for, because waiting would take a lock in Python
+        while state.running:
+            if time.monotonic() > end_s:
+                raise TimeoutError(f"{state.running} reads did not end within {WAIT_S:.0f} s; is the disk gone?")
+            time.sleep(POLL_S)
 
     @property
     def busy_s(self) -> float:
@@ -106,14 +179,15 @@ class ReadingThreads:
 
     def submit(self, ticket: Ticket, jobs: list[Callable[[], None]], *, is_demand: bool = True) -> None:
         """Queue the jobs of one ticket."""
-        with self._state.ready:
-            queue = self._state.demand if is_demand else self._state.ahead
-            queue.extend((ticket, job) for job in jobs)
-            self._state.ready.notify(len(jobs))
+        state = self._state
+        with state.lock:
+            (state.demand if is_demand else state.ahead).extend((ticket, job) for job in jobs)
+        for _ in jobs:
+            state.calls.put(None)
 
     def promote(self, ticket: Ticket) -> None:
         """Move what is left of a read-ahead to the front, because it is needed now."""
-        with self._state.ready:
+        with self._state.lock:
             kept: deque[Job] = deque()
             for job in self._state.ahead:
                 (self._state.demand if job[0] is ticket else kept).append(job)
@@ -122,35 +196,39 @@ class ReadingThreads:
 
 class _Queues:
     def __init__(self) -> None:
-        self.ready = threading.Condition()
+        self.lock = threading.Lock()
         self.demand: deque[Job] = deque()
         self.ahead: deque[Job] = deque()
+        self.calls: SimpleQueue[None] = SimpleQueue()
+        """One for each job; more only wake a thread for nothing."""
         self.is_closed = False
         self.busy_s = 0.0
-        self._running, self._since_s = 0, 0.0
+        self.running, self._since_s = 0, 0.0
 
-    def begin(self) -> None:
-        """A read begins; `ready` is held."""
-        if not self._running:
-            self._since_s = time.perf_counter()
-        self._running += 1
+    def take(self) -> Job | None:
+        """The next job, which counts as running from now on; None if there is none."""
+        with self.lock:
+            if self.is_closed or not (self.demand or self.ahead):
+                return None
+            if not self.running:
+                self._since_s = time.perf_counter()
+            self.running += 1
+            return (self.demand or self.ahead).popleft()
 
     def end(self) -> None:
-        with self.ready:
-            self._running -= 1
-            if not self._running:
+        """A job has ended."""
+        with self.lock:
+            self.running -= 1
+            if not self.running:
                 self.busy_s += time.perf_counter() - self._since_s
 
 
 def _work(state: _Queues) -> None:
-    while True:
-        with state.ready:
-            while not (state.demand or state.ahead or state.is_closed):
-                state.ready.wait()
-            if state.is_closed:
-                return
-            ticket, job = (state.demand or state.ahead).popleft()
-            state.begin()
+    while not state.is_closed:
+        state.calls.get()
+        if (taken := state.take()) is None:
+            continue
+        ticket, job = taken
         if ticket.is_cancelled or ticket.error:
             ticket.skip()
         else:
@@ -161,16 +239,19 @@ def _work(state: _Queues) -> None:
                 error = caught
             ticket.job_done(error)
         state.end()
-        del ticket, job
+        del ticket, job, taken  # a thread that waits must not keep a slot's memory
 
 
-def _close(state: _Queues, threads: list[threading.Thread]) -> None:
-    with state.ready:
+def _close(state: _Queues, threads: list[threading.Thread], process: int) -> None:
+    if process != os.getpid():  # the threads, and whoever holds the lock, are the parent's
+        return
+    with state.lock:
         state.is_closed = True
         waiting = [*state.demand, *state.ahead]
         state.demand.clear()
         state.ahead.clear()
-        state.ready.notify_all()
+    for _ in threads:
+        state.calls.put(None)
     for ticket, _ in waiting:
         ticket.job_done(RuntimeError("the reading threads were shut down"))
     for thread in threads:

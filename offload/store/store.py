@@ -120,6 +120,14 @@ class ExpertStore:
         self._threads.submit(ticket, jobs, is_demand=is_demand)
         return ticket, shifts
 
+    def quiesce(self) -> None:
+        """Give up everything that is on its way; when this returns, nothing is written to any slot.
+
+        Raises:
+            TimeoutError: if a read does not end.
+        """
+        self._threads.quiesce()
+
     def promote(self, ticket: Ticket) -> None:
         """Read this one before anything that is not needed yet."""
         self._threads.promote(ticket)

@@ -1,0 +1,74 @@
+"""What an offloaded model refuses, because it would not be what the resident model does."""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..formats.form import Form
+
+
+def expect_no_gradient(*tensors: torch.Tensor) -> None:
+    """Refuse a call that would have to pass gradients through experts.
+
+    Raises:
+        RuntimeError: if one of the tensors wants a gradient.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            "gradients do not pass through offloaded experts; run the model under torch.no_grad(), "
+            "or train a model that fits in memory"
+        )
+
+
+def expect_numbers_in_memory(*tensors: torch.Tensor) -> None:
+    """Refuse tensors that stand for others: experts are read and multiplied by their addresses in memory.
+
+    Raises:
+        RuntimeError: for fake tensors of exporters, and tensors that vmap or another transform has wrapped.
+    """
+    for tensor in tensors:
+        if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise RuntimeError(
+                "offloaded experts are computed on numbers in memory; export and vmap the resident model instead"
+            )
+
+
+def guard_model(model: Any, forms: Sequence[Form]) -> None:
+    """Replace the methods of a model that would silently leave the experts out.
+
+    `save_pretrained` and `state_dict` refuse, `num_parameters` counts the experts, and conversions refuse: the experts
+    on disk would keep their dtype and device.
+    """
+    num_expert_parameters = sum(
+        form.layer.num_experts * prod(parameter.shape) for form in forms for parameter in form.layer.parameters
+    )
+    count, apply, choose = model.num_parameters, model._apply, model.set_experts_implementation
+
+    def refuse_to_save(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("an offloaded model has no expert weights to save; copy its checkpoint folder instead")
+
+    def num_parameters(*args: Any, **kwargs: Any) -> int:
+        is_trainable = kwargs.get("only_trainable", bool(args and args[0]))
+        return int(count(*args, **kwargs)) + (0 if is_trainable else num_expert_parameters)
+
+    def apply_to_tensors(change: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        for parameter in list(model.parameters())[:1]:
+            changed = change(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+            if (changed.dtype, changed.device) != (parameter.dtype, parameter.device):
+                raise RuntimeError(
+                    f"an offloaded model keeps the dtype and device it was loaded with ({parameter.dtype}, "
+                    f"{parameter.device}); load it again with dtype= or device="
+                )
+        return apply(change, *args, **kwargs)
+
+    def set_experts_implementation(name: Any) -> Any:
+        if name != model.config._experts_implementation:
+            raise RuntimeError(f"experts on disk are computed by the offload runtime only, not by {name!r}")
+        return choose(name)
+
+    model.save_pretrained = model.state_dict = refuse_to_save
+    model.num_parameters, model._apply = num_parameters, apply_to_tensors
+    model.set_experts_implementation = set_experts_implementation
