@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from offload.memory.budget import Needs, available_memory, cgroup_limit, plan_memory, spread_slots
 from offload.memory.cost import DecodeWork, expected_hit_rate, predict_decode
+from offload.memory.groups import cgroup_room
 from routing.ground.hardware import Hardware
 from routing.ground.quantity import format_size, parse_size
 
@@ -66,6 +67,36 @@ def test_cgroup_v1_and_none(tmp_path):
     assert cgroup_limit(tmp_path, process) == 4096
     assert cgroup_limit(tmp_path, tmp_path / "absent") is None
     assert available_memory() > 0
+
+
+@pytest.mark.parametrize(
+    ("version", "line", "files"),
+    [
+        (1, "4:memory:/a/b\n", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")),
+        (2, "0::/a/b\n", ("memory.max", "memory.current", "file")),
+    ],
+)
+def test_what_neighbours_in_the_group_hold_is_not_available(tmp_path, version, line, files):
+    limit, usage, cache = files
+    base, process = "memory/a" if version == 1 else "a", tmp_path / "cgroup"
+    process.write_text(line)
+    assert cgroup_room(100, tmp_path, process) is None
+    _group(tmp_path, f"{base}/b", limit, "max" if version == 2 else "9223372036854771712")
+    _group(tmp_path, base, limit, "10000\n")
+    _group(tmp_path, base, usage, "7000\n")
+    _group(tmp_path, base, "memory.stat", f"rss 1\n{cache} 2000\n")
+    # of 10,000 bytes neighbours hold 7,000 - 2,000 of file cache - 100 of our own
+    assert cgroup_room(100, tmp_path, process) == 10_000 - 4_900
+    _group(tmp_path, base, usage, "99000\n")
+    assert cgroup_room(100, tmp_path, process) == 0
+
+
+def test_memory_high_is_a_limit_too(tmp_path):
+    process = tmp_path / "cgroup"
+    process.write_text("0::/a\n")
+    _group(tmp_path, "a", "memory.max", "10000\n")
+    _group(tmp_path, "a", "memory.high", "6000\n")
+    assert cgroup_limit(tmp_path, process) == 6000
 
 
 @given(

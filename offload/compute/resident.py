@@ -14,13 +14,10 @@ ALIGNMENT_BYTES = 64
 def move_to_huge_pages(model: nn.Module) -> None:
     """Move a model's plain CPU parameters into one such mapping.
 
-    Memory is taken as weights arrive and each old copy is freed, so that little more than one parameter exists twice.
+    Memory is taken as weights arrive and each old copy is freed, so that one parameter exists twice at a time. Tables
+    of which a token reads a row stay where they are: they gain nothing.
     """
-    parameters = [
-        parameter
-        for parameter in model.parameters()
-        if parameter.device.type == "cpu" and parameter.numel() and not isinstance(parameter, StoredWeight)
-    ]
+    parameters = _movable(model)
     total = sum(_rounded(parameter.nbytes) for parameter in parameters)
     if not total:
         return
@@ -30,6 +27,24 @@ def move_to_huge_pages(model: nn.Module) -> None:
         moved = place[start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         parameter.data = moved.copy_(parameter.data)
         start += _rounded(parameter.nbytes)
+
+
+def moved_twice_bytes(model: nn.Module) -> int:
+    """What `move_to_huge_pages` takes for a moment: the largest parameter that it moves."""
+    return max((parameter.nbytes for parameter in _movable(model)), default=0)
+
+
+def _movable(model: nn.Module) -> list[nn.Parameter]:
+    linears = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - linears
+    return [
+        parameter
+        for parameter in model.parameters()
+        if parameter.device.type in ("cpu", "meta")
+        and parameter.numel()
+        and id(parameter) not in tables
+        and not isinstance(parameter, StoredWeight)
+    ]
 
 
 def store_linears(model: nn.Module, form: MatrixForm) -> None:

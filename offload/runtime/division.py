@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from routing.ground.quantity import parse_size
+from routing.ground.quantity import format_size, parse_size
 
 from ..cache.starting import StartingPlan, TracedSlots, read_starting_plan
 from ..checkpoint.experts import experts_modules
-from ..compute.resident import expected_saving
+from ..compute.resident import expected_saving, moved_twice_bytes
 from ..gpu.budget import plan_gpu, split_needs
 from ..gpu.lanes import Lane
 from ..gpu.planning import gpu_limit, gpu_slot_bytes, hold_to
-from ..memory.budget import AUTO_SHARE, MemoryPlan, Needs, available_memory, plan_memory
+from ..memory.budget import AUTO_SHARE, MemoryPlan, Needs, available_memory, machine_bytes, plan_memory
 from .needs import memory_needs
 from .opening import OpenedCheckpoint
 from .options import LoadOptions
@@ -59,6 +59,8 @@ def divide_memory(
     counts = opened.experts_L
     fixed = None if options.cache_experts is None else [min(options.cache_experts, count) for count in counts]
     ram = plan_memory(limit, needs, opened.slot_bytes_L, counts, opened.top_k, fixed)
+    if gpu is None:
+        _expect_room_to_load(opened, needs, limit)
     starting = None
     if options.plan is not None:
         starting = read_starting_plan(options.plan, counts)
@@ -66,6 +68,29 @@ def divide_memory(
         slots = starting.slots(opened.slot_bytes_L, least, limit - ram.fixed_bytes)
         ram = plan_memory(limit, needs, opened.slot_bytes_L, counts, opened.top_k, slots)
     return Division(ram=ram, gpu=gpu, starting=starting)
+
+
+def _expect_room_to_load(opened: OpenedCheckpoint, needs: Needs, limit_bytes: int) -> None:
+    """Refuse a budget that loading alone exceeds: the largest resident weight exists twice for a moment."""
+    loading = needs.process_bytes + needs.weight_bytes + moved_twice_bytes(opened.model)
+    if loading > limit_bytes:
+        raise ValueError(
+            f"{format_size(limit_bytes)} is too small to load the weights that stay resident; "
+            f"give at least {format_size(loading)}"
+        )
+
+
+def expect_machine_has(options: LoadOptions) -> None:
+    """Refuse a budget that the kernel would never grant; `fit` may plan for larger machines.
+
+    Raises:
+        ValueError: if `cpu_memory` is more than this machine or its control group has.
+    """
+    if options.cpu_memory != "auto" and cpu_limit(options) > machine_bytes():
+        raise ValueError(
+            f"cpu_memory={options.cpu_memory} is more than the {format_size(machine_bytes())} that this machine or "
+            'control group has; give less, or "auto"'
+        )
 
 
 def needs_of(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:

@@ -11,7 +11,7 @@ from ..compute.resident import move_to_huge_pages
 from ..gpu.devices import open_lane
 from ..memory.budget import resident_bytes
 from .assembly import assemble
-from .division import divide_memory
+from .division import divide_memory, expect_machine_has
 from .opening import open_checkpoint
 from .options import LoadOptions
 
@@ -88,6 +88,7 @@ def load(
         plan=plan,
         record_trace=record_trace,
     )
+    expect_machine_has(options)
     lane = open_lane(options.device, options.gpu_memory, options.gpu_experts)
     opened = open_checkpoint(options)
 
