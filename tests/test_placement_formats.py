@@ -77,5 +77,5 @@ def test_vllm_one_map_only_where_layers_agree(tmp_path):
 
 
 def test_unknown_format_lists_the_known_ones(plan, tmp_path):
-    with pytest.raises(ValueError, match="there are sglang"):
+    with pytest.raises(ValueError, match="unknown format 'magic'; there are ktransformers, omni, sglang"):
         export_plan(plan, "magic", tmp_path / "x")

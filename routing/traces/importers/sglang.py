@@ -113,12 +113,12 @@ def _by_rank(path: Path, dumps: list[tuple[Path, dict[str, Any]]]) -> dict[int, 
             f"{path}: has the tokens of ranks {sorted(ranks)} and lacks those of {sorted(missing)[:8]}; "
             "put the files of all ranks into one folder and import the folder"
         )
-    if not path.is_dir() and (others := _other_ranks(path)):
+    if not path.is_dir() and (others := ranks_beside(path)):
         raise ValueError(f"{path}: one rank of several; {others[0].name} lies beside it. Import the folder")
     return ranks
 
 
-def _other_ranks(path: Path) -> list[Path]:
+def ranks_beside(path: Path) -> list[Path]:
     """Files beside this one with the same name but for the rank at its end."""
     stem, separator, rank = path.stem.rpartition("_")
     if not separator or not rank.isdecimal() or len(rank) > 4:
