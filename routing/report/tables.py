@@ -28,8 +28,8 @@ def print_import(trace: RoutingTrace, out: Path) -> None:
     lines += [f"left out {part['count']} {part['unit']}: {part['reason']}" for part in account["left_out"]]
     lines += [f"note: {note}" for note in account["notes"]]
     lines.append(
-        f"wrote {out}: {trace.num_tokens} tokens of {account['kept']['requests']} requests, {trace.num_layers} MoE layers"
-        f"{layers}, {trace.num_experts} experts, top-{trace.top_k}"
+        f"wrote {out}: {trace.num_tokens} tokens of {account['kept']['requests']} requests, "
+        f"{trace.num_layers} MoE layers{layers}, {trace.num_experts} experts, top-{trace.top_k}"
     )
     for line in lines:
         console.print(line, highlight=False, markup=False)

@@ -2,12 +2,16 @@
 
 import zipfile
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .reading.opening import MAGIC, binary_kind, bounded, json_records, text_lines
 from .sglang_responses import holder_of
 from .table import NUMBERED
+
+# a recording may begin with lines about itself
+FIRST_RECORDS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +21,13 @@ class Glimpse:
     Args:
         kind: what a binary file is, None for text.
         members: names inside a zip archive.
-        record: the first JSON object, or None.
+        records: the first JSON objects.
         header: the first line of a text that is not JSON.
     """
 
     kind: str | None
     members: tuple[str, ...] = ()
-    record: dict[str, Any] | None = None
+    records: tuple[dict[str, Any], ...] = ()
     header: str = ""
 
 
@@ -45,7 +49,7 @@ def glimpse(path: Path) -> Glimpse:
         return Glimpse(kind=kind)
     first = next(text_lines(path), (0, ""))[1]
     if first.startswith(("{", "[")):
-        return Glimpse(kind=None, record=next((record for _, record in json_records(path)), None))
+        return Glimpse(kind=None, records=tuple(record for _, record in islice(json_records(path), FIRST_RECORDS)))
     return Glimpse(kind=None, header=first)
 
 
@@ -53,8 +57,8 @@ def fitting_formats(found: Glimpse) -> list[str]:
     """Names of the formats that a recording could have: one, if it is a recording that is known."""
     if found.members:
         return _of_archive(found.members)
-    if found.record is not None:
-        return _of_record(found.record)
+    if found.records:
+        return next((fitting for record in found.records if (fitting := _of_record(record))), [])
     if found.kind is not None:
         kinds = {"a NumPy array (.npy)": "exflow", "a safetensors file": "hf-logits", "a Parquet table": "table"}
         return [kinds[found.kind]] if found.kind in kinds else []

@@ -110,11 +110,20 @@ def _request(table_TLK: Integer, prompt_TLK: Integer | None, prompt: int | None,
     if prompt_TLK is not None:
         if before:
             return _Request(table_TLK=table_TLK, first_position=len(prompt_TLK), fillers=fillers)
-        return _Request(table_TLK=np.concatenate([prompt_TLK, table_TLK]), fillers=fillers)
+        return _Request(table_TLK=_joined(prompt_TLK, table_TLK), fillers=fillers)
     if before and prompt and np.array_equal(table_TLK[:prompt], before[0].table_TLK[:prompt]):
         rest = table_TLK[prompt:]
         return _Request(table_TLK=rest, first_position=prompt, repeated=prompt, fillers=fillers)
     return _Request(table_TLK=table_TLK, fillers=fillers)
+
+
+def _joined(prompt_TLK: Integer, table_TLK: Integer) -> Integer:
+    """Prompt and generated rows; a response of one token generates no row, whose list has no layers to tell."""
+    if not len(table_TLK) or not len(prompt_TLK):
+        return prompt_TLK if len(prompt_TLK) else table_TLK
+    if prompt_TLK.shape[1:] != table_TLK.shape[1:]:
+        raise ValueError(f"{PROMPT} has [layers, K] {prompt_TLK.shape[1:]}, {ROUTED} has {table_TLK.shape[1:]}")
+    return np.concatenate([prompt_TLK, table_TLK])
 
 
 def _prompt_tokens(response: dict[str, Any]) -> int | None:
@@ -136,10 +145,10 @@ def _fitting_usage(response: dict[str, Any], found: list[_Request], prompt: int 
     if not isinstance(generated, int) or prompt is None:
         return found
     rows = sum(len(one.table_TLK) for one in found)
-    if generated - len(found) <= rows <= generated and PROMPT not in response:
-        return [replace(one, first_position=prompt) for one in found]
     whole = prompt * (1 + sum(one.first_position == 0 for one in found[1:])) + generated
     if not whole - len(found) <= rows <= whole:
+        if generated - len(found) <= rows <= generated and response.get(PROMPT) is None:
+            return [replace(one, first_position=prompt) for one in found]
         raise ValueError(
             f"{where}: {rows} rows of routed experts for {prompt} prompt and {generated} generated tokens "
             f"({whole - len(found)} to {whole} rows were expected)"

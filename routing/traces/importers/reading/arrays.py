@@ -24,7 +24,8 @@ def load_npz(path: Path) -> dict[str, NDArray[Any]]:
     if (kind := binary_kind(bounded(path))) != MAGIC[b"PK\x03\x04"]:
         raise ValueError(f"{path}: expected NumPy arrays (.npz); this is {kind or 'text'}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # opened here, since np.load leaves a damaged archive open
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # zipfile, zlib and NumPy each have errors of their own for damaged archives
         raise ValueError(f"{path}: not a readable .npz: {type(error).__name__}") from None
@@ -62,8 +63,8 @@ def load_torch(path: Path) -> Any:
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file makes torch raise
+    except Exception:  # whatever a damaged or hostile file makes torch raise
         raise ValueError(
             f"{path}: expected a torch file (.pt) of tensors and plain values; this is {kind}, "
-            f"and torch refuses it ({type(error).__name__})"
+            "which is damaged or holds other objects"
         ) from None
