@@ -87,6 +87,17 @@ def test_draft_layers_follow_the_decoder_in_the_initial_layout(plan, name, tmp_p
         assert (count.shape, np.ptp(count[6:])) == ((8, 16), 0)
 
 
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_experts_that_do_not_divide_over_the_gpus(name, tmp_path):
+    """10 experts on 4 GPUs: refused with the number of replicas that helps, and exported with it."""
+    load = np.random.default_rng(1).lognormal(0, 1, (3, 10))
+    with pytest.raises(ValueError, match="use --replicas 2"):
+        Problem.from_loads(load, Cluster.grid(1, 4))
+    plan = solve(Problem.from_loads(load, Cluster.grid(1, 4), replicas=2), solver="search", time_limit_s=1)
+    export_plan(plan, name, tmp_path / "x", extra_layers=1)
+    FORMATS[name].validate(tmp_path / "x", None)
+
+
 def test_extra_layers_are_not_negative(plan, tmp_path):
     with pytest.raises(ValueError, match="0 or more"):
         export_plan(plan, "sglang", tmp_path / "x", extra_layers=-1)

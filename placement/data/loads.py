@@ -99,7 +99,8 @@ def _table(file: Path, rows: Any) -> Float:
     except (TypeError, ValueError):
         widths = sorted({len(row) if isinstance(row, list) else -1 for row in rows} if isinstance(rows, list) else [])
         raise ValueError(
-            f"loads {file}: logical_count must be a rectangular table of numbers; the rows have {widths[:6]} entries"
+            f"loads {file}: logical_count must be a rectangular table of numbers; the rows have {widths[:6]} entries "
+            "(layers with fewer experts: pad them with 0)"
         ) from None
     return checked_loads(load, f"loads {file}: logical_count")
 

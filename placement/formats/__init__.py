@@ -105,7 +105,6 @@ def export_plan(plan: Plan, format_name: str, path: Path, *, extra_layers: int =
     """
     expect_name(format_name, FORMATS, "format")
     written = with_extra_layers(plan, extra_layers)
-    _expect_full_slots(written, format_name)
     trial = path.with_name(f".{path.name}.{os.getpid()}{_suffix(path)}")
     try:
         FORMATS[format_name].export(written, trial)
@@ -122,16 +121,6 @@ def how_to_use(plan: Plan, format_name: str, path: Path) -> str:
     used = ONE_MAP if is_one_map else FORMATS[format_name]
     replicas = max(plan.num_slots - plan.num_experts, 0)
     return f"{used.usage.format(file=path, replicas=replicas)} (checked with {used.checked})"
-
-
-def _expect_full_slots(plan: Plan, format_name: str) -> None:
-    """Engines give every GPU the same number of experts; only omni-infer's array, the one map and counts can differ."""
-    empty = int((plan.physical_to_logical_LP < 0).sum())
-    if empty and format_name in ("sglang", "tensorrt-llm", "vllm-ascend"):
-        raise ValueError(
-            f"the plan leaves {empty} slots empty, and {format_name} needs the same number of experts on every GPU; "
-            f"solve again with replicas that fill them, or use --format omni"
-        )
 
 
 def _suffix(path: Path) -> str:

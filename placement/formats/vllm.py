@@ -25,12 +25,9 @@ def export_vllm(plan: Plan, path: Path) -> None:
         ValueError: if the one-map file is asked for and the plan has replicas or layers that differ.
     """
     if path.name.endswith(ONE_MAP_SUFFIX):
-        # GPUs may hold unequal numbers of experts here: empty slots are left out
         write_json(path, {"expert_to_ep_rank": _one_map(plan)})
         return
     rows = plan.physical_to_logical_LP.tolist()
-    if (plan.physical_to_logical_LP < 0).any():
-        raise ValueError("vLLM's mapping needs the same number of experts on every GPU; this plan leaves slots empty")
     record = {
         "record_type": RECORD,
         "version": 1,
@@ -69,11 +66,10 @@ def validate_vllm(path: Path, plan: Plan | None = None) -> None:
 
 def _one_map(plan: Plan) -> list[int]:
     rows = plan.physical_to_logical_LP
-    held = rows[0][rows[0] >= 0]
-    if len(held) != plan.num_experts or len(set(held.tolist())) != len(held) or (rows != rows[0]).any():
+    if plan.num_slots != plan.num_experts or (rows != rows[0]).any():
         raise ValueError(
             "expert_to_ep_rank is one map for all layers without replicas; this plan has replicas or differing layers: "
             f"use a file name that does not end in {ONE_MAP_SUFFIX}"
         )
-    rank_of = {expert: slot // plan.slots_per_gpu for slot, expert in enumerate(rows[0].tolist()) if expert >= 0}
+    rank_of = {expert: slot // plan.slots_per_gpu for slot, expert in enumerate(rows[0].tolist())}
     return [rank_of[expert] for expert in range(plan.num_experts)]
