@@ -364,6 +364,34 @@ def test_vllm_route_lines_with_repeats(folder, recorded, repeats):
     assert left_out["lines"] == 1
 
 
+def test_vllm_route_lines_that_count_anew_in_each_pass(tmp_path):
+    """As the public recording of Qwen1.5-MoE has them: one req_id, a warm-up pass, then passes of running requests."""
+    passes = [[[43, 5]] * 300, [[1, 2], [3, 4], [5, 6]], [[2, 7], [4, 8]]]
+    lines = [
+        {"type": "route", "req_id": "r1", "token_idx": token, "layer": layer, "topk_ids": ids}
+        for rows in passes
+        for layer in (0, 4)
+        for token, ids in enumerate(rows)
+    ]
+    path = tmp_path / "r.jsonl"
+    write_lines(path, [{"type": "meta"}, *lines])
+    trace = import_trace(path)
+    assert trace.expert_TLK[:, 0].tolist() == [*passes[1], *passes[2]]
+    assert trace.sequence_T.tolist() == [0, 0, 0, 1, 1]
+    account = trace.metadata["import"]
+    assert [part["count"] for part in account["left_out"]] == [1, 600]
+    assert any("each pass counts as one request" in note for note in account["notes"])
+    lines[-1]["token_idx"] = 0
+    write_lines(path, lines)
+    with pytest.raises(ValueError, match="no row for layers"):
+        import_trace(path)
+    # layer 4 does not count anew: nothing of it may be lost
+    lines[-1]["token_idx"] = 7
+    write_lines(path, lines)
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        import_trace(path)
+
+
 def test_rows_that_contradict_or_are_missing_are_refused(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("request,token,layer,experts\na,0,3,1 2\na,0,3,1 4\n")

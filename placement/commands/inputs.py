@@ -23,6 +23,10 @@ def read_problem(
         return Problem.from_loads(tables, cluster, replicas=replicas, layer_ids=ids)
     assert trace is not None
     data = RoutingTrace.load(trace)
+    if plan is not None and data.layer_ids is not None and data.layer_ids != plan.layer_ids:
+        raise ValueError(
+            f"{trace}: recorded at decoder layers {list(data.layer_ids)}, the plan is for {list(plan.layer_ids)}"
+        )
     return Problem.from_trace(_select_rows(data, rows), cluster, replicas=replicas)
 
 

@@ -34,7 +34,7 @@ def layers_of_trace(
     """Decoder layers of a trace, all of whose layers are MoE layers.
 
     Args:
-        num_layers: L.
+        num_layers: MoE layers of the trace, at least 1.
         recorded: the trace's own numbers, or None.
         hidden_layers: decoder layers in all as recorded, or None.
         model: the cluster file's section.

@@ -92,7 +92,7 @@ def export_plan(plan: Plan, format_name: str, path: Path, *, extra_layers: int =
     """Write a plan in an engine's format, validated as the engine would read it before it takes its name.
 
     Args:
-        plan: the plan.
+        plan: as solved; its layer numbers become those of the file.
         format_name: a key of FORMATS.
         path: the engine's file.
         extra_layers: further MoE layers behind the decoder, of draft (MTP) modules, in the initial layout.

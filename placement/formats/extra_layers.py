@@ -14,8 +14,8 @@ def with_extra_layers(plan: Plan, extra_layers: int) -> Plan:
     """The plan with further MoE layers, numbered from `hidden_layers` on as engines number draft layers.
 
     Args:
-        plan: a plan.
-        extra_layers: how many; 0 gives the plan itself.
+        plan: as solved, for the decoder alone.
+        extra_layers: how many, at least 0; 0 gives the plan itself.
 
     Raises:
         ValueError: if the number is negative.

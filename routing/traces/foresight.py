@@ -16,6 +16,7 @@ from .routing_trace import EMPTY, RoutingTrace
 
 Integer = NDArray[np.int64]
 Float = NDArray[np.float64]
+# above every worth, so that what a token uses stays until the next token comes
 DEMANDED = 1 << 62
 
 
