@@ -520,6 +520,47 @@ def test_what_is_no_recording_is_one_clear_line(tmp_path, name, content):
     assert name == "auto" or f"format {name}" in text
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rank": "x"}, "rank must be a whole number"),
+        ({"extend_seq_lens": 5}, "extend_seq_lens: expected integers"),
+        ({"extend_seq_lens": [3]}, "do not add up to 2 tokens"),
+        ({"positions": "ab"}, "positions: expected integers"),
+        ({"positions": [0]}, "1 positions for 2 tokens"),
+        ({"topk_ids_of_layer": torch.ones(1, 2, 3)}, "expected integers"),
+        ({"topk_ids_of_layer": torch.ones(1, 2, 3).bfloat16()}, "no numbers"),
+        ({"topk_ids_of_layer": torch.full((1, 2, 3), 6)}, "expert id 6"),
+        ({"topk_ids_of_layer": torch.full((1, 2, 3), -1)}, "no layer routed a token"),
+        ({"topk_ids_of_layer": torch.ones((2, 2, 3), dtype=torch.int32)}, "has 2 layers, the map 1"),
+        ({"forward_pass_id": 1.5}, "forward_pass_id must be a whole number"),
+    ],
+)
+def test_odd_records_of_sglang_are_one_clear_line(tmp_path, fields, words):
+    sglang_file(tmp_path / "e.pt", **fields)
+    with pytest.raises(ValueError, match=words):
+        import_trace(tmp_path / "e.pt")
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"token": 10**20}, r"token must be a whole number in 0\.\.2147483647"),
+        ({"token": 4_000_000_000}, "token must be a whole number"),
+        ({"token": True}, "got True"),
+        ({"layer": -1}, "layer must be a whole number"),
+        ({"experts": [10**20]}, "expected integers"),
+        ({"experts": [1.0]}, "expected integers"),
+        ({"experts": [40000]}, "at most 32767"),
+        ({"experts": [-2]}, "do not fit"),
+    ],
+)
+def test_odd_rows_are_one_clear_line(tmp_path, record, words):
+    write_lines(tmp_path / "t.jsonl", [{"request": "a", "token": 0, "layer": 0, "experts": [1]} | record])
+    with pytest.raises(ValueError, match=words):
+        import_trace(tmp_path / "t.jsonl")
+
+
 def test_a_wrong_format_is_named_with_the_right_one(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("request,token,layer,experts\na,0,3,1 2\n")

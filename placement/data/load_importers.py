@@ -69,7 +69,7 @@ def read_sglang_dump(path: Path) -> LoadFile:
             )
             found += [] if any(np.array_equal(load_LE, other) for other in found) else [load_LE]
         else:
-            ranks |= {int(record.get("rank") or 0) for record in _passes(file, value)}
+            ranks |= {whole(record.get("rank") or 0, str(file), "rank") for record in _passes(file, value)}
             found.append(_from_passes(file, value))
     if missing := set(range(max(ranks, default=-1) + 1)) - ranks:
         raise ValueError(

@@ -151,11 +151,13 @@ def guess_format(path: Path) -> str:
     Raises:
         ValueError: if it is none that is known.
     """
-    fitting = fitting_formats(glimpse(path))
-    if len(fitting) == 1:
+    seen = glimpse(path)
+    if fitting := fitting_formats(seen):
         return fitting[0]
-    listed = "; ".join(f"{row.name}: {row.reads}" for row in IMPORTERS.values())
-    raise ValueError(f"{path}: not a recording that is known; there are {listed}")
+    raise ValueError(
+        f"{path}: not a recording that is known: {seen.description()}. Say --format if it is one "
+        f"({', '.join(IMPORTERS)}), or write it as a table request,token,layer,experts"
+    )
 
 
 def _explained(path: Path, name: str, error: str) -> str:

@@ -30,6 +30,18 @@ class Glimpse:
     records: tuple[dict[str, Any], ...] = ()
     header: str = ""
 
+    def description(self) -> str:
+        """What was found, for messages."""
+        if "expert_TLK.npy" in self.members:
+            return "a routing trace already"
+        if self.members:
+            return f"arrays {', '.join(name.removesuffix('.npy') for name in self.members[:6])}"
+        if self.kind is not None:
+            return self.kind
+        if self.records:
+            return f"JSON with the keys {', '.join(map(repr, list(self.records[0])[:8]))}"
+        return f"text that begins with {self.header[:60]!r}"
+
 
 def glimpse(path: Path) -> Glimpse:
     """Look at a file, or at the first file of a folder.

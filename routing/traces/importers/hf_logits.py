@@ -52,6 +52,8 @@ def _stack(path: Path, layers: list[NDArray[np.generic]], top_k: int) -> NDArray
     (shape,) = shapes
     if len(shape) not in (2, 3) or shape[-1] < top_k or 0 in shape:
         raise ValueError(f"{path}: expected logits [tokens, experts >= {top_k}] or a batch of them; got shape {shape}")
+    if kinds := {layer.dtype.name for layer in layers if layer.dtype.kind not in "fiu"}:
+        raise ValueError(f"{path}: expected logits as numbers; got {', '.join(sorted(kinds))}")
     stacked = np.stack([np.asarray(layer, np.float32).reshape(-1, *shape[-2:]) for layer in layers])
     if not np.isfinite(stacked).all():
         raise ValueError(f"{path}: logits hold NaN or infinities; a router cannot have chosen by them")

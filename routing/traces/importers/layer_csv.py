@@ -9,6 +9,8 @@ from ..routing_trace import EMPTY
 from .reading.opening import text_lines
 from .reading.recording import ImportOptions, Recording
 
+# layers and ids have at most five; nine fit into int32
+MOST_DIGITS = 9
 ONE_REQUEST = "the format does not name requests: all rows are one request"
 
 
@@ -24,6 +26,8 @@ def read_layer_csv(path: Path, options: ImportOptions) -> Recording:
         if not layer.strip().isdecimal() or not re.fullmatch(r'[\s"]*(\d+[\s"]*)+', experts):
             raise ValueError(f"{path}: line {place} must be `layer_id,expert ids` such as `3,17 5`; got {line[:60]!r}")
         lines += 1
+        if len(max(re.findall(r"\d+", line), key=len)) > MOST_DIGITS:
+            raise ValueError(f"{path}: line {place} has a number too large for a layer or an expert: {line[:60]!r}")
         rows.setdefault(int(layer), []).append([int(word) for word in re.findall(r"\d+", experts)])
     layers = sorted(rows)
     if not layers:

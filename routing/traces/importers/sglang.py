@@ -13,7 +13,7 @@ import numpy as np
 
 from ..routing_trace import EMPTY
 from .reading.arrays import load_torch
-from .reading.opening import binary_kind, files_of, id_table, wanted
+from .reading.opening import binary_kind, files_of, id_table, wanted, whole
 from .reading.recording import ImportOptions, Integer, LeftOut, Recording
 from .sglang_requests import RequestFinder
 from .sglang_responses import read_sglang_responses
@@ -41,7 +41,9 @@ def read_sglang(path: Path, options: ImportOptions) -> Recording:
         return read_sglang_responses(path, options)
     dumps = [(file, _dump(file)) for file in files if file.suffix != ".json"]
     by_rank = _by_rank(path, dumps)
-    experts = {int(np.asarray(dump[MAP]).max()) + 1 for _, dump in dumps}
+    experts = {
+        int(id_table(dump[MAP], f"{file}, {MAP}", "[layers, slots]").max(initial=-1)) + 1 for file, dump in dumps
+    }
     if len(experts) != 1:
         raise ValueError(f"{path}: the ranks' maps name different numbers of experts: {sorted(experts)}")
     distinct = _distinct_ranks(by_rank)
@@ -106,7 +108,9 @@ def _by_rank(path: Path, dumps: list[tuple[Path, dict[str, Any]]]) -> dict[int, 
         for number, record in enumerate(dump["records"]):
             place = f"{file}, record {number}"
             logical = _logical(record[TOKENS], map_LP, place)
-            ranks.setdefault(int(record.get("rank") or 0), []).append({**record, TOKENS: logical, "place": place})
+            ranks.setdefault(whole(record.get("rank") or 0, place, "rank"), []).append(
+                {**record, TOKENS: logical, "place": place}
+            )
     expected = set(range(max(ranks) + 1))
     if missing := expected - ranks.keys():
         raise ValueError(
@@ -145,10 +149,14 @@ def _distinct_ranks(by_rank: dict[int, list[dict[str, Any]]]) -> list[list[dict[
     """The passes of every rank that has tokens of its own."""
     distinct: list[list[dict[str, Any]]] = []
     for rank in sorted(by_rank):
-        passes = sorted(by_rank[rank], key=lambda record: int(record.get("forward_pass_id") or 0))
+        passes = sorted(by_rank[rank], key=_pass_number)
         if not any(_are_equal(passes, other) for other in distinct):
             distinct.append(passes)
     return distinct
+
+
+def _pass_number(record: dict[str, Any]) -> int:
+    return whole(record.get("forward_pass_id") or 0, record["place"], "forward_pass_id")
 
 
 def _are_equal(passes: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
@@ -181,9 +189,11 @@ def _read_rank(records: list[dict[str, Any]], first_request: int) -> _Rank:
 def _lengths(record: dict[str, Any], tokens: int) -> list[int] | None:
     """Rows of each request of a prefill; None for a decode pass."""
     value = record.get("extend_seq_lens")
-    if value is None or len(value) == 0:
+    if value is None:
         return None
-    lengths = [int(length) for length in value]
+    lengths: list[int] = id_table(value, f"{record['place']}, extend_seq_lens", "[requests]").tolist()
+    if not lengths:
+        return None
     if sum(lengths) != tokens or min(lengths) < 1:
         raise ValueError(f"{record['place']}: extend_seq_lens {lengths[:8]} do not add up to {tokens} tokens")
     return lengths

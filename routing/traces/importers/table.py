@@ -82,7 +82,7 @@ def _row(record: dict[str, Any], where: str) -> Row:
 def _split(cells: str | list[str], where: str) -> list[str]:
     words = cells if isinstance(cells, list) else re.split(r"[\s;,]+", cells.strip().strip("[]()").strip())
     words = [word.strip() for word in words if word.strip()]
-    if bad := [word for word in words if not re.fullmatch(r"-?\d+", word)]:
+    if bad := [word for word in words if not re.fullmatch(r"-?\d{1,9}", word)]:
         raise ValueError(f"{where}: experts are ids such as `3 17 5`; got {bad[0]!r}")
     return words
 
@@ -90,4 +90,4 @@ def _split(cells: str | list[str], where: str) -> list[str]:
 def _number(cell: str, where: str) -> int:
     if not re.fullmatch(r"\s*\d+\s*", cell):
         raise ValueError(f"{where}: token and layer are whole numbers >= 0; got {cell!r}")
-    return int(cell)
+    return whole(int(cell), where, "token and layer")

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 MAX_BYTES = 16 << 30
 # One line holds one response; 256 MiB are 128,000 tokens x 61 layers x top-8 as text.
 MAX_LINE_BYTES = 256 << 20
+# traces hold positions and requests as int32
+MOST = 2**31 - 1
 MAGIC = {
     b"\x93NUMPY": "a NumPy array (.npy)",
     b"PK\x03\x04": "a zip archive (.npz or .pt)",
@@ -134,8 +136,8 @@ def whole(value: Any, where: str, name: str) -> int:
     Raises:
         ValueError: if it is something else; 3.0 and "3" are something else.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{where}: {name} must be a whole number >= 0; got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST:
+        raise ValueError(f"{where}: {name} must be a whole number in 0..{MOST}; got {value!r}")
     return value
 
 
@@ -152,8 +154,8 @@ def id_table(value: Any, where: str, axes: str) -> NDArray[np.int64]:
     """
     try:
         table = np.asarray(value)
-    except ValueError:
-        raise ValueError(f"{where}: expected integers {axes}; rows are of unequal length") from None
+    except (ValueError, TypeError):
+        raise ValueError(f"{where}: expected integers {axes}; rows are of unequal length, or no numbers") from None
     if table.size == 0 and table.ndim == 1:
         table = np.zeros((0,) * axes.count(",") + (0,), np.int64)
     if table.ndim != axes.count(",") + 1 or not np.issubdtype(table.dtype, np.integer):
