@@ -7,6 +7,7 @@ from safetensors.numpy import save_file
 
 from experiments import cli
 from placement import Cluster, Problem, read_loads, solve
+from placement.commands.inputs import read_problem
 from placement.commands.report import traffic_GG, write_report
 from placement.data.generators import generate_loads, generate_trace
 from placement.data.load_importers import LOAD_IMPORTERS, import_load_file, import_loads
@@ -181,6 +182,18 @@ def test_layers_of_traces(metadata, model, expected):
         return
     problem = Problem.from_trace(trace, Cluster.grid(1, 2, model=model))
     assert (problem.layer_ids, problem.hidden_layers) == expected
+
+
+def test_a_plan_is_not_judged_by_a_trace_of_other_layers(tmp_path):
+    trace = generate_trace(tokens=20, layers=2, experts=4, top_k=2, blocks=2)
+    trace.metadata["layer_ids"] = [3, 5]
+    plan = solve(Problem.from_trace(trace, Cluster.grid(1, 2)), solver="lpt")
+    trace.save(tmp_path / "same.npz")
+    assert read_problem(tmp_path / "same.npz", None, None, plan.cluster, 0, plan).layer_ids == (3, 5)
+    trace.metadata["layer_ids"] = [3, 4]
+    trace.save(tmp_path / "other.npz")
+    with pytest.raises(ValueError, match=r"decoder layers \[3, 4\], the plan is for \[3, 5\]"):
+        read_problem(tmp_path / "other.npz", None, None, plan.cluster, 0, plan)
 
 
 def test_generated_loads_are_as_skewed_as_measured_ones():

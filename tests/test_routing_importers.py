@@ -429,6 +429,33 @@ def test_router_logits(folder, recorded, is_batch, suffix):
     expect_requests(trace, requests, layers)
 
 
+def test_router_logits_of_a_model_of_transformers(tmp_path):
+    """The lines of docs/traces.md, against the experts that the gates chose; layers 0 and 2 are dense."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "head_dim": 16, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 4, "mlp_only_layers": [0, 2]}
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, num_experts=8, num_experts_per_tok=2)).eval()
+    chosen = {}
+    layers = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate")]
+    for i in layers:
+        model.model.layers[i].mlp.gate.register_forward_hook(lambda _, __, output, i=i: chosen.update({i: output[-1]}))
+    mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+    batch = {"input_ids": torch.randint(0, 64, (2, 5)), "attention_mask": mask}
+    with torch.no_grad():
+        out = model(**batch, output_router_logits=True)
+    logits = {
+        f"layer_{i}": l.float().cpu().numpy().reshape(2, 5, -1) for i, l in zip(layers, out.router_logits, strict=True)
+    }
+    np.savez(tmp_path / "logits.npz", **logits, attention_mask=mask.numpy())
+    trace = import_trace(tmp_path / "logits.npz", top_k=2)
+    assert (trace.layer_ids, trace.num_experts, trace.num_tokens) == ((1, 3), 8, 8)
+    for index, layer in enumerate(layers):
+        valid = mask.flatten().bool()
+        assert trace.expert_TLK[:, index].tolist() == chosen[layer][valid].tolist()
+
+
 def test_router_logits_say_what_they_lack(tmp_path):
     path = tmp_path / "l.npz"
     np.savez(path, layer_10=np.array([[0.0, 2, 1]]), layer_2=np.array([[5.0, 2, 1]]))

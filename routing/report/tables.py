@@ -50,6 +50,12 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(table)
 
 
+def _layer(report: dict[str, Any], row: dict[str, Any]) -> str:
+    """The decoder layer where it was recorded, else the number among MoE layers."""
+    ids = report.get("layer_ids")
+    return str(row["layer"] if ids is None else ids[row["layer"]])
+
+
 def _counts(read: dict[str, int]) -> str:
     return ", ".join(f"{count} {unit}" for unit, count in read.items())
 
@@ -70,7 +76,7 @@ def _balance_table(report: dict[str, Any]) -> Table:
     for row in report["per_layer"]:
         reuse = row["median_reuse_distance"]
         table.add_row(
-            str(row["layer"]),
+            _layer(report, row),
             f"{row['skew']:.2f}",
             f"{row['entropy']:.3f}",
             str(row["dead_experts"]),
@@ -90,7 +96,7 @@ def _locality_table(report: dict[str, Any]) -> Table:
     for row in report["per_layer"]:
         values = [row["srp"][window]["f1"]] if window else []
         values += [row["sch"][ratio]["16"], *(row["hit_rate"][size][name] for name in ("lru", "belady"))]
-        table.add_row(str(row["layer"]), *(f"{value:.3f}" for value in values))
+        table.add_row(_layer(report, row), *(f"{value:.3f}" for value in values))
     return table
 
 
