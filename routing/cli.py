@@ -5,12 +5,11 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
 
 from .ground.expect import expect_folder
 from .ground.files import write_json
-from .report.tables import print_report
-from .traces import RoutingTrace
+from .report.tables import print_import, print_report
+from .traces import IMPORTERS, RoutingTrace, import_trace
 
 trace_app = typer.Typer(help="Record and look at routing traces.", no_args_is_help=True)
 
@@ -34,13 +33,16 @@ def show(
     expect_folder(plot, json_file)
     trace = RoutingTrace.load(file)
     if not trace.num_tokens:
-        raise ValueError(f"trace {file}: it has no rows")
+        raise ValueError(
+            f"trace {file}: it has no rows ({trace.num_layers} layers, {trace.num_experts} experts); record more tokens"
+        )
     summary = {
         "tokens": trace.num_tokens,
         "sequences": len(np.unique(trace.sequence_T)),
         "layers": trace.num_layers,
         "experts": trace.num_experts,
         "top_k": trace.top_k,
+        "layer_ids": None if trace.layer_ids is None else list(trace.layer_ids),
         "metadata": trace.metadata,
     }
     layers = balance(trace)
@@ -56,24 +58,33 @@ def show(
         write_json(json_file, report)
 
 
-@trace_app.command("import")
+def _formats() -> str:
+    """The formats, a paragraph each, for the help of `trace import`."""
+    return "\n\n".join(f"{row.name}: {row.reads}." for row in IMPORTERS.values())
+
+
+@trace_app.command("import", epilog=_formats())
 def import_command(
     file: Annotated[Path, typer.Argument(help="What another program recorded: a file, or a folder of files.")],
-    format_name: Annotated[str, typer.Option("--format", help="sglang, vllm, megatron, hf-logits, exflow, csv, npz.")],
     out: Annotated[Path, typer.Option("--out", help="Where the trace goes (.npz).")],
-    num_experts: Annotated[int | None, typer.Option(help="E, if the recording does not show all.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="K, for router logits.")] = None,
+    format_name: Annotated[str, typer.Option("--format", help=f"auto (by content), {', '.join(IMPORTERS)}.")] = "auto",
+    num_experts: Annotated[int | None, typer.Option(help="E, if the recording does not say it.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="K, for router logits and SGLang's responses.")] = None,
+    zero_experts: Annotated[int, typer.Option(help="Ids from E on that compute nothing; they become empty.")] = 0,
+    pipeline_stages: Annotated[int | None, typer.Option(help="Stages of a Megatron run.")] = None,
 ) -> None:
-    """Turn another program's recording into a routing trace.
+    """Turn another program's recording into a routing trace, and say what was read and what was left out.
 
-    Example: `expertier trace import routing.jsonl --format megatron --out routing.npz`
+    Example: `expertier trace import routing.jsonl --out routing.npz`
     """
-    from .traces.importers import import_trace
-
-    trace = import_trace(file, format_name, num_experts=num_experts, top_k=top_k)
-    trace.save(out)
-    Console().print(
-        f"wrote {out}: {trace.num_tokens} tokens, {trace.num_layers} MoE layers, {trace.num_experts} experts, "
-        f"top-{trace.top_k}",
-        highlight=False,
+    expect_folder(out)
+    trace = import_trace(
+        file,
+        format_name,
+        num_experts=num_experts,
+        top_k=top_k,
+        zero_experts=zero_experts,
+        pipeline_stages=pipeline_stages,
     )
+    trace.save(out)
+    print_import(trace, out)

@@ -4,9 +4,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
+from experiments import cli
 from placement import Cluster, Problem, solve
 from placement.formats import FORMATS, export_plan
+from placement.formats.counts import whole_counts
 
 
 @pytest.fixture(params=[0, 8], ids=["no replicas", "8 replicas"])
@@ -58,6 +63,109 @@ def test_layer_conventions(plan, tmp_path):
     assert not count[:2].any()
 
 
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_draft_layers_follow_the_decoder_in_the_initial_layout(plan, name, tmp_path):
+    """Layers 6 and 7 behind a decoder of 6; no load is known of them."""
+    path = tmp_path / "x"
+    export_plan(plan, name, path, extra_layers=2)
+    initial = [slot % 16 for slot in range(plan.num_slots)]
+    if name == "sglang":
+        table = json.loads(path.read_text())["physical_to_logical_map"]
+        assert (len(table), table[6:]) == (8, [initial, initial])
+        assert table[2:6] == plan.physical_to_logical_LP.tolist()
+    elif name == "tensorrt-llm":
+        assignments = yaml.safe_load(path.read_text())["initial_global_assignments"]
+        assert list(assignments) == [2, 3, 4, 5, 6, 7]
+        assert assignments[7] == initial
+    elif name in ("vllm", "vllm-ascend"):
+        value = json.loads(path.read_text())
+        assert len(value.get("initial_global_assignments", value.get("layer_list"))) == 6
+    elif name == "omni":
+        assert np.load(path, allow_pickle=False).shape == (8, 6, 16)
+    else:
+        count = np.array(json.loads(path.read_text())["logical_count"])
+        assert (count.shape, np.ptp(count[6:])) == ((8, 16), 0)
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_experts_that_do_not_divide_over_the_gpus(name, tmp_path):
+    """10 experts on 4 GPUs: refused with the number of replicas that helps, and exported with it."""
+    load = np.random.default_rng(1).lognormal(0, 1, (3, 10))
+    with pytest.raises(ValueError, match="use --replicas 2"):
+        Problem.from_loads(load, Cluster.grid(1, 4))
+    plan = solve(Problem.from_loads(load, Cluster.grid(1, 4), replicas=2), solver="search", time_limit_s=1)
+    export_plan(plan, name, tmp_path / "x", extra_layers=1)
+    FORMATS[name].validate(tmp_path / "x", None)
+
+
+def test_extra_layers_are_not_negative(plan, tmp_path):
+    with pytest.raises(ValueError, match="0 or more"):
+        export_plan(plan, "sglang", tmp_path / "x", extra_layers=-1)
+
+
+@pytest.mark.parametrize("name", ["sglang-count", "ktransformers"])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-9, 1e-300, 1e12])
+def test_shares_survive_as_counts(name, scale, tmp_path):
+    share = np.random.default_rng(0).dirichlet(np.ones(256), 2) * scale
+    share[0, 7] = 0
+    problem = Problem.from_loads(share, Cluster.grid(1, 8))
+    export_plan(solve(problem, solver="lpt"), name, tmp_path / "x")
+    count = np.array(json.loads((tmp_path / "x").read_text())["logical_count"])
+    assert len(set(count[0])) == 256
+    assert (np.argsort(count[1]) == np.argsort(share[1])).all()
+    np.testing.assert_allclose(count / count.max(), share / share.max(), atol=1e-9)
+    assert ((count > 0) == (share > 0)).all()
+    assert (count == np.rint(count)).all()
+
+
+@given(hnp.arrays(np.float64, (2, 5), elements=st.floats(0, 1e300)))
+@settings(deadline=None)
+def test_counts_keep_order_and_zeros(load_LE):
+    count_LE = whole_counts(load_LE)
+    assert ((count_LE > 0) == (load_LE > 0)).all()
+    assert (np.diff(count_LE.ravel()[np.argsort(load_LE.ravel(), kind="stable")]) >= 0).all()
+    assert np.isfinite(count_LE).all()
+
+
+def test_counts_of_tokens_stay_what_they_are():
+    tokens = np.array([[3.0, 0.0, 12.0]])
+    assert whole_counts(tokens) is tokens
+    with pytest.raises(ValueError, match="finite"):
+        whole_counts(np.array([[np.nan]]))
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_each_export_says_the_flag_and_the_version(plan, name, tmp_path):
+    usage = export_plan(plan, name, tmp_path / "experts.out")
+    assert str(tmp_path / "experts.out") in usage
+    assert "checked with" in usage
+    assert "{" not in usage or name in ("tensorrt-llm", "vllm-ascend", "vllm")
+    assert ("pull request 41141; no release" in usage) == (name == "vllm")
+    if name.startswith("sglang"):
+        assert f"--ep-num-redundant-experts {plan.num_slots - 16}" in usage
+
+
+def test_the_command_prints_how_to_use_the_file(plan, tmp_path, monkeypatch, capsys):
+    plan.save(tmp_path / "p.json")
+    out = str(tmp_path / "e.json")
+    command = ["place", "export", str(tmp_path / "p.json"), "--format", "vllm", "--out", out, "--extra-layers", "1"]
+    monkeypatch.setattr("sys.argv", ["expertier", *command])
+    with pytest.raises(SystemExit) as finished:
+        cli.main()
+    assert not finished.value.code
+    assert f'"initial_mapping_path": "{out}"' in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "e.json").read_text())["initial_global_assignments"]) == 5
+
+
+def test_a_changed_ranking_is_noticed(plan, tmp_path):
+    export_plan(plan, "ktransformers", tmp_path / "x")
+    value = json.loads((tmp_path / "x").read_text())
+    value["logical_count"][3].reverse()
+    (tmp_path / "x").write_text(json.dumps(value))
+    with pytest.raises(ValueError, match="row 3 ranks experts otherwise"):
+        FORMATS["ktransformers"].validate(tmp_path / "x", plan)
+
+
 def test_doubled_copies_are_refused_where_the_engine_refuses_them(tmp_path):
     plan = solve(Problem.from_loads(np.ones((1, 4)), Cluster.grid(1, 4), replicas=4), solver="lpt")
     doubled = replace(plan, physical_to_logical_LP=np.array([[0, 0, 1, 1, 2, 2, 3, 3]]))
@@ -77,5 +185,5 @@ def test_vllm_one_map_only_where_layers_agree(tmp_path):
 
 
 def test_unknown_format_lists_the_known_ones(plan, tmp_path):
-    with pytest.raises(ValueError, match="there are sglang"):
+    with pytest.raises(ValueError, match="unknown format 'magic'; there are ktransformers, omni, sglang"):
         export_plan(plan, "magic", tmp_path / "x")

@@ -9,33 +9,54 @@ from .inputs import require_folder
 
 
 def cluster_command(
-    file: Annotated[Path, typer.Argument(help="Text of `nvidia-smi topo -m`, or NCCL's topology XML.")],
+    file: Annotated[Path, typer.Argument(help="Text of `nvidia-smi topo -m`, or the XML of NCCL_TOPO_DUMP_FILE.")],
     out: Annotated[Path, typer.Option("--out", help="Where the cluster file goes (YAML).")],
     nodes: Annotated[int, typer.Option(help="How many such nodes there are.")] = 1,
+    nvlink: Annotated[
+        str | None, typer.Option(metavar="RATE", help="All NVLinks of one GPU, one direction, such as 900GB/s.")
+    ] = None,
+    nic: Annotated[str | None, typer.Option(metavar="RATE", help="One network card, such as 400Gb/s.")] = None,
+    nvlink_domain: Annotated[
+        int | None, typer.Option(metavar="GPUS", help="GPUs that NVLink joins across nodes, such as 72.")
+    ] = None,
 ) -> None:
     """Make a cluster file from what a node says about itself, to be edited.
 
-    Example: `nvidia-smi topo -m > topo.txt; expertier place cluster topo.txt --nodes 4 --out cluster.yaml`
+    What the node does not say is guessed; each guess is printed and stands in the file under `guessed`.
+
+    Example: `(nvidia-smi -L; nvidia-smi topo -m) > topo.txt; expertier place cluster topo.txt --nodes 4 --out c.yaml`
     """
     import yaml
     from rich.console import Console
 
     from routing.ground.files import atomic_write
+    from routing.ground.quantity import parse_bytes_per_s
 
     from ..contract.cluster import Cluster
-    from ..data.topology import read_nccl_topology, read_nvidia_smi_topo
+    from ..data.topology import TopologyOptions, read_topology
 
-    found = (read_nccl_topology if file.suffix == ".xml" else read_nvidia_smi_topo)(file, nodes=nodes)
+    require_folder(out)
+    rates = {"nvlink": nvlink, "nic": nic}
+    given = {f"{name}_bytes_per_s": parse_bytes_per_s(rate) for name, rate in rates.items() if rate is not None}
+    if bad := [name for name, rate in given.items() if rate < 1e6]:
+        raise ValueError(f"--{bad[0].partition('_')[0]} needs a unit, such as 400Gb/s or 900GB/s")
+    found = read_topology(file, TopologyOptions(nodes=nodes, domain_gpus=nvlink_domain, **given))
     cluster = Cluster.from_mapping(found, str(file))
     with atomic_write(out) as target:
-        yaml.safe_dump(found, target, sort_keys=False)
-    Console().print(f"wrote {out}: {cluster.num_gpus} GPUs on {cluster.num_nodes} node(s)", highlight=False)
+        yaml.safe_dump(found, target, sort_keys=False, width=120)
+    console = Console(soft_wrap=True)
+    for guess in found.get("guessed", []):
+        console.print(f"guessed: {guess}", highlight=False, markup=False)
+    console.print(f"wrote {out}: {cluster.num_gpus} GPUs on {cluster.num_nodes} node(s)", highlight=False)
 
 
 def export_command(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
     format_name: Annotated[str, typer.Option("--format", help="The engine: sglang, ...")],
     out: Annotated[Path, typer.Option("--out", help="Where the engine's file goes.")],
+    extra_layers: Annotated[
+        int, typer.Option(min=0, help="MoE layers of draft (MTP) modules behind the decoder, in the initial layout.")
+    ] = 0,
 ) -> None:
     """Write a plan as a serving engine loads it, and check the file as the engine would read it.
 
@@ -47,8 +68,10 @@ def export_command(
     from ..formats import export_plan
 
     require_folder(out)
-    export_plan(Plan.load(plan_file), format_name, out)
-    Console().print(f"wrote {out} for {format_name}", highlight=False)
+    usage = export_plan(Plan.load(plan_file), format_name, out, extra_layers=extra_layers)
+    console = Console(soft_wrap=True)
+    console.print(f"wrote {out} for {format_name}", highlight=False)
+    console.print(f"use it with {usage}", highlight=False, markup=False)
 
 
 def loads_command(
@@ -64,8 +87,12 @@ def loads_command(
 
     from routing.ground.files import write_json
 
-    from ..data.load_importers import import_loads
+    from ..data.load_importers import import_load_file
 
-    load = import_loads(source, format_name)
-    write_json(out, {"logical_count": load.tolist()})
-    Console().print(f"wrote {out}: {load.shape[0]} layers x {load.shape[1]} experts", highlight=False)
+    require_folder(out)
+    found = import_load_file(source, format_name)
+    layers = {} if found.layer_ids is None else {"layer_ids": list(found.layer_ids)}
+    write_json(out, {"logical_count": found.load_LE.tolist(), **layers})
+    rows, experts = found.load_LE.shape
+    moe = "" if found.layer_ids is None else f", of which {len(found.layer_ids)} were recorded"
+    Console().print(f"wrote {out}: {rows} layers x {experts} experts{moe}", highlight=False)

@@ -10,28 +10,43 @@ def read_problem(
     from routing.traces import RoutingTrace
 
     from ..contract.problem import Problem
-    from ..data.loads import read_loads
+    from ..data.loads import read_load_file
 
     if (trace is None) == (not loads):
         raise ValueError("give either --trace FILE or --loads FILE (once or more)")
     if loads:
         if rows is not None:
             raise ValueError("--rows chooses rows of a trace; it does not go with --loads")
-        return Problem.from_loads(_named_loads(loads, read_loads, plan), cluster, replicas=replicas)
+        files = {str(path): read_load_file(path) for path in loads}
+        ids = plan.layer_ids if plan is not None and _has_layers_of(plan, files) else _common_layers(files)
+        tables = {name: file.load_LE for name, file in files.items()}
+        return Problem.from_loads(tables, cluster, replicas=replicas, layer_ids=ids)
     assert trace is not None
     data = RoutingTrace.load(trace)
+    if plan is not None and data.layer_ids is not None and data.layer_ids != plan.layer_ids:
+        raise ValueError(
+            f"{trace}: recorded at decoder layers {list(data.layer_ids)}, the plan is for {list(plan.layer_ids)}"
+        )
     return Problem.from_trace(_select_rows(data, rows), cluster, replicas=replicas)
 
 
-def _named_loads(loads: list[Path], read_loads: Any, plan: Any) -> dict[str, Any]:
-    """Loads by file name; for a plan, only its layers count, so that an idle layer is not taken for a dense one."""
-    named = {str(path): read_loads(path) for path in loads}
-    for path, load in named.items():
-        if plan is not None and load.shape[0] == plan.hidden_layers:
-            unused = load[list(plan.layer_ids)].sum(axis=1) == 0
-            if unused.any():
-                raise ValueError(f"{path}: layer {plan.layer_ids[int(unused.argmax())]} of the plan has no load there")
-    return named
+def _common_layers(files: dict[str, Any]) -> Any:
+    """The decoder layers that the files name, which must agree."""
+    named = {file.layer_ids for file in files.values()}
+    if len(named) > 1:
+        raise ValueError(f"the loads files name different layer_ids: {', '.join(files)}")
+    return named.pop()
+
+
+def _has_layers_of(plan: Any, files: dict[str, Any]) -> bool:
+    """Whether the rows are the plan's decoder layers; then its layers count, also one that was idle in these loads."""
+    for path, file in files.items():
+        if file.load_LE.shape[0] != plan.hidden_layers or file.layer_ids not in (None, plan.layer_ids):
+            return False
+        unused = file.load_LE[list(plan.layer_ids)].sum(axis=1) == 0
+        if unused.any():
+            raise ValueError(f"{path}: layer {plan.layer_ids[int(unused.argmax())]} of the plan has no load there")
+    return True
 
 
 def _select_rows(data: Any, rows: str | None) -> Any:

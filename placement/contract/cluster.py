@@ -95,7 +95,7 @@ class Cluster:
         """A cluster of equal nodes without a file: `Cluster.grid(2, 4)`.
 
         Args:
-            nodes: M.
+            nodes: how many, at least 1.
             gpus_per_node: GPUs of each node.
             settings: keys of the `ep` section of a cluster file, and `model` as a mapping.
         """

@@ -3,7 +3,7 @@
 Shapes: W scenarios, L MoE layers, E experts, T tokens, K experts per token, G GPUs, P slots of a layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,6 +14,7 @@ from routing.traces import RoutingTrace, load_LE
 
 from .cluster import Cluster
 from .feasibility import explain_memory, explain_slots
+from .layer_numbers import LayerNumbers, layers_of_loads, layers_of_trace
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -150,31 +151,42 @@ class Problem:
             Scenario(name=name, load_LE=load_LE(one).astype(np.float64), trace=one) for name, one in traces.items()
         )
         L = scenarios[0].load_LE.shape[0] if scenarios else 0
-        first = cluster.model.first_moe_layer if cluster.model.moe_layers == L else 0
-        hidden = cluster.model.hidden_layers or first + L
-        return cls._build(cluster, scenarios, replicas, tuple(range(first, first + L)), max(hidden, first + L))
+        if len(found := {(one.layer_ids, one.metadata.get("hidden_layers")) for one in traces.values()}) > 1:
+            raise ValueError(f"the traces are of different layers: {sorted(map(str, found))}")
+        recorded, hidden = found.pop() if found else (None, None)
+        numbers = layers_of_trace(L, recorded, hidden, cluster.model)
+        return cls._build(cluster, scenarios, replicas, numbers)
 
     @classmethod
     def from_loads(
-        cls, loads: Mapping[str, NDArray[Any]] | NDArray[Any], cluster: Cluster, *, replicas: int | None = None
+        cls,
+        loads: Mapping[str, NDArray[Any]] | NDArray[Any],
+        cluster: Cluster,
+        *,
+        replicas: int | None = None,
+        layer_ids: Sequence[int] | None = None,
     ) -> Self:
-        """The problem that expert loads pose; layers whose row is all zero in every scenario are dense.
+        """The problem that expert loads pose.
+
+        Rows that are all zero in every scenario are dense layers, unless `layer_ids` or the cluster file's `moe_layers`
+        say that they are MoE layers, which were idle.
 
         Args:
             loads: [hidden layers, E] counts, or several by name (one scenario each).
             cluster: the machines.
             replicas: slots per layer beyond one per expert; None takes `ep.slots_per_gpu`, or else 0.
+            layer_ids: decoder layers of all rows, or of the MoE layers among rows that are decoder layers.
         """
         named = dict(loads) if isinstance(loads, Mapping) else {"loads": loads}
         arrays = {name: np.asarray(load, np.float64) for name, load in named.items()}
         if not arrays or len({load.shape for load in arrays.values()}) > 1:
             raise ValueError(f"loads need the same [layers, experts]; got {[load.shape for load in arrays.values()]}")
         used = np.any([load.sum(axis=1) != 0 for load in arrays.values()], axis=0)
-        layers = np.flatnonzero(used)
-        if not len(layers):
+        if not used.any():
             raise ValueError("every layer of the loads is all zero; there is nothing to place")
-        scenarios = tuple(Scenario(name=name, load_LE=load[layers]) for name, load in arrays.items())
-        return cls._build(cluster, scenarios, replicas, tuple(layers.tolist()), len(used))
+        numbers = layers_of_loads(used, layer_ids, cluster.model)
+        scenarios = tuple(Scenario(name=name, load_LE=load[list(numbers.rows)]) for name, load in arrays.items())
+        return cls._build(cluster, scenarios, replicas, numbers)
 
     @classmethod
     def _build(
@@ -182,14 +194,16 @@ class Problem:
         cluster: Cluster,
         scenarios: tuple[Scenario, ...],
         replicas: int | None,
-        layer_ids: tuple[int, ...],
-        hidden_layers: int,
+        numbers: LayerNumbers,
     ) -> Self:
         if not scenarios:
             raise ValueError("a problem needs at least one scenario; got none")
         E = scenarios[0].load_LE.shape[1]
         model = cluster.model
-        for wanted, got, what in ((model.experts, E, "experts"), (model.moe_layers, len(layer_ids), "moe_layers")):
+        for wanted, got, what in (
+            (model.experts, E, "experts"),
+            (model.moe_layers, len(numbers.layer_ids), "moe_layers"),
+        ):
             if wanted is not None and wanted != got:
                 raise ValueError(f"the cluster file says model.{what} = {wanted}, the routing data has {got}")
         if replicas is not None and replicas < 0:
@@ -204,8 +218,8 @@ class Problem:
             cluster=cluster,
             scenarios=scenarios,
             slots_per_gpu=slots // cluster.num_gpus,
-            layer_ids=layer_ids,
-            hidden_layers=hidden_layers,
+            layer_ids=numbers.layer_ids,
+            hidden_layers=numbers.hidden_layers,
             groups=model.expert_groups,
         )
 

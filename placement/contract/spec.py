@@ -162,6 +162,7 @@ class ClusterSpec(Strict):
     links: Links = Links()
     ep: ExpertParallel = ExpertParallel()
     tiers: Tiers = Tiers()
+    guessed: list[str] = Field(default_factory=list)  # notes of `place cluster`; nobody computes with them
 
     @model_validator(mode="after")
     def _names_resolve(self) -> Self:

@@ -23,12 +23,15 @@ def generate_loads(
     """Expert counts [dense_layers + layers, E]; the hottest expert has 5 to 14 times the mean, as in DeepSeek-R1.
 
     Args:
-        layers: MoE layers; `dense_layers` all-zero rows come before them.
-        experts: E.
-        tokens: routed tokens per MoE layer.
+        layers: MoE layers, behind `dense_layers` all-zero rows.
+        dense_layers: at least 0.
+        experts: per layer, at least 1.
+        tokens: routed tokens per MoE layer, at least 1.
         seed: one model; the same seed keeps its popular experts.
         drift: how far this workload is from the model's usual one: 0 none, 1 another domain altogether.
     """
+    # With these two spreads, 58 layers of 256 experts have max/mean loads of 4.3 to 20, median 6.7. Published counts of
+    # DeepSeek-R1 have 5.6 to 8.1 on average over layers and 13.7 in the worst layer.
     random = np.random.default_rng([seed, 0])
     log_LE = random.normal(0, 0.75, (layers, experts)) + random.exponential(0.25, (layers, experts))
     other = np.random.default_rng([seed, 1, int(drift * 1e6)])
@@ -59,7 +62,7 @@ def generate_trace(
         affinity: how strongly a token's topic draws its block's experts; 0 makes experts independent.
         skew: standard deviation of the experts' log popularity.
         tokens_per_sequence: length of a sequence; topics change slowly within one.
-        seed: of everything.
+        seed: of topics and popularity; the same seed gives the same trace.
 
     Returns:
         A trace with combine weights in falling order of slots.
@@ -67,6 +70,7 @@ def generate_trace(
     random = np.random.default_rng(seed)
     sequence_T = np.arange(tokens, dtype=np.int32) // tokens_per_sequence
     home_S = random.integers(blocks, size=int(sequence_T[-1]) + 1)
+    # with 40 % strays, 0.20 of the co-activated pairs share a block at the default sizes; independent experts have 0.10
     strays_T = random.random(tokens) < 0.4
     topic_T = np.where(strays_T, random.integers(blocks, size=tokens), home_S[sequence_T])
     expert_TLK = np.empty((tokens, layers, top_k), np.int16)

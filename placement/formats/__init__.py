@@ -5,7 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from routing.ground.expect import expect_name
+
 from ..contract.plan import Plan
+from .extra_layers import with_extra_layers
 from .ktransformers import export_ktransformers, validate_ktransformers
 from .omni import export_omni, validate_omni
 from .sglang import export_sglang, export_sglang_count, validate_sglang, validate_sglang_count
@@ -14,40 +17,110 @@ from .vllm import export_vllm, validate_vllm
 from .vllm_ascend import export_vllm_ascend, validate_vllm_ascend
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Format:
-    """How to write a plan for an engine, and how to read the file as the engine does."""
+    """How to write a plan for an engine, and how to read the file as the engine does.
+
+    Args:
+        export: writes the file.
+        validate: reads it as the engine would, and compares it with the plan.
+        usage: the engine's flag; `{file}` is the file, `{replicas}` the slots beyond one per expert.
+        checked: the version whose source the file was checked against, and what is missing there.
+    """
 
     export: Callable[[Plan, Path], None]
     validate: Callable[[Path, Plan | None], None]
+    usage: str
+    checked: str
 
 
 FORMATS: dict[str, Format] = {
-    "sglang": Format(export_sglang, validate_sglang),
-    "sglang-count": Format(export_sglang_count, validate_sglang_count),
-    "tensorrt-llm": Format(export_tensorrt_llm, validate_tensorrt_llm),
-    "vllm-ascend": Format(export_vllm_ascend, validate_vllm_ascend),
-    "vllm": Format(export_vllm, validate_vllm),
-    "omni": Format(export_omni, validate_omni),
-    "ktransformers": Format(export_ktransformers, validate_ktransformers),
+    "sglang": Format(
+        export=export_sglang,
+        validate=validate_sglang,
+        usage="--init-expert-location {file} --ep-num-redundant-experts {replicas}, without --enable-eplb",
+        checked="SGLang of 2026 (python/sglang/srt/eplb)",
+    ),
+    "sglang-count": Format(
+        export=export_sglang_count,
+        validate=validate_sglang_count,
+        usage="--init-expert-location {file} --ep-num-redundant-experts {replicas}",
+        checked="SGLang of 2026 (python/sglang/srt/eplb)",
+    ),
+    "tensorrt-llm": Format(
+        export=export_tensorrt_llm,
+        validate=validate_tensorrt_llm,
+        usage="moe_config: {{backend: WideEP, load_balancer: {file}}}",
+        checked="TensorRT-LLM 2a595f8 (MoeLoadBalancerConfig)",
+    ),
+    "vllm-ascend": Format(
+        export=export_vllm_ascend,
+        validate=validate_vllm_ascend,
+        usage='--additional-config \'{{"eplb_config": {{"expert_map_path": "{file}"}}}}\'',
+        checked="vllm-ascend 182b75e; its removal is announced for v0.25.1",
+    ),
+    "vllm": Format(
+        export=export_vllm,
+        validate=validate_vllm,
+        usage='--eplb-config \'{{"num_redundant_experts": {replicas}, "initial_mapping_path": "{file}"}}\'',
+        checked="vLLM with pull request 41141; no release of vLLM loads it",
+    ),
+    "omni": Format(
+        export=export_omni,
+        validate=validate_omni,
+        usage="placement pattern_path: {file} in omni-infer's config.yaml",
+        checked="omni-infer c8bc2bb",
+    ),
+    "ktransformers": Format(
+        export=export_ktransformers,
+        validate=validate_ktransformers,
+        usage="turn {file} into stats.pt (docs/engines.md), then --init-expert-location stats.pt "
+        "--kt-expert-placement-strategy frequency --kt-num-gpu-experts N",
+        checked="KTransformers of 2026 (kt-kernel)",
+    ),
 }
+# the other file that `vllm` writes, for names that end in .placement.json
+ONE_MAP = Format(
+    export=export_vllm,
+    validate=validate_vllm,
+    usage="--expert-placement-file {file}",
+    checked="vLLM with pull request 34811; no release of vLLM loads it",
+)
 
 
-def export_plan(plan: Plan, format_name: str, path: Path) -> None:
+def export_plan(plan: Plan, format_name: str, path: Path, *, extra_layers: int = 0) -> str:
     """Write a plan in an engine's format, validated as the engine would read it before it takes its name.
+
+    Args:
+        plan: as solved; its layer numbers become those of the file.
+        format_name: a key of FORMATS.
+        path: the engine's file.
+        extra_layers: further MoE layers behind the decoder, of draft (MTP) modules, in the initial layout.
+
+    Returns:
+        How to use the file: the engine's flag, and the version that it was checked with.
 
     Raises:
         ValueError: if there is no such format or the engine cannot express the plan.
     """
-    if format_name not in FORMATS:
-        raise ValueError(f"unknown format {format_name!r}; there are {', '.join(FORMATS)}")
+    expect_name(format_name, FORMATS, "format")
+    written = with_extra_layers(plan, extra_layers)
     trial = path.with_name(f".{path.name}.{os.getpid()}{_suffix(path)}")
     try:
-        FORMATS[format_name].export(plan, trial)
-        FORMATS[format_name].validate(trial, plan)
+        FORMATS[format_name].export(written, trial)
+        FORMATS[format_name].validate(trial, written)
         os.replace(trial, path)
     finally:
         trial.unlink(missing_ok=True)
+    return how_to_use(plan, format_name, path)
+
+
+def how_to_use(plan: Plan, format_name: str, path: Path) -> str:
+    """The engine's flag for a file, and the version that it was checked with."""
+    is_one_map = format_name == "vllm" and path.name.endswith(".placement.json")
+    used = ONE_MAP if is_one_map else FORMATS[format_name]
+    replicas = max(plan.num_slots - plan.num_experts, 0)
+    return f"{used.usage.format(file=path, replicas=replicas)} (checked with {used.checked})"
 
 
 def _suffix(path: Path) -> str:

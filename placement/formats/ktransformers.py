@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from routing.ground.files import write_json
 
 from ..contract.plan import Plan
+from .counts import whole_counts
 from .reading import read_json
 
 KEY = "logical_count"
@@ -28,7 +30,7 @@ def export_ktransformers(plan: Plan, path: Path) -> None:
 
 
 def validate_ktransformers(path: Path, plan: Plan | None = None) -> None:
-    """Read the counts back.
+    """Read the counts back: as many different ones as the plan has loads.
 
     Raises:
         ValueError: if they are not a table of numbers >= 0, or would choose other GPU experts than the plan.
@@ -46,11 +48,23 @@ def validate_ktransformers(path: Path, plan: Plan | None = None) -> None:
         return
     if count.shape != (plan.hidden_layers, plan.num_experts):
         raise ValueError(f"{path}: expected shape {(plan.hidden_layers, plan.num_experts)}; got {count.shape}")
+    _expect_distinct(path, count, plan)
     if plan.tier_LE is not None:
         moe = count[list(plan.layer_ids)]
         on_gpu = plan.tier_LE == 0
         if on_gpu.any() and (~on_gpu).any() and moe[on_gpu].min() <= moe[~on_gpu].max():
             raise ValueError(f"{path}: the engine would keep other experts on the GPU than the plan")
+
+
+def _expect_distinct(path: Path, count: NDArray[np.float64], plan: Plan) -> None:
+    """Counts must rank experts as the plan's loads do; equal counts for nearly equal loads are fine."""
+    if plan.metadata.get("load") is None or plan.tier_LE is not None:
+        return
+    load_LE = np.array(plan.metadata["load"], np.float64)
+    for layer, load_E in zip(plan.layer_ids, load_LE, strict=True):
+        by_load = count[layer][np.argsort(load_E, kind="stable")]
+        if (np.diff(by_load) < 0).any() or ((load_E > 0) != (count[layer] > 0)).any():
+            raise ValueError(f"{path}: row {layer} ranks experts otherwise than the plan's loads")
 
 
 def _counts(plan: Plan) -> list[list[float]]:
@@ -59,7 +73,7 @@ def _counts(plan: Plan) -> list[list[float]]:
         if plan.tier_LE is None:
             raise ValueError("KTransformers ranks experts by load; this plan keeps none: solve it again")
         load = np.ones((plan.num_layers, plan.num_experts)).tolist()
-    load_LE = np.array(load, np.float64)
+    load_LE = whole_counts(np.array(load, np.float64))
     if plan.tier_LE is not None:
         load_LE = load_LE + np.where(plan.tier_LE == 0, load_LE.max() + 1, 0)
     count = np.zeros((plan.hidden_layers, plan.num_experts))

@@ -36,7 +36,7 @@ def export_vllm(plan: Plan, path: Path) -> None:
         "initial_global_assignments": {str(ordinal): row for ordinal, row in enumerate(rows)},
     }
     with atomic_write(path) as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def validate_vllm(path: Path, plan: Plan | None = None) -> None:

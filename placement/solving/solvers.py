@@ -112,7 +112,7 @@ def make_plan(problem: Problem, map_LP: Integer, *, solver: str, objective: Obje
         dispatch=problem.cluster.ep.dispatch,
         solver=solver,
         objective_name=objective.name,
-        metadata={"load": problem.load_WLE.mean(axis=0).round(3).tolist()},
+        metadata={"load": problem.load_WLE.mean(axis=0).tolist()},
     )
 
 

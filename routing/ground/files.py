@@ -1,6 +1,7 @@
 """Files that are either the old version or the whole new one, never half of either."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -40,10 +41,29 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically.
+
+    Raises:
+        ValueError: if it holds NaN or an infinity, which JSON cannot say; the message names the key.
+    """
+    if (key := _not_finite(value)) is not None:
+        raise ValueError(f"cannot write {path}: {key or 'the value'} is NaN or infinite, which JSON cannot say")
     with atomic_write(path) as file:
-        json.dump(value, file, indent=2)
+        json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
+
+
+def _not_finite(value: Any, key: str = "") -> str | None:
+    """The key of the first number that is NaN or infinite, or None."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else key
+    if isinstance(value, dict):
+        entries = [(f"{key}.{name}" if key else str(name), entry) for name, entry in value.items()]
+    elif isinstance(value, list | tuple):
+        entries = [(f"{key}[{index}]", entry) for index, entry in enumerate(value)]
+    else:
+        return None
+    return next((found for name, entry in entries if (found := _not_finite(entry, name)) is not None), None)
 
 
 def _umask() -> int:

@@ -6,7 +6,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = {"belady": "#0b7285", "lru": "#e8590c", "most_used": "#5f3dc4"}
+COLOURS = {"belady_bypass": "#868e96", "belady": "#0b7285", "lru": "#e8590c", "most_used": "#5f3dc4"}
+LABELS = {
+    "belady_bypass": "Belady, may bypass",
+    "belady": "Belady, must admit",
+    "lru": "LRU",
+    "most_used": "most used stay",
+}
 SHADES = ("#a5d8ff", "#4dabf7", "#1971c2", "#0b3d66")
 
 
@@ -33,8 +39,8 @@ def _curves(axes: Axes, found: dict[str, Any]) -> None:
     sizes = [int(size) for size in found["hit_rate"]]
     for name, colour in COLOURS.items():
         rates = [rates[name] for rates in found["hit_rate"].values()]
-        axes.plot(sizes, rates, "o-", ms=3, color=colour, label=name.replace("_", " "))
-    axes.set(xlabel="slots per layer", ylim=(0, 1), title="Hit rate, all layers")
+        axes.plot(sizes, rates, "o-", ms=3, color=colour, label=LABELS[name])
+    axes.set(xlabel="slots per layer", ylabel="hit rate", ylim=(0, 1.02), title="Hit rate, all layers")
     axes.legend(frameon=False, loc="lower right")
 
 
@@ -53,7 +59,7 @@ def _curves_of_layers(axes: Axes, per_layer: list[dict[str, Any]]) -> None:
 def _lines(axes: Axes, title: str, rates: dict[str, list[float]]) -> None:
     for (label, values), colour in zip(rates.items(), SHADES, strict=False):
         axes.plot(values, "o-", ms=3, color=colour, label=label)
-    axes.set(xlabel="MoE layer", ylim=(0, 1), title=title)
+    axes.set(xlabel="MoE layer", ylim=(0, 1.02), title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if rates:
         axes.legend(frameon=False, ncols=2, loc="lower center")

@@ -21,6 +21,8 @@ from ..traces import (
     skew_L,
 )
 
+# Windows of SRP and cache sizes of SCH as in the tables of Liang et al. 2025, arXiv:2505.16056; 16 tokens of foresight
+# are what they find a prefetcher could know.
 WINDOWS, RATIOS, KNOWN = (4, 16, 64, 256), (1.0, 2.0, 3.0, 4.0), 16
 
 
@@ -75,7 +77,9 @@ def cache_sizes(trace: RoutingTrace) -> list[int]:
 def _hit_rates(trace: RoutingTrace) -> dict[str, np.ndarray]:
     """Hit rates `[L + 1, C]` by name; the last row is that of all layers together.
 
-    Most used: the experts with the highest load in the whole trace stay from their first use to the end.
+    `most_used`: the experts with the highest load in the whole trace stay from their first use to the end, and others
+    are read past the cache. `belady` must admit what a token uses, as a cache that computes from its slots;
+    `belady_bypass` need not, and no cache of any kind hits more often.
     """
     sizes = cache_sizes(trace)
     load = load_LE(trace)
@@ -83,6 +87,7 @@ def _hit_rates(trace: RoutingTrace) -> dict[str, np.ndarray]:
         "lru": lru_hits_LC(trace)[:, sizes],
         "most_used": np.cumsum(np.sort(np.maximum(load - 1, 0), axis=1)[:, ::-1], axis=1)[:, np.array(sizes) - 1],
         "belady": belady_hits_LC(trace, sizes),
+        "belady_bypass": belady_hits_LC(trace, sizes, may_bypass=True),
     }
     accesses_L = load.sum(axis=1)
     return {

@@ -1,19 +1,47 @@
 """What `trace show` prints: load, reuse and locality, layer by layer."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..traces import RoutingTrace
+
+# "May bypass": an expert may be read for one token without taking a slot. A cache that computes from its slots cannot.
+HIT_RATES = {
+    "lru": "LRU",
+    "most_used": "most used stay (may bypass)",
+    "belady": "Belady (must admit)",
+    "belady_bypass": "Belady (may bypass): the bound",
+}
+
+
+def print_import(trace: RoutingTrace, out: Path) -> None:
+    """Say what an importer kept of a recording, what it left out and why, and what it had to guess."""
+    console = Console(soft_wrap=True)
+    account = trace.metadata["import"]
+    layers = "" if trace.layer_ids is None else f" (decoder layers {_ranges(trace.layer_ids)})"
+    lines = [f"read {trace.metadata['source'].partition(':')[0]}: {_counts(account['read'])}"]
+    lines += [f"left out {part['count']} {part['unit']}: {part['reason']}" for part in account["left_out"]]
+    lines += [f"note: {note}" for note in account["notes"]]
+    lines.append(
+        f"wrote {out}: {trace.num_tokens} tokens of {account['kept']['requests']} requests, "
+        f"{trace.num_layers} MoE layers{layers}, {trace.num_experts} experts, top-{trace.top_k}"
+    )
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
 
 def print_report(report: dict[str, Any]) -> None:
     """Print a report of `trace show --json` as tables."""
     console = Console()
+    metadata = {name: value for name, value in report["metadata"].items() if name not in ("import", "layer_ids")}
     console.print(
         f"{report['tokens']} tokens in {report['sequences']} sequences, {report['layers']} MoE layers, "
-        f"{report['experts']} experts, top-{report['top_k']}  {json.dumps(report['metadata'])}",
+        f"{report['experts']} experts, top-{report['top_k']}  {json.dumps(metadata)}",
         highlight=False,
     )
     console.print(_balance_table(report))
@@ -22,12 +50,33 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(table)
 
 
+def _layer(report: dict[str, Any], row: dict[str, Any]) -> str:
+    """The decoder layer where it was recorded, else the number among MoE layers."""
+    ids = report.get("layer_ids")
+    return str(row["layer"] if ids is None else ids[row["layer"]])
+
+
+def _counts(read: dict[str, int]) -> str:
+    return ", ".join(f"{count} {unit}" for unit, count in read.items())
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`3-5, 7` for 3, 4, 5, 7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
 def _balance_table(report: dict[str, Any]) -> Table:
     table = Table("layer", "max/mean load", "entropy / log E", "dead experts", "median reuse distance")
     for row in report["per_layer"]:
         reuse = row["median_reuse_distance"]
         table.add_row(
-            str(row["layer"]),
+            _layer(report, row),
             f"{row['skew']:.2f}",
             f"{row['entropy']:.3f}",
             str(row["dead_experts"]),
@@ -47,7 +96,7 @@ def _locality_table(report: dict[str, Any]) -> Table:
     for row in report["per_layer"]:
         values = [row["srp"][window]["f1"]] if window else []
         values += [row["sch"][ratio]["16"], *(row["hit_rate"][size][name] for name in ("lru", "belady"))]
-        table.add_row(str(row["layer"]), *(f"{value:.3f}" for value in values))
+        table.add_row(_layer(report, row), *(f"{value:.3f}" for value in values))
     return table
 
 
@@ -63,7 +112,7 @@ def _locality_tables(report: dict[str, Any]) -> Iterator[Table]:
     for ratio, rates in report["sch"].items():
         table.add_row(ratio, f"{rates['16']:.3f}", f"{rates['all']:.3f}")
     yield table
-    table = Table("slots per layer", "LRU", "most used", "Belady", title=title)
+    table = Table("slots per layer", *HIT_RATES.values(), title=title)
     for size, rates in report["hit_rate"].items():
-        table.add_row(size, *(f"{rates[name]:.3f}" for name in ("lru", "most_used", "belady")))
+        table.add_row(size, *(f"{rates[name]:.3f}" for name in HIT_RATES))
     yield table

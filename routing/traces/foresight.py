@@ -16,18 +16,20 @@ from .routing_trace import EMPTY, RoutingTrace
 
 Integer = NDArray[np.int64]
 Float = NDArray[np.float64]
+# above every worth, so that what a token uses stays until the next token comes
 DEMANDED = 1 << 62
 
 
-def belady_hits_LC(trace: RoutingTrace, capacities: Sequence[int]) -> Integer:
+def belady_hits_LC(trace: RoutingTrace, capacities: Sequence[int], *, may_bypass: bool = False) -> Integer:
     """Hits of a cache per layer that evicts the expert whose next use is farthest ahead.
 
-    All experts of a token are looked up first and are then resident together, as in a cache that computes from its
-    slots; this is the best that any policy can do.
+    All experts of a token are looked up before any of them is inserted. Then they are resident together, as in a cache
+    that computes from its slots: no policy that must admit hits more often.
 
     Args:
         trace: rows in decode order.
         capacities: slots per layer, each at least K.
+        may_bypass: an expert may also be read past the cache; then no policy at all hits more often.
 
     Returns:
         `[L, C]`, one column per capacity.
@@ -40,7 +42,9 @@ def belady_hits_LC(trace: RoutingTrace, capacities: Sequence[int]) -> Integer:
     if min(capacities) < trace.top_k:
         raise ValueError(f"{min(capacities)} slots do not hold the {trace.top_k} experts of one token")
     key_TLK = _distinct(trace)
-    return _hits_CL(key_TLK, trace.num_experts, capacities, _NextUse(key_TLK, trace.num_experts), keeps=True).T
+    return _hits_CL(
+        key_TLK, trace.num_experts, capacities, _NextUse(key_TLK, trace.num_experts), keeps=not may_bypass
+    ).T
 
 
 def segment_cache_rate_C(trace: RoutingTrace, ratios: Sequence[float], window: int | None) -> Float:

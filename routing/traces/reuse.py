@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from .routing_trace import RoutingTrace
 
 FIRST_USE = -1
+# [block, E] int64 of last uses per block: 16 MiB at 256 experts; larger blocks gain nothing and need more memory
 BLOCK_ROWS = 8192
-NEVER = 1 << 62
+NEVER = 1 << 62  # later than any row
 
 
 def reuse_distance_TK(trace: RoutingTrace, layer: int) -> NDArray[np.int32]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..ground.files import atomic_write
 
 EMPTY = -1
+# 64 GiB hold 36 million tokens of 58 layers with top-8 and weights; a header that promises more is damaged or hostile
 MAX_FILE_BYTES = 64 << 30
 
 
@@ -29,7 +30,8 @@ class RoutingTrace:
         weight_TLK: float16 combine weights, or None.
         score_TLE: float16 router scores over all experts, or None.
         position_T: int32 position of the row within its sequence, or None.
-        metadata: JSON-serialisable facts; `num_experts` is E, `model` and `source` say where the trace came from.
+        metadata: JSON-serialisable facts; `num_experts` is E, `layer_ids` are the decoder layers of the L MoE layers,
+            `hidden_layers` counts dense layers too, `model` and `source` say where the trace came from.
 
     Raises:
         ValueError: if shapes disagree or an id is outside -1..E-1.
@@ -60,6 +62,7 @@ class RoutingTrace:
         E = _declared_experts(self.metadata)
         if self.score_TLE is not None:
             _expect_shape("score_TLE", self.score_TLE, (T, L, E if E is not None else self.score_TLE.shape[-1]))
+        _expect_layers(self.metadata, L)
         if T and (int(self.expert_TLK.min()) < EMPTY or int(self.expert_TLK.max()) >= self.num_experts):
             raise ValueError(
                 f"expert ids must lie in -1..{self.num_experts - 1} (E={self.num_experts}); "
@@ -90,6 +93,12 @@ class RoutingTrace:
             return int(self.score_TLE.shape[-1])
         return int(self.expert_TLK.max(initial=0)) + 1
 
+    @property
+    def layer_ids(self) -> tuple[int, ...] | None:
+        """Decoder layer of each MoE layer as recorded, or None where nobody wrote it down."""
+        ids = self.metadata.get("layer_ids")
+        return None if ids is None else tuple(ids)
+
     def rows(self, start: int | None = None, stop: int | None = None) -> Self:
         """The trace of rows start..stop-1; E stays that of the whole trace."""
         return self.select(np.arange(self.num_tokens)[start:stop])
@@ -115,7 +124,7 @@ class RoutingTrace:
             for name in ("expert_TLK", "sequence_T", "weight_TLK", "score_TLE", "position_T")
             if (array := getattr(self, name)) is not None
         }
-        arrays["metadata"] = np.array(json.dumps({**self.metadata, "num_experts": self.num_experts}))
+        arrays["metadata"] = np.array(json.dumps({**self.metadata, "num_experts": self.num_experts}, allow_nan=False))
         with atomic_write(path, "wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
 
@@ -177,6 +186,20 @@ def _declared_experts(metadata: dict[str, Any]) -> int | None:
     if not isinstance(declared, int) or not 1 <= declared <= np.iinfo(np.int16).max:
         raise ValueError(f"metadata num_experts must be an integer in 1..{np.iinfo(np.int16).max}; got {declared!r}")
     return declared
+
+
+def _expect_layers(metadata: dict[str, Any], num_layers: int) -> None:
+    ids, hidden = metadata.get("layer_ids"), metadata.get("hidden_layers")
+    if hidden is not None and (type(hidden) is not int or hidden < num_layers):
+        raise ValueError(f"metadata hidden_layers must be a whole number >= {num_layers}; got {hidden!r}")
+    if ids is None:
+        return
+    if not isinstance(ids, list | tuple) or not all(type(layer) is int and layer >= 0 for layer in ids):
+        raise ValueError(f"metadata layer_ids must be decoder layers >= 0; got {ids!r}")
+    if len(ids) != num_layers or list(ids) != sorted(set(ids)):
+        raise ValueError(f"metadata layer_ids must be {num_layers} rising layers to match expert_TLK; got {ids!r}")
+    if hidden is not None and ids[-1] >= hidden:
+        raise ValueError(f"metadata layer_ids reach layer {ids[-1]}; hidden_layers says there are {hidden}")
 
 
 def _expect_integer(name: str, array: NDArray[Any]) -> None:
