@@ -76,7 +76,9 @@ def fields_of(value):
     return {"": value}
 
 
-@pytest.mark.parametrize(("name", "weights"), list(weights_of_every_kind()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "weights"), list(weights_of_every_kind()), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_flat_weights_are_the_same_weights_again(name, weights):
     found, wanted = fields_of(unflatten(flatten(weights))), fields_of(weights)
     assert list(found) == list(wanted)

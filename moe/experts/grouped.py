@@ -16,6 +16,8 @@ from torch.nn.functional import grouped_mm
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+from routing import has_known_values, is_transformed
+
 from .blockwise import blockwise_experts
 from .looped_product import looped_product
 
@@ -69,7 +71,8 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
     E = experts.num_experts
     expert_N, order_N = expert_TK.flatten().sort(stable=True)
     groups = _groups(expert_N, E)
-    if groups.ends is not None and T * K >= BLOCKWISE_ROWS * E and _is_swiglu(experts):
+    is_blockwise = groups.ends is not None and T * K >= BLOCKWISE_ROWS * E and _is_swiglu(experts)
+    if is_blockwise and not is_transformed(x_TD, weight_TK, experts.gate_up_proj, experts.down_proj):
         rights = (_right(experts, "gate_up_proj"), _right(experts, "down_proj"))
         return blockwise_experts(x_TD, weight_TK, *rights, order_N, groups.ends, _product_dtype(experts.down_proj))
     expert_N = expert_N.clamp(max=E - 1) if experts.has_bias else expert_N
@@ -107,7 +110,7 @@ def _groups(expert_N: Tensor, num_experts: int) -> _Groups:
     """The ends of runs of equal ids among sorted ones; a search costs less than counting, and no waiting on a GPU."""
     wanted_E = torch.arange(num_experts, device=expert_N.device)
     end_E = torch.searchsorted(expert_N, wanted_E, right=True, out_int32=True)
-    if expert_N.device.type != "cpu" or torch.compiler.is_compiling():
+    if not has_known_values(expert_N):
         return _Groups(end_E, None, len(expert_N))
     if len(expert_N) and (first := expert_N[0].item()) < 0:
         raise ValueError(f"expert ids must not be negative; got {first}; pass {num_experts} for nobody")
@@ -150,10 +153,12 @@ def _project(x_ND: Tensor, experts: nn.Module, name: str, groups: _Groups, exper
 
 def _product(x_ND: Tensor, right_EDF: Tensor, groups: _Groups) -> Tensor:
     """The faster of two ways: a loop over the experts in use, or `grouped_mm`, which looks at all of them."""
-    is_compiling_cpu = not x_ND.is_cuda and torch.compiler.is_compiling()
+    # compiled, exported or batched: the loop as one operator
+    is_opaque = not x_ND.is_cuda and groups.ends is None
     is_training = torch.is_grad_enabled() and (x_ND.requires_grad or right_EDF.requires_grad)
-    is_few = groups.ends is not None and _is_few(groups.num_rows, right_EDF, is_training)
-    if x_ND.dtype == torch.float64 or is_compiling_cpu or is_few:
+    is_plain = groups.ends is not None and not is_transformed(x_ND, right_EDF)
+    is_few = is_plain and _is_few(groups.num_rows, right_EDF, is_training)
+    if x_ND.dtype == torch.float64 or is_opaque or is_few:
         return looped_product(x_ND, right_EDF, groups.ends or groups.end_E)
     if groups.has_all_rows:
         return grouped_mm(x_ND, right_EDF, offs=groups.end_E)

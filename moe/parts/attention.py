@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .config import MoEConfig
+from .cpu_training import is_large_cpu_training
 from .linear import Linear
-from .norm import RMSNorm, is_large_cpu_training
+from .norm import RMSNorm
 
 
 def rotary_angles(position_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
