@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import moe.parts.linear
 import moe.parts.cpu_training
+import moe.parts.linear
 from moe.parts.linear import Linear, matmul, mkl_is_half_as_wide
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functional_call, grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import moe.parts.cpu_training
 import moe.parts.linear

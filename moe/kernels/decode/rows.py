@@ -70,15 +70,15 @@ def weight_by_rows(
             mask = mask & ((start + local)[:, None] < num_inputs)
         x_IT = tl.load(row_ptr_T[None, :] + (start + local)[:, None], mask=mask, other=0).to(COMPUTE)
         code_OI = load_codes(
-            projection, slot, out_O, is_out_O, start, num_inputs, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE
+            slot, out_O, is_out_O, start, num_inputs, projection, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE
         )
         if projection.FORMAT == "dense":
             sum_OT = tl.dot(code_OI, x_IT, sum_OT, input_precision=PRECISION, out_dtype=ACCUMULATE)
         else:
             part_OT = tl.dot(code_OI, x_IT, input_precision=PRECISION, out_dtype=ACCUMULATE)
-            scale_O = load_scale(projection.scale_ptr, projection, slot, out_O, is_out_O, start)
+            scale_O = load_scale(projection.scale_ptr, slot, out_O, is_out_O, start, projection)
             if projection.FORMAT == "int4":
-                zero_O = load_scale(projection.zero_ptr, projection, slot, out_O, is_out_O, start)
+                zero_O = load_scale(projection.zero_ptr, slot, out_O, is_out_O, start, projection)
                 x_sum_T = tl.sum(x_IT.to(ACCUMULATE), 0)
                 part_OT -= (zero_O + int4_bias(COMPUTE))[:, None] * x_sum_T[None, :]
             sum_OT += part_OT * scale_O[:, None]

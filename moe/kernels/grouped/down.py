@@ -53,7 +53,7 @@ def down_kernel(
     slot = tl.load(tile_slot_ptr + tile)
     if slot < 0:
         return
-    place, is_row = rows_of_tile(tile_start_ptr, offset_ptr, tile, slot, BLOCK_M)
+    place, is_row = rows_of_tile(offset_ptr, tile_start_ptr, tile, slot, BLOCK_M)
     place = place.to(tl.int64)
     out = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     is_out = out < num_outputs

@@ -124,7 +124,7 @@ def grad_activation_kernel(
     slot = tl.load(tile_slot_ptr + tile)
     if slot < 0:
         return
-    place, is_row = rows_of_tile(tile_start_ptr, offset_ptr, tile, slot, BLOCK_M)
+    place, is_row = rows_of_tile(offset_ptr, tile_start_ptr, tile, slot, BLOCK_M)
     routed = tl.load(order_ptr + place, mask=is_row, other=0)
     first = block * BLOCK_IN
     raw_MF = rows_by_weight_back(

@@ -53,7 +53,7 @@ def grad_input_kernel(
     slot = tl.load(tile_slot_ptr + tile)
     if slot < 0:
         return
-    place, is_row = rows_of_tile(tile_start_ptr, offset_ptr, tile, slot, BLOCK_M)
+    place, is_row = rows_of_tile(offset_ptr, tile_start_ptr, tile, slot, BLOCK_M)
     place = place.to(tl.int64)
     sum_MI = rows_by_weight_back(
         grad_pre_ptr + place * num_outputs, is_row, slot, block * BLOCK_IN, num_outputs, num_inputs,

@@ -73,9 +73,9 @@ def grad_weight_kernel(
 @triton.jit
 def grad_bias_kernel(
     rows_ptr,
-    combine_ptr,
     order_ptr,
     offset_ptr,
+    combine_ptr,
     grad_ptr,
     width,
     top_k,
@@ -112,15 +112,15 @@ def grad_bias_kernel(
 @triton.jit
 def bias_dot_kernel(
     grad_ptr,
-    bias_ptr,
     order_ptr,
     offset_ptr,
+    bias_ptr,
     dot_ptr,
+    num_slots,
     width,
     top_k,
-    num_slots,
-    BINS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
     """One grouped row: the share of the down projection's bias in the gradient of its combine weight."""

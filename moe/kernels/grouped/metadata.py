@@ -116,9 +116,9 @@ def group_kernel(
     slot_ptr,
     count_ptr,
     total_ptr,
-    offset_ptr,
     order_ptr,
     position_ptr,
+    offset_ptr,
     tile_slot_ptr,
     tile_start_ptr,
     num_rows,
@@ -128,8 +128,8 @@ def group_kernel(
     num_slots,
     HAS_SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    BINS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BINS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Place one block of routed rows behind the rows of the same slot in earlier blocks; further programs map tiles."""

@@ -76,7 +76,7 @@ def up_kernel(
                 pre_tile_ptr = pre_ptr + place.to(tl.int64)[:, None] * num_outputs + out[None, :]
                 tl.store(pre_tile_ptr, nothing, mask=(place < num_rows)[:, None] & is_out[None, :])
         return
-    place, is_row = rows_of_tile(tile_start_ptr, offset_ptr, tile, slot, BLOCK_M)
+    place, is_row = rows_of_tile(offset_ptr, tile_start_ptr, tile, slot, BLOCK_M)
     token = tl.load(order_ptr + place, mask=is_row, other=0) // top_k
     out_row = memory_row(out, num_outputs // 2, HALVES)
     sum_MO = rows_by_weight(

@@ -68,7 +68,7 @@ class FlatWeights(NamedTuple):
 
     def without_tensors(self) -> Self:
         """The plain values alone, which an autograd context may hold; see `with_tensors`."""
-        return self._replace(**{name: None for name in TENSORS})
+        return self._replace(**dict.fromkeys(TENSORS))
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors alone, in the order of the fields, for `save_for_backward`."""
