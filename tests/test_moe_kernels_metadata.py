@@ -31,7 +31,7 @@ def check(expert_TK, slots, num_experts, num_slots, block_m):
     ]
     expected += [(NOBODY.value, start) for start in range(offsets[-1], len(ids), block_m)]
     for mapped in (tiles, map_tiles(groups, block_m, execute)):
-        found = list(zip(mapped.slot_I.tolist(), mapped.start_I.tolist(), strict=True))
+        found = list(zip(mapped.slot_Q.tolist(), mapped.start_Q.tolist(), strict=True))
         assert found[: len(expected)] == expected
         assert all(slot == UNUSED.value for slot, _ in found[len(expected) :])
 

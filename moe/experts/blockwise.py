@@ -8,8 +8,8 @@ Where oneDNN multiplies (bfloat16, and float32 on some processors) the rows of a
 multiple of `ROWS_TOGETHER`: it prepares each number of rows anew, which costs more than the product itself, and so
 meets only a few.
 
-Shapes: T tokens, K slots, N = T * K routed rows sorted by expert, P places of rows, fillings included; M places of one
-block; E experts, D model width, F expert width, O = 2F.
+Shapes: T tokens, K slots, N = T * K routed rows sorted by expert, P places of rows (padding included), M places of one
+block, E experts, D model width, F expert width, O = 2F.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 Every routed row has its own place in one buffer, the work is cut in the same way whichever slots hold the experts, and
 the weighted sum runs once at the end. So neither the order of the parts nor the number of slots changes a bit.
 
-Shapes: T tokens, K experts per token, N = T * K routed rows, E experts, C slots, D model width, S splits, I tiles.
+Shapes: T tokens, K experts per token, N = T * K routed rows, E experts, C slots, D model width, S splits, Q tiles.
 """
 
 from dataclasses import replace
@@ -91,11 +91,11 @@ class ManyRows:
         slot_E, end_E = weights.slot_E, self._groups.offset_C1[1:]
         if slot_E is None:
             return self._groups, self._map
-        expert_I = self._map.slot_I
-        slot_I = torch.where(expert_I >= 0, slot_E[expert_I.clamp(min=0).long()], UNUSED.value)
+        expert_Q = self._map.slot_Q
+        slot_Q = torch.where(expert_Q >= 0, slot_E[expert_Q.clamp(min=0).long()], UNUSED.value)
         # experts without a slot write to the first element, which no tile reads
         offset_C1 = end_E.new_zeros(weights.num_slots + 1).scatter_(0, slot_E.long() + 1, end_E)
-        return replace(self._groups, offset_C1=offset_C1), replace(self._map, slot_I=slot_I)
+        return replace(self._groups, offset_C1=offset_C1), replace(self._map, slot_Q=slot_Q)
 
 
 def rows_in_parts(x_TD: Tensor, expert_TK: Tensor, weights: ExpertWeights) -> FewRows | ManyRows:

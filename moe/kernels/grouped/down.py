@@ -1,6 +1,6 @@
 """Down projection of grouped rows: each row by its expert's weights, plus bias; rows stay in grouped order.
 
-Shapes: N routed rows in grouped order, C slots, F expert width, D model width, I row tiles.
+Shapes: N routed rows in grouped order, C slots, F expert width, D model width, Q row tiles.
 """
 
 import triton
@@ -99,11 +99,11 @@ def project_down(
     arguments = {
         "activated_ptr": activated_NF,
         "offset_ptr": groups.offset_C1,
-        "tile_slot_ptr": tiles.slot_I,
-        "tile_start_ptr": tiles.start_I,
+        "tile_slot_ptr": tiles.slot_Q,
+        "tile_start_ptr": tiles.start_Q,
         "bias_ptr": bias_CO,
         "y_ptr": y_ND,
-        "num_tiles": len(tiles.slot_I),
+        "num_tiles": len(tiles.slot_Q),
         "num_outputs": num_outputs,
         "num_inputs": num_inputs,
         "HAS_BIAS": bias_CO is not None,
@@ -112,5 +112,5 @@ def project_down(
         **weight_arguments(weight_COI, tile.block_k),
         **arithmetic(activated_NF.dtype),
     }
-    grid = (len(tiles.slot_I) * triton.cdiv(num_outputs, tile.block_n),)
+    grid = (len(tiles.slot_Q) * triton.cdiv(num_outputs, tile.block_n),)
     run(Launch(down_kernel, grid, arguments, tile.num_warps, tile.num_stages))

@@ -5,7 +5,7 @@ dA' = dO W2, dP = s dA' act'(P), d(s) = rowsum(dA' A). So neither the expert out
 pass. The kernel also writes s A, which the gradient of W2 is made of.
 
 Shapes: T tokens, N routed rows in grouped order, C slots, O = 2F (F without a gate), D model width, F expert width,
-I row tiles.
+Q row tiles.
 Source: the d(s) identity as in SonicMoE, arXiv:2512.14080, section 4.
 """
 
@@ -201,15 +201,15 @@ def grad_activation(
         "grad_ptr": grad_TD,
         "order_ptr": groups.order_N,
         "offset_ptr": groups.offset_C1,
-        "tile_slot_ptr": tiles.slot_I,
-        "tile_start_ptr": tiles.start_I,
+        "tile_slot_ptr": tiles.slot_Q,
+        "tile_start_ptr": tiles.start_Q,
         "combine_ptr": combine_TK,
         "pre_ptr": pre_NO,
         "grad_pre_ptr": grad_pre_NO,
         "weighted_ptr": weighted_NF,
         "grad_combine_ptr": grad_combine_BN,
         "num_rows": num_rows,
-        "num_tiles": len(tiles.slot_I),
+        "num_tiles": len(tiles.slot_Q),
         "num_features": num_features,
         "width": width,
         "top_k": num_rows // len(grad_TD),
@@ -221,6 +221,6 @@ def grad_activation(
         **activation.arguments(),
         **arithmetic(grad_TD.dtype),
     }
-    grid = (len(tiles.slot_I) * num_blocks,)
+    grid = (len(tiles.slot_Q) * num_blocks,)
     run(Launch(grad_activation_kernel, grid, arguments, tile.num_warps, tile.num_stages))
     return grad_pre_NO, weighted_NF, grad_combine_BN

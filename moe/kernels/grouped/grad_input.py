@@ -1,6 +1,6 @@
 """Back through the up projection to its input: each grouped row's gradient times its expert's weights.
 
-Shapes: N routed rows in grouped order, C slots, O = 2F (F without a gate), D model width, I row tiles.
+Shapes: N routed rows in grouped order, C slots, O = 2F (F without a gate), D model width, Q row tiles.
 """
 
 import triton
@@ -96,10 +96,10 @@ def grad_input(
     arguments = {
         "grad_pre_ptr": grad_pre_NO,
         "offset_ptr": groups.offset_C1,
-        "tile_slot_ptr": tiles.slot_I,
-        "tile_start_ptr": tiles.start_I,
+        "tile_slot_ptr": tiles.slot_Q,
+        "tile_start_ptr": tiles.start_Q,
         "grad_x_ptr": grad_x_ND,
-        "num_tiles": len(tiles.slot_I),
+        "num_tiles": len(tiles.slot_Q),
         "num_outputs": num_outputs,
         "num_inputs": num_inputs,
         "HALVES": is_halves,
@@ -109,5 +109,5 @@ def grad_input(
         **described,
         **arithmetic(grad_pre_NO.dtype),
     }
-    grid = (len(tiles.slot_I) * triton.cdiv(num_inputs, described["BLOCK_IN"]),)
+    grid = (len(tiles.slot_Q) * triton.cdiv(num_inputs, described["BLOCK_IN"]),)
     run(Launch(grad_input_kernel, grid, arguments, tile.num_warps, tile.num_stages))

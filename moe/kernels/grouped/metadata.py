@@ -6,7 +6,7 @@ tokens. The same launch writes the tile map: which expert and which rows each ti
 An expert id goes through `slot_E` when there is one (expert -> cache slot), so everything after this file knows only
 slots; ids >= E and experts without a slot (-1) form one last group that nobody computes.
 
-Shapes: T tokens, K experts per token, N = T * K routed rows, E experts, C slots (C = E without `slot_E`), I tiles.
+Shapes: T tokens, K experts per token, N = T * K routed rows, E experts, C slots (C = E without `slot_E`), Q tiles.
 """
 
 from dataclasses import dataclass
@@ -198,14 +198,14 @@ class TileMap:
     """Tiles of at most `block_m` rows of one slot each.
 
     Args:
-        slot_I: slot of each tile; then `NOBODY` for tiles of nobody's rows, and `UNUSED` up to the end (the length is
+        slot_Q: slot of each tile; then `NOBODY` for tiles of nobody's rows, and `UNUSED` up to the end (the length is
             an upper bound, so that it need not be asked of the device).
-        start_I: the first row of each tile, in grouped order.
+        start_Q: the first row of each tile, in grouped order.
         block_m: rows per tile.
     """
 
-    slot_I: Tensor
-    start_I: Tensor
+    slot_Q: Tensor
+    start_Q: Tensor
     block_m: int
 
 
@@ -278,7 +278,7 @@ def group_rows(
         )
     )
     mapped = _tile_map_arguments(groups, tiles)
-    grid = (num_blocks + triton.cdiv(len(tiles.slot_I), TILES_PER_PROGRAM),)
+    grid = (num_blocks + triton.cdiv(len(tiles.slot_Q), TILES_PER_PROGRAM),)
     grouped = {"order_ptr": groups.order_N, "position_ptr": groups.position_N}
     # with 4 warps the comparison of all pairs of a block does not fit in registers
     run(Launch(group_kernel, grid, routed | mapped | grouped, num_warps=8))
@@ -288,7 +288,7 @@ def group_rows(
 def map_tiles(groups: Groups, block_m: int, run: Run) -> TileMap:
     """The tile map of `groups` for tiles of `block_m` rows."""
     tiles = _empty_tile_map(groups, block_m)
-    grid = (triton.cdiv(len(tiles.slot_I), TILES_PER_PROGRAM),)
+    grid = (triton.cdiv(len(tiles.slot_Q), TILES_PER_PROGRAM),)
     run(Launch(tile_map_kernel, grid, _tile_map_arguments(groups, tiles)))
     return tiles
 
@@ -296,18 +296,18 @@ def map_tiles(groups: Groups, block_m: int, run: Run) -> TileMap:
 def _empty_tile_map(groups: Groups, block_m: int) -> TileMap:
     num_rows = len(groups.order_N)
     num_tiles = triton.cdiv(num_rows, block_m) + min(groups.num_slots + 1, num_rows)
-    slot_I = torch.empty(num_tiles, dtype=torch.int32, device=groups.order_N.device)
-    return TileMap(slot_I, torch.empty_like(slot_I), block_m)
+    slot_Q = torch.empty(num_tiles, dtype=torch.int32, device=groups.order_N.device)
+    return TileMap(slot_Q, torch.empty_like(slot_Q), block_m)
 
 
 def _tile_map_arguments(groups: Groups, tiles: TileMap) -> dict:
     return {
         "total_ptr": groups.total_C1,
         "offset_ptr": groups.offset_C1,
-        "tile_slot_ptr": tiles.slot_I,
-        "tile_start_ptr": tiles.start_I,
+        "tile_slot_ptr": tiles.slot_Q,
+        "tile_start_ptr": tiles.start_Q,
         "num_rows": len(groups.order_N),
-        "num_tiles": len(tiles.slot_I),
+        "num_tiles": len(tiles.slot_Q),
         "num_slots": groups.num_slots,
         "BLOCK_M": tiles.block_m,
         "BINS": triton.next_power_of_2(groups.num_slots + 1),

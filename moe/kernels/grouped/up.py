@@ -1,7 +1,7 @@
 """Up projection: gather tokens, multiply by their experts' gate and up weights, add bias, activate; one kernel.
 
 Shapes: T tokens, N routed rows in grouped order, C slots, O = 2F outputs (F without a gate), D model width, F expert
-width, I row tiles.
+width, Q row tiles.
 """
 
 import triton
@@ -142,13 +142,13 @@ def project_up(
         "x_ptr": x_TD,
         "order_ptr": groups.order_N,
         "offset_ptr": groups.offset_C1,
-        "tile_slot_ptr": tiles.slot_I,
-        "tile_start_ptr": tiles.start_I,
+        "tile_slot_ptr": tiles.slot_Q,
+        "tile_start_ptr": tiles.start_Q,
         "bias_ptr": bias_CO,
         "pre_ptr": pre_NO,
         "activated_ptr": activated_NF,
         "num_rows": len(groups.order_N),
-        "num_tiles": len(tiles.slot_I),
+        "num_tiles": len(tiles.slot_Q),
         "num_outputs": num_outputs,
         "num_inputs": num_inputs,
         "top_k": len(groups.order_N) // len(x_TD),
@@ -162,5 +162,5 @@ def project_up(
         **activation.arguments(),
         **arithmetic(x_TD.dtype),
     }
-    grid = (len(tiles.slot_I) * triton.cdiv(num_outputs, tile.block_n),)
+    grid = (len(tiles.slot_Q) * triton.cdiv(num_outputs, tile.block_n),)
     run(Launch(up_kernel, grid, arguments, tile.num_warps, tile.num_stages))
