@@ -74,9 +74,7 @@ DOCSTRINGS = docstrings()
 
 
 def test_every_letter_of_every_legend_is_declared_for_its_folder():
-    assert not [
-        f"{file}: {fault}" for file, text in DOCSTRINGS for fault in faults(PAGE, file.parent.as_posix(), text)
-    ]
+    assert not [f"{file}: {fault}" for file, text in DOCSTRINGS for fault in faults(PAGE, file.parent.as_posix(), text)]
 
 
 def test_every_legend_is_found():

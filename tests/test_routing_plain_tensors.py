@@ -1,4 +1,4 @@
-"""Code that computes past PyTorch's dispatcher, under what calls it with stand-ins: compilers, exporters, vmap, fakes."""
+"""Code that computes past PyTorch's dispatcher, called by what passes stand-ins: compilers, exporters, vmap, fakes."""
 
 import pytest
 import torch

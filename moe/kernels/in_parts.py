@@ -15,7 +15,8 @@ from .decode.combine import combine_rows
 from .decode.rows import MAX_ROWS, DecodePlan, decode_rows
 from .grouped.down import project_down
 from .grouped.gather_sum import gather_sum
-from .grouped.metadata import UNUSED, Groups, TileMap, group_rows
+from .grouped.metadata import Groups, TileMap, group_rows
+from .grouped.metadata_kernels import UNUSED
 from .grouped.up import project_up
 from .launching.launch import execute
 from .launching.tiles import chosen_tiles

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..grouped.metadata import slot_of
+from ..grouped.metadata import slot_arguments
+from ..grouped.metadata_kernels import slot_of
 from ..launching.launch import Launch, Run, arithmetic
 
 
@@ -60,17 +61,12 @@ def combine_rows(
     block = min(triton.next_power_of_2(width), 256)
     arguments = {
         "partial_ptr": partial_SND,
-        "expert_ptr": expert_TK,
-        "slot_ptr": slot_E,
+        **slot_arguments(expert_TK, slot_E, num_experts, num_slots),
         "combine_ptr": combine_TK,
         "out_ptr": y_TD,
-        "num_rows": expert_TK.numel(),
-        "num_experts": num_experts,
-        "num_slots": num_slots,
         "width": width,
         "top_k": expert_TK.shape[1],
         "num_splits": len(partial_SND),
-        "HAS_SLOTS": slot_E is not None,
         "BLOCK": block,
         "ACCUMULATE": arithmetic(y_TD.dtype)["ACCUMULATE"],
     }

@@ -98,16 +98,12 @@ def project_down(
     num_outputs, num_inputs = weight_COI.shape[1:]
     arguments = {
         "activated_ptr": activated_NF,
-        "offset_ptr": groups.offset_C1,
-        "tile_slot_ptr": tiles.slot_Q,
-        "tile_start_ptr": tiles.start_Q,
+        **tiles.arguments(groups),
         "bias_ptr": bias_CO,
         "y_ptr": y_ND,
-        "num_tiles": len(tiles.slot_Q),
         "num_outputs": num_outputs,
         "num_inputs": num_inputs,
         "HAS_BIAS": bias_CO is not None,
-        "BLOCK_M": tiles.block_m,
         "BLOCK_OUT": tile.block_n,
         **weight_arguments(weight_COI, tile.block_k),
         **arithmetic(activated_NF.dtype),

@@ -187,11 +187,10 @@ def grad_activation(
         are uninitialised in the first two.
     """
     num_rows, num_outputs = pre_NO.shape
-    num_features = num_outputs // (2 if activation.gated else 1)
-    wanted = tile.block_n // (2 if activation.gated else 1)
+    outputs_per_feature = 2 if activation.gated else 1
+    num_features, wanted = num_outputs // outputs_per_feature, tile.block_n // outputs_per_feature
     described = weight_arguments(weight_CDF, min(max(wanted, 16), MOST_FEATURES))
-    block_f = described["BLOCK_IN"]
-    num_blocks = triton.cdiv(num_features, block_f)
+    num_blocks = triton.cdiv(num_features, described["BLOCK_IN"])
     width = grad_TD.shape[1]
     grad_pre_NO = torch.empty_like(pre_NO)
     weighted_NF = pre_NO.new_empty(num_rows, num_features)
@@ -200,27 +199,22 @@ def grad_activation(
     arguments = {
         "grad_ptr": grad_TD,
         "order_ptr": groups.order_N,
-        "offset_ptr": groups.offset_C1,
-        "tile_slot_ptr": tiles.slot_Q,
-        "tile_start_ptr": tiles.start_Q,
+        **tiles.arguments(groups),
         "combine_ptr": combine_TK,
         "pre_ptr": pre_NO,
         "grad_pre_ptr": grad_pre_NO,
         "weighted_ptr": weighted_NF,
         "grad_combine_ptr": grad_combine_BN,
         "num_rows": num_rows,
-        "num_tiles": len(tiles.slot_Q),
         "num_features": num_features,
         "width": width,
         "top_k": num_rows // len(grad_TD),
-        "BLOCK_M": tiles.block_m,
         "BLOCK_OUT": tile.block_k,
         "EVEN_OUT": width % tile.block_k == 0,
-        "IN_PARTS": block_f >= FEATURES_IN_PARTS,
+        "IN_PARTS": described["BLOCK_IN"] >= FEATURES_IN_PARTS,
         **described,
         **activation.arguments(),
         **arithmetic(grad_TD.dtype),
     }
-    grid = (len(tiles.slot_Q) * num_blocks,)
-    run(Launch(grad_activation_kernel, grid, arguments, tile.num_warps, tile.num_stages))
+    run(Launch(grad_activation_kernel, (len(tiles.slot_Q) * num_blocks,), arguments, tile.num_warps, tile.num_stages))
     return grad_pre_NO, weighted_NF, grad_combine_BN

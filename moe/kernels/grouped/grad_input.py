@@ -95,15 +95,11 @@ def grad_input(
     described = weight_arguments(weight_COD, tile.block_n)
     arguments = {
         "grad_pre_ptr": grad_pre_NO,
-        "offset_ptr": groups.offset_C1,
-        "tile_slot_ptr": tiles.slot_Q,
-        "tile_start_ptr": tiles.start_Q,
+        **tiles.arguments(groups),
         "grad_x_ptr": grad_x_ND,
-        "num_tiles": len(tiles.slot_Q),
         "num_outputs": num_outputs,
         "num_inputs": num_inputs,
         "HALVES": is_halves,
-        "BLOCK_M": tiles.block_m,
         "BLOCK_OUT": tile.block_k,
         "EVEN_OUT": num_outputs % tile.block_k == 0,
         **described,

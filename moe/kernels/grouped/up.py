@@ -14,7 +14,8 @@ from ..launching.tiling import tile_and_block
 from ..weights.activation import Activation, activate, inner_and_slope
 from ..weights.quantise import QuantisedWeight
 from ..weights.weight_tile import Projection, memory_row, weight_arguments
-from .metadata import NOBODY, Groups, TileMap
+from .metadata import Groups, TileMap
+from .metadata_kernels import PADDING
 from .product import rows_by_weight, rows_of_tile
 
 
@@ -70,7 +71,7 @@ def up_kernel(
     if slot < 0:
         if SAVE_PRE:
             # an operator's output must be defined everywhere
-            if slot == NOBODY:
+            if slot == PADDING:
                 place = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
                 nothing = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=pre_ptr.dtype.element_ty)
                 pre_tile_ptr = pre_ptr + place.to(tl.int64)[:, None] * num_outputs + out[None, :]
@@ -138,25 +139,22 @@ def project_up(
         run: what to do with the launch.
     """
     num_outputs, num_inputs = weight_COI.shape[1:]
+    num_rows = len(groups.order_N)
     arguments = {
         "x_ptr": x_TD,
         "order_ptr": groups.order_N,
-        "offset_ptr": groups.offset_C1,
-        "tile_slot_ptr": tiles.slot_Q,
-        "tile_start_ptr": tiles.start_Q,
+        **tiles.arguments(groups),
         "bias_ptr": bias_CO,
         "pre_ptr": pre_NO,
         "activated_ptr": activated_NF,
-        "num_rows": len(groups.order_N),
-        "num_tiles": len(tiles.slot_Q),
+        "num_rows": num_rows,
         "num_outputs": num_outputs,
         "num_inputs": num_inputs,
-        "top_k": len(groups.order_N) // len(x_TD),
+        "top_k": num_rows // len(x_TD),
         "x_stride": x_TD.stride(0),
         "HALVES": is_halves,
         "HAS_BIAS": bias_CO is not None,
         "SAVE_PRE": pre_NO is not None,
-        "BLOCK_M": tiles.block_m,
         "BLOCK_OUT": tile.block_n,
         **weight_arguments(weight_COI, tile.block_k),
         **activation.arguments(),
