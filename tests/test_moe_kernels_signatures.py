@@ -1,6 +1,6 @@
 """Arguments that kernels share: their order agrees in every signature, every positional call and every launch.
 
-Kernels take some twenty arguments one by one (weights, activation, arithmetic), and functions inside kernels are called by
+Kernels take some twenty arguments one by one (weights, activation, arithmetic). Functions inside kernels are called by
 position, where two arguments that trade places change a result and raise nothing.
 """
 

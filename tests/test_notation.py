@@ -14,7 +14,7 @@ Page = dict[tuple[str, str], tuple[str, ...]]
 
 
 def page_of(text: str) -> Page:
-    """What the tables declare: `| letter | meaning | words |` and `| folder | letter | meaning | words | collides |`."""
+    """What the tables declare; columns are letter, meaning, words, or folder, letter, meaning, words, collision."""
     page: Page = {}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]

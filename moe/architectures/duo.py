@@ -20,6 +20,7 @@ from ..parts.flops import LayerFlops, projection_flops
 from .body import Body
 
 Stage = Literal["random", "router"]
+# ids of a layer's modules, in the order in which the layer holds them
 BIG, SMALL, SKIP = 0, 1, 2
 
 

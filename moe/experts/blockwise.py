@@ -22,9 +22,13 @@ from torch.nn.functional import silu
 from ..parts.linear import matmul, suits_onednn
 from .blocks import Block, blocks_of
 
+# multiple of rows in a block: a larger one pads more rows, a smaller one lets oneDNN build more primitives; no record
+# of other values
 ROWS_TOGETHER = 64
-# of a block's widest tensor, so that all of them stay in the cache
+# most numbers in a block's widest tensor, 2 MiB of float32: larger blocks leave the cache, smaller ones make more
+# calls. Set for the records 2026-11-21 (Intel) and 2026-11-29 (AMD) of training throughput; no record of other values
 BLOCK_NUMBERS = 1 << 19
+# rows of a block at least, however wide the experts: below, products are too low for their threads; no record of others
 LEAST_ROWS = 256
 
 

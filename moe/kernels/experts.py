@@ -18,8 +18,11 @@ from .weights.weights import ExpertWeights
 
 LIMIT_NAMES = ("limit", "swiglu_limit")
 ALPHA_NAMES = ("alpha", "swiglu_alpha")
+# slope of x * sigmoid(alpha * x) that approximates GELU; Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2
 QUICK_GELU_ALPHA = 1.702
+# numbers from -9 to 9 on which activations are compared: enough to tell the known ones apart
 PROBE_ROWS, PROBE_FEATURES = 64, 4
+# Ampere: older devices have no bfloat16 tensor cores and no asynchronous copies
 OLDEST_CAPABILITY = (8, 0)
 
 _recognised: dict[tuple, tuple | None] = {}

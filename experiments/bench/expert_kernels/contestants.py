@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Compute = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 WeightsOf = Callable[[nn.Module, int], tuple[Tensor, Tensor]]
+# `batched_mm` copies the weights of every routed row; larger copies are left out, as they measure memory only
 BATCHED_LIMIT_BYTES = 8 << 30
 # a loop over experts takes a second per call or so; once per layer is enough
 EAGER_TOKENS = 4096

@@ -23,8 +23,11 @@ from .measured import call_of, require_parity, row_of
 from .shapes import ROUTINGS, SHAPES, LayerInput, LayerShape, chosen, experts_module, layer_input, replayed
 from .timing import copy_bytes_per_s, peak_bytes, saved_bytes, time_on_gpu
 
+# decode: latency and bandwidth
 FEW_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+# prefill and training: up to where the goals ask for TFLOP/s
 MANY_TOKENS = (512, 4096, 16384, 32768)
+# on the decode path, at its end, just past it, and in the class of many rows
 PARITY_TOKENS = (1, 64, 512, 8192)
 # where quantised weights are timed; they must be right on the path of many tokens too
 QUANTISED_TOKENS = (1, 64)
@@ -32,6 +35,7 @@ QUANTISED_PARITY_TOKENS = (*QUANTISED_TOKENS, 512)
 # one for each row class of the tile table
 TUNED_ROWS = (32, 128, 1024)
 TRACE = "trace"
+# of weights, inputs and routings: the same in every run
 SEED = 0
 Work = Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]
 

@@ -42,6 +42,7 @@ class LayerShape:
         return 3 * self.width * self.features * element_bytes
 
 
+# width, expert width, experts, experts per token, of the published configurations
 SHAPES = {
     "qwen3-30b-a3b": LayerShape(2048, 768, 128, 8),
     "mixtral-8x7b": LayerShape(4096, 14336, 8, 2),
@@ -52,6 +53,7 @@ SHAPES = {
     "deepseek-v3-slice": LayerShape(7168, 2048, 32, 8),
     "small-training": LayerShape(768, 256, 64, 4),
 }
+# the same, small enough for two cores: milliseconds to half a second per call
 CPU_SHAPES = {
     "small": LayerShape(512, 256, 32, 4),
     "medium": LayerShape(1024, 512, 32, 4),

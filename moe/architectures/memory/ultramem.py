@@ -22,6 +22,8 @@ from ...parts.flops import LayerFlops, projection_flops
 from ..body import Body
 from .peer import shared_feed_forward, table_rows
 
+# rounds of the Feistel network: more mix better and cost two table reads each; other numbers were not tried.
+# Luby and Rackoff 1988: four rounds of random functions cannot be told from a random permutation
 SHUFFLE_ROUNDS = 4
 
 

@@ -24,8 +24,10 @@ from ..weights.weights import ExpertWeights
 from .combine import combine_rows
 from .kernels import decode_activation_kernel, decode_kernel
 
-# the path is taken up to here; beyond, each expert has enough rows for the grouped path
+# routed rows up to which this path is taken; beyond, experts have enough rows for the grouped path. Every program holds
+# all ids in registers, which bounds it too. Not tried on a GPU yet, like the two below
 MAX_ROWS = 512
+# sums are split until there are so many programs per processor: more hide latency, and more partial sums are written
 PROGRAMS_PER_PROCESSOR = 2
 MAX_SPLITS = 8
 

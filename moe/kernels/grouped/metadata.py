@@ -18,7 +18,9 @@ from torch import Tensor
 from ..launching.launch import Launch, Run
 from .metadata_kernels import group_kernel, histogram_kernel, prefix_kernel, tile_map_kernel
 
+# routed rows that one program of the counting sort takes: it compares all pairs, which fills the registers of 8 warps
 ROWS_PER_BLOCK = 128
+# tiles that one program maps, and counts that one step of the running sum adds; only compiled, not timed on a GPU yet
 TILES_PER_PROGRAM = 64
 BLOCKS_PER_STEP = 1024
 

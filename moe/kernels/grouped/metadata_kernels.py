@@ -1,4 +1,4 @@
-"""Kernels of the routing metadata: a counting sort of routed rows by slot, and the tile map; `metadata.py` launches them.
+"""Kernels of the routing metadata: counting sort of routed rows by slot, and tile map; launched by `metadata.py`.
 
 Shapes: T tokens, K experts per token, N = T * K routed rows, E experts, C slots (C = E without `slot_E`), Q tiles.
 """
@@ -6,7 +6,7 @@ Shapes: T tokens, K experts per token, N = T * K routed rows, E experts, C slots
 import triton
 import triton.language as tl
 
-# what stands in a tile map in place of a slot
+# what stands in a tile map in place of a slot: tiles of padding rows, and tiles after the last one in use
 PADDING = tl.constexpr(-2)
 UNUSED = tl.constexpr(-1)
 

@@ -19,8 +19,11 @@ from .launch import is_interpreted
 if TYPE_CHECKING:
     from ..weights.weights import ExpertWeights
 
-# rows per expert up to which a class applies
+# rows per expert up to which a class applies: three tiles of 16 rows in "few", three of 64 in "some".
+# Not tried on a GPU yet, as all tiles below; they follow published configurations, and none spills with Triton 3.9
+# (record 2026-11-21_kernels-ahead-of-time)
 ROW_CLASSES = {"few": 48, "some": 192, "many": None}
+# a file of tuned tiles has some 500 bytes per layer
 MAX_FILE_BYTES = 1 << 20
 
 
@@ -76,6 +79,7 @@ def uniform_tiles(tile: Tile, grad_weight: Tile | None = None, grad_activation: 
     return LayerTiles(tile, tile, grad_activation or tile, tile, grad_weight or tile)
 
 
+# rows, columns, terms of the sum per step, warps, stages
 _SM90_WIDE = Tile(128, 256, 64, 8, 4)
 _SM90_SQUARE = Tile(128, 128, 64, 8, 3)
 _SM90_NARROW = Tile(64, 128, 64, 4, 4)
@@ -132,6 +136,7 @@ class DecodeTile:
     num_stages: int
 
 
+# outputs, terms of the sum per step, warps, stages; compiled for all targets, not tried on a GPU yet
 DECODE_TILES = {
     "half": DecodeTile(64, 128, 4, 4),
     # a quarter of the bytes per tile, so more tiles should be on their way; six stages spill on sm90, four on sm100

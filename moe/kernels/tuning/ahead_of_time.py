@@ -27,6 +27,7 @@ from ..weights.quantise import FORMATS, QuantisedWeight
 from ..weights.weights import ExpertWeights
 from .planned import decode_launches, layer_launches, meta_weights
 
+# compute capability or architecture, and threads per warp
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
     "sm86": GPUTarget("cuda", 86, 32),
@@ -46,6 +47,7 @@ INSTRUCTIONS = {
     "integer_to_float": r"\bI2F\w*\b",
     "mfma": r"\bv_mfma_\w+",
 }
+# bytes of alignment, or factor of a number, that Triton's launcher passes on as a hint
 DIVISIBILITY = 16
 TYPE_NAMES = {
     torch.float64: "fp64",

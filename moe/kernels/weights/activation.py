@@ -16,6 +16,7 @@ from torch import Tensor
 
 INNER = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 
+# of the error function in GELU and its derivative, and of its approximation by tanh
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 FORMATS = ("int8", "int4", "fp8", "fp8_block")
+# inputs per scale of int4, and side of the blocks of fp8: as published, see the sources above
 BLOCK = 128
+# largest number of float8 e4m3fn
 E4M3_MAX = 448.0
 
 

@@ -27,6 +27,7 @@ from ..parts.mesh import place_batch
 from .distribute import distribute
 
 STATE_FILE = "training_state.safetensors"
+# side of the square matrices whose product is timed, and how often: long enough for a clock, short beside a run
 PROBE_SIZE, PROBE_REPEATS = 768, 5
 
 
