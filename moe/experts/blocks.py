@@ -12,9 +12,9 @@ class Block:
     """Some rows of one expert.
 
     Args:
-        expert: whose.
+        expert: id of the expert whose rows these are.
         rows: where they are among the N sorted rows.
-        places: where they are among the P places; the first ones are theirs, the others are filled with zeros.
+        places: where they are among the P places; places beyond the rows are padding.
     """
 
     expert: int
@@ -23,7 +23,7 @@ class Block:
 
     @property
     def num_rows(self) -> int:
-        """Fillings not counted."""
+        """Rows of the expert, padding not counted."""
         return self.rows.stop - self.rows.start
 
     @property

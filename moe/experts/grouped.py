@@ -40,9 +40,9 @@ def expertier_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weigh
 
     Args:
         experts: an experts module of transformers or ours: projections and layout flags.
-        x_TD: inputs.
+        x_TD: tokens; their dtype is that of the result.
         expert_TK: int64 ids; ids >= E contribute nothing.
-        weight_TK: combine weights.
+        weight_TK: floating-point combine weights; no normalisation is assumed.
 
     Returns:
         [T, D] in the dtype of `x_TD`.
@@ -61,9 +61,9 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
 
     Args:
         experts: an experts module of transformers or ours: projections and layout flags.
-        x_TD: inputs.
+        x_TD: tokens; their dtype is that of the result.
         expert_TK: int64 ids; ids >= E contribute nothing.
-        weight_TK: combine weights.
+        weight_TK: floating-point combine weights; no normalisation is assumed.
 
     Returns:
         [T, D] in the dtype of `x_TD`.
@@ -117,7 +117,7 @@ def _groups(expert_N: Tensor, num_experts: int) -> _Groups:
     if not has_known_values(expert_N):
         return _Groups(end_E, None, len(expert_N))
     if len(expert_N) and (first := expert_N[0].item()) < 0:
-        raise ValueError(f"expert ids must not be negative; got {first}; pass {num_experts} for nobody")
+        raise ValueError(f"expert ids must not be negative; got {first}; pass {num_experts} for an empty slot")
     return _Groups(end_E, end_E.tolist(), len(expert_N))
 
 

@@ -1,6 +1,6 @@
-"""The forward pass in parts: experts come one after the other, and the result has the bits it has with all there.
+"""The forward pass in parts: experts arrive one after the other; the result is bit-identical to that of one call.
 
-Every routed row has its own place in one buffer, the work is cut in the same way whichever slots hold the experts, and
+Every routed row has its own place in one buffer. The work is cut in the same way whichever slots hold the experts, and
 the weighted sum runs once at the end. So neither the order of the parts nor the number of slots changes a bit.
 
 Shapes: T tokens, K experts per token, N = T * K routed rows, E experts, C slots, D model width, S splits, Q tiles.
@@ -88,7 +88,7 @@ class ManyRows:
         return y_TD
 
     def _in_slots(self, weights: ExpertWeights) -> tuple[Groups, TileMap]:
-        """Tiles with slots in place of experts, those without one unused; a slot's rows end where its expert's do."""
+        """Tiles by slot in place of expert: tiles of experts without a slot are unused, rows end where the expert's do."""
         slot_E, end_E = weights.slot_E, self._groups.offset_C1[1:]
         if slot_E is None:
             return self._groups, self._map
@@ -109,7 +109,8 @@ def rows_in_parts(x_TD: Tensor, expert_TK: Tensor, weights: ExpertWeights) -> Fe
 
     Returns:
         An object with `compute(weights)`, once per expert in any grouping; `put` for rows that were computed elsewhere;
-        and `combine`. The result is that of `compute_experts` with all experts there, bit by bit.
+        and `combine`. The result is bit-identical to that of `compute_experts` with all experts
+        in slots.
     """
     kind = FewRows if expert_TK.numel() <= MAX_ROWS else ManyRows
     return kind(x_TD.contiguous(), expert_TK.contiguous(), weights)

@@ -29,9 +29,9 @@ def compute_experts(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights
     """Weighted sum of each token's experts: few tokens without gradient take the decode path, others the grouped path.
 
     Args:
-        x_TD: tokens.
+        x_TD: tokens, any floating-point dtype.
         expert_TK: int32 or int64 expert ids; ids outside 0..E-1, and experts without a slot, contribute nothing.
-        combine_TK: combine weights.
+        combine_TK: floating-point combine weights; no normalisation is assumed.
         weights: the experts; products are computed in the dtype of dense weights (of autocast, where it is on), or of
             `x_TD` for quantised ones. Quantised weights get no gradient; tokens, combine weights and biases do.
 

@@ -69,7 +69,7 @@ class BorrowedKeys:
     """Keys and values that an earlier pass through the same layers computed; a pass that sees them computes none.
 
     Args:
-        kept: by decoder layer.
+        kept: keys and values [B, H, S, A] by index of the decoder layer.
     """
 
     def __init__(self, kept: dict[int, tuple[Tensor, Tensor]]) -> None:
@@ -80,7 +80,6 @@ class Attention(nn.Module):
     """Causal self-attention of one decoder layer.
 
     Args:
-        config: the model's config.
         layer_idx: its place in the decoder, which is its place in the cache.
     """
 

@@ -19,8 +19,8 @@ class Goal:
     """A number to reach.
 
     Args:
-        name: as printed.
-        wanted: the bound.
+        name: label in tables and records.
+        wanted: least value, or largest one where `is_most`.
         values: what a run's rows say about it, one value per case.
         is_most: whether `wanted` is the most allowed; else the least.
     """

@@ -52,7 +52,7 @@ def gpu_work(
 
     Args:
         names, tokens, routings: the cases; the usual ones where nothing is given.
-        trace: is replayed besides.
+        trace: a recorded routing that is timed in addition, or None.
         tune: whether to choose tiles first.
         failed: receives a line for each peer that fails.
 
@@ -127,7 +127,7 @@ class GpuLayer:
         return QUANTISED if is_in_groups else ("int8", "fp8")
 
     def release(self) -> None:
-        """Give the memory back; weights are made anew when they are needed again."""
+        """Free the memory; weights are drawn again when they are next needed."""
         self._experts = self._quantised = None
 
     def given(self, num_tokens: int, routing: str, trace: Path | None = None) -> LayerInput:
@@ -140,7 +140,7 @@ class GpuLayer:
         return layer_input(ids, self.layer, torch.bfloat16, self.device, generator)
 
     def contestants(self, num_tokens: int) -> list[Contestant]:
-        """Who is timed with so many tokens, ours first."""
+        """The contestants that are timed at this number of tokens, ours first."""
         found = dense_contestants(num_tokens * self.layer.top_k, self.layer.expert_bytes(2), num_tokens)
         return found + self.quantised if num_tokens in QUANTISED_TOKENS else found
 

@@ -18,10 +18,10 @@ class LayerShape:
     """Sizes of one MoE layer.
 
     Args:
-        width: D.
-        features: F.
-        num_experts: E.
-        top_k: K.
+        width: D, the width of tokens in and out.
+        features: F, hidden width of one expert.
+        num_experts: E; ids are 0..E-1.
+        top_k: K, experts per token.
     """
 
     width: int
@@ -91,8 +91,8 @@ def replayed(trace: RoutingTrace, num_tokens: int, shape: LayerShape) -> np.ndar
 
     Args:
         trace: recorded with the E and K of the shape.
-        num_tokens: T.
-        shape: sizes.
+        num_tokens: T of the call.
+        shape: the layer that it stands for; E and K must be those of the trace.
 
     Returns:
         [T, K] expert ids, E for empty slots.
@@ -115,8 +115,8 @@ class LayerInput:
     """What a layer is given.
 
     Args:
-        x_TD: tokens.
-        expert_TK: int64 ids.
+        x_TD: normal numbers in the dtype of the layer.
+        expert_TK: int64 expert ids, 0..E-1.
         combine_TK: float32 combine weights, rows sum to 1.
     """
 

@@ -182,7 +182,7 @@ def decode_activation_kernel(
     BLOCK: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """Add the splits of one row's up projection and activate the sum; of rows of nobody, which nobody reads, too."""
+    """Add the splits of one row's up projection and activate the sum; padding rows are computed too, and not read."""
     row = tl.program_id(0)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_feature = feature < num_features

@@ -27,7 +27,7 @@ from .kernels import decode_activation_kernel, decode_kernel
 # routed rows up to which this path is taken; beyond, experts have enough rows for the grouped path. Every program holds
 # all ids in registers, which bounds it too. Not tried on a GPU yet, like the two below
 MAX_ROWS = 512
-# sums are split until there are so many programs per processor: more hide latency, and more partial sums are written
+# programs per processor up to which sums are split: more hide latency, and more partial sums are written
 PROGRAMS_PER_PROCESSOR = 2
 MAX_SPLITS = 8
 
@@ -43,10 +43,10 @@ def decode(
     """Weighted sum of each token's experts, for at most `MAX_ROWS` routed rows.
 
     Args:
-        x_TD: tokens, contiguous.
-        expert_TK: expert ids, contiguous.
-        combine_TK: combine weights, contiguous.
-        weights: the experts.
+        x_TD: tokens in the dtype of products; contiguous, as are all three tensors.
+        expert_TK: int32 or int64 expert ids; ids outside 0..E-1 contribute nothing.
+        combine_TK: floating-point combine weights.
+        weights: dense or quantised experts.
         run: what to do with the launches.
         processors: how many the work is spread over; those of the device if not given.
 
@@ -63,12 +63,12 @@ def decode(
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """How the work is cut. Two calls with the same plan give the same bits, however many slots there are.
+    """How the work is cut. Calls with equal plans are bit-identical, however many slots there are.
 
     Args:
-        num_rows: routed rows.
+        num_rows: routed rows, T * K; at most `MAX_ROWS`.
         num_groups: experts that may have rows; what rows per expert are estimated from.
-        tile: tile sizes.
+        tile: sizes of one program's product.
         up_splits, down_splits: parts of the sums over inputs.
     """
 
@@ -82,7 +82,7 @@ class DecodePlan:
     def of(
         cls, x_TD: Tensor, num_rows: int, weights: ExpertWeights, num_groups: int, processors: int | None = None
     ) -> "DecodePlan":
-        """The plan for so many rows of so many experts; `processors` are those of the device if not given."""
+        """The plan for `num_rows` rows of `num_groups` experts; `processors` are the device's if not given."""
         processors = num_processors(x_TD.device) if processors is None else processors
         numbers = number_format(x_TD.dtype)
         is_int4 = numbers == "half" and isinstance(weights.up, QuantisedWeight) and weights.up.format == "int4"

@@ -21,7 +21,7 @@ from .metadata import Groups, TileMap, map_tiles
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients somebody asked for."""
+    """Which gradients are asked for."""
 
     x: bool = True
     combine: bool = True
@@ -33,7 +33,7 @@ class Needs:
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Gradients with the shapes and strides of what they belong to; None where nobody asked."""
+    """Gradients, each with the shape and strides of its tensor; None where `Needs` asks for none."""
 
     x_TD: Tensor | None
     combine_TK: Tensor | None
@@ -61,11 +61,8 @@ def backward(
         x_TD, combine_TK, weights: as given to `forward`.
         pre_NO, groups: as returned by it.
         needs: which gradients to compute.
-        tiles: tile sizes.
+        tiles: tile sizes of every matrix product.
         run: what to do with the launches.
-
-    Returns:
-        The gradients.
     """
     tile_map = map_tiles(groups, tiles.grad_activation.block_m, run)
     grad_pre_NO, weighted_NF, dot_BN = grad_activation(

@@ -87,12 +87,12 @@ def project_down(
     """Write every computed row's expert output to `y_ND`; other rows stay as they are.
 
     Args:
-        activated_NF: contiguous.
-        groups, tiles: routing metadata.
+        activated_NF: activations in grouped order, contiguous.
+        groups, tiles: from `group_rows`, or from `map_tiles` for other tile heights.
         weight_COI: the down projection seen as [C, D, F].
-        bias_CO: its bias.
-        y_ND: receives the outputs.
-        tile: tile sizes.
+        bias_CO: its bias, contiguous, or None.
+        y_ND: receives the outputs in grouped order; contiguous.
+        tile: sizes of one program's product; its `block_m` is that of `tiles`.
         run: what to do with the launch.
     """
     num_outputs, num_inputs = weight_COI.shape[1:]

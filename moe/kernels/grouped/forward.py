@@ -28,16 +28,16 @@ def forward(
     """Weighted sum of each token's experts.
 
     Args:
-        x_TD: tokens, contiguous.
-        expert_TK: expert ids, contiguous.
-        combine_TK: combine weights, contiguous.
-        weights: the experts.
-        tiles: tile sizes.
+        x_TD: tokens in the dtype of products; contiguous, as are all three tensors.
+        expert_TK: int32 or int64 expert ids; ids outside 0..E-1 contribute nothing.
+        combine_TK: floating-point combine weights.
+        weights: dense or quantised experts.
+        tiles: tile sizes of every matrix product.
         run: what to do with the launches.
         saves: whether a backward pass follows.
 
     Returns:
-        [T, D]; what preceded the activation, [N, O] in pair order (None unless `saves`); the groups.
+        [T, D]; the pre-activation, [N, O] in pair order (None unless `saves`); the groups.
     """
     num_rows = expert_TK.numel()
     groups, tile_map = group_rows(

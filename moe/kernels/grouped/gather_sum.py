@@ -46,7 +46,7 @@ def gather_sum(y_ND: Tensor, position_N: Tensor, weight_TK: Tensor | None, out_T
 
     Args:
         y_ND: rows in grouped order, contiguous.
-        position_N: place of each routed row, -1 for rows that nobody computed.
+        position_N: place of each routed row, -1 for padding rows.
         weight_TK: combine weights, contiguous; None for 1.
         out_TD: receives the sums, contiguous.
         run: what to do with the launch.

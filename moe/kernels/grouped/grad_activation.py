@@ -1,6 +1,6 @@
-"""Back through the down projection and the activation, which is recomputed from what preceded it.
+"""Back through the down projection and the activation, which is recomputed from the pre-activation.
 
-With dO the gradient of the layer's output, s a row's combine weight, A the activation and P what preceded it:
+With dO the gradient of the layer's output, s a row's combine weight, A the activation and P the pre-activation:
 dA' = dO W2, dP = s dA' act'(P), d(s) = rowsum(dA' A). So neither the expert outputs nor A are needed from the forward
 pass. The kernel also writes s A, which the gradient of W2 is made of.
 
@@ -175,18 +175,18 @@ def grad_activation(
 
     Args:
         grad_TD: gradient of the layer's output, contiguous.
-        groups, tiles: routing metadata.
-        combine_TK: combine weights, contiguous.
+        groups, tiles: from `group_rows`, or from `map_tiles` for other tile heights.
+        combine_TK: the forward pass's combine weights, contiguous.
         weight_CDF: the down projection seen as [C, D, F].
-        pre_NO: what preceded the activation, in pair order.
+        pre_NO: the pre-activation in pair order.
         activation: the function between the projections.
         tile: tile sizes; `block_n` counts outputs of the up projection.
         run: what to do with the launch.
 
     Returns:
         [N, O] gradient in pair order; [N, F] activations times combine weights; [blocks, N] whose sum over blocks is
-        the gradient of the combine weights in routed order (zero where nobody computes). Rows that nobody computes
-        are uninitialised in the first two.
+        the gradient of the combine weights in routed order (zero for padding rows). Padding rows are
+        uninitialised in the first two.
     """
     num_rows, num_outputs = pre_NO.shape
     outputs_per_feature = 2 if activation.gated else 1

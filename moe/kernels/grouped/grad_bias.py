@@ -91,8 +91,8 @@ def grad_bias(
     Args:
         rows: [N, O] in grouped order; or [T, O] in token order when `combine_TK` is given.
         combine_TK: combine weights that multiply gathered rows.
-        groups: routing metadata.
-        top_k: K.
+        groups: from `group_rows`.
+        top_k: K, by which a routed row is divided to give its token.
         grad_CO: receives the sums, contiguous.
         is_halves: whether columns arrive in pair order and are stored gates first.
         run: what to do with the launch.
@@ -122,8 +122,8 @@ def bias_dot(grad_TD: Tensor, bias_CD: Tensor, groups: Groups, dot_N: Tensor, ru
     Args:
         grad_TD: gradient of the layer's output, contiguous.
         bias_CD: bias of the down projection, contiguous.
-        groups: routing metadata.
-        dot_N: receives the products.
+        groups: from `group_rows`.
+        dot_N: receives the products in routed order; zeros beforehand.
         run: what to do with the launch.
     """
     num_rows, width = len(dot_N), grad_TD.shape[1]

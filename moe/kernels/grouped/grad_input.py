@@ -84,11 +84,11 @@ def grad_input(
 
     Args:
         grad_pre_NO: gradient at the up projection's outputs, in pair order, contiguous.
-        groups, tiles: routing metadata.
+        groups, tiles: from `group_rows`, or from `map_tiles` for other tile heights.
         weight_COD: the up projection seen as [C, O, D].
-        grad_x_ND: receives the gradients.
+        grad_x_ND: receives the gradients in grouped order; contiguous.
         is_halves: whether gates lie before ups in memory.
-        tile: tile sizes.
+        tile: sizes of one program's product; its `block_m` is that of `tiles`.
         run: what to do with the launch.
     """
     num_outputs, num_inputs = weight_COD.shape[1:]

@@ -1,7 +1,7 @@
 """Gradients of weights: each expert's rows are contiguous in grouped order, so each sum is one loop.
 
 Operands that live in token order (the input, the gradient of the output) are gathered as they are read. Experts
-without rows get zeros, so outputs need no filling beforehand.
+without rows get zeros, so outputs need not be zeroed beforehand.
 
 Shapes: T tokens, N routed rows in grouped order, C slots, O outputs, I inputs of the projection.
 """
@@ -87,9 +87,9 @@ def grad_weight(
 
     Args:
         left: [N, O] in grouped order, or [T, O] in token order where `gathers_left`; contiguous.
-        right: [N, I] or [T, I], likewise.
-        groups: routing metadata.
-        top_k: K.
+        right: [N, I] in grouped order, or [T, I] in token order where `gathers_right`; contiguous.
+        groups: from `group_rows`.
+        top_k: K, by which a routed row is divided to give its token.
         grad_COI: receives the gradient; any strides.
         gathers_left, gathers_right: which operands are in token order.
         is_halves: whether outputs arrive in pair order and are stored gates first.

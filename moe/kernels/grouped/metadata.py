@@ -4,7 +4,7 @@ A counting sort in three launches: per block of routed rows a histogram (`histog
 blocks (`prefix_kernel`), then each row's place among its expert's rows (`group_kernel`), which keeps the order of
 tokens. The same launch writes the tile map: which expert and which rows each tile of the matrix products works on.
 An expert id goes through `slot_E` when there is one (expert -> cache slot), so everything after this file knows only
-slots; ids >= E and experts without a slot (-1) form one last group that nobody computes.
+slots; ids >= E and experts without a slot (-1) form one last group of padding rows, which no kernel computes.
 
 Shapes: T tokens, K experts per token, N = T * K routed rows, E experts, C slots (C = E without `slot_E`), Q tiles.
 """
@@ -30,10 +30,10 @@ class TileMap:
     """Tiles of at most `block_m` rows of one slot each.
 
     Args:
-        slot_Q: slot of each tile; then `PADDING` for tiles of nobody's rows, and `UNUSED` up to the end (the length is
+        slot_Q: slot of each tile; then `PADDING` for tiles of padding rows, and `UNUSED` up to the end (the length is
             an upper bound, so that it need not be asked of the device).
         start_Q: the first row of each tile, in grouped order.
-        block_m: rows per tile.
+        block_m: rows per tile, a power of two from 16 on.
     """
 
     slot_Q: Tensor
@@ -56,9 +56,9 @@ class Groups:
     """Routed rows in grouped order: by slot, then by token.
 
     Args:
-        order_N: the routed row (`token * K + k`) at each place of the grouped order; nobody's rows come last.
-        position_N: the place of each routed row, -1 for nobody's rows.
-        total_C1: rows of each slot; the last entry is of use to nobody.
+        order_N: the routed row (`token * K + k`) at each place of the grouped order; padding rows come last.
+        position_N: the place of each routed row, -1 for padding rows.
+        total_C1: rows of each slot; the last entry is not used.
         offset_C1: the first place of each slot, and at the end the number of rows that are computed.
     """
 
@@ -93,8 +93,8 @@ def group_rows(
     Args:
         expert_TK: expert ids, contiguous, int32 or int64; ids outside 0..num_experts-1 are empty.
         slot_E: int32 slot of each expert, -1 for experts that are not there; None when slots are experts.
-        num_experts: E.
-        num_slots: C.
+        num_experts: E; ids from here on are padding.
+        num_slots: C; equal to E without `slot_E`.
         block_m: rows per tile of the tile map.
         run: what to do with the launches.
 

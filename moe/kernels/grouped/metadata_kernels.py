@@ -13,7 +13,7 @@ UNUSED = tl.constexpr(-1)
 
 @triton.jit
 def slot_of(expert_ptr, slot_ptr, row, is_row, num_experts, num_slots, HAS_SLOTS: tl.constexpr):
-    """The slot of each routed row; `num_slots` for rows that nobody computes."""
+    """The slot of each routed row; `num_slots` for padding rows."""
     expert = tl.load(expert_ptr + row, mask=is_row, other=num_experts).to(tl.int32)
     is_ours = (expert >= 0) & (expert < num_experts)
     if HAS_SLOTS:
@@ -40,7 +40,7 @@ def histogram_kernel(
     block = tl.program_id(0)
     row = block * BLOCK + tl.arange(0, BLOCK)
     slot = slot_of(expert_ptr, slot_ptr, row, row < num_rows, num_experts, num_slots, HAS_SLOTS)
-    # rows past the end land in the bin of nobody's rows; `group_kernel` masks them
+    # rows past the end land in the bin of padding rows; `group_kernel` masks them
     count = tl.histogram(slot, BINS)
     bins = tl.arange(0, BINS)
     tl.store(count_ptr + bins.to(tl.int64) * num_blocks + block, count, mask=bins <= num_slots)
@@ -75,7 +75,7 @@ def write_tile_map(
     BINS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Write the slot and the first row of `TILES` tiles, those of nobody's rows and unused ones included."""
+    """Write the slot and the first row of `TILES` tiles, those of padding rows and unused ones included."""
     bins = tl.arange(0, BINS)
     total = tl.load(total_ptr + bins, mask=bins < num_slots, other=0)
     total = tl.where(bins == num_slots, num_rows - tl.sum(total, 0), total)

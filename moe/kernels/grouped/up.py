@@ -124,18 +124,18 @@ def project_up(
     tile: Tile,
     run: Run,
 ) -> None:
-    """Write the activations of every computed row, and what preceded the activation where `pre_NO` is given.
+    """Write the activations of every computed row, and the pre-activation where `pre_NO` is given.
 
     Args:
         x_TD: tokens; unit stride along D.
-        groups, tiles: routing metadata.
+        groups, tiles: from `group_rows`, or from `map_tiles` for other tile heights.
         weight_COI: the up projection seen as [C, O, D].
-        bias_CO: its bias.
+        bias_CO: its bias, contiguous, or None.
         pre_NO: receives the sums in pair order, for the backward pass.
-        activated_NF: receives the activations.
+        activated_NF: receives the activations in grouped order; contiguous.
         activation: the function between the projections.
         is_halves: whether there are gates, and they lie before ups in memory.
-        tile: tile sizes.
+        tile: sizes of one program's product; its `block_m` is that of `tiles`.
         run: what to do with the launch.
     """
     num_outputs, num_inputs = weight_COI.shape[1:]

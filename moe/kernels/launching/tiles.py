@@ -34,7 +34,7 @@ class Tile:
     Args:
         block_m, block_n: rows and columns of the output that one program computes.
         block_k: terms of the sum per step.
-        num_warps, num_stages: the compiler's options.
+        num_warps, num_stages: warps per program, and steps of a loop that are loaded ahead.
     """
 
     block_m: int
@@ -56,7 +56,7 @@ class LayerTiles:
 
     Args:
         up, down: forward; `up.block_n` counts gate and up outputs.
-        grad_activation, grad_input: backward over rows.
+        grad_activation, grad_input: backward over rows, with one `block_m` for both.
         grad_weight: backward over experts; `block_k` counts rows.
     """
 
@@ -125,9 +125,9 @@ class DecodeTile:
     """Sizes of the products of few tokens, where weights take the place of rows.
 
     Args:
-        block_out: outputs per program.
+        block_out: outputs per program; they are the rows of its product.
         block_in: terms of the sum per step.
-        num_warps, num_stages: the compiler's options.
+        num_warps, num_stages: warps per program, and steps of a loop that are loaded ahead.
     """
 
     block_out: int
@@ -161,11 +161,8 @@ def chosen_tiles(device: torch.device, dtype: torch.dtype, num_rows: int, weight
 
     Args:
         device, dtype: where and in which number format products are computed.
-        num_rows: N.
-        weights: the experts.
-
-    Returns:
-        The tiles.
+        num_rows: T * K; divided by the number of experts it gives the row class.
+        weights: the experts, for their sizes and whether they are quantised.
     """
     if is_interpreted():
         return uniform_tiles(_INTERPRETED)
@@ -215,7 +212,7 @@ class TunedFor:
 
     Args:
         numbers, rows: keys of the table.
-        width, features: D, F.
+        width, features: D and F of the tuned layer, positive.
     """
 
     numbers: str

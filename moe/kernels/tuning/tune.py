@@ -88,14 +88,11 @@ def tune(
     """The fastest tiles for this layer and these tokens.
 
     Args:
-        weights: dense experts.
+        weights: dense experts on the device to tune for.
         x_TD, expert_TK, combine_TK: an input that is typical of its row class.
         candidates: tiles to try; by default those of `CANDIDATES` that suit the rows per expert.
         measure: the time of a launch, in any unit.
         prepare: is given all launches beforehand.
-
-    Returns:
-        The fastest tiles.
 
     Raises:
         ValueError: if no candidate fits the device.

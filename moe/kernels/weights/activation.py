@@ -33,7 +33,7 @@ class Activation:
         gated: whether a second half of the up projection multiplies the result.
         alpha: slope inside `silu`; 1 is SiLU, 1.702 is the quick GELU.
         limit: bound of gate (from above) and up (both sides); None for no bound.
-        shift: added to up.
+        shift: added to up before the product; 1 in gpt-oss.
 
     Raises:
         ValueError: if `inner` is unknown.

@@ -30,11 +30,11 @@ class FlatWeights(NamedTuple):
     Args:
         up, down: dense weights [C, O, D] and [C, D, F], or the codes of quantised ones.
         up_bias, down_bias: [C, O] and [C, D].
-        slot: int32 [E].
-        up_scale, up_zero, down_scale, down_zero: of quantised weights.
+        slot: int32 [E], the slot of each expert; None where slots are experts.
+        up_scale, up_zero, down_scale, down_zero: scales and zeros of quantised weights, else None.
         format: `dense`, or the format of both projections.
         groups: of quantised weights, outputs and inputs per scale of `up`, then of `down`; else empty.
-        inner, gated, alpha, limit, shift: the activation.
+        inner, gated, alpha, limit, shift: fields of `Activation`.
         is_halves: whether all gates lie before all ups among the outputs of `up`.
     """
 

@@ -27,7 +27,7 @@ class ClassicRouter(nnx.Module):
         layer: which MoE layer this router serves.
         rule: how logits become a routing.
         std: of the initial weights, unless the rule has its own.
-        rngs: random streams.
+        rngs: random streams; `params` draws the initial weights.
         score_width: what the scores are linear in, if not the D-wide hidden state.
     """
 
@@ -218,7 +218,7 @@ class GRUCell(nnx.Module):
         width: p, of input and state.
         rule: of its router, whose `init` says how the weights start.
         std: of normal initial weights; biases start at 0.
-        rngs: random streams.
+        rngs: random streams; `params` draws the initial weights.
     """
 
     def __init__(self, width: int, rule: ClassicRule, std: float, rngs: nnx.Rngs) -> None:
@@ -243,9 +243,9 @@ class RecurrentRouter(ClassicRouter):
     """RMoE: scores from the state of a GRU that runs through the layers. See `routing.recurrent`.
 
     Args:
-        sizes, layer, rule, std, rngs: as for `ClassicRouter`.
+        sizes, layer, rule, std, rngs: see `ClassicRouter`.
         cell: shared by all layers; checkpoints hold it once, at layer 0.
-        width: p.
+        width: p, width of the recurrent state.
         recurrence: `full`, `detach` or `none`.
     """
 
