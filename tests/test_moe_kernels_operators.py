@@ -129,6 +129,19 @@ def compiled_layer_equals_eager(backend):
         torch.testing.assert_close(compiled(*leaves, expert), truth)
 
 
+def test_exports_whole_and_computes_with_later_inputs():
+    (x, combine, up, down, up_bias, down_bias), expert = tensors()
+
+    class Layer(nn.Module):
+        def forward(self, x, combine, expert):
+            return compute_experts(x, expert, combine, ExpertWeights(up, down, up_bias, down_bias))
+
+    layer, later = Layer(), (torch.randn_like(x), torch.rand_like(combine), expert.flip(0))
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x, combine, expert)).module()
+        torch.testing.assert_close(exported(*later), layer(*later))
+
+
 def test_compiles_whole_with_gradients():
     compiled_layer_equals_eager("aot_eager")
 

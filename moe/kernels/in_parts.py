@@ -88,7 +88,7 @@ class ManyRows:
         return y_TD
 
     def _in_slots(self, weights: ExpertWeights) -> tuple[Groups, TileMap]:
-        """Tiles by slot in place of expert: tiles of experts without a slot are unused, rows end where the expert's do."""
+        """Tiles by slot in place of expert; those of experts without a slot are unused. Rows end where the expert's do."""
         slot_E, end_E = weights.slot_E, self._groups.offset_C1[1:]
         if slot_E is None:
             return self._groups, self._map
