@@ -133,8 +133,12 @@ def test_exports_whole_and_computes_with_later_inputs():
     (x, combine, up, down, up_bias, down_bias), expert = tensors()
 
     class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.ParameterList([up, down, up_bias, down_bias])
+
         def forward(self, x, combine, expert):
-            return compute_experts(x, expert, combine, ExpertWeights(up, down, up_bias, down_bias))
+            return compute_experts(x, expert, combine, ExpertWeights(*self.weights))
 
     layer, later = Layer(), (torch.randn_like(x), torch.rand_like(combine), expert.flip(0))
     with torch.no_grad():

@@ -19,7 +19,7 @@ from .grouped.metadata import Groups, TileMap, group_rows
 from .grouped.metadata_kernels import UNUSED
 from .grouped.up import project_up
 from .launching.launch import execute
-from .launching.tiles import chosen_tiles
+from .launching.tuned import chosen_tiles
 from .operators import on_device_of
 from .weights.weights import ExpertWeights
 
@@ -88,7 +88,7 @@ class ManyRows:
         return y_TD
 
     def _in_slots(self, weights: ExpertWeights) -> tuple[Groups, TileMap]:
-        """Tiles by slot in place of expert; those of experts without a slot are unused. Rows end where the expert's do."""
+        """Tiles by slot, not by expert; those of experts without a slot are unused. Rows end where the expert's do."""
         slot_E, end_E = weights.slot_E, self._groups.offset_C1[1:]
         if slot_E is None:
             return self._groups, self._map

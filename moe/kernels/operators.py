@@ -19,7 +19,7 @@ from .grouped.backward import Needs, backward
 from .grouped.forward import forward
 from .grouped.metadata import Groups
 from .launching.launch import execute
-from .launching.tiles import chosen_tiles
+from .launching.tuned import chosen_tiles
 from .weights.flat import FlatWeights, flatten, unflatten
 from .weights.quantise import QuantisedWeight
 from .weights.weights import ExpertWeights

@@ -11,7 +11,8 @@ from torch import nn
 from moe.kernels.decode.rows import MAX_ROWS
 from moe.kernels.experts import weights_of
 from moe.kernels.launching.launch import Launch
-from moe.kernels.launching.tiles import chosen_tiles, num_processors
+from moe.kernels.launching.tiles import num_processors
+from moe.kernels.launching.tuned import chosen_tiles
 from moe.kernels.tuning.planned import compile_together, decode_launches, layer_launches, meta_weights
 from moe.kernels.tuning.tune import save_tuned, tune
 from moe.kernels.weights.weights import ExpertWeights

@@ -1,4 +1,4 @@
-"""Choose tiles by measuring, on request; the result is written where `tiles.chosen_tiles` finds it.
+"""Choose tiles by measuring, on request; the result is written where `tuned.chosen_tiles` finds it.
 
 Each matrix product of a layer is timed on its own, with every candidate; products that share a tile map must agree on
 their rows per tile, so the best pair for each number of rows is compared.
@@ -21,17 +21,8 @@ from routing.ground.files import write_json
 from ..grouped.backward import Needs, backward
 from ..grouped.forward import forward
 from ..launching.launch import Launch, execute
-from ..launching.tiles import (
-    LayerTiles,
-    Tile,
-    TunedFor,
-    number_format,
-    row_class,
-    tuned_document,
-    tuned_file,
-    tuned_tiles,
-    uniform_tiles,
-)
+from ..launching.tiles import LayerTiles, Tile, number_format, row_class, uniform_tiles
+from ..launching.tuned import TunedFor, tuned_document, tuned_file, tuned_tiles
 from ..weights.weights import ExpertWeights
 from .planned import compile_together, layer_launches
 
