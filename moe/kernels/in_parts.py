@@ -67,10 +67,7 @@ class ManyRows:
         """The rows of all experts that have a slot in `weights`."""
         groups, tiles = self._in_slots(weights)
         with on_device_of(self._x_TD):
-            project_up(
-                self._x_TD, groups, tiles, weights.up, weights.up_bias, None, self._activated_NF, weights.activation,
-                is_halves=weights.gates_first, tile=self._tiles.up, run=execute,
-            )  # fmt: skip
+            project_up(self._x_TD, groups, tiles, weights, None, self._activated_NF, tile=self._tiles.up, run=execute)
             project_down(
                 self._activated_NF, groups, tiles, weights.down, weights.down_bias, self._y_ND,
                 tile=self._tiles.down, run=execute,

@@ -92,6 +92,11 @@ class DecodePlan:
         ]
         return cls(num_rows, num_groups, tile, *splits)
 
+    @property
+    def block_t(self) -> int:
+        """Columns of a product: twice the mean rows per expert; 16 is the least of a product, 64 fits in registers."""
+        return min(max(16, triton.next_power_of_2(2 * self.num_rows // self.num_groups)), 64)
+
     def empty_rows(self, x_TD: Tensor) -> Tensor:
         """Room for what `decode_rows` writes, [S, N, D]."""
         return x_TD.new_empty(self.down_splits, self.num_rows, x_TD.shape[1], dtype=_sum_dtype(x_TD))
@@ -136,12 +141,9 @@ def _product(
 ) -> None:
     tile, slot_E, num_slots = plan.tile, weights.slot_E, weights.num_slots
     weight, bias = (weights.up, weights.up_bias) if is_up else (weights.down, weights.down_bias)
-    num_rows = expert_TK.numel()
-    _, num_outputs, num_inputs = weight.shape
+    num_rows, num_outputs, num_inputs = expert_TK.numel(), *weight.shape[1:]
     described = weight_arguments(weight, tile.block_in)
     block_in = described["BLOCK_IN"]
-    # twice the mean rows per expert: at least what a product can be, at most what its sums leave registers for
-    block_t = min(max(16, triton.next_power_of_2(2 * num_rows // plan.num_groups)), 64)
     arguments = {
         **slot_arguments(expert_TK, slot_E, weights.num_experts, num_slots),
         "in_ptr": x,
@@ -157,7 +159,7 @@ def _product(
         "HALVES": is_up and weights.gates_first,
         "HAS_BIAS": bias is not None,
         "ROWS": max(16, triton.next_power_of_2(num_rows)),
-        "BLOCK_T": block_t,
+        "BLOCK_T": plan.block_t,
         "BLOCK_OUT": tile.block_out,
         **described,
         **weights.activation.arguments(),

@@ -45,19 +45,7 @@ def forward(
     )
     pre_NO = x_TD.new_empty(num_rows, weights.num_outputs) if saves else None
     activated_NF = x_TD.new_empty(num_rows, weights.num_features)
-    project_up(
-        x_TD,
-        groups,
-        tile_map,
-        weights.up,
-        weights.up_bias,
-        pre_NO,
-        activated_NF,
-        weights.activation,
-        is_halves=weights.gates_first,
-        tile=tiles.up,
-        run=run,
-    )
+    project_up(x_TD, groups, tile_map, weights, pre_NO, activated_NF, tile=tiles.up, run=run)
     y_ND = x_TD.new_empty(num_rows, x_TD.shape[1])
     project_down(activated_NF, groups, tile_map, weights.down, weights.down_bias, y_ND, tile=tiles.down, run=run)
     y_TD = torch.empty_like(x_TD)

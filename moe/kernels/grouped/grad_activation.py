@@ -194,10 +194,7 @@ def grad_activation(
     described = weight_arguments(weight_CDF, min(max(wanted, 16), MOST_FEATURES))
     num_blocks = triton.cdiv(num_features, described["BLOCK_IN"])
     width = grad_TD.shape[1]
-    grad_pre_NO = torch.empty_like(pre_NO)
-    weighted_NF = pre_NO.new_empty(num_rows, num_features)
-    sum_dtype = torch.float64 if grad_TD.dtype == torch.float64 else torch.float32
-    grad_combine_BN = torch.zeros(num_blocks, num_rows, dtype=sum_dtype, device=grad_TD.device)
+    grad_pre_NO, weighted_NF, grad_combine_BN = _room_for_gradients(pre_NO, num_features, num_blocks)
     arguments = {
         "grad_ptr": grad_TD,
         "order_ptr": groups.order_N,
@@ -220,3 +217,11 @@ def grad_activation(
     }
     run(Launch(grad_activation_kernel, (len(tiles.slot_Q) * num_blocks,), arguments, tile.num_warps, tile.num_stages))
     return grad_pre_NO, weighted_NF, grad_combine_BN
+
+
+def _room_for_gradients(pre_NO: Tensor, num_features: int, num_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel writes; only the sums are zeroed, because it leaves padding rows out."""
+    num_rows = len(pre_NO)
+    sum_dtype = torch.float64 if pre_NO.dtype == torch.float64 else torch.float32
+    grad_combine_BN = torch.zeros(num_blocks, num_rows, dtype=sum_dtype, device=pre_NO.device)
+    return torch.empty_like(pre_NO), pre_NO.new_empty(num_rows, num_features), grad_combine_BN

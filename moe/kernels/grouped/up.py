@@ -11,9 +11,9 @@ from torch import Tensor
 from ..launching.launch import Launch, Run, arithmetic
 from ..launching.tiles import Tile
 from ..launching.tiling import tile_and_block
-from ..weights.activation import Activation, activate, inner_and_slope
-from ..weights.quantise import QuantisedWeight
+from ..weights.activation import activate, inner_and_slope
 from ..weights.weight_tile import Projection, memory_row, weight_arguments
+from ..weights.weights import ExpertWeights
 from .metadata import Groups, TileMap
 from .metadata_kernels import PADDING
 from .product import rows_by_weight, rows_of_tile
@@ -114,13 +114,10 @@ def project_up(
     x_TD: Tensor,
     groups: Groups,
     tiles: TileMap,
-    weight_COI: Tensor | QuantisedWeight,
-    bias_CO: Tensor | None,
+    weights: ExpertWeights,
     pre_NO: Tensor | None,
     activated_NF: Tensor,
-    activation: Activation,
     *,
-    is_halves: bool,
     tile: Tile,
     run: Run,
 ) -> None:
@@ -129,16 +126,13 @@ def project_up(
     Args:
         x_TD: tokens; unit stride along D.
         groups, tiles: from `group_rows`, or from `map_tiles` for other tile heights.
-        weight_COI: the up projection seen as [C, O, D].
-        bias_CO: its bias, contiguous, or None.
+        weights: the experts, of which the up projection, its bias and the activation are used.
         pre_NO: receives the sums in pair order, for the backward pass.
         activated_NF: receives the activations in grouped order; contiguous.
-        activation: the function between the projections.
-        is_halves: whether there are gates, and they lie before ups in memory.
         tile: sizes of one program's product; its `block_m` is that of `tiles`.
         run: what to do with the launch.
     """
-    num_outputs, num_inputs = weight_COI.shape[1:]
+    bias_CO, num_outputs = weights.up_bias, weights.num_outputs
     num_rows = len(groups.order_N)
     arguments = {
         "x_ptr": x_TD,
@@ -149,15 +143,15 @@ def project_up(
         "activated_ptr": activated_NF,
         "num_rows": num_rows,
         "num_outputs": num_outputs,
-        "num_inputs": num_inputs,
+        "num_inputs": weights.width,
         "top_k": num_rows // len(x_TD),
         "x_stride": x_TD.stride(0),
-        "HALVES": is_halves,
+        "HALVES": weights.gates_first,
         "HAS_BIAS": bias_CO is not None,
         "SAVE_PRE": pre_NO is not None,
         "BLOCK_OUT": tile.block_n,
-        **weight_arguments(weight_COI, tile.block_k),
-        **activation.arguments(),
+        **weight_arguments(weights.up, tile.block_k),
+        **weights.activation.arguments(),
         **arithmetic(x_TD.dtype),
     }
     grid = (len(tiles.slot_Q) * triton.cdiv(num_outputs, tile.block_n),)
