@@ -4,12 +4,14 @@ A compiler, an exporter and `torch.func` call a module with tensors that stand f
 (its address is 0), or memory that is not the value, so C that is given its address overwrites other memory.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-_TRACERS = (
+_FAKE, _PROXY, _FUNCTIONAL = (
     torch._C._TorchDispatchModeKey.FAKE,
     torch._C._TorchDispatchModeKey.PROXY,
     torch._C._TorchDispatchModeKey.FUNCTIONAL,
@@ -31,7 +33,9 @@ def has_plain_memory(*tensors: Tensor) -> bool:
         for tangents of forward-mode autodiff, for tensor subclasses (fake tensors among them), for tensors of other
         devices or layouts, and for views that are negated or zero by a flag alone.
     """
-    return not _is_traced() and all(map(_is_memory, tensors)) and not is_transformed(*tensors)
+    if _is_traced() or torch._C._are_functorch_transforms_active() or _has_tangent(tensors):
+        return False
+    return all(map(_is_memory, tensors))
 
 
 def has_known_values(tensor: Tensor) -> bool:
@@ -56,15 +60,21 @@ def is_transformed(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    if torch._C._are_functorch_transforms_active() or _is_traced():
-        return True
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return torch._C._are_functorch_transforms_active() or _is_traced() or _has_tangent(tensors)
 
 
 def _is_traced() -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+    mode_of = torch._C._get_dispatch_mode
+    return mode_of(_FAKE) is not None or mode_of(_PROXY) is not None or mode_of(_FUNCTIONAL) is not None
+
+
+def _has_tangent(tensors: Sequence[Tensor]) -> bool:
+    # no level is the usual case, and unpacking every tensor would cost more than the choice of a token's experts
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _is_memory(tensor: Tensor) -> bool:
