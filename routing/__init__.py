@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .traces import RoutingTrace
 
 if TYPE_CHECKING:
+    from .choice.plain_tensors import has_known_values, has_plain_memory, is_transformed
     from .choice.table_rows import gather_dot, gather_sum
     from .choice.top_k import top_experts
     from .contract.assignment import Routing
@@ -79,6 +80,9 @@ _HOME = {
     "MarginalStats": ".losses.marginals",
     "ProductKeyRouter": ".routers.tables.product_key",
     "TuckerKeyRouter": ".routers.tables.tucker_key",
+    "has_known_values": ".choice.plain_tensors",
+    "has_plain_memory": ".choice.plain_tensors",
+    "is_transformed": ".choice.plain_tensors",
     "gather_dot": ".choice.table_rows",
     "gather_sum": ".choice.table_rows",
     "top_experts": ".choice.top_k",
@@ -118,6 +122,9 @@ __all__ = [
     "expected_true_load",
     "gather_dot",
     "gather_sum",
+    "has_known_values",
+    "has_plain_memory",
+    "is_transformed",
     "limit_capacity",
     "modality_of",
     "planned_experts",

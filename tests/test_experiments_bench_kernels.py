@@ -22,7 +22,8 @@ from experiments.bench.expert_kernels.shapes import LayerShape
 from experiments.cli import app
 from moe.kernels import fused_experts
 from moe.kernels.launching.launch import is_interpreted
-from moe.kernels.launching.tiles import ROW_CLASSES, LayerTiles, Tile, TunedFor, row_class, tuned_tiles
+from moe.kernels.launching.tiles import ROW_CLASSES, LayerTiles, Tile, row_class
+from moe.kernels.launching.tuned import TunedFor, tuned_tiles
 
 SHAPE = LayerShape(width=128, features=128, num_experts=3, top_k=2)
 TIMES = kernel_timing.Times(1e-3, 1e-3, 1e-3, 1, is_graph=False)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import moe.parts.norm
+import moe.parts.cpu_training
 from moe.parts.attention import rotary_angles, rotate
 
 B, H, S, A = 2, 3, 5, 8
@@ -11,7 +11,7 @@ B, H, S, A = 2, 3, 5, 8
 
 @pytest.fixture(autouse=True, params=[0, 1 << 30], ids=["in place", "few numbers"])
 def fewest_numbers(request, monkeypatch):
-    monkeypatch.setattr(moe.parts.norm, "FEWEST_NUMBERS", request.param)
+    monkeypatch.setattr(moe.parts.cpu_training, "FEWEST_NUMBERS", request.param)
 
 
 def heads(dtype=torch.float64):

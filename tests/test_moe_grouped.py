@@ -68,7 +68,7 @@ def test_equals_grouped_mm_of_transformers_with_every_gradient(tiny_config, tole
 
 def test_negative_ids_are_refused(tiny_config):
     expert_TK = torch.tensor([[3, 1], [-1, 2]])
-    with pytest.raises(ValueError, match=r"must not be negative; got -1; pass 6 for nobody"):
+    with pytest.raises(ValueError, match=r"must not be negative; got -1; pass 6 for an empty slot"):
         grouped_experts(build(tiny_config), torch.randn(2, 32), expert_TK, torch.rand(2, 2))
 
 

@@ -9,7 +9,7 @@ from moe.kernels import ExpertWeights, compute_experts, dequantise, quantise
 from moe.kernels.decode import rows as decode_module
 from moe.kernels.grouped.forward import forward
 from moe.kernels.launching.launch import execute
-from moe.kernels.launching.tiles import chosen_tiles
+from moe.kernels.launching.tuned import chosen_tiles
 from moe.kernels.weights.activation import Activation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from moe.kernels.grouped.metadata import NOBODY, UNUSED, group_rows, map_tiles
+from moe.kernels.grouped.metadata import group_rows, map_tiles
+from moe.kernels.grouped.metadata_kernels import PADDING, UNUSED
 from moe.kernels.launching.launch import execute
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,9 +30,9 @@ def check(expert_TK, slots, num_experts, num_slots, block_m):
     expected = [
         (slot, start) for slot in range(num_slots) for start in range(offsets[slot], offsets[slot + 1], block_m)
     ]
-    expected += [(NOBODY.value, start) for start in range(offsets[-1], len(ids), block_m)]
+    expected += [(PADDING.value, start) for start in range(offsets[-1], len(ids), block_m)]
     for mapped in (tiles, map_tiles(groups, block_m, execute)):
-        found = list(zip(mapped.slot_I.tolist(), mapped.start_I.tolist(), strict=True))
+        found = list(zip(mapped.slot_Q.tolist(), mapped.start_Q.tolist(), strict=True))
         assert found[: len(expected)] == expected
         assert all(slot == UNUSED.value for slot, _ in found[len(expected) :])
 

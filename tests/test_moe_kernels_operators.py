@@ -1,5 +1,6 @@
 """The operators as PyTorch sees them: opcheck, torch.compile, autocast, and experts modules of transformers."""
 
+import dataclasses
 import importlib
 
 import pytest
@@ -13,6 +14,8 @@ from moe import Experts
 from moe.kernels import ExpertWeights, can_compute, compute_experts, fused_experts, quantise
 from moe.kernels.experts import activation_of
 from moe.kernels.weights.activation import Activation
+from moe.kernels.weights.flat import FlatWeights, flatten, unflatten
+from moe.kernels.weights.quantise import FORMATS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,37 +26,87 @@ def tensors(T=5, D=16, F=16, E=3, K=2):
     return leaves, torch.randint(E + 1, (T, K), device=DEVICE)
 
 
-NO_SCALES = (None, None, None, None)
-SETTINGS = ("dense", [], "silu", True, 1.0, None, 0.0, True)
-
-
 @pytest.mark.parametrize("saves", [True, False], ids=["training", "decode"])
 def test_opcheck_of_the_experts_operator(saves):
-    (x, combine, up, down, up_bias, down_bias), expert = tensors()
-    leaves = [x, combine, up, down, up_bias, down_bias]
-    leaves = leaves if saves else [leaf.detach() for leaf in leaves]
-    torch.library.opcheck(torch.ops.expertier.experts.default, (*leaves, expert, None, *NO_SCALES, *SETTINGS, saves))
+    leaves, expert = tensors()
+    x, combine, *projections = leaves if saves else [leaf.detach() for leaf in leaves]
+    arguments = (x, combine, expert, saves, *flatten(ExpertWeights(*projections)))
+    torch.library.opcheck(torch.ops.expertier.experts.default, arguments)
 
 
 def test_opcheck_of_the_backward_operator():
-    (x, combine, up, down, _, _), expert = tensors()
-    leaves = [leaf.detach() for leaf in (x, combine, up, down)]
+    leaves, expert = tensors()
+    x, combine, up, down, *_ = (leaf.detach() for leaf in leaves)
+    flat = flatten(ExpertWeights(up, down))
     with torch.no_grad():
-        y, *saved = torch.ops.expertier.experts(*leaves, None, None, expert, None, *NO_SCALES, *SETTINGS, True)
+        y, *saved = torch.ops.expertier.experts(x, combine, expert, True, *flat)
     needs = [True, True, True, False, False, False]
-    arguments = (torch.randn_like(y), *leaves, None, None, None, *NO_SCALES, *saved, *SETTINGS, needs)
+    arguments = (torch.randn_like(y), x, combine, *saved, needs, *flat)
     torch.library.opcheck(torch.ops.expertier.experts_backward.default, arguments)
 
 
 @pytest.mark.parametrize("saves", [True, False], ids=["training", "decode"])
 def test_opcheck_with_quantised_weights(saves):
     (x, combine, up, down, _, _), expert = tensors(D=32, F=32)
-    up, down = (quantise(weight.detach(), "int4", group=16) for weight in (up, down))
+    flat = flatten(ExpertWeights(*(quantise(weight.detach(), "int4", group=16) for weight in (up, down))))
+    assert (flat.format, flat.groups) == ("int4", [1, 16, 1, 16])
     leaves = (x, combine) if saves else (x.detach(), combine.detach())
-    scales = (up.scale, up.zero, down.scale, down.zero)
-    settings = ("int4", [1, 16, 1, 16], *SETTINGS[2:])
-    arguments = (*leaves, up.data, down.data, None, None, expert, None, *scales, *settings, saves)
-    torch.library.opcheck(torch.ops.expertier.experts.default, arguments)
+    torch.library.opcheck(torch.ops.expertier.experts.default, (*leaves, expert, saves, *flat))
+
+
+def weights_of_every_kind():
+    (_, _, up, down, up_bias, down_bias), _ = tensors(D=32, F=32)
+    up, down, up_bias, down_bias = (leaf.detach() for leaf in (up, down, up_bias, down_bias))
+    slot = torch.tensor([2, -1, 0, 1], dtype=torch.int32, device=DEVICE)
+    gpt_oss = Activation("gelu", True, 1.702, 7.0, 1.0)
+    yield "dense", ExpertWeights(up, down)
+    yield "everything", ExpertWeights(up, down, up_bias, down_bias, gpt_oss, is_halves=False, slot_E=slot)
+    yield "one bias", ExpertWeights(up, down, None, down_bias)
+    yield "no gate", ExpertWeights(up[:, :32], down, activation=Activation("relu2", gated=False))
+    for name in FORMATS:
+        group = {"group": 16} if name == "int4" else {}
+        both = (quantise(weight, name, **group) for weight in (up, down))
+        yield name, ExpertWeights(*both, up_bias, down_bias, gpt_oss, slot_E=slot)
+
+
+def fields_of(value):
+    """All plain values and tensors of a dataclass, nested ones included."""
+    if dataclasses.is_dataclass(value):
+        return {f"{key}.{inner}": leaf for key in vars(value) for inner, leaf in fields_of(vars(value)[key]).items()}
+    return {"": value}
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), list(weights_of_every_kind()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_flat_weights_are_the_same_weights_again(name, weights):
+    found, wanted = fields_of(unflatten(flatten(weights))), fields_of(weights)
+    assert list(found) == list(wanted)
+    for key, value in wanted.items():
+        assert found[key] is value if isinstance(value, torch.Tensor) else found[key] == value, key
+
+
+def test_flat_weights_put_their_tensors_aside_and_take_them_back():
+    for _, weights in weights_of_every_kind():
+        flat = flatten(weights)
+        plain = flat.without_tensors()
+        assert not any(isinstance(value, torch.Tensor) for value in plain)
+        back = plain.with_tensors(flat.tensors())
+        assert all(found is wanted for found, wanted in zip(back, flat, strict=True))
+
+
+def test_casting_leaves_codes_scales_and_slots_alone():
+    by_name = {name: flatten(weights, torch.float64) for name, weights in weights_of_every_kind()}
+    dense, int4 = by_name["everything"], by_name["int4"]
+    assert {leaf.dtype for leaf in (dense.up, dense.down, dense.up_bias, dense.down_bias)} == {torch.float64}
+    assert dense.slot.dtype == torch.int32
+    assert (int4.up.dtype, int4.up_scale.dtype, int4.up_bias.dtype) == (torch.uint8, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("name", ["experts", "experts_backward"])
+def test_operators_end_with_the_fields_of_flat_weights(name):
+    arguments = getattr(torch.ops.expertier, name).default._schema.arguments
+    assert tuple(argument.name for argument in arguments[-len(FlatWeights._fields) :]) == FlatWeights._fields
 
 
 def compiled_layer_equals_eager(backend):
@@ -74,6 +127,23 @@ def compiled_layer_equals_eager(backend):
         torch.testing.assert_close(gradient, exact)
     with torch.no_grad():
         torch.testing.assert_close(compiled(*leaves, expert), truth)
+
+
+def test_exports_whole_and_computes_with_later_inputs():
+    (x, combine, up, down, up_bias, down_bias), expert = tensors()
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.ParameterList([up, down, up_bias, down_bias])
+
+        def forward(self, x, combine, expert):
+            return compute_experts(x, expert, combine, ExpertWeights(*self.weights))
+
+    layer, later = Layer(), (torch.randn_like(x), torch.rand_like(combine), expert.flip(0))
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x, combine, expert)).module()
+        torch.testing.assert_close(exported(*later), layer(*later))
 
 
 def test_compiles_whole_with_gradients():

@@ -13,9 +13,10 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from moe.kernels import ExpertWeights, quantise
-from moe.kernels.launching import tiles as tile_table
+from moe.kernels.launching import tuned
 from moe.kernels.launching.launch import is_interpreted
-from moe.kernels.launching.tiles import LayerTiles, Tile, TunedFor, chosen_tiles, table_tiles, tuned_file, tuned_tiles
+from moe.kernels.launching.tiles import LayerTiles, Tile, table_tiles
+from moe.kernels.launching.tuned import TunedFor, chosen_tiles, tuned_file, tuned_tiles
 from moe.kernels.tuning.tune import PRODUCTS, measure_on_device, save_tuned, tune
 from moe.kernels.weights.activation import Activation
 
@@ -160,7 +161,7 @@ def test_of_several_tuned_layers_the_most_similar_counts(monkeypatch):
 
 
 def _pretend_a_device(monkeypatch):
-    monkeypatch.setattr(tile_table, "is_interpreted", lambda: False)
+    monkeypatch.setattr(tuned, "is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: DEVICE_NAME)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 

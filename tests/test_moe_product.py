@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import moe.parts.cpu_training
 import moe.parts.linear
-import moe.parts.norm
 from moe.parts.linear import Linear, matmul, mkl_is_half_as_wide
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -16,7 +16,7 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 @pytest.fixture
 def onednn(monkeypatch):
     monkeypatch.setattr(moe.parts.linear, "mkl_is_half_as_wide", lambda: True)
-    monkeypatch.setattr(moe.parts.norm, "FEWEST_NUMBERS", 1)
+    monkeypatch.setattr(moe.parts.cpu_training, "FEWEST_NUMBERS", 1)
 
 
 @needs_onednn

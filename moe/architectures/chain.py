@@ -1,4 +1,4 @@
-"""Chain-of-Experts: a layer's tokens pass its one bank of experts several times, each time routed anew.
+"""Chain-of-Experts: tokens pass a layer's one bank of experts several times and are routed again each time.
 
 Shapes: T tokens, D model width.
 """
@@ -33,8 +33,8 @@ class ChainLayer(ExpertBank):
     Args:
         config: the model's config; K is per iteration.
         gates: C routers, or one for all iterations.
-        iterations: C.
-        residual: `stream` or `normed`.
+        iterations: how often tokens pass the layer's experts, at least 1.
+        residual: what each iteration adds to: the residual `stream`, or its `normed` copy.
 
     Source: Wang et al. 2025 (Chain-of-Experts), arXiv:2506.18945, eqs. 3-6; `normed` is what the official code runs.
     """
@@ -73,7 +73,7 @@ def chain_of_experts(
 
     Args:
         config: sizes and router; `num_experts_per_tok` counts per iteration, so a chain of K / C costs what K do.
-        iterations: C.
+        iterations: how often tokens pass the layer's experts, at least 1.
         residual: `stream` is the ordinary pre-norm residual; `normed`, the published one, replaces the stream.
         shared_gate: one router for all iterations instead of one each.
 

@@ -1,4 +1,4 @@
-"""Duo-LLM: every layer has a big and a small feed-forward, and perhaps none at all; who takes which is learnt later.
+"""Duo-LLM: each layer has a big and a small feed-forward and can be skipped; which token takes which is learnt.
 
 Shapes: T tokens, D model width, L layers, R modules of a layer.
 """
@@ -20,6 +20,7 @@ from ..parts.flops import LayerFlops, projection_flops
 from .body import Body
 
 Stage = Literal["random", "router"]
+# ids of a layer's modules, in the order in which the layer holds them
 BIG, SMALL, SKIP = 0, 1, 2
 
 
@@ -33,10 +34,10 @@ class DuoRouter(RouterModule):
     Args:
         sizes: D, and as "experts" the two feed-forwards, with a `zero` expert for skipping.
         layer: which layer this router serves.
-        stage: `random` or `router`.
+        stage: `random` draws modules in training, `router` learns them.
         temperature: inside the exponential, before the first step.
         final_temperature: from step `temperature_steps` on; in between it falls geometrically.
-        temperature_steps: see there.
+        temperature_steps: optimiser steps until `final_temperature`, at least 1.
 
     Source: Alizadeh et al. 2024 (Duo-LLM), arXiv:2410.10846, sections 3.1 and 3.3.
     """
@@ -88,7 +89,6 @@ class DuoLayer(RoutedLayer):
 
     Args:
         config: D, and the big one's width `intermediate_size`.
-        router: this layer's router.
         small_width: of the small one.
     """
 
@@ -196,7 +196,7 @@ def duo_llm(
 
     Args:
         config: D, L and `intermediate_size`, the big one's width; experts and expert routers are not used.
-        stage: `random` draws modules in training and is all big outside it; `router` learns who takes which.
+        stage: `random` draws modules in training and is all big outside it; `router` learns which token takes which.
         skip: whether tokens may also skip a layer's feed-forward.
         small_width: of the small one; a sixteenth of the big one without it.
         budget: share of big modules that stage `router` is held to.

@@ -51,7 +51,7 @@ class GroupFusion(nn.Module):
     """Mixes the groups, place by place within a group; starts as the identity.
 
     Args:
-        num_groups: E.
+        num_groups: E, groups of features that are fused.
         group_width: features of a group.
     """
 
@@ -73,8 +73,6 @@ class FeatureGroupLayer(RoutedLayer):
     """A router over groups of features, a feed-forward network, and the fusion of the groups.
 
     Args:
-        config: the model's config.
-        router: this layer's router.
         shared_width: features that every token keeps.
     """
 

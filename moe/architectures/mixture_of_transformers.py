@@ -43,7 +43,7 @@ class ByModality(nn.Module):
     """The same kind of module once per modality; each row goes through its own.
 
     Args:
-        num_modalities: E.
+        num_modalities: E, copies of the module.
         make: makes one of them.
     """
 
@@ -98,7 +98,6 @@ class ModalityDecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward; only attention mixes modalities.
 
     Args:
-        config: the model's config.
         layer_idx: its place in the decoder.
         mlp: routed layer with one expert per modality.
         first_ids: the first token id of each modality.

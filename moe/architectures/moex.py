@@ -17,7 +17,6 @@ class MoEXLayer(MoELayer):
     """A MoELayer whose router reads the statistics of its experts' weights.
 
     Args:
-        config: the model's config.
         layer: which MoE layer this is.
     """
 

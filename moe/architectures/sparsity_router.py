@@ -12,6 +12,7 @@ from routing import Carry, RouterModule, RouterSizes, RouterStats, Routing, Rout
 
 from ..experts.relu import ReluExperts
 
+# far below any variance of trained pre-activations; keeps the score of a token of zeros finite
 LEAST_VARIANCE = 1e-12
 
 

@@ -1,19 +1,18 @@
-"""SwiGLU experts on a CPU, in blocks of one expert's rows: what lies between two products never leaves the cache.
+"""SwiGLU experts on a CPU, in blocks of one expert's rows: intermediate results between two products stay in the cache.
 
-The mathematics is that of `kernels/README.md`: the backward pass recomputes the activation from what preceded it, so
-the input, that and the routing are all that is kept. Products are in the number format of the experts (or of autocast),
-everything else is in float32 at least.
+The mathematics is that of `kernels/README.md`. The backward pass recomputes the activation from the pre-activation, so
+only the input, the pre-activation and the routing are kept. Products are in the number format of the experts (or of
+autocast), everything else is in float32 at least.
 
-Where oneDNN multiplies (bfloat16, and float32 on some processors) the rows of a block are filled up with zeros to a
-multiple of `ROWS_TOGETHER`: it prepares each number of rows anew, which costs more than the product itself, and so
-meets only a few.
+Where oneDNN multiplies (bfloat16, and float32 on some processors), blocks are padded with zero rows to a multiple of
+`ROWS_TOGETHER`. oneDNN builds a new primitive for each new row count, which costs more than the product itself; padding
+keeps the number of different row counts small.
 
-Shapes: T tokens, K slots, N = T * K routed rows sorted by expert, P places of rows, fillings included; M places of one
-block; E experts, D model width, F expert width, O = 2F.
+Shapes: T tokens, K slots, N = T * K routed rows sorted by expert, P places of rows (padding included), M places of one
+block, E experts, D model width, F expert width, O = 2F.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,59 +20,16 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from ..parts.linear import matmul, suits_onednn
+from .blocks import Block, blocks_of
 
+# multiple of rows in a block: a larger one pads more rows, a smaller one lets oneDNN build more primitives; no record
+# of other values
 ROWS_TOGETHER = 64
-# of a block's widest tensor, so that all of them stay in the cache
+# most numbers in a block's widest tensor, 2 MiB of float32: larger blocks leave the cache, smaller ones make more
+# calls. Set for the records 2026-11-21 (Intel) and 2026-11-29 (AMD) of training throughput; no record of other values
 BLOCK_NUMBERS = 1 << 19
+# rows of a block at least, however wide the experts: below, products are too low for their threads; no record of others
 LEAST_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some rows of one expert.
-
-    Args:
-        expert: whose.
-        rows: where they are among the N sorted rows.
-        places: where they are among the P places; the first ones are theirs, the others are filled with zeros.
-    """
-
-    expert: int
-    rows: slice
-    places: slice
-
-    @property
-    def num_rows(self) -> int:
-        """Fillings not counted."""
-        return self.rows.stop - self.rows.start
-
-    @property
-    def num_places(self) -> int:
-        """M."""
-        return self.places.stop - self.places.start
-
-
-def blocks_of(ends: Sequence[int], most_rows: int, together: int) -> list[Block]:
-    """Cut every expert's rows into blocks of about equal size.
-
-    Args:
-        ends: the row after each expert's last one.
-        most_rows: of a block; a multiple of `together`.
-        together: the number of places of a block is a multiple of this.
-
-    Returns:
-        The blocks in order; rows and places follow each other without gaps.
-    """
-    blocks, row, place = [], 0, 0
-    for expert, end in enumerate(ends):
-        units = -(-(end - row) // together)
-        parts = -(-units * together // most_rows)
-        for part in range(parts):
-            size = (units * (part + 1) // parts - units * part // parts) * together
-            rows = slice(row, min(row + size, end))
-            blocks.append(Block(expert, rows, slice(place, place + size)))
-            row, place = rows.stop, place + size
-    return blocks
 
 
 def blockwise_experts(
@@ -88,13 +44,13 @@ def blockwise_experts(
     """Weighted sum of the chosen SwiGLU experts' outputs.
 
     Args:
-        x_TD: inputs.
-        combine_TK: combine weights.
+        x_TD: tokens; their dtype is that of the result.
+        combine_TK: floating-point combine weights; no normalisation is assumed.
         up_EDO: gate and up projection, gates before ups, as the right factor of a product; any strides.
         down_EFD: the down projection likewise.
-        order_N: the routed row (`token * K + k`) at each place of the order by expert; rows of nobody come last.
+        order_N: the routed row (`token * K + k`) at each place of the order by expert; padding rows come last.
         ends: the row after each expert's last one.
-        dtype: in which products are computed.
+        dtype: the number format of the products.
 
     Returns:
         [T, D] in the dtype of `x_TD`.
@@ -155,11 +111,11 @@ class _Rows:
         self.combine_N1 = self.combine_TK.to(self.wide).reshape(-1, 1)[order_N]
 
     def gather(self, x_TD: Tensor, block: Block) -> Tensor:
-        """[M, D]: the tokens of a block, zeros in the fillings."""
+        """[M, D]: the tokens of a block, zeros in the padding."""
         return _filled(x_TD.index_select(0, self.token_N[block.rows]), block)
 
     def combine(self, block: Block) -> Tensor:
-        """[M, 1]: the combine weights of a block, zeros in the fillings."""
+        """[M, 1]: the combine weights of a block, zeros in the padding."""
         return _filled(self.combine_N1[block.rows], block)
 
     def add(self, sum_TD: Tensor, y_MD: Tensor, block: Block) -> None:
@@ -173,7 +129,7 @@ def _filled(rows: Tensor, block: Block) -> Tensor:
 
 
 class _Gradients:
-    """What the backward pass has added up so far; None where nobody asked."""
+    """The gradients summed so far by the backward pass; None where none is asked for."""
 
     def __init__(
         self,

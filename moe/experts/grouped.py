@@ -16,15 +16,21 @@ from torch.nn.functional import grouped_mm
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+from routing import has_known_values, is_transformed
+
 from .blockwise import blockwise_experts
 from .looped_product import looped_product
 
-# up to here, without gradient, a loop in Python costs less than looking at every expert
+# routed rows up to which, without gradient, a loop in Python costs less than looking at every expert; two cores of an
+# Intel processor, record 2026-11-21_kernels-cpu
 LOOPED_ROWS = 32
-# with gradient, from so many experts per row and bytes of weights on, a loop that leaves idle experts out is faster
+# with gradient, experts per row and bytes of weights from which a loop that leaves idle experts out is faster. For one
+# token it took 0.73 of the time with 200 MB of weights and 0.82 with 100 MB, but 1.03 with 25 MB; with as many rows as
+# experts 1.07; same record
 LOOPED_EXPERTS = 4
 LOOPED_BYTES = 32 << 20
-# from so many rows per expert on, what blocks save in the cache is more than what they cost in Python
+# rows per expert from which blocks save more in the cache than they cost in Python; used by both records of training
+# throughput (256 and more rows per expert); no record of other values
 BLOCKWISE_ROWS = 192
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -34,9 +40,9 @@ def expertier_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weigh
 
     Args:
         experts: an experts module of transformers or ours: projections and layout flags.
-        x_TD: inputs.
+        x_TD: tokens; their dtype is that of the result.
         expert_TK: int64 ids; ids >= E contribute nothing.
-        weight_TK: combine weights.
+        weight_TK: floating-point combine weights; no normalisation is assumed.
 
     Returns:
         [T, D] in the dtype of `x_TD`.
@@ -55,9 +61,9 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
 
     Args:
         experts: an experts module of transformers or ours: projections and layout flags.
-        x_TD: inputs.
+        x_TD: tokens; their dtype is that of the result.
         expert_TK: int64 ids; ids >= E contribute nothing.
-        weight_TK: combine weights.
+        weight_TK: floating-point combine weights; no normalisation is assumed.
 
     Returns:
         [T, D] in the dtype of `x_TD`.
@@ -69,7 +75,8 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
     E = experts.num_experts
     expert_N, order_N = expert_TK.flatten().sort(stable=True)
     groups = _groups(expert_N, E)
-    if groups.ends is not None and T * K >= BLOCKWISE_ROWS * E and _is_swiglu(experts):
+    is_blockwise = groups.ends is not None and T * K >= BLOCKWISE_ROWS * E and _is_swiglu(experts)
+    if is_blockwise and not is_transformed(x_TD, weight_TK, experts.gate_up_proj, experts.down_proj):
         rights = (_right(experts, "gate_up_proj"), _right(experts, "down_proj"))
         return blockwise_experts(x_TD, weight_TK, *rights, order_N, groups.ends, _product_dtype(experts.down_proj))
     expert_N = expert_N.clamp(max=E - 1) if experts.has_bias else expert_N
@@ -107,10 +114,10 @@ def _groups(expert_N: Tensor, num_experts: int) -> _Groups:
     """The ends of runs of equal ids among sorted ones; a search costs less than counting, and no waiting on a GPU."""
     wanted_E = torch.arange(num_experts, device=expert_N.device)
     end_E = torch.searchsorted(expert_N, wanted_E, right=True, out_int32=True)
-    if expert_N.device.type != "cpu" or torch.compiler.is_compiling():
+    if not has_known_values(expert_N):
         return _Groups(end_E, None, len(expert_N))
     if len(expert_N) and (first := expert_N[0].item()) < 0:
-        raise ValueError(f"expert ids must not be negative; got {first}; pass {num_experts} for nobody")
+        raise ValueError(f"expert ids must not be negative; got {first}; pass {num_experts} for an empty slot")
     return _Groups(end_E, end_E.tolist(), len(expert_N))
 
 
@@ -150,10 +157,12 @@ def _project(x_ND: Tensor, experts: nn.Module, name: str, groups: _Groups, exper
 
 def _product(x_ND: Tensor, right_EDF: Tensor, groups: _Groups) -> Tensor:
     """The faster of two ways: a loop over the experts in use, or `grouped_mm`, which looks at all of them."""
-    is_compiling_cpu = not x_ND.is_cuda and torch.compiler.is_compiling()
+    # compiled, exported or batched: the loop as one operator
+    is_opaque = not x_ND.is_cuda and groups.ends is None
     is_training = torch.is_grad_enabled() and (x_ND.requires_grad or right_EDF.requires_grad)
-    is_few = groups.ends is not None and _is_few(groups.num_rows, right_EDF, is_training)
-    if x_ND.dtype == torch.float64 or is_compiling_cpu or is_few:
+    is_plain = groups.ends is not None and not is_transformed(x_ND, right_EDF)
+    is_few = is_plain and _is_few(groups.num_rows, right_EDF, is_training)
+    if x_ND.dtype == torch.float64 or is_opaque or is_few:
         return looped_product(x_ND, right_EDF, groups.ends or groups.end_E)
     if groups.has_all_rows:
         return grouped_mm(x_ND, right_EDF, offs=groups.end_E)

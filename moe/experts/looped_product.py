@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from routing import is_transformed
+
 
 def looped_product(x_NI: Tensor, right_EIO: Tensor, ends: Sequence[int] | Tensor) -> Tensor:
     """Multiply rows `ends[e - 1] .. ends[e]` by `right[e]`.
@@ -24,11 +26,22 @@ def looped_product(x_NI: Tensor, right_EIO: Tensor, ends: Sequence[int] | Tensor
     Returns:
         [N, O]; rows after the last group are zero.
     """
+    if is_transformed(x_NI, right_EIO):
+        return _product_of_all(x_NI, right_EIO, ends)
     if isinstance(ends, Tensor):
         return torch.ops.expertier.looped_product(x_NI, right_EIO, ends)
     if torch.is_grad_enabled() and (x_NI.requires_grad or right_EIO.requires_grad):
         return _LoopedProduct.apply(x_NI, right_EIO, ends)
     return _multiply(x_NI, right_EIO, ends)
+
+
+def _product_of_all(x_NI: Tensor, right_EIO: Tensor, ends: Sequence[int] | Tensor) -> Tensor:
+    """Every row by every matrix, E times the work, of operations that `torch.func` batches and differentiates."""
+    end_E = torch.as_tensor(ends, device=x_NI.device)
+    start_E = torch.cat([torch.zeros_like(end_E[:1]), end_E[:-1]])
+    place_N = torch.arange(len(x_NI), device=x_NI.device)
+    is_own_EN = (place_N >= start_E[:, None]) & (place_N < end_E[:, None])
+    return torch.where(is_own_EN[..., None], x_NI @ right_EIO, 0.0).sum(dim=0)
 
 
 class _LoopedProduct(torch.autograd.Function):

@@ -16,9 +16,9 @@ def swiglu_experts_reference(
     Args:
         x_TD: inputs; fp64 for gradient checks.
         expert_TK: int64 ids; ids outside 0..E-1 contribute nothing.
-        weight_TK: combine weights.
+        weight_TK: floating-point combine weights; no normalisation is assumed.
         gate_up_proj: [E, 2F, D], gate rows before up rows.
-        down_proj: [E, D, F].
+        down_proj: [E, D, F], in the dtype of `gate_up_proj`.
 
     Returns:
         [T, D].

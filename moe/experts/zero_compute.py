@@ -19,7 +19,7 @@ class ZeroComputeExperts(nn.Module):
 
     Args:
         kinds: `zero`, `copy` or `constant` for each of them.
-        width: D.
+        width: D, the width of tokens in and out.
     """
 
     def __init__(self, kinds: Sequence[str], width: int) -> None:

@@ -37,7 +37,7 @@ class EnsembleConfig(PreTrainedConfig):
         members: their configs as dicts with `model_type`.
         weighting: `uniform`, or `posterior` by the likelihood of the tokens before.
         prior: probability of each member before any token; uniform if not given. `uniform` uses no prior.
-        members_used: mix only so many members of the largest weight, renormalised; all if not given.
+        members_used: how many members are mixed, those of the largest weights, renormalised; None mixes all.
 
     Raises:
         ValueError: if a value does not fit.
@@ -103,7 +103,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal language model whose logits are log probabilities of the mixture.
 
     Args:
-        config: members and weighting.
+        config: configs of the members, and how they are weighed.
     """
 
     config_class = EnsembleConfig
@@ -135,12 +135,12 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """Log probabilities of the mixture, and the loss when `labels` are given.
 
         Args:
-            input_ids: int64 [B, S].
-            attention_mask: 0 for padding, whose tokens are no evidence.
+            input_ids: int64 [B, S] vocabulary ids; with a cache, the new ones only.
+            attention_mask: 0 for padding, which does not change the weights of members.
             past_key_values: of the calls before.
             labels: the same tokens as `input_ids`; -100 is ignored.
             use_cache: whether to return a cache.
-            logits_to_keep: return only the last so many positions; 0 means all.
+            logits_to_keep: number of last positions to return; 0 returns all.
             **kwargs: handed to the members, such as `position_ids`.
         """
         if use_cache and past_key_values is None:
@@ -224,7 +224,7 @@ def ensemble(
 
     Args:
         members: causal language models over one vocabulary, of any sizes and families.
-        weighting, prior, members_used: as for `EnsembleConfig`.
+        weighting, prior, members_used: how members are weighed; see `EnsembleConfig`.
 
     Raises:
         ValueError: if there is no member, or they do not fit together.

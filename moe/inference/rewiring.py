@@ -28,7 +28,7 @@ class Rewiring:
         every: tokens generated between two fits.
         selection: which layers are fitted: `all`, `hard` (the best `share` of them), `soft` (all, each by its
             confidence relative to the largest).
-        share: of `hard`.
+        share: for `hard`, the share of layers that change, in (0, 1].
         reading: what counts as confident. The published formula, the mean of -log p over selected experts, is larger
             for flatter routing, its text says the opposite: `flat` follows the formula, `sharp` the text.
 
@@ -62,12 +62,12 @@ def generate_rewired(
     """Generate for one request; offsets start at zero and are gone afterwards.
 
     Before each stretch, the offsets are fitted on the cross entropy of the whole context so far, whose keys and values
-    are then computed anew with them.
+    are then recomputed with them.
 
     Args:
         model: a resident model, ours or transformers'.
         token_1S: int64 [1, S], the prompt, at least 2 tokens.
-        settings: of the fit.
+        settings: steps and learning rate of the fit, and how often it is repeated.
         max_new_tokens: in all stretches together.
         **options: of `generate`.
 

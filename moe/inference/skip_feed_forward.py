@@ -55,8 +55,8 @@ def skip_feed_forward(
             residual stream.
         threshold: cosine of the stream before and after a feed-forward from which on later ones are skipped; above 1
             nothing is.
-        cold_head, cold_tail: so many layers at the beginning and the end never skip.
-        warm_up: so many decoded tokens of a request run everything.
+        cold_head, cold_tail: number of layers at the beginning and the end that never skip.
+        warm_up: number of decoded tokens of a request that skip nothing.
 
     Yields:
         The report, which counts while the model runs.

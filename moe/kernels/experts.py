@@ -18,8 +18,11 @@ from .weights.weights import ExpertWeights
 
 LIMIT_NAMES = ("limit", "swiglu_limit")
 ALPHA_NAMES = ("alpha", "swiglu_alpha")
+# slope of x * sigmoid(alpha * x) that approximates GELU; Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2
 QUICK_GELU_ALPHA = 1.702
+# numbers from -9 to 9 on which activations are compared: enough to tell the known ones apart
 PROBE_ROWS, PROBE_FEATURES = 64, 4
+# Ampere: older devices have no bfloat16 tensor cores and no asynchronous copies
 OLDEST_CAPABILITY = (8, 0)
 
 _recognised: dict[tuple, tuple | None] = {}
@@ -29,17 +32,18 @@ def can_compute(experts: nn.Module, x_TD: Tensor) -> bool:
     """Whether the kernels compute this module on this input's device.
 
     Args:
-        experts: an experts module.
-        x_TD: its input.
+        experts: an experts module of transformers or ours.
+        x_TD: its input, of which only the device is looked at.
 
     Returns:
-        False for norms after the experts, unknown activations, number formats or devices without kernels.
+        True if the kernels compute it; False for norms after the experts, unknown activations, and number formats or
+        devices without kernels.
     """
     return can_compute_in(experts, experts.down_proj.dtype, x_TD.device)
 
 
 def can_compute_in(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
-    """The same for a module whose weights, of this dtype, are elsewhere."""
+    """`can_compute` for weights of a given dtype that will lie on a given device."""
     # transformers before 5.23 has no norms after experts, and no such flag
     has_norm = getattr(experts, "has_post_expert_norm", False)
     if has_norm or dtype not in TRITON_TYPES or not _is_device_ready(device):
@@ -52,9 +56,9 @@ def fused_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_TK
 
     Args:
         experts: an experts module that `can_compute` accepts.
-        x_TD: inputs.
+        x_TD: tokens; their dtype is that of the result.
         expert_TK: int64 ids; ids >= E contribute nothing.
-        weight_TK: combine weights.
+        weight_TK: floating-point combine weights; no normalisation is assumed.
 
     Returns:
         [T, D] in the dtype of `x_TD`.
@@ -66,10 +70,7 @@ def weights_of(experts: nn.Module) -> ExpertWeights:
     """The module's parameters as the kernels see them: views, no copies.
 
     Args:
-        experts: an experts module.
-
-    Returns:
-        Its weights.
+        experts: an experts module of transformers or ours.
 
     Raises:
         ValueError: if its activation is none that the kernels know.
@@ -95,10 +96,7 @@ def activation_of(experts: nn.Module) -> Activation | None:
     """The kernels' name for what the module does between its projections; None if they have none.
 
     Args:
-        experts: an experts module.
-
-    Returns:
-        The activation.
+        experts: an experts module of transformers or ours.
     """
     settings = _settings_at(id(experts)) if torch.compiler.is_compiling() else _settings_of(experts)
     return None if settings is None else Activation(*settings)

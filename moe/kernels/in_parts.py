@@ -1,9 +1,9 @@
-"""The forward pass in parts: experts come one after the other, and the result has the bits it has with all there.
+"""The forward pass in parts: experts arrive one after the other; the result is bit-identical to that of one call.
 
-Every routed row has its own place in one buffer, the work is cut in the same way whichever slots hold the experts, and
+Every routed row has its own place in one buffer. The work is cut in the same way whichever slots hold the experts, and
 the weighted sum runs once at the end. So neither the order of the parts nor the number of slots changes a bit.
 
-Shapes: T tokens, K experts per token, N = T * K routed rows, E experts, C slots, D model width, S splits, I tiles.
+Shapes: T tokens, K experts per token, N = T * K routed rows, E experts, C slots, D model width, S splits, Q tiles.
 """
 
 from dataclasses import replace
@@ -15,10 +15,11 @@ from .decode.combine import combine_rows
 from .decode.rows import MAX_ROWS, DecodePlan, decode_rows
 from .grouped.down import project_down
 from .grouped.gather_sum import gather_sum
-from .grouped.metadata import UNUSED, Groups, TileMap, group_rows
+from .grouped.metadata import Groups, TileMap, group_rows
+from .grouped.metadata_kernels import UNUSED
 from .grouped.up import project_up
 from .launching.launch import execute
-from .launching.tiles import chosen_tiles
+from .launching.tuned import chosen_tiles
 from .operators import on_device_of
 from .weights.weights import ExpertWeights
 
@@ -66,10 +67,7 @@ class ManyRows:
         """The rows of all experts that have a slot in `weights`."""
         groups, tiles = self._in_slots(weights)
         with on_device_of(self._x_TD):
-            project_up(
-                self._x_TD, groups, tiles, weights.up, weights.up_bias, None, self._activated_NF, weights.activation,
-                is_halves=weights.gates_first, tile=self._tiles.up, run=execute,
-            )  # fmt: skip
+            project_up(self._x_TD, groups, tiles, weights, None, self._activated_NF, tile=self._tiles.up, run=execute)
             project_down(
                 self._activated_NF, groups, tiles, weights.down, weights.down_bias, self._y_ND,
                 tile=self._tiles.down, run=execute,
@@ -87,15 +85,15 @@ class ManyRows:
         return y_TD
 
     def _in_slots(self, weights: ExpertWeights) -> tuple[Groups, TileMap]:
-        """Tiles with slots in place of experts, those without one unused; a slot's rows end where its expert's do."""
+        """Tiles by slot, not by expert; those of experts without a slot are unused. Rows end where the expert's do."""
         slot_E, end_E = weights.slot_E, self._groups.offset_C1[1:]
         if slot_E is None:
             return self._groups, self._map
-        expert_I = self._map.slot_I
-        slot_I = torch.where(expert_I >= 0, slot_E[expert_I.clamp(min=0).long()], UNUSED.value)
+        expert_Q = self._map.slot_Q
+        slot_Q = torch.where(expert_Q >= 0, slot_E[expert_Q.clamp(min=0).long()], UNUSED.value)
         # experts without a slot write to the first element, which no tile reads
         offset_C1 = end_E.new_zeros(weights.num_slots + 1).scatter_(0, slot_E.long() + 1, end_E)
-        return replace(self._groups, offset_C1=offset_C1), replace(self._map, slot_I=slot_I)
+        return replace(self._groups, offset_C1=offset_C1), replace(self._map, slot_Q=slot_Q)
 
 
 def rows_in_parts(x_TD: Tensor, expert_TK: Tensor, weights: ExpertWeights) -> FewRows | ManyRows:
@@ -108,7 +106,8 @@ def rows_in_parts(x_TD: Tensor, expert_TK: Tensor, weights: ExpertWeights) -> Fe
 
     Returns:
         An object with `compute(weights)`, once per expert in any grouping; `put` for rows that were computed elsewhere;
-        and `combine`. The result is that of `compute_experts` with all experts there, bit by bit.
+        and `combine`. The result is bit-identical to that of `compute_experts` with all experts
+        in slots.
     """
     kind = FewRows if expert_TK.numel() <= MAX_ROWS else ManyRows
     return kind(x_TD.contiguous(), expert_TK.contiguous(), weights)

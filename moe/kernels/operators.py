@@ -1,7 +1,7 @@
 """The kernels as operators of PyTorch: with autograd, and with fake implementations so that `torch.compile` works.
 
-`compute_experts` is what other code calls. `expertier::experts` takes the fields of `ExpertWeights`, `QuantisedWeight`
-and `Activation` one by one, because operators take tensors and plain values only.
+`compute_experts` is what other code calls. Operators take tensors and plain values only; `weights/flat.py` makes those
+of `ExpertWeights`.
 
 Shapes: T tokens, K experts per token, N = T * K routed rows, E experts, C slots, O up outputs, D model width,
 F expert width.
@@ -9,6 +9,7 @@ F expert width.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,23 +19,19 @@ from .grouped.backward import Needs, backward
 from .grouped.forward import forward
 from .grouped.metadata import Groups
 from .launching.launch import execute
-from .launching.tiles import chosen_tiles
-from .weights.activation import Activation
+from .launching.tuned import chosen_tiles
+from .weights.flat import FlatWeights, flatten, unflatten
 from .weights.quantise import QuantisedWeight
 from .weights.weights import ExpertWeights
-
-DENSE = "dense"
-# arguments of `expertier::experts`: those that can have a gradient; tensors from `slot` on
-LEAVES, STORED = 6, 5
 
 
 def compute_experts(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights: ExpertWeights) -> Tensor:
     """Weighted sum of each token's experts: few tokens without gradient take the decode path, others the grouped path.
 
     Args:
-        x_TD: tokens.
+        x_TD: tokens, any floating-point dtype.
         expert_TK: int32 or int64 expert ids; ids outside 0..E-1, and experts without a slot, contribute nothing.
-        combine_TK: combine weights.
+        combine_TK: floating-point combine weights; no normalisation is assumed.
         weights: the experts; products are computed in the dtype of dense weights (of autocast, where it is on), or of
             `x_TD` for quantised ones. Quantised weights get no gradient; tokens, combine weights and biases do.
 
@@ -47,18 +44,13 @@ def compute_experts(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights
     _check(x_TD, expert_TK, combine_TK, weights)
     if x_TD.shape[0] == 0 or expert_TK.shape[1] == 0:
         return torch.zeros_like(x_TD)
-    dtype = _compute_dtype(x_TD, weights)
-    up, up_scale, up_zero = _stored(weights.up, dtype)
-    down, down_scale, down_zero = _stored(weights.down, dtype)
-    up_bias, down_bias = (None if bias is None else bias.to(dtype) for bias in (weights.up_bias, weights.down_bias))
-    x = x_TD.to(dtype)
-    leaves = (x, combine_TK, up, down, up_bias, down_bias)
+    flat = flatten(weights, _compute_dtype(x_TD, weights))
+    x = x_TD.to(_compute_dtype(x_TD, weights))
+    leaves = (x, combine_TK, flat.up, flat.down, flat.up_bias, flat.down_bias)
     saves = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    if saves and weights.slot_E is not None and (up.requires_grad or down.requires_grad):
+    if saves and weights.slot_E is not None and (flat.up.requires_grad or flat.down.requires_grad):
         raise ValueError("weights in cache slots cannot be trained; pass slot_E=None or weights without requires_grad")
-    y_TD, *_ = torch.ops.expertier.experts(
-        *leaves, expert_TK, weights.slot_E, up_scale, up_zero, down_scale, down_zero, *_settings(weights), saves
-    )
+    y_TD, *_ = torch.ops.expertier.experts(x, combine_TK, expert_TK, saves, *flat)
     return y_TD.to(x_TD.dtype)
 
 
@@ -74,6 +66,16 @@ def _check(x_TD: Tensor, expert_TK: Tensor, combine_TK: Tensor, weights: ExpertW
         )
     if expert_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"expert ids must be int32 or int64; got {expert_TK.dtype}")
+    stored = (part for weight in (weights.up, weights.down) for part in _stored(weight))
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in stored):
+        raise ValueError(
+            "quantised weights cannot be trained: no gradient reaches their codes, scales and zeros; detach them and "
+            "train what lies around them, or pass dense weights"
+        )
+
+
+def _stored(weight: Tensor | QuantisedWeight) -> tuple[Tensor | None, ...]:
+    return (weight.data, weight.scale, weight.zero) if isinstance(weight, QuantisedWeight) else ()
 
 
 def _compute_dtype(x_TD: Tensor, weights: ExpertWeights) -> torch.dtype:
@@ -83,64 +85,15 @@ def _compute_dtype(x_TD: Tensor, weights: ExpertWeights) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.up.dtype
 
 
-def _stored(weight: Tensor | QuantisedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What the operators take of a projection: weights or codes, scale, zero."""
-    if not isinstance(weight, QuantisedWeight):
-        return weight.to(dtype), None, None
-    stored = (weight.data, weight.scale, weight.zero)
-    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in stored):
-        raise ValueError(
-            "quantised weights cannot be trained: no gradient reaches their codes, scales and zeros; detach them and "
-            "train what lies around them, or pass dense weights"
-        )
-    return stored
-
-
-def _settings(weights: ExpertWeights) -> tuple:
-    """The plain values among the operators' arguments: number format, activation, layout."""
-    up, down, activation = weights.up, weights.down, weights.activation
-    is_quantised = isinstance(up, QuantisedWeight)
-    return (
-        up.format if is_quantised else DENSE,
-        [up.out_group, up.in_group, down.out_group, down.in_group] if is_quantised else [],
-        activation.inner,
-        activation.gated,
-        activation.alpha,
-        activation.limit,
-        activation.shift,
-        weights.is_halves,
-    )
-
-
-@torch.library.custom_op("expertier::experts", mutates_args=())
-def experts(
-    x: Tensor,
-    combine: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    expert: Tensor,
-    slot: Tensor | None,
-    up_scale: Tensor | None,
-    up_zero: Tensor | None,
-    down_scale: Tensor | None,
-    down_zero: Tensor | None,
-    format: str,  # noqa: A002
-    groups: list[int],
-    inner: str,
-    gated: bool,
-    alpha: float,
-    limit: float | None,
-    shift: float,
-    is_halves: bool,
-    saves: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output, and for the backward pass: what preceded the activation and the four tensors of `Groups`."""
-    weights = _weights(
-        up, down, up_bias, down_bias, slot, up_scale, up_zero, down_scale, down_zero,
-        format, groups, inner, gated, alpha, limit, shift, is_halves,
-    )  # fmt: skip
+@torch.library.custom_op(
+    "expertier::experts",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor combine, Tensor expert, bool saves, {FlatWeights.schema()}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def experts(x: Tensor, combine: Tensor, expert: Tensor, saves: bool, *flat: object) -> tuple[Tensor, ...]:
+    """Output, and for the backward pass: the pre-activation and the four tensors of `Groups`."""
+    weights = unflatten(FlatWeights(*flat))
     x, expert, combine = x.contiguous(), expert.contiguous(), combine.contiguous()
     nothing = tuple(torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(4))
     with on_device_of(x):
@@ -154,8 +107,8 @@ def experts(
 
 
 @experts.register_fake
-def _(x, combine, up, down, up_bias, down_bias, expert, *others) -> tuple[Tensor, ...]:
-    saves = others[-1]
+def _(x: Tensor, combine: Tensor, expert: Tensor, saves: bool, *flat: object) -> tuple[Tensor, ...]:
+    up = FlatWeights(*flat).up
     num_rows, num_slots = (expert.numel(), up.shape[0] + 1) if saves else (0, 0)
     pre = x.new_empty(num_rows, up.shape[1]) if saves else x.new_empty(0)
 
@@ -166,41 +119,27 @@ def _(x, combine, up, down, up_bias, down_bias, expert, *others) -> tuple[Tensor
     return y, pre, integers(num_rows), integers(num_rows), integers(num_slots), integers(num_slots)
 
 
-@torch.library.custom_op("expertier::experts_backward", mutates_args=())
+@torch.library.custom_op(
+    "expertier::experts_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor combine, Tensor pre, Tensor order, Tensor position, Tensor total, "
+    f"Tensor offset, bool[] needs, {FlatWeights.schema()}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def experts_backward(
     grad: Tensor,
     x: Tensor,
     combine: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    slot: Tensor | None,
-    up_scale: Tensor | None,
-    up_zero: Tensor | None,
-    down_scale: Tensor | None,
-    down_zero: Tensor | None,
     pre: Tensor,
     order: Tensor,
     position: Tensor,
     total: Tensor,
     offset: Tensor,
-    format: str,  # noqa: A002
-    groups: list[int],
-    inner: str,
-    gated: bool,
-    alpha: float,
-    limit: float | None,
-    shift: float,
-    is_halves: bool,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `expertier::experts` in the order of its first arguments; empty ones where none is needed."""
-    weights = _weights(
-        up, down, up_bias, down_bias, slot, up_scale, up_zero, down_scale, down_zero,
-        format, groups, inner, gated, alpha, limit, shift, is_halves,
-    )  # fmt: skip
+    *flat: object,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, combine, up, down, up_bias and down_bias; empty ones where none is needed."""
     with on_device_of(x):
+        weights = unflatten(FlatWeights(*flat))
         gradients = backward(
             grad.to(x.dtype).contiguous(),
             x.contiguous(),
@@ -224,73 +163,49 @@ def experts_backward(
 
 
 @experts_backward.register_fake
-def _(grad, x, combine, up, down, up_bias, down_bias, *others) -> tuple[Tensor, ...]:
-    needs = others[-1]
-
+def _(grad, x, combine, pre, order, position, total, offset, needs, *fields) -> tuple[Tensor, ...]:
     def like(tensor: Tensor | None, is_needed: bool, is_contiguous: bool) -> Tensor:
         if tensor is None or not is_needed:
             return x.new_empty(0)
         layout = torch.contiguous_format if is_contiguous else torch.preserve_format
         return torch.empty_like(tensor, memory_format=layout)
 
-    tensors = (x, combine, up, down, up_bias, down_bias)
+    flat = FlatWeights(*fields)
+    tensors = (x, combine, flat.up, flat.down, flat.up_bias, flat.down_bias)
     is_contiguous = (True, True, False, False, True, True)
     return tuple(map(like, tensors, needs, is_contiguous))
 
 
-def _keep_for_backward(ctx, inputs: tuple, output: tuple) -> None:
-    leaves, (_, *others) = inputs[:LEAVES], inputs[LEAVES:]
+def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, combine, _, ctx.saves, *fields = inputs
     _, *saved = output
+    flat = FlatWeights(*fields)
     ctx.mark_non_differentiable(*saved)
-    *ctx.settings, ctx.saves = others[STORED:]
-    ctx.save_for_backward(*leaves, *others[:STORED], *saved)
+    ctx.plain = flat.without_tensors()
+    ctx.save_for_backward(x, combine, *saved, *flat.tensors())
 
 
-def _differentiate(ctx, grad: Tensor, *_: Tensor | None) -> tuple:
+def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple:
     if not ctx.saves:
         raise ValueError("expertier::experts was called without saves=True, so nothing was kept for its backward pass")
-    needs = list(ctx.needs_input_grad[:LEAVES])
-    gradients = torch.ops.expertier.experts_backward(grad, *ctx.saved_tensors, *ctx.settings, needs)
-    has_bias = [tensor is not None for tensor in ctx.saved_tensors[4:LEAVES]]
-    is_wanted = [*needs[:4], *(need and has for need, has in zip(needs[4:], has_bias, strict=True))]
-    found = [gradient if wanted else None for gradient, wanted in zip(gradients, is_wanted, strict=True)]
-    return *found, None, *(None for _ in range(STORED)), *(None for _ in ctx.settings), None
+    x, combine, pre, order, position, total, offset, *tensors = ctx.saved_tensors
+    flat = ctx.plain.with_tensors(tuple(tensors))
+    needs_x, needs_combine, _, _, *fields = ctx.needs_input_grad
+    wanted = FlatWeights(*fields)
+    needs = [needs_x, needs_combine, wanted.up, wanted.down, wanted.up_bias, wanted.down_bias]
+    gradients = torch.ops.expertier.experts_backward(
+        grad, x, combine, pre, order, position, total, offset, needs, *flat
+    )
+    leaves = (x, combine, flat.up, flat.down, flat.up_bias, flat.down_bias)
+    grad_x, grad_combine, up, down, up_bias, down_bias = (
+        gradient if is_needed and leaf is not None else None
+        for gradient, is_needed, leaf in zip(gradients, needs, leaves, strict=True)
+    )
+    of_weights = FlatWeights.nothing()._replace(up=up, down=down, up_bias=up_bias, down_bias=down_bias)
+    return grad_x, grad_combine, None, None, *of_weights
 
 
 experts.register_autograd(_differentiate, setup_context=_keep_for_backward)
-
-
-def _weights(
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    slot: Tensor | None,
-    up_scale: Tensor | None,
-    up_zero: Tensor | None,
-    down_scale: Tensor | None,
-    down_zero: Tensor | None,
-    format: str,  # noqa: A002
-    groups: list[int],
-    inner: str,
-    gated: bool,
-    alpha: float,
-    limit: float | None,
-    shift: float,
-    is_halves: bool,
-) -> ExpertWeights:
-    if format != DENSE:
-        codes_per_byte = 2 if format == "int4" else 1
-        up, down = (
-            QuantisedWeight(format, data, scale, zero, *group, data.shape[2] * codes_per_byte)
-            for data, scale, zero, group in (
-                (up, up_scale, up_zero, groups[:2]),
-                (down, down_scale, down_zero, groups[2:]),
-            )
-        )
-    activation = Activation(inner, gated, alpha, limit, shift)
-    up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
-    return ExpertWeights(up, down, up_bias, down_bias, activation, is_halves, slot)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .config import MoEConfig
+from .cpu_training import is_large_cpu_training
 from .linear import Linear
-from .norm import RMSNorm, is_large_cpu_training
+from .norm import RMSNorm
 
 
 def rotary_angles(position_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,7 @@ class BorrowedKeys:
     """Keys and values that an earlier pass through the same layers computed; a pass that sees them computes none.
 
     Args:
-        kept: by decoder layer.
+        kept: keys and values [B, H, S, A] by index of the decoder layer.
     """
 
     def __init__(self, kept: dict[int, tuple[Tensor, Tensor]]) -> None:
@@ -79,7 +80,6 @@ class Attention(nn.Module):
     """Causal self-attention of one decoder layer.
 
     Args:
-        config: the model's config.
         layer_idx: its place in the decoder, which is its place in the cache.
     """
 

@@ -16,14 +16,15 @@ class MoEConfig(PreTrainedConfig):
 
     Args:
         vocab_size: V; 256 for byte-level models.
-        hidden_size: D.
+        hidden_size: D, width of the residual stream.
         num_hidden_layers: decoder layers, dense ones included.
-        num_dense_layers: the first so many layers have a plain SwiGLU feed-forward of width `intermediate_size`.
-        num_attention_heads, num_key_value_heads, head_dim: grouped-query attention.
+        num_dense_layers: layers at the beginning that have a plain SwiGLU feed-forward of width `intermediate_size`.
+        num_attention_heads, num_key_value_heads, head_dim: grouped-query attention; the number of heads is a multiple
+            of the second.
         qk_norm: RMSNorm of queries and keys: `none`, per `head`, or over the `full` width.
-        num_experts: E.
-        num_experts_per_tok: K.
-        moe_intermediate_size: F.
+        num_experts: E, FFN experts per layer; zero-compute experts come on top.
+        num_experts_per_tok: K, choices per token, zero-compute experts included.
+        moe_intermediate_size: F, hidden width of one expert.
         num_shared_experts: shared experts of width F that every token visits, fused into one of width `F * n`.
         zero_compute_experts: kinds of the Z zero-compute experts: `zero`, `copy`, `constant`.
         router: a key of `routing.ROUTERS`; `router_options` refine it.

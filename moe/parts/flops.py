@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+# gate, up and down
 SWIGLU_PRODUCTS = 3
 
 

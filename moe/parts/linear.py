@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from routing import processor_fact
+from routing import is_transformed, processor_fact
 
-from .norm import is_large_cpu_training
+from .cpu_training import is_large_cpu_training
 
 
 def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -35,7 +35,7 @@ def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
 def suits_onednn(x: Tensor) -> bool:
     """Whether oneDNN multiplies such a tensor faster than MKL does."""
     is_plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return is_plain and mkl_is_half_as_wide()
+    return is_plain and mkl_is_half_as_wide() and not is_transformed(x)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Plan: which expert lives in which slot of which GPU, and everything that an exporter needs; a versioned JSON file.
 
-Shapes: L MoE layers, E experts, G GPUs, P slots of a layer; GPU g owns slots g*P/G .. (g+1)*P/G - 1.
+Shapes: L MoE layers, E experts, G GPUs, P slots of a layer. GPU g owns slots g*P/G .. (g+1)*P/G - 1.
 """
 
 import json

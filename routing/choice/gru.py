@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from .plain_tensors import is_transformed
+
 # of the sizes tried, the quickest on two cores with 2 MiB of cache each: in smaller blocks threads wait for each other
 BLOCK_ROWS = 2048
 # below, torch's own cell has less to prepare
@@ -31,7 +33,9 @@ def gru_cell(x_Tp: Tensor, state_Tp: Tensor | None, weights: Sequence[Tensor]) -
 
     Source: Cho et al. 2014, arXiv:1406.1078, eqs. 5-8, with the gate order and biases of `torch.nn.GRUCell`.
     """
-    if x_Tp.device.type == "cpu" and len(x_Tp) >= FEWEST_ROWS and not torch.compiler.is_compiling():
+    is_large = x_Tp.device.type == "cpu" and len(x_Tp) >= FEWEST_ROWS and not torch.compiler.is_compiling()
+    given = (x_Tp, *([] if state_Tp is None else [state_Tp]), *weights)
+    if is_large and not is_transformed(*given):
         return _BlockwiseCell.apply(x_Tp, state_Tp, *weights)
     return torch.gru_cell(x_Tp, torch.zeros_like(x_Tp) if state_Tp is None else state_Tp, *weights)
 

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from .gru import gru_cell
 from .library import routing_kernels
+from .plain_tensors import has_plain_memory
 
 # below, arranging the weights for the C takes longer than the products
 FEWEST_ROWS = 128
@@ -35,23 +36,28 @@ def scored_steps(
         The scores [T, R] and the state after [T, p].
 
     Raises:
-        ValueError: if the state before is not that of these tokens.
+        ValueError: if inputs are not as wide as the projection, or the state before is not that of these tokens.
     """
+    if x_TD.shape[1] != projection_pD.shape[1]:
+        raise ValueError(f"inputs must be [T, {projection_pD.shape[1]}]; got {list(x_TD.shape)}")
     wanted = (len(x_TD), len(projection_pD))
     if state_Tp is not None and (state_Tp.shape, state_Tp.dtype) != (wanted, x_TD.dtype):
         raise ValueError(
             f"the state before must be {x_TD.dtype} {wanted}; got {state_Tp.dtype} {tuple(state_Tp.shape)}"
         )
-    if _suits_c(x_TD) and (kernels := routing_kernels()) is not None:
-        return _by_c(kernels.expertier_scored_steps, x_TD, state_Tp, (projection_pD, *weights, score_Rp))
+    given = (projection_pD, *weights, score_Rp)
+    if _suits_c(x_TD, state_Tp, given) and (kernels := routing_kernels()) is not None:
+        return _by_c(kernels.expertier_scored_steps, x_TD, state_Tp, given)
     after_Tp = gru_cell(linear(x_TD, projection_pD), state_Tp, weights)
     return linear(after_Tp, score_Rp), after_Tp
 
 
-def _suits_c(x_TD: Tensor) -> bool:
-    """Whether the C takes these rows: many, in float32 on a CPU, and no gradient asked for."""
-    is_plain = x_TD.device.type == "cpu" and x_TD.dtype == torch.float32 and len(x_TD) >= FEWEST_ROWS
-    return is_plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _suits_c(x_TD: Tensor, state_Tp: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    """Whether the C takes these rows: many, all in float32 on a CPU, and no gradient asked for."""
+    if torch.is_grad_enabled() or len(x_TD) < FEWEST_ROWS:
+        return False
+    given = (x_TD, *([] if state_Tp is None else [state_Tp]), *weights)
+    return all(tensor.dtype == torch.float32 for tensor in given) and has_plain_memory(*given)
 
 
 def _by_c(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from .plain_tensors import is_transformed
+
 ELEMENTS_AT_ONCE = 2**20
 
 
@@ -23,6 +25,8 @@ def gather_dot(x_TD: Tensor, table_ND: Tensor, row_TK: Tensor) -> Tensor:
         table_ND: the table; its gradient is dense.
         row_TK: int64 in 0..N-1.
     """
+    if is_transformed(x_TD, table_ND):
+        return (table_ND[row_TK] * x_TD[:, None]).sum(dim=-1)
     return _GatherDot.apply(x_TD, table_ND, row_TK)
 
 
@@ -34,6 +38,8 @@ def gather_sum(weight_TK: Tensor, table_ND: Tensor, row_TK: Tensor) -> Tensor:
         table_ND: the table; its gradient is dense.
         row_TK: int64 in 0..N-1.
     """
+    if is_transformed(weight_TK, table_ND):
+        return (table_ND[row_TK] * weight_TK[..., None]).sum(dim=1)
     return _GatherSum.apply(weight_TK, table_ND, row_TK)
 
 

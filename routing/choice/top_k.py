@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .library import routing_kernels
+from .plain_tensors import has_plain_memory
 
 # the C goes through all K places for every score; beyond, a sort has less to do
 MOST_CHOICES = 64
@@ -22,7 +23,7 @@ def top_experts(score_TR: Tensor, top_k: int) -> Tensor:
     """
     if score_TR.device.type != "cpu":
         return score_TR.topk(top_k, dim=-1).indices
-    if score_TR.dtype != torch.float32 or top_k > MOST_CHOICES or torch.compiler.is_compiling():
+    if score_TR.dtype != torch.float32 or top_k > MOST_CHOICES or not has_plain_memory(score_TR):
         return _by_stable_sort(score_TR, top_k)
     return _by_insertion(score_TR, top_k)
 

@@ -12,7 +12,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .shapes import LayerShape
 
+# a decode step, a small batch, a prompt: one case for each path of `grouped_experts`
 CPU_TOKENS = (1, 64, 512)
+# of weights, inputs and routings: the same in every run
 SEED = 0
 NO_GPU = "no GPU here: the Triton kernels stay unmeasured; what follows is the path that a CPU takes"
 
@@ -40,18 +42,38 @@ def bench_kernels(
     import torch
 
     from .goals import verdicts
-    from .measured import ParityError
 
     has_gpu = torch.cuda.is_available()
     console = Console()
     if not has_gpu:
         console.print(NO_GPU, highlight=False)
-    rows: list[dict[str, Any]] = []
-    missing: list[str] = []
     failed: list[str] = []
     work = _on_gpu(shape, tokens, routing, trace, tune, failed) if has_gpu else _on_cpu(shape, tokens)
-    deadline = time.monotonic() + seconds
-    broken: Exception | None = None
+    rows, missing, broken = _measure(console, work, time.monotonic() + seconds)
+    _show(console, rows, "MoE layers, parity checked" + ("; cold cache, graph replay" if has_gpu else "; A B A B"))
+    goals = verdicts(rows) if has_gpu else []
+    _show(console, goals, "Goals on an H100 or H200")
+    if missing:
+        console.print(f"not measured, out of time: {', '.join(missing)}", highlight=False)
+    for line in failed:
+        console.print(f"not measured, failed: {line}", highlight=False)
+    _keep(rows, goals, missing, failed, json_file, record, has_gpu)
+    if broken is not None:
+        raise broken
+
+
+Work = Iterator[tuple[str, Any]]
+
+
+def _measure(console: Console, work: Work, deadline: float) -> tuple[list[dict[str, Any]], list[str], Exception | None]:
+    """Rows that were measured, names of those that the deadline left out, and what ended the work early, if anything.
+
+    An error of our own path is kept until its rows are shown, a red parity is not: it makes all rows void.
+    """
+    from .measured import ParityError
+
+    rows: list[dict[str, Any]] = []
+    missing: list[str] = []
     try:
         for what, measure in work:
             if time.monotonic() > deadline:
@@ -66,21 +88,9 @@ def bench_kernels(
     except Exception as error:
         if not rows:
             raise
-        broken = error
         console.print("our own path failed; what was measured before follows")
-    _show(console, rows, "MoE layers, parity checked" + ("; cold cache, graph replay" if has_gpu else "; A B A B"))
-    goals = verdicts(rows) if has_gpu else []
-    _show(console, goals, "Goals on an H100 or H200")
-    if missing:
-        console.print(f"not measured, out of time: {', '.join(missing)}", highlight=False)
-    for line in failed:
-        console.print(f"not measured, failed: {line}", highlight=False)
-    _keep(rows, goals, missing, failed, json_file, record, has_gpu)
-    if broken is not None:
-        raise broken
-
-
-Work = Iterator[tuple[str, Any]]
+        return rows, missing, error
+    return rows, missing, None
 
 
 def _on_gpu(*cases: Any) -> Work:

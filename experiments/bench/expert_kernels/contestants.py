@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Compute = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 WeightsOf = Callable[[nn.Module, int], tuple[Tensor, Tensor]]
+# `batched_mm` copies the weights of every routed row; larger copies are left out, as they measure memory only
 BATCHED_LIMIT_BYTES = 8 << 30
 # a loop over experts takes a second per call or so; once per layer is enough
 EAGER_TOKENS = 4096
@@ -39,7 +40,7 @@ class Contestant:
     """A way to compute a layer.
 
     Args:
-        name: as printed.
+        name: label in tables and records.
         compute: the signature of a transformers experts implementation.
         trains: whether it has a backward pass.
         weight_bytes: bytes per weight that it reads.
@@ -70,15 +71,12 @@ def liger(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, combine_TK: Tenso
 
 
 def dense_contestants(num_rows: int, expert_bytes: float, num_tokens: int) -> list[Contestant]:
-    """Those that make sense for so many tokens, ours first.
+    """The dense contestants that suit this number of tokens, ours first.
 
     Args:
-        num_rows: N.
+        num_rows: T * K of the call.
         expert_bytes: weights of one expert; `batched_mm` copies them for every row.
-        num_tokens: T.
-
-    Returns:
-        The contestants.
+        num_tokens: T of the call.
     """
     found = [
         Contestant("expertier", expertier_experts),

@@ -19,8 +19,8 @@ class Goal:
     """A number to reach.
 
     Args:
-        name: as printed.
-        wanted: the bound.
+        name: label in tables and records.
+        wanted: least value, or largest one where `is_most`.
         values: what a run's rows say about it, one value per case.
         is_most: whether `wanted` is the most allowed; else the least.
     """
@@ -75,6 +75,7 @@ def _saved(rows: Sequence[Row]) -> list[float]:
     return [row["saved_of_least"] for row in rows if row["variant"] == OURS and row.get("saved_of_least") is not None]
 
 
+# what was wanted of each layer, see the table in docs/kernels.md
 GOALS = (
     Goal("qwen3-30b-a3b, T >= 16384, forward, TFLOP/s", 480, _tflops("qwen3-30b-a3b", "forward")),
     Goal("qwen3-30b-a3b, T >= 16384, forward+backward, TFLOP/s", 400, _tflops("qwen3-30b-a3b", "forward+backward")),

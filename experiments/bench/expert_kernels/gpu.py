@@ -11,7 +11,8 @@ from torch import nn
 from moe.kernels.decode.rows import MAX_ROWS
 from moe.kernels.experts import weights_of
 from moe.kernels.launching.launch import Launch
-from moe.kernels.launching.tiles import chosen_tiles, num_processors
+from moe.kernels.launching.tiles import num_processors
+from moe.kernels.launching.tuned import chosen_tiles
 from moe.kernels.tuning.planned import compile_together, decode_launches, layer_launches, meta_weights
 from moe.kernels.tuning.tune import save_tuned, tune
 from moe.kernels.weights.weights import ExpertWeights
@@ -23,8 +24,11 @@ from .measured import call_of, require_parity, row_of
 from .shapes import ROUTINGS, SHAPES, LayerInput, LayerShape, chosen, experts_module, layer_input, replayed
 from .timing import copy_bytes_per_s, peak_bytes, saved_bytes, time_on_gpu
 
+# decode: latency and bandwidth
 FEW_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+# prefill and training: up to where the goals ask for TFLOP/s
 MANY_TOKENS = (512, 4096, 16384, 32768)
+# on the decode path, at its end, just past it, and in the class of many rows
 PARITY_TOKENS = (1, 64, 512, 8192)
 # where quantised weights are timed; they must be right on the path of many tokens too
 QUANTISED_TOKENS = (1, 64)
@@ -32,6 +36,7 @@ QUANTISED_PARITY_TOKENS = (*QUANTISED_TOKENS, 512)
 # one for each row class of the tile table
 TUNED_ROWS = (32, 128, 1024)
 TRACE = "trace"
+# of weights, inputs and routings: the same in every run
 SEED = 0
 Work = Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]
 
@@ -48,7 +53,7 @@ def gpu_work(
 
     Args:
         names, tokens, routings: the cases; the usual ones where nothing is given.
-        trace: is replayed besides.
+        trace: a recorded routing that is timed in addition, or None.
         tune: whether to choose tiles first.
         failed: receives a line for each peer that fails.
 
@@ -123,7 +128,7 @@ class GpuLayer:
         return QUANTISED if is_in_groups else ("int8", "fp8")
 
     def release(self) -> None:
-        """Give the memory back; weights are made anew when they are needed again."""
+        """Free the memory; weights are drawn again when they are next needed."""
         self._experts = self._quantised = None
 
     def given(self, num_tokens: int, routing: str, trace: Path | None = None) -> LayerInput:
@@ -136,7 +141,7 @@ class GpuLayer:
         return layer_input(ids, self.layer, torch.bfloat16, self.device, generator)
 
     def contestants(self, num_tokens: int) -> list[Contestant]:
-        """Who is timed with so many tokens, ours first."""
+        """The contestants that are timed at this number of tokens, ours first."""
         found = dense_contestants(num_tokens * self.layer.top_k, self.layer.expert_bytes(2), num_tokens)
         return found + self.quantised if num_tokens in QUANTISED_TOKENS else found
 

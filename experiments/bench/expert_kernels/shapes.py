@@ -18,10 +18,10 @@ class LayerShape:
     """Sizes of one MoE layer.
 
     Args:
-        width: D.
-        features: F.
-        num_experts: E.
-        top_k: K.
+        width: D, the width of tokens in and out.
+        features: F, hidden width of one expert.
+        num_experts: E; ids are 0..E-1.
+        top_k: K, experts per token.
     """
 
     width: int
@@ -42,6 +42,7 @@ class LayerShape:
         return 3 * self.width * self.features * element_bytes
 
 
+# width, expert width, experts, experts per token, of the published configurations
 SHAPES = {
     "qwen3-30b-a3b": LayerShape(2048, 768, 128, 8),
     "mixtral-8x7b": LayerShape(4096, 14336, 8, 2),
@@ -52,6 +53,7 @@ SHAPES = {
     "deepseek-v3-slice": LayerShape(7168, 2048, 32, 8),
     "small-training": LayerShape(768, 256, 64, 4),
 }
+# the same, small enough for two cores: milliseconds to half a second per call
 CPU_SHAPES = {
     "small": LayerShape(512, 256, 32, 4),
     "medium": LayerShape(1024, 512, 32, 4),
@@ -89,8 +91,8 @@ def replayed(trace: RoutingTrace, num_tokens: int, shape: LayerShape) -> np.ndar
 
     Args:
         trace: recorded with the E and K of the shape.
-        num_tokens: T.
-        shape: sizes.
+        num_tokens: T of the call.
+        shape: the layer that it stands for; E and K must be those of the trace.
 
     Returns:
         [T, K] expert ids, E for empty slots.
@@ -113,8 +115,8 @@ class LayerInput:
     """What a layer is given.
 
     Args:
-        x_TD: tokens.
-        expert_TK: int64 ids.
+        x_TD: normal numbers in the dtype of the layer.
+        expert_TK: int64 expert ids, 0..E-1.
         combine_TK: float32 combine weights, rows sum to 1.
     """
 

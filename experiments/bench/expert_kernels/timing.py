@@ -8,8 +8,12 @@ import numpy as np
 import torch
 
 Call = Callable[[], object]
+# written between two replays: twice the last cache of an MI300X (256 MiB), ten times that of an H100, so that weights
+# come from memory
 FLUSH_BYTES = 512 << 20
+# calls before a capture, in which libraries allocate and choose algorithms; PyTorch's own examples take as many
 WARM_UPS = 3
+# fewer give no 20th and 80th percentile
 LEAST_SAMPLES = 5
 
 
@@ -37,10 +41,7 @@ def time_on_gpu(call: Call, *, can_be_captured: bool = True, most: int = 20, sec
         call: launches work on the current device.
         can_be_captured: whether to capture it in a graph; it is called otherwise, and where it waits for the device.
         most: how many replays, fewer of slow calls.
-        seconds: about how long to go on, but for at least `LEAST_SAMPLES` replays.
-
-    Returns:
-        The times.
+        seconds: time to spend, roughly; at least `LEAST_SAMPLES` replays are made.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -116,7 +117,7 @@ def saved_bytes(forward: Call, weights: Iterable[torch.Tensor]) -> int:
 
     Args:
         forward: returns an output that requires a gradient.
-        weights: the experts' parameters.
+        weights: tensors that are not counted: the experts' parameters.
 
     Returns:
         Bytes; memory that several kept tensors share counts once.
@@ -143,9 +144,9 @@ def time_in_turns(
     """Seconds on a CPU: A B, B A, A B, ..., so that a change of the machine's speed meets all contestants alike.
 
     Args:
-        calls: by name.
+        calls: what to time, by name.
         seconds: about how long to go on, for all together.
-        most, least: samples of each.
+        most, least: bounds of the number of samples of each call.
 
     Returns:
         Samples by name; those of one round stand at the same place.

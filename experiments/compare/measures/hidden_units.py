@@ -1,6 +1,7 @@
 """How sparse experts' hidden units are, and how well single units stand for single bytes.
 
-Shapes: T tokens, K slots, E experts, D model width, F hidden units (of one expert, or of all side by side), V bytes.
+Shapes: T tokens, K slots, E experts, D model width, F hidden units (of one expert, or of all side by
+side), V bytes (the vocabulary).
 """
 
 from collections.abc import Iterator

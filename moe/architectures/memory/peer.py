@@ -41,8 +41,8 @@ class NeuronTable(nn.Module):
     """N experts of one neuron: what each reads, and what it writes.
 
     Args:
-        num_experts: N.
-        width: D.
+        num_experts: N, rows of both tables.
+        width: D, the width of tokens in and out.
     """
 
     def __init__(self, num_experts: int, width: int) -> None:
@@ -56,9 +56,7 @@ class PeerLayer(RoutedLayer):
     """A product-key router, N neurons, and a shared feed-forward network if the config has shared experts.
 
     Args:
-        config: the model's config.
-        router: this layer's router.
-        activation: of the neurons.
+        activation: of each neuron, by its name in transformers.
     """
 
     def __init__(self, config: MoEConfig, router: ProductKeyRouter, activation: str) -> None:

@@ -22,6 +22,8 @@ from ...parts.flops import LayerFlops, projection_flops
 from ..body import Body
 from .peer import shared_feed_forward, table_rows
 
+# rounds of the Feistel network: more mix better and cost two table reads each; other numbers were not tried.
+# Luby and Rackoff 1988: four rounds of random functions cannot be told from a random permutation
 SHUFFLE_ROUNDS = 4
 
 
@@ -63,7 +65,7 @@ class ValueTable(nn.Module):
     """The pre-values and values of one or several layers.
 
     Args:
-        num_values: rows.
+        num_values: rows of both tables.
         cores: parts of a value, each weighed by a core.
         pre_value_width, part_width: widths of a pre-value, and of one part of a value.
     """
@@ -82,7 +84,7 @@ class Shuffle(nn.Module):
     Rounds of a Feistel network modulo M: the row moves by a random function of the column, then the other way round.
 
     Args:
-        num_rows: M.
+        num_rows: M, rows and columns of the grid.
         seed: of the random functions.
     """
 
@@ -106,8 +108,6 @@ class UltraMemLayer(RoutedLayer):
     """A TDQKR router and a table of values, beside a feed-forward network if the config has shared experts.
 
     Args:
-        config: the model's config.
-        router: this layer's router.
         table: the values, perhaps shared with other layers.
         owns_table: whether checkpoints hold the table under this layer.
         offset: by how many values this layer's places are turned against those of the table's first layer.

@@ -18,7 +18,6 @@ class ReadMeLayer(RoutedLayer):
     """Experts of this layer's own width, and a permanent feed-forward that every token visits.
 
     Args:
-        config: the model's config.
         router: this layer's view of the common router.
         expert_width, permanent_width: of this layer; 0 means no permanent part.
     """

@@ -128,7 +128,7 @@ class SharedRouter(RouterModule):
     """One layer's view of a TokenRouter; the first layer's owns it and asks it once per forward pass.
 
     Args:
-        sizes: E, K, L.
+        sizes: of the routed layers; E, K and L are used.
         layer: which MoE layer this router serves.
         core: the router that all layers share.
         weigh: `one` leaves experts' outputs as they are, so that the language-model loss does not reach the router

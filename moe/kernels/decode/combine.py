@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..grouped.metadata import slot_of
+from ..grouped.metadata import slot_arguments
+from ..grouped.metadata_kernels import slot_of
 from ..launching.launch import Launch, Run, arithmetic
 
 
@@ -16,7 +17,7 @@ def combine_kernel(
     partial_ptr,
     expert_ptr,
     slot_ptr,
-    weight_ptr,
+    combine_ptr,
     out_ptr,
     num_rows,
     num_experts,
@@ -38,7 +39,7 @@ def combine_kernel(
         slot = slot_of(expert_ptr, slot_ptr, row, row < num_rows, num_experts, num_slots, HAS_SLOTS)
         # spread before comparing: the interpreter has no mask of a scalar condition and a vector one
         is_computed = is_column & (slot + tl.zeros((BLOCK,), dtype=tl.int32) < num_slots)
-        weight = tl.load(weight_ptr + row, mask=slot < num_slots, other=0).to(ACCUMULATE)
+        weight = tl.load(combine_ptr + row, mask=slot < num_slots, other=0).to(ACCUMULATE)
         for split in range(num_splits):
             ptr = partial_ptr + (split * num_rows + row) * width + column
             total += weight * tl.load(ptr, mask=is_computed, other=0)
@@ -60,17 +61,12 @@ def combine_rows(
     block = min(triton.next_power_of_2(width), 256)
     arguments = {
         "partial_ptr": partial_SND,
-        "expert_ptr": expert_TK,
-        "slot_ptr": slot_E,
-        "weight_ptr": combine_TK,
+        **slot_arguments(expert_TK, slot_E, num_experts, num_slots),
+        "combine_ptr": combine_TK,
         "out_ptr": y_TD,
-        "num_rows": expert_TK.numel(),
-        "num_experts": num_experts,
-        "num_slots": num_slots,
         "width": width,
         "top_k": expert_TK.shape[1],
         "num_splits": len(partial_SND),
-        "HAS_SLOTS": slot_E is not None,
         "BLOCK": block,
         "ACCUMULATE": arithmetic(y_TD.dtype)["ACCUMULATE"],
     }

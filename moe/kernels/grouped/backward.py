@@ -13,14 +13,15 @@ from ..launching.tiles import LayerTiles
 from ..weights.weights import ExpertWeights
 from .gather_sum import gather_sum
 from .grad_activation import grad_activation
+from .grad_bias import bias_dot, grad_bias
 from .grad_input import grad_input
-from .grad_weight import bias_dot, grad_bias, grad_weight
+from .grad_weight import grad_weight
 from .metadata import Groups, TileMap, map_tiles
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients somebody asked for."""
+    """Which gradients are asked for."""
 
     x: bool = True
     combine: bool = True
@@ -32,7 +33,7 @@ class Needs:
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Gradients with the shapes and strides of what they belong to; None where nobody asked."""
+    """Gradients, each with the shape and strides of its tensor; None where `Needs` asks for none."""
 
     x_TD: Tensor | None
     combine_TK: Tensor | None
@@ -60,13 +61,9 @@ def backward(
         x_TD, combine_TK, weights: as given to `forward`.
         pre_NO, groups: as returned by it.
         needs: which gradients to compute.
-        tiles: tile sizes.
+        tiles: tile sizes of every matrix product.
         run: what to do with the launches.
-
-    Returns:
-        The gradients.
     """
-    top_k = combine_TK.shape[1]
     tile_map = map_tiles(groups, tiles.grad_activation.block_m, run)
     grad_pre_NO, weighted_NF, dot_BN = grad_activation(
         grad_TD,
@@ -79,26 +76,28 @@ def backward(
         tile=tiles.grad_activation,
         run=run,
     )
-    grad_combine_TK = None
-    if needs.combine:
-        grad_combine_TK = dot_BN.sum(0)
-        if weights.down_bias is not None:
-            dot_N = torch.zeros_like(grad_combine_TK)
-            bias_dot(grad_TD, weights.down_bias, groups, dot_N, run)
-            grad_combine_TK = grad_combine_TK + dot_N
-        grad_combine_TK = grad_combine_TK.view_as(combine_TK).to(combine_TK.dtype)
+    top_k = combine_TK.shape[1]
+    up_bias = weights.up_bias if needs.up_bias else None
+    down_bias = weights.down_bias if needs.down_bias else None
     return Gradients(
         x_TD=_grad_x(grad_pre_NO, x_TD, groups, tile_map, weights, tiles, run) if needs.x else None,
-        combine_TK=grad_combine_TK,
+        combine_TK=_grad_combine(dot_BN, combine_TK, grad_TD, groups, weights, run) if needs.combine else None,
         up_COD=_grad_up(grad_pre_NO, x_TD, groups, top_k, weights, tiles, run) if needs.up else None,
         down_CDF=_grad_down(grad_TD, weighted_NF, groups, top_k, weights, tiles, run) if needs.down else None,
-        up_bias_CO=_grad_bias(grad_pre_NO, None, groups, top_k, weights.up_bias, weights.gates_first, run)
-        if needs.up_bias
-        else None,
-        down_bias_CD=_grad_bias(grad_TD, combine_TK, groups, top_k, weights.down_bias, False, run)
-        if needs.down_bias
-        else None,
+        up_bias_CO=_grad_bias(grad_pre_NO, None, groups, top_k, up_bias, weights.gates_first, run),
+        down_bias_CD=_grad_bias(grad_TD, combine_TK, groups, top_k, down_bias, False, run),
     )
+
+
+def _grad_combine(
+    dot_BN: Tensor, combine_TK: Tensor, grad_TD: Tensor, groups: Groups, weights: ExpertWeights, run: Run
+) -> Tensor:
+    grad_N = dot_BN.sum(0)
+    if weights.down_bias is not None:
+        dot_N = torch.zeros_like(grad_N)
+        bias_dot(grad_TD, weights.down_bias, groups, dot_N, run)
+        grad_N = grad_N + dot_N
+    return grad_N.view_as(combine_TK).to(combine_TK.dtype)
 
 
 def _grad_x(

@@ -1,6 +1,6 @@
 """Down projection of grouped rows: each row by its expert's weights, plus bias; rows stay in grouped order.
 
-Shapes: N routed rows in grouped order, C slots, F expert width, D model width, I row tiles.
+Shapes: N routed rows in grouped order, C slots, F expert width, D model width, Q row tiles.
 """
 
 import triton
@@ -53,7 +53,7 @@ def down_kernel(
     slot = tl.load(tile_slot_ptr + tile)
     if slot < 0:
         return
-    place, is_row = rows_of_tile(tile_start_ptr, offset_ptr, tile, slot, BLOCK_M)
+    place, is_row = rows_of_tile(offset_ptr, tile_start_ptr, tile, slot, BLOCK_M)
     place = place.to(tl.int64)
     out = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     is_out = out < num_outputs
@@ -87,30 +87,26 @@ def project_down(
     """Write every computed row's expert output to `y_ND`; other rows stay as they are.
 
     Args:
-        activated_NF: contiguous.
-        groups, tiles: routing metadata.
+        activated_NF: activations in grouped order, contiguous.
+        groups, tiles: from `group_rows`, or from `map_tiles` for other tile heights.
         weight_COI: the down projection seen as [C, D, F].
-        bias_CO: its bias.
-        y_ND: receives the outputs.
-        tile: tile sizes.
+        bias_CO: its bias, contiguous, or None.
+        y_ND: receives the outputs in grouped order; contiguous.
+        tile: sizes of one program's product; its `block_m` is that of `tiles`.
         run: what to do with the launch.
     """
     num_outputs, num_inputs = weight_COI.shape[1:]
     arguments = {
         "activated_ptr": activated_NF,
-        "offset_ptr": groups.offset_C1,
-        "tile_slot_ptr": tiles.slot_I,
-        "tile_start_ptr": tiles.start_I,
+        **tiles.arguments(groups),
         "bias_ptr": bias_CO,
         "y_ptr": y_ND,
-        "num_tiles": len(tiles.slot_I),
         "num_outputs": num_outputs,
         "num_inputs": num_inputs,
         "HAS_BIAS": bias_CO is not None,
-        "BLOCK_M": tiles.block_m,
         "BLOCK_OUT": tile.block_n,
         **weight_arguments(weight_COI, tile.block_k),
         **arithmetic(activated_NF.dtype),
     }
-    grid = (len(tiles.slot_I) * triton.cdiv(num_outputs, tile.block_n),)
+    grid = (len(tiles.slot_Q) * triton.cdiv(num_outputs, tile.block_n),)
     run(Launch(down_kernel, grid, arguments, tile.num_warps, tile.num_stages))

@@ -28,16 +28,16 @@ def forward(
     """Weighted sum of each token's experts.
 
     Args:
-        x_TD: tokens, contiguous.
-        expert_TK: expert ids, contiguous.
-        combine_TK: combine weights, contiguous.
-        weights: the experts.
-        tiles: tile sizes.
+        x_TD: tokens in the dtype of products; contiguous, as are all three tensors.
+        expert_TK: int32 or int64 expert ids; ids outside 0..E-1 contribute nothing.
+        combine_TK: floating-point combine weights.
+        weights: dense or quantised experts.
+        tiles: tile sizes of every matrix product.
         run: what to do with the launches.
         saves: whether a backward pass follows.
 
     Returns:
-        [T, D]; what preceded the activation, [N, O] in pair order (None unless `saves`); the groups.
+        [T, D]; the pre-activation, [N, O] in pair order (None unless `saves`); the groups.
     """
     num_rows = expert_TK.numel()
     groups, tile_map = group_rows(
@@ -45,19 +45,7 @@ def forward(
     )
     pre_NO = x_TD.new_empty(num_rows, weights.num_outputs) if saves else None
     activated_NF = x_TD.new_empty(num_rows, weights.num_features)
-    project_up(
-        x_TD,
-        groups,
-        tile_map,
-        weights.up,
-        weights.up_bias,
-        pre_NO,
-        activated_NF,
-        weights.activation,
-        is_halves=weights.gates_first,
-        tile=tiles.up,
-        run=run,
-    )
+    project_up(x_TD, groups, tile_map, weights, pre_NO, activated_NF, tile=tiles.up, run=run)
     y_ND = x_TD.new_empty(num_rows, x_TD.shape[1])
     project_down(activated_NF, groups, tile_map, weights.down, weights.down_bias, y_ND, tile=tiles.down, run=run)
     y_TD = torch.empty_like(x_TD)

@@ -14,7 +14,7 @@ from ..launching.launch import ACCUMULATORS, Launch, Run
 def gather_sum_kernel(
     y_ptr,
     position_ptr,
-    weight_ptr,
+    combine_ptr,
     out_ptr,
     width,
     top_k,
@@ -34,7 +34,7 @@ def gather_sum_kernel(
         is_computed = is_column & (position + tl.zeros((BLOCK,), dtype=tl.int32) >= 0)
         y = tl.load(row_ptr + column, mask=is_computed, other=0).to(ACCUMULATE)
         if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + token * top_k + k, mask=position >= 0, other=0).to(ACCUMULATE)
+            weight = tl.load(combine_ptr + token * top_k + k, mask=position >= 0, other=0).to(ACCUMULATE)
             y = y * weight
         total += y
     out = total.to(out_ptr.dtype.element_ty)
@@ -46,7 +46,7 @@ def gather_sum(y_ND: Tensor, position_N: Tensor, weight_TK: Tensor | None, out_T
 
     Args:
         y_ND: rows in grouped order, contiguous.
-        position_N: place of each routed row, -1 for rows that nobody computed.
+        position_N: place of each routed row, -1 for padding rows.
         weight_TK: combine weights, contiguous; None for 1.
         out_TD: receives the sums, contiguous.
         run: what to do with the launch.
@@ -56,7 +56,7 @@ def gather_sum(y_ND: Tensor, position_N: Tensor, weight_TK: Tensor | None, out_T
     arguments = {
         "y_ptr": y_ND,
         "position_ptr": position_N,
-        "weight_ptr": weight_TK,
+        "combine_ptr": weight_TK,
         "out_ptr": out_TD,
         "width": width,
         "top_k": len(position_N) // num_tokens,

@@ -1,11 +1,11 @@
-"""Back through the down projection and the activation, which is recomputed from what preceded it.
+"""Back through the down projection and the activation, which is recomputed from the pre-activation.
 
-With dO the gradient of the layer's output, s a row's combine weight, A the activation and P what preceded it:
+With dO the gradient of the layer's output, s a row's combine weight, A the activation and P the pre-activation:
 dA' = dO W2, dP = s dA' act'(P), d(s) = rowsum(dA' A). So neither the expert outputs nor A are needed from the forward
 pass. The kernel also writes s A, which the gradient of W2 is made of.
 
 Shapes: T tokens, N routed rows in grouped order, C slots, O = 2F (F without a gate), D model width, F expert width,
-I row tiles.
+Q row tiles.
 Source: the d(s) identity as in SonicMoE, arXiv:2512.14080, section 4.
 """
 
@@ -23,8 +23,10 @@ from ..weights.weight_tile import Projection, weight_arguments
 from .metadata import Groups, TileMap
 from .product import rows_by_weight_back, rows_of_tile
 
+# features per tile from which half are finished at a time: all 128 at once spilled 952 bytes per thread on sm90
 FEATURES_IN_PARTS = 64
-# without a gate a tile of 256 outputs has as many features; what becomes of them does not fit in registers
+# features per tile at most: without a gate, 256 spilled 80 bytes on sm90 and 112 on sm100, see the record
+# 2026-11-21_kernels-ahead-of-time
 MOST_FEATURES = 128
 
 
@@ -124,7 +126,7 @@ def grad_activation_kernel(
     slot = tl.load(tile_slot_ptr + tile)
     if slot < 0:
         return
-    place, is_row = rows_of_tile(tile_start_ptr, offset_ptr, tile, slot, BLOCK_M)
+    place, is_row = rows_of_tile(offset_ptr, tile_start_ptr, tile, slot, BLOCK_M)
     routed = tl.load(order_ptr + place, mask=is_row, other=0)
     first = block * BLOCK_IN
     raw_MF = rows_by_weight_back(
@@ -173,54 +175,53 @@ def grad_activation(
 
     Args:
         grad_TD: gradient of the layer's output, contiguous.
-        groups, tiles: routing metadata.
-        combine_TK: combine weights, contiguous.
+        groups, tiles: from `group_rows`, or from `map_tiles` for other tile heights.
+        combine_TK: the forward pass's combine weights, contiguous.
         weight_CDF: the down projection seen as [C, D, F].
-        pre_NO: what preceded the activation, in pair order.
+        pre_NO: the pre-activation in pair order.
         activation: the function between the projections.
         tile: tile sizes; `block_n` counts outputs of the up projection.
         run: what to do with the launch.
 
     Returns:
         [N, O] gradient in pair order; [N, F] activations times combine weights; [blocks, N] whose sum over blocks is
-        the gradient of the combine weights in routed order (zero where nobody computes). Rows that nobody computes
-        are uninitialised in the first two.
+        the gradient of the combine weights in routed order (zero for padding rows). Padding rows are
+        uninitialised in the first two.
     """
     num_rows, num_outputs = pre_NO.shape
-    num_features = num_outputs // (2 if activation.gated else 1)
-    wanted = tile.block_n // (2 if activation.gated else 1)
+    outputs_per_feature = 2 if activation.gated else 1
+    num_features, wanted = num_outputs // outputs_per_feature, tile.block_n // outputs_per_feature
     described = weight_arguments(weight_CDF, min(max(wanted, 16), MOST_FEATURES))
-    block_f = described["BLOCK_IN"]
-    num_blocks = triton.cdiv(num_features, block_f)
+    num_blocks = triton.cdiv(num_features, described["BLOCK_IN"])
     width = grad_TD.shape[1]
-    grad_pre_NO = torch.empty_like(pre_NO)
-    weighted_NF = pre_NO.new_empty(num_rows, num_features)
-    sum_dtype = torch.float64 if grad_TD.dtype == torch.float64 else torch.float32
-    grad_combine_BN = torch.zeros(num_blocks, num_rows, dtype=sum_dtype, device=grad_TD.device)
+    grad_pre_NO, weighted_NF, grad_combine_BN = _room_for_gradients(pre_NO, num_features, num_blocks)
     arguments = {
         "grad_ptr": grad_TD,
         "order_ptr": groups.order_N,
-        "offset_ptr": groups.offset_C1,
-        "tile_slot_ptr": tiles.slot_I,
-        "tile_start_ptr": tiles.start_I,
+        **tiles.arguments(groups),
         "combine_ptr": combine_TK,
         "pre_ptr": pre_NO,
         "grad_pre_ptr": grad_pre_NO,
         "weighted_ptr": weighted_NF,
         "grad_combine_ptr": grad_combine_BN,
         "num_rows": num_rows,
-        "num_tiles": len(tiles.slot_I),
         "num_features": num_features,
         "width": width,
         "top_k": num_rows // len(grad_TD),
-        "BLOCK_M": tiles.block_m,
         "BLOCK_OUT": tile.block_k,
         "EVEN_OUT": width % tile.block_k == 0,
-        "IN_PARTS": block_f >= FEATURES_IN_PARTS,
+        "IN_PARTS": described["BLOCK_IN"] >= FEATURES_IN_PARTS,
         **described,
         **activation.arguments(),
         **arithmetic(grad_TD.dtype),
     }
-    grid = (len(tiles.slot_I) * num_blocks,)
-    run(Launch(grad_activation_kernel, grid, arguments, tile.num_warps, tile.num_stages))
+    run(Launch(grad_activation_kernel, (len(tiles.slot_Q) * num_blocks,), arguments, tile.num_warps, tile.num_stages))
     return grad_pre_NO, weighted_NF, grad_combine_BN
+
+
+def _room_for_gradients(pre_NO: Tensor, num_features: int, num_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel writes; only the sums are zeroed, because it leaves padding rows out."""
+    num_rows = len(pre_NO)
+    sum_dtype = torch.float64 if pre_NO.dtype == torch.float64 else torch.float32
+    grad_combine_BN = torch.zeros(num_blocks, num_rows, dtype=sum_dtype, device=pre_NO.device)
+    return torch.empty_like(pre_NO), pre_NO.new_empty(num_rows, num_features), grad_combine_BN

@@ -1,6 +1,6 @@
 """Back through the up projection to its input: each grouped row's gradient times its expert's weights.
 
-Shapes: N routed rows in grouped order, C slots, O = 2F (F without a gate), D model width, I row tiles.
+Shapes: N routed rows in grouped order, C slots, O = 2F (F without a gate), D model width, Q row tiles.
 """
 
 import triton
@@ -53,7 +53,7 @@ def grad_input_kernel(
     slot = tl.load(tile_slot_ptr + tile)
     if slot < 0:
         return
-    place, is_row = rows_of_tile(tile_start_ptr, offset_ptr, tile, slot, BLOCK_M)
+    place, is_row = rows_of_tile(offset_ptr, tile_start_ptr, tile, slot, BLOCK_M)
     place = place.to(tl.int64)
     sum_MI = rows_by_weight_back(
         grad_pre_ptr + place * num_outputs, is_row, slot, block * BLOCK_IN, num_outputs, num_inputs,
@@ -84,30 +84,26 @@ def grad_input(
 
     Args:
         grad_pre_NO: gradient at the up projection's outputs, in pair order, contiguous.
-        groups, tiles: routing metadata.
+        groups, tiles: from `group_rows`, or from `map_tiles` for other tile heights.
         weight_COD: the up projection seen as [C, O, D].
-        grad_x_ND: receives the gradients.
+        grad_x_ND: receives the gradients in grouped order; contiguous.
         is_halves: whether gates lie before ups in memory.
-        tile: tile sizes.
+        tile: sizes of one program's product; its `block_m` is that of `tiles`.
         run: what to do with the launch.
     """
     num_outputs, num_inputs = weight_COD.shape[1:]
     described = weight_arguments(weight_COD, tile.block_n)
     arguments = {
         "grad_pre_ptr": grad_pre_NO,
-        "offset_ptr": groups.offset_C1,
-        "tile_slot_ptr": tiles.slot_I,
-        "tile_start_ptr": tiles.start_I,
+        **tiles.arguments(groups),
         "grad_x_ptr": grad_x_ND,
-        "num_tiles": len(tiles.slot_I),
         "num_outputs": num_outputs,
         "num_inputs": num_inputs,
         "HALVES": is_halves,
-        "BLOCK_M": tiles.block_m,
         "BLOCK_OUT": tile.block_k,
         "EVEN_OUT": num_outputs % tile.block_k == 0,
         **described,
         **arithmetic(grad_pre_NO.dtype),
     }
-    grid = (len(tiles.slot_I) * triton.cdiv(num_inputs, described["BLOCK_IN"]),)
+    grid = (len(tiles.slot_Q) * triton.cdiv(num_inputs, described["BLOCK_IN"]),)
     run(Launch(grad_input_kernel, grid, arguments, tile.num_warps, tile.num_stages))

@@ -10,7 +10,7 @@ from ..weights.weight_tile import load_weight, memory_row
 
 
 @triton.jit
-def rows_of_tile(tile_start_ptr, offset_ptr, tile, slot, BLOCK_M: tl.constexpr):
+def rows_of_tile(offset_ptr, tile_start_ptr, tile, slot, BLOCK_M: tl.constexpr):
     """[M]: the places of a tile's rows in grouped order, and which of them belong to its slot."""
     place = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
     return place, place < tl.load(offset_ptr + slot + 1)
@@ -41,7 +41,7 @@ def rows_by_weight(
         if not EVEN_IN:
             mask = mask & ((start + local)[None, :] < num_inputs)
         row_MI = tl.load(row_ptr_M[:, None] + (start + local)[None, :], mask=mask, other=0).to(COMPUTE)
-        w_OI = load_weight(projection, slot, out_O, is_out_O, start, num_inputs, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE)
+        w_OI = load_weight(slot, out_O, is_out_O, start, num_inputs, projection, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE)
         sum_MO = tl.dot(row_MI, tl.trans(w_OI), sum_MO, input_precision=PRECISION, out_dtype=ACCUMULATE)
     return sum_MO
 
@@ -78,7 +78,7 @@ def rows_by_weight_back(
         row_MO = tl.load(row_ptr_M[:, None] + out[None, :], mask=mask, other=0).to(COMPUTE)
         out_row = memory_row(out, num_outputs // 2, HALVES)
         w_OI = load_weight(
-            projection, slot, out_row, is_out, first_input, num_inputs, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE
+            slot, out_row, is_out, first_input, num_inputs, projection, BLOCK_OUT, BLOCK_IN, EVEN_IN, COMPUTE
         )
         sum_MI = tl.dot(row_MO, w_OI, sum_MI, input_precision=PRECISION, out_dtype=ACCUMULATE)
     return sum_MI

@@ -1,7 +1,7 @@
 """Up projection: gather tokens, multiply by their experts' gate and up weights, add bias, activate; one kernel.
 
 Shapes: T tokens, N routed rows in grouped order, C slots, O = 2F outputs (F without a gate), D model width, F expert
-width, I row tiles.
+width, Q row tiles.
 """
 
 import triton
@@ -11,10 +11,11 @@ from torch import Tensor
 from ..launching.launch import Launch, Run, arithmetic
 from ..launching.tiles import Tile
 from ..launching.tiling import tile_and_block
-from ..weights.activation import Activation, activate, inner_and_slope
-from ..weights.quantise import QuantisedWeight
+from ..weights.activation import activate, inner_and_slope
 from ..weights.weight_tile import Projection, memory_row, weight_arguments
-from .metadata import NOBODY, Groups, TileMap
+from ..weights.weights import ExpertWeights
+from .metadata import Groups, TileMap
+from .metadata_kernels import PADDING
 from .product import rows_by_weight, rows_of_tile
 
 
@@ -70,13 +71,13 @@ def up_kernel(
     if slot < 0:
         if SAVE_PRE:
             # an operator's output must be defined everywhere
-            if slot == NOBODY:
+            if slot == PADDING:
                 place = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
                 nothing = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=pre_ptr.dtype.element_ty)
                 pre_tile_ptr = pre_ptr + place.to(tl.int64)[:, None] * num_outputs + out[None, :]
                 tl.store(pre_tile_ptr, nothing, mask=(place < num_rows)[:, None] & is_out[None, :])
         return
-    place, is_row = rows_of_tile(tile_start_ptr, offset_ptr, tile, slot, BLOCK_M)
+    place, is_row = rows_of_tile(offset_ptr, tile_start_ptr, tile, slot, BLOCK_M)
     token = tl.load(order_ptr + place, mask=is_row, other=0) // top_k
     out_row = memory_row(out, num_outputs // 2, HALVES)
     sum_MO = rows_by_weight(
@@ -113,54 +114,45 @@ def project_up(
     x_TD: Tensor,
     groups: Groups,
     tiles: TileMap,
-    weight_COI: Tensor | QuantisedWeight,
-    bias_CO: Tensor | None,
+    weights: ExpertWeights,
     pre_NO: Tensor | None,
     activated_NF: Tensor,
-    activation: Activation,
     *,
-    is_halves: bool,
     tile: Tile,
     run: Run,
 ) -> None:
-    """Write the activations of every computed row, and what preceded the activation where `pre_NO` is given.
+    """Write the activations of every computed row, and the pre-activation where `pre_NO` is given.
 
     Args:
         x_TD: tokens; unit stride along D.
-        groups, tiles: routing metadata.
-        weight_COI: the up projection seen as [C, O, D].
-        bias_CO: its bias.
+        groups, tiles: from `group_rows`, or from `map_tiles` for other tile heights.
+        weights: the experts, of which the up projection, its bias and the activation are used.
         pre_NO: receives the sums in pair order, for the backward pass.
-        activated_NF: receives the activations.
-        activation: the function between the projections.
-        is_halves: whether there are gates, and they lie before ups in memory.
-        tile: tile sizes.
+        activated_NF: receives the activations in grouped order; contiguous.
+        tile: sizes of one program's product; its `block_m` is that of `tiles`.
         run: what to do with the launch.
     """
-    num_outputs, num_inputs = weight_COI.shape[1:]
+    bias_CO, num_outputs = weights.up_bias, weights.num_outputs
+    num_rows = len(groups.order_N)
     arguments = {
         "x_ptr": x_TD,
         "order_ptr": groups.order_N,
-        "offset_ptr": groups.offset_C1,
-        "tile_slot_ptr": tiles.slot_I,
-        "tile_start_ptr": tiles.start_I,
+        **tiles.arguments(groups),
         "bias_ptr": bias_CO,
         "pre_ptr": pre_NO,
         "activated_ptr": activated_NF,
-        "num_rows": len(groups.order_N),
-        "num_tiles": len(tiles.slot_I),
+        "num_rows": num_rows,
         "num_outputs": num_outputs,
-        "num_inputs": num_inputs,
-        "top_k": len(groups.order_N) // len(x_TD),
+        "num_inputs": weights.width,
+        "top_k": num_rows // len(x_TD),
         "x_stride": x_TD.stride(0),
-        "HALVES": is_halves,
+        "HALVES": weights.gates_first,
         "HAS_BIAS": bias_CO is not None,
         "SAVE_PRE": pre_NO is not None,
-        "BLOCK_M": tiles.block_m,
         "BLOCK_OUT": tile.block_n,
-        **weight_arguments(weight_COI, tile.block_k),
-        **activation.arguments(),
+        **weight_arguments(weights.up, tile.block_k),
+        **weights.activation.arguments(),
         **arithmetic(x_TD.dtype),
     }
-    grid = (len(tiles.slot_I) * triton.cdiv(num_outputs, tile.block_n),)
+    grid = (len(tiles.slot_Q) * triton.cdiv(num_outputs, tile.block_n),)
     run(Launch(up_kernel, grid, arguments, tile.num_warps, tile.num_stages))

@@ -25,7 +25,7 @@ class Launch:
         kernel: a `triton.jit` function.
         grid: programs along each axis.
         arguments: every parameter of the kernel by name, constexpr ones included.
-        num_warps, num_stages: the compiler's options.
+        num_warps, num_stages: warps per program, and steps of a loop that are loaded ahead.
     """
 
     kernel: Any

@@ -1,27 +1,14 @@
-"""Which tile sizes to use: a small table by architecture, number format and rows per expert; a tuned file overrides it.
-
-Nothing is tuned on first use. `tune.py` measures on request and writes the file that `chosen_tiles` reads.
-"""
+"""Tile sizes, and a small table of them by architecture, number format and rows per expert; `tuned.py` chooses."""
 
 import functools
-import json
-import math
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
-from ..weights.quantise import QuantisedWeight
-from .launch import is_interpreted
-
-if TYPE_CHECKING:
-    from ..weights.weights import ExpertWeights
-
-# rows per expert up to which a class applies
+# rows per expert up to which a class applies: three tiles of 16 rows in "few", three of 64 in "some".
+# Not tried on a GPU yet, as all tiles below; they follow published configurations, and none spills with Triton 3.9
+# (record 2026-11-21_kernels-ahead-of-time)
 ROW_CLASSES = {"few": 48, "some": 192, "many": None}
-MAX_FILE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,7 +18,7 @@ class Tile:
     Args:
         block_m, block_n: rows and columns of the output that one program computes.
         block_k: terms of the sum per step.
-        num_warps, num_stages: the compiler's options.
+        num_warps, num_stages: warps per program, and steps of a loop that are loaded ahead.
     """
 
     block_m: int
@@ -53,7 +40,7 @@ class LayerTiles:
 
     Args:
         up, down: forward; `up.block_n` counts gate and up outputs.
-        grad_activation, grad_input: backward over rows.
+        grad_activation, grad_input: backward over rows, with one `block_m` for both.
         grad_weight: backward over experts; `block_k` counts rows.
     """
 
@@ -76,6 +63,7 @@ def uniform_tiles(tile: Tile, grad_weight: Tile | None = None, grad_activation: 
     return LayerTiles(tile, tile, grad_activation or tile, tile, grad_weight or tile)
 
 
+# rows, columns, terms of the sum per step, warps, stages
 _SM90_WIDE = Tile(128, 256, 64, 8, 4)
 _SM90_SQUARE = Tile(128, 128, 64, 8, 3)
 _SM90_NARROW = Tile(64, 128, 64, 4, 4)
@@ -87,7 +75,7 @@ _CDNA_SQUARE = Tile(128, 128, 64, 8, 2)
 _CDNA_NARROW = Tile(64, 128, 64, 4, 2)
 _SINGLE = Tile(64, 64, 32, 4, 2)
 _DOUBLE = Tile(32, 32, 16, 4, 1)
-_INTERPRETED = Tile(16, 32, 32, 4, 1)
+INTERPRETED = Tile(16, 32, 32, 4, 1)
 
 # (architecture, number format, row class)
 TILES = {
@@ -121,9 +109,9 @@ class DecodeTile:
     """Sizes of the products of few tokens, where weights take the place of rows.
 
     Args:
-        block_out: outputs per program.
+        block_out: outputs per program; they are the rows of its product.
         block_in: terms of the sum per step.
-        num_warps, num_stages: the compiler's options.
+        num_warps, num_stages: warps per program, and steps of a loop that are loaded ahead.
     """
 
     block_out: int
@@ -132,6 +120,7 @@ class DecodeTile:
     num_stages: int
 
 
+# outputs, terms of the sum per step, warps, stages; compiled for all targets, not tried on a GPU yet
 DECODE_TILES = {
     "half": DecodeTile(64, 128, 4, 4),
     # a quarter of the bytes per tile, so more tiles should be on their way; six stages spill on sm90, four on sm100
@@ -149,28 +138,6 @@ def number_format(dtype: torch.dtype) -> str:
 def row_class(rows_per_expert: float) -> str:
     """`few`, `some` or `many`."""
     return next(name for name, most in ROW_CLASSES.items() if most is None or rows_per_expert <= most)
-
-
-def chosen_tiles(device: torch.device, dtype: torch.dtype, num_rows: int, weights: "ExpertWeights") -> LayerTiles:
-    """The tiles of a layer on this device: those tuned for the most similar layer if there are any, else the table's.
-
-    Args:
-        device, dtype: where and in which number format products are computed.
-        num_rows: N.
-        weights: the experts.
-
-    Returns:
-        The tiles.
-    """
-    if is_interpreted():
-        return uniform_tiles(_INTERPRETED)
-    numbers, rows = number_format(dtype), row_class(num_rows / weights.num_experts)
-    if device.type == "cuda":
-        tuned = tuned_tiles(torch.cuda.get_device_name(device))
-        alike = [key for key in tuned if (key.numbers, key.rows) == (numbers, rows)]
-        if alike:
-            return tuned[min(alike, key=lambda key: key.distance(weights.width, weights.num_features))]
-    return table_tiles(architecture(device), numbers, rows, is_quantised=isinstance(weights.up, QuantisedWeight))
 
 
 def table_tiles(arch: str, numbers: str, rows: str, *, is_quantised: bool = False) -> LayerTiles:
@@ -196,59 +163,3 @@ def architecture(device: torch.device) -> str:
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of a device; 1 where nothing runs in parallel."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def tuned_file(device_name: str) -> Path:
-    """Where tuned tiles of a device are kept: `$XDG_CACHE_HOME/expertier/tiles/<device>.json`."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "expertier" / "tiles" / f"{device_name.replace(' ', '_').replace('/', '_')}.json"
-
-
-@dataclass(frozen=True)
-class TunedFor:
-    """What tiles were tuned for.
-
-    Args:
-        numbers, rows: keys of the table.
-        width, features: D, F.
-    """
-
-    numbers: str
-    rows: str
-    width: int
-    features: int
-
-    def __post_init__(self) -> None:
-        sizes = (self.width, self.features)
-        if self.rows not in ROW_CLASSES or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(f"rows must be one of {', '.join(ROW_CLASSES)} and sizes positive; got {self}")
-
-    def distance(self, width: int, features: int) -> float:
-        """How far another layer is from this one: doublings of D and of F."""
-        return abs(math.log2(width / self.width)) + abs(math.log2(features / self.features))
-
-
-@functools.cache
-def tuned_tiles(device_name: str) -> dict[TunedFor, LayerTiles]:
-    """Tuned tiles; empty when nothing was tuned on this device.
-
-    Raises:
-        ValueError: if the file is not what `tune.save_tuned` writes.
-    """
-    path = tuned_file(device_name)
-    if not path.is_file():
-        return {}
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError("it is too large")
-        return {
-            TunedFor(**entry["layer"]): LayerTiles(**{name: Tile(**sizes) for name, sizes in entry["tiles"].items()})
-            for entry in json.loads(path.read_text(encoding="utf-8"))
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a file of tuned tiles ({error}); delete it or tune again") from error
-
-
-def tuned_document(tuned: dict[TunedFor, LayerTiles]) -> list[dict]:
-    """What `tuned_tiles` reads, as plain data."""
-    return [{"layer": asdict(layer), "tiles": asdict(tiles)} for layer, tiles in tuned.items()]

@@ -27,6 +27,7 @@ from ..weights.quantise import FORMATS, QuantisedWeight
 from ..weights.weights import ExpertWeights
 from .planned import decode_launches, layer_launches, meta_weights
 
+# compute capability or architecture, and threads per warp
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
     "sm86": GPUTarget("cuda", 86, 32),
@@ -46,6 +47,7 @@ INSTRUCTIONS = {
     "integer_to_float": r"\bI2F\w*\b",
     "mfma": r"\bv_mfma_\w+",
 }
+# bytes of alignment, or factor of a number, that Triton's launcher passes on as a hint
 DIVISIBILITY = 16
 TYPE_NAMES = {
     torch.float64: "fp64",
@@ -65,10 +67,10 @@ class Compiled:
     """What a kernel needs on a target.
 
     Args:
-        kernel, arch: which.
-        registers: per thread.
+        kernel, arch: name of the kernel, and key of `TARGETS`.
+        registers: registers per thread; 255 is the most on NVIDIA.
         spill_bytes: per thread, to local memory (spilled registers times four on AMD).
-        shared_bytes: per program.
+        shared_bytes: shared memory (local data share) per program.
         instructions: how often those of `INSTRUCTIONS` occur.
     """
 
@@ -190,7 +192,7 @@ def _layers() -> dict[str, ExpertWeights]:
 
 
 def _float16_launches(arch: str) -> Iterator[tuple[str, Launch]]:
-    """Dense and int4, whose codes become numbers in another way than in bfloat16; with bfloat16's tiles."""
+    """Dense and int4 with bfloat16's tiles; float16 turns int4 codes into numbers by another bit pattern."""
     for name in (None, "int4"):
         weights = meta_weights(2048, 768, 128, torch.float16, quantised=name)
         tiles = table_tiles(arch, "half", "many", is_quantised=name is not None)

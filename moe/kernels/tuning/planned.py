@@ -28,13 +28,10 @@ def layer_launches(
 
     Args:
         weights: experts on the meta device.
-        num_tokens, top_k: T, K.
-        dtype: of the tokens.
-        tiles: tile sizes.
+        num_tokens, top_k: T and K of the call, both at least 1.
+        dtype: dtype of tokens and products.
+        tiles: tile sizes of every matrix product.
         trains: forward and backward pass (of all but quantised weights); else the inference pass with the same tiles.
-
-    Returns:
-        Launches in order.
     """
     launches: list[Launch] = []
     x_TD, expert_TK, combine_TK = _inputs(weights, num_tokens, top_k, dtype)
@@ -52,11 +49,8 @@ def decode_launches(
     """The launches of the decode path, recorded on the meta device.
 
     Args:
-        weights, num_tokens, top_k, dtype: as of `layer_launches`.
+        weights, num_tokens, top_k, dtype: see `layer_launches`; T * K is at most `MAX_ROWS`.
         processors: of the device; with many, sums are split over inputs.
-
-    Returns:
-        Launches in order.
     """
     launches: list[Launch] = []
     decode(*_inputs(weights, num_tokens, top_k, dtype), weights, launches.append, processors)
@@ -84,13 +78,10 @@ def meta_weights(
     """Experts without storage.
 
     Args:
-        width, features, num_experts: D, F, E.
-        dtype: of dense weights.
+        width, features, num_experts: D, F and E, all at least 1.
+        dtype: dtype of dense weights and biases.
         quantised: a format of `quantise` instead.
-        has_bias, is_transposed, is_halves, activation: the layout.
-
-    Returns:
-        The weights.
+        has_bias, is_transposed, is_halves, activation: the layout; see `ExpertWeights`.
     """
     outputs = features * (2 if activation.gated else 1)
 

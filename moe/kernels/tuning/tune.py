@@ -1,4 +1,4 @@
-"""Choose tiles by measuring, on request; the result is written where `tiles.chosen_tiles` finds it.
+"""Choose tiles by measuring, on request; the result is written where `tuned.chosen_tiles` finds it.
 
 Each matrix product of a layer is timed on its own, with every candidate; products that share a tile map must agree on
 their rows per tile, so the best pair for each number of rows is compared.
@@ -21,22 +21,14 @@ from routing.ground.files import write_json
 from ..grouped.backward import Needs, backward
 from ..grouped.forward import forward
 from ..launching.launch import Launch, execute
-from ..launching.tiles import (
-    LayerTiles,
-    Tile,
-    TunedFor,
-    number_format,
-    row_class,
-    tuned_document,
-    tuned_file,
-    tuned_tiles,
-    uniform_tiles,
-)
+from ..launching.tiles import LayerTiles, Tile, number_format, row_class, uniform_tiles
+from ..launching.tuned import TunedFor, tuned_document, tuned_file, tuned_tiles
 from ..weights.weights import ExpertWeights
 from .planned import compile_together, layer_launches
 
 Measure = Callable[[Launch], float]
 
+# sizes that compile without spills for the products of the table; the tuner has not run on a GPU yet
 CANDIDATES = tuple(
     Tile(block_m, block_n, block_k, num_warps, num_stages)
     for block_m, block_n, num_warps in (
@@ -87,14 +79,11 @@ def tune(
     """The fastest tiles for this layer and these tokens.
 
     Args:
-        weights: dense experts.
+        weights: dense experts on the device to tune for.
         x_TD, expert_TK, combine_TK: an input that is typical of its row class.
         candidates: tiles to try; by default those of `CANDIDATES` that suit the rows per expert.
         measure: the time of a launch, in any unit.
         prepare: is given all launches beforehand.
-
-    Returns:
-        The fastest tiles.
 
     Raises:
         ValueError: if no candidate fits the device.

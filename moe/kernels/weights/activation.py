@@ -16,6 +16,7 @@ from torch import Tensor
 
 INNER = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 
+# of the error function in GELU and its derivative, and of its approximation by tanh
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
@@ -32,7 +33,7 @@ class Activation:
         gated: whether a second half of the up projection multiplies the result.
         alpha: slope inside `silu`; 1 is SiLU, 1.702 is the quick GELU.
         limit: bound of gate (from above) and up (both sides); None for no bound.
-        shift: added to up.
+        shift: added to up before the product; 1 in gpt-oss.
 
     Raises:
         ValueError: if `inner` is unknown.

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 FORMATS = ("int8", "int4", "fp8", "fp8_block")
+# inputs per scale of int4, and side of the blocks of fp8: as published, see the sources above
 BLOCK = 128
+# largest number of float8 e4m3fn
 E4M3_MAX = 448.0
 
 
@@ -26,7 +28,7 @@ class QuantisedWeight:
         scale: [C, O / out_group, I / in_group] float32.
         zero: the same shape for int4 (the code that means 0), else None.
         out_group, in_group: outputs and inputs that share a scale.
-        num_inputs: I.
+        num_inputs: I; for int4 twice the bytes of a row of `data`.
     """
 
     format: str
@@ -50,9 +52,6 @@ def quantise(weight_COI: Tensor, name: str, group: int = BLOCK) -> QuantisedWeig
         weight_COI: a floating-point weight; pass a transposed view for checkpoints that store [C, I, O].
         name: `int8`, `int4`, `fp8` (a scale per output) or `fp8_block` (a scale per 128 x 128 block).
         group: inputs per scale of int4, a power of two that divides I.
-
-    Returns:
-        The quantised weight.
 
     Raises:
         ValueError: if the format is unknown or the sizes do not fit it.

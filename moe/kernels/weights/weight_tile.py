@@ -57,12 +57,12 @@ def int4_bias(COMPUTE: tl.constexpr):
 
 @triton.jit
 def load_codes(
-    projection,
     slot,
     out,
     is_out,
     in_start,
     num_inputs,
+    projection,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     EVEN: tl.constexpr,
@@ -96,7 +96,7 @@ def load_codes(
 
 
 @triton.jit
-def load_scale(scale_ptr, projection, slot, out, is_out, in_start):
+def load_scale(scale_ptr, slot, out, is_out, in_start, projection):
     """One scale (or zero) per output of a tile; a tile never spans two groups of inputs."""
     slot_ptr = scale_ptr + slot.to(tl.int64) * projection.scale_stride_slot
     group_ptr = slot_ptr + (in_start // projection.IN_GROUP) * projection.scale_stride_in
@@ -106,25 +106,25 @@ def load_scale(scale_ptr, projection, slot, out, is_out, in_start):
 
 @triton.jit
 def load_weight(
-    projection,
     slot,
     out,
     is_out,
     in_start,
     num_inputs,
+    projection,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     EVEN: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """The weights `[out, in_start : in_start + BLOCK_IN]` of a slot, in COMPUTE."""
-    code = load_codes(projection, slot, out, is_out, in_start, num_inputs, BLOCK_OUT, BLOCK_IN, EVEN, COMPUTE)
+    code = load_codes(slot, out, is_out, in_start, num_inputs, projection, BLOCK_OUT, BLOCK_IN, EVEN, COMPUTE)
     if projection.FORMAT == "dense":
         return code
     else:
-        scale = load_scale(projection.scale_ptr, projection, slot, out, is_out, in_start)
+        scale = load_scale(projection.scale_ptr, slot, out, is_out, in_start, projection)
         if projection.FORMAT == "int4":
-            zero = load_scale(projection.zero_ptr, projection, slot, out, is_out, in_start)
+            zero = load_scale(projection.zero_ptr, slot, out, is_out, in_start, projection)
             value = (code.to(tl.float32) - (zero + int4_bias(COMPUTE))[:, None]) * scale[:, None]
         else:
             value = code.to(tl.float32) * scale[:, None]

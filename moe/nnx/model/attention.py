@@ -31,8 +31,7 @@ class Attention(nnx.Module):
     """Causal self-attention of one decoder layer.
 
     Args:
-        config: the model's config.
-        rngs: random streams.
+        rngs: random streams; `params` draws the initial weights.
     """
 
     def __init__(self, config: MoEConfig, rngs: nnx.Rngs) -> None:

@@ -20,6 +20,7 @@ from ...parts.config import MoEConfig
 from .decoder import MoEForCausalLM
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# an index has some 100 bytes per tensor: half a million tensors
 MAX_INDEX_BYTES = 64 << 20
 
 

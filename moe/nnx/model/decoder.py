@@ -26,7 +26,7 @@ class MoEOutput(NamedTuple):
     """What a forward pass returns.
 
     Args:
-        logits: [B, S, V].
+        logits: [B, S, V], unnormalised, for the next token.
         router_stats: one per MoE layer.
         loss: language-model loss plus, in training, weighted auxiliary losses; when labels are given.
         lm_loss: mean cross entropy per predicted token in nats, when labels are given.
@@ -146,7 +146,7 @@ class MoEForCausalLM(nnx.Module):
         """Logits, and the loss when labels are given.
 
         Args:
-            token_BS: integer [B, S].
+            token_BS: integer vocabulary ids.
             labels_BS: integer [B, S], the same tokens (the shift happens here); -100 is ignored.
             attention_mask: [B, S], 0 for padding.
             is_training: whether capacity limits, noise and auxiliary losses apply.

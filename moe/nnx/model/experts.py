@@ -30,7 +30,7 @@ class Experts(nnx.Module):
 
     Args:
         config: gives E, D, F and the activation.
-        rngs: random streams.
+        rngs: random streams; `params` draws the initial weights.
         product: a key of `grouped.GROUPED_PRODUCTS`; None takes the platform's default.
 
     Attributes:
@@ -69,12 +69,12 @@ def compute_experts(
     """Weighted sum of gated experts, computed in the dtype of their weights.
 
     Args:
-        x_TD: inputs.
+        x_TD: tokens; their dtype is that of the result.
         expert_TK: integer ids; ids >= E contribute nothing.
-        weight_TK: combine weights.
+        weight_TK: floating-point combine weights; no normalisation is assumed.
         gate_up_proj: [E, D, 2, F], gate before up.
-        down_proj: [E, F, D].
-        act: of the gate.
+        down_proj: [E, F, D], as right factors of a product.
+        act: activation of the gate, element by element.
         product: a key of `grouped.GROUPED_PRODUCTS`; None takes the platform's default.
 
     Returns:

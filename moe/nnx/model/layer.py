@@ -21,9 +21,9 @@ class ZeroComputeExperts(nnx.Module):
 
     Args:
         kinds: `zero`, `copy` or `constant` for each of them.
-        width: D.
+        width: D, the width of tokens in and out.
         std: of the initial weights.
-        rngs: random streams.
+        rngs: random streams; `params` draws the initial weights.
     """
 
     def __init__(self, kinds: Sequence[str], width: int, std: float, rngs: nnx.Rngs) -> None:
@@ -55,9 +55,7 @@ class MoELayer(nnx.Module):
     """Replaces the feed-forward network of a decoder layer.
 
     Args:
-        config: the model's config.
-        router: this layer's router.
-        rngs: random streams.
+        rngs: random streams; `params` draws the initial weights.
         product: how experts are computed; see `Experts`.
     """
 

@@ -40,7 +40,7 @@ class Linear(nnx.Module):
     Args:
         width, out_width: of input and output; `kernel` is [width, out_width].
         std: of the initial weights.
-        rngs: random streams.
+        rngs: random streams; `params` draws the initial weights.
     """
 
     def __init__(self, width: int, out_width: int, std: float, rngs: nnx.Rngs) -> None:
@@ -68,11 +68,11 @@ class FeedForward(nnx.Module):
     """A plain gated feed-forward network, for dense layers and shared experts.
 
     Args:
-        width: D.
-        inner_width: its hidden width.
+        width: D, the width of tokens in and out.
+        inner_width: F, the hidden width.
         act: name of the gate's activation.
         std: of the initial weights.
-        rngs: random streams.
+        rngs: random streams; `params` draws the initial weights.
     """
 
     def __init__(self, width: int, inner_width: int, act: str, std: float, rngs: nnx.Rngs) -> None:

@@ -15,6 +15,8 @@ from jax import Array, lax
 
 GroupedProduct = Callable[[Array, Array, Array], Array]
 
+# rows per block: small ones make more steps of the loop, large ones compute more rows in vain. Both were in use for the
+# record 2026-11-21_flax-twin (two CPU cores), which has no other values; not tried on a GPU or TPU
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 16, 128
 
 

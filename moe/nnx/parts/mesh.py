@@ -54,7 +54,7 @@ def partition(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     Args:
         path: names of the modules that it is in, and its own, outermost first.
         shape: its shape; matrices are [..., input, output].
-        mesh: devices by axis.
+        mesh: devices along `data`, `expert` and `tensor`.
     """
     axes: list[str | None] = [None] * len(shape)
     if "router" in path or len(shape) < 2:

@@ -18,7 +18,7 @@ def grouped_product_calls(E: int, N: int, D: int, F: int, *, seed: int = 0) -> d
 
     Args:
         E, N, D, F: sizes; rows choose their expert uniformly.
-        seed: of the numbers.
+        seed: seed of rows, weights and group sizes.
 
     Returns:
         Calls that return when the work is done; the same for every product, so results can be compared.

@@ -25,8 +25,8 @@ class Routing:
     Args:
         expert_TK: int32 ids. `0..E-1` are FFN experts, `E..E+Z-1` zero-compute experts, `E+Z` an empty slot.
         weight_TK: float32 combine weights; 0 in empty slots.
-        E: FFN experts.
-        Z: zero-compute experts.
+        E: number of FFN experts, ids 0..E-1.
+        Z: number of zero-compute experts, ids E..E+Z-1.
     """
 
     expert_TK: Array
@@ -91,7 +91,7 @@ class RouterStats:
 
     Args:
         probability_TR: the distribution that balance losses see.
-        logit_TR: raw logits.
+        logit_TR: logits before softmax or sigmoid, for the z-loss.
         chosen: what the router chose, before any capacity drop; padding tokens have empty slots.
         kept: what is left after capacity drops, and is computed.
         is_valid_T: False for padding; None when no token is padding.

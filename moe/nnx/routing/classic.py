@@ -1,6 +1,6 @@
-"""ClassicRouter and its variants MoE++ and RMoE; twins of `routing.classic`, `routing.pathway`, `routing.recurrent`.
+"""ClassicRouter: linear scores, top-k, weights; twin of torch's (`routing/routers/classic/classic.py`).
 
-Shapes: T tokens, D model width, K experts per token, E FFN experts, R = E + Z routable experts, p = recurrent width.
+Shapes: T tokens, D model width, K experts per token, E FFN experts, R = E + Z routable experts.
 """
 
 import jax
@@ -27,7 +27,7 @@ class ClassicRouter(nnx.Module):
         layer: which MoE layer this router serves.
         rule: how logits become a routing.
         std: of the initial weights, unless the rule has its own.
-        rngs: random streams.
+        rngs: random streams; `params` draws the initial weights.
         score_width: what the scores are linear in, if not the D-wide hidden state.
     """
 
@@ -43,7 +43,7 @@ class ClassicRouter(nnx.Module):
         self.sizes, self.layer, self.rule = sizes, layer, rule
         shape = (sizes.num_routable, score_width or sizes.width)
         std = std if rule.init_scale is None else (rule.init_scale / shape[1]) ** 0.5
-        self.weight = _initial(rule, rngs, shape, std)
+        self.weight = initial_matrix(rule, rngs, shape, std)
         self.bias_R = nnx.Variable(jnp.zeros(sizes.num_routable, jnp.float32)) if rule.bias_rate else None
 
     def __call__(self, x_TD: Array, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
@@ -182,7 +182,7 @@ class ClassicRouter(nnx.Module):
         return share_R / share_R.sum()
 
 
-def _initial(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: float) -> nnx.Param:
+def initial_matrix(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: float) -> nnx.Param:
     """The distributions of `routing.rule.ClassicRule.init`."""
     if rule.init == "normal":
         return normal(rngs, shape, std)
@@ -190,90 +190,6 @@ def _initial(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: flo
         return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -1, 1) / shape[1] ** 0.5)
     cut = rule.init_cut
     return nnx.Param(std * jax.random.truncated_normal(rngs.params(), -cut, cut, shape, jnp.float32))
-
-
-def _inner(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: float) -> nnx.Param:
-    """A matrix of RMoE before its scores: normal, unless all of them start as torch's own layers do."""
-    return _initial(rule, rngs, shape, std) if rule.init == "kaiming" else normal(rngs, shape, std)
-
-
-class PathwayRouter(ClassicRouter):
-    """MoE++: a classic router whose logits add a linear map of the previous layer's. See `routing.pathway`."""
-
-    def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule, std: float, rngs: nnx.Rngs) -> None:
-        super().__init__(sizes, layer, rule, std, rngs)
-        self.residual_weight = normal(rngs, (sizes.num_routable,) * 2, std) if layer else None
-
-    def logits(self, x_TD: Array, carry: Carry) -> tuple[Array, Carry]:
-        logit_TR, carry = super().logits(x_TD, carry)
-        if self.residual_weight is not None and "previous_logit" in carry:
-            logit_TR = logit_TR + carry["previous_logit"] @ self.residual_weight[...].astype(jnp.float32).T
-        return logit_TR, carry | {"previous_logit": logit_TR}
-
-
-class GRUCell(nnx.Module):
-    """A gated recurrent unit with the parameters and gate order of torch's `GRUCell`.
-
-    Args:
-        width: p, of input and state.
-        rule: of its router, whose `init` says how the weights start.
-        std: of normal initial weights; biases start at 0.
-        rngs: random streams.
-    """
-
-    def __init__(self, width: int, rule: ClassicRule, std: float, rngs: nnx.Rngs) -> None:
-        self.weight_ih = _inner(rule, rngs, (3 * width, width), std)
-        self.weight_hh = _inner(rule, rngs, (3 * width, width), std)
-        self.bias_ih = nnx.Param(jnp.zeros(3 * width, jnp.float32))
-        self.bias_hh = nnx.Param(jnp.zeros(3 * width, jnp.float32))
-
-    def __call__(self, x_Tp: Array, state_Tp: Array) -> Array:
-        weight_ih, weight_hh, bias_ih, bias_hh = (
-            parameter[...].astype(jnp.float32)
-            for parameter in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        )
-        reset_x, update_x, new_x = jnp.split(x_Tp @ weight_ih.T + bias_ih, 3, axis=-1)
-        reset_h, update_h, new_h = jnp.split(state_Tp @ weight_hh.T + bias_hh, 3, axis=-1)
-        update = jax.nn.sigmoid(update_x + update_h)
-        new = jnp.tanh(new_x + jax.nn.sigmoid(reset_x + reset_h) * new_h)
-        return (1 - update) * new + update * state_Tp
-
-
-class RecurrentRouter(ClassicRouter):
-    """RMoE: scores from the state of a GRU that runs through the layers. See `routing.recurrent`.
-
-    Args:
-        sizes, layer, rule, std, rngs: as for `ClassicRouter`.
-        cell: shared by all layers; checkpoints hold it once, at layer 0.
-        width: p.
-        recurrence: `full`, `detach` or `none`.
-    """
-
-    def __init__(
-        self,
-        sizes: RouterSizes,
-        layer: int,
-        rule: ClassicRule,
-        std: float,
-        rngs: nnx.Rngs,
-        *,
-        cell: GRUCell,
-        width: int,
-        recurrence: str,
-    ) -> None:
-        super().__init__(sizes, layer, rule, std, rngs, score_width=width)
-        self.projection = _inner(rule, rngs, (width, sizes.width), std)
-        self.cell, self.recurrence = cell, recurrence
-
-    def logits(self, x_TD: Array, carry: Carry) -> tuple[Array, Carry]:
-        projected_Tp = x_TD @ self.projection[...].astype(jnp.float32).T
-        before_Tp = carry.get("recurrent_state")
-        if before_Tp is None or self.recurrence == "none":
-            before_Tp = jnp.zeros_like(projected_Tp)
-        elif self.recurrence == "detach":
-            before_Tp = lax.stop_gradient(before_Tp)
-        state_Tp = self.cell(projected_Tp, before_Tp)
-        return state_Tp @ self.weight[...].astype(jnp.float32).T, carry | {"recurrent_state": state_Tp}
 
 
 def _masked_softmax(logit_TK: Array, counts_TK: Array) -> Array:

@@ -17,10 +17,8 @@ class DeviceBalancedRouter(ClassicRouter):
     """A group-limited router with two more losses, which it weighs itself: the groups are devices.
 
     Args:
-        args: those of `ClassicRouter`.
         device_weight: coefficient of the device loss.
         communication_weight: coefficient of the communication loss.
-        options: those of `ClassicRouter`.
 
     Source: DeepSeek-AI 2024 (DeepSeek-V2), arXiv:2405.04434, eqs. 26-31.
     """

@@ -15,8 +15,10 @@ from routing import build_routers
 
 from ...parts.config import MoEConfig
 from .assignment import Carry, RouterStats, Routing, RoutingContext
-from .classic import ClassicRouter, GRUCell, PathwayRouter, RecurrentRouter
+from .classic import ClassicRouter
 from .device_balance import DeviceBalancedRouter
+from .pathway import PathwayRouter
+from .recurrent import GRUCell, RecurrentRouter
 
 
 class PreGate(nnx.Module):

@@ -27,6 +27,7 @@ from ..parts.mesh import place_batch
 from .distribute import distribute
 
 STATE_FILE = "training_state.safetensors"
+# side of the square matrices whose product is timed, and how often: long enough for a clock, short beside a run
 PROBE_SIZE, PROBE_REPEATS = 768, 5
 
 
@@ -35,8 +36,8 @@ class Optimisation:
     """How a `Trainer` moves weights: AdamW whose decay spares norms and biases, after clipping.
 
     Args:
-        weight_decay: of matrices.
-        betas: of AdamW.
+        weight_decay: decoupled decay per unit of learning rate, of matrices only.
+        betas: decay of AdamW's first and second moments, each in [0, 1).
         clip_norm: largest global gradient norm.
         precision: `float32`, or `bfloat16` for matrix products outside routers; weights stay float32.
         seed: of initial weights and noise.
@@ -62,7 +63,7 @@ class StepResult(NamedTuple):
 
     Args:
         loss, lm_loss: in nats, with and without auxiliary losses.
-        gradient_norm: before clipping.
+        gradient_norm: global norm of the gradient before clipping.
         entropy: mean router entropy of the last micro-batch in nats.
         kept_LE: tokens that each FFN expert computed.
     """
@@ -78,8 +79,8 @@ class Trainer:
     """A model in training.
 
     Args:
-        config: of the model.
-        how: of the optimiser.
+        config: sizes, router and losses of the model.
+        how: settings of AdamW, clipping and precision.
         mesh: devices to spread over, or None for the default device.
         product: how experts are computed; see `MoEForCausalLM`.
 
@@ -108,7 +109,7 @@ class Trainer:
 
         Args:
             token_ABS: integers, one [B, S] batch per micro-batch.
-            rate: learning rate.
+            rate: learning rate of this step.
             number: steps done before; together with the seed it fixes the noise.
         """
         tokens = place_batch(token_ABS.astype(np.int32), self.mesh)

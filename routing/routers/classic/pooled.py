@@ -7,7 +7,7 @@ they do to keys.
 Source: Hydra (2025), arXiv:2508.15099, whose abstract says: one decision per chunk. How a chunk is pooled without
 looking ahead is ours.
 
-Shapes: B sequences, S positions of this call, T = B * S, P positions so far, D model width, R routable experts.
+Shapes: B sequences, S positions of this call, T = B * S tokens, P positions so far, D model width, R routable experts.
 """
 
 from typing import Literal, get_args
