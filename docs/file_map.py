@@ -1,5 +1,7 @@
-"""Prints docs/files.md, every source file with the first line of its docstring; `--rooms` rewrites the tables of rooms in
-docs/architecture.md (`make files` does both)."""
+"""Prints docs/files.md: every source file with the first line of its docstring (`make files` writes it).
+
+With `--rooms` it rewrites the tables of rooms in docs/architecture.md, which `make files` does as well.
+"""
 
 import ast
 import sys

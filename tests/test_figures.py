@@ -41,12 +41,16 @@ UNITS = (
 )
 # if it has three decimals or more, if it is a decimal number in a paragraph that links to a record, or if it stands in
 # a table, not in its first column, whose header or whose paragraph above has one of these words.
-MEASURED_TABLE = r"tokens per second|tok/s|hit rate|registers per thread|\bload on\b|\bms\b|bits per byte"
+MEASURED_TABLE = r"[Tt]okens per second|tok/s|hit rate|registers per thread|\bload on\b|\bms\b|bits per byte"
 
 # What has such a form and was not measured here, word for word, with the reason.
 EXEMPT: dict[str, dict[str, str]] = {
-    "README.md": {},
-    "docs/offload.md": {},
+    "docs/offload.md": {
+        "takes 90 % of what the machine": "a setting",
+        "is 90 % of what is free": "a setting",
+        "bits instead of 16": "the width of a bfloat16 number",
+        "13.66 GB": "the size of a checkpoint",
+    },
     "docs/architectures.md": {"1 - 2 x (expected share": "a formula"},
     "docs/kernels.md": {
         "| qwen3-30b-a3b, T >= 16384, forward | 480 TFLOP/s": "a goal, marked as unmeasured",

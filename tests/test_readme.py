@@ -80,7 +80,7 @@ def test_every_command_of_the_readme_works_as_printed(reader):
 def form(line):
     """A printed line without its numbers, and without the lines of a table."""
     line = re.sub(r"[┏┓┗┛┡┩└┘━─┳┻╇┴┃│]+", " ", line)
-    line = re.sub(r"bound \([\w-]+\)", "bound (#)", line)
+    line = re.sub(r"[KMGT]iB", "iB", re.sub(r"bound \([^)]+\)", "bound (#)", line))
     return " ".join(re.sub(r"(?<![\w-])-?(?:\d[\d.,]*(?:e-?\d+)?%?|-)(?![\w-])", "#", line).split())
 
 
@@ -95,7 +95,7 @@ def test_what_the_readme_prints_has_the_form_of_what_comes(reader):
 
 def test_the_example_shows_something(reader):
     """Words rather than spaces, and caches that differ: what the README says one can see."""
-    folder, done = reader
+    _, done = reader
     text = re.search(r"^\$ expertier generate\n(.*?)^[\d.]+ tok/s", done.stdout, re.DOTALL | re.MULTILINE).group(1)
     assert len(re.findall(r"[a-z]{2,}", text)) >= 3, text
     rates = dict(re.findall(r"│ (lru|lfu|belady) +│ (0\.\d+) ", done.stdout))
@@ -177,8 +177,8 @@ def changes(model, plain):
 
 def test_the_page_names_everything_that_load_changes_on_a_model(tmp_path):
     config = transformers.Qwen3MoeConfig(**SIZES, dtype="bfloat16")
-    plain = transformers.AutoModelForCausalLM.from_config(config).bfloat16()
-    plain.save_pretrained(tmp_path)
+    transformers.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     model = offload.load(tmp_path, cache_experts=2)
     found = changes(model, plain)
     model.offload.close()
@@ -186,8 +186,8 @@ def test_the_page_names_everything_that_load_changes_on_a_model(tmp_path):
     table = page.split("## What `offload.load` changes on a model")[1].split("\n## ")[0]
     said = {
         "offload": "`model.offload`", "save_pretrained": "`save_pretrained` raises", "hooks": "two forward hooks",
-        "requires_grad": "`requires_grad` is off", "_expertier_place": "`_expertier_place`", "forward": "linear layers in",
-        "forward of a norm": "root-mean-square norms", "TokenWeight": "`TokenWeight`",
+        "requires_grad": "`requires_grad` is off", "_expertier_place": "`_expertier_place`",
+        "forward": "linear layers in", "forward of a norm": "root-mean-square norms", "TokenWeight": "`TokenWeight`",
         "gate_up_proj deleted": "`gate_up_proj` (or `up_proj`) and `down_proj` are deleted",
         "down_proj deleted": "`gate_up_proj` (or `up_proj`) and `down_proj` are deleted",
     }  # fmt: skip
@@ -203,6 +203,6 @@ def test_the_page_names_everything_that_load_changes_on_a_model(tmp_path):
 def test_no_package_is_called_like_the_program():
     assert importlib.util.find_spec("expertier") is None
     names = re.search(r"In Python, import (.*?)\.$", README, re.MULTILINE).group(1)
-    assert {name for name in re.findall(r"`(\w+)`", names)} == {
+    assert set(re.findall(r"`(\w+)`", names)) == {
         path.parent.name for path in ROOT.glob("*/__init__.py") if ast.get_docstring(ast.parse(path.read_text()))
     }
