@@ -200,5 +200,5 @@ def faults(page: str, exempt: Iterable[str] = (), whole: str | None = None) -> l
             decimals = len(figure.text.partition(".")[2])
             if abs(value - float(figure.text.replace(",", ""))) > 0.5 * 10**-decimals * (1 + 1e-9):
                 found.append(f"{place} is {value:.{decimals + 2}f} in {known[figure.label]}")
-    stray = set(re.findall(MARKER, page)) - used - {figure.label for figure in measured(page, exempt, whole)}
+    stray = set(re.findall(MARKER, prose(page))) - used - {figure.label for figure in measured(page, exempt, whole)}
     return found + [f"{label} stands behind no figure" for label in sorted((known.keys() | stray) - used)]

@@ -186,3 +186,8 @@ def test_markers_leave_nothing_to_see():
     for name in PAGES:
         page = (ROOT / name).read_text(encoding="utf-8")
         assert re.findall(r"<!--\s*@", page) == ["<!--@"] * len(re.findall(MARKER, page)), name
+
+
+def test_every_record_is_listed_among_the_results():
+    listed = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert [folder.name for folder in FOLDERS if f"records/{folder.name}/README.md" not in listed] == []
