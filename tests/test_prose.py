@@ -15,6 +15,8 @@ MOST_WORDS = 25
 SHORT_SENTENCES = (
     "README.md",
     "docs/architecture.md",
+    "docs/engines.md",
+    "docs/notation.md",
     "docs/offload.md",
     "docs/results.md",
     "docs/start_here.md",
