@@ -34,14 +34,14 @@ RECORDS = Path(__file__).parent.parent / "experiments" / "records"
 # A number is a measured figure if one of these stands behind it (or behind the last number of "1.1 to 1.7 GB/s"),
 UNITS = (
     *("tok/s", "tokens/s", "tokens per second", "tokens a second", "GB/s", "MB/s", "TFLOP/s", "GB of", "MB of", "MB"),
-    *("ms", "us", "s", "seconds", "minutes", "%", "x", "times", "bits", "nats", "bits per byte"),
+    *("ms", "us", "s", "seconds", "minutes", "%", "times", "bits", "nats", "bits per byte"),
 )
 # if it has three decimals or more, if it is a decimal number in a paragraph that links to a record, or if it stands in
 # a measured column. That is a column whose header has one of these words; or, if none has and the paragraph above the
-# table does, any but the first.
+# table does, any but the first. A column headed "default" holds settings.
 MEASURED_TABLE = r"[Tt]okens per second|tok/s|hit rate|registers per thread|\bload on\b|\bms\b|bits per byte"
 
-NUMBER = r"(?<![\w.@/^-])[-+]?\d(?:[\d,]*\d)?(?:\.\d+)?(?![\d\w]|\.\d)"
+NUMBER = r"(?<![\w.@/^-])[-+]?\d(?:[\d,]*\d)?(?:\.\d+)?(?=x\b|(?![\d\w]|\.\d))"
 MARKER = r"<!--@(?P<label>[\w.-]+)-->"
 IDENTIFIER = r"\d{4}\.\d{5}"
 
@@ -98,26 +98,28 @@ def blocks(page: str, text: str) -> Iterator[tuple[re.Match[str], str]]:
 def _measured_here(block: str, above: str, has_record: bool) -> Iterator[re.Match[str]]:
     """The measured figures of one paragraph or table, last one first."""
     units = "|".join(re.escape(unit) for unit in sorted(UNITS, key=len, reverse=True))
-    columns = _measured_columns(block, above)
+    measured_columns, settings = _columns(block, above)
     chain = ""
     for number in reversed(list(re.finditer(rf"(?P<number>{NUMBER})\**(?P<percent>\s?%)?(?:{MARKER})?", block))):
         after, before = block[number.end() :], block[: number.start()].rsplit("\n", 1)[-1]
-        has_unit = number["percent"] or re.match(rf"\**[\s(]*(?:{units})(?![\w/])", after)
+        column = before.count("|") if before.startswith("|") else 0
+        has_unit = number["percent"] or re.match(rf"x\b|\**[\s(]*(?:{units})(?![\w/])", after)
         is_chained = chain and re.fullmatch(r"\s*(?:to|and|or|against|,|;)\s*", after[: len(after) - len(chain)])
-        decimals = len(number["number"].partition(".")[2])
         chain = block[number.start() :] if has_unit or is_chained else ""
-        in_table = before.startswith("|") and before.count("|") in columns
-        if number["label"] or has_unit or is_chained or decimals >= 3 or (decimals and has_record) or in_table:
+        decimals = len(number["number"].partition(".")[2])
+        is_figure = has_unit or is_chained or decimals >= 3 or (decimals and has_record) or column in measured_columns
+        if number["label"] or (is_figure and column not in settings):
             yield number
 
 
-def _measured_columns(block: str, above: str) -> set[int]:
-    """The columns of a table (from 1) that hold measured numbers."""
+def _columns(block: str, above: str) -> tuple[set[int], set[int]]:
+    """The columns of a table (from 1) that hold measured numbers, and those that hold settings."""
     if not block.startswith("|"):
-        return set()
-    header = block.split("\n")[0].split("|")
-    named = {place for place, cell in enumerate(header) if re.search(MEASURED_TABLE, cell)}
-    return named or (set(range(2, len(header))) if re.search(MEASURED_TABLE, above) else set())
+        return set(), set()
+    header = dict(enumerate(block.split("\n")[0].split("|")))
+    named = {place for place, cell in header.items() if re.search(MEASURED_TABLE, cell)}
+    others = set(range(2, len(header))) if re.search(MEASURED_TABLE, above) else set()
+    return named or others, {place for place, cell in header.items() if cell.strip() == "default"}
 
 
 def sources(page: str) -> dict[str, str]:

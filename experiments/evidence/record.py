@@ -60,8 +60,8 @@ def save_record(
         "seed": seed,
         "date": date.today().isoformat(),
         **_commit(),
-        "versions": _versions(),
-        "device": _device(),
+        "versions": versions(),
+        "device": device(),
     }
     with atomic_write(target / "result.csv") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
@@ -79,7 +79,8 @@ def _commit() -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages here that a result depends on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -89,14 +90,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _device() -> dict[str, Any]:
-    device: dict[str, Any] = {"cpu": _cpu_name(), "system": platform.platform()}
+def device() -> dict[str, Any]:
+    """The machine: `cpu` and `system` names, and what torch uses once it is imported."""
+    found: dict[str, Any] = {"cpu": _cpu_name(), "system": platform.platform()}
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
-        device["cpu_threads"] = torch.get_num_threads()
+        found["cpu_threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
-            device["gpu"] = torch.cuda.get_device_name()
-    return device
+            found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 def _cpu_name() -> str:
