@@ -16,7 +16,6 @@ SHORT_SENTENCES = (
     "README.md",
     "docs/architecture.md",
     "docs/engines.md",
-    "docs/notation.md",
     "docs/offload.md",
     "docs/results.md",
     "docs/start_here.md",
