@@ -47,9 +47,8 @@ PLAIN_PAGES = (
     *("docs/routers.md", "docs/start_here.md"),
 )
 PLAIN_FOLDERS = (
-    *("routing/report", "moe/model", "offload/cache", "offload/checkpoint", "offload/commands", "offload/forecast"),
-    *("offload/formats", "offload/memory", "offload/native", "offload/ram", "offload/serve", "offload/store"),
-    *("placement/formats", "placement/run", "placement/solving"),
+    *("routing/report", "moe/model", "offload/cache", "offload/commands", "offload/forecast", "offload/formats"),
+    *("offload/memory", "offload/native", "offload/ram", "offload/store", "placement/solving"),
     *("experiments/compare", "experiments/demo", "experiments/variants"),
 )
 
