@@ -21,6 +21,7 @@ lint: $(INSTALLED)
 
 files: $(INSTALLED)
 	$(BIN)/python docs/file_map.py > docs/files.md
+	$(BIN)/python docs/file_map.py --rooms
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

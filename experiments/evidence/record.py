@@ -1,7 +1,15 @@
-"""Records: what was run, on what, and what came out, kept beside the code so that every quoted number has a source."""
+"""Records: what was run, on which machine, and what came out. Every quoted number has one, beside the code.
+
+A record is a folder `experiments/records/<date>_<slug>/` with three files:
+
+- `record.json`: command, configuration, seed, date, commit, versions and device;
+- `result.csv`: the numbers, one line per case, with all digits;
+- `README.md`: question, expectation, result, conclusion, and what would change our mind. A person writes it.
+
+Markers in the pages of `docs/` point to columns of `result.csv`; `tests/test_figures.py` compares both.
+"""
 
 import csv
-import json
 import platform
 import subprocess
 import sys
@@ -10,6 +18,8 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from routing.ground.files import atomic_write, write_json
 
 RECORDS = Path(__file__).parent.parent / "records"
 PACKAGES = ("expertier", "numpy", "torch", "transformers", "triton", "jax", "pulp", "highspy")
@@ -23,18 +33,25 @@ def save_record(
     seed: int | None = None,
     folder: Path = RECORDS,
 ) -> Path:
-    """Write `<folder>/<date>_<slug>/record.json` and `result.csv`; a person adds the README.md beside them.
+    """Write `<folder>/<today>_<slug>/record.json` and `result.csv`, each whole or not at all.
+
+    A record of the same day and slug is overwritten; its `README.md` stays and has to be checked by hand.
 
     Args:
-        slug: what was asked, in a few words joined by dashes.
-        rows: the results, one mapping per line of the table, all with the same keys.
-        config: every setting that the result depends on, JSON-serialisable.
-        seed: the seed, if there was one.
-        folder: where records live.
+        slug: the question in a few words joined by dashes, such as `router-overhead`.
+        rows: one mapping per line of the table, at least one; the keys of the first are the columns of all.
+        config: every setting that the result depends on besides the command line; JSON-serialisable.
+        seed: seed of the run; None if nothing was drawn at random.
+        folder: where the record's folder is made.
 
     Returns:
-        The folder of this record; a record of the same day and slug is replaced.
+        The record's folder.
+
+    Raises:
+        ValueError: if there are no rows, or a row has a key that the first one lacks.
     """
+    if not rows:
+        raise ValueError(f"record {slug}: expected at least one row of results, got none; nothing was written")
     target = folder / f"{date.today().isoformat()}_{slug}"
     target.mkdir(parents=True, exist_ok=True)
     facts = {
@@ -43,14 +60,14 @@ def save_record(
         "seed": seed,
         "date": date.today().isoformat(),
         **_commit(),
-        "versions": _versions(),
-        "device": _device(),
+        "versions": versions(),
+        "device": device(),
     }
-    (target / "record.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    with (target / "result.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+    with atomic_write(target / "result.csv") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    write_json(target / "record.json", facts)
     return target
 
 
@@ -62,7 +79,8 @@ def _commit() -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages here that a result depends on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -72,14 +90,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _device() -> dict[str, Any]:
-    device: dict[str, Any] = {"cpu": _cpu_name(), "system": platform.platform()}
+def device() -> dict[str, Any]:
+    """The machine: `cpu` and `system` names, and what torch uses once it is imported."""
+    found: dict[str, Any] = {"cpu": _cpu_name(), "system": platform.platform()}
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
-        device["cpu_threads"] = torch.get_num_threads()
+        found["cpu_threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
-            device["gpu"] = torch.cuda.get_device_name()
-    return device
+            found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 def _cpu_name() -> str:
