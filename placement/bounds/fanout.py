@@ -19,7 +19,7 @@ from routing.traces import RoutingTrace
 
 from ..contract.plan import Plan
 from ..data.bundles import unique_sets
-from ..objectives.registry import fanout_weights
+from ..objectives.prices import fanout_weights
 
 Float = NDArray[np.float64]
 MATCHING_EXPERTS = 64

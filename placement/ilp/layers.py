@@ -5,12 +5,11 @@ from numpy.typing import NDArray
 
 from ..contract.problem import Problem
 from ..data.bundles import Bundles, unique_sets
-from ..objectives import Objective, part_weights
+from ..objectives import Objective, PartWeights, flat_terms
 from ..run.budget import Budget
 from .exact import LayerModel, solve_layer
 
 Integer = NDArray[np.int64]
-EXACT_PARTS = ("balance", "imbalance-price", "gpu-fanout", "node-fanout", "fanout")
 MAX_BUNDLES = 20_000
 MAX_BINARIES = 500_000
 LEAST_S = 0.05
@@ -20,7 +19,7 @@ def is_small(problem: Problem, objective: Objective, binaries: int) -> bool:
     """Whether every layer's programme has at most that many binaries and this objective has a linear form."""
     if not _is_linear(problem, objective):
         return False
-    weights = part_weights(objective, problem.cluster)
+    weights = objective.weights(problem.cluster)
     if weights.fan or weights.node:
         rows = max(len(_bundles(problem, layer).count_B) for layer in range(problem.num_layers))
         return rows * problem.num_gpus <= 2 * binaries
@@ -31,8 +30,8 @@ def solve_layers_exactly(problem: Problem, objective: Objective, budget: Budget,
     """Solve layer after layer; the bound that is proved is kept in `budget.proved_L`."""
     if not _is_linear(problem, objective):
         raise ValueError(
-            f"the exact programme knows sums of {', '.join(EXACT_PARTS)} under uniform dispatch, fan-out only without "
-            f"replicas; objective {objective.name} needs --solver search"
+            "the exact programme knows sums of balance, imbalance-price and fan-outs under uniform dispatch, fan-out only "
+            f"without replicas; objective {objective.name} needs --solver search"
         )
     binaries = layer_model(problem, objective, 0, with_bundles=False).num_binaries
     if binaries > MAX_BINARIES:
@@ -57,7 +56,7 @@ def solve_layers_exactly(problem: Problem, objective: Objective, budget: Budget,
 
 def layer_model(problem: Problem, objective: Objective, layer: int, *, with_bundles: bool = True) -> LayerModel:
     """The programme's data of one layer."""
-    weights = part_weights(objective, problem.cluster)
+    weights = objective.weights(problem.cluster)
     return LayerModel(
         weight_WE=problem.weight_WLE[:, layer],
         speed_G=problem.cluster.speed_G,
@@ -71,13 +70,19 @@ def layer_model(problem: Problem, objective: Objective, layer: int, *, with_bund
 
 
 def _is_linear(problem: Problem, objective: Objective) -> bool:
-    names = [name for _, name in objective.parts or ((1.0, objective.name),)]
-    is_fan = any("fanout" in name for name in names)
+    terms = flat_terms(objective)
+    units = [term.part.weights(problem.cluster) for term in terms]
+    is_fan = any(unit.fan or unit.node for unit in units)
     return (
-        all(name in EXACT_PARTS for name in names)
+        all(term.goal is None and _is_of_one_layer(unit) for term, unit in zip(terms, units, strict=True))
         and problem.cluster.ep.dispatch == "uniform"
         and not (is_fan and (problem.num_slots > problem.num_experts or len(problem.scenarios) > 1))
     )
+
+
+def _is_of_one_layer(unit: PartWeights) -> bool:
+    """Fan-out and imbalance of a layer, and nothing else."""
+    return bool(unit.fan or unit.node or unit.level) and not (unit.hops or unit.churn or unit.goal)
 
 
 def _bundles(problem: Problem, layer: int) -> Bundles:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..contract.problem import Problem
 from ..data.bundles import Bundles
-from ..objectives import Objective, part_weights
+from ..objectives import Objective
 from ..run.blocks import MAX_ITEMS
 from ..run.budget import Budget
 from ..search.affinity import churn_costs, layer_task
@@ -37,7 +37,7 @@ def improve_by_neighbourhoods(
         budget: time and seed; offered every improvement.
         tries: at most this many programmes.
     """
-    weights = part_weights(objective, problem.cluster)
+    weights = objective.weights(problem.cluster)
     if weights.hops:
         raise ValueError("neighbourhoods are of one layer; hops join layers: use --solver search")
     if problem.num_slots > MAX_ITEMS:

@@ -13,7 +13,7 @@ from ..contract.plan import Plan
 from ..contract.problem import Problem
 from ..heuristics.baselines import contiguous_LP, random_LP, round_robin_LP
 from ..heuristics.eplb import eplb
-from ..objectives import Objective, PartWeights, Robustness, find_objective, part_weights
+from ..objectives import Objective, PartWeights, Robustness, find_objective
 from ..run.blocks import one_block
 from ..run.budget import Budget, Progress
 from ..scoring.check import require_valid
@@ -200,7 +200,7 @@ def _lpt(problem: Problem, objective: Objective, budget: Budget) -> Integer:
 
 def _search(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     """Balance first; then, for objectives of the tokens' sets, fan-out or hops from there; very many GPUs by blocks."""
-    weights = part_weights(objective, problem.cluster)
+    weights = objective.weights(problem.cluster)
     block, budget.blocks = one_block(problem, pairs=bool(weights.fan or weights.node or weights.hops or weights.churn))
     if budget.blocks > 1 and weights.churn:
         raise ValueError(f"churn is searched for up to {block.num_gpus} GPUs; got {problem.num_gpus}")
