@@ -22,7 +22,7 @@ from ..contract.problem import Problem
 from ..objectives import weighted
 from ..objectives.balance import gpu_load_LG
 from ..scoring.score import Score, score
-from ..solving.solvers import solve
+from ..solving.solve import solve
 
 Float = NDArray[np.float64]
 PARETO_PRICES = (0.05, 0.2, 0.5, 1.5, 5.0)

@@ -48,8 +48,9 @@ def solve_command(
     from ..contract.plan import Plan
     from ..objectives import Robustness, find_objective, with_churn
     from ..objectives.churn import churn
+    from ..solving.certify import validate_plan
     from ..solving.elastic import match_gpus
-    from ..solving.solvers import solve, validate_plan
+    from ..solving.solve import solve
     from .progress import solving
     from .terminal import print_certificate
 

@@ -1,5 +1,7 @@
 """The exact programme over all layers of a problem, each on its own, from the best map known."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,9 +12,10 @@ from ..run.budget import Budget
 from .exact import LayerModel, solve_layer
 
 Integer = NDArray[np.int64]
-MAX_BUNDLES = 20_000
-MAX_BINARIES = 500_000
-LEAST_S = 0.05
+MAX_BUNDLES = 20_000  # rows that PuLP writes down in some ten seconds
+FANOUT_BINARIES = 2000  # beyond it the relaxation of fan-out is so weak that nothing is proved or found in minutes
+MAX_BINARIES = 500_000  # about 2 GiB of PuLP objects
+LEAST_S = 0.05  # below it a programme is not even presolved
 
 
 def is_small(problem: Problem, objective: Objective, binaries: int) -> bool:
@@ -21,17 +24,30 @@ def is_small(problem: Problem, objective: Objective, binaries: int) -> bool:
         return False
     weights = objective.weights(problem.cluster)
     if weights.fan or weights.node:
-        rows = max(len(_bundles(problem, layer).count_B) for layer in range(problem.num_layers))
-        return rows * problem.num_gpus <= 2 * binaries
+        rows = max(len(_sets(problem, layer).count_B) for layer in range(problem.num_layers))
+        return rows * problem.num_gpus <= 2 * min(binaries, FANOUT_BINARIES)
     return layer_model(problem, objective, 0, with_bundles=False).num_binaries <= binaries
 
 
-def solve_layers_exactly(problem: Problem, objective: Objective, budget: Budget, start_LP: Integer) -> Integer:
-    """Solve layer after layer; the bound that is proved is kept in `budget.proved_L`."""
+def solve_layers_exactly(
+    problem: Problem, objective: Objective, budget: Budget, start_LP: Integer, layers: Sequence[int] | None = None
+) -> Integer:
+    """Solve layer after layer; the bounds that are proved go to the budget.
+
+    Args:
+        problem: what to place.
+        objective: a sum of imbalance and fan-outs.
+        budget: each layer gets an equal part of the time that is left when its turn comes.
+        start_LP: a complete map to start from.
+        layers: which layers, in this order; None takes all.
+
+    Raises:
+        ValueError: if the objective has no linear form here or a programme is too large to be written down.
+    """
     if not _is_linear(problem, objective):
         raise ValueError(
-            "the exact programme knows sums of balance, imbalance-price and fan-outs under uniform dispatch, fan-out only "
-            f"without replicas; objective {objective.name} needs --solver search"
+            "the exact programme knows sums of balance, imbalance-price and fan-outs under uniform dispatch, and "
+            f"fan-out without replicas only; objective {objective.name} needs --solver search"
         )
     binaries = layer_model(problem, objective, 0, with_bundles=False).num_binaries
     if binaries > MAX_BINARIES:
@@ -40,9 +56,10 @@ def solve_layers_exactly(problem: Problem, objective: Objective, budget: Budget,
             "use --solver search"
         )
     map_LP = start_LP.copy()
-    for layer in range(problem.num_layers):
-        budget.tell("exact programme", layer / problem.num_layers)
-        share_s = budget.left_s / (problem.num_layers - layer)
+    chosen = range(problem.num_layers) if layers is None else layers
+    for turn, layer in enumerate(chosen):
+        budget.tell("exact programme", turn / len(chosen))
+        share_s = budget.left_s / (len(chosen) - turn)
         if share_s < LEAST_S:
             break
         model = layer_model(problem, objective, layer)
@@ -85,10 +102,14 @@ def _is_of_one_layer(unit: PartWeights) -> bool:
     return bool(unit.fan or unit.node or unit.level) and not (unit.hops or unit.churn or unit.goal)
 
 
-def _bundles(problem: Problem, layer: int) -> Bundles:
+def _sets(problem: Problem, layer: int) -> Bundles:
     trace = problem.scenarios[0].trace
     assert trace is not None
-    bundles = unique_sets(trace.expert_TLK[:, layer])
+    return unique_sets(trace.expert_TLK[:, layer])
+
+
+def _bundles(problem: Problem, layer: int) -> Bundles:
+    bundles = _sets(problem, layer)
     if len(bundles.count_B) > MAX_BUNDLES:
         raise ValueError(
             f"layer {layer} has {len(bundles.count_B)} distinct expert sets, the exact programme takes at most "

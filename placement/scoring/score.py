@@ -18,6 +18,7 @@ from ..objectives.hops import hop_share
 from .check import check_plan
 
 Float = NDArray[np.float64]
+METRICS = ("balancedness", "gpu_fanout", "node_fanout", "hops")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ def metrics(plan: Plan, scenario: Scenario) -> dict[str, float | None]:
 def worst(scenarios: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
     """Lowest balancedness, highest of the others, over scenarios."""
     joined: dict[str, float | None] = {}
-    for name in ("balancedness", "gpu_fanout", "node_fanout", "hops"):
+    for name in METRICS:
         values = [value for found in scenarios.values() if (value := found[name]) is not None]
         is_complete = len(values) == len(scenarios)
         joined[name] = (min if name == "balancedness" else max)(values) if is_complete else None

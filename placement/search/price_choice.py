@@ -15,8 +15,9 @@ from ..contract.problem import Problem
 from ..objectives import PartWeights
 from ..run.budget import Budget
 from .affinity import MIN_SEQUENCES, search_affinity
-from .balance import lpt_swap_LP, peaks_L, robust_weights
+from .balance import lpt_swap_LP, robust_weights
 from .layer import Effort
+from .levels import peaks_L
 
 Float = NDArray[np.float64]
 NOISE_LEFT = 0.5**0.5
@@ -49,9 +50,8 @@ def choose_price(problem: Problem, weights: PartWeights, budget: Budget) -> Part
     tried: dict[float, float] = {}
     whole = budget.part(TIME_SHARE)
     for index, price in enumerate(PRICES):
-        part = whole.part(1 / (len(PRICES) - index))
-        part.progress = None
-        map_LP = search_affinity(planned, start_LP, part, replace(weights, level=price), effort=EFFORT)
+        trial = whole.trial(1 / (len(PRICES) - index))
+        map_LP = search_affinity(planned, start_LP, trial, replace(weights, level=price), effort=EFFORT)
         inside, outside = _balancedness(planned, map_LP), _balancedness(aside, map_LP)
         tried[price] = inside - NOISE_LEFT * (inside - outside)
         budget.tell("choosing the price of imbalance", (index + 1) / len(PRICES))
