@@ -6,6 +6,7 @@ Shapes: L layers, G GPUs, T tokens.
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from ..contract.plan import Plan
 from ..contract.problem import Problem
 from ..objectives import weighted
 from ..objectives.balance import gpu_load_LG
-from ..scoring.score import Score, score
+from ..scoring.score import METRICS, Score, score
+from ..solving.comparison import Row, compare_with_baselines
 from ..solving.solve import solve
+from .inputs import short_names
 
 Float = NDArray[np.float64]
-PARETO_PRICES = (0.05, 0.2, 0.5, 1.5, 5.0)
+PARETO_PRICES = (0.05, 0.2, 0.5, 1.5, 5.0)  # of imbalance: from nearly free to all that counts; 12 s each
 A2A_TIME_PER_BYTE_SAVED = (9 / 20, 12 / 20)  # 20 % fewer bytes gave 9 to 12 % less all-to-all time
-SAMPLE_TOKENS = 20_000
-METRICS = ("balancedness", "gpu_fanout", "node_fanout", "hops")
+SAMPLE_TOKENS = 20_000  # a heat map of ranks needs no more; all of a long trace would take minutes
 CSS = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.3rem .7rem;text-align:right}
 th:first-child,td:first-child{text-align:left}img{max-width:100%}figcaption{color:#555}figure{margin:1.5rem 0}"""
@@ -43,19 +45,22 @@ def write_report(problem: Problem, plan: Plan, path: Path, *, with_pareto: bool 
         path: the HTML file.
         with_pareto: also solve for the front of balance against fan-out (about a minute).
     """
-    before = solve(problem, solver="contiguous")
-    plans = {"contiguous": before, "EPLB": solve(problem, solver="eplb-global"), "this plan": plan}
-    scores = {name: score(problem, one, "balance") for name, one in plans.items()}
-    sections = [_table(scores), _gain(scores["contiguous"], scores["this plan"]), _certificate(plan)]
-    sections.append(_figure(_load_maps(problem, before, plan), "Load of each rank over the mean, layer by layer."))
+    rows = compare_with_baselines(plan, problem)
+    before = rows[0]
+    judged = ", ".join(short_names(scenario.name for scenario in problem.scenarios).values())
+    sections = [_table(rows, judged), _gain(before.score, rows[-1].score), _certificate(plan, rows[-1].planned_on)]
+    caption = "Load of each rank over the mean, layer by layer."
+    sections.append(_figure(_load_maps(problem, before.plan, plan), caption))
     trace = problem.scenarios[0].trace
     if trace is not None:
         caption = "Expert calls from the token's home rank (sequence number mod ranks) to the serving rank, per token."
-        sections.append(_figure(_traffic_maps(trace, before, plan), caption))
+        sections.append(_figure(_traffic_maps(trace, before.plan, plan), caption))
     if plan.certificate is not None and plan.certificate.gap_L:
-        sections.append(_figure(_gaps(plan.certificate.gap_L), "Gap between objective and bound, per layer."))
+        caption = "Gap between objective and bound on the planning data, per layer."
+        sections.append(_figure(_gaps(plan.certificate.gap_L), caption))
     if with_pareto and problem.has_tokens:
-        sections.append(_figure(_pareto(problem, scores), "Balance against fan-out; each point is a plan."))
+        caption = "Balance against fan-out; each point of the line is a plan that was made knowing this data."
+        sections.append(_figure(_pareto(problem, rows), caption))
     title = f"Expert placement: {plan.num_layers} layers, {plan.num_experts} experts, {plan.cluster.num_gpus} GPUs"
     page = (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title><style>{CSS}</style>"
@@ -65,17 +70,21 @@ def write_report(problem: Problem, plan: Plan, path: Path, *, with_pareto: bool 
         file.write(page)
 
 
-def _table(scores: dict[str, Score]) -> str:
-    head = "<tr><th>plan</th><th>balancedness</th><th>GPUs per token</th><th>nodes per token</th><th>hops</th></tr>"
-    rows = "".join(
-        f"<tr><td>{name}</td>"
-        + "".join(
-            f"<td>{_number(getattr(one, key))}</td>" for key in ("balancedness", "gpu_fanout", "node_fanout", "hops")
-        )
-        + "</tr>"
-        for name, one in scores.items()
-    )
-    return f"<table>{head}{rows}</table>"
+def _table(rows: list[Row], judged: str) -> str:
+    titles = ("plan", "planned on", "judged on", "balancedness", "GPUs per token", "nodes per token", "hops")
+    lines = [_line(titles, "th")]
+    for row in rows:
+        numbers = [_number(getattr(row.score, key)) for key in METRICS]
+        lines.append(_line((row.name, _names(row.planned_on), judged, *numbers), "td"))
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _line(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _names(planned_on: str) -> str:
+    return ", ".join(short_names(planned_on.split(", ")).values())
 
 
 def _gain(before: Score, after: Score) -> str:
@@ -93,21 +102,24 @@ def _gain(before: Score, after: Score) -> str:
     return f"<h2>Expected gain over the contiguous layout</h2><p>{' '.join(map(html.escape, lines))}</p>"
 
 
-def _certificate(plan: Plan) -> str:
+def _certificate(plan: Plan, planned_on: str) -> str:
     certificate = plan.certificate
     if certificate is None:
         return ""
     gap = "no bound" if certificate.gap is None else f"gap {certificate.gap:.3%}"
     text = (
         f"Objective {certificate.objective_name} = {certificate.objective:.6g}, bound {_number(certificate.bound)} "
-        f"({certificate.bound_name}), {gap}; solver {plan.solver}, {certificate.seconds:.1f} s."
+        f"({certificate.bound_name}), {gap}; solver {plan.solver}, {certificate.seconds:.1f} s. "
+        "All of this is about the planning data, not about the data above."
     )
+    labels = short_names(certificate.out_of_sample)
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{_number(found['balancedness'])}</td><td>{_number(found['gpu_fanout'])}</td></tr>"
+        _line((labels[name], _number(found["balancedness"]), _number(found["gpu_fanout"])), "td")
         for name, found in certificate.out_of_sample.items()
     )
-    head = "<tr><th>data not planned on</th><th>balancedness</th><th>GPUs per token</th></tr>"
-    return f"<h2>Certificate</h2><p>{html.escape(text)}</p>" + (f"<table>{head}{rows}</table>" if rows else "")
+    head = _line(("data not planned on", "balancedness", "GPUs per token"), "th")
+    title = html.escape(f"Certificate, on {_names(planned_on)}")
+    return f"<h2>{title}</h2><p>{html.escape(text)}</p>" + (f"<table>{head}{rows}</table>" if rows else "")
 
 
 def _load_maps(problem: Problem, before: Plan, after: Plan) -> Figure:
@@ -161,7 +173,7 @@ def _gaps(gaps: list[float]) -> Figure:
     return figure
 
 
-def _pareto(problem: Problem, scores: dict[str, Score]) -> Figure:
+def _pareto(problem: Problem, rows: list[Row]) -> Figure:
     several = problem.cluster.num_nodes > 1
     key, part = ("node_fanout", "node-fanout") if several else ("gpu_fanout", "gpu-fanout")
     points = []
@@ -171,9 +183,9 @@ def _pareto(problem: Problem, scores: dict[str, Score]) -> Figure:
         points.append((getattr(found, key), found.balancedness))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis: Any = figure.subplots()
-    axis.plot(*zip(*sorted(points), strict=True), "o-", color="#5b3a8c", label="search")
-    for name, one in scores.items():
-        axis.plot(getattr(one, key), one.balancedness, "s", label=name)
+    axis.plot(*zip(*sorted(points), strict=True), "o-", color="#5b3a8c", label="search, knowing this data")
+    for row in rows:
+        axis.plot(getattr(row.score, key), row.score.balancedness, "s", label=row.name)
     axis.set(xlabel="nodes per token" if several else "GPUs per token", ylabel="balancedness")
     axis.legend()
     return figure

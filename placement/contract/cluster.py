@@ -10,6 +10,8 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from routing.ground.quantity import format_size
+
 from .spec import ClusterSpec, ExpertParallel, GpuType, ModelSpec, NodeGroup, NodeType, Tiers
 
 Float = NDArray[np.float64]
@@ -217,7 +219,9 @@ def _gpu_rows(spec: ClusterSpec, group: NodeGroup, kind: NodeType) -> list[dict[
         reserve = group.reserve if override is None else override.reserve
         memory = float("inf") if gpu_type.memory is None else gpu_type.memory - reserve
         if memory <= 0:
-            raise ValueError(f"GPU {index} of {group.type!r} reserves {reserve:.3g} of {gpu_type.memory:.3g} bytes")
+            raise ValueError(
+                f"GPU {index} of {group.type!r} reserves {format_size(reserve)} of {format_size(gpu_type.memory or 0)}"
+            )
         rows.append(
             {
                 "speed_G": group.speed if override is None else override.speed,

@@ -191,7 +191,7 @@ class Problem:
         model = cluster.model
         for wanted, got, what in ((model.experts, E, "experts"), (model.moe_layers, len(layer_ids), "moe_layers")):
             if wanted is not None and wanted != got:
-                raise ValueError(f"the cluster file says model.{what} = {wanted}, the routing data has {got}")
+                raise ValueError(f"the cluster says model.{what} = {wanted}, the routing data has {got}")
         if replicas is not None and replicas < 0:
             raise ValueError(f"replicas must be 0 or more extra slots per layer; got {replicas}")
         if replicas is None and cluster.ep.slots_per_gpu is not None:

@@ -50,7 +50,7 @@ def model_sizes(cluster: Cluster, trace: RoutingTrace | None) -> dict[str, float
     weights = 3.0 * model.hidden * model.moe_intermediate
     return {
         "flops_per_row": 2 * weights,
-        "expert_bytes": model.expert_bytes if model.expert_bytes is not None else weights,
+        "expert_bytes": model.bytes_per_expert or weights,
         "dispatch_bytes": model.dispatch_bytes or model.hidden + 4 * model.hidden / SCALE_BLOCK,
         "combine_bytes": model.combine_bytes or 2.0 * model.hidden,
         "top_k": float(top_k),

@@ -111,6 +111,12 @@ def metrics(plan: Plan, scenario: Scenario) -> dict[str, float | None]:
     return found
 
 
+def ordered_report(found: dict[str, Any]) -> dict[str, Any]:
+    """The same report with the keys that other programs read first."""
+    first = ("objective", "bound", "gap", "balancedness", "gpu_fanout", "node_fanout", "seconds")
+    return {key: found[key] for key in first} | {key: value for key, value in found.items() if key not in first}
+
+
 def worst(scenarios: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
     """Lowest balancedness, highest of the others, over scenarios."""
     joined: dict[str, float | None] = {}

@@ -79,7 +79,7 @@ def churn_costs(problem: Problem, map_LP: Integer, price: float) -> Float | None
     """[L, X, G]: what it costs to have the slot's expert on a GPU that has no copy of it now."""
     if not price:
         return None
-    size = problem.cluster.model.expert_bytes
+    size = problem.cluster.model.bytes_per_expert
     if problem.current is None or size is None:
         raise ValueError("churn needs the plan that runs now (--current) and model.expert_bytes in the cluster file")
     shared = min(problem.num_gpus, problem.current.cluster.num_gpus)
