@@ -22,7 +22,7 @@ from ..data.bundles import unique_sets
 from ..objectives.prices import fanout_weights
 
 Float = NDArray[np.float64]
-MATCHING_EXPERTS = 64
+MATCHING_EXPERTS = 64  # beyond it the matching's linear programme, of E^2 variables, is left out: time for tightness
 
 
 def fanout_bound_L(name: str, trace: RoutingTrace, plan: Plan) -> tuple[Float, str]:

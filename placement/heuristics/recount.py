@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
-MAX_MOVES = 200
-LEAST_GAIN = 1e-9
+MAX_MOVES = 200  # of replica slots, a guard; the descent ends where nothing falls
+LEAST_GAIN = 1e-9  # below it a gain is rounding, and moves could go in a circle
 
 
 def recount(

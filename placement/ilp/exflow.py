@@ -14,7 +14,7 @@ from .run import solve_milp
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
-MAX_PAIRS = 60_000
+MAX_PAIRS = 60_000  # expert pairs on 8 parts; a guard against programmes that do not fit in memory
 
 
 def solve_exflow(

@@ -12,10 +12,10 @@ from ..run.budget import Budget
 from .exact import LayerModel, solve_layer
 
 Integer = NDArray[np.int64]
-MAX_BUNDLES = 20_000  # rows that PuLP writes down in some ten seconds
-FANOUT_BINARIES = 2000  # beyond it the relaxation of fan-out is so weak that nothing is proved or found in minutes
-MAX_BINARIES = 500_000  # about 2 GiB of PuLP objects
-LEAST_S = 0.05  # below it a programme is not even presolved
+MAX_BUNDLES = 20_000  # token sets of a layer; a guard against programmes that take longer to write down than to solve
+FANOUT_BINARIES = 2000  # beyond it `auto` leaves fan-out to the search, whose relaxation is weak (docs/placement.md)
+MAX_BINARIES = 500_000  # a guard against programmes that do not fit in memory
+LEAST_S = 0.05  # too little for a programme to begin
 
 
 def is_small(problem: Problem, objective: Objective, binaries: int) -> bool:

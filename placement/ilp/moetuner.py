@@ -14,7 +14,7 @@ from .run import solve_milp
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
-MAX_PRODUCTS = 400_000
+MAX_PRODUCTS = 400_000  # linearised products; a guard against programmes that do not fit in memory
 GAP_REL = 0.025  # the paper's tolerance
 
 

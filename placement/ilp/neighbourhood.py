@@ -19,9 +19,10 @@ from ..search.tabu import LayerTask, SearchState
 from .exact import LayerModel, solve_layer
 
 Integer = NDArray[np.int64]
+# Larger neighbourhoods find more and need longer than PROGRAMME_S to be proved. Untried elsewhere.
 MOST_FREED = 4
 MOST_ITEMS = 12
-MOST_BUNDLES = 200
+MOST_BUNDLES = 200  # token sets that guide the programme; the whole layer's exact cost decides
 PROGRAMME_S = 1.5
 
 

@@ -15,7 +15,7 @@ from scipy.optimize import linprog
 from ..contract.cluster import Cluster, Dispatch
 
 Float = NDArray[np.float64]
-MAX_NEAREST_GPUS = 2048
+MAX_NEAREST_GPUS = 2048  # shares differ for every source GPU: a table of G x E x G
 
 
 def share_EG(copies_EG: NDArray[np.int16], cluster: Cluster, policy: Dispatch, load_E: Float) -> Float:

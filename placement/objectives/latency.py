@@ -24,9 +24,9 @@ from .dispatch import share_EG
 from .fanout import gpu_fanout_L, node_fanout_L
 
 Float = NDArray[np.float64]
-TILE_ROWS = 128
-KERNEL_LATENCY_S = 3e-6
-SCALE_BLOCK = 128
+TILE_ROWS = 128  # rows of a tile of grouped products, as in the sources above
+KERNEL_LATENCY_S = 3e-6  # of launching one kernel, as in the sources above
+SCALE_BLOCK = 128  # fp8 values that share one float32 scale, as in DeepEP
 
 
 def layer_seconds_L(plan: Plan, load_LE: Float, trace: RoutingTrace | None) -> Float:

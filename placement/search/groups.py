@@ -18,7 +18,7 @@ from scipy import sparse
 Single = NDArray[np.float32]
 Integer = NDArray[np.int64]
 Boolean = NDArray[np.bool_]
-DENSE_CELLS = 1 << 22
+DENSE_CELLS = 1 << 22  # 16 MiB as float32: memory against sparse products. Untried elsewhere
 
 
 class GroupState:

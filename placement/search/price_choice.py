@@ -20,11 +20,12 @@ from .layer import Effort
 from .levels import peaks_L
 
 Float = NDArray[np.float64]
-NOISE_LEFT = 0.5**0.5
+NOISE_LEFT = 0.5**0.5  # twice the sequences have this share of the sampling noise
+# Of imbalance, rising: more points against a longer search at each. The objective's own price is 1.8 on one node.
 PRICES = (0.7, 1.2, 2.0, 3.5)
-LAYERS = 24
+LAYERS = 24  # that are planned as a sample, evenly spread. Untried elsewhere
 EFFORT = Effort(starts=8, keep=1, rounds=100, polish=40, bundles=2000)
-TIME_SHARE = 0.25
+TIME_SHARE = 0.25  # of what is left; the real search needs the rest. Untried elsewhere
 
 
 def choose_price(problem: Problem, weights: PartWeights, budget: Budget) -> PartWeights:

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
-ROUNDS = 12
+ROUNDS = 12  # transports of one start at most; it stops before if nothing rises. Untried elsewhere
 
 
 def transport_starts(

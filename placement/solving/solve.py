@@ -16,7 +16,7 @@ from .certify import certify, make_plan
 from .solvers import SOLVERS
 
 Integer = NDArray[np.int64]
-SCORING_S = 2e-6  # seconds that the certificate needs per token and layer, on a core of 2024; too much only wastes time
+SCORING_S = 2e-6  # kept for the certificate per token and layer; too much takes time from the search
 MOST_SCORING = 0.3  # of the time limit: a search that gets less than the rest is not worth its certificate
 
 

@@ -29,9 +29,9 @@ Integer = NDArray[np.int64]
 Solver = Callable[[Problem, Objective, Budget], Integer]
 HOPS_FLOOR = 0.86  # hops alone would pile the popular experts up; --balance-floor says otherwise
 SEARCH_SHARE = 0.3  # of the time, where an integer programme comes after. Untried elsewhere
-SMALL_BINARIES = 2000  # programmes of a layer that `auto` always solves: they are proved in seconds
-LARGE_BINARIES = 20_000  # that it solves only for LARGE_GAP: they take all of the time and prove little
-LARGE_GAP = 0.01  # relative gap per layer from which on the rest of the time is better spent on a large programme
+SMALL_BINARIES = 2000  # programmes of a layer that `auto` always tries to prove. Untried elsewhere
+LARGE_BINARIES = 20_000  # that it tries only for LARGE_GAP, since they may take all of the time. Untried elsewhere
+LARGE_GAP = 0.01  # relative gap per layer that is worth the rest of the time. Untried elsewhere
 
 
 def _shape(problem: Problem) -> tuple[int, int, int, int]:
