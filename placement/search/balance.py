@@ -23,9 +23,9 @@ BEYOND = 2.0  # how far robust weights go beyond the scenarios, in units of the 
 LEAST_SHARE = 0.1  # of its mean load that an expert keeps out there: loads are not negative. Untried elsewhere
 GOOD_WITH_COPIES = 1e-3  # the bound itself is no tighter with replicas
 ROUNDS = 30  # kicks without replicas: time against the last 1e-3 of the gap. Untried elsewhere
-# Kicks with replicas that may bring nothing before the search ends. Six layers of 32 experts, 2 to 7 of them hot,
-# 8 spare slots on 8 GPUs, reached what the exact programme reached (1.006 to 1.099) within 2,000 kicks, a second.
-COPY_ROUNDS = 2000
+# Kicks with replicas that may bring nothing before the search ends, per slot and at most. Six layers of 32 experts, 2
+# to 7 of them hot, 8 spare slots on 8 GPUs, reached what the exact programme reached (1.006 to 1.099) in 2,000 kicks.
+COPY_ROUNDS_PER_SLOT, COPY_ROUNDS = 50, 2000
 
 
 def robust_weights(weight_WLE: Float) -> Float:
@@ -87,7 +87,7 @@ def kick_and_swap(problem: Problem, weight_WLE: Float, map_LP: Integer, budget: 
     best_LP = choose_counts(problem, weight_WLE, map_LP, target_L, budget.deadline) if has_copies else map_LP.copy()
     budget.offer(best_LP)
     peak_L = peaks_L(weight_WLE, best_LP, speed_G)
-    rounds, since = (COPY_ROUNDS if has_copies else ROUNDS), 0
+    rounds, since = (min(COPY_ROUNDS_PER_SLOT * problem.num_slots, COPY_ROUNDS) if has_copies else ROUNDS), 0
     while since < rounds:
         layers = np.flatnonzero(peak_L > target_L)
         if not len(layers) or budget.left_s == 0 or G == 1:

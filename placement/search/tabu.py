@@ -16,7 +16,7 @@ from .levels import LevelState
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
-TENURE_SHARE = 0.15  # of the items: for so many swaps a moved one is frozen; cycles against good swaps. Untried elsewhere
+TENURE_SHARE = 0.15  # of the items: so many swaps a moved one is frozen; cycles against good swaps. Untried elsewhere
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

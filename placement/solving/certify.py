@@ -16,6 +16,7 @@ from ..scoring.score import METRICS, score
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
+KEPT_DIGITS = 6  # of the loads in a plan: small files, and baselines that are those of the whole numbers
 
 
 def make_plan(problem: Problem, map_LP: Integer, *, solver: str, objective: Objective) -> Plan:
@@ -37,10 +38,14 @@ def make_plan(problem: Problem, map_LP: Integer, *, solver: str, objective: Obje
         solver=solver,
         objective_name=objective.name,
         metadata={
-            "load": problem.load_WLE.mean(axis=0).round(3).tolist(),
+            "load": _rounded(problem.load_WLE.mean(axis=0)),
             "planned_on": [scenario.name for scenario in problem.scenarios],
         },
     )
+
+
+def _rounded(load_LE: Float) -> list[list[float]]:
+    return [[float(f"{load:.{KEPT_DIGITS}g}") for load in row] for row in load_LE.tolist()]
 
 
 def certify(

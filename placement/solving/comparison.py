@@ -10,6 +10,7 @@ import numpy as np
 from ..contract.plan import Plan
 from ..contract.problem import Problem, Scenario
 from ..scoring.score import Score, score
+from .certify import KEPT_DIGITS
 from .solve import solve
 
 NO_DATA = "no data"
@@ -67,6 +68,6 @@ def _planned_on(plan: Plan) -> str:
 
 
 def _same_loads(planning: Problem, data: Problem) -> bool:
-    """Whether both have the same mean shares, up to the three decimals that plans keep."""
-    planned_LE, judged_LE = (problem.weight_WLE.mean(axis=0) for problem in (planning, data))
-    return bool(np.allclose(planned_LE, judged_LE, rtol=1e-3, atol=1e-6))
+    """Whether both have the same mean loads, up to the digits that plans keep."""
+    planned_LE, judged_LE = (problem.load_WLE.mean(axis=0) for problem in (planning, data))
+    return bool(np.allclose(planned_LE, judged_LE, rtol=10.0 ** (1 - KEPT_DIGITS)))
