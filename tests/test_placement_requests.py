@@ -26,7 +26,7 @@ def problem():
     ("settings", "words"),
     [
         ({"solver": "serch"}, "unknown solver 'serch' .did you mean 'search'"),
-        ({"robustness": "men"}, "unknown robustness 'men' .did you mean 'mean'...; there are cvar, max, mean"),
+        ({"robustness": "men"}, "unknown robustness 'men' .did you mean 'mean'.*; there are cvar, max, mean"),
         ({"objective": "balanced"}, "unknown objective 'balanced' .did you mean 'balance'"),
         ({"churn_weight": 1.0}, "--churn-weight needs --current"),
     ],
