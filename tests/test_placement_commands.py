@@ -90,6 +90,24 @@ def test_a_report_says_what_each_row_was_planned_on(folder):
     assert "knowing this data" not in (folder / "own.html").read_text()
 
 
+def test_a_report_models_milliseconds_where_sizes_are_known(folder):
+    solved(folder)
+    arguments = (folder / "plan.json", "--loads", folder / "decode.json", "--out", folder / "r.html")
+    assert run("report", *arguments).exit_code == 0
+    assert "Not told: objective latency needs model.hidden" in (folder / "r.html").read_text()
+    (folder / "c.yaml").write_text(CLUSTER.replace("expert_bytes: 1e6", "hidden: 64, moe_intermediate: 32, top_k: 2"))
+    solved(folder)
+    assert run("report", *arguments).exit_code == 0
+    page = (folder / "r.html").read_text()
+    assert "dispatch and combine, ms per layer" in page
+    assert "4096 tokens per GPU" in page
+
+
+def test_latency_is_told_with_its_unit(folder):
+    (folder / "c.yaml").write_text(CLUSTER.replace("expert_bytes: 1e6", "hidden: 64, moe_intermediate: 32, top_k: 2"))
+    assert "s per layer" in solved(folder, "plan.json", "--objective", "latency")
+
+
 def test_a_report_escapes_names_from_files(folder):
     solved(folder)
     value = json.loads((folder / "plan.json").read_text())

@@ -13,6 +13,7 @@ from placement import OBJECTIVES, Cluster, Plan, Problem, evaluate, generate_tra
 from placement.bounds.choice import BOUNDS, objective_bound
 from placement.contract.problem import Scenario
 from placement.objectives import Objective, PartWeights, evaluate_L, find_objective, join_scenarios
+from placement.objectives.latency import layer_times
 
 MODEL = {"hidden": 256, "moe_intermediate": 64, "top_k": 2, "expert_bytes": 5e8}
 NO_TRACE = ("balance", "activated", "imbalance-price", "latency", "churn")
@@ -288,6 +289,16 @@ def test_balance_bounds_hold_where_few_experts_are_hot(seed, hot, replicas, spee
     bound = objective_bound(OBJECTIVES["balance"], problem, plan, "max")
     maps = all_maps(4, 2, problem.slots_per_gpu)
     assert bound.value <= min(evaluate(OBJECTIVES["balance"], with_map(plan, [row]), problem) for row in maps) + 1e-9
+
+
+@pytest.mark.parametrize("case", ["one node", "copies", "low latency mode"])
+def test_the_parts_of_latency_add_up(case):
+    problem = CASES[case]()
+    plan, scenario = solve(problem, solver="random"), problem.scenarios[0]
+    times = layer_times(plan, scenario.load_LE, scenario.trace)
+    assert times.experts_s + times.traffic_s == pytest.approx(evaluate(OBJECTIVES["latency"], plan, problem))
+    step_s = plan.num_layers * (times.experts_s + times.traffic_s)
+    assert times.tokens_per_s == pytest.approx(problem.cluster.ep.tokens_per_gpu / step_s)
 
 
 # Weights: what the searches may know of an objective.

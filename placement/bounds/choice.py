@@ -25,6 +25,12 @@ def objective_bound(objective: Objective, problem: Problem, plan: Plan, robustne
     """Best bound of those that are cheap; None if none is known for this objective.
 
     The bound of each scenario holds for that scenario alone, so joining them by the same rule holds too.
+
+    Args:
+        objective: its terms are looked up in `BOUNDS`; one without a row leaves the whole sum without a bound.
+        problem: the data.
+        plan: only its number of slots, machines and dispatch policy count.
+        robustness: how scenarios are joined.
     """
     terms = flat_terms(objective)
     if any(BOUNDS.get(term.part.name) is None or OBJECTIVES[term.part.name] is not term.part for term in terms):

@@ -29,7 +29,7 @@ def read_problem(
         trace: a routing trace, or None.
         loads: files of loads, each a scenario, or None; exactly one of both is needed.
         rows: A:B, of a trace.
-        cluster: the machines.
+        cluster: the machines, with the slots per GPU if the file gives them.
         replicas: slots per layer beyond one per expert; None takes the cluster's.
         plan: a plan that shall be judged, or None: then all-zero layers count as dense.
 

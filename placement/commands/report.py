@@ -19,9 +19,10 @@ from routing.ground.files import atomic_write
 from routing.traces import RoutingTrace
 
 from ..contract.plan import Plan
-from ..contract.problem import Problem
+from ..contract.problem import Problem, Scenario
 from ..objectives import weighted
 from ..objectives.balance import gpu_load_LG
+from ..objectives.latency import layer_times
 from ..scoring.score import METRICS, Score, score
 from ..solving.comparison import Row, compare_with_baselines
 from ..solving.solve import solve
@@ -40,18 +41,19 @@ def write_report(problem: Problem, plan: Plan, path: Path, *, with_pareto: bool 
     """Compare a plan with the contiguous layout and EPLB on the problem's data.
 
     Args:
-        problem: the data.
-        plan: the plan.
-        path: the HTML file.
+        problem: the data that all rows are judged on; with tokens the page also shows traffic.
+        plan: its own planning data, if the file keeps them, are what EPLB is made from.
+        path: where the page goes; it replaces an older one as a whole.
         with_pareto: also solve for the front of balance against fan-out (about a minute).
     """
     rows = compare_with_baselines(plan, problem)
-    before = rows[0]
+    before, scenario = rows[0], problem.scenarios[0]
     judged = ", ".join(short_names(scenario.name for scenario in problem.scenarios).values())
-    sections = [_table(rows, judged), _gain(before.score, rows[-1].score), _certificate(plan, rows[-1].planned_on)]
+    sections = [_table(rows, judged), _gain(before.score, rows[-1].score), _times(rows, scenario)]
+    sections.append(_certificate(plan, rows[-1].planned_on))
     caption = "Load of each rank over the mean, layer by layer."
     sections.append(_figure(_load_maps(problem, before.plan, plan), caption))
-    trace = problem.scenarios[0].trace
+    trace = scenario.trace
     if trace is not None:
         caption = "Expert calls from the token's home rank (sequence number mod ranks) to the serving rank, per token."
         sections.append(_figure(_traffic_maps(trace, before.plan, plan), caption))
@@ -100,6 +102,22 @@ def _gain(before: Score, after: Score) -> str:
         )
     lines.append("These are model values on the given data, not measurements of an engine.")
     return f"<h2>Expected gain over the contiguous layout</h2><p>{' '.join(map(html.escape, lines))}</p>"
+
+
+def _times(rows: list[Row], scenario: Scenario) -> str:
+    """Milliseconds of a MoE layer by the latency model; a sentence where the cluster lacks the model's sizes."""
+    title = "<h2>Modelled time of one batch</h2>"
+    lines = [_line(("plan", "experts, ms per layer", "dispatch and combine, ms per layer", "tokens/s per GPU"), "th")]
+    try:
+        for row in rows:
+            times = layer_times(row.plan, scenario.load_LE, scenario.trace)
+            numbers = (1e3 * times.experts_s, 1e3 * times.traffic_s, times.tokens_per_s)
+            lines.append(_line((row.name, *map(_number, numbers)), "td"))
+    except ValueError as error:
+        return f"{title}<p>{html.escape(f'Not told: {error}.')}</p>"
+    tokens = rows[-1].plan.cluster.ep.tokens_per_gpu
+    text = f"MoE layers alone, {tokens} tokens per GPU (ep.tokens_per_gpu); attention and the rest are not in it."
+    return f"{title}<table>{''.join(lines)}</table><p>{html.escape(text)}</p>"
 
 
 def _certificate(plan: Plan, planned_on: str) -> str:

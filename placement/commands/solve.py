@@ -20,10 +20,10 @@ def solve_command(
     objective: Annotated[
         str, typer.Option(help="A name, a sum like fanout+2*balance, or balance<=1.1,fanout.")
     ] = "balance",
-    replicas: Annotated[int | None, typer.Option(help="Extra slots per layer.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Slots per layer beyond one per expert.")] = None,
     solver: Annotated[str, typer.Option(help="auto, search, lns, ilp, eplb, lpt, contiguous, ...")] = "auto",
-    time_limit: Annotated[float, typer.Option(help="Seconds for the solver.")] = 30.0,
-    seed: Annotated[int, typer.Option(help="For every random choice.")] = 0,
+    time_limit: Annotated[float, typer.Option(help="Wall time in seconds, certificate included.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Decides every random choice.")] = 0,
     robustness: Annotated[str, typer.Option(help="How scenarios are joined: max, mean or cvar.")] = "max",
     holdout: Annotated[float, typer.Option(help="Share of the trace's sequences to check with, not to plan on.")] = 0.0,
     validate: Annotated[list[Path] | None, typer.Option(help="Data to check with (.npz trace, .json loads).")] = None,

@@ -13,6 +13,7 @@ from ..scoring.score import METRICS, Score
 from ..solving.request import SolveResult
 from .inputs import short_names
 
+UNITS = {"latency": " s per layer", "churn": " GB per layer"}
 HEAD = ("balancedness", "GPUs per token", "nodes per token", "hops")
 
 
@@ -33,7 +34,8 @@ def print_certificate(plan: Plan, out: Path) -> None:
     certificate = plan.certificate
     assert certificate is not None
     table = Table("metric", "value")
-    table.add_row(f"objective ({certificate.objective_name})", _number(certificate.objective))
+    unit = UNITS.get(certificate.objective_name, "")
+    table.add_row(f"objective ({certificate.objective_name})", f"{_number(certificate.objective)}{unit}")
     table.add_row(f"bound ({certificate.bound_name})", _number(certificate.bound))
     table.add_row("gap", _gap(certificate.gap))
     for name, value in certificate.in_sample.items():
@@ -63,7 +65,7 @@ def print_score(found: Score) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"objective ({found.objective_name}) {_number(found.objective)}, bound ({found.bound_name}) "
+        f"objective ({found.objective_name}) {_number(found.objective)}{UNITS.get(found.objective_name, '')}, bound ({found.bound_name}) "
         f"{_number(found.bound)}, gap {_gap(found.gap)}",
         highlight=False,
     )

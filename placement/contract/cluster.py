@@ -33,7 +33,8 @@ class Cluster:
         hbm_bytes_per_s_G, flops_G, nvlink_bytes_per_s_G, nic_bytes_per_s_G: rates; `nic` is the GPU's share.
         node_latency_s, rack_latency_s: extra time of a message that leaves the node, the rack.
         rack_bytes_per_s: a GPU's share of the bandwidth between racks; inf if racks do not matter.
-        dram_bytes_M, ssd_bytes_M, dram_bytes_per_s, ssd_bytes_per_s, pcie_bytes_per_s: the lower tiers.
+        dram_bytes_M, ssd_bytes_M, dram_bytes_per_s, ssd_bytes_per_s, pcie_bytes_per_s: lower tiers, 0 if there are
+            none; no solver reads them yet.
         rank_cost_GG: relative cost per byte between GPUs, or None.
         model, ep, tiers: the sections of the cluster file that are not hardware.
     """
@@ -73,10 +74,12 @@ class Cluster:
 
     @property
     def num_gpus(self) -> int:
+        """G, over all nodes."""
         return len(self.node_G)
 
     @property
     def num_nodes(self) -> int:
+        """M; a node counts if at least one of its GPUs is used."""
         return int(self.node_G[-1]) + 1
 
     @property
@@ -97,8 +100,8 @@ class Cluster:
         """A cluster of equal nodes without a file: `Cluster.grid(2, 4)`.
 
         Args:
-            nodes: M.
-            gpus_per_node: GPUs of each node.
+            nodes: how many equal nodes, 1 or more.
+            gpus_per_node: GPUs of each node, 1 or more.
             settings: keys of the `ep` section of a cluster file, and `model` as a mapping.
         """
         model = settings.pop("model", {})

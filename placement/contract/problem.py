@@ -41,7 +41,7 @@ class Problem:
     """Experts to place, machines to place them on, and the workloads that judge a plan.
 
     Args:
-        cluster: the machines.
+        cluster: the machines, with their memory, speeds and links.
         scenarios: at least one workload; all have the same layers and experts.
         slots_per_gpu: expert slots of each GPU and layer; G * slots_per_gpu = P >= E.
         layer_ids: the decoder layer (dense ones counted) of each MoE layer.
@@ -80,18 +80,22 @@ class Problem:
 
     @property
     def num_layers(self) -> int:
+        """L: MoE layers."""
         return self.scenarios[0].load_LE.shape[0]
 
     @property
     def num_experts(self) -> int:
+        """E: experts of each layer."""
         return self.scenarios[0].load_LE.shape[1]
 
     @property
     def num_gpus(self) -> int:
+        """G, over all nodes."""
         return self.cluster.num_gpus
 
     @property
     def num_slots(self) -> int:
+        """P: slots of a layer over all GPUs, replicas included."""
         return self.cluster.num_gpus * self.slots_per_gpu
 
     @property
@@ -112,6 +116,7 @@ class Problem:
 
     @property
     def load_WLE(self) -> Float:
+        """Routed tokens of each scenario, layer and expert."""
         return np.stack([scenario.load_LE for scenario in self.scenarios])
 
     @property
@@ -141,8 +146,8 @@ class Problem:
         """The problem that a routing trace poses, or several traces by name (one scenario each).
 
         Args:
-            trace: what was routed.
-            cluster: the machines.
+            trace: experts of every token; several by name must have the same layers and experts.
+            cluster: the machines; `model` is checked against the trace.
             replicas: slots per layer beyond one per expert; None takes `ep.slots_per_gpu`, or else 0.
         """
         traces = {"trace": trace} if isinstance(trace, RoutingTrace) else dict(trace)
@@ -162,7 +167,7 @@ class Problem:
 
         Args:
             loads: [hidden layers, E] counts, or several by name (one scenario each).
-            cluster: the machines.
+            cluster: the machines; `model` is checked against the loads.
             replicas: slots per layer beyond one per expert; None takes `ep.slots_per_gpu`, or else 0.
         """
         named = dict(loads) if isinstance(loads, Mapping) else {"loads": loads}

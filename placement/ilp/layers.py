@@ -35,7 +35,7 @@ def solve_layers_exactly(
     """Solve layer after layer; the bounds that are proved go to the budget.
 
     Args:
-        problem: what to place.
+        problem: under uniform dispatch; with fan-out, one scenario and no replicas.
         objective: a sum of imbalance and fan-outs.
         budget: each layer gets an equal part of the time that is left when its turn comes.
         start_LP: a complete map to start from.

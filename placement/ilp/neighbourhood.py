@@ -32,8 +32,8 @@ def improve_by_neighbourhoods(
     """Improve a map until the time is up or `tries` neighbourhoods have been solved.
 
     Args:
-        problem: what to place.
-        start_LP: a complete map.
+        problem: at most 3,072 slots per layer.
+        start_LP: a complete map; its copy counts are kept.
         objective: fan-out, balance and churn count; hops are refused.
         budget: time and seed; offered every improvement.
         tries: at most this many programmes.

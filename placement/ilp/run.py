@@ -75,7 +75,7 @@ def solve_milp(
     """Minimise `model`.
 
     Args:
-        model: a PuLP minimisation.
+        model: a PuLP model whose sense is minimisation.
         time_limit_s: wall time; a run that ends by it returns its best point and its dual bound.
         gap_rel: relative gap at which the run counts as optimal.
         start: values of a feasible point, by variable name, to start from.

@@ -28,10 +28,12 @@ def node_fanout_L(plan: Plan, trace: RoutingTrace) -> Float:
 
 
 def gpu_fanout(plan: Plan, trace: RoutingTrace) -> float:
+    """Mean over layers of `gpu_fanout_L`."""
     return float(gpu_fanout_L(plan, trace).mean())
 
 
 def node_fanout(plan: Plan, trace: RoutingTrace) -> float:
+    """Mean over layers of `node_fanout_L`."""
     return float(node_fanout_L(plan, trace).mean())
 
 

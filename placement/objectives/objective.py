@@ -106,6 +106,7 @@ class Term:
 
     @property
     def label(self) -> str:
+        """The part with its goal, as in an expression."""
         return self.part.name if self.goal is None else f"{self.part.name}<={self.goal:g}"
 
     def above_goal(self, value_L: Float) -> Float:
@@ -117,7 +118,7 @@ def sum_of(terms: Sequence[Term], name: str | None = None) -> Objective:
     """The weighted sum of the terms as an objective.
 
     Args:
-        terms: at least one.
+        terms: at least one; their parts may be sums themselves.
         name: of the sum; None writes the terms out.
     """
     chosen = tuple(terms)

@@ -50,6 +50,7 @@ class Budget:
 
     @property
     def left_s(self) -> float:
+        """Seconds until the deadline, at least 0."""
         return max(0.0, self.deadline - time.monotonic())
 
     def part(self, share: float) -> "Budget":
@@ -65,11 +66,18 @@ class Budget:
         self.found.incumbent_LP = np.tile(map_LP, (1, self.blocks))
 
     def prove(self, layer: int, bound: float, layers: int) -> None:
-        """Keep a valid lower bound of one layer."""
+        """Keep a valid lower bound on one layer's objective; the largest one counts.
+
+        Args:
+            layer: index among the problem's layers.
+            bound: in units of the objective, for the worst scenario.
+            layers: L.
+        """
         if self.found.proved_L is None:
             self.found.proved_L = np.full(layers, -np.inf)
         self.found.proved_L[layer] = max(self.found.proved_L[layer], bound)
 
     def tell(self, phase: str, share: float) -> None:
+        """Report the share of a phase that is done, 0 to 1."""
         if self.progress is not None:
             self.progress(phase, share)

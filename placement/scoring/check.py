@@ -17,7 +17,7 @@ def check_plan(plan: Plan, data: Problem | None = None, *, made_from: Problem | 
     """Everything that is wrong with a plan; an empty list means that it may be written.
 
     Args:
-        plan: the plan.
+        plan: read slot by slot; its certificate's claims are checked if `made_from` is given.
         data: if given, the plan has to fit its shapes.
         made_from: if given, the plan has to fit it, and what the certificate claims is recomputed on it.
 

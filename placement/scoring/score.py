@@ -29,7 +29,7 @@ class Score:
         objective_name, objective, bound, bound_name: as in a certificate; `bound` is None if none is known.
         balancedness: mean over layers of mean / fullest GPU.
         gpu_fanout, node_fanout, hops: None for data without tokens.
-        seconds: wall time.
+        seconds: wall time of scoring.
         scenarios: the same metrics of each scenario.
         gap_L: gap of each layer.
     """
@@ -48,6 +48,7 @@ class Score:
 
     @property
     def gap(self) -> float | None:
+        """(objective - bound) / objective, at least 0; None without a bound."""
         return None if self.bound is None else relative_gap(self.objective, self.bound)
 
     def to_json(self) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def score(
 
     Args:
         problem: the data; its machines are not looked at, a plan carries its own.
-        plan: the plan.
+        plan: its machines, speeds and dispatch policy count.
         objective: name or objective; None takes the plan's own, or balance if the data has no tokens for it.
         robustness: how scenarios are joined.
         proved_L: lower bounds per layer that a solver has proved on the same data, or None.

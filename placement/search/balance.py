@@ -75,7 +75,7 @@ def kick_and_swap(problem: Problem, weight_WLE: Float, map_LP: Integer, budget: 
     """Shuffle a few slots between GPUs of the layers that are not proved good, swap again, keep what improved.
 
     Args:
-        problem: what to place.
+        problem: its slots, speeds and number of GPUs count.
         weight_WLE: loads, every scenario on the same scale.
         map_LP: a start; with replicas other copy counts are tried first and then in every round.
         budget: time and seed; offered every improvement.

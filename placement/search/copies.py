@@ -59,7 +59,7 @@ def change_counts(map_LP: Integer, load_LE: Float, gpus: int, random: np.random.
     Args:
         map_LP: experts GPU by GPU.
         load_LE: hot experts are drawn in proportion to it, cold ones at `EVEN_CHANCE` of its mean at least.
-        gpus: G.
+        gpus: G; each owns an equal part of a row of the map.
         random: source of the draws.
     """
     changed_LP = map_LP.copy()

@@ -26,9 +26,9 @@ class GroupState:
 
     Args:
         used_BX: 0/1 incidence of bundles and items.
-        count_B: tokens per bundle.
+        count_B: tokens that use each bundle.
         group_X: group of each item.
-        num_groups: A.
+        num_groups: A; groups without items are allowed.
     """
 
     def __init__(

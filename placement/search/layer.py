@@ -46,7 +46,7 @@ class Attempt:
     """How one layer is tried: what every step of its search shares.
 
     Args:
-        effort: how hard.
+        effort: starts, swaps and sizes.
         seed: of the tabu searches' tenures, each from a fresh generator.
         random: of the starts; steps draw from it one after another.
         deadline: `time.monotonic()` at which to stop.
@@ -77,7 +77,7 @@ def search_layer(
     """Best GPU of each item found, and its cost; never worse than `known_X`.
 
     Args:
-        task: the layer.
+        task: token sets, loads and weights of the layer.
         known_X: a feasible assignment of items to GPUs.
         effort: how hard to try.
         seed: of all random choices.

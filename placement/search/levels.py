@@ -28,7 +28,7 @@ class LevelState:
     Args:
         weight_WX: load of each item, each scenario summing to 1 (or all 0).
         gpu_X: GPU of each item.
-        speed_G: relative speeds.
+        speed_G: relative speed of each GPU, positive.
         worst: take the worst scenario instead of the mean of all.
     """
 
@@ -41,6 +41,7 @@ class LevelState:
 
     @property
     def level(self) -> float:
+        """Fullest over mean GPU now."""
         return float(self._join((self.load_WG / self.speed_G).max(axis=1)))
 
     def after_XX(self) -> Float:
@@ -48,6 +49,7 @@ class LevelState:
         return self._join(np.stack([self._after(w) for w in range(len(self.weight_WX))]))
 
     def swap(self, x: int, y: int) -> None:
+        """Exchange the GPUs of two items."""
         g, h = self.gpu_X[x], self.gpu_X[y]
         gain_W = self.weight_WX[:, x] - self.weight_WX[:, y]
         self.load_WG[:, g] -= gain_W

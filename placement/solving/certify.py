@@ -25,8 +25,8 @@ def make_plan(problem: Problem, map_LP: Integer, *, solver: str, objective: Obje
     Args:
         problem: what was placed; its mean loads and the names of its data go into the plan's metadata.
         map_LP: the expert in each slot, GPU by GPU.
-        solver: who made it.
-        objective: what was minimised.
+        solver: name that the plan bears, as in SOLVERS.
+        objective: the objective that was minimised; the plan bears its name.
     """
     return Plan(
         physical_to_logical_LP=map_LP,

@@ -24,8 +24,8 @@ class Row:
     Args:
         name: of the plan in the table.
         planned_on: the data that it was made from.
-        plan: the plan.
-        score: on the data.
+        plan: a plan for the same machines.
+        score: its metrics on the judged data.
     """
 
     name: str

@@ -47,7 +47,7 @@ class Migration:
     Args:
         plan: the target, its GPUs renumbered to keep most copies in place.
         steps: transfers and drops in order.
-        moved_bytes, node_crossing_bytes: of all transfers.
+        moved_bytes, node_crossing_bytes: of all transfers, and of those between nodes; copies if no size is known.
         peak_extra_bytes: largest memory above max(old, new) slots that any GPU needs at a time.
     """
 
@@ -67,7 +67,7 @@ def migrate(current: Plan, target: Plan, expert_bytes: float | None = None) -> M
 
     Args:
         current: what runs now; its GPUs beyond the target's are given up, new ones join at the end.
-        target: where to go.
+        target: the plan to end at, up to the numbering of its GPUs.
         expert_bytes: bytes of one expert of one layer; None takes the cluster file's, else 1: copies.
 
     Raises:

@@ -87,7 +87,7 @@ def run_request(request: SolveRequest, progress: Progress | None = None) -> Solv
     """Split, solve, judge on the data held out, and number the GPUs so that least moves.
 
     Args:
-        request: what is asked.
+        request: checked when it was made.
         progress: called with a phase and the share of it that is done.
 
     Raises:
@@ -121,7 +121,7 @@ def split_by_sequence(problem: Problem, share: float, seed: int) -> tuple[Proble
     Args:
         problem: one scenario with tokens.
         share: of the sequences, between 0 and 1, that is held out; whole sequences stay together.
-        seed: chooses which.
+        seed: chooses which sequences are held out.
 
     Raises:
         ValueError: if there is no trace, or too few sequences to split.

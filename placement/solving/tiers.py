@@ -71,6 +71,7 @@ class Machine:
 
     @property
     def has_gpu(self) -> bool:
+        """Whether there is a GPU at all."""
         return self.hbm_bytes_per_s > 0
 
     def seconds_per_byte(self) -> tuple[float, float, float]:
@@ -108,7 +109,7 @@ def place_tiers(problem: Problem, machine: Machine, expert_bytes: float | Float,
 
     Args:
         problem: loads of the experts; its cluster has one GPU.
-        machine: budgets and bandwidths.
+        machine: budgets and bandwidths; without a GPU nothing is put there.
         expert_bytes: bytes of one expert: one size, or [L] sizes.
         robust: use each expert's largest share over the scenarios.
 

@@ -31,7 +31,7 @@ class ChainTask:
         pair_LXX: [L - 1, X, X] share of tokens from items of a layer to items of the next, times the weight of hops.
         saved_GG: what staying close saves: 1 on the diagonal, 1 - relative cost of the hop elsewhere.
         weight_LWX: load of each item, summing to 1 over items.
-        speed_G: relative speeds.
+        speed_G: relative speed of each GPU, positive.
         expert_LX: expert of each item; two items of one expert may not share a GPU.
         price: cost of one unit of fullest over mean GPU, per layer, at the start; 0 leaves the load out.
         floor: balancedness that the price is steered to, or None for a constant price.
@@ -50,9 +50,9 @@ class ChainAnnealing:
     """State of the annealing.
 
     Args:
-        task: the chain.
-        gpu_LX: GPU of each item at the start.
-        seed: of the draws.
+        task: traffic, loads and prices of the chain.
+        gpu_LX: GPU of each item at the start; as many items on every GPU.
+        seed: decides all draws.
     """
 
     def __init__(self, task: ChainTask, gpu_LX: Integer, seed: int) -> None:

@@ -45,7 +45,7 @@ def search_hops(
     """Improve a map for hops * hop cost + fan * GPU fan-out + node * node fan-out + level * imbalance.
 
     Args:
-        problem: has tokens.
+        problem: every scenario has its trace.
         start_LP: a map to start from; its copy counts are kept.
         budget: time, seed, processes; told of progress.
         weights: of the objective, without churn and goal.
@@ -92,13 +92,16 @@ class _Chain:
         ]
 
     def set_price(self, price: float) -> None:
+        """Another price of imbalance, for all layers."""
         self.tasks = [replace(task, level=price) for task in self.tasks]
 
     def balancedness(self, gpus: list[Integer]) -> float:
+        """Mean over layers of mean / fullest GPU."""
         levels = [SearchState(replace(t, fan=0, node=0), g).level.level for t, g in zip(self.tasks, gpus, strict=True)]
         return float(np.mean([1 / level if level else 1.0 for level in levels]))
 
     def cost(self, gpus: list[Integer]) -> float:
+        """Own costs of the layers minus what hops are saved."""
         own = sum(SearchState(task, gpu_X).cost for task, gpu_X in zip(self.tasks, gpus, strict=True))
         return own - self.weight * sum(self._saved(layer, gpus) for layer in range(len(self.pair_XX)))
 
