@@ -164,11 +164,11 @@ def test_help_shows_an_example_and_every_option_says_what_it_does(command):
 def test_the_pareto_front_is_labelled_with_what_it_knew(tmp_path, monkeypatch):
     """With token data a report solves for a front; its prices and time are cut down here."""
     from placement import Cluster, Problem, solve
-    from placement.commands import report
+    from placement.commands import pictures
 
-    monkeypatch.setattr(report, "PARETO_PRICES", (0.5,))
+    monkeypatch.setattr(pictures, "PARETO_PRICES", (0.5,))
     monkeypatch.setattr(
-        report, "solve", lambda problem, **settings: solve(problem, **{**settings, "time_limit_s": 0.5})
+        pictures, "solve", lambda problem, **settings: solve(problem, **{**settings, "time_limit_s": 0.5})
     )
     trace = generate_trace(tokens=200, layers=2, experts=8, top_k=2, blocks=4, tokens_per_sequence=10)
     problem = Problem.from_trace(trace, Cluster.grid(2, 2))

@@ -62,10 +62,10 @@ def print_score(found: Score) -> None:
     labels = short_names(found.scenarios)
     for name, values in found.scenarios.items():
         table.add_row(labels[name], *(_number(values[key]) for key in METRICS))
-    console = Console()
+    console, unit = Console(), UNITS.get(found.objective_name, "")
     console.print(table)
     console.print(
-        f"objective ({found.objective_name}) {_number(found.objective)}{UNITS.get(found.objective_name, '')}, bound ({found.bound_name}) "
+        f"objective ({found.objective_name}) {_number(found.objective)}{unit}, bound ({found.bound_name}) "
         f"{_number(found.bound)}, gap {_gap(found.gap)}",
         highlight=False,
     )
