@@ -13,7 +13,8 @@ from .heuristics.eplb import eplb
 from .heuristics.eplb_reference import eplb_layer_reference
 from .objectives import OBJECTIVES, Objective, evaluate, weighted
 from .scoring.score import Score, score
-from .solving.solvers import SOLVERS, solve
+from .solving.solve import solve
+from .solving.solvers import SOLVERS
 
 __all__ = [
     "OBJECTIVES",

@@ -87,8 +87,8 @@ def test_holdout_current_and_migrate(files):
 
 def test_tiers_loads_and_cluster(files):
     (files / "hw.toml").write_text(
-        "[gpu]\nhbm_bytes_per_s = 1e12\nflops = 1e14\n[cpu]\ndram_bytes_per_s = 5e10\nflops = 1e12\n"
-        "[pcie]\nbytes_per_s = 2e10\n[disk]\nbytes_per_s = 3e9\n"
+        "disk_bytes_per_s = 3e9\ncached_bytes_per_s = 1e10\nmemory_bytes_per_s = 5e10\n"
+        "exact_bytes_per_s = 2e10\nfast_bytes_per_s = 3e10\nlayer_s = 1e-4\n"
     )
     counts = files / "counts.pt"
     torch.save({"logical_count": torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])}, counts)

@@ -5,7 +5,7 @@ import pytest
 
 from placement import Cluster, Plan, Problem, evaluate, generate_trace, score, solve
 from placement.ilp.neighbourhood import improve_by_neighbourhoods
-from placement.objectives import find_objective, part_weights, with_churn
+from placement.objectives import find_objective, with_churn
 from placement.objectives.churn import churn
 from placement.run.budget import Budget
 from placement.scoring.check import check_plan, doubled_copies
@@ -46,7 +46,7 @@ def test_a_goal_is_kept_first_and_then_fanout_falls(problem):
     assert strict.certificate.in_sample["balancedness"] >= loose.certificate.in_sample["balancedness"]
     assert loose.certificate.in_sample["gpu_fanout"] <= strict.certificate.in_sample["gpu_fanout"]
     with pytest.raises(ValueError, match="goals of balance only"):
-        part_weights(find_objective("fanout<=2,balance"), problem.cluster)
+        find_objective("fanout<=2,balance").weights(problem.cluster)
 
 
 def test_churn_weight_trades_moves_for_quality(problem):
@@ -113,7 +113,7 @@ def test_small_integer_programme_is_proved():
 
 @pytest.mark.slow
 def test_balance_floor_raises_the_price_until_it_is_kept(problem):
-    weights = part_weights(find_objective("fanout+balance"), problem.cluster)
+    weights = find_objective("fanout+balance").weights(problem.cluster)
     low, high = (
         choose_price(problem, weights, Budget(time_limit_s=6, balance_floor=floor)).level for floor in (0.5, 0.97)
     )

@@ -1,5 +1,3 @@
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +6,6 @@ from hypothesis import strategies as st
 from placement import Cluster, Problem, solve
 from placement.objectives.churn import churn
 from placement.solving.elastic import Drop, Transfer, match_gpus, migrate, replay
-from placement.solving.tiers import Machine, choose_tiers, load_machine, place_tiers, tier_seconds
 
 
 def random_plan(gpus, replicas, seed, nodes=1):
@@ -50,38 +47,3 @@ def test_renumbering_finds_the_same_plan_again():
 def test_other_models_are_refused():
     with pytest.raises(ValueError, match="different models"):
         migrate(random_plan(4, 0, 0), solve(Problem.from_loads(np.ones((1, 12)), Cluster.grid(1, 4)), solver="lpt"))
-
-
-MACHINE = Machine(
-    gpu_bytes=2.0,
-    cpu_bytes=2.0,
-    hbm_bytes_per_s=100.0,
-    dram_bytes_per_s=10.0,
-    pcie_bytes_per_s=5.0,
-    ssd_bytes_per_s=1.0,
-)
-
-
-@given(seed=st.integers(0, 200))
-def test_tiers_are_optimal_for_equal_sizes(seed):
-    use = np.random.default_rng(seed).random((2, 3))
-    size = np.ones(2)
-    best = min(
-        tier_seconds(use, np.array(tiers).reshape(2, 3), MACHINE, size)
-        for tiers in itertools.product((0, 1, 2), repeat=6)
-        if tiers.count(0) <= 2 and tiers.count(1) <= 2
-    )
-    assert tier_seconds(use, choose_tiers(use, MACHINE, size), MACHINE, size) == pytest.approx(best)
-
-
-def test_tier_plan_from_hardware_file(tmp_path):
-    path = tmp_path / "hardware.toml"
-    path.write_text('[ssd]\nread_bytes_per_s = 2e9\n[ram]\nbytes_per_s = "30GB/s"\n')
-    machine = load_machine(path, gpu_memory="2MB", cpu_memory="3MB")
-    assert (machine.ssd_bytes_per_s, machine.dram_bytes_per_s) == (2e9, 30e9)
-    problem = Problem.from_loads(np.arange(1.0, 9.0)[None], Cluster.grid(1, 1))
-    plan = place_tiers(problem, machine, np.array([1e6]))
-    assert plan.tier_LE.tolist() == [[2, 2, 2, 1, 1, 1, 0, 0]]
-    path.write_text("[ssd]\n")
-    with pytest.raises(ValueError, match="no ssd and dram bandwidth"):
-        load_machine(path)

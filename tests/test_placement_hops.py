@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from placement import Cluster, Problem, solve
 from placement.data.generators import generate_trace
 from placement.objectives.hops import hop_share
-from placement.search.hops.annealing import ChainAnnealing
+from placement.search.hops.annealing import ChainAnnealing, ChainTask
 
 
 def make_annealing(seed, *, gpus=4, layers=4, copies=False, price=0.3, floor=None, saved=None):
@@ -20,7 +20,10 @@ def make_annealing(seed, *, gpus=4, layers=4, copies=False, price=0.3, floor=Non
     weight = random.dirichlet(np.ones(items), (layers, 2))
     speed = np.ones(gpus) if saved is None else random.uniform(0.5, 1.5, gpus)
     saved = np.eye(gpus) if saved is None else saved
-    return ChainAnnealing(pair, saved, weight, speed, price, expert, start, seed, floor), pair, weight, speed
+    task = ChainTask(
+        pair_LXX=pair, saved_GG=saved, weight_LWX=weight, speed_G=speed, expert_LX=expert, price=price, floor=floor
+    )
+    return ChainAnnealing(task, start, seed), pair, weight, speed
 
 
 def cost(annealing, pair, weight, speed):
@@ -43,9 +46,8 @@ def test_every_swap_change_is_exact(seed, gpus, asymmetric):
     for parity in (0, 1):
         half = slice(parity, annealing.L, 2)
         gpu_AX = annealing.gpu_LX[half]
-        change = annealing._hop_change(half, gpu_AX) + annealing.price * annealing._level_change(
-            half, gpu_AX, may_steer=False
-        )
+        level_change, _ = annealing._level_change(half, gpu_AX)
+        change = annealing._hop_change(half, gpu_AX) + annealing.price * level_change
         before = cost(annealing, pair, weight, speed)
         for x, y in ((0, annealing.X - 1), (2, 4)):
             layer = parity

@@ -21,9 +21,9 @@ nodes: [{type: n, count: 2}]
 
 
 def test_ctrl_c_writes_the_best_plan_so_far(tmp_path):
-    trace = generate_trace(tokens=600, layers=3, experts=16, top_k=2, blocks=4, tokens_per_sequence=20)
+    trace = generate_trace(tokens=4000, layers=12, experts=64, top_k=4, blocks=8, tokens_per_sequence=20)
     trace.save(tmp_path / "t.npz")
-    (tmp_path / "c.yaml").write_text(CLUSTER)
+    (tmp_path / "c.yaml").write_text(CLUSTER.replace("experts: 16", "experts: 64"))
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "experiments.cli", "place", "--help"], stdout=subprocess.DEVNULL, check=True)
     start_s = time.perf_counter() - started
@@ -31,7 +31,7 @@ def test_ctrl_c_writes_the_best_plan_so_far(tmp_path):
         [sys.executable, "-m", "experiments.cli", "place", "solve", "--trace", tmp_path / "t.npz", "--cluster",
          tmp_path / "c.yaml", "--objective", "fanout+balance", "--solver", "lns", "--time-limit", "120",
          "--out", tmp_path / "plan.json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    time.sleep(max(4.0, 3 * start_s))  # solving would take 120 s
+    time.sleep(max(3.0, 3 * start_s))  # lns searches its start for 36 of 120 s
     assert solving.poll() is None
     solving.send_signal(signal.SIGINT)
     _, errors = solving.communicate(timeout=90)

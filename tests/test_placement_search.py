@@ -10,7 +10,7 @@ from placement.data.bundles import unique_sets
 from placement.data.generators import generate_trace
 from placement.ilp.exflow import solve_exflow
 from placement.scoring.check import check_plan, doubled_copies
-from placement.search.hops.annealing import ChainAnnealing
+from placement.search.hops.annealing import ChainAnnealing, ChainTask
 from placement.search.tabu import LayerTask, SearchState, tabu_search
 
 
@@ -119,8 +119,15 @@ def test_annealing_keeps_groups_equal_and_finds_an_obvious_chain():
         pair[layer, np.arange(8), np.roll(np.arange(8), layer + 1)] = 1 / 8
     start = np.stack([np.random.default_rng(layer).permutation(np.arange(8) // 2) for layer in range(4)])
     everyone = np.tile(np.arange(8), (4, 1))
-    annealing = ChainAnnealing(pair, np.eye(4), np.full((4, 1, 8), 1 / 8), np.ones(4), 0.0, everyone, start, 0)
-    gpu_LX = annealing.run(2000, float("inf"))
+    task = ChainTask(
+        pair_LXX=pair,
+        saved_GG=np.eye(4),
+        weight_LWX=np.full((4, 1, 8), 1 / 8),
+        speed_G=np.ones(4),
+        expert_LX=everyone,
+        price=0.0,
+    )
+    gpu_LX = ChainAnnealing(task, start, 0).run(2000, float("inf"))
     assert all(np.bincount(row).tolist() == [2, 2, 2, 2] for row in gpu_LX)
     stay = sum(pair[layer][gpu_LX[layer][:, None] == gpu_LX[layer + 1]].sum() for layer in range(3))
     assert stay == pytest.approx(3)

@@ -1,4 +1,9 @@
-"""The best valid lower bound on an objective, for any plan with the same slots on the same machines."""
+"""The best valid lower bound on an objective, for any plan with the same slots on the same machines.
+
+Shapes: W scenarios, L layers, E experts.
+"""
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,31 +11,37 @@ from numpy.typing import NDArray
 from ..contract.certificate import Bound
 from ..contract.plan import Plan
 from ..contract.problem import Problem, Scenario
-from ..objectives import Objective, Robustness, join_scenarios
+from ..objectives import OBJECTIVES, Objective, Robustness, flat_terms, join_scenarios
 from ..objectives.activated import activation_weight_LE
-from ..objectives.registry import imbalance_price, split_goal
+from ..objectives.prices import imbalance_price
 from .fanout import fanout_bound_L
 from .imbalance import imbalance_bound_L
 
 Float = NDArray[np.float64]
+PartBound = Callable[[Scenario, Problem, Plan], tuple[Float, str]]
 
 
 def objective_bound(objective: Objective, problem: Problem, plan: Plan, robustness: Robustness) -> Bound | None:
     """Best bound of those that are cheap; None if none is known for this objective.
 
     The bound of each scenario holds for that scenario alone, so joining them by the same rule holds too.
+
+    Args:
+        objective: its terms are looked up in `BOUNDS`; one without a row leaves the whole sum without a bound.
+        problem: the data.
+        plan: only its number of slots, machines and dispatch policy count.
+        robustness: how scenarios are joined.
     """
-    parts = objective.parts or ((1.0, objective.name),)
+    terms = flat_terms(objective)
+    if any(BOUNDS.get(term.part.name) is None or OBJECTIVES[term.part.name] is not term.part for term in terms):
+        return None
     total_WL = np.zeros((len(problem.scenarios), problem.num_layers))
     names = []
-    for weight, name in parts:
-        part, goal = split_goal(name) if objective.parts else (name, None)
+    for term in terms:
         for index, scenario in enumerate(problem.scenarios):
-            found = _part_bound(part, scenario, problem, plan)
-            if found is None:
-                return None
-            total_WL[index] += weight * (found[0] if goal is None else np.maximum(found[0] - goal, 0))
-            names.append(found[1])
+            bound_L, name = BOUNDS[term.part.name](scenario, problem, plan)
+            total_WL[index] += term.above_goal(bound_L)
+            names.append(name)
     value_L = join_scenarios(total_WL, robustness)
     return Bound(value=float(value_L.mean()), name=" + ".join(dict.fromkeys(names)), value_L=value_L)
 
@@ -47,20 +58,51 @@ def tighten(bound: Bound | None, proved_L: Float | None) -> Bound | None:
     return Bound(value=float(value_L.mean()), name=name, value_L=value_L) if np.all(np.isfinite(value_L)) else bound
 
 
-def _part_bound(name: str, scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, str] | None:
-    cluster, slots = plan.cluster, plan.num_slots
-    if name in ("balance", "imbalance-price"):
-        total_L1 = scenario.load_LE.sum(axis=1, keepdims=True)
-        weight_LE = np.divide(scenario.load_LE, total_L1, out=np.zeros_like(scenario.load_LE), where=total_L1 > 0)
-        price = 1.0 if name == "balance" else imbalance_price(cluster)
-        bound_L, label = imbalance_bound_L(weight_LE, slots, cluster.speed_G, equal_shares=plan.dispatch == "uniform")
-        return price * bound_L, label
-    if name == "activated":
-        ones = np.ones(scenario.load_LE.shape, np.int64)
-        weight_LE = activation_weight_LE(scenario.load_LE, ones, problem.batch_routes)
-        return weight_LE.sum(axis=1) / cluster.num_gpus, "mean"
-    if name in ("gpu-fanout", "node-fanout", "fanout") and scenario.trace is not None:
-        return fanout_bound_L(name, scenario.trace, plan)
-    if name in ("hops", "churn"):
-        return np.zeros(problem.num_layers), "zero"
-    return None
+def _balance(scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, str]:
+    total_L1 = scenario.load_LE.sum(axis=1, keepdims=True)
+    weight_LE = np.divide(scenario.load_LE, total_L1, out=np.zeros_like(scenario.load_LE), where=total_L1 > 0)
+    is_uniform = plan.dispatch == "uniform"
+    return imbalance_bound_L(weight_LE, plan.num_slots, plan.cluster.speed_G, equal_shares=is_uniform)
+
+
+def _imbalance_price(scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, str]:
+    bound_L, name = _balance(scenario, problem, plan)
+    return imbalance_price(plan.cluster) * bound_L, name
+
+
+def _activated(scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, str]:
+    """The mean over GPUs with one copy each; further copies only add to it."""
+    ones = np.ones(scenario.load_LE.shape, np.int64)
+    weight_LE = activation_weight_LE(scenario.load_LE, ones, problem.batch_routes)
+    return weight_LE.sum(axis=1) / plan.cluster.num_gpus, "mean"
+
+
+def _gpu_fanout(scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, str]:
+    assert scenario.trace is not None
+    return fanout_bound_L("gpu-fanout", scenario.trace, plan)
+
+
+def _node_fanout(scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, str]:
+    assert scenario.trace is not None
+    return fanout_bound_L("node-fanout", scenario.trace, plan)
+
+
+def _fanout(scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, str]:
+    assert scenario.trace is not None
+    return fanout_bound_L("fanout", scenario.trace, plan)
+
+
+def _zero(scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, str]:
+    return np.zeros(problem.num_layers), "zero"
+
+
+BOUNDS: dict[str, PartBound] = {
+    "balance": _balance,
+    "imbalance-price": _imbalance_price,
+    "activated": _activated,
+    "gpu-fanout": _gpu_fanout,
+    "node-fanout": _node_fanout,
+    "fanout": _fanout,
+    "hops": _zero,
+    "churn": _zero,
+}

@@ -19,14 +19,23 @@ from routing.traces import RoutingTrace
 
 from ..contract.plan import Plan
 from ..data.bundles import unique_sets
-from ..objectives.registry import fanout_weights
+from ..objectives.prices import fanout_weights
 
 Float = NDArray[np.float64]
-MATCHING_EXPERTS = 64
+MATCHING_EXPERTS = 64  # beyond it the matching's linear programme, of E^2 variables, is left out: time for tightness
 
 
 def fanout_bound_L(name: str, trace: RoutingTrace, plan: Plan) -> tuple[Float, str]:
-    """Bound of `gpu-fanout`, `node-fanout` or their sum `fanout`, for any plan with as many slots."""
+    """Bound of `gpu-fanout`, `node-fanout` or their sum `fanout`, for any plan with as many slots.
+
+    Args:
+        name: one of the three.
+        trace: [T, L, K] experts of the tokens.
+        plan: only its numbers of slots and its machines count.
+
+    Returns:
+        The bound of each layer, and whether capacity or pairs gave it.
+    """
     gpu_slots = plan.slots_per_gpu
     node_slots = gpu_slots * int(np.bincount(plan.cluster.node_G).max())
     gpu_L, node_L = _capacity_bound_L(trace, gpu_slots), _capacity_bound_L(trace, node_slots)
@@ -89,7 +98,14 @@ def most_pairs_together(pair_EE: Float, slots: int) -> float:
 
 
 def least_parts(size: int, slots: int, parts: int, pairs: float) -> float:
-    """phi: the least mean number of parts of sets of `size` whose mean number of pairs together is at most `pairs`."""
+    """phi: the least mean number of parts of sets of `size` whose mean number of pairs together is at most `pairs`.
+
+    Args:
+        size: experts per token, K.
+        slots: of one part, S: no more of a token's experts fit there.
+        parts: how many there are.
+        pairs: mean number of a token's expert pairs that share a part, 0 .. K (K - 1) / 2.
+    """
     points = {
         (sum(n * (n - 1) // 2 for n in partition), len(partition))
         for partition in _partitions(size, slots)

@@ -31,7 +31,7 @@ def copies_bound_L(weight_LE: Float, slots: int, gpus: int, speed_G: Float) -> F
     """Bound with replicas of equal share: the mean, and what the hottest copy weighs under the best copy counts.
 
     An expert with r <= G copies puts w / r on each of its GPUs. Any counts that use P slots leave some expert with at
-    least the least possible max w / r; that copy shares its GPU with S - 1 others, each at least the smallest share.
+    least the least possible max w / r, and some GPU holds that copy. Weights sum to 1 per layer.
     """
     L = len(weight_LE)
     mean_L = np.ones(L) / speed_G.sum()
@@ -49,8 +49,8 @@ def imbalance_bound_L(weight_LE: Float, slots: int, speed_G: Float, *, equal_sha
 
     Args:
         weight_LE: expert loads, each layer summing to 1 (or to 0: then the bound is 1).
-        slots: P.
-        speed_G: relative speeds.
+        slots: P, at least E; all of a layer.
+        speed_G: relative speed of each GPU, positive; only ratios count.
         equal_shares: copies of one expert get equal shares (uniform dispatch).
     """
     G, E = len(speed_G), weight_LE.shape[1]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .inputs import require_folder
+from routing.ground.expect import expect_folder
 
 
 def cluster_command(
@@ -35,7 +35,7 @@ def cluster_command(
     from ..contract.cluster import Cluster
     from ..data.topology import TopologyOptions, read_topology
 
-    require_folder(out)
+    expect_folder(out)
     rates = {"nvlink": nvlink, "nic": nic}
     given = {f"{name}_bytes_per_s": parse_bytes_per_s(rate) for name, rate in rates.items() if rate is not None}
     if bad := [name for name, rate in given.items() if rate < 1e6]:
@@ -67,7 +67,7 @@ def export_command(
     from ..contract.plan import Plan
     from ..formats import export_plan
 
-    require_folder(out)
+    expect_folder(out)
     usage = export_plan(Plan.load(plan_file), format_name, out, extra_layers=extra_layers)
     console = Console(soft_wrap=True)
     console.print(f"wrote {out} for {format_name}", highlight=False)
@@ -89,7 +89,7 @@ def loads_command(
 
     from ..data.load_importers import import_load_file
 
-    require_folder(out)
+    expect_folder(out)
     found = import_load_file(source, format_name)
     layers = {} if found.layer_ids is None else {"layer_ids": list(found.layer_ids)}
     write_json(out, {"logical_count": found.load_LE.tolist(), **layers})

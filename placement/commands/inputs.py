@@ -1,12 +1,36 @@
 """What the `place` commands read: a trace or loads, rows of it, held-out data."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..contract.cluster import Cluster
+    from ..contract.plan import Plan
+    from ..contract.problem import Problem
 
 
 def read_problem(
-    trace: Path | None, loads: list[Path] | None, rows: str | None, cluster: Any, replicas: int | None, plan: Any = None
-) -> Any:
+    trace: Path | None,
+    loads: list[Path] | None,
+    rows: str | None,
+    cluster: "Cluster",
+    replicas: int | None,
+    plan: "Plan | None" = None,
+) -> "Problem":
+    """The problem that the data options pose.
+
+    Args:
+        trace: a routing trace, or None.
+        loads: files of loads, each a scenario, or None; exactly one of both is needed.
+        rows: A:B, of a trace.
+        cluster: the machines, with the slots per GPU if the file gives them.
+        replicas: slots per layer beyond one per expert; None takes the cluster's.
+        plan: a plan that shall be judged, or None: then all-zero layers count as dense.
+
+    Raises:
+        ValueError: for both or none of trace and loads, unreadable files, and data that does not fit the cluster.
+    """
     from routing.traces import RoutingTrace
 
     from ..contract.problem import Problem
@@ -28,6 +52,11 @@ def read_problem(
             f"{trace}: recorded at decoder layers {list(data.layer_ids)}, the plan is for {list(plan.layer_ids)}"
         )
     return Problem.from_trace(_select_rows(data, rows), cluster, replicas=replicas)
+
+
+def judging_problem(plan: "Plan", trace: Path | None, loads: list[Path] | None, rows: str | None) -> "Problem":
+    """The problem that judges a plan on data, on the plan's own machines."""
+    return read_problem(trace, loads, rows, plan.cluster, plan.num_slots - plan.num_experts, plan)
 
 
 def _common_layers(files: dict[str, Any]) -> Any:
@@ -64,37 +93,7 @@ def _select_rows(data: Any, rows: str | None) -> Any:
     return chosen
 
 
-def require_folder(*files: Path | None) -> None:
-    for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise ValueError(f"cannot write {file}: the folder {file.parent} does not exist; create it first")
-
-
-def split_by_sequence(problem: Any, share: float, seed: int) -> tuple[Any, Any]:
-    """The problem of most sequences, and that of the held-out share of them.
-
-    Raises:
-        ValueError: if there is no trace, or too few sequences to split.
-    """
-    import numpy as np
-
-    from ..contract.problem import Problem
-
-    trace = problem.scenarios[0].trace
-    if trace is None:
-        raise ValueError("--holdout splits a trace by sequence; with --loads use --validate FILE")
-    sequences = np.unique(trace.sequence_T)
-    held = np.random.default_rng(seed).permutation(sequences)[: round(share * len(sequences))]
-    if not 0 < share < 1 or not 0 < len(held) < len(sequences):
-        raise ValueError(f"--holdout {share} of {len(sequences)} sequences leaves nothing to plan on or to check with")
-    is_held = np.isin(trace.sequence_T, held)
-    replicas = problem.num_slots - problem.num_experts
-    return tuple(  # type: ignore[return-value]
-        Problem.from_trace(trace.select(rows), problem.cluster, replicas=replicas) for rows in (~is_held, is_held)
-    )
-
-
-def read_validation(files: list[Path], problem: Any) -> dict[str, Any]:
+def read_validation(files: list[Path], problem: "Problem") -> dict[str, "Problem"]:
     """Held-out problems by file name: traces (.npz) or loads (.json)."""
     replicas = problem.num_slots - problem.num_experts
     return {
@@ -109,7 +108,13 @@ def read_validation(files: list[Path], problem: Any) -> dict[str, Any]:
     }
 
 
-def ordered_report(found: dict[str, Any]) -> dict[str, Any]:
-    """The same report with the keys that other programs read first."""
-    first = ("objective", "bound", "gap", "balancedness", "gpu_fanout", "node_fanout", "seconds")
-    return {key: found[key] for key in first} | {key: value for key, value in found.items() if key not in first}
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Each path by its file's name, with as many folders before it as tell it from the others."""
+    parts = {name: Path(name).parts for name in names}
+    found = {}
+    for name, own in parts.items():
+        depth = 1
+        while depth < len(own) and any(own[-depth:] == p[-depth:] for other, p in parts.items() if other != name):
+            depth += 1
+        found[name] = "/".join(own[-depth:]) if own else name
+    return found

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .inputs import require_folder
+from routing.ground.expect import expect_folder
 
 
 def migrate_command(
@@ -21,23 +21,24 @@ def migrate_command(
     from rich.console import Console
 
     from routing.ground.files import write_json
+    from routing.ground.quantity import format_size
 
     from ..contract.plan import Plan
-    from ..solving.elastic import migrate, replay
+    from ..solving.elastic import migrate_checked
 
-    require_folder(out, plan_out)
-    running = Plan.load(current)
-    found = migrate(running, Plan.load(target))
-    for _ in replay(running, found):
-        pass
-    steps = [{"kind": type(step).__name__.lower(), **vars(step)} for step in found.steps]
-    totals = {name: getattr(found, name) for name in ("moved_bytes", "node_crossing_bytes", "peak_extra_bytes")}
-    write_json(out, {**totals, "steps": steps})
+    expect_folder(out, plan_out)
+    found = migrate_checked(Plan.load(current), Plan.load(target))
+    write_json(out, found.to_json())
     if plan_out:
         found.plan.save(plan_out)
+    is_known = found.plan.cluster.model.bytes_per_expert is not None
+    moved, crossing, extra = (
+        format_size(value) if is_known else f"{value:.0f} experts"
+        for value in (found.moved_bytes, found.node_crossing_bytes, found.peak_extra_bytes)
+    )
+    unknown = "" if is_known else " (sizes unknown: model.expert_bytes is not in the cluster)"
     Console().print(
-        f"wrote {out}: {len(steps)} steps, {found.moved_bytes / 1e9:.3g} GB moved "
-        f"({found.node_crossing_bytes / 1e9:.3g} GB between nodes), "
-        f"{found.peak_extra_bytes / 1e6:.3g} MB extra at most",
+        f"wrote {out}: {len(found.steps)} steps, {moved} moved ({crossing} between nodes), "
+        f"{extra} extra at most{unknown}",
         highlight=False,
     )

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from .inputs import read_problem, require_folder
+from routing.ground.expect import expect_folder
+
+from .inputs import read_problem
 from .options import LoadsOption, RowsOption, TraceOption
 
 
@@ -24,23 +26,22 @@ def tiers_command(
 
     Example: `expertier place tiers --trace t.npz --hardware hw.toml --expert-size 26MB --cpu-memory 8GiB --out p.json`
     """
-    import numpy as np
     from rich.console import Console
 
-    from routing.ground.quantity import parse_bytes
+    from routing.ground.quantity import format_size, parse_size
 
     from ..contract.cluster import Cluster
-    from ..solving.tiers import load_machine, place_tiers
+    from ..solving.tiers import load_machine, place_tiers, tier_counts
 
-    require_folder(out)
+    expect_folder(out)
+    size = parse_size(expert_size)
     machine = load_machine(hardware, gpu_memory=gpu_memory, cpu_memory=cpu_memory)
     problem = read_problem(trace, loads, rows, Cluster.grid(1, 1), 0)
-    plan = place_tiers(problem, machine, np.full(problem.num_layers, parse_bytes(expert_size)), robust=robust)
+    plan = place_tiers(problem, machine, float(size), robust=robust)
     plan.save(out)
-    assert plan.tier_LE is not None
-    counts = np.bincount(plan.tier_LE.ravel(), minlength=3).tolist()
+    on_gpu, in_memory, on_ssd = (f"{count} ({format_size(count * size)})" for count in tier_counts(plan))
     Console().print(
-        f"wrote {out}: {counts[0]} experts on GPU, {counts[1]} in RAM, {counts[2]} on SSD; "
+        f"wrote {out}: experts on GPU {on_gpu}, in RAM {in_memory}, on SSD {on_ssd}; "
         f"{plan.metadata['seconds_per_token'] * 1e3:.3g} ms of expert reads per token expected",
         highlight=False,
     )

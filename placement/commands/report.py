@@ -6,8 +6,8 @@ Shapes: L layers, G GPUs, T tokens.
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,20 +15,19 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from routing.ground.files import atomic_write
-from routing.traces import RoutingTrace
 
 from ..contract.plan import Plan
-from ..contract.problem import Problem
-from ..objectives import weighted
-from ..objectives.balance import gpu_load_LG
-from ..scoring.score import Score, score
-from ..solving.solvers import solve
+from ..contract.problem import Problem, Scenario
+from ..objectives.latency import layer_times
+from ..scoring.score import METRICS, Score
+from ..solving.comparison import Row, compare_with_baselines
+from .inputs import short_names
+from .pictures import gaps, load_maps, pareto, traffic_GG, traffic_maps
+
+__all__ = ["traffic_GG", "write_report"]
 
 Float = NDArray[np.float64]
-PARETO_PRICES = (0.05, 0.2, 0.5, 1.5, 5.0)
 A2A_TIME_PER_BYTE_SAVED = (9 / 20, 12 / 20)  # 20 % fewer bytes gave 9 to 12 % less all-to-all time
-SAMPLE_TOKENS = 20_000
-METRICS = ("balancedness", "gpu_fanout", "node_fanout", "hops")
 CSS = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.3rem .7rem;text-align:right}
 th:first-child,td:first-child{text-align:left}img{max-width:100%}figcaption{color:#555}figure{margin:1.5rem 0}"""
@@ -38,24 +37,28 @@ def write_report(problem: Problem, plan: Plan, path: Path, *, with_pareto: bool 
     """Compare a plan with the contiguous layout and EPLB on the problem's data.
 
     Args:
-        problem: the data.
-        plan: the plan.
-        path: the HTML file.
+        problem: the data that all rows are judged on; with tokens the page also shows traffic.
+        plan: its own planning data, if the file keeps them, are what EPLB is made from.
+        path: where the page goes; it replaces an older one as a whole.
         with_pareto: also solve for the front of balance against fan-out (about a minute).
     """
-    before = solve(problem, solver="contiguous")
-    plans = {"contiguous": before, "EPLB": solve(problem, solver="eplb-global"), "this plan": plan}
-    scores = {name: score(problem, one, "balance") for name, one in plans.items()}
-    sections = [_table(scores), _gain(scores["contiguous"], scores["this plan"]), _certificate(plan)]
-    sections.append(_figure(_load_maps(problem, before, plan), "Load of each rank over the mean, layer by layer."))
-    trace = problem.scenarios[0].trace
+    rows = compare_with_baselines(plan, problem)
+    before, scenario = rows[0], problem.scenarios[0]
+    judged = ", ".join(short_names(scenario.name for scenario in problem.scenarios).values())
+    sections = [_table(rows, judged), _gain(before.score, rows[-1].score), _times(rows, scenario)]
+    sections.append(_certificate(plan, rows[-1].planned_on))
+    caption = "Load of each rank over the mean, layer by layer."
+    sections.append(_figure(load_maps(problem, before.plan, plan), caption))
+    trace = scenario.trace
     if trace is not None:
         caption = "Expert calls from the token's home rank (sequence number mod ranks) to the serving rank, per token."
-        sections.append(_figure(_traffic_maps(trace, before, plan), caption))
+        sections.append(_figure(traffic_maps(trace, before.plan, plan), caption))
     if plan.certificate is not None and plan.certificate.gap_L:
-        sections.append(_figure(_gaps(plan.certificate.gap_L), "Gap between objective and bound, per layer."))
+        caption = "Gap between objective and bound on the planning data, per layer."
+        sections.append(_figure(gaps(plan.certificate.gap_L), caption))
     if with_pareto and problem.has_tokens:
-        sections.append(_figure(_pareto(problem, scores), "Balance against fan-out; each point is a plan."))
+        caption = "Balance against fan-out; each point of the line is a plan that was made knowing this data."
+        sections.append(_figure(pareto(problem, rows), caption))
     title = f"Expert placement: {plan.num_layers} layers, {plan.num_experts} experts, {plan.cluster.num_gpus} GPUs"
     page = (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title><style>{CSS}</style>"
@@ -65,17 +68,21 @@ def write_report(problem: Problem, plan: Plan, path: Path, *, with_pareto: bool 
         file.write(page)
 
 
-def _table(scores: dict[str, Score]) -> str:
-    head = "<tr><th>plan</th><th>balancedness</th><th>GPUs per token</th><th>nodes per token</th><th>hops</th></tr>"
-    rows = "".join(
-        f"<tr><td>{name}</td>"
-        + "".join(
-            f"<td>{_number(getattr(one, key))}</td>" for key in ("balancedness", "gpu_fanout", "node_fanout", "hops")
-        )
-        + "</tr>"
-        for name, one in scores.items()
-    )
-    return f"<table>{head}{rows}</table>"
+def _table(rows: list[Row], judged: str) -> str:
+    titles = ("plan", "planned on", "judged on", "balancedness", "GPUs per token", "nodes per token", "hops")
+    lines = [_line(titles, "th")]
+    for row in rows:
+        numbers = [_number(getattr(row.score, key)) for key in METRICS]
+        lines.append(_line((row.name, _names(row.planned_on), judged, *numbers), "td"))
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _line(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _names(planned_on: str) -> str:
+    return ", ".join(short_names(planned_on.split(", ")).values())
 
 
 def _gain(before: Score, after: Score) -> str:
@@ -93,90 +100,40 @@ def _gain(before: Score, after: Score) -> str:
     return f"<h2>Expected gain over the contiguous layout</h2><p>{' '.join(map(html.escape, lines))}</p>"
 
 
-def _certificate(plan: Plan) -> str:
+def _times(rows: list[Row], scenario: Scenario) -> str:
+    """Milliseconds of a MoE layer by the latency model; a sentence where the cluster lacks the model's sizes."""
+    title = "<h2>Modelled time of one batch</h2>"
+    lines = [_line(("plan", "experts, ms per layer", "dispatch and combine, ms per layer", "tokens/s per GPU"), "th")]
+    try:
+        for row in rows:
+            times = layer_times(row.plan, scenario.load_LE, scenario.trace)
+            numbers = (1e3 * times.experts_s, 1e3 * times.traffic_s, times.tokens_per_s)
+            lines.append(_line((row.name, *map(_number, numbers)), "td"))
+    except ValueError as error:
+        return f"{title}<p>{html.escape(f'Not told: {error}.')}</p>"
+    tokens = rows[-1].plan.cluster.ep.tokens_per_gpu
+    text = f"MoE layers alone, {tokens} tokens per GPU (ep.tokens_per_gpu); attention and the rest are not in it."
+    return f"{title}<table>{''.join(lines)}</table><p>{html.escape(text)}</p>"
+
+
+def _certificate(plan: Plan, planned_on: str) -> str:
     certificate = plan.certificate
     if certificate is None:
         return ""
     gap = "no bound" if certificate.gap is None else f"gap {certificate.gap:.3%}"
     text = (
         f"Objective {certificate.objective_name} = {certificate.objective:.6g}, bound {_number(certificate.bound)} "
-        f"({certificate.bound_name}), {gap}; solver {plan.solver}, {certificate.seconds:.1f} s."
+        f"({certificate.bound_name}), {gap}; solver {plan.solver}, {certificate.seconds:.1f} s. "
+        "All of this is about the planning data, not about the data above."
     )
+    labels = short_names(certificate.out_of_sample)
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{_number(found['balancedness'])}</td><td>{_number(found['gpu_fanout'])}</td></tr>"
+        _line((labels[name], _number(found["balancedness"]), _number(found["gpu_fanout"])), "td")
         for name, found in certificate.out_of_sample.items()
     )
-    head = "<tr><th>data not planned on</th><th>balancedness</th><th>GPUs per token</th></tr>"
-    return f"<h2>Certificate</h2><p>{html.escape(text)}</p>" + (f"<table>{head}{rows}</table>" if rows else "")
-
-
-def _load_maps(problem: Problem, before: Plan, after: Plan) -> Figure:
-    load_LE = problem.load_WLE.mean(axis=0)
-    maps = []
-    for plan in (before, after):
-        load_LG = gpu_load_LG(plan, load_LE)
-        maps.append(load_LG / np.maximum(load_LG.mean(axis=1, keepdims=True), 1e-30))
-    return _pair_of_maps(maps, ("contiguous", "this plan"), "rank", "MoE layer")
-
-
-def _traffic_maps(trace: RoutingTrace, before: Plan, after: Plan) -> Figure:
-    sample = trace.rows(0, SAMPLE_TOKENS)
-    maps = [traffic_GG(plan, sample) for plan in (before, after)]
-    return _pair_of_maps(maps, ("contiguous", "this plan"), "serving rank", "home rank")
-
-
-def traffic_GG(plan: Plan, trace: RoutingTrace) -> Float:
-    """Copies of tokens from home rank to serving rank, per token and layer; at most one per pair of token and GPU."""
-    G = plan.cluster.num_gpus
-    traffic = np.zeros((G, G))
-    home_T = trace.sequence_T % G
-    for layer in range(plan.num_layers):
-        share_EG = plan.copies_LEG[layer] / plan.replicas_LE[layer][:, None]
-        miss_TG = np.ones((trace.num_tokens, G))
-        padded = np.concatenate([share_EG, np.zeros((1, G))])
-        for k in range(trace.top_k):
-            miss_TG *= 1 - padded[trace.expert_TLK[:, layer, k]]
-        np.add.at(traffic, home_T, 1 - miss_TG)
-    return traffic / max(trace.num_tokens * plan.num_layers, 1)
-
-
-def _pair_of_maps(maps: list[Float], names: tuple[str, str], across: str, down: str) -> Figure:
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes: Any = figure.subplots(1, 2)
-    low, high = min(float(m.min()) for m in maps), max(float(m.max()) for m in maps)
-    image = None
-    for axis, values, name in zip(axes, maps, names, strict=True):
-        image = axis.imshow(values, aspect="auto", vmin=low, vmax=high, cmap="magma", interpolation="nearest")
-        axis.set(title=name, xlabel=across, ylabel=down)
-    if image is not None:
-        figure.colorbar(image, ax=axes)
-    return figure
-
-
-def _gaps(gaps: list[float]) -> Figure:
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axis: Any = figure.subplots()
-    axis.hist([100 * gap for gap in gaps], bins=20, color="#5b3a8c")
-    axis.set(xlabel="gap (%)", ylabel="layers")
-    return figure
-
-
-def _pareto(problem: Problem, scores: dict[str, Score]) -> Figure:
-    several = problem.cluster.num_nodes > 1
-    key, part = ("node_fanout", "node-fanout") if several else ("gpu_fanout", "gpu-fanout")
-    points = []
-    for price in PARETO_PRICES:
-        objective = weighted([(1.0, part), (price, "balance")])
-        found = score(problem, solve(problem, objective=objective, solver="search", time_limit_s=12), "balance")
-        points.append((getattr(found, key), found.balancedness))
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis: Any = figure.subplots()
-    axis.plot(*zip(*sorted(points), strict=True), "o-", color="#5b3a8c", label="search")
-    for name, one in scores.items():
-        axis.plot(getattr(one, key), one.balancedness, "s", label=name)
-    axis.set(xlabel="nodes per token" if several else "GPUs per token", ylabel="balancedness")
-    axis.legend()
-    return figure
+    head = _line(("data not planned on", "balancedness", "GPUs per token"), "th")
+    title = html.escape(f"Certificate, on {_names(planned_on)}")
+    return f"<h2>{title}</h2><p>{html.escape(text)}</p>" + (f"<table>{head}{rows}</table>" if rows else "")
 
 
 def _figure(figure: Figure, caption: str) -> str:

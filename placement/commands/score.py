@@ -1,39 +1,48 @@
-"""`expertier place score` and `report`: judge a plan on data."""
+"""`expertier place score` and `report`: judge plans on data."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .inputs import ordered_report, read_problem, require_folder
+from routing.ground.expect import expect_folder
+
+from .inputs import judging_problem
 from .options import JsonOption, LoadsOption, RowsOption, TraceOption
 
 
 def score_command(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    plan_files: Annotated[list[Path], typer.Argument(metavar="PLAN...", help="Plan files; several make a table.")],
     trace: TraceOption = None,
     loads: LoadsOption = None,
     rows: RowsOption = None,
-    objective: Annotated[str | None, typer.Option(help="Default: the plan's own.")] = None,
+    objective: Annotated[str | None, typer.Option(help="Default: each plan's own.")] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Score a plan on data, for instance on data that it was not made from.
+    """Score plans on data, for instance on data that they were not made from.
 
-    Example: `expertier place score plan.json --trace other.npz`
+    Example: expertier place score ours.json theirs.json --loads monday.json --loads sunday.json
     """
     from routing.ground.files import write_json
 
     from ..contract.plan import Plan
-    from ..scoring.score import score
-    from .terminal import print_score
+    from ..objectives import find_objective
+    from ..scoring.score import ordered_report, score
+    from .terminal import print_score, print_scores
 
-    require_folder(json_file)
-    plan = Plan.load(plan_file)
-    problem = read_problem(trace, loads, rows, plan.cluster, plan.num_slots - plan.num_experts, plan)
-    found = score(problem, plan, objective)
-    print_score(found)
+    expect_folder(json_file)
+    chosen = None if objective is None else find_objective(objective)
+    found = {}
+    for file in plan_files:
+        plan = Plan.load(file)
+        found[str(file)] = score(judging_problem(plan, trace, loads, rows), plan, chosen)
+    reports = {name: ordered_report(one.to_json()) for name, one in found.items()}
+    if len(found) == 1:
+        print_score(next(iter(found.values())))
+    else:
+        print_scores(found)
     if json_file:
-        write_json(json_file, ordered_report(found.to_json()))
+        write_json(json_file, next(iter(reports.values())) if len(reports) == 1 else {"plans": reports})
 
 
 def report_command(
@@ -53,8 +62,7 @@ def report_command(
     from ..contract.plan import Plan
     from .report import write_report
 
-    require_folder(out)
+    expect_folder(out)
     plan = Plan.load(plan_file)
-    problem = read_problem(trace, loads, rows, plan.cluster, plan.num_slots - plan.num_experts, plan)
-    write_report(problem, plan, out, with_pareto=pareto)
+    write_report(judging_problem(plan, trace, loads, rows), plan, out, with_pareto=pareto)
     Console().print(f"wrote {out}", highlight=False)

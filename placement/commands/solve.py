@@ -1,11 +1,13 @@
 """`expertier place solve`: place experts on a cluster, and say how good that is and could be."""
 
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated
 
 import typer
 
-from .inputs import ordered_report, read_problem, read_validation, require_folder, split_by_sequence
+from routing.ground.expect import expect_folder
+
+from .inputs import read_problem, read_validation
 from .options import JsonOption, LoadsOption, RowsOption, TraceOption
 
 
@@ -18,10 +20,10 @@ def solve_command(
     objective: Annotated[
         str, typer.Option(help="A name, a sum like fanout+2*balance, or balance<=1.1,fanout.")
     ] = "balance",
-    replicas: Annotated[int | None, typer.Option(help="Extra slots per layer.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Slots per layer beyond one per expert.")] = None,
     solver: Annotated[str, typer.Option(help="auto, search, lns, ilp, eplb, lpt, contiguous, ...")] = "auto",
-    time_limit: Annotated[float, typer.Option(help="Seconds for the solver.")] = 30.0,
-    seed: Annotated[int, typer.Option(help="For every random choice.")] = 0,
+    time_limit: Annotated[float, typer.Option(help="Wall time in seconds, certificate included.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Decides every random choice.")] = 0,
     robustness: Annotated[str, typer.Option(help="How scenarios are joined: max, mean or cvar.")] = "max",
     holdout: Annotated[float, typer.Option(help="Share of the trace's sequences to check with, not to plan on.")] = 0.0,
     validate: Annotated[list[Path] | None, typer.Option(help="Data to check with (.npz trace, .json loads).")] = None,
@@ -46,46 +48,27 @@ def solve_command(
 
     from ..contract.cluster import load_cluster
     from ..contract.plan import Plan
-    from ..objectives import Robustness, find_objective, with_churn
-    from ..objectives.churn import churn
-    from ..solving.elastic import match_gpus
-    from ..solving.solvers import solve, validate_plan
+    from ..solving.request import SolveRequest, run_request
     from .progress import solving
-    from .terminal import print_certificate
+    from .terminal import print_result
 
-    require_folder(out, json_file)
-    if robustness not in get_args(Robustness):
-        raise ValueError(f"--robustness must be one of {', '.join(get_args(Robustness))}; got {robustness!r}")
+    expect_folder(out, json_file)
     problem = read_problem(trace, loads, rows, load_cluster(cluster), replicas)
-    held = read_validation(validate or [], problem)
-    if holdout:
-        problem, held["held-out sequences"] = split_by_sequence(problem, holdout, seed)
-    running = None if current is None else Plan.load(current)
-    if churn_weight and running is None:
-        raise ValueError("--churn-weight needs --current PLAN, the plan that runs now")
-    problem = replace(problem, current=running)
+    request = SolveRequest(
+        problem=replace(problem, current=None if current is None else Plan.load(current)),
+        objective=objective,
+        solver=solver,
+        time_limit_s=time_limit,
+        seed=seed,
+        robustness=robustness,
+        balance_floor=balance_floor,
+        holdout=holdout,
+        held=read_validation(validate or [], problem),
+        churn_weight=churn_weight,
+    )
     with solving() as progress:
-        plan = solve(
-            problem,
-            objective=with_churn(find_objective(objective), churn_weight) if churn_weight else objective,
-            solver=solver,
-            time_limit_s=time_limit,
-            balance_floor=balance_floor,
-            seed=seed,
-            robustness=cast(Robustness, robustness),
-            progress=progress,
-        )
-    plan = validate_plan(plan, held)
-    moved = None
-    if running is not None:
-        plan = plan if churn_weight else match_gpus(running, plan)
-        moved = vars(churn(running, plan, plan.cluster.model.expert_bytes or 1.0))
-    plan.save(out)
-    assert plan.certificate is not None
-    print_certificate(plan, out)
-    if moved:
-        typer.echo(f"against {current}: {moved['moved_copies']} copies move")
+        result = run_request(request, progress)
+    result.plan.save(out)
+    print_result(result, out)
     if json_file:
-        write_json(
-            json_file, ordered_report(plan.certificate.to_json() | plan.certificate.in_sample | {"churn": moved})
-        )
+        write_json(json_file, result.to_json())

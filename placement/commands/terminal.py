@@ -5,9 +5,28 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from routing.ground.quantity import format_size
+
 from ..contract.plan import Plan
 from ..scoring.check import doubled_copies
-from ..scoring.score import Score
+from ..scoring.score import METRICS, Score
+from ..solving.request import SolveResult
+from .inputs import short_names
+
+UNITS = {"latency": " s per layer", "churn": " GB per layer"}
+HEAD = ("balancedness", "GPUs per token", "nodes per token", "hops")
+
+
+def print_result(result: SolveResult, out: Path) -> None:
+    """The certificate, what moves, and what the solvers could not take into account."""
+    print_certificate(result.plan, out)
+    console = Console()
+    if result.churn is not None:
+        known = result.plan.cluster.model.bytes_per_expert is not None
+        size = f", {format_size(result.churn.moved_bytes)}" if known else ""
+        console.print(f"against the running plan: {result.churn.moved_copies} copies move{size}", highlight=False)
+    for note in result.notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_certificate(plan: Plan, out: Path) -> None:
@@ -15,14 +34,16 @@ def print_certificate(plan: Plan, out: Path) -> None:
     certificate = plan.certificate
     assert certificate is not None
     table = Table("metric", "value")
-    table.add_row(f"objective ({certificate.objective_name})", _number(certificate.objective))
+    unit = UNITS.get(certificate.objective_name, "")
+    table.add_row(f"objective ({certificate.objective_name})", f"{_number(certificate.objective)}{unit}")
     table.add_row(f"bound ({certificate.bound_name})", _number(certificate.bound))
     table.add_row("gap", _gap(certificate.gap))
     for name, value in certificate.in_sample.items():
         table.add_row(name, _number(value))
+    labels = short_names(certificate.out_of_sample)
     for data, found in certificate.out_of_sample.items():
         for name, value in found.items():
-            table.add_row(f"{name} ({data})", _number(value))
+            table.add_row(f"{name} ({labels[data]})", _number(value))
     if doubled := doubled_copies(plan):
         table.add_row("slots with a second copy on their GPU", str(doubled))
     table.add_row("seconds", f"{certificate.seconds:.2f}")
@@ -37,16 +58,29 @@ def print_certificate(plan: Plan, out: Path) -> None:
 
 def print_score(found: Score) -> None:
     """One table: the metrics of each scenario, and the objective with its bound."""
-    table = Table("data", "balancedness", "GPUs per token", "nodes per token", "hops")
+    table = Table("data", *HEAD)
+    labels = short_names(found.scenarios)
     for name, values in found.scenarios.items():
-        table.add_row(name, *(_number(values[key]) for key in ("balancedness", "gpu_fanout", "node_fanout", "hops")))
-    console = Console()
+        table.add_row(labels[name], *(_number(values[key]) for key in METRICS))
+    console, unit = Console(), UNITS.get(found.objective_name, "")
     console.print(table)
     console.print(
-        f"objective ({found.objective_name}) {_number(found.objective)}, bound ({found.bound_name}) "
+        f"objective ({found.objective_name}) {_number(found.objective)}{unit}, bound ({found.bound_name}) "
         f"{_number(found.bound)}, gap {_gap(found.gap)}",
         highlight=False,
     )
+
+
+def print_scores(found: dict[str, Score]) -> None:
+    """Several plans on the same data: one row for each plan and data."""
+    table = Table("plan", "data", *HEAD)
+    plans = short_names(found)
+    for plan, one in found.items():
+        labels = short_names(one.scenarios)
+        for index, (name, values) in enumerate(one.scenarios.items()):
+            table.add_row("" if index else plans[plan], labels[name], *(_number(values[key]) for key in METRICS))
+        table.add_section()
+    Console().print(table)
 
 
 def _number(value: float | None) -> str:

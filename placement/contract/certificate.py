@@ -30,7 +30,7 @@ class Certificate:
     """Objective of a plan, best valid lower bound, and the numbers beside them.
 
     Args:
-        objective_name: what was minimised.
+        objective_name: the objective that was minimised, as `find_objective` reads it.
         objective: its value on the planning data.
         bound: best valid lower bound, or None if there is none for this objective.
         bound_name: which bound it is.

@@ -10,6 +10,8 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from routing.ground.quantity import format_size
+
 from .spec import ClusterSpec, ExpertParallel, GpuType, ModelSpec, NodeGroup, NodeType, Tiers
 
 Float = NDArray[np.float64]
@@ -31,7 +33,8 @@ class Cluster:
         hbm_bytes_per_s_G, flops_G, nvlink_bytes_per_s_G, nic_bytes_per_s_G: rates; `nic` is the GPU's share.
         node_latency_s, rack_latency_s: extra time of a message that leaves the node, the rack.
         rack_bytes_per_s: a GPU's share of the bandwidth between racks; inf if racks do not matter.
-        dram_bytes_M, ssd_bytes_M, dram_bytes_per_s, ssd_bytes_per_s, pcie_bytes_per_s: the lower tiers.
+        dram_bytes_M, ssd_bytes_M, dram_bytes_per_s, ssd_bytes_per_s, pcie_bytes_per_s: lower tiers, 0 if there are
+            none; no solver reads them yet.
         rank_cost_GG: relative cost per byte between GPUs, or None.
         model, ep, tiers: the sections of the cluster file that are not hardware.
     """
@@ -71,10 +74,12 @@ class Cluster:
 
     @property
     def num_gpus(self) -> int:
+        """G, over all nodes."""
         return len(self.node_G)
 
     @property
     def num_nodes(self) -> int:
+        """M; a node counts if at least one of its GPUs is used."""
         return int(self.node_G[-1]) + 1
 
     @property
@@ -95,8 +100,8 @@ class Cluster:
         """A cluster of equal nodes without a file: `Cluster.grid(2, 4)`.
 
         Args:
-            nodes: how many, at least 1.
-            gpus_per_node: GPUs of each node.
+            nodes: how many equal nodes, 1 or more.
+            gpus_per_node: GPUs of each node, 1 or more.
             settings: keys of the `ep` section of a cluster file, and `model` as a mapping.
         """
         model = settings.pop("model", {})
@@ -217,7 +222,9 @@ def _gpu_rows(spec: ClusterSpec, group: NodeGroup, kind: NodeType) -> list[dict[
         reserve = group.reserve if override is None else override.reserve
         memory = float("inf") if gpu_type.memory is None else gpu_type.memory - reserve
         if memory <= 0:
-            raise ValueError(f"GPU {index} of {group.type!r} reserves {reserve:.3g} of {gpu_type.memory:.3g} bytes")
+            raise ValueError(
+                f"GPU {index} of {group.type!r} reserves {format_size(reserve)} of {format_size(gpu_type.memory or 0)}"
+            )
         rows.append(
             {
                 "speed_G": group.speed if override is None else override.speed,

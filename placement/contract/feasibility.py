@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from routing.ground.quantity import format_size
+
 from .cluster import Cluster
 
 
@@ -35,12 +37,12 @@ def explain_slots(experts: int, slots: int, gpus: int, *, from_slots_per_gpu: bo
 
 
 def explain_memory(cluster: Cluster, layers: int, slots_per_gpu: int, experts: int) -> None:
-    """Check that every GPU's memory holds its slots, if the file gives `model.expert_bytes` and a memory size.
+    """Check that every GPU's memory holds its slots, if the file gives sizes of experts and GPUs.
 
     Raises:
         ValueError: with the number of slots that fit and the number of GPUs that would do.
     """
-    size = cluster.model.expert_bytes
+    size = cluster.model.bytes_per_expert
     smallest = float(np.min(cluster.memory_bytes_G))
     if size is None or slots_per_gpu * layers * size <= smallest:
         return
@@ -48,8 +50,8 @@ def explain_memory(cluster: Cluster, layers: int, slots_per_gpu: int, experts: i
     fit = int(smallest // (layers * size))
     needed = slots_per_gpu * layers * size
     message = (
-        f"GPU {gpu} has {smallest / 2**30:.1f} GiB for experts, but {slots_per_gpu} slots x {layers} layers x "
-        f"{size / 1e6:.1f} MB need {needed / 2**30:.1f} GiB"
+        f"GPU {gpu} has {format_size(smallest)} for experts, but {slots_per_gpu} slots x {layers} layers x "
+        f"{format_size(size)} need {format_size(needed)}"
     )
     if fit == 0:
         raise ValueError(f"{message}; not even one slot per layer fits: use larger GPUs or smaller experts")

@@ -32,14 +32,14 @@ class Plan:
     Args:
         physical_to_logical_LP: the expert in each slot.
         num_experts: E; every expert has at least one slot, unless `tier_LE` says that it lives elsewhere.
-        cluster: the machines.
+        cluster: the machines; GPU g owns the g-th part of each row of the map.
         layer_ids: decoder layer of each MoE layer.
         hidden_layers: decoder layers, dense ones included.
         dispatch: how the engine chooses between replicas.
         solver, objective_name: where the plan comes from.
         certificate: what is known about its quality, or None.
         tier_LE: 0 GPU, 1 CPU, 2 SSD for plans of one machine, or None: everything on GPUs.
-        metadata: JSON-serialisable facts.
+        metadata: JSON values: the mean loads (`load`) and names (`planned_on`) of the planning data.
 
     Raises:
         ValueError: if shapes disagree or a slot names an expert that does not exist.
@@ -77,14 +77,17 @@ class Plan:
 
     @property
     def num_layers(self) -> int:
+        """L: MoE layers, dense ones not counted."""
         return self.physical_to_logical_LP.shape[0]
 
     @property
     def num_slots(self) -> int:
+        """P: slots of a layer over all GPUs."""
         return self.physical_to_logical_LP.shape[1]
 
     @property
     def slots_per_gpu(self) -> int:
+        """P / G: slots of a layer on each GPU."""
         return self.num_slots // self.cluster.num_gpus
 
     @cached_property
@@ -102,6 +105,7 @@ class Plan:
         return self.copies_LEG.sum(axis=2, dtype=np.int64)
 
     def with_certificate(self, certificate: Certificate) -> Self:
+        """The same plan with another certificate."""
         return replace(self, certificate=certificate)
 
     def save(self, path: str | os.PathLike[str]) -> None:

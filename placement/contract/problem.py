@@ -42,7 +42,7 @@ class Problem:
     """Experts to place, machines to place them on, and the workloads that judge a plan.
 
     Args:
-        cluster: the machines.
+        cluster: the machines, with their memory, speeds and links.
         scenarios: at least one workload; all have the same layers and experts.
         slots_per_gpu: expert slots of each GPU and layer; G * slots_per_gpu = P >= E.
         layer_ids: the decoder layer (dense ones counted) of each MoE layer.
@@ -81,18 +81,22 @@ class Problem:
 
     @property
     def num_layers(self) -> int:
+        """L: MoE layers."""
         return self.scenarios[0].load_LE.shape[0]
 
     @property
     def num_experts(self) -> int:
+        """E: experts of each layer."""
         return self.scenarios[0].load_LE.shape[1]
 
     @property
     def num_gpus(self) -> int:
+        """G, over all nodes."""
         return self.cluster.num_gpus
 
     @property
     def num_slots(self) -> int:
+        """P: slots of a layer over all GPUs, replicas included."""
         return self.cluster.num_gpus * self.slots_per_gpu
 
     @property
@@ -113,6 +117,7 @@ class Problem:
 
     @property
     def load_WLE(self) -> Float:
+        """Routed tokens of each scenario, layer and expert."""
         return np.stack([scenario.load_LE for scenario in self.scenarios])
 
     @property
@@ -142,8 +147,8 @@ class Problem:
         """The problem that a routing trace poses, or several traces by name (one scenario each).
 
         Args:
-            trace: what was routed.
-            cluster: the machines.
+            trace: experts of every token; several by name must have the same layers and experts.
+            cluster: the machines; `model` is checked against the trace.
             replicas: slots per layer beyond one per expert; None takes `ep.slots_per_gpu`, or else 0.
         """
         traces = {"trace": trace} if isinstance(trace, RoutingTrace) else dict(trace)
@@ -173,7 +178,7 @@ class Problem:
 
         Args:
             loads: [hidden layers, E] counts, or several by name (one scenario each).
-            cluster: the machines.
+            cluster: the machines; `model` is checked against the loads.
             replicas: slots per layer beyond one per expert; None takes `ep.slots_per_gpu`, or else 0.
             layer_ids: decoder layers of all rows, or of the MoE layers among rows that are decoder layers.
         """
@@ -205,7 +210,7 @@ class Problem:
             (model.moe_layers, len(numbers.layer_ids), "moe_layers"),
         ):
             if wanted is not None and wanted != got:
-                raise ValueError(f"the cluster file says model.{what} = {wanted}, the routing data has {got}")
+                raise ValueError(f"the cluster says model.{what} = {wanted}, the routing data has {got}")
         if replicas is not None and replicas < 0:
             raise ValueError(f"replicas must be 0 or more extra slots per layer; got {replicas}")
         if replicas is None and cluster.ep.slots_per_gpu is not None:

@@ -1,13 +1,44 @@
 """What a cluster file may say: pydantic models, unknown keys refused, quantities in SI units once read."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from routing.ground.quantity import parse_bytes, parse_bytes_per_s, parse_flops, parse_seconds
 
+LEAST_BARE = 1e6  # no device holds less than 1 MB or moves less than 1 MB/s; 80 or 450 are meant as GiB and GB/s
+DTYPE_BYTES = {"fp4": 0.5, "fp8": 1.0, "int8": 1.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
+_BARE = re.compile(r"\s*[0-9.]+(?:[eE][+-]?[0-9]+)?\s*")
+_LETTER_ONLY = re.compile(r"\s*[0-9.]+(?:[eE][+-]?[0-9]+)?\s*([kKMGTP]i?)(?:/s|ps)?\s*")
+
+
+def _device_bytes(value: object) -> float:
+    """Memory of a device: a size with its unit, or whole bytes."""
+    size = parse_bytes(value)
+    if 0 < size < LEAST_BARE and _is_bare(value):
+        raise ValueError(f"{value} would be {size:g} bytes; write the unit, for instance {value}GiB")
+    return size
+
+
+def _rate(value: object) -> float:
+    """A bandwidth with its unit, or whole bytes per second."""
+    if isinstance(value, str) and (letter := _LETTER_ONLY.fullmatch(value)):
+        number, prefix = value[: letter.start(1)].strip(), letter[1]
+        raise ValueError(f"{value} is bytes or bits? write {number}{prefix}B/s or {number}{prefix}b/s (8 times less)")
+    rate = parse_bytes_per_s(value)
+    if 0 < rate < LEAST_BARE and _is_bare(value):
+        raise ValueError(f"{value} would be {rate:g} bytes per second; write the unit, for instance {value}GB/s")
+    return rate
+
+
+def _is_bare(value: object) -> bool:
+    return not isinstance(value, str) or _BARE.fullmatch(value) is not None
+
+
 Bytes = Annotated[float, BeforeValidator(parse_bytes), Field(ge=0, allow_inf_nan=False)]
-BytesPerSecond = Annotated[float, BeforeValidator(parse_bytes_per_s), Field(gt=0, allow_inf_nan=False)]
+DeviceBytes = Annotated[float, BeforeValidator(_device_bytes), Field(ge=0, allow_inf_nan=False)]
+BytesPerSecond = Annotated[float, BeforeValidator(_rate), Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(ge=0, allow_inf_nan=False)]
 Flops = Annotated[float, BeforeValidator(parse_flops), Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -34,15 +65,23 @@ class ModelSpec(Strict):
     topk_groups: Count | None = None
     hidden: Count | None = None
     moe_intermediate: Count | None = None
+    dtype: Literal["fp4", "fp8", "int8", "bf16", "fp16", "fp32"] = "fp8"
     expert_bytes: Bytes | None = None
     dispatch_bytes: Bytes | None = None
     combine_bytes: Bytes | None = None
+
+    @property
+    def bytes_per_expert(self) -> float | None:
+        """`expert_bytes`, else three matrices of hidden x moe_intermediate in `dtype`; None without those sizes."""
+        if self.expert_bytes is not None or self.hidden is None or self.moe_intermediate is None:
+            return self.expert_bytes
+        return 3 * self.hidden * self.moe_intermediate * DTYPE_BYTES[self.dtype]
 
 
 class GpuType(Strict):
     """One kind of GPU."""
 
-    memory: Bytes | None = None
+    memory: DeviceBytes | None = None
     hbm: BytesPerSecond = 3.35e12
     flops: dict[str, Flops] = Field(default_factory=lambda: {"bf16": 989e12})
     efficiency: Share = 0.6
@@ -65,7 +104,7 @@ class Nic(Strict):
 class Store(Strict):
     """A memory tier of one node."""
 
-    size: Bytes
+    size: DeviceBytes
     bandwidth: BytesPerSecond
 
 
@@ -84,7 +123,7 @@ class GpuOverride(Strict):
     """What differs for one GPU of a node: relative speed, memory kept for other uses."""
 
     speed: Positive = 1.0
-    reserve: Bytes = 0.0
+    reserve: DeviceBytes = 0.0
 
 
 class NodeGroup(Strict):
@@ -94,7 +133,7 @@ class NodeGroup(Strict):
     count: Count = 1
     rack: str = "r0"
     speed: Positive = 1.0
-    reserve: Bytes = 0.0
+    reserve: DeviceBytes = 0.0
     gpus: dict[int, GpuOverride] = Field(default_factory=dict)
 
 

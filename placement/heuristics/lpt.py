@@ -15,7 +15,7 @@ def lpt_LP(weight_WLE: Float, expert_LP: Integer, speed_G: Float) -> Integer:
 
     Args:
         weight_WLE: load of one copy of each expert, every scenario on the same scale.
-        expert_LP: the copies.
+        expert_LP: the expert of each copy, P of them per layer; P is a multiple of G.
         speed_G: relative speed of each GPU.
 
     Returns:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
-MAX_MOVES = 200
-LEAST_GAIN = 1e-9
+MAX_MOVES = 200  # of replica slots, a guard; the descent ends where nothing falls
+LEAST_GAIN = 1e-9  # below it a gain is rounding, and moves could go in a circle
 
 
 def recount(
@@ -24,7 +24,7 @@ def recount(
         map_P: expert of each slot, GPU by GPU.
         pair_EE: tokens that use both experts, as a share of all tokens; diagonal 0.
         weight_WE: load of each expert, each scenario summing to 1.
-        speed_G: relative speeds.
+        speed_G: relative speed of each GPU, positive.
         price: of one unit of fullest over mean GPU.
         worth_GG: of one pair per token that meets on two GPUs (the same one, two of a node); symmetric.
     """

@@ -18,7 +18,7 @@ def replicate_LE(weight_WLE: Float, slots: int, gpus: int) -> Integer:
     Args:
         weight_WLE: loads, every scenario on the same scale.
         slots: P, between E and E * gpus.
-        gpus: G.
+        gpus: G: at most so many copies of one expert.
     """
     peak_LE = weight_WLE.max(axis=0)
     L, E = peak_LE.shape

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
-MAX_CELLS = 1 << 24
+MAX_CELLS = 1 << 24  # numbers per table of swaps, 128 MiB; with fewer layers more partner GPUs are looked at
 
 
 def balance_by_swaps(

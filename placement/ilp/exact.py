@@ -26,9 +26,9 @@ class LayerModel:
 
     Args:
         weight_WE: load of each expert, each scenario summing to 1.
-        speed_G: relative speeds.
+        speed_G: relative speed of each GPU, positive; GPUs of equal speed are interchangeable.
         node_G: node of each GPU.
-        slots_per_gpu: S.
+        slots_per_gpu: S: every GPU holds exactly so many copies.
         level: weight of the fullest GPU over the mean one.
         least_peak: the fullest GPU counts at least as that, as where other GPUs are fixed.
         bundles: token sets, needed if `fan` or `node` is positive.
@@ -47,11 +47,13 @@ class LayerModel:
 
     @property
     def num_binaries(self) -> int:
+        """E * G * largest copy count: the size of the programme."""
         E, G = self.weight_WE.shape[1], len(self.speed_G)
         return E * G * self.max_copies
 
     @property
     def max_copies(self) -> int:
+        """Copies that one expert may have: one per GPU, and one slot is left for every other expert."""
         return min(len(self.speed_G), len(self.speed_G) * self.slots_per_gpu - self.weight_WE.shape[1] + 1)
 
 
@@ -61,10 +63,10 @@ def solve_layer(
     """Solve one layer.
 
     Args:
-        model: the layer.
-        time_limit_s: wall time.
+        model: loads, machines and weights of the layer.
+        time_limit_s: seconds after which the best map so far is returned.
         start_P: a known map of the layer to start from (slots GPU by GPU).
-        solver: `highs` or `cbc`.
+        solver: `highs`, or `cbc` where its program is installed.
 
     Returns:
         The map of the layer (slots GPU by GPU), or None if nothing was found, and what the solver says.

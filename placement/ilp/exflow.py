@@ -14,7 +14,7 @@ from .run import solve_milp
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
-MAX_PAIRS = 60_000
+MAX_PAIRS = 60_000  # expert pairs on 8 parts; a guard against programmes that do not fit in memory
 
 
 def solve_exflow(
@@ -25,8 +25,8 @@ def solve_exflow(
     Args:
         pair_LEE: [L - 1, E, E] tokens whose first choice is i and then j.
         members: the experts to place, per layer (all of them, or those of one node).
-        parts: C.
-        time_limit_s: wall time.
+        parts: C; divides the number of members of each layer.
+        time_limit_s: seconds after which the best answer so far is returned.
         start: a feasible answer to start from.
 
     Raises:

@@ -1,38 +1,53 @@
 """The exact programme over all layers of a problem, each on its own, from the best map known."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ..contract.problem import Problem
 from ..data.bundles import Bundles, unique_sets
-from ..objectives import Objective, part_weights
+from ..objectives import Objective, PartWeights, flat_terms
 from ..run.budget import Budget
 from .exact import LayerModel, solve_layer
 
 Integer = NDArray[np.int64]
-EXACT_PARTS = ("balance", "imbalance-price", "gpu-fanout", "node-fanout", "fanout")
-MAX_BUNDLES = 20_000
-MAX_BINARIES = 500_000
-LEAST_S = 0.05
+MAX_BUNDLES = 20_000  # token sets of a layer; a guard against programmes that take longer to write down than to solve
+FANOUT_BINARIES = 2000  # beyond it `auto` leaves fan-out to the search, whose relaxation is weak (docs/placement.md)
+MAX_BINARIES = 500_000  # a guard against programmes that do not fit in memory
+LEAST_S = 0.05  # too little for a programme to begin
 
 
 def is_small(problem: Problem, objective: Objective, binaries: int) -> bool:
     """Whether every layer's programme has at most that many binaries and this objective has a linear form."""
     if not _is_linear(problem, objective):
         return False
-    weights = part_weights(objective, problem.cluster)
+    weights = objective.weights(problem.cluster)
     if weights.fan or weights.node:
-        rows = max(len(_bundles(problem, layer).count_B) for layer in range(problem.num_layers))
-        return rows * problem.num_gpus <= 2 * binaries
+        rows = max(len(_sets(problem, layer).count_B) for layer in range(problem.num_layers))
+        return rows * problem.num_gpus <= 2 * min(binaries, FANOUT_BINARIES)
     return layer_model(problem, objective, 0, with_bundles=False).num_binaries <= binaries
 
 
-def solve_layers_exactly(problem: Problem, objective: Objective, budget: Budget, start_LP: Integer) -> Integer:
-    """Solve layer after layer; the bound that is proved is kept in `budget.proved_L`."""
+def solve_layers_exactly(
+    problem: Problem, objective: Objective, budget: Budget, start_LP: Integer, layers: Sequence[int] | None = None
+) -> Integer:
+    """Solve layer after layer; the bounds that are proved go to the budget.
+
+    Args:
+        problem: under uniform dispatch; with fan-out, one scenario and no replicas.
+        objective: a sum of imbalance and fan-outs.
+        budget: each layer gets an equal part of the time that is left when its turn comes.
+        start_LP: a complete map to start from.
+        layers: which layers, in this order; None takes all.
+
+    Raises:
+        ValueError: if the objective has no linear form here or a programme is too large to be written down.
+    """
     if not _is_linear(problem, objective):
         raise ValueError(
-            f"the exact programme knows sums of {', '.join(EXACT_PARTS)} under uniform dispatch, fan-out only without "
-            f"replicas; objective {objective.name} needs --solver search"
+            "the exact programme knows sums of balance, imbalance-price and fan-outs under uniform dispatch, and "
+            f"fan-out without replicas only; objective {objective.name} needs --solver search"
         )
     binaries = layer_model(problem, objective, 0, with_bundles=False).num_binaries
     if binaries > MAX_BINARIES:
@@ -41,9 +56,10 @@ def solve_layers_exactly(problem: Problem, objective: Objective, budget: Budget,
             "use --solver search"
         )
     map_LP = start_LP.copy()
-    for layer in range(problem.num_layers):
-        budget.tell("exact programme", layer / problem.num_layers)
-        share_s = budget.left_s / (problem.num_layers - layer)
+    chosen = range(problem.num_layers) if layers is None else layers
+    for turn, layer in enumerate(chosen):
+        budget.tell("exact programme", turn / len(chosen))
+        share_s = budget.left_s / (len(chosen) - turn)
         if share_s < LEAST_S:
             break
         model = layer_model(problem, objective, layer)
@@ -57,7 +73,7 @@ def solve_layers_exactly(problem: Problem, objective: Objective, budget: Budget,
 
 def layer_model(problem: Problem, objective: Objective, layer: int, *, with_bundles: bool = True) -> LayerModel:
     """The programme's data of one layer."""
-    weights = part_weights(objective, problem.cluster)
+    weights = objective.weights(problem.cluster)
     return LayerModel(
         weight_WE=problem.weight_WLE[:, layer],
         speed_G=problem.cluster.speed_G,
@@ -71,19 +87,29 @@ def layer_model(problem: Problem, objective: Objective, layer: int, *, with_bund
 
 
 def _is_linear(problem: Problem, objective: Objective) -> bool:
-    names = [name for _, name in objective.parts or ((1.0, objective.name),)]
-    is_fan = any("fanout" in name for name in names)
+    terms = flat_terms(objective)
+    units = [term.part.weights(problem.cluster) for term in terms]
+    is_fan = any(unit.fan or unit.node for unit in units)
     return (
-        all(name in EXACT_PARTS for name in names)
+        all(term.goal is None and _is_of_one_layer(unit) for term, unit in zip(terms, units, strict=True))
         and problem.cluster.ep.dispatch == "uniform"
         and not (is_fan and (problem.num_slots > problem.num_experts or len(problem.scenarios) > 1))
     )
 
 
-def _bundles(problem: Problem, layer: int) -> Bundles:
+def _is_of_one_layer(unit: PartWeights) -> bool:
+    """Fan-out and imbalance of a layer, and nothing else."""
+    return bool(unit.fan or unit.node or unit.level) and not (unit.hops or unit.churn or unit.goal)
+
+
+def _sets(problem: Problem, layer: int) -> Bundles:
     trace = problem.scenarios[0].trace
     assert trace is not None
-    bundles = unique_sets(trace.expert_TLK[:, layer])
+    return unique_sets(trace.expert_TLK[:, layer])
+
+
+def _bundles(problem: Problem, layer: int) -> Bundles:
+    bundles = _sets(problem, layer)
     if len(bundles.count_B) > MAX_BUNDLES:
         raise ValueError(
             f"layer {layer} has {len(bundles.count_B)} distinct expert sets, the exact programme takes at most "

@@ -14,7 +14,7 @@ from .run import solve_milp
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
-MAX_PRODUCTS = 400_000
+MAX_PRODUCTS = 400_000  # linearised products; a guard against programmes that do not fit in memory
 GAP_REL = 0.025  # the paper's tolerance
 
 
@@ -48,7 +48,7 @@ def assign_clusters(traffic_LCC: Float, cost_GG: Float, *, time_limit_s: float) 
     Args:
         traffic_LCC: [L - 1, C, C] tokens from clusters of a layer to those of the next.
         cost_GG: seconds per token between GPUs (1 / bandwidth), 0 on the diagonal.
-        time_limit_s: wall time.
+        time_limit_s: seconds after which the best assignment so far is returned.
 
     Raises:
         ValueError: if the products are too many to write down.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..contract.problem import Problem
 from ..data.bundles import Bundles
-from ..objectives import Objective, part_weights
+from ..objectives import Objective
 from ..run.blocks import MAX_ITEMS
 from ..run.budget import Budget
 from ..search.affinity import churn_costs, layer_task
@@ -19,9 +19,10 @@ from ..search.tabu import LayerTask, SearchState
 from .exact import LayerModel, solve_layer
 
 Integer = NDArray[np.int64]
+# Larger neighbourhoods find more and need longer than PROGRAMME_S to be proved. Untried elsewhere.
 MOST_FREED = 4
 MOST_ITEMS = 12
-MOST_BUNDLES = 200
+MOST_BUNDLES = 200  # token sets that guide the programme; the whole layer's exact cost decides
 PROGRAMME_S = 1.5
 
 
@@ -31,13 +32,13 @@ def improve_by_neighbourhoods(
     """Improve a map until the time is up or `tries` neighbourhoods have been solved.
 
     Args:
-        problem: what to place.
-        start_LP: a complete map.
+        problem: at most 3,072 slots per layer.
+        start_LP: a complete map; its copy counts are kept.
         objective: fan-out, balance and churn count; hops are refused.
         budget: time and seed; offered every improvement.
         tries: at most this many programmes.
     """
-    weights = part_weights(objective, problem.cluster)
+    weights = objective.weights(problem.cluster)
     if weights.hops:
         raise ValueError("neighbourhoods are of one layer; hops join layers: use --solver search")
     if problem.num_slots > MAX_ITEMS:

@@ -23,6 +23,7 @@ def moetuner_LP(problem: Problem, budget: Budget) -> Integer:
     L, E, G = problem.num_layers, problem.num_experts, problem.num_gpus
     weight_LE = problem.weight_WLE.mean(axis=0)
     start_LP = lpt_swap_LP(problem, problem.weight_WLE)
+    budget.offer(start_LP)
     cluster_LE = np.empty((L, E), np.int64)
     for layer in range(L):
         budget.tell("MoETuner: clusters", layer / L)
@@ -47,6 +48,7 @@ def exflow_LP(problem: Problem, budget: Budget) -> Integer:
     if problem.cluster.gpus_per_node is None:
         raise ValueError("ExFlow's stages need equal nodes; use --solver search")
     pair_LEE = np.stack([pair_shares(problem, layer) for layer in range(L - 1)]) if L > 1 else np.zeros((0, E, E))
+    budget.offer(np.tile(np.arange(E), (L, 1)))
     everyone = [np.arange(E) for _ in range(L)]
     budget.tell("ExFlow: nodes", 0.0)
     node = solve_exflow(pair_LEE, everyone, M, time_limit_s=budget.left_s / 2) if M > 1 else [np.zeros(E, int)] * L

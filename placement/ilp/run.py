@@ -15,6 +15,7 @@ import pulp  # type: ignore[import-untyped]
 
 SolverName = Literal["highs", "cbc"]
 FEASIBLE_STATUS = 2  # highspy's kSolutionStatusFeasible
+POLL_S = 0.1  # how soon Ctrl-C is seen; join returns at once when the programme ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,11 @@ class MilpResult:
 
 
 class _WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
-    """PuLP 3's HiGHS cannot start from a known point; this hands one over before the run. Ctrl-C ends the run early."""
+    """PuLP 3's HiGHS cannot start from a known point; this hands one over before the run. Ctrl-C is passed on.
+
+    highspy's own handling of Ctrl-C ends the programme and swallows the interrupt, so that whoever solves one programme
+    after another would go on with the next one.
+    """
 
     start: Mapping[str, float] | None = None
 
@@ -46,8 +51,16 @@ class _WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
             solution = highspy.HighsSolution()
             solution.col_value = [float(self.start.get(variable.name, 0.0)) for variable in lp.variables()]
             lp.solverModel.setSolution(solution)
-        lp.solverModel.HandleKeyboardInterrupt = True
-        lp.solverModel.run()
+        highs = lp.solverModel
+        highs.HandleUserInterrupt = True
+        thread = highs.startSolve()
+        try:
+            while thread.is_alive():
+                thread.join(POLL_S)
+        except KeyboardInterrupt:
+            highs.cancelSolve()
+            thread.join()  # HiGHS must be out of the model before anybody frees it
+            raise
 
 
 def solve_milp(
@@ -62,7 +75,7 @@ def solve_milp(
     """Minimise `model`.
 
     Args:
-        model: a PuLP minimisation.
+        model: a PuLP model whose sense is minimisation.
         time_limit_s: wall time; a run that ends by it returns its best point and its dual bound.
         gap_rel: relative gap at which the run counts as optimal.
         start: values of a feasible point, by variable name, to start from.

@@ -4,31 +4,32 @@ Every objective gives one value per layer and scenario; `evaluate` joins them: o
 layer), then the mean over layers.
 """
 
-from .registry import (
-    OBJECTIVES,
+from .expression import find_objective, weighted, with_churn, without_churn
+from .objective import (
     Objective,
     PartWeights,
     Robustness,
+    Term,
     evaluate,
     evaluate_L,
-    find_objective,
+    flat_terms,
     join_scenarios,
-    part_weights,
-    weighted,
-    with_churn,
-    without_churn,
+    sum_of,
 )
+from .registry import OBJECTIVES
 
 __all__ = [
     "OBJECTIVES",
     "Objective",
     "PartWeights",
     "Robustness",
+    "Term",
     "evaluate",
     "evaluate_L",
     "find_objective",
+    "flat_terms",
     "join_scenarios",
-    "part_weights",
+    "sum_of",
     "weighted",
     "with_churn",
     "without_churn",

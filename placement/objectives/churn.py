@@ -44,9 +44,10 @@ def moved_bytes_L(current: Plan, target: Plan) -> NDArray[np.float64]:
 
 
 def _expert_bytes(plan: Plan) -> float:
-    if plan.cluster.model.expert_bytes is None:
-        raise ValueError("churn needs model.expert_bytes in the cluster file")
-    return plan.cluster.model.expert_bytes
+    size = plan.cluster.model.bytes_per_expert
+    if size is None:
+        raise ValueError("churn needs model.expert_bytes in the cluster file, or model.hidden and moe_intermediate")
+    return size
 
 
 def _new_copies_LEG(current: Plan, target: Plan) -> NDArray[np.bool_]:

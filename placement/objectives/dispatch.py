@@ -15,7 +15,7 @@ from scipy.optimize import linprog
 from ..contract.cluster import Cluster, Dispatch
 
 Float = NDArray[np.float64]
-MAX_NEAREST_GPUS = 2048
+MAX_NEAREST_GPUS = 2048  # shares differ for every source GPU: a table of G x E x G
 
 
 def share_EG(copies_EG: NDArray[np.int16], cluster: Cluster, policy: Dispatch, load_E: Float) -> Float:
@@ -23,7 +23,7 @@ def share_EG(copies_EG: NDArray[np.int16], cluster: Cluster, policy: Dispatch, l
 
     Args:
         copies_EG: copies of each expert on each GPU.
-        cluster: the machines.
+        cluster: its nodes and speeds; `uniform` looks at neither.
         policy: one of the three rules above.
         load_E: tokens of each expert; only `quota` looks at them.
     """
@@ -35,6 +35,7 @@ def share_EG(copies_EG: NDArray[np.int16], cluster: Cluster, policy: Dispatch, l
 
 
 def uniform_share_EG(copies_EG: NDArray[np.int16]) -> Float:
+    """Every copy of an expert gets the same share; rows of experts without a copy are 0."""
     count_E1 = copies_EG.sum(axis=1, keepdims=True, dtype=np.float64)
     return np.divide(copies_EG, count_E1, out=np.zeros(copies_EG.shape), where=count_E1 > 0)
 

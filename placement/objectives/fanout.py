@@ -13,8 +13,8 @@ from ..contract.plan import Plan
 from .dispatch import MAX_NEAREST_GPUS, nearest_share_EG, share_EG
 
 Float = NDArray[np.float64]
-CHUNK_CELLS = 1 << 22
-DISTINCT_PARTS = 512
+CHUNK_CELLS = 1 << 22  # 32 MiB per table of tokens x parts
+DISTINCT_PARTS = 512  # beyond it alike parts are counted once, which needs a sort first
 
 
 def gpu_fanout_L(plan: Plan, trace: RoutingTrace) -> Float:
@@ -28,10 +28,12 @@ def node_fanout_L(plan: Plan, trace: RoutingTrace) -> Float:
 
 
 def gpu_fanout(plan: Plan, trace: RoutingTrace) -> float:
+    """Mean over layers of `gpu_fanout_L`."""
     return float(gpu_fanout_L(plan, trace).mean())
 
 
 def node_fanout(plan: Plan, trace: RoutingTrace) -> float:
+    """Mean over layers of `node_fanout_L`."""
     return float(node_fanout_L(plan, trace).mean())
 
 

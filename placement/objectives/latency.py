@@ -12,6 +12,8 @@ Source: constants and shape of the model after DeepEP and METRO (arXiv:2512.0927
 Shapes: L layers, E experts, G GPUs, M nodes.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,9 +26,9 @@ from .dispatch import share_EG
 from .fanout import gpu_fanout_L, node_fanout_L
 
 Float = NDArray[np.float64]
-TILE_ROWS = 128
-KERNEL_LATENCY_S = 3e-6
-SCALE_BLOCK = 128
+TILE_ROWS = 128  # rows of a tile of grouped products, as in the sources above
+KERNEL_LATENCY_S = 3e-6  # of launching one kernel, as in the sources above
+SCALE_BLOCK = 128  # fp8 values that share one float32 scale, as in DeepEP
 
 
 def layer_seconds_L(plan: Plan, load_LE: Float, trace: RoutingTrace | None) -> Float:
@@ -37,6 +39,42 @@ def layer_seconds_L(plan: Plan, load_LE: Float, trace: RoutingTrace | None) -> F
     """
     sizes = model_sizes(plan.cluster, trace)
     return expert_seconds_LG(plan, load_LE, sizes).max(axis=1) + traffic_seconds_L(plan, load_LE, trace, sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTimes:
+    """Modelled seconds of one batch, mean over MoE layers.
+
+    Args:
+        experts_s: arithmetic and weight reads of the slowest GPU.
+        traffic_s: dispatch and combine.
+        tokens_per_s: of one GPU if MoE layers were all that a step consists of.
+    """
+
+    experts_s: float
+    traffic_s: float
+    tokens_per_s: float
+
+
+def layer_times(plan: Plan, load_LE: Float, trace: RoutingTrace | None) -> LayerTimes:
+    """The parts of `layer_seconds_L`.
+
+    Args:
+        plan: where experts are.
+        load_LE: routed tokens.
+        trace: the tokens, or None: then every token goes to as many GPUs as it has experts.
+
+    Raises:
+        ValueError: as `layer_seconds_L`.
+    """
+    sizes = model_sizes(plan.cluster, trace)
+    experts_L = expert_seconds_LG(plan, load_LE, sizes).max(axis=1)
+    traffic_L = traffic_seconds_L(plan, load_LE, trace, sizes)
+    return LayerTimes(
+        experts_s=float(experts_L.mean()),
+        traffic_s=float(traffic_L.mean()),
+        tokens_per_s=plan.cluster.ep.tokens_per_gpu / float((experts_L + traffic_L).sum()),
+    )
 
 
 def model_sizes(cluster: Cluster, trace: RoutingTrace | None) -> dict[str, float]:
@@ -50,7 +88,7 @@ def model_sizes(cluster: Cluster, trace: RoutingTrace | None) -> dict[str, float
     weights = 3.0 * model.hidden * model.moe_intermediate
     return {
         "flops_per_row": 2 * weights,
-        "expert_bytes": model.expert_bytes if model.expert_bytes is not None else weights,
+        "expert_bytes": model.bytes_per_expert or weights,
         "dispatch_bytes": model.dispatch_bytes or model.hidden + 4 * model.hidden / SCALE_BLOCK,
         "combine_bytes": model.combine_bytes or 2.0 * model.hidden,
         "top_k": float(top_k),

@@ -22,7 +22,7 @@ def one_block(problem: Problem, *, pairs: bool) -> tuple[Problem, int]:
     """The problem of one block and how many blocks there are; the problem itself and 1 if it is small enough.
 
     Args:
-        problem: what to place.
+        problem: its blocks are alike if speeds, memory, links and node sizes repeat.
         pairs: whether the search looks at all pairs of slots (fan-out, hops, churn) and not only at loads.
 
     Raises:

@@ -10,7 +10,13 @@ Result = TypeVar("Result")
 
 
 def in_workers(run: Callable[[Job], Result], jobs: Iterator[Job], processes: int) -> Iterator[Result]:
-    """Results in the order of the jobs. Who stops listening, as by Ctrl-C, drops the jobs that have not begun."""
+    """Results in the order of the jobs. Who stops listening, as by Ctrl-C, drops the jobs that have not begun.
+
+    Args:
+        run: a function of a module, so that worker processes find it.
+        jobs: picklable values.
+        processes: how many at a time; 1 runs them here.
+    """
     if processes == 1:
         yield from map(run, jobs)
         return

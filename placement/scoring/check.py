@@ -5,17 +5,19 @@ Shares no code with solvers and objectives on purpose.
 
 from collections import Counter
 
+from routing.ground.quantity import format_size
+
 from ..contract.plan import Plan
 from ..contract.problem import Problem
 
-TOLERANCE = 1e-6
+TOLERANCE = 1e-6  # sums of float64 in another order differ by less
 
 
 def check_plan(plan: Plan, data: Problem | None = None, *, made_from: Problem | None = None) -> list[str]:
     """Everything that is wrong with a plan; an empty list means that it may be written.
 
     Args:
-        plan: the plan.
+        plan: read slot by slot; its certificate's claims are checked if `made_from` is given.
         data: if given, the plan has to fit its shapes.
         made_from: if given, the plan has to fit it, and what the certificate claims is recomputed on it.
 
@@ -67,12 +69,12 @@ def _fit_faults(plan: Plan, problem: Problem) -> list[str]:
             f"the plan is for {plan.num_layers} layers x {plan.num_experts} experts, "
             f"the data has {problem.num_layers} x {problem.num_experts}"
         )
-    size = plan.cluster.model.expert_bytes
+    size = plan.cluster.model.bytes_per_expert
     if size is not None and plan.tier_LE is None:
         needed = plan.slots_per_gpu * plan.num_layers * size
         for gpu, memory in enumerate(plan.cluster.memory_bytes_G.tolist()):
             if needed > memory * (1 + 1e-12):
-                faults.append(f"GPU {gpu} needs {needed:.4g} bytes for its experts and has {memory:.4g}")
+                faults.append(f"GPU {gpu} needs {format_size(needed)} for its experts and has {format_size(memory)}")
                 break
     return faults
 

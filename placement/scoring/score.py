@@ -18,6 +18,7 @@ from ..objectives.hops import hop_share
 from .check import check_plan
 
 Float = NDArray[np.float64]
+METRICS = ("balancedness", "gpu_fanout", "node_fanout", "hops")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Score:
         objective_name, objective, bound, bound_name: as in a certificate; `bound` is None if none is known.
         balancedness: mean over layers of mean / fullest GPU.
         gpu_fanout, node_fanout, hops: None for data without tokens.
-        seconds: wall time.
+        seconds: wall time of scoring.
         scenarios: the same metrics of each scenario.
         gap_L: gap of each layer.
     """
@@ -47,6 +48,7 @@ class Score:
 
     @property
     def gap(self) -> float | None:
+        """(objective - bound) / objective, at least 0; None without a bound."""
         return None if self.bound is None else relative_gap(self.objective, self.bound)
 
     def to_json(self) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def score(
 
     Args:
         problem: the data; its machines are not looked at, a plan carries its own.
-        plan: the plan.
+        plan: its machines, speeds and dispatch policy count.
         objective: name or objective; None takes the plan's own, or balance if the data has no tokens for it.
         robustness: how scenarios are joined.
         proved_L: lower bounds per layer that a solver has proved on the same data, or None.
@@ -110,10 +112,16 @@ def metrics(plan: Plan, scenario: Scenario) -> dict[str, float | None]:
     return found
 
 
+def ordered_report(found: dict[str, Any]) -> dict[str, Any]:
+    """The same report with the keys that other programs read first."""
+    first = ("objective", "bound", "gap", "balancedness", "gpu_fanout", "node_fanout", "seconds")
+    return {key: found[key] for key in first} | {key: value for key, value in found.items() if key not in first}
+
+
 def worst(scenarios: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
     """Lowest balancedness, highest of the others, over scenarios."""
     joined: dict[str, float | None] = {}
-    for name in ("balancedness", "gpu_fanout", "node_fanout", "hops"):
+    for name in METRICS:
         values = [value for found in scenarios.values() if (value := found[name]) is not None]
         is_complete = len(values) == len(scenarios)
         joined[name] = (min if name == "balancedness" else max)(values) if is_complete else None

@@ -26,8 +26,10 @@ from .tabu import LayerTask, SearchState
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
-FOLDS = 8
-MIN_SEQUENCES = 4 * FOLDS
+# Folds of the sequences whose fullest GPUs are averaged: time and noise of each against what the mean load hides. The
+# hops search merges them into HOPS_FOLDS. Untried elsewhere.
+FANOUT_FOLDS = 8
+MIN_SEQUENCES = 4 * FANOUT_FOLDS  # four per fold at least
 PARALLEL_TOKENS = 100_000  # tokens x layers that pay for starting processes
 
 
@@ -79,7 +81,7 @@ def churn_costs(problem: Problem, map_LP: Integer, price: float) -> Float | None
     """[L, X, G]: what it costs to have the slot's expert on a GPU that has no copy of it now."""
     if not price:
         return None
-    size = problem.cluster.model.expert_bytes
+    size = problem.cluster.model.bytes_per_expert
     if problem.current is None or size is None:
         raise ValueError("churn needs the plan that runs now (--current) and model.expert_bytes in the cluster file")
     shared = min(problem.num_gpus, problem.current.cluster.num_gpus)
@@ -223,11 +225,13 @@ def _fold_weights(problem: Problem, layer: int) -> Float:
     sequences, of_T = np.unique(trace.sequence_T, return_inverse=True)
     if len(sequences) < MIN_SEQUENCES:
         return problem.weight_WLE[:, layer]
-    fold_S = np.random.default_rng(0).permutation(len(sequences)) % FOLDS
+    fold_S = np.random.default_rng(0).permutation(len(sequences)) % FANOUT_FOLDS
     expert_TK = trace.expert_TLK[:, layer]
     fold_TK = np.broadcast_to(fold_S[of_T][:, None], expert_TK.shape)
     used = expert_TK >= 0
     flat = fold_TK[used].astype(np.int64) * problem.num_experts + expert_TK[used]
-    load_WE = np.bincount(flat, minlength=FOLDS * problem.num_experts).reshape(FOLDS, -1).astype(np.float64)
+    load_WE = (
+        np.bincount(flat, minlength=FANOUT_FOLDS * problem.num_experts).reshape(FANOUT_FOLDS, -1).astype(np.float64)
+    )
     total_W1 = load_WE.sum(axis=1, keepdims=True)
     return np.divide(load_WE, total_W1, out=np.zeros_like(load_WE), where=total_W1 > 0)

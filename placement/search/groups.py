@@ -18,7 +18,7 @@ from scipy import sparse
 Single = NDArray[np.float32]
 Integer = NDArray[np.int64]
 Boolean = NDArray[np.bool_]
-DENSE_CELLS = 1 << 22
+DENSE_CELLS = 1 << 22  # 16 MiB as float32: memory against sparse products. Untried elsewhere
 
 
 class GroupState:
@@ -26,9 +26,9 @@ class GroupState:
 
     Args:
         used_BX: 0/1 incidence of bundles and items.
-        count_B: tokens per bundle.
+        count_B: tokens that use each bundle.
         group_X: group of each item.
-        num_groups: A.
+        num_groups: A; groups without items are allowed.
     """
 
     def __init__(

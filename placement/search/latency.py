@@ -29,9 +29,9 @@ def search_latency(problem: Problem, start: Plan, objective: Objective, budget: 
 
     Args:
         problem: what to place; without tokens there is nothing to weigh against balance.
-        start: a balanced plan.
-        objective: latency.
-        budget: time, seed, processes.
+        start: a plan that is level already; only fan-out is to be gained.
+        objective: `latency`, which judges the candidates.
+        budget: time, seed and processes of the linearised search.
     """
     maps = [start.physical_to_logical_LP]
     ep = problem.cluster.ep

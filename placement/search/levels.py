@@ -1,13 +1,25 @@
 """LevelState: loads of GPUs under several scenarios, and how full the fullest would be after every swap of two items.
 
-Shapes: W scenarios, X items, G GPUs.
+Shapes: W scenarios, L layers, E experts, X items, G GPUs, P slots.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..heuristics.replication import counts_of
+
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
+
+
+def peaks_L(weight_WLE: Float, map_LP: Integer, speed_G: Float) -> Float:
+    """Fullest GPU (load over speed) of each layer, worst scenario."""
+    count_LE = counts_of(map_LP, weight_WLE.shape[2])
+    slot_WLP = np.take_along_axis(
+        weight_WLE / np.maximum(count_LE, 1), np.broadcast_to(map_LP, (len(weight_WLE), *map_LP.shape)), axis=2
+    )
+    load_WLG = slot_WLP.reshape(*slot_WLP.shape[:2], len(speed_G), -1).sum(axis=3)
+    return np.asarray((load_WLG / speed_G).max(axis=(0, 2)))
 
 
 class LevelState:
@@ -16,7 +28,7 @@ class LevelState:
     Args:
         weight_WX: load of each item, each scenario summing to 1 (or all 0).
         gpu_X: GPU of each item.
-        speed_G: relative speeds.
+        speed_G: relative speed of each GPU, positive.
         worst: take the worst scenario instead of the mean of all.
     """
 
@@ -29,6 +41,7 @@ class LevelState:
 
     @property
     def level(self) -> float:
+        """Fullest over mean GPU now."""
         return float(self._join((self.load_WG / self.speed_G).max(axis=1)))
 
     def after_XX(self) -> Float:
@@ -36,6 +49,7 @@ class LevelState:
         return self._join(np.stack([self._after(w) for w in range(len(self.weight_WX))]))
 
     def swap(self, x: int, y: int) -> None:
+        """Exchange the GPUs of two items."""
         g, h = self.gpu_X[x], self.gpu_X[y]
         gain_W = self.weight_WX[:, x] - self.weight_WX[:, y]
         self.load_WG[:, g] -= gain_W

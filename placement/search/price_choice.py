@@ -15,15 +15,17 @@ from ..contract.problem import Problem
 from ..objectives import PartWeights
 from ..run.budget import Budget
 from .affinity import MIN_SEQUENCES, search_affinity
-from .balance import lpt_swap_LP, peaks_L, robust_weights
+from .balance import lpt_swap_LP, robust_weights
 from .layer import Effort
+from .levels import peaks_L
 
 Float = NDArray[np.float64]
-NOISE_LEFT = 0.5**0.5
+NOISE_LEFT = 0.5**0.5  # twice the sequences have this share of the sampling noise
+# Of imbalance, rising: more points against a longer search at each. The objective's own price is 1.8 on one node.
 PRICES = (0.7, 1.2, 2.0, 3.5)
-LAYERS = 24
+LAYERS = 24  # that are planned as a sample, evenly spread. Untried elsewhere
 EFFORT = Effort(starts=8, keep=1, rounds=100, polish=40, bundles=2000)
-TIME_SHARE = 0.25
+TIME_SHARE = 0.25  # of what is left; the real search needs the rest. Untried elsewhere
 
 
 def choose_price(problem: Problem, weights: PartWeights, budget: Budget) -> PartWeights:
@@ -49,9 +51,8 @@ def choose_price(problem: Problem, weights: PartWeights, budget: Budget) -> Part
     tried: dict[float, float] = {}
     whole = budget.part(TIME_SHARE)
     for index, price in enumerate(PRICES):
-        part = whole.part(1 / (len(PRICES) - index))
-        part.progress = None
-        map_LP = search_affinity(planned, start_LP, part, replace(weights, level=price), effort=EFFORT)
+        trial = whole.trial(1 / (len(PRICES) - index))
+        map_LP = search_affinity(planned, start_LP, trial, replace(weights, level=price), effort=EFFORT)
         inside, outside = _balancedness(planned, map_LP), _balancedness(aside, map_LP)
         tried[price] = inside - NOISE_LEFT * (inside - outside)
         budget.tell("choosing the price of imbalance", (index + 1) / len(PRICES))

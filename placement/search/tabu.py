@@ -16,7 +16,7 @@ from .levels import LevelState
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
-TENURE_SHARE = 0.15
+TENURE_SHARE = 0.15  # of the items: so many swaps a moved one is frozen; cycles against good swaps. Untried elsewhere
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,10 +67,12 @@ class SearchState:
 
     @property
     def gpu_X(self) -> Integer:
+        """GPU of each item now."""
         return self.level.gpu_X
 
     @property
     def cost(self) -> float:
+        """Weighted fan-out, level above the goal, and linear cost, per token."""
         fanout = sum(weight * state.fanout for weight, state, _ in self.groups) / self.tokens
         linear_XG = self.task.linear_XG
         placed = 0.0 if linear_XG is None else float(linear_XG[np.arange(len(self.gpu_X)), self.gpu_X].sum())
@@ -93,6 +95,7 @@ class SearchState:
         return change_XX
 
     def swap(self, x: int, y: int) -> None:
+        """Exchange the GPUs of two items; counts are brought up to date."""
         for _, state, _ in self.groups:
             state.swap(x, y)
         self.level.swap(x, y)
@@ -112,9 +115,9 @@ def tabu_search(
     """Search from one partition.
 
     Args:
-        task: the layer.
+        task: token sets, loads and weights of the layer.
         start_X: GPU of each item.
-        rounds: swaps to make.
+        rounds: swaps to make at most, worsening ones included.
         seed: of the random tenure.
         deadline: `time.monotonic()` at which to stop.
 

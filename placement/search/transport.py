@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
-ROUNDS = 12
+ROUNDS = 12  # transports of one start at most; it stops before if nothing rises. Untried elsewhere
 
 
 def transport_starts(
@@ -32,7 +32,7 @@ def transport_starts(
     Args:
         pair_XX: co-activation counts, diagonal 0; very negative where two items may not share a group.
         weight_X: load of each item, summing to 1.
-        groups: A.
+        groups: A; divides the number of items.
         starts, keep: how many runs, how many results.
         price: what one unit of (fullest / mean - 1) costs, as a share of all co-activation.
         random: source of the starts.

@@ -8,6 +8,7 @@ Source: the aims are ElasticMoE's (arXiv:2510.02613). Shapes: L layers, E expert
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,7 @@ class Migration:
     Args:
         plan: the target, its GPUs renumbered to keep most copies in place.
         steps: transfers and drops in order.
-        moved_bytes, node_crossing_bytes: of all transfers.
+        moved_bytes, node_crossing_bytes: of all transfers, and of those between nodes; copies if no size is known.
         peak_extra_bytes: largest memory above max(old, new) slots that any GPU needs at a time.
     """
 
@@ -56,20 +57,24 @@ class Migration:
     node_crossing_bytes: float
     peak_extra_bytes: float
 
+    def to_json(self) -> dict[str, Any]:
+        totals = {name: getattr(self, name) for name in ("moved_bytes", "node_crossing_bytes", "peak_extra_bytes")}
+        return {**totals, "steps": [{"kind": type(step).__name__.lower(), **vars(step)} for step in self.steps]}
+
 
 def migrate(current: Plan, target: Plan, expert_bytes: float | None = None) -> Migration:
     """Order the way from `current` to `target`, which may have more or fewer GPUs.
 
     Args:
         current: what runs now; its GPUs beyond the target's are given up, new ones join at the end.
-        target: where to go.
+        target: the plan to end at, up to the numbering of its GPUs.
         expert_bytes: bytes of one expert of one layer; None takes the cluster file's, else 1: copies.
 
     Raises:
         ValueError: if the plans are of different models.
     """
     require_same_model(current, target)
-    size = expert_bytes if expert_bytes is not None else target.cluster.model.expert_bytes or 1.0
+    size = expert_bytes if expert_bytes is not None else target.cluster.model.bytes_per_expert or 1.0
     renumbered = match_gpus(current, target)
     steps: list[Transfer | Drop] = []
     peak = 0
@@ -85,6 +90,22 @@ def migrate(current: Plan, target: Plan, expert_bytes: float | None = None) -> M
         node_crossing_bytes=sum(step.crosses_nodes for step in moves) * size,
         peak_extra_bytes=peak * size,
     )
+
+
+def migrate_checked(current: Plan, target: Plan, expert_bytes: float | None = None) -> Migration:
+    """`migrate`, carried out on paper before anybody carries it out: every expert has a live copy at every step.
+
+    Args:
+        current, target, expert_bytes: as for `migrate`.
+
+    Raises:
+        ValueError: if the plans are of different models.
+        RuntimeError: if a step cannot be carried out.
+    """
+    migration = migrate(current, target, expert_bytes)
+    for _ in replay(current, migration):
+        pass
+    return migration
 
 
 def match_gpus(current: Plan, target: Plan) -> Plan:

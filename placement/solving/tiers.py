@@ -2,7 +2,7 @@
 
 One decode step reads, at each layer, the token's K experts. An expert costs, per use,
   GPU   bytes / HBM bandwidth,
-  CPU   the cheaper of computing there (bytes / DRAM bandwidth) and fetching it (bytes / PCIe bandwidth),
+  CPU   the cheaper of computing there (bytes / DRAM bandwidth) and fetching it to the GPU (bytes / PCIe bandwidth),
   SSD   bytes / SSD bandwidth (it is read, then used as from the CPU).
 Experts of a token add up within a layer, layers add up: expected seconds per token = sum over (layer, expert) of
 probability * cost(tier). With equal sizes that is solved exactly by frequency; `robust` counts the worst scenario per
@@ -11,14 +11,14 @@ Shapes: L layers, E experts.
 """
 
 import os
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from routing.ground.quantity import parse_bytes, parse_bytes_per_s
+from routing.ground.hardware import Hardware
+from routing.ground.quantity import format_size, parse_bytes
 
 from ..contract.plan import Plan
 from ..contract.problem import Problem
@@ -31,69 +31,86 @@ GPU, CPU, SSD = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Budgets in bytes for experts, bandwidths in bytes per second; 0 bytes means that the tier is not there."""
+    """Budgets for experts in bytes, bandwidths in bytes per second.
+
+    Args:
+        gpu_bytes, cpu_bytes: room for experts; 0 puts none there.
+        hbm_bytes_per_s: reads of the GPU's memory; 0 means that the machine has no GPU.
+        dram_bytes_per_s: reads of host memory, and so of experts that the CPU computes.
+        pcie_bytes_per_s: copies from host memory to the GPU; 0 means that nothing is fetched.
+        ssd_bytes_per_s: reads from the SSD.
+        cpu_computes: whether experts in host memory may be computed there; else they are fetched.
+
+    Raises:
+        ValueError: if a needed rate is not positive, a budget is negative, or GPU memory is given without a GPU.
+    """
 
     gpu_bytes: float
     cpu_bytes: float
-    hbm_bytes_per_s: float
     dram_bytes_per_s: float
-    pcie_bytes_per_s: float
     ssd_bytes_per_s: float
+    hbm_bytes_per_s: float = 0.0
+    pcie_bytes_per_s: float = 0.0
     cpu_computes: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("hbm_bytes_per_s", "dram_bytes_per_s", "pcie_bytes_per_s", "ssd_bytes_per_s"):
+        for name in ("dram_bytes_per_s", "ssd_bytes_per_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        if self.hbm_bytes_per_s < 0 or self.pcie_bytes_per_s < 0:
+            raise ValueError(f"rates must not be negative; got {self.hbm_bytes_per_s} and {self.pcie_bytes_per_s}")
         if self.gpu_bytes < 0 or self.cpu_bytes < 0:
-            raise ValueError(f"budgets must not be negative; got {self.gpu_bytes} and {self.cpu_bytes}")
+            raise ValueError(f"budgets must not be negative; got {self.gpu_bytes} and {self.cpu_bytes} bytes")
+        if self.gpu_bytes and not self.has_gpu:
+            raise ValueError(
+                f"{format_size(self.gpu_bytes)} of GPU memory were asked for, and the hardware file has no GPU "
+                "(gpu_bytes_per_s is 0); use --gpu-memory 0, or calibrate on the machine with the GPU"
+            )
+        if not self.cpu_computes and not (self.has_gpu and self.pcie_bytes_per_s):
+            raise ValueError("experts must be computed on the CPU where there is no GPU that they could be fetched to")
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether there is a GPU at all."""
+        return self.hbm_bytes_per_s > 0
 
     def seconds_per_byte(self) -> tuple[float, float, float]:
-        """Cost of one use of one byte in each tier."""
-        fetch = 1 / self.pcie_bytes_per_s
-        cpu = min(fetch, 1 / self.dram_bytes_per_s) if self.cpu_computes else fetch
-        return 1 / self.hbm_bytes_per_s, cpu, 1 / self.ssd_bytes_per_s + cpu
+        """Cost of one use of one byte in each tier; infinite for a GPU that is not there."""
+        gpu = 1 / self.hbm_bytes_per_s if self.has_gpu else float("inf")
+        ways = [1 / self.dram_bytes_per_s] if self.cpu_computes else []
+        if self.has_gpu and self.pcie_bytes_per_s:
+            ways.append(1 / self.pcie_bytes_per_s)
+        return gpu, min(ways), 1 / self.ssd_bytes_per_s + min(ways)
 
 
 def load_machine(path: str | os.PathLike[str], *, gpu_memory: object = 0, cpu_memory: object = 0) -> Machine:
-    """Bandwidths from a `hardware.toml` (as `expertier calibrate` writes it), budgets from the caller.
+    """Bandwidths from a `hardware.toml`, budgets from the caller.
 
     Args:
-        path: TOML with `[ssd]`, `[ram]`, `[pcie]`, `[gpu]` tables of `bytes_per_s`, or those keys with the table's name
-            in front (`ssd_bytes_per_s`) anywhere.
-        gpu_memory, cpu_memory: bytes for experts, or text such as 8GiB.
+        path: TOML as `expertier calibrate` writes it; other keys are refused.
+        gpu_memory, cpu_memory: bytes for experts, or text such as 8GiB (8G is the same).
 
     Raises:
-        ValueError: if the file is missing, is not TOML, or names no SSD and RAM bandwidth.
+        ValueError: if the file is not such a file, or GPU memory is asked for on a machine without a GPU.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"hardware file {path}: no such file")
-    try:
-        flat = _flatten(tomllib.loads(file.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"hardware file {path}: not readable as TOML: {error}") from error
-    rates = {name: _rate(flat, names) for name, names in _RATE_NAMES.items()}
-    if missing := [name for name in ("ssd", "dram") if rates[name] is None]:
-        raise ValueError(f"hardware file {path}: no {' and '.join(missing)} bandwidth; known keys: {_RATE_NAMES}")
-    dram = rates["dram"] or 0.0
+    rates = Hardware.load(Path(path))
     return Machine(
         gpu_bytes=parse_bytes(gpu_memory),
         cpu_bytes=parse_bytes(cpu_memory),
-        hbm_bytes_per_s=rates["hbm"] or max(dram, 1e12),
-        dram_bytes_per_s=dram,
-        pcie_bytes_per_s=rates["pcie"] or dram,
-        ssd_bytes_per_s=rates["ssd"] or 0.0,
+        hbm_bytes_per_s=rates.gpu_bytes_per_s,
+        dram_bytes_per_s=rates.memory_bytes_per_s,
+        pcie_bytes_per_s=rates.pcie_bytes_per_s,
+        ssd_bytes_per_s=rates.disk_bytes_per_s,
     )
 
 
-def place_tiers(problem: Problem, machine: Machine, expert_bytes_L: Float, *, robust: bool = False) -> Plan:
+def place_tiers(problem: Problem, machine: Machine, expert_bytes: float | Float, *, robust: bool = False) -> Plan:
     """The plan of one machine that minimises expected seconds per decoded token.
 
     Args:
         problem: loads of the experts; its cluster has one GPU.
-        machine: budgets and bandwidths.
-        expert_bytes_L: bytes of one expert of each layer.
+        machine: budgets and bandwidths; without a GPU nothing is put there.
+        expert_bytes: bytes of one expert: one size, or [L] sizes.
         robust: use each expert's largest share over the scenarios.
 
     Returns:
@@ -102,10 +119,13 @@ def place_tiers(problem: Problem, machine: Machine, expert_bytes_L: Float, *, ro
     Raises:
         ValueError: if the problem's cluster has more than one GPU or the sizes do not fit the layers.
     """
+    if np.ndim(expert_bytes) and np.shape(expert_bytes) != (problem.num_layers,):
+        raise ValueError(f"expert_bytes must be one size or {problem.num_layers}; got shape {np.shape(expert_bytes)}")
     if problem.num_gpus != 1:
         raise ValueError(f"tiers are for one machine with one GPU; the cluster has {problem.num_gpus} GPUs")
-    if expert_bytes_L.shape != (problem.num_layers,) or not np.all(expert_bytes_L > 0):
-        raise ValueError(f"expert_bytes_L must be {problem.num_layers} positive sizes; got {expert_bytes_L.tolist()}")
+    expert_bytes_L = np.broadcast_to(np.asarray(expert_bytes, np.float64), (problem.num_layers,))
+    if not np.all(expert_bytes_L > 0):
+        raise ValueError(f"expert_bytes must be positive; got {expert_bytes_L.min()}")
     weight_WLE = problem.weight_WLE * problem.top_k
     use_LE = weight_WLE.max(axis=0) if robust else weight_WLE.mean(axis=0)
     tier_LE = choose_tiers(use_LE, machine, expert_bytes_L)
@@ -142,6 +162,13 @@ def choose_tiers(use_LE: Float, machine: Machine, expert_bytes_L: Float) -> Inte
     return tier_LE
 
 
+def tier_counts(plan: Plan) -> list[int]:
+    """How many experts are on the GPU, in host memory and on the SSD, over all layers."""
+    if plan.tier_LE is None:
+        raise ValueError("the plan has no tiers; it was not made by `expertier place tiers`")
+    return [int((plan.tier_LE == tier).sum()) for tier in (GPU, CPU, SSD)]
+
+
 def tier_seconds(use_LE: Float, tier_LE: Integer, machine: Machine, expert_bytes_L: Float) -> float:
     """Expected seconds per decoded token of the experts.
 
@@ -151,29 +178,6 @@ def tier_seconds(use_LE: Float, tier_LE: Integer, machine: Machine, expert_bytes
         machine, expert_bytes_L: as for `place_tiers`.
     """
     cost = np.array(machine.seconds_per_byte())
+    if not machine.has_gpu and np.any(tier_LE == GPU):
+        raise ValueError("the machine has no GPU, and the tiers put experts there")
     return float((use_LE * cost[tier_LE] * expert_bytes_L[:, None]).sum())
-
-
-_RATE_NAMES = {
-    "ssd": ("ssd_bytes_per_s", "ssd_read_bytes_per_s", "disk_bytes_per_s"),
-    "dram": ("dram_bytes_per_s", "ram_bytes_per_s", "memory_bytes_per_s", "cpu_bytes_per_s"),
-    "pcie": ("pcie_bytes_per_s", "host_to_device_bytes_per_s"),
-    "hbm": ("hbm_bytes_per_s", "gpu_bytes_per_s"),
-}
-
-
-def _flatten(value: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, entry in value.items():
-        if isinstance(entry, dict):
-            flat |= _flatten(entry, f"{prefix}{name}_")
-        else:
-            flat[f"{prefix}{name}"] = entry
-    return flat
-
-
-def _rate(flat: dict[str, object], names: tuple[str, ...]) -> float | None:
-    for key, value in flat.items():
-        if any(key == name or key.endswith("_" + name) for name in names):
-            return parse_bytes_per_s(value)
-    return None

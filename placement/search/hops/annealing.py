@@ -7,55 +7,65 @@ that have crossed. Shapes: L layers, A layers of one parity, W folds or scenario
 """
 
 import time
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+Float = NDArray[np.float64]
 Single = NDArray[np.float32]
 Integer = NDArray[np.int64]
+# Temperatures in hops per token: hotter starts forget more, colder ends settle more. Untried elsewhere.
 HOT, COLD = 0.03, 0.0004
-TAIL_EVERY = 20
-NOISE = 1 << 21  # drawn once, used from random places on
-SETTLED = 0.4  # share of the cooling after which the price follows the balance floor
-PRICE_RATE = 0.02
+TAIL_EVERY = 20  # half-sweeps between exchanges of tails: time against crossed threads. Untried elsewhere
+NOISE = 1 << 21  # numbers drawn once, used from random places on: memory (8 MiB) against drawing anew
+SETTLED = 0.4  # share of the cooling after which the price follows the floor: hot plans say little about it
+PRICE_RATE = 0.02  # log of the price per half-sweep and missing balancedness: quick against steady. Untried elsewhere
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChainTask:
+    """A chain of layers to anneal.
+
+    Args:
+        pair_LXX: [L - 1, X, X] share of tokens from items of a layer to items of the next, times the weight of hops.
+        saved_GG: what staying close saves: 1 on the diagonal, 1 - relative cost of the hop elsewhere.
+        weight_LWX: load of each item, summing to 1 over items.
+        speed_G: relative speed of each GPU, positive.
+        expert_LX: expert of each item; two items of one expert may not share a GPU.
+        price: cost of one unit of fullest over mean GPU, per layer, at the start; 0 leaves the load out.
+        floor: balancedness that the price is steered to, or None for a constant price.
+    """
+
+    pair_LXX: Float
+    saved_GG: Float
+    weight_LWX: Float
+    speed_G: Float
+    expert_LX: Integer
+    price: float
+    floor: float | None = None
 
 
 class ChainAnnealing:
     """State of the annealing.
 
     Args:
-        pair_LXX: [L - 1, X, X] share of tokens from items of a layer to items of the next, times the weight of hops.
-        saved_GG: what staying close saves: 1 on the diagonal, 1 - relative cost of the hop elsewhere.
-        weight_LWX: load of each item, summing to 1 over items.
-        speed_G: relative speeds.
-        price: cost of one unit of fullest over mean GPU, per layer.
-        expert_LX: expert of each item; two items of one expert may not share a GPU.
-        gpu_LX: GPU of each item at the start.
-        seed: of the draws.
-        floor: balancedness that the price is steered to, or None for a constant price.
+        task: traffic, loads and prices of the chain.
+        gpu_LX: GPU of each item at the start; as many items on every GPU.
+        seed: decides all draws.
     """
 
-    def __init__(
-        self,
-        pair_LXX: NDArray[np.float64],
-        saved_GG: NDArray[np.float64],
-        weight_LWX: NDArray[np.float64],
-        speed_G: NDArray[np.float64],
-        price: float,
-        expert_LX: Integer,
-        gpu_LX: Integer,
-        seed: int,
-        floor: float | None = None,
-    ) -> None:
+    def __init__(self, task: ChainTask, gpu_LX: Integer, seed: int) -> None:
+        pair_LXX, expert_LX = task.pair_LXX, task.expert_LX
         self.L, self.X = gpu_LX.shape
-        self.G = len(speed_G)
+        self.G = len(task.speed_G)
         edge = np.zeros((1, self.X, self.X), np.float32)
         self.back_LXX = np.concatenate([edge, pair_LXX.transpose(0, 2, 1).astype(np.float32)])
         self.ahead_LXX = np.concatenate([pair_LXX.astype(np.float32), edge])
-        self.saved_GG = saved_GG.astype(np.float32)
-        self.weight_WLX = np.ascontiguousarray(weight_LWX.transpose(1, 0, 2), np.float32)
-        self.slow_G = (speed_G.sum() / speed_G).astype(np.float32)
-        self.price, self.floor = price, floor
+        self.saved_GG = task.saved_GG.astype(np.float32)
+        self.weight_WLX = np.ascontiguousarray(task.weight_LWX.transpose(1, 0, 2), np.float32)
+        self.slow_G = (task.speed_G.sum() / task.speed_G).astype(np.float32)
+        self.price, self.floor = task.price, task.floor
         self.gpu_LX = gpu_LX.copy()
         self.member_LXG = (gpu_LX[:, :, None] == np.arange(self.G)).astype(np.float32)
         self.random = np.random.default_rng(seed)
@@ -63,7 +73,7 @@ class ChainAnnealing:
         is_copy_LXX = expert_LX[:, :, None] == expert_LX[:, None, :]
         is_copy_LXX[:, np.arange(self.X), np.arange(self.X)] = False
         self.copies_LXX = is_copy_LXX.astype(np.float32) if is_copy_LXX.any() else None
-        self.gpus_are_alike = bool(np.ptp(speed_G) == 0 and np.array_equal(saved_GG, np.eye(self.G)))
+        self.gpus_are_alike = bool(np.ptp(task.speed_G) == 0 and np.array_equal(task.saved_GG, np.eye(self.G)))
 
     def run(self, steps: int, deadline: float) -> Integer:
         """Cool down over `steps` half-sweeps or until the deadline; returns the GPU of each item."""
@@ -74,18 +84,22 @@ class ChainAnnealing:
                 break
             cooled = max(step / steps, (now - began) / max(deadline - began, 1e-9))
             temperature = HOT * (COLD / HOT) ** cooled
-            self._half_sweep(slice(step % 2, self.L, 2), temperature, may_steer=cooled > SETTLED)
+            balancedness = self._half_sweep(slice(step % 2, self.L, 2), temperature)
+            if balancedness is not None and self.floor is not None and cooled > SETTLED:
+                self.price *= float(np.exp(PRICE_RATE * (self.floor - balancedness)))
             if self.gpus_are_alike and step % TAIL_EVERY == 0:
                 self._swap_tails(temperature)
         return self.gpu_LX
 
-    def _half_sweep(self, half: slice, temperature: float, *, may_steer: bool) -> None:
+    def _half_sweep(self, half: slice, temperature: float) -> float | None:
+        """One drawn swap in every layer of one parity; the balancedness before it, if the load has a price."""
         gpu_AX = self.gpu_LX[half]
         if not len(gpu_AX):
-            return
-        change = self._hop_change(half, gpu_AX)
+            return None
+        change, balancedness = self._hop_change(half, gpu_AX), None
         if self.price:
-            change += self.price * self._level_change(half, gpu_AX, may_steer=may_steer)
+            level_change, balancedness = self._level_change(half, gpu_AX)
+            change += self.price * level_change
         change[gpu_AX[:, :, None] == gpu_AX[:, None, :]] = np.inf
         if self.copies_LXX is not None:
             change[self._doubles(half, gpu_AX)] = np.inf
@@ -95,6 +109,7 @@ class ChainAnnealing:
         x, y = np.divmod((change / temperature + noise).reshape(len(gpu_AX), -1).argmin(axis=1), self.X)
         moved = np.flatnonzero(x != y)
         self._swap(half.start + 2 * moved, x[moved], y[moved])
+        return balancedness
 
     def _hop_change(self, half: slice, gpu_AX: Integer) -> Single:
         layers = np.arange(self.L)[half]
@@ -105,29 +120,29 @@ class ChainAnnealing:
         move = np.einsum("axx->ax", at_AXX)[:, :, None] - at_AXX
         return np.asarray(move + move.transpose(0, 2, 1))
 
-    def _level_change(self, half: slice, gpu_AX: Integer, *, may_steer: bool) -> Single:
-        """Change of the fullest GPU by each swap, mean over folds; steers the price towards the floor."""
+    def _level_change(self, half: slice, gpu_AX: Integer) -> tuple[Single, float]:
+        """Change of the fullest GPU by each swap, and the balancedness before any of them; means over folds."""
         slow_AX = self.slow_G[gpu_AX]
         total = np.zeros((*gpu_AX.shape, self.X), np.float32)
         balancedness = 0.0
         for weight_AX in self.weight_WLX[:, half]:
             level_AG = np.einsum("ax,axg->ag", weight_AX, self.member_LXG[half]) * self.slow_G
             own_AX = np.take_along_axis(level_AG, gpu_AX, 1)
-            side = (own_AX - weight_AX * slow_AX)[:, :, None] + slow_AX[:, :, None] * weight_AX[:, None, :]
-            after = np.maximum(np.maximum(side, side.transpose(0, 2, 1)), _fullest_other(level_AG, gpu_AX))
+            left_AX = own_AX - weight_AX * slow_AX
+            own_after_AXX = left_AX[:, :, None] + slow_AX[:, :, None] * weight_AX[:, None, :]
+            both_after_AXX = np.maximum(own_after_AXX, own_after_AXX.transpose(0, 2, 1))
+            after = np.maximum(both_after_AXX, _fullest_other(level_AG, gpu_AX))
             peak_A = level_AG.max(axis=1)
             total += after - peak_A[:, None, None]
             balancedness += float((1 / np.maximum(peak_A, 1e-9)).mean())
         folds = len(self.weight_WLX)
-        if self.floor is not None and may_steer:
-            self.price *= float(np.exp(PRICE_RATE * (self.floor - balancedness / folds)))
-        return np.asarray(total / folds, np.float32)
+        return np.asarray(total / folds, np.float32), balancedness / folds
 
     def _doubles(self, half: slice, gpu_AX: Integer) -> NDArray[np.bool_]:
         """Swaps that would bring an item to a GPU with another copy of its expert."""
         assert self.copies_LXX is not None
-        into = _at(self.copies_LXX[half] @ self.member_LXG[half], gpu_AX) > 0.5
-        return np.asarray(into | into.transpose(0, 2, 1))
+        meets_copy_AXX = _at(self.copies_LXX[half] @ self.member_LXG[half], gpu_AX) > 0.5
+        return np.asarray(meets_copy_AXX | meets_copy_AXX.transpose(0, 2, 1))
 
     def _swap(self, layers: Integer, x: Integer, y: Integer) -> None:
         g, h = self.gpu_LX[layers, x], self.gpu_LX[layers, y]

@@ -20,21 +20,23 @@ from ...run.budget import Budget
 from ...run.workers import in_workers
 from ..affinity import layer_task
 from ..tabu import LayerTask, SearchState, tabu_search
-from .annealing import ChainAnnealing
+from .annealing import ChainAnnealing, ChainTask
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
-ROUNDS = 25
-SWEEPS = 4
-RESTARTS = 8
+# All trade time against quality. What they reach is recorded (experiments/records/2026-11-21_placement-goals), other
+# values are not: untried elsewhere.
+DESCENT_ROUNDS = 25  # tabu swaps of one layer given its neighbours
+DESCENT_SWEEPS = 4  # over all layers; it ends before if nothing falls
+RESTARTS = 8  # annealings from different starts, of which the best one is kept
 STEPS_PER_ITEM = 12.5  # half-sweeps per layer and item; more of them help less than another restart
 CELL_S = 1e-8  # a half-sweep's time per layer of one parity, pair of items, and fold
-ANNEALING_SHARE = 0.8
-FOLDS = 4
-START_PRICE = 0.23
+ANNEALING_SHARE = 0.8  # of the time left; the descent after it needs the rest
+HOPS_FOLDS = 4  # loads that an annealing bears, each with a table of all swaps; the fan-out search bears 8
+START_PRICE = 0.23  # of imbalance, which follows the floor from there; HOP_IMBALANCE_PRICE of the objective
 MIN_PARALLEL_CELLS = 50_000_000  # half-sweeps x layers x pairs of items that pay for starting processes
-FLOOR_ROUNDS = 4
-FLOOR_STEP = 1.25
+FLOOR_ROUNDS = 4  # descents at rising prices until the floor is kept; four raise the price to 2.4 times
+FLOOR_STEP = 1.25  # factor of the price between them: a smaller one needs more descents, a larger one overshoots
 
 
 def search_hops(
@@ -43,7 +45,7 @@ def search_hops(
     """Improve a map for hops * hop cost + fan * GPU fan-out + node * node fan-out + level * imbalance.
 
     Args:
-        problem: has tokens.
+        problem: every scenario has its trace.
         start_LP: a map to start from; its copy counts are kept.
         budget: time, seed, processes; told of progress.
         weights: of the objective, without churn and goal.
@@ -90,13 +92,16 @@ class _Chain:
         ]
 
     def set_price(self, price: float) -> None:
+        """Another price of imbalance, for all layers."""
         self.tasks = [replace(task, level=price) for task in self.tasks]
 
     def balancedness(self, gpus: list[Integer]) -> float:
+        """Mean over layers of mean / fullest GPU."""
         levels = [SearchState(replace(t, fan=0, node=0), g).level.level for t, g in zip(self.tasks, gpus, strict=True)]
         return float(np.mean([1 / level if level else 1.0 for level in levels]))
 
     def cost(self, gpus: list[Integer]) -> float:
+        """Own costs of the layers minus what hops are saved."""
         own = sum(SearchState(task, gpu_X).cost for task, gpu_X in zip(self.tasks, gpus, strict=True))
         return own - self.weight * sum(self._saved(layer, gpus) for layer in range(len(self.pair_XX)))
 
@@ -108,15 +113,18 @@ class _Chain:
         folds = np.stack([task.weight_WX for task in self.tasks])
         if steps * CELL_S * -(-L // 2) * X * X * (1 + folds.shape[1]) > seconds or L == 1:
             return
+        task = ChainTask(
+            pair_LXX=self.weight * np.array(self.pair_XX),
+            saved_GG=self.saved_GG,
+            weight_LWX=folds,
+            speed_G=self.tasks[0].speed_G,
+            expert_LX=np.stack([task.expert_X for task in self.tasks]),
+            price=price,
+            floor=floor,
+        )
         jobs = (
             _AnnealingJob(
-                pair_LXX=self.weight * np.array(self.pair_XX),
-                saved_GG=self.saved_GG,
-                weight_LWX=folds,
-                speed_G=self.tasks[0].speed_G,
-                price=price,
-                floor=floor,
-                expert_LX=np.stack([task.expert_X for task in self.tasks]),
+                task=task,
                 seed=self.budget.seed * RESTARTS + restart,
                 steps=steps,
                 deadline=time.monotonic() + seconds,
@@ -130,7 +138,7 @@ class _Chain:
     def descend(self, gpus: list[Integer], random: np.random.Generator) -> list[Integer]:
         """Every layer anew, given its neighbours, until nothing falls or the time is up."""
         gpus, cost = list(gpus), self.cost(gpus)
-        for _ in range(SWEEPS):
+        for _ in range(DESCENT_SWEEPS):
             for layer in random.permutation(len(self.tasks)).tolist():
                 if self.budget.left_s == 0:
                     return gpus
@@ -150,9 +158,9 @@ class _Chain:
             linear_XG -= self.pair_XX[layer] @ _members(gpus[layer + 1], self.G) @ self.saved_GG.T
         task = replace(self.tasks[layer], linear_XG=self.weight * linear_XG)
         deadline = time.monotonic() + self.budget.left_s
-        found = [tabu_search(task, gpus[layer], rounds=ROUNDS, deadline=deadline)]
+        found = [tabu_search(task, gpus[layer], rounds=DESCENT_ROUNDS, deadline=deadline)]
         if len(np.unique(task.expert_X)) == len(task.expert_X):
-            found.append(tabu_search(task, _transport(linear_XG), rounds=ROUNDS, deadline=deadline))
+            found.append(tabu_search(task, _transport(linear_XG), rounds=DESCENT_ROUNDS, deadline=deadline))
         return min(found, key=lambda pair: pair[1])[0]
 
     def _saved(self, layer: int, gpus: list[Integer]) -> float:
@@ -163,13 +171,7 @@ class _Chain:
 class _AnnealingJob:
     """One annealing for a worker process."""
 
-    pair_LXX: Float
-    saved_GG: Float
-    weight_LWX: Float
-    speed_G: Float
-    price: float
-    floor: float | None
-    expert_LX: Integer
+    task: ChainTask
     seed: int
     steps: int
     deadline: float
@@ -177,24 +179,22 @@ class _AnnealingJob:
 
 def _anneal(job: _AnnealingJob) -> tuple[Integer, float]:
     """GPU of each item, and the price of imbalance at the end."""
-    L, X = job.expert_LX.shape
-    G = len(job.speed_G)
+    L, X = job.task.expert_LX.shape
+    G = len(job.task.speed_G)
     random = np.random.default_rng(job.seed)
-    has_copies = len(np.unique(job.expert_LX[0])) < X
+    has_copies = len(np.unique(job.task.expert_LX[0])) < X
     first_X = np.arange(X) * G // X
     start_LX = np.stack([first_X if has_copies else random.permutation(first_X) for _ in range(L)])
-    annealing = ChainAnnealing(
-        job.pair_LXX, job.saved_GG, job.weight_LWX, job.speed_G, job.price, job.expert_LX, start_LX, job.seed, job.floor
-    )
+    annealing = ChainAnnealing(job.task, start_LX, job.seed)
     return annealing.run(job.steps, job.deadline), annealing.price
 
 
 def _with_merged_folds(task: LayerTask) -> LayerTask:
-    """At most FOLDS loads, the mean of every few; several scenarios are few and stay."""
+    """At most HOPS_FOLDS loads, the mean of every few; several scenarios are few and stay."""
     W, X = task.weight_WX.shape
-    if W <= FOLDS or W % FOLDS:
+    if W <= HOPS_FOLDS or W % HOPS_FOLDS:
         return task
-    return replace(task, weight_WX=task.weight_WX.reshape(FOLDS, W // FOLDS, X).mean(axis=1))
+    return replace(task, weight_WX=task.weight_WX.reshape(HOPS_FOLDS, W // HOPS_FOLDS, X).mean(axis=1))
 
 
 def _members(gpu_X: Integer, gpus: int) -> Float:

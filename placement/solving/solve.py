@@ -1,0 +1,91 @@
+"""`solve`: run a solver, check its plan, certify it."""
+
+import os
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from routing.ground.expect import expect_name
+
+from ..contract.plan import Plan
+from ..contract.problem import Problem
+from ..objectives import Objective, Robustness, find_objective
+from ..run.budget import Budget, Progress
+from .certify import certify, make_plan
+from .solvers import SOLVERS
+
+Integer = NDArray[np.int64]
+SCORING_S = 2e-6  # kept for the certificate per token and layer; too much takes time from the search
+MOST_SCORING = 0.3  # of the time limit: a search that gets less than the rest is not worth its certificate
+
+
+def solve(
+    problem: Problem,
+    *,
+    objective: str | Objective = "balance",
+    solver: str = "auto",
+    time_limit_s: float = 30.0,
+    seed: int = 0,
+    robustness: Robustness = "max",
+    balance_floor: float | None = None,
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Find a plan, check it independently, and certify it.
+
+    Args:
+        problem: what to place where.
+        objective: a name of OBJECTIVES, an expression of names, or an objective of your own.
+        solver: a name of SOLVERS; `auto` searches and proves where a gap is left and the programme is not too large.
+        time_limit_s: wall time, certificate included.
+        seed: for every random choice.
+        robustness: how scenarios are joined.
+        balance_floor: with one traced scenario, search with the least price of imbalance whose plans are expected to
+            keep this balancedness, in (0, 1), on unseen data; None takes the objective's own price.
+        processes: worker processes; None takes the machine's cores.
+        progress: called with a phase and the share of it that is done.
+
+    Returns:
+        The plan with its certificate. Ctrl-C while solving returns the best plan so far.
+
+    Raises:
+        ValueError: if a name is unknown or the objective needs tokens that the data lacks.
+        KeyboardInterrupt: if Ctrl-C comes before there is any plan, or a second time.
+    """
+    chosen = find_objective(objective) if isinstance(objective, str) else objective
+    run = SOLVERS[expect_name(solver, SOLVERS, "solver")]
+    if chosen.needs_tokens and not problem.has_tokens:
+        raise ValueError(f"objective {chosen.name} needs a routing trace (--trace); loads only tell balance")
+    if not time_limit_s > 0:
+        raise ValueError(f"the time limit must be positive; got {time_limit_s} s")
+    if balance_floor is not None and not 0 < balance_floor < 1:
+        raise ValueError(f"the balance floor must lie between 0 and 1; got {balance_floor}")
+    began = time.perf_counter()
+    budget = Budget(
+        balance_floor=balance_floor,
+        time_limit_s=time_limit_s - _scoring_s(problem, time_limit_s),
+        seed=seed,
+        processes=processes or len(os.sched_getaffinity(0)),
+        progress=progress,
+    )
+    is_interrupted = False
+    try:
+        map_LP = run(problem, chosen, budget)
+    except KeyboardInterrupt:
+        if budget.found.incumbent_LP is None:
+            raise
+        map_LP, is_interrupted = budget.found.incumbent_LP, True
+    plan = make_plan(problem, map_LP, solver=solver, objective=chosen)
+    try:
+        return certify(problem, plan, chosen, robustness, began, budget.found.proved_L)
+    except KeyboardInterrupt:
+        if is_interrupted:
+            raise
+    return certify(problem, plan, chosen, robustness, began, budget.found.proved_L)
+
+
+def _scoring_s(problem: Problem, time_limit_s: float) -> float:
+    """Time to keep for the certificate, which looks at every token."""
+    tokens = sum(scenario.trace.num_tokens for scenario in problem.scenarios if scenario.trace is not None)
+    return min(tokens * problem.num_layers * SCORING_S, MOST_SCORING * time_limit_s)
