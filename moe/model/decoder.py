@@ -3,6 +3,7 @@
 Shapes: B batch, S positions, T = B * S tokens, D model width, V vocabulary.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
-from routing import Carry, RouterStats, RoutingContext, auxiliary_loss, scheduled_weight
+from routing import Carry, ExactBuffers, RouterStats, RoutingContext, auxiliary_loss, scheduled_weight
 
 from ..architectures import build_body
 from ..layers.layer import FeedForward, RoutedLayer
@@ -86,17 +87,18 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = False
     _no_split_modules = ("DecoderLayer",)
-    _keep_in_fp32_modules_strict = (
-        "bias_R",
-        "penalty_weight",
-        "weight_PK",
-        "mean_ED",
-        "variance_ED",
-        "bias_J",
-        "query_mean",
-        "query_variance",
-        "proxy_sign",
-    )
+
+    def post_init(self) -> None:
+        """As in transformers, which is told as well which buffers of our modules stay float32 when it loads them."""
+        super().post_init()
+        exact = (
+            f"{prefix}.{name}".removeprefix(".")
+            for prefix, module in self.named_modules()
+            if isinstance(module, ExactBuffers)
+            for name in module.exact_buffers
+        )
+        # transformers searches checkpoint keys for these as regular expressions
+        self._keep_in_fp32_modules_strict |= {f"{re.escape(name)}$" for name in exact}
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

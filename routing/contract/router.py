@@ -5,7 +5,7 @@ Shapes: T tokens, D model width, R = E + Z routable experts (FFN and zero-comput
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,16 @@ class RoutingContext:
         position_T: int64 position of each token in its sequence.
         sequence_T: int64 row of the batch that each token belongs to, for sequence-wise losses.
         is_valid_T: bool, False for padding; None when no token is padding.
-        logit_bias_LR: added to the logits of layer l (rewiring at test time, task bias), or None.
+        logit_bias_LR: added to the logits of layer l (rewiring at test time, task bias), or None; -inf forbids an
+            expert.
         top_k: experts per token in this call instead of the configured K, or None.
         condition_TD: what a call is conditioned on (noise level, task), as an embedding per token, or None.
         modality_T: int64 modality of each token, or None.
         cache: the key/value cache of this pass (transformers' `Cache`), for routers with a decode state of their own.
         attention_mask: what each token may attend to, as decoder layers see it; None for plain causal attention.
+
+    Raises:
+        ValueError: if the logit bias has NaN or +inf, or forbids all experts of a layer.
     """
 
     is_training: bool = False
@@ -45,6 +49,16 @@ class RoutingContext:
     modality_T: Tensor | None = None
     cache: Any | None = None
     attention_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        bias_LR = self.logit_bias_LR
+        if bias_LR is None or bias_LR.is_meta or not bias_LR.is_floating_point() or bias_LR.ndim != 2:
+            return
+        if not (bias_LR < torch.inf).all() or not (bias_LR > -torch.inf).any(dim=1).all():
+            raise ValueError(
+                "logit_bias_LR must be numbers, or -inf for experts that are not to be chosen, and leave every layer "
+                "an expert; it has NaN, +inf or a layer of -inf alone"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +95,10 @@ class Router(Protocol):
     """
 
     is_causal: bool
+
+    def flops(self) -> float:
+        """Operations of one token in one call: two per entry of every matrix that it is multiplied with."""
+        ...
 
     def begin(self, context: RoutingContext) -> Carry:
         """The carry that enters the first MoE layer of a forward pass; only layer 0's router is asked."""
@@ -137,10 +155,18 @@ class RouterSizes:
 
 
 class ExactBuffers(nn.Module):
-    """A module whose buffers keep their dtype (float32 as built), bit for bit, when the model is cast to another."""
+    """A module whose floating-point buffers keep their dtype (float32 as built), bit for bit, in a model of any dtype.
+
+    A model collects the names of `exact_buffers` from its modules, so that a checkpoint loads them in float32 as well.
+    """
+
+    @property
+    def exact_buffers(self) -> list[str]:
+        """Names of this module's own buffers that a cast leaves alone."""
+        return [name for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
+        exact = {name: getattr(self, name) for name in self.exact_buffers}
         super()._apply(fn, recurse)
         for name, before in exact.items():
             after = getattr(self, name)
@@ -155,21 +181,45 @@ class RouterModule(ExactBuffers):
     Args:
         sizes: D, E, Z, K, L.
         layer: which MoE layer this router serves.
+
+    `option_groups` are the frozen dataclasses whose fields are the options of a config.json.
     """
 
     is_causal = True
     has_fixed_top_k = False
     balance_loss = "none"
+    option_groups: ClassVar[tuple[type, ...]] = ()
 
     def __init__(self, sizes: RouterSizes, layer: int) -> None:
         super().__init__()
         self.sizes, self.layer = sizes, layer
+
+    @classmethod
+    def build(cls, sizes: RouterSizes, *options: Any) -> list[nn.Module]:
+        """One router per MoE layer.
+
+        Args:
+            sizes: of all of them.
+            options: one value of each of the class's `option_groups`, which are frozen dataclasses.
+        """
+        return [cls(sizes, layer, *options) for layer in range(sizes.num_layers)]
+
+    def flops(self) -> float:
+        """Two per entry of this module's matrices; tables are read, not multiplied."""
+        return matrix_flops(self)
 
     def begin(self, context: RoutingContext) -> Carry:
         return Carry()
 
     def post_step(self, count_R: Tensor, num_tokens: int) -> None:
         """Stateless routers have nothing to update."""
+
+    @staticmethod
+    def expect_counts(count_R: Tensor) -> Tensor:
+        """The counts of a step. Raises ValueError if one is negative or no finite number."""
+        if not (torch.isfinite(count_R) & (count_R >= 0)).all():
+            raise ValueError(f"counts of tokens per expert must be finite and not negative; got {count_R.tolist()}")
+        return count_R
 
     def init_parameters(self, std: float) -> None:
         """Initialise this module's own parameters; `std` is the model's initialiser range.
@@ -261,6 +311,13 @@ def drop_padding(routing: Routing, context: RoutingContext) -> Routing:
     if context.is_valid_T is None:
         return routing
     return routing.drop(~context.is_valid_T[:, None].expand_as(routing.expert_TK))
+
+
+def matrix_flops(module: nn.Module) -> float:
+    """Two per entry of every matrix of a module; the tables of embeddings, which are read, cost nothing."""
+    owners = (owner for owner in module.modules() if not isinstance(owner, nn.Embedding))
+    matrices = {p for owner in owners for p in owner.parameters(recurse=False) if p.ndim == 2}
+    return 2.0 * sum(matrix.numel() for matrix in matrices)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What one token costs: parameters and floating-point operations of a forward pass, the one place that counts them.
 
 A multiply and an add are two operations. Norms, rotary angles, softmaxes and activations are left out. What stands in a
-decoder layer's feed-forward place says its own operations (`RoutedLayer.flops`), a stack how often tokens pass its
-layers (`StackOutput.passes`); the rest is counted here.
+decoder layer's feed-forward place says its own operations (`RoutedLayer.flops`), so does a router (`Router.flops`), and
+a stack says how often tokens pass its layers (`StackOutput.passes`); the rest is counted here.
 
 Shapes: R routable experts.
 """
@@ -99,7 +99,7 @@ def token_flops(model: MoEForCausalLM, usage: Usage, *, sequence_length: int) ->
 
 
 def router_flops(model: MoEForCausalLM, passes: Sequence[float] | None = None) -> float:
-    """Two per entry of every router matrix for each time a token passes it: a shared cell is passed with every router.
+    """What routers say that a call costs (`Router.flops`), each as often as a token passes it.
 
     Args:
         model: has the routers.
@@ -107,13 +107,7 @@ def router_flops(model: MoEForCausalLM, passes: Sequence[float] | None = None) -
     """
     routers = model.model.routers
     passes = [1.0] * len(routers) if passes is None else passes
-    total = 0.0
-    for router, own_passes in zip(routers, passes, strict=True):
-        total += getattr(router, "key_flops", 0.0) * own_passes
-        for name, parameter in router.named_parameters():
-            if parameter.ndim == 2 and "embed_tokens" not in name:  # a table is read, not multiplied
-                total += 2 * parameter.numel() * (sum(passes) if ".cell." in f".{name}" else own_passes)
-    return total
+    return sum((router.flops() * times for router, times in zip(routers, passes, strict=True)), 0.0)
 
 
 def parameters(model: MoEForCausalLM, true_load: float) -> dict[str, int]:

@@ -96,7 +96,7 @@ def balanced_assignment(score_TR: Tensor) -> Tensor:
 
 def _expect_plain_selection(name: str, rule: ClassicRule) -> None:
     """Training assigns by logits alone; groups and biases would only change what is chosen outside training."""
-    if rule.num_groups != 1 or rule.bias_rate:
+    if rule.grouping.num_groups != 1 or rule.balance.bias_rate:
         raise ValueError(f"{name} balances by its assignment in training; leave num_groups and bias_rate out")
 
 

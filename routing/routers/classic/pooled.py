@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ...contract.router import Carry, RouterSizes, RoutingContext
+from ..options import expect_one_of
 from .classic import ClassicRouter
-from .rule import ClassicRule, expect_one_of
+from .rule import ClassicRule
 
 Pooling = Literal["previous_chunk", "prefix", "chunk", "sequence"]
 CAUSAL = ("previous_chunk", "prefix")

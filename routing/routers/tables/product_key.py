@@ -21,7 +21,7 @@ from ...choice.table_rows import gather_dot, slices
 from ...contract.assignment import Routing
 from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
 from ...losses.marginals import MarginalStats
-from ..classic.rule import expect_one_of
+from ..options import expect_one_of
 
 QueryNorm = Literal["none", "layer", "batch"]
 GridLoss = Literal["none", "switch"]
@@ -89,6 +89,10 @@ class GridRouter(RouterModule):
         keys = 2 * 2 * self.num_rows * self.half_width * self.ranks
         pairs = 2 * self.sizes.top_k * self.ranks * (self.ranks + self.sizes.top_k)
         return float(self.num_heads * (keys + pairs))
+
+    def flops(self) -> float:
+        """Queries, sub-keys and pairs."""
+        return super().flops() + self.key_flops
 
     def top_k(self, context: RoutingContext) -> int:
         """K per head of this call."""
