@@ -23,7 +23,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__", "cli"),
     ),
     "routing/routers": (
-        ("options",),
+        ("options", "constant_weights"),
         ("classic", "row"),
         ("own_rules", "tables"),
         ("catalogue",),

@@ -67,5 +67,5 @@ def test_a_config_that_makes_no_sense_is_refused(tiny_config, overrides, message
 
 
 def test_unknown_router_options_are_refused_with_the_known_ones(tiny_config):
-    with pytest.raises(ValueError, match=r"known are .*renormalise"):
+    with pytest.raises(ValueError, match=r"there are .*renormalise"):
         MoEForCausalLM(tiny_config(router_options={"temperature": 2}))
