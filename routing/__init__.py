@@ -10,6 +10,7 @@ from .traces import RoutingTrace
 
 # What this package offers, by the module that has it; the one place to name a new export.
 _OFFERS: dict[str, tuple[str, ...]] = {
+    "choice.normalise": ("normalised",),
     "choice.table_rows": ("gather_dot", "gather_sum"),
     "choice.top_k": ("top_experts",),
     "contract.assignment": ("Routing",),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .library import routing_kernels
 
-# the C goes through all K places for every score; beyond, a sort has less to do
+# The C goes through all K places for every score, so its time grows with K R; beyond this K a sort has less to do.
 MOST_CHOICES = 64
 
 
@@ -17,7 +17,7 @@ def top_experts(score_TR: Tensor, top_k: int) -> Tensor:
     """int64 [T, K], best first. On a CPU equal scores go by id, lowest first; elsewhere as `torch.topk` has it.
 
     Args:
-        score_TR: scores without gradient; -inf for experts that may not be chosen.
+        score_TR: scores without gradient; -inf for experts that may not be chosen. On a CPU NaN counts as -inf.
         top_k: K, at most R.
     """
     if score_TR.device.type != "cpu":
@@ -28,6 +28,7 @@ def top_experts(score_TR: Tensor, top_k: int) -> Tensor:
 
 
 def _by_stable_sort(score_TR: Tensor, top_k: int) -> Tensor:
+    score_TR = score_TR.masked_fill(score_TR.isnan(), -torch.inf)
     return score_TR.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
 
 

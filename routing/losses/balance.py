@@ -75,7 +75,8 @@ def entropy_balance_loss(stats: RouterStats) -> Tensor:
     if stats.logit_TR is None:
         raise ValueError("the entropy balance loss needs router logits; this router has none")
     mean_R = mean_over_tokens(stats.logit_TR.softmax(dim=-1))
-    return -torch.special.entr(mean_R).sum()
+    # the slope of entropy is infinite at 0, where an expert that no token gives any probability stands
+    return -torch.special.entr(torch.where(mean_R > 0, mean_R, 1.0)).sum()
 
 
 def no_balance_loss(stats: RouterStats) -> Tensor:

@@ -14,8 +14,8 @@ def warn_of_constant_weights(kind: str) -> None:
         kind: name of the router's class.
     """
     _log.warning(
-        "%s: with one expert per token a renormalised weight is always 1, so the language-model loss gives the router "
-        "no gradient and only balance losses train it; take weights that are not renormalised (router 'switch' or "
-        "'olmoe'), or more experts per token",
+        "%s: with one expert per token (and head) a renormalised weight is constant, so the language-model loss gives "
+        "the router no gradient and only balance losses train it; take weights that are not renormalised (the routers "
+        "'switch' and 'olmoe'), or more experts per token",
         kind,
     )

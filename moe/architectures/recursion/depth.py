@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, one_hot
 
-from routing import ExactBuffers
+from routing import ExactBuffers, normalised
 
 RouterKind = Literal["linear", "mlp"]
 
@@ -177,7 +177,8 @@ class TokenChoiceDepth(ExactBuffers):
     def _losses(self, logit_TJ: Tensor, score_TJ: Tensor, count_J: Tensor) -> dict[str, Tensor]:
         losses = {}
         if self.balance == "loss":
-            probability_J = (score_TJ / score_TJ.sum(dim=-1, keepdim=True)).mean(dim=0)
+            # the logarithms are those of sigmoid scores; a softmax needs none, as it sums to 1
+            probability_J = normalised(score_TJ, lambda: logsigmoid(logit_TJ).softmax(dim=-1)).mean(dim=0)
             share_J = count_J.to(probability_J) / count_J.sum().clamp_min(1)
             losses["depth"] = self.loss_weight * self.recursions * (share_J * probability_J).sum()
         if self.z_weight:

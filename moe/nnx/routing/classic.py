@@ -17,6 +17,7 @@ from .assignment import Carry, RouterStats, Routing, RoutingContext
 from .capacity import CAPACITY_POLICIES, limit_capacity, share_capacity_R, tutel_capacity
 
 TINY = float(np.finfo(np.float32).tiny)
+LEAST_SUM = 2.0**-64  # as in `routing.choice.normalise`, which says why
 
 
 class ClassicRouter(nnx.Module):
@@ -53,7 +54,7 @@ class ClassicRouter(nnx.Module):
         expert_TK = self._select(lax.stop_gradient(score_TR))
         chosen = Routing(
             expert_TK=expert_TK,
-            weight_TK=self._weigh(score_TR, expert_TK),
+            weight_TK=self._weigh(score_TR, logit_TR, expert_TK),
             E=self.sizes.num_experts,
             Z=self.sizes.num_zero_compute,
         )
@@ -104,7 +105,7 @@ class ClassicRouter(nnx.Module):
         """The distribution that the balance loss sees, and the scores that select and weigh."""
         if self.rule.scoring.score == "sigmoid":
             score_TR = jax.nn.sigmoid(logit_TR)
-            return score_TR / score_TR.sum(axis=-1, keepdims=True), score_TR
+            return _normalised(score_TR, jax.nn.softmax(jax.nn.log_sigmoid(logit_TR))), score_TR
         probability_TR = jax.nn.softmax(logit_TR)
         return probability_TR, logit_TR if self.rule.scoring.score == "selected_softmax" else probability_TR
 
@@ -116,15 +117,16 @@ class ClassicRouter(nnx.Module):
             score_TR = self._mask_groups(score_TR)
         return lax.top_k(score_TR, self.sizes.top_k)[1]
 
-    def _weigh(self, score_TR: Array, expert_TK: Array) -> Array:
+    def _weigh(self, score_TR: Array, logit_TR: Array, expert_TK: Array) -> Array:
         """[T, K] from the unbiased scores of the selected experts."""
         weight_TK = jnp.take_along_axis(score_TR, expert_TK, axis=-1)
         counts_TK = self._counts_in_sum(expert_TK)
         if self.rule.scoring.score == "selected_softmax":
             weight_TK = _masked_softmax(weight_TK, counts_TK)
         elif self.rule.scoring.renormalise:
-            weight_TK = jnp.where(counts_TK, weight_TK, 0.0)
-            weight_TK = weight_TK / jnp.maximum(weight_TK.sum(axis=-1, keepdims=True), TINY)
+            log_TR = jax.nn.log_sigmoid(logit_TR) if self.rule.scoring.score == "sigmoid" else logit_TR
+            by_logarithms_TK = _masked_softmax(jnp.take_along_axis(log_TR, expert_TK, axis=-1), counts_TK)
+            weight_TK = _normalised(jnp.where(counts_TK, weight_TK, 0.0), by_logarithms_TK)
         return weight_TK * self.rule.scoring.scale
 
     def _drop_overflow(self, chosen: Routing, context: RoutingContext) -> Routing:
@@ -135,8 +137,7 @@ class ClassicRouter(nnx.Module):
         kept = limit_capacity(chosen, self._capacity(chosen, context), rank_TK)
         if not self.rule.capacity.renormalise_kept:
             return kept
-        sum_T1 = jnp.maximum(kept.weight_TK.sum(axis=-1, keepdims=True), TINY)
-        weight_TK = kept.weight_TK / sum_T1 * self.rule.scoring.scale
+        weight_TK = _as_shares(kept.weight_TK) * self.rule.scoring.scale
         return Routing(expert_TK=kept.expert_TK, weight_TK=weight_TK, E=kept.E, Z=kept.Z)
 
     def _jitter(self, x_TD: Array, context: RoutingContext) -> Array:
@@ -278,6 +279,20 @@ class RecurrentRouter(ClassicRouter):
             before_Tp = lax.stop_gradient(before_Tp)
         state_Tp = self.cell(projected_Tp, before_Tp)
         return state_Tp @ self.weight[...].astype(jnp.float32).T, carry | {"recurrent_state": state_Tp}
+
+
+def _normalised(score_TK: Array, by_logarithms_TK: Array) -> Array:
+    """`score / sum(score)`; by logarithms where that sum nearly vanishes. Twin of `routing.normalised`."""
+    sum_T1 = score_TK.sum(axis=-1, keepdims=True)
+    is_small_T1 = sum_T1 < LEAST_SUM
+    return jnp.where(is_small_T1, by_logarithms_TK, score_TK / jnp.where(is_small_T1, 1.0, sum_T1))
+
+
+def _as_shares(weight_TK: Array) -> Array:
+    """Weights divided by their sum; all 0 where none is left. Rows with a sum below `LEAST_SUM` pass no gradient."""
+    sum_T1 = weight_TK.sum(axis=-1, keepdims=True)
+    share_TK = weight_TK / jnp.maximum(sum_T1, TINY)
+    return jnp.where(sum_T1 < LEAST_SUM, lax.stop_gradient(share_TK), share_TK)
 
 
 def _masked_softmax(logit_TK: Array, counts_TK: Array) -> Array:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, logsigmoid
 
+from ...choice.normalise import as_shares, masked_softmax, normalised, softmax
 from ...choice.top_k import top_experts
 from ...contract.assignment import Routing
 from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
 from ...contract.stats import RouterStats
 from ...losses.capacity import CAPACITY_POLICIES, limit_capacity, share_capacity_R, tutel_capacity
 from ..constant_weights import warn_of_constant_weights
-from .normalise import as_shares, masked_softmax, normalised, softmax
 from .nulls import copy_ffn_rows_to_nulls
 from .rule import RULE_PARTS, ClassicRule
 

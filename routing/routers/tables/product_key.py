@@ -21,6 +21,7 @@ from ...choice.table_rows import gather_dot, slices
 from ...contract.assignment import Routing
 from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
 from ...losses.marginals import MarginalStats
+from ..constant_weights import warn_of_constant_weights
 from ..options import expect_one_of
 
 QueryNorm = Literal["none", "layer", "batch"]
@@ -204,6 +205,8 @@ class ProductKeyRouter(GridRouter):
     ) -> None:
         super().__init__(sizes, layer, num_heads, key_width, grid_loss)
         expect_one_of("query_norm", query_norm, get_args(QueryNorm))
+        if sizes.top_k == 1:
+            warn_of_constant_weights(type(self).__name__)
         self.query_norm = query_norm
         width = num_heads * key_width
         self.query = nn.Parameter(torch.empty(width, sizes.width))
