@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 from jax import Array
 
-from routing import build_routers
+from routing import ROUTERS, build_routers
 
 from ...parts.config import MoEConfig
 from .assignment import Carry, RouterStats, Routing, RoutingContext
@@ -70,7 +70,11 @@ def deciding_gates(routers: list[ClassicRouter | PreGate]) -> list[ClassicRouter
 def _twins(originals: list[Any], config: MoEConfig, rngs: nnx.Rngs) -> list[ClassicRouter | PreGate]:
     kind = type(originals[0]).__name__
     if kind not in TWINS:
-        raise ValueError(f"the router {config.router!r} ({kind}) has no JAX twin; those with one: {', '.join(TWINS)}")
+        having = [name for name, row in ROUTERS.items() if row.kind.__name__ in TWINS]
+        raise ValueError(
+            f"the router {config.router!r} ({kind}) has no JAX twin; train it with --backend torch, or take one of "
+            f"{', '.join(having)}"
+        )
     return TWINS[kind](originals, config, rngs)
 
 
