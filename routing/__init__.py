@@ -14,9 +14,9 @@ _OFFERS: dict[str, tuple[str, ...]] = {
     "choice.table_rows": ("gather_dot", "gather_sum"),
     "choice.top_k": ("top_experts",),
     "contract.assignment": ("Routing",),
-    "contract.router": (
-        *("Carry", "ExactBuffers", "Router", "RouterModule", "RouterSizes", "RoutingContext", "at_least_float32"),
-    ),
+    "contract.context": ("Carry", "RoutingContext"),
+    "contract.module": ("ExactBuffers", "RouterModule", "at_least_float32"),
+    "contract.router": ("Router", "RouterSizes"),
     "contract.stats": ("RouterStats",),
     "ground.c_library": ("compile_library", "processor_fact"),
     "losses.balance": ("BALANCE_LOSSES", "auxiliary_loss", "scheduled_weight", "switch_balance_loss", "z_loss"),

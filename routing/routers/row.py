@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..contract.router import RouterModule, RouterSizes
+from ..contract.module import RouterModule
+from ..contract.router import RouterSizes
 from .options import read_options
 
 

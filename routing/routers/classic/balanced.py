@@ -13,7 +13,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ...choice.top_k import top_experts
-from ...contract.router import RouterSizes, RoutingContext
+from ...contract.context import RoutingContext
+from ...contract.router import RouterSizes
 from .classic import ClassicRouter
 from .rule import ClassicRule
 

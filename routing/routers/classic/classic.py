@@ -15,7 +15,9 @@ from torch.nn.functional import linear, logsigmoid
 from ...choice.normalise import as_shares, masked_softmax, normalised, softmax
 from ...choice.top_k import top_experts
 from ...contract.assignment import Routing
-from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import RouterModule, at_least_float32, drop_padding
+from ...contract.router import RouterSizes
 from ...contract.stats import RouterStats
 from ...losses.capacity import CAPACITY_POLICIES, limit_capacity, share_capacity_R, tutel_capacity
 from ..constant_weights import warn_of_constant_weights

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
 from ...contract.assignment import Routing
-from ...contract.router import Carry, RouterSizes, RoutingContext
+from ...contract.context import Carry, RoutingContext
+from ...contract.router import RouterSizes
 from ...contract.stats import RouterStats
 from ..options import expect_one_of
 from .classic import ClassicRouter

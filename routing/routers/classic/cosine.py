@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from ...contract.router import Carry, RouterSizes, RoutingContext
+from ...contract.context import Carry, RoutingContext
+from ...contract.router import RouterSizes
 from ..options import Options, expect_at_least
 from .classic import ClassicRouter
 from .rule import RULE_PARTS, ClassicRule

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...contract.assignment import Routing
-from ...contract.router import RouterSizes, RoutingContext
+from ...contract.context import RoutingContext
+from ...contract.router import RouterSizes
 from ..options import Options
 from .classic import ClassicRouter
 from .rule import RULE_PARTS, ClassicRule

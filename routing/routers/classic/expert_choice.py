@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ...contract.assignment import Routing
-from ...contract.router import Carry, RouterSizes, RoutingContext, at_least_float32
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import at_least_float32
+from ...contract.router import RouterSizes
 from ...contract.stats import RouterStats
 from ..options import Options
 from .classic import ClassicRouter

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ...contract.router import Carry, RouterSizes, RoutingContext
+from ...contract.context import Carry, RoutingContext
+from ...contract.router import RouterSizes
 from ..options import Options
 from .classic import ClassicRouter, Scores
 from .rule import RULE_PARTS, ClassicRule

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ...contract.assignment import Routing
-from ...contract.router import RouterSizes, RoutingContext
+from ...contract.context import RoutingContext
+from ...contract.router import RouterSizes
 from ..options import Options
 from .classic import ClassicRouter, Scores
 from .rule import RULE_PARTS, ClassicRule

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ...choice.scored_steps import scored_steps
-from ...contract.router import Carry, RouterSizes, RoutingContext, matrix_flops
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import matrix_flops
+from ...contract.router import RouterSizes
 from ..options import Options, expect_at_least
 from .classic import ClassicRouter
 from .rule import RULE_PARTS, ClassicRule

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ...contract.assignment import Routing
-from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext, drop_padding
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import RouterModule, drop_padding
+from ...contract.router import RouterSizes
 from ...contract.stats import RouterStats
 from ..options import Options, expect_at_least
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...contract.assignment import Routing
-from ...contract.router import Carry, RouterModule, RoutingContext
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import RouterModule
 from ...contract.stats import RouterStats
 from ..options import Options
 

@@ -11,15 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ...contract.assignment import Routing
-from ...contract.router import (
-    Carry,
-    ExactBuffers,
-    RouterModule,
-    RouterSizes,
-    RoutingContext,
-    at_least_float32,
-    drop_padding,
-)
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import ExactBuffers, RouterModule, at_least_float32, drop_padding
+from ...contract.router import RouterSizes
 from ...contract.stats import RouterStats
 from ..options import Options
 

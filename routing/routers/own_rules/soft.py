@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import RouterModule, at_least_float32
+from ...contract.router import RouterSizes
 from ...contract.stats import RouterStats
 from ..options import Options, expect_at_least
 

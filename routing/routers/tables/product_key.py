@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ...choice.table_rows import gather_dot, slices
 from ...contract.assignment import Routing
-from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32, drop_padding
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import RouterModule, at_least_float32, drop_padding
+from ...contract.router import RouterSizes
 from ...losses.marginals import MarginalStats
 from ..constant_weights import warn_of_constant_weights
 from ..options import expect_one_of

@@ -16,7 +16,9 @@ from torch.nn.functional import linear, rms_norm
 
 from ...choice.table_rows import gather_dot
 from ...contract.assignment import Routing
-from ...contract.router import Carry, RouterSizes, RoutingContext, at_least_float32
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import at_least_float32
+from ...contract.router import RouterSizes
 from ...losses.marginals import MarginalStats
 from .product_key import GridLoss, GridRouter, Selection
 
