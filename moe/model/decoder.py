@@ -37,13 +37,13 @@ from .pretrained import MoEPreTrainedModel
 
 @dataclass
 class MoEOutput(ModelOutput):
-    """What a forward pass returns.
+    """Result of a forward pass.
 
     Args:
         loss: language-model loss plus weighted auxiliary losses, when labels are given.
         lm_loss: mean cross entropy per predicted token in nats, when labels are given.
         logits: [B, S, V].
-        past_key_values: the key/value cache.
+        past_key_values: the key/value cache, for the next call of this sequence.
         router_stats: one `RouterStats` per call of a router: one per MoE layer, unless the architecture says otherwise.
         losses: further training losses of the architecture, already weighted and part of `loss`.
         passes: per decoder layer, how often tokens passed it; None when all passed all layers once.

@@ -1,5 +1,5 @@
-"""The best experts of each token. On a CPU by C that goes through 16 tokens at a time; torch's `topk` goes through them
-one by one with scalar code.
+"""The best experts of each token. On a CPU, C compares 16 tokens at a time; torch's `topk` takes one token at a time
+with scalar code.
 
 Shapes: T tokens, R routable experts, K experts per token.
 """

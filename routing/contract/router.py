@@ -45,10 +45,10 @@ class RouterSizes:
     """The sizes that every router is built from.
 
     Args:
-        width: D.
-        num_experts: E.
-        top_k: K.
-        num_layers: L, MoE layers.
+        width: D, at least 1.
+        num_experts: E, at least 1.
+        top_k: K, 1..E + Z.
+        num_layers: L, MoE layers, at least 1.
         zero_compute: kinds of the Z zero-compute experts, in the order of their ids.
         vocab_size: V, for routers that hash token ids.
 

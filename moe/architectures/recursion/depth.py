@@ -38,10 +38,10 @@ class ExpertChoiceDepth(nn.Module):
     keeps the training rule, which is how the published numbers were evaluated. Recursion 0 takes every token in both.
 
     Args:
-        width: D.
-        recursions: J.
-        kind: `linear` or `mlp`.
-        inference: `threshold` or `top_k`.
+        width: D, of the hidden states that routers read.
+        recursions: J, one router each.
+        kind: of the routers, see `build_router`.
+        inference: the rule outside training, `threshold` or `top_k`.
         predictor: `own` thresholds the router's own logit; `separate` that of a second router, which sees detached
             inputs.
         alpha: scale of the sigmoid gate.
@@ -115,10 +115,10 @@ class TokenChoiceDepth(ExactBuffers):
     """One router that gives every token its number of recursions before the first; causal.
 
     Args:
-        width: D.
-        recursions: J.
-        kind: `linear` or `mlp`.
-        score: `softmax` or `sigmoid`.
+        width: D, of the hidden states that the router reads.
+        recursions: J, the depths that it scores.
+        kind: of the router, see `build_router`.
+        score: activation of the logits, `softmax` or `sigmoid`.
         balance: `loss` adds `J * sum f_j P_j`; `bias` moves a selection bias towards equal depths after each step.
         alpha: scale of the gate.
         loss_weight: of the balance loss.

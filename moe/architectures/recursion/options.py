@@ -49,8 +49,8 @@ class TokenChoiceOptions(Options):
 
     Args:
         router: of the depth: `linear` or `mlp` (the best published one here).
-        score: what scores depths.
-        balance: how depths are balanced.
+        score: activation that turns logits into scores of depths.
+        balance: a `loss`, or a selection `bias` that is moved after every step.
         alpha: scale of the gate; 0.1 with a sigmoid and 1 with a softmax if not given.
         loss_weight: of the balance loss.
         z_weight: of the depth router's z-loss.

@@ -1,6 +1,6 @@
 """Routers that assign a training batch evenly by construction and choose greedily outside training.
 
-In training a token's expert depends on the whole batch, later tokens included; generation is causal.
+In training a token's expert depends on the whole batch, later tokens included. Outside training routing is causal.
 
 Shapes: T tokens, K experts per token, R routable experts.
 """
@@ -26,7 +26,7 @@ class SinkhornRouter(ClassicRouter):
     arXiv:2202.01169, appendix B; selection and gate in the form of Megatron-LM's router.
 
     Raises:
-        ValueError: if the rule has groups or a balancing bias, which the normalised scores of training know nothing of.
+        ValueError: if the rule has groups or a balancing bias, which training would ignore.
     """
 
     def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule) -> None:
@@ -70,7 +70,7 @@ def sinkhorn(logit_TR: Tensor, tolerance: float = 1e-4, max_iterations: int = 10
     """exp(logits) scaled so that every row sums to 1 / T and every column to 1 / R.
 
     Args:
-        logit_TR: any real values.
+        logit_TR: logits, of any size.
         tolerance: the mean absolute change of the column scaling at which iteration ends.
         max_iterations: at most so many.
     """
@@ -126,7 +126,7 @@ def balanced_assignment(score_TR: Tensor) -> Tensor:
 
 
 def _expect_plain_selection(name: str, rule: ClassicRule) -> None:
-    """Training assigns by logits alone; groups and biases would only change what is chosen outside training."""
+    """Raises ValueError for groups and biases, which would only change what is chosen outside training."""
     if rule.grouping.num_groups != 1 or rule.balance.bias_rate:
         raise ValueError(f"{name} balances by its assignment in training; leave num_groups and bias_rate out")
 

@@ -19,7 +19,7 @@ from ..options import Options, expect_at_least
 from .classic import ClassicRouter
 from .rule import RULE_PARTS, ClassicRule
 
-# the largest scale of the paper's code (Tutel's cosine gate): beyond it a softmax of cosines is one-hot anyway
+# The clamp of Tutel's cosine gate; beyond it a softmax of cosines is close to one-hot and its gradient vanishes.
 MAX_SCALE = 100.0
 
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V2's router: what balances devices and the traffic between them, beside the balance of experts.
+"""DeepSeek-V2's router: losses that balance devices and the traffic between them, beside the balance of experts.
 
 Shapes: T tokens, K experts per token, R routable experts, G groups of experts (one per device).
 """

@@ -18,7 +18,7 @@ from ..options import Options
 from .classic import ClassicRouter
 from .rule import RULE_PARTS, Balance, ClassicRule
 
-# absorbs rounding before a product is cut to a whole number: 2.3 * 10 is below 23 in binary
+# Added before a product is cut to a whole number: 2.3 * 10 is below 23 in binary.
 SLACK = 1e-6
 
 

@@ -22,7 +22,7 @@ from .rule import RULE_PARTS, ClassicRule
 
 LOGIT = "previous_logit"
 HIDDEN_PER_EXPERT = 8  # as in the released code
-# added to variances: a token whose logits are all the same (padding) has none, and a root at 0 no gradient
+# Added to variances: a token whose logits are all equal (padding) has variance 0, where the root has no gradient.
 LEAST_VARIANCE = 1e-12
 
 

@@ -1,4 +1,4 @@
-"""Routers whose training draws lots: GShard's second expert, sigma-MoE's expert dropout.
+"""Routers that draw random numbers in training: GShard's second expert, sigma-MoE's expert dropout.
 
 Shapes: T tokens, K experts per token, R routable experts.
 """

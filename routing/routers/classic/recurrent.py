@@ -79,8 +79,8 @@ class RecurrentRouter(ClassicRouter):
     def init_parameters(self, std: float) -> None:
         """With `init="kaiming"` projection, cell and scores all start as torch's own layers do, uniform by their width.
 
-        Normal with the model's range, they pass on hardly anything while the model is narrow: of a range of 0.02 and a
-        width of 96, logits of 0.001.
+        With normal weights of the model's range a narrow model passes on hardly anything: a range of 0.02 at width 96
+        gives logits of 0.001.
         """
         super().init_parameters(std)
         if self.rule.initial.init == "kaiming":

@@ -27,7 +27,7 @@ class Scoring(Options):
         renormalise: divide the selected weights by their sum; `selected_softmax` does so by nature.
         normalise_over: which selected experts that sum runs over: all `selected`, `ffn` experts only, or all that are
             not `zero` experts; the others then weigh nothing.
-        scale: multiplies the weights.
+        scale: factor of the weights, after they were normalised.
         jitter: in training, inputs are multiplied by uniform noise in `1 - jitter .. 1 + jitter`; 0 <= jitter < 1.
 
     Raises:

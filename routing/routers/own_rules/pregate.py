@@ -26,7 +26,7 @@ class PreGateOptions(Options):
     Args:
         ahead: each gate is read so many blocks before the one that it decides for, 0..L-1; 0 is `inner` itself.
         inner: the router, by name, that is pre-gated.
-        inner_options: its options.
+        inner_options: options of the inner router; none if not given.
     """
 
     ahead: int = 1

@@ -40,8 +40,8 @@ class SlotMix:
     """The two linear maps of one layer.
 
     Args:
-        dispatch_BSQ: what each slot takes of each token; sums to 1 over a sequence's tokens.
-        combine_BSQ: what each token takes of each slot; sums to 1 over slots, 0 for padding.
+        dispatch_BSQ: weight of each token in each slot's input; sums to 1 over a sequence's tokens.
+        combine_BSQ: weight of each slot in each token's output; sums to 1 over slots, 0 for padding.
         expert_Q: int64 expert of each slot.
     """
 
@@ -56,7 +56,7 @@ class SoftRouter(RouterModule):
     Args:
         sizes: D, E, L; K and zero-compute experts have no meaning here.
         layer: which MoE layer this router serves.
-        options: how many slots.
+        options: how many slots an expert computes per sequence.
 
     Raises:
         ValueError: if there are zero-compute experts.

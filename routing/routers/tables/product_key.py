@@ -28,12 +28,12 @@ from ..options import expect_one_of
 
 QueryNorm = Literal["none", "layer", "batch"]
 GridLoss = Literal["none", "switch"]
-MOMENTUM, EPSILON = 0.1, 1e-5
+MOMENTUM, EPSILON = 0.1, 1e-5  # of the running statistics, as in torch's BatchNorm1d
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
-    """What a selection over all tokens found, without gradient.
+    """The result of a selection over all tokens, without gradient.
 
     Args:
         row_THK, column_THK: int64 places of the chosen experts in the grid.
@@ -56,8 +56,8 @@ class GridRouter(RouterModule):
     Args:
         sizes: D, N as the number of experts, K per head.
         layer: which memory layer this router serves.
-        num_heads: H.
-        key_width: width of a query or key, both halves together.
+        num_heads: H, at least 1; each picks K experts of its own.
+        key_width: width of a query or key, both halves together; even.
         grid_loss: `switch` balances rows and columns by the Switch loss; as published there is `none`.
 
     Raises:

@@ -22,7 +22,7 @@ from ...contract.router import RouterSizes
 from ...losses.marginals import MarginalStats
 from .product_key import GridLoss, GridRouter, Selection
 
-EPSILON = 1e-6
+EPSILON = 1e-6  # of the RMS norms of queries and keys
 
 
 class TuckerKeyRouter(GridRouter):
@@ -34,8 +34,8 @@ class TuckerKeyRouter(GridRouter):
     Args:
         sizes, layer, num_heads, key_width, grid_loss: as for `GridRouter`; `key_width` is that of rows and columns
             together.
-        ranks: r, each with queries and keys of its own.
-        cores: c.
+        ranks: r, each with queries and keys of its own; at least 1.
+        cores: c, at least 1; each weighs its own part of a value.
 
     Raises:
         ValueError: if there is no rank or no core.
