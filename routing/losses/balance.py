@@ -2,8 +2,8 @@
 
 Conventions, pinned here for the whole project: one loss per layer, averaged over layers (never pooled, a pooled loss
 hides a collapsed layer); the load shares sum to 1, so every balance loss but `entropy` is 1 when load and probability
-are as they should be, whatever K is. A paper whose shares sum to K needs a coefficient K times smaller for the same effect.
-Load shares pass no gradient; mean probabilities do.
+are as they should be, whatever K is. A paper whose shares sum to K needs a coefficient K times smaller for the same
+effect. Load shares pass no gradient; mean probabilities do.
 
 Shapes: T valid tokens, E FFN experts, R = E + Z routable experts, B sequences.
 """
