@@ -23,7 +23,7 @@ class MarginalStats:
         probability_R: mean probability of each row and column, halved; with gradient if a balance loss uses it.
         count_R: int64, how often each row and column was chosen.
         entropy: mean entropy of a token's distribution over rows, and over columns, in nats.
-        balance_loss: the name in `routing.losses.BALANCE_LOSSES` of the loss that this router is trained with.
+        balance_loss: the name in `routing.BALANCE_LOSSES` of the loss that this router is trained with.
     """
 
     num_tokens: int

@@ -1,6 +1,6 @@
-"""ClassicRouter and its variants MoE++ and RMoE; twins of `routing.classic`, `routing.pathway`, `routing.recurrent`.
+"""ClassicRouter: twin of `routing.ClassicRouter`.
 
-Shapes: T tokens, D model width, K experts per token, E FFN experts, R = E + Z routable experts, p = recurrent width.
+Shapes: T tokens, D model width, K experts per token, E FFN experts, R = E + Z routable experts.
 """
 
 import jax
@@ -15,9 +15,7 @@ from routing import ClassicRule, RouterSizes
 from ..parts.dense import normal
 from .assignment import Carry, RouterStats, Routing, RoutingContext
 from .capacity import CAPACITY_POLICIES, limit_capacity, share_capacity_R, tutel_capacity
-
-TINY = float(np.finfo(np.float32).tiny)
-LEAST_SUM = 2.0**-64  # as in `routing.choice.normalise`, which says why
+from .normalise import as_shares, masked_softmax, normalised
 
 
 class ClassicRouter(nnx.Module):
@@ -44,7 +42,7 @@ class ClassicRouter(nnx.Module):
         self.sizes, self.layer, self.rule = sizes, layer, rule
         shape = (sizes.num_routable, score_width or sizes.width)
         std = std if rule.initial.init_scale is None else (rule.initial.init_scale / shape[1]) ** 0.5
-        self.weight = _initial(rule, rngs, shape, std)
+        self.weight = initial(rule, rngs, shape, std)
         self.bias_R = nnx.Variable(jnp.zeros(sizes.num_routable, jnp.float32)) if rule.balance.bias_rate else None
 
     def __call__(self, x_TD: Array, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
@@ -105,7 +103,7 @@ class ClassicRouter(nnx.Module):
         """The distribution that the balance loss sees, and the scores that select and weigh."""
         if self.rule.scoring.score == "sigmoid":
             score_TR = jax.nn.sigmoid(logit_TR)
-            return _normalised(score_TR, jax.nn.softmax(jax.nn.log_sigmoid(logit_TR))), score_TR
+            return normalised(score_TR, jax.nn.softmax(jax.nn.log_sigmoid(logit_TR))), score_TR
         probability_TR = jax.nn.softmax(logit_TR)
         return probability_TR, logit_TR if self.rule.scoring.score == "selected_softmax" else probability_TR
 
@@ -122,11 +120,11 @@ class ClassicRouter(nnx.Module):
         weight_TK = jnp.take_along_axis(score_TR, expert_TK, axis=-1)
         counts_TK = self._counts_in_sum(expert_TK)
         if self.rule.scoring.score == "selected_softmax":
-            weight_TK = _masked_softmax(weight_TK, counts_TK)
+            weight_TK = masked_softmax(weight_TK, counts_TK)
         elif self.rule.scoring.renormalise:
             log_TR = jax.nn.log_sigmoid(logit_TR) if self.rule.scoring.score == "sigmoid" else logit_TR
-            by_logarithms_TK = _masked_softmax(jnp.take_along_axis(log_TR, expert_TK, axis=-1), counts_TK)
-            weight_TK = _normalised(jnp.where(counts_TK, weight_TK, 0.0), by_logarithms_TK)
+            by_logarithms_TK = masked_softmax(jnp.take_along_axis(log_TR, expert_TK, axis=-1), counts_TK)
+            weight_TK = normalised(jnp.where(counts_TK, weight_TK, 0.0), by_logarithms_TK)
         return weight_TK * self.rule.scoring.scale
 
     def _drop_overflow(self, chosen: Routing, context: RoutingContext) -> Routing:
@@ -137,7 +135,7 @@ class ClassicRouter(nnx.Module):
         kept = limit_capacity(chosen, self._capacity(chosen, context), rank_TK)
         if not self.rule.capacity.renormalise_kept:
             return kept
-        weight_TK = _as_shares(kept.weight_TK) * self.rule.scoring.scale
+        weight_TK = as_shares(kept.weight_TK) * self.rule.scoring.scale
         return Routing(expert_TK=kept.expert_TK, weight_TK=weight_TK, E=kept.E, Z=kept.Z)
 
     def _jitter(self, x_TD: Array, context: RoutingContext) -> Array:
@@ -187,8 +185,8 @@ class ClassicRouter(nnx.Module):
         return share_R / share_R.sum()
 
 
-def _initial(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: float) -> nnx.Param:
-    """The distributions of `routing.rule.ClassicRule.init`."""
+def initial(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: float) -> nnx.Param:
+    """The distributions of `init`, see `routing.routers.classic.rule.Initial`."""
     if rule.initial.init == "normal":
         return normal(rngs, shape, std)
     if rule.initial.init == "kaiming":
@@ -199,104 +197,4 @@ def _initial(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: flo
 
 def _inner(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: float) -> nnx.Param:
     """A matrix of RMoE before its scores: normal, unless all of them start as torch's own layers do."""
-    return _initial(rule, rngs, shape, std) if rule.initial.init == "kaiming" else normal(rngs, shape, std)
-
-
-class PathwayRouter(ClassicRouter):
-    """MoE++: a classic router whose logits add a linear map of the previous layer's. See `routing.pathway`."""
-
-    def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule, std: float, rngs: nnx.Rngs) -> None:
-        super().__init__(sizes, layer, rule, std, rngs)
-        self.residual_weight = normal(rngs, (sizes.num_routable,) * 2, std) if layer else None
-
-    def logits(self, x_TD: Array, carry: Carry) -> tuple[Array, Carry]:
-        logit_TR, carry = super().logits(x_TD, carry)
-        if self.residual_weight is not None and "previous_logit" in carry:
-            logit_TR = logit_TR + carry["previous_logit"] @ self.residual_weight[...].astype(jnp.float32).T
-        return logit_TR, carry | {"previous_logit": logit_TR}
-
-
-class GRUCell(nnx.Module):
-    """A gated recurrent unit with the parameters and gate order of torch's `GRUCell`.
-
-    Args:
-        width: p, of input and state.
-        rule: of its router, whose `init` says how the weights start.
-        std: of normal initial weights; biases start at 0.
-        rngs: random streams.
-    """
-
-    def __init__(self, width: int, rule: ClassicRule, std: float, rngs: nnx.Rngs) -> None:
-        self.weight_ih = _inner(rule, rngs, (3 * width, width), std)
-        self.weight_hh = _inner(rule, rngs, (3 * width, width), std)
-        self.bias_ih = nnx.Param(jnp.zeros(3 * width, jnp.float32))
-        self.bias_hh = nnx.Param(jnp.zeros(3 * width, jnp.float32))
-
-    def __call__(self, x_Tp: Array, state_Tp: Array) -> Array:
-        weight_ih, weight_hh, bias_ih, bias_hh = (
-            parameter[...].astype(jnp.float32)
-            for parameter in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        )
-        reset_x, update_x, new_x = jnp.split(x_Tp @ weight_ih.T + bias_ih, 3, axis=-1)
-        reset_h, update_h, new_h = jnp.split(state_Tp @ weight_hh.T + bias_hh, 3, axis=-1)
-        update = jax.nn.sigmoid(update_x + update_h)
-        new = jnp.tanh(new_x + jax.nn.sigmoid(reset_x + reset_h) * new_h)
-        return (1 - update) * new + update * state_Tp
-
-
-class RecurrentRouter(ClassicRouter):
-    """RMoE: scores from the state of a GRU that runs through the layers. See `routing.recurrent`.
-
-    Args:
-        sizes, layer, rule, std, rngs: as for `ClassicRouter`.
-        cell: shared by all layers; checkpoints hold it once, at layer 0.
-        width: p.
-        recurrence: `full`, `detach` or `none`.
-    """
-
-    def __init__(
-        self,
-        sizes: RouterSizes,
-        layer: int,
-        rule: ClassicRule,
-        std: float,
-        rngs: nnx.Rngs,
-        *,
-        cell: GRUCell,
-        width: int,
-        recurrence: str,
-    ) -> None:
-        super().__init__(sizes, layer, rule, std, rngs, score_width=width)
-        self.projection = _inner(rule, rngs, (width, sizes.width), std)
-        self.cell, self.recurrence = cell, recurrence
-
-    def logits(self, x_TD: Array, carry: Carry) -> tuple[Array, Carry]:
-        projected_Tp = x_TD @ self.projection[...].astype(jnp.float32).T
-        before_Tp = carry.get("recurrent_state")
-        if before_Tp is None or self.recurrence == "none":
-            before_Tp = jnp.zeros_like(projected_Tp)
-        elif self.recurrence == "detach":
-            before_Tp = lax.stop_gradient(before_Tp)
-        state_Tp = self.cell(projected_Tp, before_Tp)
-        return state_Tp @ self.weight[...].astype(jnp.float32).T, carry | {"recurrent_state": state_Tp}
-
-
-def _normalised(score_TK: Array, by_logarithms_TK: Array) -> Array:
-    """`score / sum(score)`; by logarithms where that sum nearly vanishes. Twin of `routing.normalised`."""
-    sum_T1 = score_TK.sum(axis=-1, keepdims=True)
-    is_small_T1 = sum_T1 < LEAST_SUM
-    return jnp.where(is_small_T1, by_logarithms_TK, score_TK / jnp.where(is_small_T1, 1.0, sum_T1))
-
-
-def _as_shares(weight_TK: Array) -> Array:
-    """Weights divided by their sum; all 0 where none is left. Rows with a sum below `LEAST_SUM` pass no gradient."""
-    sum_T1 = weight_TK.sum(axis=-1, keepdims=True)
-    share_TK = weight_TK / jnp.maximum(sum_T1, TINY)
-    return jnp.where(sum_T1 < LEAST_SUM, lax.stop_gradient(share_TK), share_TK)
-
-
-def _masked_softmax(logit_TK: Array, counts_TK: Array) -> Array:
-    """Softmax over the slots that count; 0 elsewhere and in rows where none counts. Other slots get no gradient."""
-    any_T1 = counts_TK.any(axis=-1, keepdims=True)
-    masked_TK = jnp.where(any_T1, jnp.where(counts_TK, logit_TK, -jnp.inf), 0.0)
-    return jnp.where(counts_TK, jax.nn.softmax(masked_TK), 0.0)
+    return initial(rule, rngs, shape, std) if rule.initial.init == "kaiming" else normal(rngs, shape, std)

@@ -1,4 +1,4 @@
-"""DeepSeek-V2's router: what balances devices and the traffic between them; twin of `routing.device_balance`.
+"""Losses that balance devices and their traffic (DeepSeek-V2); twin of `routing.routers.classic.device_balance`.
 
 Shapes: T tokens, K experts per token, R routable experts, G groups of experts (one per device).
 """

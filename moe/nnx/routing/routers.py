@@ -15,8 +15,10 @@ from routing import ROUTERS, build_routers
 
 from ...parts.config import MoEConfig
 from .assignment import Carry, RouterStats, Routing, RoutingContext
-from .classic import ClassicRouter, GRUCell, PathwayRouter, RecurrentRouter
+from .classic import ClassicRouter
 from .device_balance import DeviceBalancedRouter
+from .pathway import PathwayRouter
+from .recurrent import GRUCell, RecurrentRouter
 
 
 class PreGate(nnx.Module):
@@ -28,7 +30,7 @@ class PreGate(nnx.Module):
         own_gate: the gate of this block, if it stands among the first `ahead`.
         pre_gate: the gate of block `layer + ahead`, if there is one.
 
-    Source: Hwang et al. 2023 (Pre-gated MoE), arXiv:2308.12066, section 4.1. See `routing.pregate`.
+    Source: Hwang et al. 2023 (Pre-gated MoE), arXiv:2308.12066, section 4.1. See `routing.PreGate`.
     """
 
     def __init__(self, layer: int, ahead: int, own_gate: ClassicRouter | None, pre_gate: ClassicRouter | None) -> None:

@@ -20,7 +20,7 @@ from ...contract.context import Carry, RoutingContext
 from ...contract.module import at_least_float32
 from ...contract.router import RouterSizes
 from ...losses.marginals import MarginalStats
-from .product_key import GridLoss, GridRouter, Selection
+from .grid import GridLoss, GridRouter, Selection
 
 EPSILON = 1e-6  # of the RMS norms of queries and keys
 
