@@ -15,7 +15,7 @@ from .classic import ClassicRouter
 
 
 class PathwayRouter(ClassicRouter):
-    """MoE++: a classic router whose logits add a linear map of the previous layer's.."""
+    """MoE++: a classic router whose logits add a linear map of the previous layer's."""
 
     def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule, std: float, rngs: nnx.Rngs) -> None:
         super().__init__(sizes, layer, rule, std, rngs)
