@@ -4,7 +4,7 @@ Importing this package makes `AutoModelForCausalLM` know the model type `experti
 implementation of that name with transformers.
 """
 
-from .architectures import ARCHITECTURES, build_body
+from .architectures import ARCHITECTURES, Architecture, build_body
 from .conversion.export import export
 from .conversion.prune_and_join import drawn, join, most_used, prune
 from .experts.bank import Experts
@@ -23,6 +23,7 @@ from .parts.text import ByteText, TokenizerText, text_of
 
 __all__ = [
     "ARCHITECTURES",
+    "Architecture",
     "ByteText",
     "EnsembleConfig",
     "EnsembleForCausalLM",

@@ -23,7 +23,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__", "cli"),
     ),
     "routing/routers": (
-        ("classic",),
+        ("options", "constant_weights"),
+        ("classic", "row"),
         ("own_rules", "tables"),
         ("catalogue",),
         ("__init__",),

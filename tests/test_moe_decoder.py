@@ -1,7 +1,9 @@
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from moe import MoEForCausalLM
+from routing import ROUTERS, ClassicRouter, RouterRow
 
 
 def test_left_padding_does_not_change_what_is_generated(tiny_config):
@@ -67,5 +69,41 @@ def test_a_config_that_makes_no_sense_is_refused(tiny_config, overrides, message
 
 
 def test_unknown_router_options_are_refused_with_the_known_ones(tiny_config):
-    with pytest.raises(ValueError, match=r"known are .*renormalise"):
+    with pytest.raises(ValueError, match=r"there are .*renormalise"):
         MoEForCausalLM(tiny_config(router_options={"temperature": 2}))
+
+
+class CountingRouter(ClassicRouter):
+    """A router with an exact buffer of its own, under a name that nothing else has."""
+
+    def __init__(self, sizes, layer, rule):
+        super().__init__(sizes, layer, rule)
+        self.register_buffer("thresholds_of_mine", torch.full((sizes.num_routable,), 1.0009765625))
+        self.register_buffer("steps_seen", torch.zeros((), dtype=torch.int64))
+
+    def init_parameters(self, std):
+        super().init_parameters(std)
+        torch.nn.init.constant_(self.thresholds_of_mine, 1.0009765625)
+
+
+def test_a_new_routers_exact_buffer_stays_float32_without_the_decoder_knowing(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(ROUTERS, "counting", RouterRow(kind=CountingRouter))
+    model = MoEForCausalLM(tiny_config(router="counting"))
+    exact = torch.linspace(1.0009765625, 2, 6)
+    for router in model.model.routers:
+        router.thresholds_of_mine.copy_(exact)
+    model.save_pretrained(tmp_path)
+    for small in (model.to(torch.bfloat16), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)):
+        for router in small.model.routers:
+            assert router.weight.dtype == torch.bfloat16
+            assert router.thresholds_of_mine.dtype == torch.float32
+            assert torch.equal(router.thresholds_of_mine, exact)
+
+
+def test_no_weight_shares_the_fate_of_an_exact_buffer_by_its_name(tiny_config):
+    """transformers searches for patterns: a buffer of layer 1 must not match layer 11, nor a longer name."""
+    model = MoEForCausalLM(tiny_config(router="loss_free", num_hidden_layers=2))
+    patterns = model._keep_in_fp32_modules_strict
+    assert sorted(patterns) == sorted(
+        f"{prefix}layers\\.{layer}\\.mlp\\.router\\.bias_R$" for prefix in ("", "model\\.") for layer in (0, 1)
+    )

@@ -9,6 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 import offload
 from experiments.compare.measures.flops import measured_usage, token_flops
 from moe import MoEForCausalLM
+from moe.architectures.recursion.depth import TokenChoiceDepth
 
 LAYERS = {"num_hidden_layers": 4, "intermediate_size": 40, "architecture": "mixture_of_recursions"}
 CASES = {
@@ -466,8 +467,40 @@ def test_operations_count_each_pass(build):
         ({"inference": "guess"}, {}, "inference must be one of threshold, top_k"),
         ({"depth": 3}, {}, "unknown option"),
         ({"feed_forward": "moe"}, {"router": "pregate"}, "'pregate' cannot recur"),
+        ({"choice": "token", "predictor": "separate"}, {}, "predictor is an option of choice='expert'; this model has"),
+        ({"choice": "expert", "score": "sigmoid"}, {}, "score is an option of choice='token'; this model has"),
+        ({"choice": "none", "alpha": 0.5}, {}, "alpha is an option of choice='expert' or 'token'; this model has"),
+        ({"balance": "bias"}, {}, "balance is an option of choice='token'; this model has choice='expert'"),
+        ({"recursion": 3}, {}, "did you mean 'recursions'"),
+        ({"alpha": "big"}, {}, "alpha must be a finite number; got 'big'"),
     ],
 )
 def test_recursions_that_make_no_sense_are_refused(build, options, overrides, message):
     with pytest.raises(ValueError, match=message):
         build(options, **overrides)
+
+
+def test_options_left_to_none_take_the_defaults_of_their_choice(build):
+    plain, spelt = (
+        build({"choice": "token"}),
+        build({"choice": "token", "router": None, "alpha": None, "z_weight": None}),
+    )
+    assert (plain.model.stack.depth.alpha, spelt.model.stack.depth.alpha) == (1.0, 1.0)
+    assert plain.state_dict().keys() == spelt.state_dict().keys()
+    sigmoid = build({"choice": "token", "score": "sigmoid"}).model.stack.depth
+    assert (sigmoid.alpha, sigmoid.loss_weight, sigmoid.z_weight) == (0.1, 0.1, 1e-5)
+    expert = build({}).model.stack.depth
+    assert (expert.alpha, expert.loss_weight, expert.z_weight) == (0.1, 1e-3, 0.0)
+
+
+def test_depth_scores_that_vanish_give_a_finite_loss():
+    depth = TokenChoiceDepth(8, 3, kind="linear", score="sigmoid").train()
+    with torch.no_grad():
+        depth.router.weight.zero_()
+        depth.router.weight[:, 0] = -120.0
+    x_BSD = torch.zeros(1, 5, 8, requires_grad=True)
+    x_BSD.data[..., 0] = 1.0
+    choice = depth(x_BSD, torch.ones(1, 5, dtype=torch.bool), is_training=True)
+    choice.losses["depth"].backward()
+    assert choice.losses["depth"].item() == pytest.approx(0.1)
+    assert x_BSD.grad.isfinite().all()

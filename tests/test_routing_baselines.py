@@ -346,7 +346,7 @@ def test_forced_replays_what_it_was_given(row_by):
         ("xmoe", {"temperature": 0.0}, "temperature"),
         ("xmoe", {"projection_width": 0}, "projection_width"),
         ("remoe", {"penalty_growth": 1.0}, "growth above 1"),
-        ("remoe", {"score": "softmax"}, "unknown router option score"),
+        ("remoe", {"score": "softmax"}, "unknown router option 'score'"),
         ("expert_choice", {"mean_experts": 9.0}, r"0\.\.4"),
         ("forced", {"num_rows": 0}, "num_rows"),
         ("forced", {"row_by": "chance"}, "row_by must be one of"),

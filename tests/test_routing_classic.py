@@ -8,6 +8,7 @@ import torch
 
 from moe import MoEForCausalLM
 from routing import ROUTERS, Carry, RouterSizes, RoutingContext, build_routers
+from routing.routers.classic.rule import Scoring
 
 T, D, E, K = 9, 5, 8, 3
 
@@ -311,7 +312,7 @@ def test_logit_bias_of_the_context_acts_on_selection_and_weights():
     ("name", "options", "message"),
     [
         ("mixtrl", {}, "did you mean 'mixtral'"),
-        ("classic", {"scor": "softmax"}, "unknown router option scor"),
+        ("classic", {"scor": "softmax"}, "unknown router option 'scor'"),
         ("classic", {"score": "tanh"}, "score must be one of softmax"),
         ("classic", {"num_groups": 3}, "8 experts do not divide into 3 groups"),
         ("classic", {"num_groups": 8, "groups_kept": 2}, "2 groups hold 2 experts, fewer than top_k = 3"),
@@ -372,4 +373,4 @@ def test_deepseek_v2_has_the_published_settings():
     rule = ROUTERS["deepseek_v2"](
         RouterSizes(width=4, num_experts=160, top_k=6, num_layers=1), num_groups=8, groups_kept=3
     )[0].rule
-    assert (rule.score, rule.renormalise, rule.scale, rule.group_score) == ("softmax", False, 16.0, "max")
+    assert (rule.scoring, rule.grouping.group_score) == (Scoring(scale=16.0), "max")

@@ -221,7 +221,7 @@ def test_options_of_the_wrong_type_are_named(name, options):
 @pytest.mark.parametrize("name", ["classic", "rmoe", "remoe", "pregate", "moepp"])
 def test_inner_names_are_no_options(name, options):
     (option,) = options
-    with pytest.raises(ValueError, match=f"unknown router option {option}"):
+    with pytest.raises(ValueError, match=f"unknown router option '{option}'"):
         one(name, options)
 
 
@@ -234,7 +234,7 @@ def test_inner_names_are_no_options(name, options):
     ],
 )
 def test_misspelt_options_get_a_hint(name, misspelt, meant):
-    with pytest.raises(ValueError, match=rf"unknown router option {misspelt}; did you mean '{meant}'\?"):
+    with pytest.raises(ValueError, match=rf"unknown router option '{misspelt}' \(did you mean '{meant}'\?\)"):
         one(name, {misspelt: 8})
 
 

@@ -169,7 +169,7 @@ def test_next_means_next_block_with_experts(tiny_config):
         ({"inner": "expert_choice"}, "cannot do"),
         ({"inner": "forced"}, "given beforehand"),
         ({"inner": "mixtrall"}, "did you mean 'mixtral'"),
-        ({"inner_options": {"scale": 1.0, "groups": 2}}, "unknown router option groups"),
+        ({"inner_options": {"scale": 1.0, "groups": 2}}, "unknown router option 'groups'"),
         ({"inners": "mixtral"}, "did you mean 'inner'"),
     ],
 )

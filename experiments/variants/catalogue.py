@@ -1,11 +1,12 @@
 """VARIANTS: what `expertier compare` compares: a router with the experts, top-k and options that go with it."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+from moe import ARCHITECTURES
 from routing import ROUTERS
+from routing.ground.expect import expect_name
 
 from .architectures import ARCHITECTURE_VARIANTS
 
@@ -61,7 +62,7 @@ def _deepseek_v2(model: Settings) -> Settings:
     num_experts, base_k = _sizes(model)
     num_groups = min(8, num_experts)
     options = {"num_groups": num_groups, "groups_kept": min(max(3, base_k), num_groups)}
-    return {"router": "deepseek_v2", "router_options": options, "balance_loss_weight": 0.003}
+    return {"router": "deepseek_v2", "router_options": options} | _coefficient("deepseek_v2")
 
 
 def _recurrent(model: Settings, **options: Any) -> Settings:
@@ -76,12 +77,16 @@ def _pregated_recurrent(model: Settings) -> Settings:
     return {"router": "pregate", "router_options": {"ahead": 1, "inner": "rmoe", "inner_options": inner}}
 
 
-def _router(name: str, balance_loss_weight: float = 0.01, **options: Any) -> Callable[[Settings], Settings]:
-    """A router with the preset's own experts, and the coefficient that its paper gives if that is another."""
-    own: Settings = {"router": name, "router_options": options}
-    if balance_loss_weight != 0.01:
-        own["balance_loss_weight"] = balance_loss_weight
+def _router(name: str, **options: Any) -> Callable[[Settings], Settings]:
+    """A router with the preset's own experts, and the balance coefficient of its row in `ROUTERS` if it gives one."""
+    own: Settings = {"router": name, "router_options": options} | _coefficient(name)
     return lambda model: own
+
+
+def _coefficient(name: str) -> Settings:
+    """The published balance coefficient of a router."""
+    weight = ROUTERS[name].balance_weight
+    return {} if weight is None else {"balance_loss_weight": weight}
 
 
 VARIANTS: dict[str, Callable[[Settings], Settings]] = {
@@ -103,8 +108,8 @@ VARIANTS: dict[str, Callable[[Settings], Settings]] = {
     "pregate-rmoe": _pregated_recurrent,
     "loss-free": _router("loss_free"),
     "deepseek-v2": _deepseek_v2,
-    "deepseek-v3": _router("deepseek_v3", balance_loss_weight=1e-4),
-    "sigma-moe": _router("sigma_moe", balance_loss_weight=1e-3),
+    "deepseek-v3": _router("deepseek_v3"),
+    "sigma-moe": _router("sigma_moe"),
     "remoe": _router("remoe"),
     "expert-choice": _router("expert_choice"),
 }
@@ -114,27 +119,24 @@ def model_overrides(name: str, model: dict[str, Any]) -> dict[str, Any]:
     """The model settings of a variant.
 
     Args:
-        name: a key of `VARIANTS` or `ARCHITECTURE_VARIANTS`, or of `routing.ROUTERS` for that router with the preset's
-            own experts.
+        name: a key of `VARIANTS` or `ARCHITECTURE_VARIANTS`; of `routing.ROUTERS` for that router with the preset's
+            own experts; or of `moe.ARCHITECTURES` for that architecture with its default options.
         model: the preset's settings.
 
     Raises:
-        ValueError: if there is no such variant or router.
+        ValueError: if there is no such variant, router or architecture.
     """
     expect_variant(name)
     if name in VARIANTS:
         return model | VARIANTS[name](model)
     if name in ARCHITECTURE_VARIANTS:
         return model | ARCHITECTURE_VARIANTS[name](model)
-    return model | {"router": name}
+    if name in ROUTERS:
+        return model | {"router": name} | _coefficient(name)
+    return model | {"architecture": name}
 
 
 def expect_variant(name: str) -> None:
-    """Raises ValueError, with the nearest name, if there is no such variant or router."""
-    names = [*VARIANTS, *ARCHITECTURE_VARIANTS]
-    if name not in names and name not in ROUTERS:
-        near = get_close_matches(name, [*names, *ROUTERS], n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(
-            f"unknown variant {name!r}; {hint}variants are {', '.join(names)}; routers are {', '.join(ROUTERS)}"
-        )
+    """Raises ValueError, with the nearest name, if there is no such variant, router or architecture."""
+    names = {*VARIANTS, *ARCHITECTURE_VARIANTS, *ROUTERS, *ARCHITECTURES}
+    expect_name(name, names, "variant, router or architecture")

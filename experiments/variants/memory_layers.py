@@ -5,7 +5,8 @@ from math import isqrt
 from typing import Any
 
 Settings = dict[str, Any]
-PEER_HEADS, LOWER_CASE = 8, 97
+PEER_HEADS = 8  # as published
+LOWER_CASE = ord("a")  # bytes from here on are the second modality
 
 
 def _sizes(model: Settings) -> tuple[int, int, int, int]:

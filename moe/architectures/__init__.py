@@ -1,11 +1,9 @@
 """Architectures that change more than the router, one per file, and the literal dict that names them."""
 
-import inspect
-from collections.abc import Callable
-from difflib import get_close_matches
+from routing.ground.expect import expect_name
 
 from ..parts.config import MoEConfig
-from .body import Body
+from .body import Architecture, Body
 from .chain import chain_of_experts
 from .duo import duo_llm
 from .feature_groups import feature_groups
@@ -19,23 +17,90 @@ from .mode import mode
 from .moex import moex
 from .plain import plain
 from .read_me.architecture import readme
+from .recursion.architecture import OPTIONS as RECURSION_OPTIONS
 from .recursion.architecture import mixture_of_recursions
 
-ARCHITECTURES: dict[str, Callable[..., Body]] = {
-    "moe": plain,
-    "chain_of_experts": chain_of_experts,
-    "duo_llm": duo_llm,
-    "feature_groups": feature_groups,
-    "glider": glider,
-    "hydra": hydra,
-    "mixture_of_recursions": mixture_of_recursions,
-    "latent": latent,
-    "readme": readme,
-    "moex": moex,
-    "mixture_of_transformers": mixture_of_transformers,
-    "mode": mode,
-    "peer": peer,
-    "ultramem": ultramem,
+# a small Read-ME: experts and permanent parts of another width in every layer
+_READ_ME = {"expert_widths": [16, 8, 24], "permanent_widths": [8, 16, 0]}
+_READ_ME |= {"router_width": 16, "router_heads": 2, "router_ffn": 12}
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "moe": Architecture(build=plain, source="Shazeer et al. 2017, arXiv:1701.06538"),
+    "chain_of_experts": Architecture(
+        build=chain_of_experts,
+        source="Wang et al. 2025, arXiv:2506.18945",
+        example={"num_shared_experts": 1, "balance_loss_weight": 0.1},
+    ),
+    "duo_llm": Architecture(
+        build=duo_llm,
+        source="Alizadeh et al. 2024, arXiv:2410.10846",
+        example={"architecture_options": {"small_width": 8}},
+    ),
+    "feature_groups": Architecture(
+        build=feature_groups,
+        source="Chen et al. 2024, arXiv:2412.05644",
+        example={"architecture_options": {"shared_width": 8}, "router": "mixtral"},
+    ),
+    "glider": Architecture(build=glider, source="Li et al. 2024, arXiv:2410.07172", example={"router": "qwen3_moe"}),
+    "hydra": Architecture(
+        build=hydra, source="Hydra 2025, arXiv:2508.15099", example={"architecture_options": {"chunk": 3}}
+    ),
+    "mixture_of_recursions": Architecture(
+        build=mixture_of_recursions,
+        source="Bae et al. 2025, arXiv:2507.10524",
+        option_groups=RECURSION_OPTIONS,
+        example={
+            "architecture_options": {"feed_forward": "dense"},
+            "num_hidden_layers": 4,
+            "intermediate_size": 40,
+        },
+    ),
+    "latent": Architecture(
+        build=latent,
+        source="Liu et al. 2025, arXiv:2503.23100",
+        example={"architecture_options": {"group": 4, "rank": 5}, "router": "mixtral"},
+    ),
+    "readme": Architecture(
+        build=readme,
+        source="Cai et al. 2024, arXiv:2410.19123",
+        example={"architecture_options": _READ_ME, "num_experts_per_tok": 1},
+    ),
+    "moex": Architecture(build=moex, source="Yang et al. 2025, arXiv:2503.07639", example={"num_shared_experts": 1}),
+    "mixture_of_transformers": Architecture(
+        build=mixture_of_transformers,
+        source="Liang et al. 2024, arXiv:2411.04996",
+        example={
+            "architecture_options": {"first_ids": [0, 30, 60]},
+            "num_experts": 3,
+            "num_experts_per_tok": 1,
+        },
+    ),
+    "mode": Architecture(build=mode, source="Reuss et al. 2024, arXiv:2412.12953", example={"router": "qwen3_moe"}),
+    "peer": Architecture(
+        build=peer,
+        source="He 2024, arXiv:2407.04153",
+        example={
+            "architecture_options": {"num_heads": 2, "key_width": 8},
+            "num_experts": 49,
+            "num_experts_per_tok": 3,
+            "num_shared_experts": 1,
+        },
+    ),
+    "ultramem": Architecture(
+        build=ultramem,
+        source="Huang et al. 2025, arXiv:2508.18756; Huang et al. 2024, arXiv:2411.12364",
+        example={
+            "architecture_options": {
+                "key_width": 8,
+                "pre_value_width": 6,
+                "value_width": 10,
+                "layers_per_table": 2,
+            },
+            "num_experts": 36,
+            "num_experts_per_tok": 3,
+            "num_shared_experts": 1,
+        },
+    ),
 }
 
 
@@ -45,20 +110,11 @@ def build_body(config: MoEConfig) -> Body:
     Raises:
         ValueError: if the name or an option is unknown, or sizes and options do not fit together.
     """
-    build = ARCHITECTURES.get(config.architecture)
-    if build is None:
-        raise ValueError(_unknown("architecture", config.architecture, list(ARCHITECTURES)))
+    architecture = ARCHITECTURES[expect_name(config.architecture, ARCHITECTURES, "architecture")]
     options = config.architecture_options or {}
-    known = [name for name in inspect.signature(build).parameters if name != "config"]
-    for name in sorted(set(options) - set(known)):
-        raise ValueError(_unknown(f"option of the architecture {config.architecture!r}:", name, known))
-    return build(config, **options)
+    for name in sorted(options):
+        expect_name(name, architecture.options, f"option of the architecture {config.architecture!r},")
+    return architecture(config, **options)
 
 
-def _unknown(what: str, name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {name!r}; {hint}known are {', '.join(known) or 'none'}"
-
-
-__all__ = ["ARCHITECTURES", "Body", "build_body"]
+__all__ = ["ARCHITECTURES", "Architecture", "Body", "build_body"]

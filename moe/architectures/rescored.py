@@ -1,11 +1,10 @@
 """Routers of another kind under the rule of the configured router: top-k, weights and balance stay, scores change."""
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import nn
 
-from routing import ROUTERS, ClassicRouter
+from routing import ROUTERS, ClassicRouter, RouterRow, build_routers
 
 from ..parts.config import MoEConfig
 
@@ -16,16 +15,16 @@ def rescored_routers(config: MoEConfig, kind: Callable[..., nn.Module]) -> list[
     Raises:
         ValueError: if the configured router scores in a way of its own.
     """
-    fitting = [name for name, build in ROUTERS.items() if _is_rule_alone(build)]
+    fitting = [name for name, row in ROUTERS.items() if _is_rule_alone(row)]
     if config.router not in fitting:
         raise ValueError(
             f"the architecture {config.architecture!r} scores experts itself, so the router must be one of "
             f"{', '.join(fitting)}; got {config.router!r}"
         )
-    rule: partial[list[nn.Module]] = ROUTERS[config.router]  # type: ignore[assignment]
-    return rule.func(kind, config.router_sizes, **rule.keywords | (config.router_options or {}))
+    routers = build_routers(config.router, config.router_sizes, config.router_options)
+    return [kind(router.sizes, router.layer, router.rule) for router in routers]
 
 
-def _is_rule_alone(build: Callable[..., list[nn.Module]]) -> bool:
-    """Whether a router of the catalogue is a `ClassicRouter` with options and nothing else."""
-    return isinstance(build, partial) and build.args == (ClassicRouter,)
+def _is_rule_alone(row: RouterRow) -> bool:
+    """Whether a router of the catalogue is a `ClassicRouter` with options that do not depend on sizes."""
+    return row.kind is ClassicRouter and row.sized_defaults is None and row.build is None

@@ -52,11 +52,12 @@ def _plain_rule(model: MoEForCausalLM) -> ClassicRule:
     if type(router) is not ClassicRouter:
         raise ValueError(f"only the classic routers have a native family; this model has {type(router).__name__}")
     rule = router.rule
-    if rule.score == "sigmoid" or rule.num_groups > 1 or rule.bias_rate or rule.scale != 1.0:
+    score, scale = rule.scoring.score, rule.scoring.scale
+    num_groups, bias_rate = rule.grouping.num_groups, rule.balance.bias_rate
+    if score == "sigmoid" or num_groups > 1 or bias_rate or scale != 1.0:
         raise ValueError(
             "olmoe, qwen3_moe and mixtral route by softmax without groups, balancing bias or scale; "
-            f"this model has score={rule.score}, num_groups={rule.num_groups}, bias_rate={rule.bias_rate}, "
-            f"scale={rule.scale}"
+            f"this model has score={score}, num_groups={num_groups}, bias_rate={bias_rate}, scale={scale}"
         )
     return rule
 
@@ -79,7 +80,7 @@ def _expect_no_dense_layers(config: MoEConfig) -> list[str]:
 
 
 def _is_renormalised(rule: ClassicRule) -> bool:
-    return rule.renormalise or rule.score == "selected_softmax"
+    return rule.scoring.is_normalised
 
 
 def _olmoe_obstacles(config: MoEConfig, rule: ClassicRule) -> list[str]:

@@ -1,4 +1,4 @@
-"""What stands in a decoder layer's feed-forward place: FeedForward, or a RoutedLayer such as MoELayer.
+"""The feed-forward part of a decoder layer: FeedForward, or a RoutedLayer such as MoELayer.
 
 Shapes: T tokens, D model width, R routable experts.
 """
@@ -22,8 +22,8 @@ class FeedForward(nn.Module):
     """A plain gated feed-forward network, for dense layers and shared experts.
 
     Args:
-        width: D.
-        inner_width: its hidden width.
+        width: D, of inputs and outputs.
+        inner_width: hidden units.
         activation: name of the gate's activation.
     """
 
@@ -58,7 +58,7 @@ class RoutedLayer(nn.Module):
         raise NotImplementedError
 
     def flops(self, loads: Sequence[Tensor], passes: float) -> LayerFlops:
-        """What this layer costs a token, its routers left out.
+        """Operations of this layer per token, without its routers.
 
         Args:
             loads: per router, [R] slots per token of the text that were computed, summed over the router's calls.
@@ -86,7 +86,7 @@ class ExpertBank(RoutedLayer):
         self.zero_compute = ZeroComputeExperts(kinds, config.hidden_size) if kinds else None
 
     def compute(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """[T, D]: what the routed experts and the shared ones make of the tokens."""
+        """[T, D]: the weighted sum of the routed experts' outputs, plus those of zero-compute and shared experts."""
         y_TD = self.experts(x_TD, *routing.ffn_view())
         if self.zero_compute is not None:
             y_TD = y_TD + self.zero_compute(x_TD, routing)

@@ -17,8 +17,6 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationMixin,
-    PreTrainedModel,
-    initialization,
 )
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
@@ -28,22 +26,24 @@ from routing import Carry, RouterStats, RoutingContext, auxiliary_loss, schedule
 from ..architectures import build_body
 from ..layers.layer import FeedForward, RoutedLayer
 from ..layers.stack import LayerPasses, StackInputs, StackOutput
-from ..parts.attention import Attention, rotary_angles
+from ..parts.attention import rotary_angles
 from ..parts.config import MoEConfig
 from ..parts.linear import Linear
 from ..parts.norm import RMSNorm
 from ..parts.signals import signal_fields
+from .decoder_layer import DecoderLayer
+from .pretrained import MoEPreTrainedModel
 
 
 @dataclass
 class MoEOutput(ModelOutput):
-    """What a forward pass returns.
+    """Result of a forward pass.
 
     Args:
         loss: language-model loss plus weighted auxiliary losses, when labels are given.
         lm_loss: mean cross entropy per predicted token in nats, when labels are given.
         logits: [B, S, V].
-        past_key_values: the key/value cache.
+        past_key_values: the key/value cache, for the next call of this sequence.
         router_stats: one `RouterStats` per call of a router: one per MoE layer, unless the architecture says otherwise.
         losses: further training losses of the architecture, already weighted and part of `loss`.
         passes: per decoder layer, how often tokens passed it; None when all passed all layers once.
@@ -56,68 +56,6 @@ class MoEOutput(ModelOutput):
     router_stats: list[RouterStats] | None = None
     losses: dict[str, Tensor] | None = None
     passes: list[LayerPasses] | None = None
-
-
-class DecoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward; `mlp` is a `RoutedLayer`, or a `FeedForward` in dense layers."""
-
-    def __init__(self, config: MoEConfig, layer_idx: int, mlp: nn.Module) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config, layer_idx)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = mlp
-
-    def forward(self, x_BSD: Tensor, carry: Carry, inputs: StackInputs) -> tuple[Tensor, Carry, list[RouterStats]]:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), inputs.angles, inputs.mask, inputs.cache)
-        normed_BSD = self.post_attention_layernorm(x_BSD)
-        if isinstance(self.mlp, FeedForward):
-            return x_BSD + self.mlp(normed_BSD), carry, []
-        y_TD, carry, stats = self.mlp(normed_BSD.flatten(0, 1), carry, inputs.context)
-        y_BSD = y_TD.view_as(x_BSD)
-        return x_BSD + y_BSD if self.mlp.adds_to_stream else y_BSD, carry, stats
-
-
-class MoEPreTrainedModel(PreTrainedModel):
-    """Initialisation and what transformers needs to know about the architecture."""
-
-    config_class = MoEConfig
-    base_model_prefix = "model"
-    _supports_sdpa = True
-    _supports_attention_backend = False
-    _no_split_modules = ("DecoderLayer",)
-    _keep_in_fp32_modules_strict = (
-        "bias_R",
-        "penalty_weight",
-        "weight_PK",
-        "mean_ED",
-        "variance_ED",
-        "bias_J",
-        "query_mean",
-        "query_variance",
-        "proxy_sign",
-    )
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        return super().get_correct_experts_implementation(requested_experts or "expertier")
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, nn.Linear | nn.Embedding):
-            return
-        if hasattr(module, "init_parameters"):
-            module.init_parameters(self.config.initializer_range)
-            return
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1:
-                initialization.normal_(parameter, mean=0.0, std=self.config.initializer_range)
-            else:
-                initialization.ones_(parameter) if name == "weight" else initialization.zeros_(parameter)
 
 
 class MoEModel(MoEPreTrainedModel):
@@ -170,27 +108,35 @@ class MoEModel(MoEPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = _positions(x_BSD, attention_mask, past_key_values)
+        context = self._routing_context(x_BSD, input_ids, attention_mask, position_ids, past_key_values)
+        signals = signal_fields(*x_BSD.shape, condition, modality, logit_bias_LR)
+        inputs = self._stack_inputs(x_BSD, attention_mask, position_ids, past_key_values, replace(context, **signals))
+        carry = self.routers[0].begin(inputs.context) if self.routers else Carry()
+        output = self.stack(self.layers, x_BSD, carry, inputs)
+        return replace(output, x_BSD=self.norm(output.x_BSD)), past_key_values
+
+    def _stack_inputs(
+        self,
+        x_BSD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache | None,
+        context: RoutingContext,
+    ) -> StackInputs:
+        """What all decoder layers of this pass see; routers are told the mask as well."""
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x_BSD,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             position_ids=position_ids,
         )
-        inputs = StackInputs(
+        return StackInputs(
             angles=rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta),
             mask=mask,
-            cache=past_key_values,
-            context=replace(
-                self._routing_context(x_BSD, input_ids, attention_mask, position_ids, past_key_values),
-                attention_mask=mask,
-            ),
+            cache=cache,
+            context=replace(context, attention_mask=mask),
         )
-        signals = signal_fields(*x_BSD.shape, condition, modality, logit_bias_LR)
-        inputs = replace(inputs, context=replace(inputs.context, **signals))
-        carry = self.routers[0].begin(inputs.context) if self.routers else Carry()
-        output = self.stack(self.layers, x_BSD, carry, inputs)
-        return replace(output, x_BSD=self.norm(output.x_BSD)), past_key_values
 
     def post_step(self, counts: Sequence[Tensor], num_tokens: int) -> None:
         """Tell every router that an optimiser step is done.

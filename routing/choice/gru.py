@@ -1,6 +1,6 @@
-"""The GRU cell that routers share. On a CPU it runs in blocks of rows, whose gates are computed where they lie.
+"""The GRU cell that routers share. On a CPU it runs in blocks of rows and computes the gates in place.
 
-torch's own cell on a CPU gives every product, sum and gate of all rows new memory, which costs more than the products.
+torch's own cell on a CPU allocates new memory for every product, sum and gate, which costs more than the products.
 
 Shapes: T tokens, p state width; M rows of one block.
 """
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .plain_tensors import is_transformed
 
-# of the sizes tried, the quickest on two cores with 2 MiB of cache each: in smaller blocks threads wait for each other
+# The fastest of the sizes tried on two cores with 2 MiB of cache each. Larger blocks leave the cache; in smaller ones
+# threads wait for each other.
 BLOCK_ROWS = 2048
-# below, torch's own cell has less to prepare
+# Below this many rows torch's own cell is faster, because splitting into blocks costs more than it saves.
 FEWEST_ROWS = 128
 _aten = torch.ops.aten
 
@@ -24,8 +25,8 @@ def gru_cell(x_Tp: Tensor, state_Tp: Tensor | None, weights: Sequence[Tensor]) -
     """The state after one step.
 
     Args:
-        x_Tp: inputs.
-        state_Tp: the state before; None is zero.
+        x_Tp: one input per row.
+        state_Tp: the old state; None is zero.
         weights: `weight_ih` [3p, p], `weight_hh` [3p, p], `bias_ih` [3p] and `bias_hh` [3p] of `torch.nn.GRUCell`.
 
     Returns:
@@ -92,19 +93,24 @@ class _BlockwiseCell(torch.autograd.Function):
 
 
 class _Gates(NamedTuple):
-    """Of some rows: reset gate, update gate and new state [M, 3p], and the former state's part of the latter [M, p]."""
+    """Gates of some rows.
+
+    Args:
+        all: reset gate, update gate and candidate state side by side, [M, 3p].
+        of_state: the contribution of the old state to the candidate state, before the reset gate, [M, p].
+    """
 
     all: Tensor
     of_state: Tensor
 
     @classmethod
     def empty(cls, like_Tp: Tensor, num_rows: int) -> Self:
-        """Memory for so many rows."""
+        """Uninitialised memory for `num_rows` rows."""
         p = like_Tp.shape[1]
         return cls(like_Tp.new_empty(num_rows, 3 * p), like_Tp.new_empty(num_rows, p))
 
     def rows(self, rows: slice) -> Self:
-        """Those of some rows."""
+        """The gates of a slice of the rows."""
         return type(self)(self.all[rows], self.of_state[rows])
 
     @property
@@ -126,7 +132,7 @@ class _Gates(NamedTuple):
 
 
 def _step(block: _Gates, x_Mp: Tensor, state_Mp: Tensor | None, weights: Sequence[Tensor], after_Mp: Tensor) -> None:
-    """Fill in the gates and the state after of one block."""
+    """Compute the gates and the new state of one block, in place."""
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     p = x_Mp.shape[1]
     torch.addmm(torch.cat([bias_ih[: 2 * p] + bias_hh[: 2 * p], bias_ih[2 * p :]]), x_Mp, weight_ih.T, out=block.all)
@@ -144,7 +150,10 @@ def _step(block: _Gates, x_Mp: Tensor, state_Mp: Tensor | None, weights: Sequenc
 
 
 def _differentiate(block: _Gates, through_Mp: Tensor, grad_Mp: Tensor, state_Mp: Tensor | None, gates: _Gates) -> None:
-    """Gradients before the gates' activations into `block`, and the former state's past all products."""
+    """Write the pre-activation gradients of the gates to `block`, and what reaches the old state directly to `through`.
+
+    The matrix products that lead further back are left to the caller.
+    """
     torch.mul(grad_Mp, gates.update, out=through_Mp)
     torch.sub(grad_Mp, through_Mp, out=block.new)
     _aten.tanh_backward.grad_input(block.new, gates.new, grad_input=block.new)

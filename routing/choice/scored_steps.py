@@ -1,7 +1,7 @@
 """A projection, a GRU cell and scores of its states in one pass of C over blocks of tokens, without gradient.
 
-torch's products of so narrow matrices wait for memory between each other, and on processors that MKL was not made for
-they leave half of the vector units idle.
+Between torch's products of such narrow matrices the intermediate results go through memory. On processors other than
+Intel's, MKL also leaves half of the vector units idle.
 
 Shapes: T tokens, D model width, p state width, R routable experts.
 """
@@ -16,7 +16,7 @@ from .gru import gru_cell
 from .library import routing_kernels
 from .plain_tensors import has_plain_memory
 
-# below, arranging the weights for the C takes longer than the products
+# Below this many rows, rearranging the weights for the C takes longer than the products.
 FEWEST_ROWS = 128
 
 
@@ -26,17 +26,17 @@ def scored_steps(
     """`gru_cell` of the projected inputs, and scores of its states.
 
     Args:
-        x_TD: inputs.
-        state_Tp: the state before; None is zero.
-        projection_pD: the cell's inputs are linear in x by it.
-        weights: those of `gru_cell`.
-        score_Rp: the scores are linear in the state by it.
+        x_TD: hidden states.
+        state_Tp: the old state; None is zero.
+        projection_pD: maps hidden states to inputs of the cell.
+        weights: the four tensors that `gru_cell` takes.
+        score_Rp: maps states to scores.
 
     Returns:
-        The scores [T, R] and the state after [T, p].
+        The scores [T, R] and the new state [T, p].
 
     Raises:
-        ValueError: if inputs are not as wide as the projection, or the state before is not that of these tokens.
+        ValueError: if inputs are not as wide as the projection, or the old state has another shape or dtype.
     """
     if x_TD.shape[1] != projection_pD.shape[1]:
         raise ValueError(f"inputs must be [T, {projection_pD.shape[1]}]; got {list(x_TD.shape)}")

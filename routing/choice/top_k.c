@@ -1,5 +1,6 @@
 /* The best experts of each token: LANES tokens side by side, whose lists are kept sorted while their scores pass by. */
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -26,7 +27,8 @@ static void insert(scores score, int32_t expert, int64_t length, int is_growing,
     best_id[0] = choose_id(beats, id, best_id[0]);
 }
 
-/* The K highest of R scores of each of T tokens, best first; equal scores by id, lowest first. 0, or 1 without memory. */
+/* The K highest of R scores of each of T tokens, best first; equal scores by id, lowest first; NaN counts as the lowest,
+   because nothing compares with it and the lists would lose their order. 0, or 1 without memory. */
 int expertier_top_experts(const float *score, int64_t T, int64_t R, int64_t K, int64_t *expert) {
     int failed = 0;
 #pragma omp parallel reduction(| : failed) if (T > 8 * LANES)
@@ -40,7 +42,10 @@ int expertier_top_experts(const float *score, int64_t T, int64_t R, int64_t K, i
             if (failed) continue;
             int64_t rows = T - t0 < LANES ? T - t0 : LANES;
             for (int64_t i = 0; i < LANES; i++)
-                for (int64_t r = 0; r < R; r++) column[r][i] = score[(t0 + (i < rows ? i : 0)) * R + r];
+                for (int64_t r = 0; r < R; r++) {
+                    float own = score[(t0 + (i < rows ? i : 0)) * R + r];
+                    column[r][i] = own == own ? own : -INFINITY;
+                }
             for (int64_t r = 0; r < R; r++) insert(column[r], r, r < K ? r + 1 : K, r < K, best_score, best_id);
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t k = 0; k < K; k++) expert[(t0 + i) * K + k] = best_id[k][i];

@@ -1,5 +1,5 @@
-"""The best experts of each token. On a CPU by C that goes through 16 tokens at a time; torch's `topk` goes through them
-one by one with scalar code.
+"""The best experts of each token. On a CPU, C compares 16 tokens at a time; torch's `topk` takes one token at a time
+with scalar code.
 
 Shapes: T tokens, R routable experts, K experts per token.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 from .library import routing_kernels
 from .plain_tensors import has_plain_memory
 
-# the C goes through all K places for every score; beyond, a sort has less to do
+# The C goes through all K places for every score, so its time grows with K R; beyond this K a sort has less to do.
 MOST_CHOICES = 64
 
 
@@ -18,7 +18,7 @@ def top_experts(score_TR: Tensor, top_k: int) -> Tensor:
     """int64 [T, K], best first. On a CPU equal scores go by id, lowest first; elsewhere as `torch.topk` has it.
 
     Args:
-        score_TR: scores without gradient; -inf for experts that may not be chosen.
+        score_TR: scores without gradient; -inf for experts that may not be chosen. On a CPU NaN counts as -inf.
         top_k: K, at most R.
     """
     if score_TR.device.type != "cpu":
@@ -29,6 +29,7 @@ def top_experts(score_TR: Tensor, top_k: int) -> Tensor:
 
 
 def _by_stable_sort(score_TR: Tensor, top_k: int) -> Tensor:
+    score_TR = score_TR.masked_fill(score_TR.isnan(), -torch.inf)
     return score_TR.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
 
 

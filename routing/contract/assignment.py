@@ -19,8 +19,8 @@ class Routing:
         expert_TK: int64 ids. `0..E-1` are FFN experts, `E..E+Z-1` the layer's zero-compute experts, `E+Z` an empty slot
             (dropped or padding). Routers with a varying number of experts per token pad with empty slots.
         weight_TK: float32 combine weights, with gradient; 0 in empty slots.
-        num_experts: E.
-        num_zero_compute: Z.
+        num_experts: E, which is also the first id that is no FFN expert.
+        num_zero_compute: Z; 0 without zero-compute experts.
 
     Raises:
         ValueError: if shapes or dtypes are not as above. Values are checked by `validate`, which costs a device sync.

@@ -26,7 +26,7 @@ class RouterStats:
         logit_TR: raw logits with gradient; None for routers without.
         sequence_T: int64 row of the batch that each token belongs to, or None.
         target_share_R: the load shares that the balance loss aims at; None means uniform.
-        balance_loss: the name in `routing.losses.BALANCE_LOSSES` of the loss that this router is trained with.
+        balance_loss: the name in `routing.BALANCE_LOSSES` of the loss that this router is trained with.
         penalty_T: per token, a regulariser that the router weighs itself (ReMoE's adaptive L1), or None.
     """
 

@@ -48,7 +48,7 @@ def expect_name(name: str, known: Iterable[str], what: str) -> str:
         return name
     near = get_close_matches(str(name), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"unknown {what} {name!r}{hint}; there are {', '.join(names)}")
+    raise ValueError(f"unknown {what} {name!r}{hint}; there are {', '.join(names) or 'none'}")
 
 
 def expect_choice(value: str, choices: Iterable[str], name: str) -> str:

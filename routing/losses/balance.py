@@ -2,8 +2,8 @@
 
 Conventions, pinned here for the whole project: one loss per layer, averaged over layers (never pooled, a pooled loss
 hides a collapsed layer); the load shares sum to 1, so every balance loss but `entropy` is 1 when load and probability
-are as they should be, whatever K is. A paper whose shares sum to K has a coefficient K times smaller for the same
-effect. Load shares are never differentiated; mean probabilities are.
+are as they should be, whatever K is. A paper whose shares sum to K needs a coefficient K times smaller for the same
+effect. Load shares pass no gradient; mean probabilities do.
 
 Shapes: T valid tokens, E FFN experts, R = E + Z routable experts, B sequences.
 """
@@ -75,7 +75,8 @@ def entropy_balance_loss(stats: RouterStats) -> Tensor:
     if stats.logit_TR is None:
         raise ValueError("the entropy balance loss needs router logits; this router has none")
     mean_R = mean_over_tokens(stats.logit_TR.softmax(dim=-1))
-    return -torch.special.entr(mean_R).sum()
+    # the slope of entropy is infinite at 0, where an expert that no token gives any probability stands
+    return -torch.special.entr(torch.where(mean_R > 0, mean_R, 1.0)).sum()
 
 
 def no_balance_loss(stats: RouterStats) -> Tensor:
@@ -105,8 +106,8 @@ def auxiliary_loss(stats: Sequence[RouterStats], *, balance_weight: float, z_wei
 
     Args:
         stats: one per MoE layer, at least one.
-        balance_weight: coefficient of the balance loss that the router names.
-        z_weight: coefficient of `z_loss`.
+        balance_weight: coefficient of the balance loss that the router names; 1 at its target.
+        z_weight: coefficient of `z_loss`, in 1 / nats^2.
     """
     per_layer = []
     for layer in stats:

@@ -13,6 +13,9 @@ from torch import Tensor
 from ..contract.assignment import Routing
 
 CapacityPolicy = Callable[[Routing], Tensor]
+# Taken off before rounding up: 1.1 * 10 is above 11 in binary. No capacity that is meant to be a fraction is that close
+# above a whole number.
+ROUNDING = 1e-6
 
 
 def first(routing: Routing) -> Tensor:
@@ -59,7 +62,7 @@ def share_capacity_R(factor: float, num_slots: Tensor | int, share_R: Tensor) ->
         share_R: the share of them that each expert should take; sums to 1.
     """
     exact_R = share_R.double() * num_slots * factor
-    return torch.ceil(exact_R - 1e-6).long()  # the slack absorbs rounding: 1.1 * 10 is above 11 in binary
+    return torch.ceil(exact_R - ROUNDING).long()
 
 
 def tutel_capacity(factor: float, *, count_R: Tensor, num_tokens: int, top_k: int) -> int:
@@ -69,7 +72,7 @@ def tutel_capacity(factor: float, *, count_R: Tensor, num_tokens: int, top_k: in
         factor: above 0: `K * int(factor * ceil(T / R))`; 0: the largest load, which drops nothing; below 0: the largest
             load, but at most what `-factor` would give.
         count_R: how many tokens chose each expert.
-        num_tokens: T.
+        num_tokens: T, padding left out.
         top_k: K of this call (Tutel's "top-any": it may change from call to call).
 
     Source: Hwang et al. 2023 (Tutel), arXiv:2206.03382, section 3.4, and its `extract_critical`.

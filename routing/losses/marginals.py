@@ -18,12 +18,12 @@ class MarginalStats:
     """What the trainer and the losses read of a `RouterStats`, without anything of size T times R.
 
     Args:
-        num_tokens: valid tokens.
-        experts_per_token: heads times K.
+        num_tokens: tokens without padding.
+        experts_per_token: heads times K; an expert that two heads chose counts twice.
         probability_R: mean probability of each row and column, halved; with gradient if a balance loss uses it.
         count_R: int64, how often each row and column was chosen.
         entropy: mean entropy of a token's distribution over rows, and over columns, in nats.
-        balance_loss: the name in `routing.losses.BALANCE_LOSSES` of the loss that this router is trained with.
+        balance_loss: the name in `routing.BALANCE_LOSSES` of the loss that this router is trained with.
     """
 
     num_tokens: int

@@ -1,8 +1,8 @@
-"""What one token costs: parameters and floating-point operations of a forward pass, the one place that counts them.
+"""Parameters and floating-point operations of a forward pass per token, added up in this one place.
 
 A multiply and an add are two operations. Norms, rotary angles, softmaxes and activations are left out. What stands in a
-decoder layer's feed-forward place says its own operations (`RoutedLayer.flops`), a stack how often tokens pass its
-layers (`StackOutput.passes`); the rest is counted here.
+decoder layer's feed-forward place says its own operations (`RoutedLayer.flops`), and so does a router (`Router.flops`).
+A stack says how often tokens pass its layers (`StackOutput.passes`); the rest is counted here.
 
 Shapes: R routable experts.
 """
@@ -25,7 +25,7 @@ class TokenFlops:
         shared: shared experts and dense layers, which every token visits.
         zero_compute: copy and constant experts.
         router: scores, recurrent cells, projections, gating residuals, depth routers.
-        head: the language-model head.
+        head: the language-model head, once per token.
     """
 
     attention: float
@@ -73,8 +73,8 @@ def token_flops(model: MoEForCausalLM, usage: Usage, *, sequence_length: int) ->
     """Operations per token, with the loads that were measured.
 
     Args:
-        model: gives sizes.
-        usage: what tokens used; its loads are those after drops.
+        model: says its sizes and what its parts cost.
+        usage: what tokens used, after capacity drops.
         sequence_length: S; a token sees (S + 1) / 2 positions on average.
     """
     config = model.config
@@ -99,21 +99,15 @@ def token_flops(model: MoEForCausalLM, usage: Usage, *, sequence_length: int) ->
 
 
 def router_flops(model: MoEForCausalLM, passes: Sequence[float] | None = None) -> float:
-    """Two per entry of every router matrix for each time a token passes it: a shared cell is passed with every router.
+    """What routers say that a call costs (`Router.flops`), each as often as a token passes it.
 
     Args:
-        model: has the routers.
-        passes: per router, how often a token passes it; once without.
+        model: its routers are asked.
+        passes: per router, how often a token passes it; once each if not given.
     """
     routers = model.model.routers
     passes = [1.0] * len(routers) if passes is None else passes
-    total = 0.0
-    for router, own_passes in zip(routers, passes, strict=True):
-        total += getattr(router, "key_flops", 0.0) * own_passes
-        for name, parameter in router.named_parameters():
-            if parameter.ndim == 2 and "embed_tokens" not in name:  # a table is read, not multiplied
-                total += 2 * parameter.numel() * (sum(passes) if ".cell." in f".{name}" else own_passes)
-    return total
+    return sum((router.flops() * times for router, times in zip(routers, passes, strict=True)), 0.0)
 
 
 def parameters(model: MoEForCausalLM, true_load: float) -> dict[str, int]:

@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, one_hot
 
-from routing import ExactBuffers
+from routing import ExactBuffers, normalised
 
 RouterKind = Literal["linear", "mlp"]
 
@@ -38,10 +38,10 @@ class ExpertChoiceDepth(nn.Module):
     keeps the training rule, which is how the published numbers were evaluated. Recursion 0 takes every token in both.
 
     Args:
-        width: D.
-        recursions: J.
-        kind: `linear` or `mlp`.
-        inference: `threshold` or `top_k`.
+        width: D, of the hidden states that routers read.
+        recursions: J, one router each.
+        kind: of the routers, see `build_router`.
+        inference: the rule outside training, `threshold` or `top_k`.
         predictor: `own` thresholds the router's own logit; `separate` that of a second router, which sees detached
             inputs.
         alpha: scale of the sigmoid gate.
@@ -115,10 +115,10 @@ class TokenChoiceDepth(ExactBuffers):
     """One router that gives every token its number of recursions before the first; causal.
 
     Args:
-        width: D.
-        recursions: J.
-        kind: `linear` or `mlp`.
-        score: `softmax` or `sigmoid`.
+        width: D, of the hidden states that the router reads.
+        recursions: J, the depths that it scores.
+        kind: of the router, see `build_router`.
+        score: activation of the logits, `softmax` or `sigmoid`.
         balance: `loss` adds `J * sum f_j P_j`; `bias` moves a selection bias towards equal depths after each step.
         alpha: scale of the gate.
         loss_weight: of the balance loss.
@@ -177,7 +177,8 @@ class TokenChoiceDepth(ExactBuffers):
     def _losses(self, logit_TJ: Tensor, score_TJ: Tensor, count_J: Tensor) -> dict[str, Tensor]:
         losses = {}
         if self.balance == "loss":
-            probability_J = (score_TJ / score_TJ.sum(dim=-1, keepdim=True)).mean(dim=0)
+            # the logarithms are those of sigmoid scores; a softmax needs none, as it sums to 1
+            probability_J = normalised(score_TJ, lambda: logsigmoid(logit_TJ).softmax(dim=-1)).mean(dim=0)
             share_J = count_J.to(probability_J) / count_J.sum().clamp_min(1)
             losses["depth"] = self.loss_weight * self.recursions * (share_J * probability_J).sum()
         if self.z_weight:

@@ -26,7 +26,7 @@ class RecursionStack(Stack):
     """Runs the layers of `block` up to J times; the layers before and after it once.
 
     Args:
-        recursions: J.
+        recursions: J, passes at most.
         block: the decoder layers that recur.
         num_layers: decoder layers in all.
         depth: who goes on; None lets every token pass all recursions.

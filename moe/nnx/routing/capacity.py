@@ -1,4 +1,4 @@
-"""Capacity: how many tokens an expert may take, and which of them it keeps; twin of `routing.capacity`.
+"""Capacity: how many tokens an expert may take, and which of them it keeps; twin of `routing.losses.capacity`.
 
 Shapes: T tokens, K slots per token, N = T * K rows in slot-major order, R routable experts.
 """
@@ -58,7 +58,7 @@ def share_capacity_R(factor: float, num_slots: Array | int, share_R: np.ndarray)
 
 
 def tutel_capacity(factor: float, *, count_R: Array, num_tokens: Array | int, top_k: int) -> Array:
-    """Tokens per expert by Tutel's dynamic rule; see `routing.capacity.tutel_capacity`."""
+    """Tokens per expert by Tutel's dynamic rule; see `routing.losses.capacity.tutel_capacity`."""
     if factor == 0:
         return count_R.max()
     per_expert = jnp.ceil(num_tokens / count_R.shape[0])

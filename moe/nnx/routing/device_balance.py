@@ -1,4 +1,4 @@
-"""DeepSeek-V2's router: what balances devices and the traffic between them; twin of `routing.device_balance`.
+"""Losses that balance devices and their traffic (DeepSeek-V2); twin of `routing.routers.classic.device_balance`.
 
 Shapes: T tokens, K experts per token, R routable experts, G groups of experts (one per device).
 """
@@ -30,13 +30,13 @@ class DeviceBalancedRouter(ClassicRouter):
     def penalty(self, probability_TR: Array, chosen: Routing, context: RoutingContext) -> Array | None:
         """The weighted sum of both losses."""
         T, K = chosen.expert_TK.shape
-        G, R = self.rule.num_groups, chosen.num_routable
+        G, R = self.rule.grouping.num_groups, chosen.num_routable
         valid_T = jnp.ones(T, bool) if context.is_valid_T is None else context.is_valid_T
         num_tokens = jnp.maximum(valid_T.sum(), 1)
         load_G = G * chosen.count_R.reshape(G, -1).sum(axis=-1) / (K * num_tokens)
         # empty slots, of padding, fall into none of the groups
         is_sent_TG = (chosen.expert_TK[:, :, None] // (R // G) == jnp.arange(G)).any(axis=1)
-        sent_G = G * is_sent_TG.sum(axis=0) / (self.rule.groups_kept * num_tokens)
+        sent_G = G * is_sent_TG.sum(axis=0) / (self.rule.grouping.groups_kept * num_tokens)
         probability_G = rearrange(jnp.where(valid_T[:, None], probability_TR, 0.0), "t (g r) -> t g r", g=G).sum((0, 2))
         price_G = self.device_weight * load_G + self.communication_weight * sent_G
         return price_G @ probability_G / num_tokens

@@ -49,7 +49,9 @@ def sequence_balance_loss(stats: RouterStats) -> Array:
 
 def entropy_balance_loss(stats: RouterStats) -> Array:
     """Negative entropy of the batch-mean softmax of the logits. Source: sigma-MoE, arXiv:2310.10837, eqs. 20-21."""
-    return -jax.scipy.special.entr(stats.mean_of_valid(jax.nn.softmax(stats.logit_TR))).sum()
+    mean_R = stats.mean_of_valid(jax.nn.softmax(stats.logit_TR))
+    # the slope of entropy is infinite at 0, where an expert that no token gives any probability stands
+    return -jax.scipy.special.entr(jnp.where(mean_R > 0, mean_R, 1.0)).sum()
 
 
 def no_balance_loss(stats: RouterStats) -> Array:

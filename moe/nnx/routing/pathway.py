@@ -1,4 +1,4 @@
-"""MoE++: logits that add a map of the previous layer's; twin of `routing/routers/classic/pathway.py`.
+"""MoE++'s router; twin of `routing.routers.classic.pathway`.
 
 Shapes: T tokens, D model width, R routable experts.
 """

@@ -1,6 +1,6 @@
-"""RMoE: a GRU through the layers whose state is scored; twin of `routing/routers/classic/recurrent.py`.
+"""RMoE's router and its cell; twins of `routing.routers.classic.recurrent` and of torch's `GRUCell`.
 
-Shapes: T tokens, D model width, R routable experts, p = recurrent width.
+Shapes: T tokens, D model width, R routable experts, p = width of the recurrent state.
 """
 
 import jax
@@ -12,12 +12,7 @@ from routing import ClassicRule, RouterSizes
 
 from ..parts.dense import normal
 from .assignment import Carry
-from .classic import ClassicRouter, initial_matrix
-
-
-def _inner(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: float) -> nnx.Param:
-    """A matrix of RMoE before its scores: normal, unless all of them start as torch's own layers do."""
-    return initial_matrix(rule, rngs, shape, std) if rule.init == "kaiming" else normal(rngs, shape, std)
+from .classic import ClassicRouter, initial
 
 
 class GRUCell(nnx.Module):
@@ -27,7 +22,7 @@ class GRUCell(nnx.Module):
         width: p, of input and state.
         rule: of its router, whose `init` says how the weights start.
         std: of normal initial weights; biases start at 0.
-        rngs: random streams; `params` draws the initial weights.
+        rngs: random streams.
     """
 
     def __init__(self, width: int, rule: ClassicRule, std: float, rngs: nnx.Rngs) -> None:
@@ -49,12 +44,12 @@ class GRUCell(nnx.Module):
 
 
 class RecurrentRouter(ClassicRouter):
-    """RMoE: scores from the state of a GRU that runs through the layers.
+    """RMoE: scores from the state of a GRU that runs through the layers. See `routing.routers.classic.recurrent`.
 
     Args:
-        sizes, layer, rule, std, rngs: see `ClassicRouter`.
+        sizes, layer, rule, std, rngs: as for `ClassicRouter`.
         cell: shared by all layers; checkpoints hold it once, at layer 0.
-        width: p, width of the recurrent state.
+        width: p.
         recurrence: `full`, `detach` or `none`.
     """
 
@@ -83,3 +78,8 @@ class RecurrentRouter(ClassicRouter):
             before_Tp = lax.stop_gradient(before_Tp)
         state_Tp = self.cell(projected_Tp, before_Tp)
         return state_Tp @ self.weight[...].astype(jnp.float32).T, carry | {"recurrent_state": state_Tp}
+
+
+def _inner(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: float) -> nnx.Param:
+    """A matrix of RMoE before its scores: normal, unless all of them start as torch's own layers do."""
+    return initial(rule, rngs, shape, std) if rule.initial.init == "kaiming" else normal(rngs, shape, std)

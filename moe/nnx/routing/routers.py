@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 from jax import Array
 
-from routing import build_routers
+from routing import ROUTERS, build_routers
 
 from ...parts.config import MoEConfig
 from .assignment import Carry, RouterStats, Routing, RoutingContext
@@ -30,7 +30,7 @@ class PreGate(nnx.Module):
         own_gate: the gate of this block, if it stands among the first `ahead`.
         pre_gate: the gate of block `layer + ahead`, if there is one.
 
-    Source: Hwang et al. 2023 (Pre-gated MoE), arXiv:2308.12066, section 4.1. See `routing.pregate`.
+    Source: Hwang et al. 2023 (Pre-gated MoE), arXiv:2308.12066, section 4.1. See `routing.PreGate`.
     """
 
     def __init__(self, layer: int, ahead: int, own_gate: ClassicRouter | None, pre_gate: ClassicRouter | None) -> None:
@@ -72,7 +72,11 @@ def deciding_gates(routers: list[ClassicRouter | PreGate]) -> list[ClassicRouter
 def _twins(originals: list[Any], config: MoEConfig, rngs: nnx.Rngs) -> list[ClassicRouter | PreGate]:
     kind = type(originals[0]).__name__
     if kind not in TWINS:
-        raise ValueError(f"the router {config.router!r} ({kind}) has no JAX twin; those with one: {', '.join(TWINS)}")
+        having = [name for name, row in ROUTERS.items() if row.kind.__name__ in TWINS]
+        raise ValueError(
+            f"the router {config.router!r} ({kind}) has no JAX twin; train it with --backend torch, or take one of "
+            f"{', '.join(having)}"
+        )
     return TWINS[kind](originals, config, rngs)
 
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
 from ...contract.assignment import Routing
-from ...contract.router import Carry, RouterSizes, RoutingContext
+from ...contract.context import Carry, RoutingContext
+from ...contract.router import RouterSizes
 from ...contract.stats import RouterStats
+from ..options import expect_one_of
 from .classic import ClassicRouter
-from .rule import ClassicRule, expect_one_of
+from .rule import ClassicRule
 
 Reads = Literal["condition", "token_and_condition"]
 
@@ -64,7 +66,9 @@ class ConditionRouter(ClassicRouter):
     def select(self, logit_TR: Tensor, score_TR: Tensor, context: RoutingContext) -> Tensor:
         if not (context.is_training and self.samples):
             return super().select(logit_TR, score_TR, context)
-        return logit_TR.softmax(dim=-1).multinomial(self.top_k(context), replacement=False)
+        # experts whose probability vanished stay drawable, as fewer than K others may be left
+        probability_TR = logit_TR.softmax(dim=-1).clamp_min(torch.finfo(logit_TR.dtype).tiny)
+        return probability_TR.multinomial(self.top_k(context), replacement=False)
 
     def stats(self, chosen: Routing, kept: Routing, context: RoutingContext, **fields: Any) -> RouterStats:
         """The published balance loss sees the weights of the selected, renormalised, instead of all probabilities."""

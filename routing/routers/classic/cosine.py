@@ -6,16 +6,42 @@ Shapes: T tokens, D model width, R routable experts, p = width of the projection
 """
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from ...contract.router import Carry, RouterSizes, RoutingContext
+from ...contract.context import Carry, RoutingContext
+from ...contract.router import RouterSizes
+from ..options import Options, expect_at_least
 from .classic import ClassicRouter
-from .rule import ClassicRule
+from .rule import RULE_PARTS, ClassicRule
 
+# The clamp of Tutel's cosine gate; beyond it a softmax of cosines is close to one-hot and its gradient vanishes.
 MAX_SCALE = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineOptions(Options):
+    """Options of X-MoE besides those of the rule.
+
+    Args:
+        projection_width: p, at least 1.
+        temperature: the scale starts at its inverse; at least 0.01.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    projection_width: int = 256
+    temperature: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect_at_least("projection_width", self.projection_width, 1)
+        expect_at_least("temperature", self.temperature, 1 / MAX_SCALE)
 
 
 class CosineRouter(ClassicRouter):
@@ -25,21 +51,16 @@ class CosineRouter(ClassicRouter):
         sizes: D, E, Z, K, L.
         layer: which MoE layer this router serves.
         rule: how logits become a routing.
-        projection_width: p.
-        temperature: the scale starts at its inverse.
+        options: width of the projection and starting temperature.
     """
 
-    def __init__(
-        self, sizes: RouterSizes, layer: int, rule: ClassicRule, projection_width: int = 256, temperature: float = 0.5
-    ) -> None:
-        if projection_width < 1:
-            raise ValueError(f"projection_width must be at least 1; got {projection_width}")
-        if temperature < 1 / MAX_SCALE:
-            raise ValueError(f"temperature must be at least {1 / MAX_SCALE}; got {temperature}")
-        super().__init__(sizes, layer, rule, score_width=projection_width)
-        self.projection = nn.Parameter(torch.empty(projection_width, sizes.width))
+    option_groups: ClassVar[tuple[type, ...]] = (*RULE_PARTS, CosineOptions)
+
+    def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule, options: CosineOptions) -> None:
+        super().__init__(sizes, layer, rule, score_width=options.projection_width)
+        self.projection = nn.Parameter(torch.empty(options.projection_width, sizes.width))
         self.log_scale = nn.Parameter(torch.empty(1))
-        self.temperature = temperature
+        self.temperature = options.temperature
 
     def init_parameters(self, std: float) -> None:
         super().init_parameters(std)

@@ -3,14 +3,34 @@
 Shapes: T tokens, D model width, R routable experts.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from ...contract.assignment import Routing
-from ...contract.router import Carry, RouterSizes, RoutingContext, at_least_float32
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import at_least_float32
+from ...contract.router import RouterSizes
 from ...contract.stats import RouterStats
+from ..options import Options
 from .classic import ClassicRouter
-from .rule import ClassicRule
+from .rule import RULE_PARTS, Balance, ClassicRule
+
+# Added before a product is cut to a whole number: 2.3 * 10 is below 23 in binary.
+SLACK = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoiceOptions(Options):
+    """The option of expert choice; those of a token-choice rule must keep their defaults.
+
+    Args:
+        mean_experts: c, experts per token on average, 0 < c <= E + Z; K if not given.
+    """
+
+    mean_experts: float | None = None
 
 
 class ExpertChoiceRouter(ClassicRouter):
@@ -20,16 +40,19 @@ class ExpertChoiceRouter(ClassicRouter):
         sizes: D, E, Z, K, L.
         layer: which MoE layer this router serves.
         rule: its score must be `softmax`; the rest of a token-choice rule does not apply.
-        mean_experts: c, experts per token on average; K when None.
+        options: how many experts per token on average.
 
     Source: Zhou et al. 2022, arXiv:2202.09368, eqs. 1-2. Balanced by construction: no loss, no renormalisation.
     """
 
     is_causal = False
 
-    def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule, mean_experts: float | None = None) -> None:
-        if rule != ClassicRule(score="softmax", balance_loss="none"):
+    option_groups: ClassVar[tuple[type, ...]] = (*RULE_PARTS, ExpertChoiceOptions)
+
+    def __init__(self, sizes: RouterSizes, layer: int, rule: ClassicRule, options: ExpertChoiceOptions) -> None:
+        if rule != ClassicRule(balance=Balance(balance_loss="none")):
             raise ValueError("expert_choice has no token-choice rule; its only option is mean_experts")
+        mean_experts = options.mean_experts
         if mean_experts is not None and not 0 < mean_experts <= sizes.num_routable:
             raise ValueError(f"mean_experts must lie in 0..{sizes.num_routable} (E + Z); got {mean_experts}")
         super().__init__(sizes, layer, rule)
@@ -52,6 +75,6 @@ class ExpertChoiceRouter(ClassicRouter):
             probability_TR = probability_TR.masked_fill(~context.is_valid_T[:, None], -1.0)
         top_k = self.top_k(context)
         mean_experts = top_k if self.mean_experts is None else self.mean_experts
-        capacity = min(T, max(1, int(mean_experts * T / R + 1e-6)))  # the slack absorbs rounding: 2.3 * 10 is below 23
+        capacity = min(T, max(1, int(mean_experts * T / R + SLACK)))
         token_CR = probability_TR.topk(capacity, dim=0).indices
         return torch.zeros_like(probability_TR, dtype=torch.bool).scatter(0, token_CR, True)

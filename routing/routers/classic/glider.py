@@ -11,7 +11,7 @@ from math import sqrt
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, normalize
 
-from ...contract.router import Carry, RoutingContext
+from ...contract.context import Carry, RoutingContext
 from .classic import ClassicRouter
 
 

@@ -1,4 +1,4 @@
-"""What goes with null experts: the load they leave to FFN experts, and how a trained router gets them.
+"""Null experts: the load that they leave to FFN experts, and how a trained router gets rows for them.
 
 Source: Zeng et al. 2024 (AdaMoE), arXiv:2406.13233.
 """
@@ -18,7 +18,7 @@ def copy_ffn_rows_to_nulls(weight_RD: Tensor, num_experts: int, noise: float) ->
 
     Args:
         weight_RD: router weights, FFN rows first; changed in place.
-        num_experts: E.
+        num_experts: E; the rows after the first E are the nulls'.
         noise: standard deviation, relative to the rows' own, of what is added to a copy: exact twins tie, and which of
             them top-k takes is then arbitrary.
 

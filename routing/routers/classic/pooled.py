@@ -1,8 +1,7 @@
 """Routing by a pooled score: one decision for a chunk of tokens or a whole sequence.
 
-Scores are linear, so the score of a mean token is the mean of the tokens' scores; only those are kept while decoding.
-They stand as one more layer of the key/value cache, so beam search, cropping and the end of a request do to them what
-they do to keys.
+Scores are linear, so the score of a mean token is the mean of the tokens' scores, and only scores are kept while
+decoding. They form one more layer of the key/value cache, so beam search and cropping treat them as they treat keys.
 
 Source: Hydra (2025), arXiv:2508.15099, whose abstract says: one decision per chunk. How a chunk is pooled without
 looking ahead is ours.
@@ -16,9 +15,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ...contract.router import Carry, RouterSizes, RoutingContext
+from ...contract.context import Carry, RoutingContext
+from ...contract.router import RouterSizes
+from ..options import expect_one_of
 from .classic import ClassicRouter
-from .rule import ClassicRule, expect_one_of
+from .rule import ClassicRule
 
 Pooling = Literal["previous_chunk", "prefix", "chunk", "sequence"]
 CAUSAL = ("previous_chunk", "prefix")
@@ -94,7 +95,7 @@ class PooledRouter(ClassicRouter):
             return mean_B1R.expand(-1, S, -1)
         chunk_BP, wanted_BS = at_BP // self.chunk, position_BS // self.chunk
         num_chunks = int(torch.maximum(chunk_BP.max(), wanted_BS.max())) + 2
-        # chunk i is written at place i + 1, so that what stands before the first chunk is empty
+        # chunk i is written to place i + 1, so that the first chunk finds an empty place before it
         total = weighed_BPR.new_zeros(len(at_BP), num_chunks, weighed_BPR.shape[-1])
         total = total.scatter_add(1, (chunk_BP + 1)[..., None].expand_as(weighed_BPR), weighed_BPR)
         count = valid_BP.new_zeros(len(at_BP), num_chunks).scatter_add(1, chunk_BP + 1, valid_BP)

@@ -3,18 +3,49 @@
 Shapes: T tokens, K experts per token, R routable experts, V vocabulary, P positions of a replayed routing.
 """
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...contract.assignment import Routing
-from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext, drop_padding
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import RouterModule, drop_padding
+from ...contract.router import RouterSizes
 from ...contract.stats import RouterStats
-from ..classic.rule import expect_one_of
+from ..options import Options, expect_at_least
 
 RowBy = Literal["position", "order"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashOptions(Options):
+    """The option of hash routing.
+
+    Args:
+        seed: of the tables; the same seed gives the same tables.
+    """
+
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForcedOptions(Options):
+    """Options of a replayed routing.
+
+    Args:
+        num_rows: rows of the routing, at least 1.
+        row_by: a token takes the row of its `position` in its sequence, or of its `order` among the call's tokens.
+    """
+
+    num_rows: int = 1
+    row_by: RowBy = "position"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect_at_least("num_rows", self.num_rows, 1)
 
 
 class HashRouter(RouterModule):
@@ -23,19 +54,20 @@ class HashRouter(RouterModule):
     Args:
         sizes: E, K, L and V.
         layer: which MoE layer this router serves; every layer has its own table.
-        seed: of the tables.
+        options: seed of the tables.
 
     Source: Roller et al. 2021, arXiv:2106.04426, section 3.1 (balanced random assignment).
     """
 
     has_fixed_top_k = True
+    option_groups: ClassVar[tuple[type, ...]] = (HashOptions,)
 
-    def __init__(self, sizes: RouterSizes, layer: int, seed: int = 0) -> None:
+    def __init__(self, sizes: RouterSizes, layer: int, options: HashOptions) -> None:
         super().__init__(sizes, layer)
         if sizes.vocab_size is None:
             raise ValueError("hash routing needs the vocabulary size")
         R, V = sizes.num_routable, sizes.vocab_size
-        place_V = np.random.default_rng([seed, layer]).permutation(V)
+        place_V = np.random.default_rng([options.seed, layer]).permutation(V)
         self.register_buffer("expert_VK", torch.from_numpy((place_V[:, None] + np.arange(sizes.top_k)) % R))
 
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
@@ -52,20 +84,17 @@ class ForcedRouter(RouterModule):
     Args:
         sizes: E, Z, K, L.
         layer: which MoE layer this router serves.
-        num_rows: rows of the routing.
-        row_by: a token takes the row of its `position` in its sequence, or of its `order` among the call's tokens.
+        options: how many rows, and which a token takes.
     """
 
     has_fixed_top_k = True
+    option_groups: ClassVar[tuple[type, ...]] = (ForcedOptions,)
 
-    def __init__(self, sizes: RouterSizes, layer: int, num_rows: int = 1, row_by: RowBy = "position") -> None:
+    def __init__(self, sizes: RouterSizes, layer: int, options: ForcedOptions) -> None:
         super().__init__(sizes, layer)
-        expect_one_of("row_by", row_by, get_args(RowBy))
-        if num_rows < 1:
-            raise ValueError(f"num_rows must be at least 1; got {num_rows}")
-        self.row_by = row_by
-        self.register_buffer("expert_PK", torch.full((num_rows, sizes.top_k), sizes.num_routable))
-        self.register_buffer("weight_PK", torch.zeros(num_rows, sizes.top_k))
+        self.row_by = options.row_by
+        self.register_buffer("expert_PK", torch.full((options.num_rows, sizes.top_k), sizes.num_routable))
+        self.register_buffer("weight_PK", torch.zeros(options.num_rows, sizes.top_k))
 
     @torch.no_grad()
     def replay(self, expert_PK: Tensor, weight_PK: Tensor | None = None) -> None:

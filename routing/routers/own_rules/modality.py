@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ...contract.assignment import Routing
-from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import RouterModule
+from ...contract.router import RouterSizes
 from ...contract.stats import RouterStats
 from .fixed import fixed_routing
 

@@ -4,15 +4,34 @@ Shapes: T tokens, D model width, K experts per token, R routable experts.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...contract.assignment import Routing
-from ...contract.router import Carry, RouterModule, RoutingContext
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import RouterModule
 from ...contract.stats import RouterStats
+from ..options import Options
 
 PLANNED = ("expert", "kept_expert", "weight", "kept_weight", "probability", "logit", "penalty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreGateOptions(Options):
+    """Options of pre-gated routing.
+
+    Args:
+        ahead: each gate is read so many blocks before the one that it decides for, 0..L-1; 0 is `inner` itself.
+        inner: the router, by name, that is pre-gated.
+        inner_options: options of the inner router; none if not given.
+    """
+
+    ahead: int = 1
+    inner: str = "mixtral"
+    inner_options: dict[str, Any] | None = None
 
 
 class PreGate(nn.Module):
@@ -31,6 +50,8 @@ class PreGate(nn.Module):
     Source: Hwang et al. 2023 (Pre-gated MoE), arXiv:2308.12066, section 4.1; `ahead` is their activation level N.
     """
 
+    option_groups: ClassVar[tuple[type, ...]] = (PreGateOptions,)
+
     def __init__(self, gates: Sequence[RouterModule], layer: int, ahead: int) -> None:
         super().__init__()
         self.layer, self.ahead = layer, ahead
@@ -42,6 +63,10 @@ class PreGate(nn.Module):
     def is_causal(self) -> bool:
         """Whether the gates are."""
         return self._deciding[0].is_causal
+
+    def flops(self) -> float:
+        """Of the gates that this block reads."""
+        return sum((gate.flops() for gate in (self.own_gate, self.pre_gate) if gate is not None), 0.0)
 
     def begin(self, context: RoutingContext) -> Carry:
         return self._deciding[0].begin(context)

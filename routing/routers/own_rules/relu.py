@@ -3,21 +3,43 @@
 Shapes: T tokens, D model width, R routable experts.
 """
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ...contract.assignment import Routing
-from ...contract.router import (
-    Carry,
-    ExactBuffers,
-    RouterModule,
-    RouterSizes,
-    RoutingContext,
-    at_least_float32,
-    drop_padding,
-)
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import ExactBuffers, RouterModule, at_least_float32, drop_padding
+from ...contract.router import RouterSizes
 from ...contract.stats import RouterStats
+from ..options import Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReluOptions(Options):
+    """Options of ReMoE, whose defaults are the published ones.
+
+    Args:
+        initial_penalty: the penalty weight before the first step, above 0.
+        penalty_growth: factor of one step, above 1.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    initial_penalty: float = 1e-8
+    penalty_growth: float = 1.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.initial_penalty <= 0 or self.penalty_growth <= 1:
+            raise ValueError(
+                f"expected a positive initial penalty and growth above 1; "
+                f"got {self.initial_penalty} and {self.penalty_growth}"
+            )
 
 
 class SparsityControl(ExactBuffers):
@@ -33,8 +55,6 @@ class SparsityControl(ExactBuffers):
     """
 
     def __init__(self, num_layers: int, target_share: float, initial: float, growth: float) -> None:
-        if initial <= 0 or growth <= 1:
-            raise ValueError(f"expected a positive initial penalty and growth above 1; got {initial} and {growth}")
         super().__init__()
         self.num_layers, self.target_share, self.growth = num_layers, target_share, growth
         self.register_buffer("penalty_weight", torch.full((1,), initial))
@@ -59,6 +79,7 @@ class ReluRouter(RouterModule):
     """
 
     has_fixed_top_k = True
+    option_groups: ClassVar[tuple[type, ...]] = (ReluOptions,)
 
     def __init__(self, sizes: RouterSizes, layer: int, control: SparsityControl) -> None:
         super().__init__(sizes, layer)
@@ -66,6 +87,14 @@ class ReluRouter(RouterModule):
         if layer == 0:
             self.control = control
         self._shared = (control,)  # in a tuple, or torch would register it again
+
+    @classmethod
+    def build(cls, sizes: RouterSizes, *options: Any) -> list[nn.Module]:
+        """One router per MoE layer under one penalty weight, which aims at K of the R experts."""
+        (own,) = options
+        target_share = sizes.top_k / sizes.num_routable
+        control = SparsityControl(sizes.num_layers, target_share, own.initial_penalty, own.penalty_growth)
+        return [cls(sizes, layer, control) for layer in range(sizes.num_layers)]
 
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
         self.top_k(context)
@@ -88,7 +117,7 @@ class ReluRouter(RouterModule):
     @torch.no_grad()
     def post_step(self, count_R: Tensor, num_tokens: int) -> None:
         if num_tokens:
-            self._shared[0].report(count_R.sum() / (num_tokens * self.sizes.num_routable))
+            self._shared[0].report(self.expect_counts(count_R).sum() / (num_tokens * self.sizes.num_routable))
 
     def _penalty_T(self, weight_TR: Tensor, routing: Routing, context: RoutingContext) -> Tensor:
         """Its mean over tokens is `lambda R / (K T^2) * sum_r count_r * (sum of r's weights)`, the balanced L1 term."""

@@ -7,13 +7,32 @@ Shapes: T = B * S tokens, D model width, E experts, Q = E * slots per expert.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ...contract.router import Carry, RouterModule, RouterSizes, RoutingContext, at_least_float32
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import RouterModule, at_least_float32
+from ...contract.router import RouterSizes
 from ...contract.stats import RouterStats
+from ..options import Options, expect_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftOptions(Options):
+    """The option of Soft MoE.
+
+    Args:
+        slots_per_expert: at least 1; E times this should be near the sequence length.
+    """
+
+    slots_per_expert: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect_at_least("slots_per_expert", self.slots_per_expert, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,8 +40,8 @@ class SlotMix:
     """The two linear maps of one layer.
 
     Args:
-        dispatch_BSQ: what each slot takes of each token; sums to 1 over a sequence's tokens.
-        combine_BSQ: what each token takes of each slot; sums to 1 over slots, 0 for padding.
+        dispatch_BSQ: weight of each token in each slot's input; sums to 1 over a sequence's tokens.
+        combine_BSQ: weight of each slot in each token's output; sums to 1 over slots, 0 for padding.
         expert_Q: int64 expert of each slot.
     """
 
@@ -37,25 +56,24 @@ class SoftRouter(RouterModule):
     Args:
         sizes: D, E, L; K and zero-compute experts have no meaning here.
         layer: which MoE layer this router serves.
-        slots_per_expert: E times this should be near the sequence length.
+        options: how many slots an expert computes per sequence.
 
     Raises:
-        ValueError: if there are zero-compute experts, or no slot.
+        ValueError: if there are zero-compute experts.
 
     Source: Puigcerver et al. 2023, arXiv:2308.00951, eqs. 1-3 and section 2.3 (normalisation).
     """
 
     is_causal = False
     has_fixed_top_k = True
+    option_groups: ClassVar[tuple[type, ...]] = (SoftOptions,)
 
-    def __init__(self, sizes: RouterSizes, layer: int, slots_per_expert: int = 8) -> None:
+    def __init__(self, sizes: RouterSizes, layer: int, options: SoftOptions) -> None:
         if sizes.num_zero_compute:
             raise ValueError("soft_moe mixes all tokens into every slot, so it has no use for zero-compute experts")
-        if slots_per_expert < 1:
-            raise ValueError(f"slots_per_expert must be at least 1; got {slots_per_expert}")
         super().__init__(sizes, layer)
-        self.slots_per_expert = slots_per_expert
-        self.weight = nn.Parameter(torch.empty(sizes.num_experts * slots_per_expert, sizes.width))
+        self.slots_per_expert = options.slots_per_expert
+        self.weight = nn.Parameter(torch.empty(sizes.num_experts * options.slots_per_expert, sizes.width))
         self.scale = nn.Parameter(torch.empty(1))
 
     def init_parameters(self, std: float) -> None:

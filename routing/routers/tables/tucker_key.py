@@ -16,11 +16,13 @@ from torch.nn.functional import linear, rms_norm
 
 from ...choice.table_rows import gather_dot
 from ...contract.assignment import Routing
-from ...contract.router import Carry, RouterSizes, RoutingContext, at_least_float32
+from ...contract.context import Carry, RoutingContext
+from ...contract.module import at_least_float32
+from ...contract.router import RouterSizes
 from ...losses.marginals import MarginalStats
-from .product_key import GridLoss, GridRouter, Selection
+from .grid import GridLoss, GridRouter, Selection
 
-EPSILON = 1e-6
+EPSILON = 1e-6  # of the RMS norms of queries and keys
 
 
 class TuckerKeyRouter(GridRouter):
@@ -32,8 +34,8 @@ class TuckerKeyRouter(GridRouter):
     Args:
         sizes, layer, num_heads, key_width, grid_loss: as for `GridRouter`; `key_width` is that of rows and columns
             together.
-        ranks: r, each with queries and keys of its own.
-        cores: c.
+        ranks: r, each with queries and keys of its own; at least 1.
+        cores: c, at least 1; each weighs its own part of a value.
 
     Raises:
         ValueError: if there is no rank or no core.
