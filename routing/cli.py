@@ -5,10 +5,10 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
 
-from .ground.expect import expect_folder
+from .ground.expect import expect_outputs
 from .ground.files import write_json
+from .ground.terminal import plain_console
 from .report.tables import print_report
 from .traces import RoutingTrace
 
@@ -31,7 +31,7 @@ def show(
     """
     from .report.locality import balance, locality
 
-    expect_folder(plot, json_file)
+    expect_outputs(plot, json_file, inputs=[file])
     trace = RoutingTrace.load(file)
     if not trace.num_tokens:
         raise ValueError(f"trace {file}: it has no rows")
@@ -70,9 +70,10 @@ def import_command(
     """
     from .traces.importers import import_trace
 
+    expect_outputs(out, inputs=[file])
     trace = import_trace(file, format_name, num_experts=num_experts, top_k=top_k)
     trace.save(out)
-    Console().print(
+    plain_console().print(
         f"wrote {out}: {trace.num_tokens} tokens, {trace.num_layers} MoE layers, {trace.num_experts} experts, "
         f"top-{trace.top_k}",
         highlight=False,

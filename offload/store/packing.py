@@ -5,6 +5,7 @@ compressed without loss (see compression.py). Packing can be interrupted and res
 `FILE.part.json`.
 """
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +16,20 @@ from typing import BinaryIO
 import torch
 from xxhash import xxh3_64_hexdigest
 
+from routing.ground.expect import expect_folder, expect_not_an_input
+
 from ..checkpoint.experts import ExpertLayer, Parameter, Source
 from ..checkpoint.model_folder import skeleton_of
 from ..checkpoint.tensors import TORCH_DTYPES, TensorEntry
 from ..formats.compressed import can_compress_layer, compress_expert, compressed_bounds
-from ..formats.pack_index import PackedLayer, PackedRecord, PackIndex, describe_parameters, rounded_up
+from ..formats.pack_index import (
+    MAX_INDEX_BYTES,
+    PackedLayer,
+    PackedRecord,
+    PackIndex,
+    describe_parameters,
+    rounded_up,
+)
 from ..formats.plain import BLOCK_BYTES
 from .reading import Ticket
 from .store import ExpertStore, Slots
@@ -49,10 +59,13 @@ def write_pack(
         target: the file to write; its index is written beside it when everything is on disk.
         is_compressed: compress the layers that can be (bfloat16 matrices of whole blocks), without loss.
         progress: told after each expert how many bytes of the checkpoint's experts are done, and how many there are.
+
+    Raises:
+        ValueError: if writing `target` or its index would replace anything but an earlier packed copy of this model.
     """
-    if not target.absolute().parent.is_dir():
-        raise ValueError(f"cannot write {target}: the folder {target.absolute().parent} does not exist")
+    expect_folder(target)
     model, entries, layers = skeleton_of(path_or_id)
+    _expect_own(target, layers, entries)
     done, total = 0, sum(layer.num_experts * layer.expert_bytes for layer in layers)
 
     def advance(nbytes: int) -> None:
@@ -106,6 +119,36 @@ def read_pack(file: Path, layers: Sequence[ExpertLayer], entries: Mapping[str, T
         [LAYERS[packed.encoding](file, layer, packed) for layer, packed in zip(layers, index.layers, strict=True)],
         [[record.xxh3 for record in packed.records] for packed in index.layers],
     )
+
+
+def _expect_own(target: Path, layers: Sequence[ExpertLayer], entries: Mapping[str, TensorEntry]) -> None:
+    """Refuse a target that replaces a file of the checkpoint, or anything but a packed copy of the same model."""
+    index_file, state_file = _beside(target, ".json"), _beside(target, ".part.json")
+    for file in (target, index_file, _beside(target, ".part"), state_file):
+        expect_not_an_input(file, *{entry.file for entry in entries.values()})
+        expect_folder(file)
+    if (target.exists() or index_file.exists()) and not _is_pack_of(index_file, layers):
+        raise ValueError(
+            f"cannot write {target}: {target if target.exists() else index_file} is there and is no packed copy of "
+            "this model; choose another --out"
+        )
+    if state_file.exists() and not _is_pack_of(state_file, layers):
+        raise ValueError(
+            f"cannot write {target}: {state_file} is in the way and is not of an interrupted `pack` of this model"
+        )
+
+
+def _is_pack_of(index_file: Path, layers: Sequence[ExpertLayer]) -> bool:
+    """Whether this is the index of a packed copy, of whatever version, of a model with these layers."""
+    if not index_file.is_file() or index_file.stat().st_size > MAX_INDEX_BYTES:
+        return False
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        packed = [layer["module"] for layer in index["layers"]]
+    except (ValueError, KeyError, TypeError):
+        return False
+    names = [layer.module_name for layer in layers]
+    return index.get("format") == "expertier-pack" and packed == names[: len(packed)]
 
 
 def _write_layer(

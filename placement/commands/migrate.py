@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .inputs import require_folder
+from routing.ground.expect import expect_outputs
 
 
 def migrate_command(
@@ -18,14 +18,13 @@ def migrate_command(
 
     Example: `expertier place migrate plan32.json plan40.json --out steps.json --plan-out plan40b.json`
     """
-    from rich.console import Console
-
     from routing.ground.files import write_json
+    from routing.ground.terminal import plain_console
 
     from ..contract.plan import Plan
     from ..solving.elastic import migrate, replay
 
-    require_folder(out, plan_out)
+    expect_outputs(out, plan_out, inputs=[current, target])
     running = Plan.load(current)
     found = migrate(running, Plan.load(target))
     for _ in replay(running, found):
@@ -35,7 +34,7 @@ def migrate_command(
     write_json(out, {**totals, "steps": steps})
     if plan_out:
         found.plan.save(plan_out)
-    Console().print(
+    plain_console().print(
         f"wrote {out}: {len(steps)} steps, {found.moved_bytes / 1e9:.3g} GB moved "
         f"({found.node_crossing_bytes / 1e9:.3g} GB between nodes), "
         f"{found.peak_extra_bytes / 1e6:.3g} MB extra at most",

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from .inputs import read_problem, require_folder
+from routing.ground.expect import expect_outputs
+
+from .inputs import read_problem
 from .options import LoadsOption, RowsOption, TraceOption
 
 
@@ -25,21 +27,21 @@ def tiers_command(
     Example: `expertier place tiers --trace t.npz --hardware hw.toml --expert-size 26MB --cpu-memory 8GiB --out p.json`
     """
     import numpy as np
-    from rich.console import Console
 
     from routing.ground.quantity import parse_bytes
+    from routing.ground.terminal import plain_console
 
     from ..contract.cluster import Cluster
     from ..solving.tiers import load_machine, place_tiers
 
-    require_folder(out)
+    expect_outputs(out, inputs=[hardware, trace, *(loads or ())])
     machine = load_machine(hardware, gpu_memory=gpu_memory, cpu_memory=cpu_memory)
     problem = read_problem(trace, loads, rows, Cluster.grid(1, 1), 0)
     plan = place_tiers(problem, machine, np.full(problem.num_layers, parse_bytes(expert_size)), robust=robust)
     plan.save(out)
     assert plan.tier_LE is not None
     counts = np.bincount(plan.tier_LE.ravel(), minlength=3).tolist()
-    Console().print(
+    plain_console().print(
         f"wrote {out}: {counts[0]} experts on GPU, {counts[1]} in RAM, {counts[2]} on SSD; "
         f"{plan.metadata['seconds_per_token'] * 1e3:.3g} ms of expert reads per token expected",
         highlight=False,

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from .inputs import ordered_report, read_problem, require_folder
+from routing.ground.expect import expect_outputs
+
+from .inputs import ordered_report, read_problem
 from .options import JsonOption, LoadsOption, RowsOption, TraceOption
 
 
@@ -27,7 +29,7 @@ def score_command(
     from ..scoring.score import score
     from .terminal import print_score
 
-    require_folder(json_file)
+    expect_outputs(json_file, inputs=[plan_file, trace, *(loads or ())])
     plan = Plan.load(plan_file)
     problem = read_problem(trace, loads, rows, plan.cluster, plan.num_slots - plan.num_experts, plan)
     found = score(problem, plan, objective)
@@ -48,13 +50,13 @@ def report_command(
 
     Example: `expertier place report plan.json --trace routing.npz --pareto --out report.html`
     """
-    from rich.console import Console
+    from routing.ground.terminal import plain_console
 
     from ..contract.plan import Plan
     from .report import write_report
 
-    require_folder(out)
+    expect_outputs(out, inputs=[plan_file, trace, *(loads or ())])
     plan = Plan.load(plan_file)
     problem = read_problem(trace, loads, rows, plan.cluster, plan.num_slots - plan.num_experts, plan)
     write_report(problem, plan, out, with_pareto=pareto)
-    Console().print(f"wrote {out}", highlight=False)
+    plain_console().print(f"wrote {out}", highlight=False)

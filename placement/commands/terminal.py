@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from routing.ground.terminal import plain_console
 
 from ..contract.plan import Plan
 from ..scoring.check import doubled_copies
@@ -26,7 +27,7 @@ def print_certificate(plan: Plan, out: Path) -> None:
     if doubled := doubled_copies(plan):
         table.add_row("slots with a second copy on their GPU", str(doubled))
     table.add_row("seconds", f"{certificate.seconds:.2f}")
-    console = Console()
+    console = plain_console()
     console.print(table)
     console.print(
         f"wrote {out}: {plan.num_layers} layers x {plan.num_slots} slots on {plan.cluster.num_gpus} GPUs "
@@ -40,7 +41,7 @@ def print_score(found: Score) -> None:
     table = Table("data", "balancedness", "GPUs per token", "nodes per token", "hops")
     for name, values in found.scenarios.items():
         table.add_row(name, *(_number(values[key]) for key in ("balancedness", "gpu_fanout", "node_fanout", "hops")))
-    console = Console()
+    console = plain_console()
     console.print(table)
     console.print(
         f"objective ({found.objective_name}) {_number(found.objective)}, bound ({found.bound_name}) "

@@ -4,13 +4,14 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from ..ground.terminal import plain_console
 
 
 def print_report(report: dict[str, Any]) -> None:
     """Print a report of `trace show --json` as tables."""
-    console = Console()
+    console = plain_console()
     console.print(
         f"{report['tokens']} tokens in {report['sequences']} sequences, {report['layers']} MoE layers, "
         f"{report['experts']} experts, top-{report['top_k']}  {json.dumps(report['metadata'])}",
@@ -63,7 +64,7 @@ def _locality_tables(report: dict[str, Any]) -> Iterator[Table]:
     for ratio, rates in report["sch"].items():
         table.add_row(ratio, f"{rates['16']:.3f}", f"{rates['all']:.3f}")
     yield table
-    table = Table("slots per layer", "LRU", "most used", "Belady", title=title)
+    table = Table("slots per layer", "LRU", "most used, filled before the start", "Belady, admits all", title=title)
     for size, rates in report["hit_rate"].items():
         table.add_row(size, *(f"{rates[name]:.3f}" for name in ("lru", "most_used", "belady")))
     yield table
