@@ -9,14 +9,16 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 100 << 20
+ONLY_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 ITEM_BYTES = {
     "F64": 8,
     "I64": 8,
@@ -73,7 +75,10 @@ class TensorEntry:
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> dict[str, TensorEntry]:
-    """Every tensor of the checkpoint in `folder` (one `model.safetensors`, or shards with an index).
+    """Every tensor of the checkpoint in `folder`, from the files that transformers would read.
+
+    That is the file or index that config.json names as `transformers_weights`, else `model.safetensors`, else the
+    shards that the index names.
 
     Raises:
         ValueError: if a shard is missing, truncated or not a safetensors file; the message names the file.
@@ -82,14 +87,25 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> dict[str, TensorEntry]:
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder}: no such folder")
     entries: dict[str, TensorEntry] = {}
-    weight_map = _weight_map(folder)
-    for file_name in sorted(set(weight_map.values())) if weight_map is not None else [_only_file(folder)]:
+    source = folder / _weights_name(folder)
+    if not source.name.endswith(".json"):
+        return read_header(source)
+    weight_map = _weight_map(source)
+    for file_name in sorted(set(weight_map.values())):
         entries.update(read_header(folder / file_name))
-    if weight_map is not None:
-        for name, file_name in weight_map.items():
-            if name not in entries:
-                raise ValueError(f"{folder / file_name}: tensor {name} is named in {INDEX_NAME} but is not in the file")
+    for name, file_name in weight_map.items():
+        if name not in entries:
+            raise ValueError(f"{folder / file_name}: tensor {name} is named in {source.name} but is not in the file")
     return entries
+
+
+def shard_names(folder: Path) -> list[str]:
+    """The files that the index in `folder` names, sorted.
+
+    Raises:
+        ValueError: if the index is damaged, or a name leads out of the folder.
+    """
+    return sorted(set(_weight_map(folder / INDEX_NAME).values()))
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -141,28 +157,46 @@ def _entry(file: Path, name: str, described: Any, *, data_start: int, size: int)
     return TensorEntry(name, file, data_start + begin, end - begin, dtype, shape)
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    index = folder / INDEX_NAME
+def _weights_name(folder: Path) -> str:
+    """Which file is the checkpoint: one file wins over an index, as in transformers."""
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        named = None
+    if isinstance(named, str):
+        if not _is_inside(named) or not named.endswith((".safetensors", ".safetensors.index.json")):
+            raise ValueError(
+                f"{folder}: config.json names {named!r} as its weights, which is no safetensors file there"
+            )
+        return named
+    for name in (ONLY_NAME, INDEX_NAME):
+        if (folder / name).is_file():
+            return name
+    raise ValueError(
+        f"checkpoint {folder}: found neither {INDEX_NAME} nor {ONLY_NAME}; "
+        "convert the checkpoint to safetensors (save_pretrained does)"
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard, from an index."""
     if not index.is_file():
-        return None
+        raise ValueError(f"{index}: no such file")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = {str(name): str(file_name) for name, file_name in weight_map.items()}
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{index}: not a safetensors index: {error}") from error
     for file_name in set(pairs.values()):
-        if Path(file_name).name != file_name:
-            raise ValueError(f"{index}: shard name {file_name!r} must be a plain file name")
+        if not _is_inside(file_name):
+            raise ValueError(f"{index}: shard name {file_name!r} must be a plain file name, or lead into a subfolder")
     return pairs
 
 
-def _only_file(folder: Path) -> str:
-    if (folder / "model.safetensors").is_file():
-        return "model.safetensors"
-    raise ValueError(
-        f"checkpoint {folder}: found neither {INDEX_NAME} nor model.safetensors; "
-        "convert the checkpoint to safetensors (save_pretrained does)"
-    )
+def _is_inside(name: str) -> bool:
+    """Whether a relative name stays below the folder it is relative to."""
+    path = PurePosixPath(name)
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 def read_into(entry_file: Path, descriptor: int, offset: int, target: memoryview) -> None:
