@@ -13,7 +13,7 @@ import moe  # noqa: F401  registers our own model type with transformers
 from .experts import ExpertLayer, experts_modules, locate_experts, match_checkpoint
 from .location import check_config_file, local_folder, read_json
 from .plain_weights import expect_plain_weights
-from .tensors import TensorEntry, read_checkpoint
+from .tensors import PLAIN_DTYPES, TensorEntry, read_checkpoint
 
 __all__ = ["local_folder", "model_class_of", "read_config", "running_dtype_of", "skeleton_of"]
 
@@ -94,8 +94,8 @@ def running_dtype_of(dtype: str | torch.dtype, config: Any, entries: Mapping[str
     """The dtype that a model runs in.
 
     Args:
-        dtype: a dtype or its name; `"auto"` is the config's, else that of the first floating tensor, as in
-            transformers.
+        dtype: a dtype or its name; `"auto"` is the config's, else that of the first floating tensor by file and
+            name, as in transformers.
         config: of the model.
         entries: the checkpoint's tensors.
     """
@@ -109,10 +109,8 @@ def running_dtype_of(dtype: str | torch.dtype, config: Any, entries: Mapping[str
     declared = getattr(config, "dtype", None)
     if isinstance(declared, torch.dtype):
         return declared
-    return next(
-        (entry.torch_dtype() for entry in entries.values() if entry.dtype in ("F64", "F32", "F16", "BF16")),
-        torch.float32,
-    )
+    in_order = sorted(entries.values(), key=lambda entry: (entry.file, entry.name))
+    return next((entry.torch_dtype() for entry in in_order if entry.dtype in PLAIN_DTYPES), torch.float32)
 
 
 def model_class_of(config: Any) -> Any:

@@ -59,6 +59,7 @@ def load_resident(
         dtype=dtype,
         experts_implementation=implementation,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
     )
     _check_loaded(folder, info)
     model.name_or_path = model.config.name_or_path = str(folder)
@@ -82,13 +83,23 @@ def _check_loaded(folder: Path, info: Mapping[str, Any]) -> None:
             f"model {folder}: the checkpoint has no tensor for {missing[0]} and {len(missing) - 1} others; "
             "is a shard missing?"
         )
-    for kind in ("mismatched_keys", "conversion_errors", "error_msgs"):
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise ValueError(
+            f"model {folder}: {name} has the shape {list(stored)} in the checkpoint and {list(wanted)} by config.json"
+        )
+    for kind in ("conversion_errors", "error_msgs"):
         if problems := info.get(kind):
             raise ValueError(f"model {folder}: {kind.replace('_', ' ')}: {str(problems)[:500]}")
 
 
 def drop_expert_weights(model: Any) -> None:
-    """Take the hollow weights out, so that nothing can compute with them or save them."""
+    """Take the hollow weights out, so that nothing can use or save them; `expert_shapes` remembers them."""
+    model.expert_shapes = {
+        f"{name}.{weight}": tuple(getattr(module, weight).shape)
+        for name, module in experts_modules(model).items()
+        for weight in weight_names(module)
+    }
     for module in experts_modules(model).values():
         for name in weight_names(module):
             delattr(module, name)

@@ -46,7 +46,6 @@ def generate(
     prompt = _read_stdin() if prompt == "-" else prompt
     with Screen(is_live=live) as screen:
         result = _continue(model, prompt, max_new_tokens, options, screen, trace, rates)
-    print()
     show(result)
     if json_file:
         write_json(json_file, {"model": model, "prompt": prompt, **result})

@@ -29,6 +29,7 @@ class Screen:
         self._is_live = is_live
         self._is_shared = _is_same_terminal()
         self._line, self._status, self._stage = "", "", ""
+        self._is_mid_line = False
         self._region = Live(
             console=self._console,
             transient=True,
@@ -50,6 +51,9 @@ class Screen:
         if self._line:
             self._write_lines([self._line])
             self._line = ""
+        if self._is_mid_line:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
 
     def stage(self, what: str) -> None:
         """Say what is being done now, until there is text."""
@@ -61,6 +65,7 @@ class Screen:
         if not (self._is_shared and self._region.is_started):
             sys.stdout.write(piece)
             sys.stdout.flush()
+            self._is_mid_line = True
         elif self._is_live:
             self._scroll(piece)
         else:
