@@ -20,7 +20,8 @@ PART = {
     **dict.fromkeys(("depth", "num_hidden_layers", "num_layers", "encoder_layers"), 1),
     **dict.fromkeys(("num_heads", "num_attention_heads", "encoder_attention_heads", "num_key_value_heads"), 2),
     **dict.fromkeys(("out_hidden_size", "text_hidden_size", "output_dim", "adapter_out_dim", "projection_dim"), 64),
-    **dict.fromkeys(("deepstack_visual_indexes", "fullatt_block_indexes"), [0]),
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [0],
     "head_dim": 16,
     "image_size": 28,
     "num_position_embeddings": 16,
@@ -107,6 +108,13 @@ def test_composite(model_type, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_every_composite(model_type, tmp_path):
     _check(model_type, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_that_two_modules_share_are_refused(tmp_path):
+    _save("diffusion_gemma", tmp_path)
+    with pytest.raises(ValueError, match="shared by two modules"):
+        offload.load(tmp_path, cache_experts=3)
 
 
 @pytest.mark.filterwarnings("ignore")

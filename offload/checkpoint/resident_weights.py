@@ -49,6 +49,10 @@ def load_resident(
             readable = [key for key, _ in keys if name in shapes or entries[key].dtype in TORCH_DTYPES]
             state.update({key: StoredTensor(entries[key]) for key in readable})
     for name in hollow & shapes.keys():
+        if name not in found and name in (getattr(skeleton, "all_tied_weights_keys", None) or {}):
+            raise ValueError(
+                f"model {folder}: the experts of {name} are shared by two modules, and cannot be offloaded"
+            )
         if name not in found:
             raise ValueError(f"model {folder}: the checkpoint has no tensor for {name}; is a shard missing?")
         state[name] = _Hollow(shapes[name], dtype)

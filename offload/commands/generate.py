@@ -69,13 +69,11 @@ def _continue(
     quiet_transformers()
     folder = local_folder(model)
     text = open_text(folder)
-    prompt_ids = text.encode(prompt)
+    prompt_ids = text.encode_prompt(prompt)
     expect_room(len(prompt_ids), max_new_tokens, options.context)
-    if text.note:
-        plain_console(stderr=True).print(text.note, soft_wrap=True)
     screen.stage(f"loading {model}")
     loaded = load(folder, **vars(options), record_trace=trace is not None)
-    return generate_text(
+    result = generate_text(
         loaded,
         text,
         prompt_ids,
@@ -86,15 +84,18 @@ def _continue(
         trace_file=trace,
         hardware=rates,
     )
+    return {**result, "note": text.note}
 
 
 def show(report: dict[str, Any]) -> None:
     """Print how a generation went, on stderr, in lines of at most 80 columns.
 
     Args:
-        report: what `generate_text` gave.
+        report: what `generate_text` gave, and a `note` on its text.
     """
     console = plain_console(stderr=True, soft_wrap=True)
+    if report["note"]:
+        console.print(report["note"])
     if predicted := report["predicted"]:
         console.print(
             f"expected {predicted['tokens_per_second']:.2f} tok/s ({predicted['binds']} binds), "

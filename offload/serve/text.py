@@ -28,7 +28,11 @@ class ModelText:
         return f"{self._folder} has no tokenizer: text goes in and comes out as UTF-8 bytes, one token each"
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text.
+        """Token ids of a text, with the tokens that the tokenizer adds."""
+        return self._text.encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of what a user wrote.
 
         Raises:
             ValueError: if there are none, or the model has no embedding for one of them.
@@ -37,7 +41,7 @@ class ModelText:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt is not UTF-8 text (character {error.start})") from error
-        token_ids = self._text.encode(text)
+        token_ids = self.encode(text)
         if not text:
             raise ValueError("the prompt is empty; give at least one token")
         if not token_ids:
