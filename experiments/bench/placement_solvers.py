@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from routing.ground.expect import expect_there
 from routing.ground.terminal import plain_console
 
 from ..evidence.record import RECORDS, save_record
@@ -50,6 +51,7 @@ def bench_placement(
 
     Example: `expertier bench placement --repeats 3`
     """
+    expect_there(*(loads or ()), trace)
     console = plain_console()
     eplb_times = _eplb_parity_and_time()
     console.print(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from routing.ground.expect import expect_not_an_input
+from routing.ground.expect import expect_not_an_input, expect_there
 
 
 def demo(
@@ -21,6 +21,8 @@ def demo(
     """
     from .demo import run_demo
 
-    expect_not_an_input(out, *([Path(data)] if data else []))
+    if data is not None and data != "stdlib":
+        expect_there(data)
+        expect_not_an_input(out, Path(data))
     report = run_demo(out, data=data, train_seconds=train_seconds)
     typer.echo(f"report: {report.resolve()}")

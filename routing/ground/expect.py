@@ -85,6 +85,20 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in names)
 
 
+def expect_there(*sources: str | Path | None) -> None:
+    """Refuse inputs that do not exist, before anything long begins.
+
+    Args:
+        sources: files or folders that will be read; None stands for an input that was not given.
+
+    Raises:
+        ValueError: if one is missing; the message names it.
+    """
+    for source in sources:
+        if source is not None and not Path(source).exists():
+            raise ValueError(f"{source}: no such file or folder")
+
+
 def expect_new(out: Path) -> None:
     """Refuse an output folder that exists already, or whose own folder does not.
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offload import format_size, parse_size
-from routing.ground.expect import expect_outputs
+from routing.ground.expect import expect_outputs, expect_there
 from routing.ground.files import write_json
 from routing.ground.terminal import plain_console
 
@@ -46,6 +46,7 @@ def bench_offload(
     On a GPU: `expertier bench offload /tmp/replay --trace routing.npz --device cuda --limit 8GiB --limit 4GiB`
     """
     expect_outputs(json_file, inputs=[checkpoint, trace, predictor])
+    expect_there(trace if trace is not None else checkpoint, predictor)
     if device != "cpu":
         _bench_gpu(checkpoint, trace, rows, device, limit, contestant, prefill, decode, json_file, record)
         return
