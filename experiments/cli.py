@@ -125,6 +125,7 @@ def _pass_on(command: str, context: typer.Context) -> None:
 
 def main() -> None:
     """Run the command line; exit 2 for bad input, 1 for a failure, 130 after Ctrl-C, without a traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too; commands show their own
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:

@@ -89,7 +89,7 @@ def _download(name: str, revision: str | None, how: dict[str, Any]) -> Path:
 
 
 def _not_downloaded(path_or_id: str | Path, error: Exception) -> ValueError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "").split(". ")[0]
     return ValueError(
         f"model {path_or_id}: neither a folder here nor a model id that can be downloaded "
         f"({type(error).__name__}: {reason[:200]})"

@@ -60,8 +60,9 @@ def _continue(
     trace: Path | None,
     rates: Rates | None,
 ) -> dict[str, Any]:
-    screen.stage(f"starting; {model} is read next")
-    from ..checkpoint.location import local_folder
+    from ..checkpoint.location import local_folder, local_name
+
+    screen.stage(f"downloading {model}" if local_name(model) is None else f"starting; {model} is read next")
     from ..runtime.loading import load
     from ..serve.generation import generate_text
     from ..serve.text import expect_room, open_text

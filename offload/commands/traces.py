@@ -105,7 +105,7 @@ def record(
     from rich.progress import Progress
 
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(f"loading {model}", total=None)
+        task = progress.add_task(f"reading {model}", total=None)
         from ..checkpoint.location import local_folder
         from ..runtime.loading import load
         from ..serve.corpus import sequences, text_files
