@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .tensors import INDEX_NAME, ONLY_NAME, shard_names
+from .weight_files import INDEX_NAME, ONLY_NAME, shard_names
 
 MAX_JSON_BYTES = 64 << 20
 SMALL_FILES = (

@@ -9,15 +9,15 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .weight_files import weight_map_of, weights_name
 
 if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 100 << 20
-ONLY_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 ITEM_BYTES = {
     "F64": 8,
@@ -87,25 +87,16 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> dict[str, TensorEntry]:
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder}: no such folder")
     entries: dict[str, TensorEntry] = {}
-    source = folder / _weights_name(folder)
+    source = folder / weights_name(folder)
     if not source.name.endswith(".json"):
         return read_header(source)
-    weight_map = _weight_map(source)
+    weight_map = weight_map_of(source)
     for file_name in sorted(set(weight_map.values())):
         entries.update(read_header(folder / file_name))
     for name, file_name in weight_map.items():
         if name not in entries:
             raise ValueError(f"{folder / file_name}: tensor {name} is named in {source.name} but is not in the file")
     return entries
-
-
-def shard_names(folder: Path) -> list[str]:
-    """The files that the index in `folder` names, sorted.
-
-    Raises:
-        ValueError: if the index is damaged, or a name leads out of the folder.
-    """
-    return sorted(set(_weight_map(folder / INDEX_NAME).values()))
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -155,48 +146,6 @@ def _entry(file: Path, name: str, described: Any, *, data_start: int, size: int)
             f"{file}: truncated: tensor {name} ends at byte {data_start + end} and the file has {size}; copy it again"
         )
     return TensorEntry(name, file, data_start + begin, end - begin, dtype, shape)
-
-
-def _weights_name(folder: Path) -> str:
-    """Which file is the checkpoint: one file wins over an index, as in transformers."""
-    try:
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
-    except (OSError, ValueError, AttributeError):
-        named = None
-    if isinstance(named, str):
-        if not _is_inside(named) or not named.endswith((".safetensors", ".safetensors.index.json")):
-            raise ValueError(
-                f"{folder}: config.json names {named!r} as its weights, which is no safetensors file there"
-            )
-        return named
-    for name in (ONLY_NAME, INDEX_NAME):
-        if (folder / name).is_file():
-            return name
-    raise ValueError(
-        f"checkpoint {folder}: found neither {INDEX_NAME} nor {ONLY_NAME}; "
-        "convert the checkpoint to safetensors (save_pretrained does)"
-    )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> shard, from an index."""
-    if not index.is_file():
-        raise ValueError(f"{index}: no such file")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = {str(name): str(file_name) for name, file_name in weight_map.items()}
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{index}: not a safetensors index: {error}") from error
-    for file_name in set(pairs.values()):
-        if not _is_inside(file_name):
-            raise ValueError(f"{index}: shard name {file_name!r} must be a plain file name, or lead into a subfolder")
-    return pairs
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a relative name stays below the folder it is relative to."""
-    path = PurePosixPath(name)
-    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 def read_into(entry_file: Path, descriptor: int, offset: int, target: memoryview) -> None:
