@@ -58,6 +58,8 @@ class Screen:
     def stage(self, what: str) -> None:
         """Say what is being done now, until there is text."""
         self._stage = what
+        if self._region.is_started:
+            self._region.refresh()  # the thread that draws may not run while libraries are imported
 
     def show(self, piece: str) -> None:
         """Print the next piece of the text."""
