@@ -310,7 +310,7 @@ def test_the_command_says_what_went_wrong(text, tmp_path, run, capfd):
     assert "does not exist; create it first" in capfd.readouterr().err
     assert not (tmp_path / "b").exists()
     assert run(*common, "--routers", "top2", "--out", text) == 2
-    assert "is a file" in capfd.readouterr().err
+    assert "this command reads it" in capfd.readouterr().err
 
 
 def test_all_are_those_that_fit_the_preset(capsys):
