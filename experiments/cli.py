@@ -2,14 +2,16 @@
 
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 import offload.cli
 import placement.cli
 import routing.cli
+from routing.ground.terminal import plain_console
 
 from .bench.duo.bench import bench_duo
 from .bench.expert_kernels.bench import bench_kernels
@@ -36,13 +38,29 @@ app = typer.Typer(
 bench = typer.Typer(help="Measurements whose numbers are quoted anywhere.", no_args_is_help=True)
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+CLOSED_PIPE = 141
+"""What a shell reports of a program that SIGPIPE ended."""
 EXTRAS = dict.fromkeys(("torch", "transformers", "safetensors", "pyarrow"), "torch") | dict.fromkeys(
     ("jax", "flax", "optax", "einops"), "jax"
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"expertier {version('expertier')}")
+        except PackageNotFoundError:
+            typer.echo("expertier, run from its folder without being installed")
+        raise typer.Exit
+
+
 @app.callback()
-def options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
     """Options that every command accepts, in any place; `main` reads them before Typer does."""
 
 
@@ -107,13 +125,14 @@ def _pass_on(command: str, context: typer.Context) -> None:
 
 def main() -> None:
     """Run the command line; exit 2 for bad input, 1 for a failure, 130 after Ctrl-C, without a traceback."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too; commands show their own
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
         code = app(arguments, standalone_mode=False)
         if code == INTERRUPTED:  # what Typer makes of Ctrl-C
             _complain("interrupted")
+        sys.stdout.flush()
         sys.exit(code)
     except typer.Exit as exit_request:
         sys.exit(exit_request.exit_code)
@@ -123,10 +142,15 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        _leave_closed_pipe()
     except ModuleNotFoundError as error:
         if debug or error.name not in EXTRAS:
             raise
-        _complain(f"this command needs {error.name}; install it with: pip install 'expertier[{EXTRAS[error.name]}]'")
+        _complain(
+            f"this command needs {error.name}; in the folder of expertier's sources, install it with: "
+            f"pip install -c constraints.txt -e '.[{EXTRAS[error.name]}]'"
+        )
         sys.exit(BAD_INPUT)
     except Exception as error:
         if debug:
@@ -141,7 +165,14 @@ def _one_line(error: Exception) -> str:
 
 
 def _complain(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]expertier:[/] {escape(message)}", highlight=False)
+    plain_console(stderr=True, soft_wrap=True).print(Text.assemble(("expertier:", "bold red"), " ", message))
+
+
+def _leave_closed_pipe() -> None:
+    """End without a word when the reader of our output has gone, as `| head` does."""
+    # Python flushes stdout once more at exit; that must not fail again
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(CLOSED_PIPE)
 
 
 if __name__ == "__main__":

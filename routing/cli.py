@@ -6,7 +6,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from .ground.expect import expect_folder
+from .ground.expect import expect_outputs
 from .ground.files import write_json
 from .report.tables import print_import, print_report
 from .traces import IMPORTERS, RoutingTrace, import_trace
@@ -30,7 +30,7 @@ def show(
     """
     from .report.locality import balance, locality
 
-    expect_folder(plot, json_file)
+    expect_outputs(plot, json_file, inputs=[file])
     trace = RoutingTrace.load(file)
     if not trace.num_tokens:
         raise ValueError(
@@ -77,7 +77,7 @@ def import_command(
 
     Example: `expertier trace import routing.jsonl --out routing.npz`
     """
-    expect_folder(out)
+    expect_outputs(out, inputs=[file])
     trace = import_trace(
         file,
         format_name,

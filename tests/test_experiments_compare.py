@@ -307,10 +307,10 @@ def test_the_command_says_what_went_wrong(text, tmp_path, run, capfd):
     assert "forced, seed 0 failed: " in printed.out
     assert "no run finished" in printed.err
     assert run(*common, "--routers", "top2", "--out", tmp_path / "b", "--json", tmp_path / "none" / "x.json") == 2
-    assert "there is no folder" in capfd.readouterr().err
+    assert "does not exist; create it first" in capfd.readouterr().err
     assert not (tmp_path / "b").exists()
     assert run(*common, "--routers", "top2", "--out", text) == 2
-    assert "is a file" in capfd.readouterr().err
+    assert "this command reads it" in capfd.readouterr().err
 
 
 def test_all_are_those_that_fit_the_preset(capsys):

@@ -25,16 +25,22 @@ HARDWARE = Hardware(
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("6GiB", 6 << 30), ("1.5 GB", 1_500_000_000), ("512m", 512 << 20), ("77", 77), (5, 5), ("2kib", 2048)],
+    [("6GiB", 6 << 30), ("1.5 GB", 1_500_000_000), ("512m", 512 << 20), ("2097152", 2 << 20), (5, 5), ("2kib", 2048)],
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-3GiB", "6 parsecs", "0", 0, "1e9"])
+@pytest.mark.parametrize("text", ["", "GiB", "-3GiB", "6 parsecs", "0", 0, "1e9", "77", "6", "1048575"])
 def test_bad_sizes(text):
     with pytest.raises(ValueError, match=r"size"):
         parse_size(text)
+
+
+def test_a_bare_number_on_the_command_line_is_not_taken_for_bytes():
+    with pytest.raises(ValueError, match="did you mean 6GiB"):
+        parse_size("6")
+    assert parse_size(77) == 77
 
 
 def test_sizes_read_back():

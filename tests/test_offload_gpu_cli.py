@@ -87,7 +87,7 @@ def test_fit_knows_the_tier_without_a_device(model_folder, run, tmp_path, capsys
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["gpu_slots_per_layer"] == [8, 8]
     assert found["predicted"]["wire_s"] == 0
-    assert run("fit", model_folder, "--gpu-memory", "300MiB", *common) == 0
+    assert run("fit", model_folder, "--gpu-memory", "300MiB", *common) == 1
     assert "gpu_memory: 300.00 MiB is too small" in " ".join(capsys.readouterr().out.split())
 
 

@@ -54,8 +54,8 @@ def test_share_of_the_gap(trace):
 
 
 def test_unknown_policy(trace):
-    with pytest.raises(ValueError, match="unknown cache policy 'arc'"):
-        simulate(trace, 4, policies=["arc"])
+    with pytest.raises(ValueError, match=r"unknown cache policy 'leanred' \(did you mean 'learned'\?\)"):
+        simulate(trace, 4, policies=["leanred"])
 
 
 def test_command_writes_the_promised_keys(trace, tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from routing.ground.terminal import plain_console
 
 from ..evidence.record import RECORDS, save_record
 from ..train.presets import preset
@@ -118,4 +119,4 @@ def _show(rows: list[dict[str, Any]]) -> None:
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*map(str, row.values()))
-    Console().print(table)
+    plain_console().print(table)

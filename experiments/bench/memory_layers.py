@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from routing.ground.terminal import plain_console
 
 from ..evidence.record import RECORDS, save_record
 
@@ -50,7 +51,7 @@ def bench_memory_layers(
             f"{row['working_bytes'] / 1e6:.1f}",
             f"{row['table_bytes'] / 1e6:.0f}",
         )
-    Console().print(table)
+    plain_console().print(table)
     if record:
         config = {"width": width, "settings": SETTINGS, "repeats": repeats, "train_up_to": train_up_to}
         typer.echo(f"record: {save_record('memory-layers', rows, config=config, folder=records)}")

@@ -17,6 +17,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from routing.ground.expect import expect_there
+from routing.ground.terminal import plain_console
+
 from ..evidence.record import RECORDS, save_record
 
 COLUMNS = ("case", "solver", "balancedness", "gap", "gpu_fanout", "node_fanout", "hops", "held_balancedness",
@@ -48,7 +51,8 @@ def bench_placement(
 
     Example: `expertier bench placement --repeats 3`
     """
-    console = Console()
+    expect_there(*(loads or ()), trace)
+    console = plain_console()
     eplb_times = _eplb_parity_and_time()
     console.print(
         f"EPLB equals its reference; 58 x 256, 288 slots: {1e3 * np.median(eplb_times):.2f} ms", highlight=False

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from routing.ground.terminal import plain_console
 
 from ..evidence.record import RECORDS, save_record
 
@@ -39,7 +40,7 @@ def routers(
             f"{row['ratio']:.2f}",
             "" if limit is None else f"{limit:.1f}",
         )
-    Console().print(table)
+    plain_console().print(table)
     if record:
         config = {"tokens": TOKENS, "width": WIDTH, "experts": EXPERTS, "top_k": TOP_K, "repeats": repeats}
         typer.echo(f"record: {save_record('router-overhead', rows, config=config, folder=records)}")

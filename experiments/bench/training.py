@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from routing.ground.terminal import plain_console
 
 from ..evidence.record import RECORDS, save_record
 
@@ -52,7 +53,7 @@ def bench_train(
     for row in rows:
         rates = (f"{row[name]:.0f}" for name in ("tokens_per_s_p50", "tokens_per_s_p20", "tokens_per_s_p80"))
         table.add_row(row["precision"], row["variant"], *rates, f"{row['parameters']:,}", f"{row['ratio']:.2f}")
-    console = Console()
+    console = plain_console()
     console.print(table)
     console.print(f"best of ours / best of theirs: {_best(rows, OURS) / _best(rows, THEIRS):.2f}", highlight=False)
     if record:

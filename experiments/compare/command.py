@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from routing.ground.expect import expect_not_an_input, expect_outputs
+
 from ..train.interrupt import hint_when_interrupted
 from ..train.presets import PRESETS, TrainConfig, preset
 
@@ -36,8 +38,8 @@ def compare(
     from .compare import compare as run
     from .compare import print_table, record_comparison
 
-    if json_file and not json_file.parent.is_dir():
-        raise ValueError(f"--json {json_file}: there is no folder {json_file.parent}")
+    expect_outputs(json_file, inputs=[data])
+    expect_not_an_input(out, *([Path(data)] if data else []))
     base = preset(preset_name)
     if steps is not None:
         base = replace(base, steps=steps, warmup_steps=min(base.warmup_steps, steps))

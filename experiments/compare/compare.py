@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from routing.ground.files import write_json
+from routing.ground.terminal import plain_console
 
 from ..evidence.record import save_record
 from ..train.corpus import load_corpus, windows
@@ -117,7 +118,7 @@ def report(runs: list[Run], results: dict[Path, dict[str, Any]], base: TrainConf
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """The columns that decide, in as many tables as the terminal's width asks for; the page has all of them."""
-    console = Console()
+    console = plain_console()
     variants = [row["variant"] for row in rows]
     for names in _fitting(rows, max(map(len, variants)), console.width):
         table = Table(Column("variant", no_wrap=True), *(Column(METRICS[name].label, no_wrap=True) for name in names))

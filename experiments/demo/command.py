@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from routing.ground.expect import expect_not_an_input, expect_there
+
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the model, the trace, the plan and the report.")] = Path(
@@ -19,5 +21,8 @@ def demo(
     """
     from .demo import run_demo
 
+    if data is not None and data != "stdlib":
+        expect_there(data)
+        expect_not_an_input(out, Path(data))
     report = run_demo(out, data=data, train_seconds=train_seconds)
     typer.echo(f"report: {report.resolve()}")

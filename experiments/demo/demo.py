@@ -15,6 +15,7 @@ import offload
 from placement import Cluster, Plan, Problem, score, solve
 from routing import RoutingTrace
 from routing.ground.files import write_json
+from routing.ground.terminal import plain_console
 
 from ..evidence.resident import load_resident
 from ..train.corpus import Corpus, load_corpus, windows
@@ -49,7 +50,7 @@ def run_demo(out: Path, *, data: str | None = None, train_seconds: float = TRAIN
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    stages = Stages(Console(stderr=True))
+    stages = Stages(plain_console(stderr=True))
     corpus = stages.run("read the text", lambda: load_corpus(data))
     yardsticks = stages.run("count bigrams and trigrams", lambda: _yardsticks(corpus))
     config = stages.run("measure this machine", lambda: _fit_steps(corpus, train_seconds))
@@ -91,7 +92,7 @@ class Stages:
 
     def run(self, name: str, stage: Callable[[], Any]) -> Any:
         """The stage's result."""
-        self._console.print(f"[bold]{name}[/] ...", highlight=False)
+        self._console.print(f"{name} ...", style="bold")
         start = time.perf_counter()
         result = stage()
         self.seconds[name] = time.perf_counter() - start

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from routing.ground.expect import expect_not_an_input
+
 from .interrupt import hint_when_interrupted
 from .presets import PRESETS, preset
 
@@ -44,6 +46,7 @@ def train(
     else:
         from .torch_run import train as run
 
+    expect_not_an_input(out, *(Path(source) for source in (data, tokenizer) if source))
     config = replace(preset(preset_name), seed=seed)
     if steps is not None:
         config = replace(config, steps=steps)

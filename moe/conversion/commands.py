@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from routing.ground.expect import expect_folder, expect_new
+from routing.ground.expect import expect_new, expect_outputs
 
 
 def export(
@@ -62,7 +62,7 @@ def convert(
     if to != "latent":
         raise ValueError(f"--to must be latent; got {to!r}")
     expect_new(out)
-    expect_folder(json_file)
+    expect_outputs(json_file, inputs=[model, whiten, data])
     from rich.console import Console
     from rich.progress import Progress
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from routing import RoutingTrace
-from routing.ground.expect import expect_new
+from routing.ground.expect import expect_new, expect_outputs
 from routing.ground.files import write_json
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder of a mixture-of-experts model.")]
@@ -28,6 +28,7 @@ def prune(
     Example: `expertier prune runs/tiny --keep 8 --trace tiny.npz --out runs/tiny-8`
     """
     expect_new(out)
+    expect_outputs(json, inputs=[folder, trace])
     from .prune_and_join import drawn, expert_layers, most_used, num_experts
     from .prune_and_join import prune as cut
 
@@ -61,6 +62,7 @@ def join(
     Example: `expertier join runs/a runs/b --backbone mean --out runs/joined`
     """
     expect_new(out)
+    expect_outputs(json, inputs=[first, second])
     from .prune_and_join import join as put_together
     from .prune_and_join import num_experts
 

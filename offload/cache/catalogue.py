@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from routing.ground.expect import expect_name
+
 from .learned import LearnedReuse
 from .policies import LFU, LRU, ActivationAware, Belady, Cache, DecayedFrequency, StaticHotList
 
@@ -28,6 +30,4 @@ def make_cache(policy: str, capacity: int, num_keys: int) -> Cache:
     Raises:
         ValueError: if no policy has this name; the message lists those there are.
     """
-    if policy not in CACHES:
-        raise ValueError(f"unknown cache policy {policy!r}; there are {', '.join(sorted(CACHES))}")
-    return CACHES[policy](capacity, num_keys)
+    return CACHES[expect_name(policy, CACHES, "cache policy")](capacity, num_keys)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from routing.ground.expect import expect_name
 from routing.traces import EMPTY, NEVER, RoutingTrace, next_use_TK
 
 from .catalogue import CACHES, make_cache
@@ -52,10 +53,12 @@ def simulate(
 
     Returns:
         One result per policy name.
+
+    Raises:
+        ValueError: if a policy is unknown, or a cache has no slot.
     """
-    unknown = [name for name in policies if name not in CACHES]
-    if unknown:
-        raise ValueError(f"unknown cache policy {unknown[0]!r}; there are {', '.join(sorted(CACHES))}")
+    for name in policies:
+        expect_name(name, CACHES, "cache policy")
     steps = _steps(trace)
     run = _per_layer if per_layer else _shared
     accesses_L = np.array([sum(len(keys) for keys, _, _ in layer) for layer in steps], dtype=np.int64)

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from .conversion import OneExpert, spread_over_banks, steps_of
 from .tensors import TensorEntry
 
 MAX_RUNS = 32
@@ -101,7 +102,7 @@ def match_checkpoint(model: Any, entries: Mapping[str, TensorEntry]) -> dict[str
         if name not in expected and key in expected:
             name, pattern = rename_source_key(key, [], [], prefix, expected)
         found[name].append((key, pattern))
-    return dict(found)
+    return spread_over_banks(found, converters)
 
 
 def locate_experts(
@@ -208,13 +209,14 @@ def convert_expert(
     if converter is None:
         return parts[0]
     collected: dict[str, Any] = {source.pattern: [part] for source, part in zip(sources, parts, strict=True)}
-    for operation in converter.operations:
+    operations, targets = steps_of(converter, full_name)
+    for operation in operations:
         collected = operation.convert(
             collected,
             source_patterns=converter.source_patterns,
-            target_patterns=converter.target_patterns,
+            target_patterns=targets,
             full_layer_name=full_name,
-            model=model,
+            model=OneExpert(model),
             config=model.config,
             missing_keys=None,
         )

@@ -1,15 +1,21 @@
-"""A model folder before anything is loaded: where it is, its config, its class, and where its experts lie."""
+"""A model folder before anything is loaded: its config and class as transformers reads them, and where experts lie."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.auto_factory import _get_model_class
 
-from .experts import ExpertLayer, experts_modules, locate_experts
-from .tensors import TensorEntry, read_checkpoint
+import moe  # noqa: F401  registers our own model type with transformers
+
+from .experts import ExpertLayer, experts_modules, locate_experts, match_checkpoint
+from .location import check_config_file, local_folder, read_json
+from .plain_weights import expect_plain_weights
+from .tensors import PLAIN_DTYPES, TensorEntry, read_checkpoint
+
+__all__ = ["local_folder", "model_class_of", "read_config", "running_dtype_of", "skeleton_of"]
 
 
 def skeleton_of(path_or_id: str | Path) -> tuple[Any, dict[str, TensorEntry], list[ExpertLayer]]:
@@ -19,71 +25,112 @@ def skeleton_of(path_or_id: str | Path) -> tuple[Any, dict[str, TensorEntry], li
         ValueError: if the checkpoint is damaged or its experts cannot be offloaded.
     """
     folder = local_folder(path_or_id)
-    entries, config = read_checkpoint(folder), read_config(folder)
-    with torch.device("meta"):
-        skeleton = model_class_of(config)._from_config(config, dtype=running_dtype_of("auto", config, entries))
-    if not experts_modules(skeleton):
-        raise ValueError(f"model {folder}: {type(skeleton).__name__} has no experts that can be offloaded")
+    config = read_config(folder)
+    entries = read_checkpoint(folder)
+    skeleton = empty_model(folder, config, running_dtype_of("auto", config, entries))
+    expect_plain_weights(folder, skeleton, entries, match_checkpoint(skeleton, entries))
     dtypes = {name: parameter.dtype for name, parameter in skeleton.state_dict().items()}
     return skeleton, entries, locate_experts(skeleton, entries, dtypes)
 
 
-def local_folder(path_or_id: str | Path) -> Path:
-    folder = Path(path_or_id)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or str(path_or_id).startswith(".") or str(path_or_id).count("/") != 1:
-        raise ValueError(f"model {path_or_id}: no such folder")
-    from huggingface_hub import snapshot_download
+def empty_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
+    """The model on the meta device.
 
+    Raises:
+        ValueError: if it cannot be built, or has no experts that can be offloaded.
+    """
+    model_class = model_class_of(config)
     try:
-        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(str(path_or_id), allow_patterns=wanted))
-    except Exception as error:
+        with torch.device("meta"):
+            skeleton = model_class._from_config(config, dtype=dtype)
+    except Exception as error:  # a config may contradict itself in any way
         raise ValueError(
-            f"model {path_or_id}: neither a folder here nor a model id that can be downloaded ({error})"
+            f"model {folder}: its config.json does not describe a {model_class.__name__} ({_first_line(error)})"
         ) from error
+    if not experts_modules(skeleton):
+        raise ValueError(
+            f"model {folder}: {model_class.__name__} does not compute its experts through transformers' experts "
+            "interface (or has none), so they cannot be offloaded"
+        )
+    return skeleton
 
 
 def read_config(folder: Path) -> Any:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model {folder}: config.json is missing")
+    """The config of the model that `AutoModelForCausalLM` makes of a folder: of a composite one, the part for text.
+
+    Raises:
+        ValueError: if there is none, it cannot be read, needs code of its own, or the weights are quantised.
+    """
+    check_config_file(folder)
+    described = read_json(folder / "config.json", f"model {folder}: config.json")
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (KeyError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"model {folder}: config.json cannot be read: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        method = dict(config.to_dict()["quantization_config"]).get("quant_method", "unknown")
-        raise ValueError(
-            f"model {folder}: its weights are quantised ({method}); offloading reads plain float weights, "
-            "so save a dequantised copy first"
-        )
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each config class checks its own fields, and raises what it likes
+        kind = described.get("model_type")
+        if "auto_map" in described:
+            raise ValueError(
+                f"model {folder}: model type {kind!r} is Python code in the folder, which is never run; "
+                "only models that transformers itself has can be offloaded"
+            ) from error
+        if "does not recognize this architecture" in str(error) or "Unrecognized model" in str(error):
+            raise ValueError(
+                f"model {folder}: transformers does not know model type {kind!r}; it may be newer than this version"
+            ) from error
+        raise ValueError(f"model {folder}: config.json cannot be read: {_first_line(error)}") from error
+    return _text_part(config)
+
+
+def _text_part(config: Any) -> Any:
+    """What `AutoModelForCausalLM.from_pretrained` passes on: the config, or its part if the class wants that."""
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return config
+    wanted = getattr(model_class_of(config), "config_class", None)
+    if wanted is not None and wanted == config.sub_configs.get("text_config"):
+        return config.get_text_config()
     return config
 
 
 def running_dtype_of(dtype: str | torch.dtype, config: Any, entries: Mapping[str, TensorEntry]) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
+    """The dtype that a model runs in.
+
+    Args:
+        dtype: a dtype or its name; `"auto"` is the config's, else that of the first floating tensor by file and
+            name, as in transformers.
+        config: of the model.
+        entries: the checkpoint's tensors.
+    """
+    if isinstance(dtype, str) and dtype != "auto":
+        found = getattr(torch, dtype, None)
+        dtype = found if isinstance(found, torch.dtype) else "none"
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
     if dtype != "auto":
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
-            raise ValueError(f"dtype must be auto, bfloat16, float16 or float32; got {dtype!r}")
-        return found
+        raise ValueError(f"dtype must be auto, bfloat16, float16 or float32; got {dtype!r}")
     declared = getattr(config, "dtype", None)
     if isinstance(declared, torch.dtype):
         return declared
-    return next(
-        (entry.torch_dtype() for entry in entries.values() if entry.dtype in ("F32", "F16", "BF16")), torch.float32
-    )
+    in_order = sorted(entries.values(), key=lambda entry: (entry.file, entry.name))
+    return next((entry.torch_dtype() for entry in in_order if entry.dtype in PLAIN_DTYPES), torch.float32)
 
 
 def model_class_of(config: Any) -> Any:
+    """The class that transformers' `AutoModelForCausalLM` chooses, else the one that the config names.
+
+    Raises:
+        ValueError: if there is none.
+    """
     import transformers
 
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) in mapping:
-        return mapping[type(config)]
+        return _get_model_class(config, mapping)
     for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
     raise ValueError(f"no causal language model is known for model type {config.model_type!r}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

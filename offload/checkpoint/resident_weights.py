@@ -8,8 +8,9 @@ import torch
 from transformers import GenerationConfig
 
 from .experts import experts_modules, match_checkpoint, weight_names
-from .model_folder import model_class_of
-from .tensors import StoredTensor, TensorEntry
+from .model_folder import empty_model, model_class_of
+from .plain_weights import expect_plain_weights
+from .tensors import TORCH_DTYPES, StoredTensor, TensorEntry
 
 
 class _Hollow:
@@ -35,22 +36,23 @@ def load_resident(
     folder: Path, config: Any, entries: Mapping[str, TensorEntry], dtype: torch.dtype, implementation: str
 ) -> Any:
     """Let transformers load everything but the experts' matrices, which stay hollow."""
-    with torch.device("meta"):
-        skeleton = model_class_of(config)._from_config(config)
+    skeleton = empty_model(folder, config, None)
     modules = experts_modules(skeleton)
-    if not modules:
-        raise ValueError(
-            f"model {folder}: {type(skeleton).__name__} does not compute its experts through transformers' experts "
-            "interface (or has none), so they cannot be offloaded"
-        )
     found = match_checkpoint(skeleton, entries)
+    expect_plain_weights(folder, skeleton, entries, found)
     state: dict[str, Any] = {}
     shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
     hollow = {f"{name}.{weight}" for name, module in modules.items() for weight in weight_names(module)}
     for name, keys in found.items():
         if name not in hollow:
-            state.update({key: StoredTensor(entries[key]) for key, _ in keys})
+            # an unused tensor of a dtype that torch cannot name says nothing about the model; a used one is an error
+            readable = [key for key, _ in keys if name in shapes or entries[key].dtype in TORCH_DTYPES]
+            state.update({key: StoredTensor(entries[key]) for key in readable})
     for name in hollow & shapes.keys():
+        if name not in found and name in (getattr(skeleton, "all_tied_weights_keys", None) or {}):
+            raise ValueError(
+                f"model {folder}: the experts of {name} are shared by two modules, and cannot be offloaded"
+            )
         if name not in found:
             raise ValueError(f"model {folder}: the checkpoint has no tensor for {name}; is a shard missing?")
         state[name] = _Hollow(shapes[name], dtype)
@@ -61,12 +63,22 @@ def load_resident(
         dtype=dtype,
         experts_implementation=implementation,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
     )
     _check_loaded(folder, info)
     model.name_or_path = model.config.name_or_path = str(folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = _generation_config(folder)
     return model.requires_grad_(False)
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """End tokens and other defaults of `generate`: from their own file, else from config.json, as in transformers."""
+    try:
+        if (folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(folder)
+        return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+    except (OSError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"model {folder}: generation_config.json cannot be read: {error}") from error
 
 
 def _check_loaded(folder: Path, info: Mapping[str, Any]) -> None:
@@ -75,13 +87,23 @@ def _check_loaded(folder: Path, info: Mapping[str, Any]) -> None:
             f"model {folder}: the checkpoint has no tensor for {missing[0]} and {len(missing) - 1} others; "
             "is a shard missing?"
         )
-    for kind in ("mismatched_keys", "conversion_errors", "error_msgs"):
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise ValueError(
+            f"model {folder}: {name} has the shape {list(stored)} in the checkpoint and {list(wanted)} by config.json"
+        )
+    for kind in ("conversion_errors", "error_msgs"):
         if problems := info.get(kind):
             raise ValueError(f"model {folder}: {kind.replace('_', ' ')}: {str(problems)[:500]}")
 
 
 def drop_expert_weights(model: Any) -> None:
-    """Take the hollow weights out, so that nothing can compute with them."""
+    """Take the hollow weights out, so that nothing can use or save them; `expert_shapes` remembers them."""
+    model.expert_shapes = {
+        f"{name}.{weight}": tuple(getattr(module, weight).shape)
+        for name, module in experts_modules(model).items()
+        for weight in weight_names(module)
+    }
     for module in experts_modules(model).values():
         for name in weight_names(module):
             delattr(module, name)

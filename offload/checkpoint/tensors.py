@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .weight_files import weight_map_of, weights_name
+
 if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 100 << 20
-INDEX_NAME = "model.safetensors.index.json"
+PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 ITEM_BYTES = {
     "F64": 8,
     "I64": 8,
@@ -73,7 +75,10 @@ class TensorEntry:
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> dict[str, TensorEntry]:
-    """Every tensor of the checkpoint in `folder` (one `model.safetensors`, or shards with an index).
+    """Every tensor of the checkpoint in `folder`, from the files that transformers would read.
+
+    That is the file or index that config.json names as `transformers_weights`, else `model.safetensors`, else the
+    shards that the index names.
 
     Raises:
         ValueError: if a shard is missing, truncated or not a safetensors file; the message names the file.
@@ -82,13 +87,15 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> dict[str, TensorEntry]:
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder}: no such folder")
     entries: dict[str, TensorEntry] = {}
-    weight_map = _weight_map(folder)
-    for file_name in sorted(set(weight_map.values())) if weight_map is not None else [_only_file(folder)]:
+    source = folder / weights_name(folder)
+    if not source.name.endswith(".json"):
+        return read_header(source)
+    weight_map = weight_map_of(source)
+    for file_name in sorted(set(weight_map.values())):
         entries.update(read_header(folder / file_name))
-    if weight_map is not None:
-        for name, file_name in weight_map.items():
-            if name not in entries:
-                raise ValueError(f"{folder / file_name}: tensor {name} is named in {INDEX_NAME} but is not in the file")
+    for name, file_name in weight_map.items():
+        if name not in entries:
+            raise ValueError(f"{folder / file_name}: tensor {name} is named in {source.name} but is not in the file")
     return entries
 
 
@@ -139,30 +146,6 @@ def _entry(file: Path, name: str, described: Any, *, data_start: int, size: int)
             f"{file}: truncated: tensor {name} ends at byte {data_start + end} and the file has {size}; copy it again"
         )
     return TensorEntry(name, file, data_start + begin, end - begin, dtype, shape)
-
-
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    index = folder / INDEX_NAME
-    if not index.is_file():
-        return None
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = {str(name): str(file_name) for name, file_name in weight_map.items()}
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{index}: not a safetensors index: {error}") from error
-    for file_name in set(pairs.values()):
-        if Path(file_name).name != file_name:
-            raise ValueError(f"{index}: shard name {file_name!r} must be a plain file name")
-    return pairs
-
-
-def _only_file(folder: Path) -> str:
-    if (folder / "model.safetensors").is_file():
-        return "model.safetensors"
-    raise ValueError(
-        f"checkpoint {folder}: found neither {INDEX_NAME} nor model.safetensors; "
-        "convert the checkpoint to safetensors (save_pretrained does)"
-    )
 
 
 def read_into(entry_file: Path, descriptor: int, offset: int, target: memoryview) -> None:

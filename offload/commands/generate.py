@@ -2,116 +2,116 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from routing.ground.expect import expect_outputs
 from routing.ground.files import write_json
+from routing.ground.hardware import Hardware as Rates
 from routing.ground.quantity import format_size
+from routing.ground.terminal import plain_console
 
-from .options import CacheExperts, CpuMemory, GpuMemory, JsonFile, Model, Policy, expect_folder, quiet_transformers
+from .options import Hardware, JsonFile, LoadOptions, Model, expect_model, quiet_transformers, with_options
+from .screen import Screen
 
 
+@with_options(LoadOptions)
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")] = 64,
-    cpu_memory: CpuMemory = "auto",
-    cache_experts: CacheExperts = None,
-    policy: Policy = "auto",
-    arithmetic: Annotated[
-        str,
-        typer.Option("--arithmetic", help="exact: the resident model's bits; fast: a quicker kernel, other last bits."),
-    ] = "exact",
-    io: Annotated[
-        str, typer.Option("--io", help="direct reads past the page cache, cached through it, or auto.")
-    ] = "auto",
-    packed: Annotated[Path | None, typer.Option("--pack", help="Read experts from this packed copy.")] = None,
-    prefetch: Annotated[
-        str, typer.Option("--prefetch", help="off, gate, transitions, plan, or a file of `trace predictor`.")
-    ] = "auto",
-    plan: Annotated[
-        Path | None,
-        typer.Option("--plan", help="A plan of `place tiers`, or a trace (.npz) to size each layer by."),
-    ] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="cpu, cuda, or auto: cuda if --gpu-memory names a size.")
-    ] = "auto",
-    gpu_memory: GpuMemory = "auto",
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads it from stdin.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to generate.")] = 64,
     trace: Annotated[Path | None, typer.Option("--trace", help="Record the routing into this .npz file.")] = None,
-    hardware: Annotated[
-        Path | None,
-        typer.Option(
-            "--hardware", help="Rates of this machine from `calibrate`, to say what speed was to be expected."
-        ),
-    ] = None,
-    live: Annotated[bool, typer.Option("--live", help="Say speed, hits and bytes while it runs, on stderr.")] = False,
+    hardware: Hardware = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Print speed, hit rate and bytes read while generating, on stderr.")
+    ] = False,
     json_file: JsonFile = None,
+    *,
+    options: LoadOptions,
 ) -> None:
     """Continue a text greedily with the experts on disk and in a bounded part of RAM.
+
+    The last lines, on stderr, say how it went. Prefill is the time to the first token. The hit rate is the share of
+    experts that were in memory when a layer asked for them. Read counts the bytes of experts that came from the disk.
+    Peak memory is the most RAM that the process has had, with weights, KV cache and libraries.
 
     Example: `expertier generate my-model --prompt "def main():" --cpu-memory 6GiB --json report.json`
 
     With a GPU: `expertier generate my-model --prompt "def main():" --device cuda --gpu-memory 8GiB --cpu-memory 32GiB`
     """
-    from moe import text_of
-    from routing.ground.hardware import Hardware
-
-    from ..runtime.loading import load
-    from ..serve.generation import generate_text
-
-    quiet_transformers()
-    for target in (trace, json_file):
-        expect_folder(target)
-    rates = None if hardware is None else Hardware.load(hardware)
-    loaded = load(
-        model,
-        cpu_memory=cpu_memory,
-        cache_experts=cache_experts,
-        policy=policy,
-        io=io,
-        arithmetic=arithmetic,
-        pack=packed,
-        prefetch=prefetch,
-        plan=plan,
-        device=device,
-        gpu_memory=gpu_memory,
-        record_trace=trace is not None,
-    )
-    text = text_of(Path(loaded.name_or_path), int(loaded.config.get_text_config().vocab_size))
-    result = generate_text(
-        loaded,
-        text,
-        text.encode(prompt),
-        max_new_tokens=max_new_tokens,
-        show=_show,
-        trace_file=trace,
-        say=_say if live else None,
-        hardware=rates,
-    )
-    _show("\n")
-    if predicted := result["predicted"]:
-        Console(stderr=True).print(
-            f"expected {predicted['tokens_per_second']:.2f} tok/s ({predicted['binds']} binds), "
-            f"achieved {result['tokens_per_second']:.2f}",
-            highlight=False,
-        )
-    Console(stderr=True).print(
-        f"{result['tokens_per_second']:.2f} tok/s, prefill {result['prefill_seconds']:.2f} s, "
-        f"hit rate {result['hit_rate']:.3f}, read {format_size(result['bytes_read'])}, "
-        f"peak memory {format_size(result['peak_memory_bytes'])}",
-        highlight=False,
-    )
+    expect_model(model)
+    expect_outputs(trace, json_file, inputs=[model, hardware, *options.files, "/dev/stdin" if prompt == "-" else None])
+    rates = None if hardware is None else Rates.load(hardware)
+    prompt = _read_stdin() if prompt == "-" else prompt
+    with Screen(is_live=live) as screen:
+        result = _continue(model, prompt, max_new_tokens, options, screen, trace, rates)
+    show(result)
     if json_file:
         write_json(json_file, {"model": model, "prompt": prompt, **result})
 
 
-def _say(line: str) -> None:
-    sys.stderr.write(f"\r\x1b[K{line}")
-    sys.stderr.flush()
+def _continue(
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    options: LoadOptions,
+    screen: Screen,
+    trace: Path | None,
+    rates: Rates | None,
+) -> dict[str, Any]:
+    from ..checkpoint.location import local_folder, local_name
+
+    screen.stage(f"downloading {model}" if local_name(model) is None else f"starting; {model} is read next")
+    from ..runtime.loading import load
+    from ..serve.generation import generate_text
+    from ..serve.text import expect_room, open_text
+
+    quiet_transformers()
+    folder = local_folder(model)
+    text = open_text(folder)
+    prompt_ids = text.encode_prompt(prompt)
+    expect_room(len(prompt_ids), max_new_tokens, options.context)
+    screen.stage(f"loading {model}")
+    loaded = load(folder, **vars(options), record_trace=trace is not None)
+    result = generate_text(
+        loaded,
+        text,
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        show=screen.show,
+        stage=screen.stage,
+        say=screen.status,
+        trace_file=trace,
+        hardware=rates,
+    )
+    return {**result, "note": text.note}
 
 
-def _show(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+def show(report: dict[str, Any]) -> None:
+    """Print how a generation went, on stderr, in lines of at most 80 columns.
+
+    Args:
+        report: what `generate_text` gave, and a `note` on its text.
+    """
+    console = plain_console(stderr=True, soft_wrap=True)
+    if report["note"]:
+        console.print(report["note"])
+    if predicted := report["predicted"]:
+        console.print(
+            f"expected {predicted['tokens_per_second']:.2f} tok/s ({predicted['binds']} binds), "
+            f"achieved {report['tokens_per_second']:.2f}"
+        )
+    console.print(
+        f"{report['tokens_per_second']:.2f} tok/s, prefill {report['prefill_seconds']:.2f} s, "
+        f"hit rate {report['hit_rate']:.3f}"
+    )
+    console.print(f"read {format_size(report['bytes_read'])}, peak memory {format_size(report['peak_memory_bytes'])}")
+
+
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt on stdin is not UTF-8 text (byte {error.start})") from error

@@ -4,13 +4,28 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from routing.ground.expect import expect_folder, expect_name, expect_outputs
 from routing.ground.files import write_json
-from routing.ground.quantity import format_size
+from routing.ground.hardware import Hardware as Rates
+from routing.ground.quantity import format_size, parse_size
+from routing.ground.terminal import plain_console
 
-from .options import CpuMemory, JsonFile, Model, expect_folder, quiet_transformers
+from .options import Arithmetic, Context, CpuMemory, Hardware, JsonFile, Model, Pack, expect_model, quiet_transformers
+
+DOES_NOT_FIT = 1
+WORDS = {
+    "disk_bytes_per_s": "reads of the disk, past the page cache",
+    "cached_bytes_per_s": "reads out of the page cache",
+    "memory_bytes_per_s": "reads of memory",
+    "exact_bytes_per_s": "weights that a token's products read, --arithmetic exact",
+    "fast_bytes_per_s": "weights that a token's products read, --arithmetic fast",
+    "layer_s": "a decoder layer, per token, besides reading weights",
+    "compressed_bytes_per_s": "compressed weights that a token's products read",
+    "pcie_bytes_per_s": "copies from memory to the GPU",
+    "gpu_bytes_per_s": "reads of the GPU's memory",
+}
 
 
 def fit(
@@ -19,101 +34,138 @@ def fit(
     gpu_memory: Annotated[
         str | None, typer.Option("--gpu-memory", help="Budget on a GPU, such as 8GiB; it need not be here.")
     ] = None,
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of KV cache to keep room for.")] = 2048,
-    hardware: Annotated[
-        Path | None, typer.Option("--hardware", help="Rates of this machine from `calibrate`, to predict the speed.")
-    ] = None,
-    arithmetic: Annotated[str, typer.Option("--arithmetic", help="exact or fast.")] = "exact",
-    packed: Annotated[Path | None, typer.Option("--pack", help="With experts from this packed copy.")] = None,
+    context: Context = 2048,
+    hardware: Hardware = None,
+    arithmetic: Arithmetic = "exact",
+    packed: Pack = None,
     hit_rate: Annotated[
-        float | None, typer.Option("--hit-rate", min=0, max=1, help="Known hit rate, for example from `simulate`.")
+        float | None,
+        typer.Option("--hit-rate", min=0, max=1, help="Known hit rate, for example of `simulate`; needs --hardware."),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Say whether a model fits a memory budget, and how many of its experts stay in memory.
 
+    The exit code is 0 if it fits and 1 if it does not.
+
     Example: `expertier fit my-model --cpu-memory 6GiB`
     """
-    from ..forecast.fit import fit as fit_model
+    expect_model(model)
+    expect_outputs(json_file, inputs=[model, hardware, packed])
+    expect_name(arithmetic, ("exact", "fast"), "arithmetic")
+    for size in (cpu_memory, gpu_memory):
+        if size not in (None, "auto"):
+            parse_size(size)
+    if hit_rate is not None and (hardware is None or gpu_memory is not None):
+        raise ValueError("--hit-rate predicts the speed on the CPU: it needs --hardware FILE, and no --gpu-memory")
+    rates = None if hardware is None else Rates.load(hardware)
+    with plain_console(stderr=True).status(f"reading what {model} consists of"):
+        from ..forecast.fit import fit as fit_model
 
-    quiet_transformers()
-    fitted = fit_model(model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, context=context, pack=packed)
-    console = Console()
+        quiet_transformers()
+        fitted = fit_model(model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, context=context, pack=packed)
+    _show_fit(fitted, cpu_memory)
+    predicted: dict[str, Any] = {}
+    if fitted.gpu_plan is not None:
+        predicted = _gpu_fit(fitted, rates)
+    elif rates is not None and fitted.plan is not None:
+        predicted = _predict(fitted, rates, arithmetic, hit_rate)
+    if json_file:
+        write_json(json_file, {"model": model, **fitted.as_json(), "predicted": predicted or None})
+    if fitted.plan is None:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def _show_fit(fitted: Any, cpu_memory: str) -> None:
+    console = plain_console(soft_wrap=True)
     first = fitted.forms[0]
     console.print(
         f"{len(fitted.forms)} MoE layers x {first.layer.num_experts} experts of {format_size(first.expert_bytes)}, "
         f"top-{fitted.top_k}: {format_size(fitted.expert_bytes)} of experts, "
-        f"{format_size(fitted.active_bytes)} used by each token",
-        highlight=False,
+        f"{format_size(fitted.active_bytes)} used by each token"
     )
     if fitted.plan is None:
-        console.print(f"does not fit: {fitted.shortfall}", highlight=False)
-    else:
-        table = Table("memory", "size")
-        for name, size in fitted.plan.table():
-            table.add_row(name, format_size(size))
-        console.print(table)
-        slots = fitted.plan.num_slots
-        console.print(
-            f"fits {format_size(fitted.plan.limit_bytes)} with {min(slots)} to {max(slots)} of "
-            f"{first.layer.num_experts} experts per layer in memory",
-            highlight=False,
+        console.print(f"does not fit: {fitted.shortfall}")
+        return
+    table = Table("memory", "size")
+    for name, size in fitted.plan.table():
+        table.add_row(name, format_size(size))
+    console.print(table)
+    slots = fitted.plan.num_slots
+    held = f"{min(slots)}" if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
+    held = "all" if min(slots) >= first.layer.num_experts else f"{held} of {first.layer.num_experts}"
+    console.print(f"fits {format_size(fitted.plan.limit_bytes)} with {held} experts of each layer in memory")
+    _warn_of_size(cpu_memory)
+
+
+def _warn_of_size(cpu_memory: str) -> None:
+    """Say so if the budget is more than this machine or its control group has; the model may be for another one."""
+    from ..memory.budget import available_memory
+
+    if cpu_memory != "auto" and parse_size(cpu_memory) > (here := available_memory()):
+        plain_console(stderr=True, soft_wrap=True).print(
+            f"warning: only {format_size(here)} are free here; with {cpu_memory} the process would be killed or swap"
         )
-    predicted: dict[str, Any] = {}
-    if fitted.gpu_plan is not None:
-        predicted = _gpu_fit(console, fitted, hardware)
-    elif hardware is not None and fitted.plan is not None:
-        from routing.ground.hardware import Hardware
-
-        prediction = fitted.predict(Hardware.load(hardware), is_fast=arithmetic == "fast", hit_rate=hit_rate)
-        console.print(
-            f"expected {1 / prediction.token_s:.2f} tok/s (at best {1 / prediction.floor_s:.2f}); "
-            f"{prediction.binds} binds: disk {prediction.disk_s:.3f} s, memory {prediction.compute_s:.3f} s per token",
-            highlight=False,
-        )
-        predicted = {"tokens_per_second": 1 / prediction.token_s, "binds": prediction.binds, **vars(prediction)}
-    if json_file:
-        write_json(json_file, {"model": model, **fitted.as_json(), "predicted": predicted or None})
 
 
-def _gpu_fit(console: Console, fitted: Any, hardware: Path | None) -> dict[str, Any]:
+def _predict(fitted: Any, rates: Rates, arithmetic: str, hit_rate: float | None) -> dict[str, Any]:
+    found = fitted.predict(rates, is_fast=arithmetic == "fast", hit_rate=hit_rate)
+    plain_console(soft_wrap=True).print(
+        f"expected {1 / found.token_s:.2f} tok/s (at best {1 / found.floor_s:.2f}); "
+        f"{found.binds} binds: disk {found.disk_s:.3f} s, memory {found.compute_s:.3f} s per token"
+    )
+    return {"tokens_per_second": 1 / found.token_s, "binds": found.binds, **vars(found)}
+
+
+def _gpu_fit(fitted: Any, rates: Rates | None) -> dict[str, Any]:
     """What goes to the GPU, and how fast it may be."""
-    from routing.ground.hardware import Hardware
-
     from ..gpu.budget import gpu_table
 
+    console = plain_console(soft_wrap=True)
     table = Table("GPU memory", "size")
     for name, size in gpu_table(fitted.gpu_plan):
         table.add_row(name, format_size(size))
     console.print(table)
-    if hardware is None or fitted.plan is None:
+    if rates is None or fitted.plan is None:
         return {}
-    found = fitted.predict_gpu(Hardware.load(hardware))
+    found = fitted.predict_gpu(rates)
     console.print(
         f"expected up to {1 / found.token_s:.1f} tok/s; {found.binds} binds: disk {found.disk_s:.3f} s, "
-        f"PCIe {found.wire_s:.3f} s, GPU memory {found.gpu_s:.3f} s per token",
-        highlight=False,
+        f"PCIe {found.wire_s:.3f} s, GPU memory {found.gpu_s:.3f} s per token"
     )
     return {"tokens_per_second": 1 / found.token_s, "binds": found.binds, **vars(found)}
 
 
 def calibrate(
-    out: Annotated[Path, typer.Option("--out", help="Where the rates go.")] = Path("hardware.toml"),
+    out: Annotated[Path, typer.Option("--out", help="Where the rates go (TOML).")] = Path("hardware.toml"),
     folder: Annotated[Path, typer.Option("--folder", help="A folder on the disk that holds the models.")] = Path(),
 ) -> None:
-    """Measure the disk, the memory and the kernels of this machine.
+    """Measure the disk, the memory and the kernels of this machine; takes some ten seconds and 512 MiB of disk.
 
     Example: `expertier calibrate --out hardware.toml --folder /data/models`
     """
-    from ..forecast.calibrate import calibrate as measure
-
     expect_folder(out)
+    if out.exists() and b"disk_bytes_per_s" not in out.read_bytes()[:4096]:
+        raise ValueError(f"cannot write {out}: it is there and is no file of `expertier calibrate`")
     if not folder.is_dir():
         raise ValueError(f"folder {folder}: no such folder")
-    found = measure(folder)
+    with plain_console(stderr=True).status("measuring disk, memory and kernels"):
+        from ..forecast.calibrate import calibrate as measure
+
+        found = measure(folder)
     found.save(out)
-    table = Table("rate", "value")
-    for name, value in vars(found).items():
-        shown = f"{value / 1e9:.2f} GB/s" if name.endswith("_bytes_per_s") else f"{value * 1e6:.1f} us"
-        table.add_row(name.removesuffix("_bytes_per_s"), shown)
-    Console().print(table)
+    show_rates(found)
+
+
+def show_rates(rates: Rates) -> None:
+    """Print what was measured; what this machine has not (a GPU, a C compiler) is left out.
+
+    Args:
+        rates: of this machine.
+    """
+    table = Table("what", "rate")
+    for name, value in vars(rates).items():
+        if value:
+            shown = f"{value / 1e9:.2f} GB/s" if name.endswith("_bytes_per_s") else f"{value * 1e6:.1f} us"
+            table.add_row(WORDS.get(name, name), shown)
+    plain_console().print(table)

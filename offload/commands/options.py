@@ -1,26 +1,144 @@
 """Options that several commands share."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="A Hugging Face model folder (safetensors) or a model id.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the report as JSON.")]
+from routing.ground.expect import expect_name
+from routing.ground.quantity import parse_size
+
+from ..cache.catalogue import CACHES, NEEDS_FUTURE
+from ..prefetch.prefetch import PREDICTORS
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face model folder (safetensors), or a model id.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the report to this file, as JSON.")]
+Hardware = Annotated[
+    Path | None, typer.Option("--hardware", help="Rates of this machine from `calibrate`; adds the speed to expect.")
+]
 CpuMemory = Annotated[
-    str, typer.Option("--cpu-memory", help="Budget for everything the process has in RAM, such as 6GiB.")
+    str,
+    typer.Option("--cpu-memory", help="Budget for all RAM of the process, such as 6GiB. auto: 90 % of what is free."),
 ]
-GpuMemory = Annotated[str, typer.Option("--gpu-memory", help="Budget for everything on the GPU, such as 8GiB.")]
+GpuMemory = Annotated[
+    str,
+    typer.Option("--gpu-memory", help="Budget for everything on the GPU, such as 8GiB. auto: 90 % of what is free."),
+]
 CacheExperts = Annotated[
-    int | None, typer.Option("--cache-experts", help="RAM slots per MoE layer, instead of what the budget pays for.")
+    int | None,
+    typer.Option("--cache-experts", min=1, help="RAM slots per MoE layer, instead of what the budget pays for."),
 ]
-Policy = Annotated[str, typer.Option("--policy", help="Which expert leaves the cache when another needs its slot.")]
+Context = Annotated[
+    int, typer.Option("--context", min=1, help="Tokens, of the prompt and new ones, that memory is kept for.")
+]
+Arithmetic = Annotated[
+    str,
+    typer.Option("--arithmetic", help="exact: bit-identical to the resident model. fast: quicker, other last bits."),
+]
+Pack = Annotated[Path | None, typer.Option("--pack", help="Read experts from this file of `expertier pack`.")]
 
 
-def expect_folder(file: Path | None) -> None:
-    """Refuse an output file whose folder does not exist, before any work is done."""
-    if file is not None and not file.absolute().parent.is_dir():
-        raise ValueError(f"cannot write {file}: the folder {file.absolute().parent} does not exist; create it first")
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """The options of `offload.load` as flags of a command: each field is both, under one name."""
+
+    cpu_memory: CpuMemory = "auto"
+    cache_experts: CacheExperts = None
+    context: Context = 2048
+    policy: Annotated[
+        str, typer.Option("--policy", help=f"Eviction policy: auto, {', '.join(sorted(CACHES.keys() - NEEDS_FUTURE))}.")
+    ] = "auto"
+    arithmetic: Arithmetic = "exact"
+    io: Annotated[
+        str, typer.Option("--io", help="direct: past the page cache. cached: through it. auto: by size and memory.")
+    ] = "auto"
+    pack: Pack = None
+    prefetch: Annotated[
+        str, typer.Option("--prefetch", help=f"off, {', '.join(PREDICTORS)}, or a file of `trace predictor`.")
+    ] = "auto"
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", help="A plan of `place tiers`, or a trace (.npz) to size each layer's cache by."),
+    ] = None
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: cuda if --gpu-memory names a size.")] = (
+        "auto"
+    )
+    gpu_memory: GpuMemory = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, before torch is imported.
+
+        Raises:
+            ValueError: for an unknown name, a size without a unit, or options that exclude each other.
+        """
+        expect_name(self.policy, ["auto", *CACHES.keys() - NEEDS_FUTURE], "cache policy")
+        expect_name(self.arithmetic, ("exact", "fast"), "arithmetic")
+        expect_name(self.io, ("auto", "direct", "cached"), "way of reading")
+        expect_name(self.device, ("auto", "cpu", "cuda"), "device")
+        for size in (self.cpu_memory, self.gpu_memory):
+            if size not in ("auto", "0"):
+                parse_size(size)
+        if not self.prefetch.endswith(".npz"):
+            expect_name(self.prefetch, ("auto", "off", *PREDICTORS), "way of prefetching")
+        for what, file in (("plan", self.plan), ("pack", self.pack), ("predictor", self.predictor)):
+            if file is not None and not file.is_file():
+                raise ValueError(f"{what} {file}: no such file")
+        if self.plan is not None and self.cache_experts is not None:
+            raise ValueError("--plan and --cache-experts both say how many slots a layer has; give one of them")
+        if self.device == "cpu" and self.gpu_memory not in ("auto", "0"):
+            raise ValueError(f"--device cpu has no GPU memory; leave out --gpu-memory {self.gpu_memory}")
+
+    @property
+    def predictor(self) -> Path | None:
+        """The file that `prefetch` names; None if it names none."""
+        return Path(self.prefetch) if self.prefetch.endswith(".npz") else None
+
+    @property
+    def files(self) -> tuple[Path | None, ...]:
+        """What is read besides the model."""
+        return self.pack, self.plan, self.predictor
+
+
+def with_options(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command take a dataclass of options: its fields become flags, its last argument `options` the value.
+
+    Args:
+        kind: a dataclass whose fields are annotated as Typer's options are.
+    """
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        own = [parameter for parameter in signature(command).parameters.values() if parameter.name != "options"]
+        added = [
+            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            for field in fields(kind)
+        ]
+
+        @wraps(command)
+        def call(**given: Any) -> None:
+            options = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+            command(**given, options=options)
+
+        keyword = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own]
+        call.__signature__ = signature(command).replace(parameters=[*keyword, *added])  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in (*keyword, *added)}
+        return call
+
+    return wrap
+
+
+def expect_model(model: str) -> None:
+    """Refuse a model that is neither a folder nor the id of one, before torch is imported.
+
+    Raises:
+        ValueError: if there is no such folder and the name is no `owner/name`.
+    """
+    from ..checkpoint.location import local_name
+
+    local_name(model)
 
 
 def quiet_transformers() -> None:

@@ -4,35 +4,42 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from routing.ground.expect import expect_folder
 from routing.ground.quantity import format_size
+from routing.ground.terminal import plain_console
 
-from .options import Model, quiet_transformers
+from .options import Model, expect_model, quiet_transformers
 
 
 def pack(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", help="The file to write; its index goes beside it.")],
+    out: Annotated[Path, typer.Option("--out", help="The file to write; its index goes beside it, as FILE.json.")],
     compress: Annotated[
-        bool, typer.Option("--compress", help="Without loss: bfloat16 weights take 30 % less on disk and in RAM.")
+        bool,
+        typer.Option("--compress", help="Lossless: bfloat16 weights take 30 % less on disk and in RAM."),
     ] = False,
 ) -> None:
     """Copy all experts of a model into one file of aligned, checksummed records; resumes if it was interrupted.
 
+    Only an earlier packed copy of the same model is overwritten.
+
     Example: `expertier pack my-model --out my-model.experts --compress`
     """
+    expect_model(model)
+    expect_folder(out)
     from rich.progress import Progress
 
-    from ..store.packing import write_pack
+    console = plain_console(stderr=True)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("reading the checkpoint", total=None)
+        from ..store.packing import write_pack
 
-    quiet_transformers()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("packing", total=None)
+        quiet_transformers()
         write_pack(
             model,
             out,
             is_compressed=compress,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=lambda done, total: progress.update(task, completed=done, total=total, description="packing"),
         )
-    Console(stderr=True).print(f"experts packed in {out}, {format_size(out.stat().st_size)}", highlight=False)
+    console.print(f"experts packed in {out}, {format_size(out.stat().st_size)}", soft_wrap=True)

@@ -1,41 +1,50 @@
 """`expertier trace record`, `predictor` and `batches`: record a trace, learn from it, form batches by it."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from routing.ground.expect import expect_outputs
 from routing.ground.files import write_json
+from routing.ground.quantity import parse_size
+from routing.ground.terminal import plain_console
 from routing.traces import RoutingTrace
 
-from .options import CacheExperts, CpuMemory, Model, expect_folder, quiet_transformers
+from .options import CacheExperts, CpuMemory, JsonFile, Model, expect_model, quiet_transformers
 
 Trace = Annotated[Path, typer.Argument(help="A routing trace (.npz).")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the numbers as JSON.")]
+LEAST_ROWS = 500
+"""Rows below which a predictor is refused: a tenth of them judges it, and 50 rows give a rate to some 0.1."""
 
 
 def predictor(
     trace: Trace,
     out: Annotated[Path, typer.Option("--out", help="Where to write the predictor (.npz).")],
-    rows: Annotated[int | None, typer.Option("--rows", min=10, help="Only the first rows.")] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=LEAST_ROWS, help="Use the first rows of the trace.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Train a predictor of the next layers' experts, for `--prefetch FILE`; the last tenth of the rows judges it.
 
     Example: `expertier trace predictor routing.npz --out predictor.npz`
     """
+    expect_outputs(out, json_file, inputs=[trace])
+    recorded = RoutingTrace.load(trace)
+    recorded = recorded if rows is None else recorded.rows(0, rows)
+    num_rows = len(recorded.expert_TLK)
+    if num_rows < LEAST_ROWS:
+        raise ValueError(
+            f"trace {trace}: {num_rows} rows are too few to train a predictor and to judge it; record at least "
+            f"{LEAST_ROWS}, better 10,000 (`expertier trace record --tokens 10000`)"
+        )
     from rich.progress import Progress
 
     from ..prefetch.predictor import AHEAD
     from ..prefetch.predictor_fit import fit_predictor, precision_and_recall
 
-    recorded = RoutingTrace.load(trace)
-    recorded = recorded if rows is None else recorded.rows(0, rows)
-    num_rows = len(recorded.expert_TLK)
     split = num_rows - num_rows // 10
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=plain_console(stderr=True)) as progress:
         task = progress.add_task("train", total=len(AHEAD) * recorded.num_layers)
         fitted = fit_predictor(recorded.rows(0, split), progress=lambda: progress.advance(task))
     scores = precision_and_recall(fitted, recorded.rows(split, num_rows))
@@ -43,7 +52,7 @@ def predictor(
     table = Table("layers ahead", "guesses that are right", "experts that are guessed")
     for ahead, (precision, recall) in scores.items():
         table.add_row(str(ahead), f"{precision:.3f}", f"{recall:.3f}")
-    Console().print(table)
+    plain_console().print(table)
     if json_file:
         write_json(
             json_file, {str(ahead): {"precision": found[0], "recall": found[1]} for ahead, found in scores.items()}
@@ -59,15 +68,17 @@ def batches(
 
     Example: `expertier trace batches routing.npz --batch-size 8`
     """
+    expect_outputs(json_file, inputs=[trace])
     from ..serve.batches import experts_touched, form_batches, in_order, signatures
 
     signature = signatures(RoutingTrace.load(trace))
+    if not len(signature):
+        raise ValueError(f"trace {trace}: it has no rows")
     plain, formed = in_order(len(signature), batch_size), form_batches(signature, batch_size)
     before, after = experts_touched(signature, plain), experts_touched(signature, formed)
-    Console().print(
+    plain_console().print(
         f"{len(plain)} batches of {batch_size}: {sum(before) / len(before):.1f} experts per batch in order, "
-        f"{sum(after) / len(after):.1f} formed by shared experts",
-        highlight=False,
+        f"{sum(after) / len(after):.1f} formed by shared experts"
     )
     if json_file:
         write_json(json_file, {"batches": formed, "experts_before": before, "experts_after": after})
@@ -77,7 +88,7 @@ def record(
     model: Model,
     data: Annotated[Path, typer.Option("--data", help="A text file, or a folder of text files.")],
     out: Annotated[Path, typer.Option("--out", help="Where the trace goes (.npz).")],
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to run.")] = 8192,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to run; no more text is read.")] = 8192,
     length: Annotated[int, typer.Option("--length", min=1, help="Tokens per sequence.")] = 512,
     cpu_memory: CpuMemory = "auto",
     cache_experts: CacheExperts = None,
@@ -86,40 +97,30 @@ def record(
 
     Example: `expertier trace record my-model --data book.txt --out routing.npz`
     """
-    from moe import text_of
-
-    from ..runtime.loading import load
-    from ..serve.corpus import sequences, text_files
-
-    quiet_transformers()
-    expect_folder(out)
-    text_files(data)
-    loaded = load(model, cpu_memory=cpu_memory, cache_experts=cache_experts, record_trace=True)
-    text = text_of(Path(loaded.name_or_path), int(loaded.config.get_text_config().vocab_size))
-    done = _run_over(loaded, sequences(data, text, length, tokens), tokens, out)
-    Console(stderr=True).print(f"{done} tokens recorded in {out}", highlight=False)
-
-
-def _run_over(model: Any, pieces: Any, tokens: int, out: Path) -> int:
-    import time
-
-    import torch
+    expect_model(model)
+    expect_outputs(out, inputs=[model, data])
+    if cpu_memory != "auto":
+        parse_size(cpu_memory)
+    console = plain_console(stderr=True)
     from rich.progress import Progress
 
-    done, saved_s = 0, time.perf_counter()
-    try:
-        with Progress(console=Console(stderr=True), transient=True) as progress, torch.no_grad():
-            task = progress.add_task("recording", total=tokens)
-            for piece in pieces:
-                model(torch.tensor([piece]), use_cache=False)
-                done += len(piece)
-                progress.advance(task, len(piece))
-                if time.perf_counter() - saved_s > 5:
-                    model.offload.save_trace(out)
-                    saved_s = time.perf_counter()
-    finally:
-        if done:
-            model.offload.save_trace(out)
-    if not done:
-        raise ValueError("the data holds no text")
-    return done
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"reading {model}", total=None)
+        from ..checkpoint.location import local_folder
+        from ..runtime.loading import load
+        from ..serve.corpus import sequences, text_files
+        from ..serve.recording import record_over
+        from ..serve.text import open_text
+
+        text_files(data)
+        quiet_transformers()
+        text = open_text(local_folder(model))
+        loaded = load(model, cpu_memory=cpu_memory, cache_experts=cache_experts, context=length, record_trace=True)
+        progress.update(task, total=tokens, description="recording")
+        pieces = sequences(data, text, length, tokens)
+        done = record_over(loaded, pieces, out, lambda count: progress.advance(task, count))
+    if text.note:
+        console.print(text.note, soft_wrap=True)
+    console.print(f"{done} tokens recorded in {out}", soft_wrap=True)
+    if done < tokens:
+        console.print(f"the text has no more; {tokens} were wanted")

@@ -1,29 +1,44 @@
-"""Greedy generation with a live text, timings and a trace that is on disk while it grows."""
+"""Greedy generation with a live text, progress, timings and a trace that is on disk while it grows."""
 
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from moe import ByteText, TokenizerText
 from routing.ground.hardware import Hardware
 from routing.ground.model_config import experts_per_token
 from routing.ground.quantity import format_size
+
+from .prefill import Prefill
+
+
+class Text(Protocol):
+    """What turns tokens into text."""
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
 
 TRACE_EVERY_S = 5.0
 STATUS_EVERY_S = 0.5
 
 
 class LiveText(BaseStreamer):  # type: ignore[misc]
-    """Receives tokens from `generate`: shows them, notes when they came, saves the trace and says how it goes now and
-    then."""
+    """Receives tokens from `generate`: shows them, notes when they came, saves the trace, reports speed now and then.
+
+    Args:
+        text: turns tokens into text.
+        show: receives pieces of text; a character whose bytes are incomplete waits.
+        save_trace: called every TRACE_EVERY_S seconds.
+        say_status: receives tokens per second, every STATUS_EVERY_S seconds.
+        after_prefill: called when the first token is there.
+    """
 
     def __init__(
         self,
-        text: ByteText | TokenizerText,
+        text: Text,
         show: Callable[[str], None],
         save_trace: Callable[[], None] | None,
         say_status: Callable[[float], None] | None = None,
@@ -63,11 +78,12 @@ class LiveText(BaseStreamer):  # type: ignore[misc]
 
 def generate_text(
     model: Any,
-    text: ByteText | TokenizerText,
+    text: Text,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
     show: Callable[[str], None],
+    stage: Callable[[str], None] = lambda line: None,
     trace_file: Path | None = None,
     say: Callable[[str], None] | None = None,
     hardware: Hardware | None = None,
@@ -76,26 +92,38 @@ def generate_text(
 
     Args:
         model: a model from `load`.
+        text: turns tokens into text.
         prompt_ids: tokens of the prompt.
+        max_new_tokens: most tokens to generate; the model's end tokens may end it earlier.
         show: receives pieces of text as they come.
+        stage: receives a line about the prefill, layer by layer.
         trace_file: where the routing goes; written every few seconds and at the end, also after Ctrl-C.
         say: receives a line about speed, hits and bytes twice a second.
         hardware: rates of this machine, to predict the speed of decoding with the hit rate that it had.
 
     Returns:
         tokens_per_second (of decoding), predicted (on the CPU, with `hardware`), prefill_seconds, hit_rate, bytes_read,
-        peak_memory_bytes, token_ids and the report of the offloading.
+        peak_memory_bytes, prompt_tokens, token_ids, their text and the report of the offloading.
+
+    Raises:
+        ValueError: if there is no prompt.
     """
     if not prompt_ids:
         raise ValueError("the prompt is empty; give at least one token")
     save_trace = None if trace_file is None else lambda: model.offload.save_trace(trace_file)
     prefilled: dict[str, Any] = {}
+    prefill = Prefill(model, len(prompt_ids), stage)
+
+    def after_prefill() -> None:
+        prefill.close()
+        prefilled.update(model.offload.report())
+
     live = LiveText(
         text,
         show,
         save_trace,
         None if say is None else lambda rate: say(_status(rate, model.offload)),
-        lambda: prefilled.update(model.offload.report()),
+        after_prefill,
     )
     model.offload.reset()
     started = time.perf_counter()
@@ -105,9 +133,11 @@ def generate_text(
             attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            num_beams=1,
             streamer=live,
         )
     finally:
+        prefill.close()
         if save_trace is not None and live.time_s:
             save_trace()
     report = model.offload.report()
@@ -119,7 +149,9 @@ def generate_text(
         "hit_rate": report["hit_rate"],
         "bytes_read": report["bytes_read"],
         "peak_memory_bytes": report["peak_memory_bytes"],
+        "prompt_tokens": len(prompt_ids),
         "token_ids": live.token_ids,
+        "text": text.decode(live.token_ids),
         "predicted": _predicted(model, hardware, prefilled, report) if is_predicted else None,
         "report": report,
     }

@@ -5,6 +5,7 @@ in any form of FORMS. Packing can be interrupted and resumed: what is finished s
 `FILE.part.json`.
 """
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,21 @@ from typing import BinaryIO
 
 from xxhash import xxh3_64_hexdigest
 
-from routing.ground.expect import expect_folder, expect_name
+from routing.ground.expect import expect_folder, expect_name, expect_not_an_input
 
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.model_folder import skeleton_of
 from ..checkpoint.tensors import TensorEntry
 from ..formats.catalogue import FORMS
 from ..formats.form import Form
-from ..formats.pack_index import PackedLayer, PackedRecord, PackIndex, describe_parameters, rounded_up
+from ..formats.pack_index import (
+    MAX_INDEX_BYTES,
+    PackedLayer,
+    PackedRecord,
+    PackIndex,
+    describe_parameters,
+    rounded_up,
+)
 from ..formats.plain import PlainForm
 from .reading import Ticket
 from .store import ExpertStore, Slots
@@ -56,11 +64,13 @@ def write_pack(
         `target`.
 
     Raises:
-        ValueError: if the folder of `target` does not exist, the form is unknown, or the experts cannot be offloaded.
+        ValueError: if the form is unknown, the experts cannot be offloaded, or writing would replace anything but an
+            earlier packed copy of this model.
     """
     expect_folder(target)
     wanted = expect_name(form or ("compressed" if is_compressed else "plain"), FORMS, "stored form")
     model, entries, layers = skeleton_of(path_or_id)
+    _expect_own(target, layers, entries)
     done, total = 0, sum(layer.num_experts * layer.plain_bytes for layer in layers)
 
     def advance(nbytes: int) -> None:
@@ -112,6 +122,36 @@ def read_pack(file: Path, layers: Sequence[ExpertLayer], entries: Mapping[str, T
         [packed.opened(file, layer, index.end) for packed, layer in zip(index.layers, layers, strict=True)],
         [[record.xxh3 for record in packed.records] for packed in index.layers],
     )
+
+
+def _expect_own(target: Path, layers: Sequence[ExpertLayer], entries: Mapping[str, TensorEntry]) -> None:
+    """Refuse a target that replaces a file of the checkpoint, or anything but a packed copy of the same model."""
+    index_file, state_file = _beside(target, ".json"), _beside(target, ".part.json")
+    for file in (target, index_file, _beside(target, ".part"), state_file):
+        expect_not_an_input(file, *{entry.file for entry in entries.values()})
+        expect_folder(file)
+    if (target.exists() or index_file.exists()) and not _is_pack_of(index_file, layers):
+        raise ValueError(
+            f"cannot write {target}: {target if target.exists() else index_file} is there and is no packed copy of "
+            "this model; choose another --out"
+        )
+    if state_file.exists() and not _is_pack_of(state_file, layers):
+        raise ValueError(
+            f"cannot write {target}: {state_file} is in the way and is not of an interrupted `pack` of this model"
+        )
+
+
+def _is_pack_of(index_file: Path, layers: Sequence[ExpertLayer]) -> bool:
+    """Whether this is the index of a packed copy, of whatever version, of a model with these layers."""
+    if not index_file.is_file() or index_file.stat().st_size > MAX_INDEX_BYTES:
+        return False
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        packed = [layer["module"] for layer in index["layers"]]
+    except (ValueError, KeyError, TypeError):
+        return False
+    names = [layer.module_name for layer in layers]
+    return index.get("format") == "expertier-pack" and packed == names[: len(packed)]
 
 
 def _write_layer(

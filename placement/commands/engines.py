@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from routing.ground.expect import expect_folder
+from routing.ground.expect import expect_outputs
+from routing.ground.terminal import plain_console
 
 
 def cluster_command(
@@ -27,7 +28,6 @@ def cluster_command(
     Example: `(nvidia-smi -L; nvidia-smi topo -m) > topo.txt; expertier place cluster topo.txt --nodes 4 --out c.yaml`
     """
     import yaml
-    from rich.console import Console
 
     from routing.ground.files import atomic_write
     from routing.ground.quantity import parse_bytes_per_s
@@ -35,7 +35,7 @@ def cluster_command(
     from ..contract.cluster import Cluster
     from ..data.topology import TopologyOptions, read_topology
 
-    expect_folder(out)
+    expect_outputs(out, inputs=[file])
     rates = {"nvlink": nvlink, "nic": nic}
     given = {f"{name}_bytes_per_s": parse_bytes_per_s(rate) for name, rate in rates.items() if rate is not None}
     if bad := [name for name, rate in given.items() if rate < 1e6]:
@@ -44,10 +44,10 @@ def cluster_command(
     cluster = Cluster.from_mapping(found, str(file))
     with atomic_write(out) as target:
         yaml.safe_dump(found, target, sort_keys=False, width=120)
-    console = Console(soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     for guess in found.get("guessed", []):
-        console.print(f"guessed: {guess}", highlight=False, markup=False)
-    console.print(f"wrote {out}: {cluster.num_gpus} GPUs on {cluster.num_nodes} node(s)", highlight=False)
+        console.print(f"guessed: {guess}")
+    console.print(f"wrote {out}: {cluster.num_gpus} GPUs on {cluster.num_nodes} node(s)")
 
 
 def export_command(
@@ -62,16 +62,14 @@ def export_command(
 
     Example: `expertier place export plan.json --format sglang --out experts.json`
     """
-    from rich.console import Console
-
     from ..contract.plan import Plan
     from ..formats import export_plan
 
-    expect_folder(out)
+    expect_outputs(out, inputs=[plan_file])
     usage = export_plan(Plan.load(plan_file), format_name, out, extra_layers=extra_layers)
-    console = Console(soft_wrap=True)
-    console.print(f"wrote {out} for {format_name}", highlight=False)
-    console.print(f"use it with {usage}", highlight=False, markup=False)
+    console = plain_console(soft_wrap=True)
+    console.print(f"wrote {out} for {format_name}")
+    console.print(f"use it with {usage}")
 
 
 def loads_command(
@@ -83,16 +81,14 @@ def loads_command(
 
     Example: `expertier place loads expert_distribution_recorder.pt --format sglang --out loads.json`
     """
-    from rich.console import Console
-
     from routing.ground.files import write_json
 
     from ..data.load_importers import import_load_file
 
-    expect_folder(out)
+    expect_outputs(out, inputs=[source])
     found = import_load_file(source, format_name)
     layers = {} if found.layer_ids is None else {"layer_ids": list(found.layer_ids)}
     write_json(out, {"logical_count": found.load_LE.tolist(), **layers})
     rows, experts = found.load_LE.shape
     moe = "" if found.layer_ids is None else f", of which {len(found.layer_ids)} were recorded"
-    Console().print(f"wrote {out}: {rows} layers x {experts} experts{moe}", highlight=False)
+    plain_console().print(f"wrote {out}: {rows} layers x {experts} experts{moe}")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from routing.ground.expect import expect_folder
+from routing.ground.expect import expect_outputs
 
 
 def migrate_command(
@@ -18,15 +18,14 @@ def migrate_command(
 
     Example: `expertier place migrate plan32.json plan40.json --out steps.json --plan-out plan40b.json`
     """
-    from rich.console import Console
-
     from routing.ground.files import write_json
     from routing.ground.quantity import format_size
+    from routing.ground.terminal import plain_console
 
     from ..contract.plan import Plan
     from ..solving.elastic import migrate_checked
 
-    expect_folder(out, plan_out)
+    expect_outputs(out, plan_out, inputs=[current, target])
     found = migrate_checked(Plan.load(current), Plan.load(target))
     write_json(out, found.to_json())
     if plan_out:
@@ -37,7 +36,7 @@ def migrate_command(
         for value in (found.moved_bytes, found.node_crossing_bytes, found.peak_extra_bytes)
     )
     unknown = "" if is_known else " (sizes unknown: model.expert_bytes is not in the cluster)"
-    Console().print(
+    plain_console().print(
         f"wrote {out}: {len(found.steps)} steps, {moved} moved ({crossing} between nodes), "
         f"{extra} extra at most{unknown}",
         highlight=False,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from routing.ground.expect import expect_folder
+from routing.ground.expect import expect_outputs
 
 from .inputs import read_problem
 from .options import LoadsOption, RowsOption, TraceOption
@@ -26,21 +26,20 @@ def tiers_command(
 
     Example: `expertier place tiers --trace t.npz --hardware hw.toml --expert-size 26MB --cpu-memory 8GiB --out p.json`
     """
-    from rich.console import Console
-
     from routing.ground.quantity import format_size, parse_size
+    from routing.ground.terminal import plain_console
 
     from ..contract.cluster import Cluster
     from ..solving.tiers import load_machine, place_tiers, tier_counts
 
-    expect_folder(out)
+    expect_outputs(out, inputs=[hardware, trace, *(loads or ())])
     size = parse_size(expert_size)
     machine = load_machine(hardware, gpu_memory=gpu_memory, cpu_memory=cpu_memory)
     problem = read_problem(trace, loads, rows, Cluster.grid(1, 1), 0)
     plan = place_tiers(problem, machine, float(size), robust=robust)
     plan.save(out)
     on_gpu, in_memory, on_ssd = (f"{count} ({format_size(count * size)})" for count in tier_counts(plan))
-    Console().print(
+    plain_console().print(
         f"wrote {out}: experts on GPU {on_gpu}, in RAM {in_memory}, on SSD {on_ssd}; "
         f"{plan.metadata['seconds_per_token'] * 1e3:.3g} ms of expert reads per token expected",
         highlight=False,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from routing.ground.expect import expect_folder
+from routing.ground.expect import expect_outputs
 
 from .inputs import judging_problem
 from .options import JsonOption, LoadsOption, RowsOption, TraceOption
@@ -30,7 +30,7 @@ def score_command(
     from ..scoring.score import ordered_report, score
     from .terminal import print_score, print_scores
 
-    expect_folder(json_file)
+    expect_outputs(json_file, inputs=[*plan_files, trace, *(loads or ())])
     chosen = None if objective is None else find_objective(objective)
     found = {}
     for file in plan_files:
@@ -57,12 +57,12 @@ def report_command(
 
     Example: `expertier place report plan.json --trace routing.npz --pareto --out report.html`
     """
-    from rich.console import Console
+    from routing.ground.terminal import plain_console
 
     from ..contract.plan import Plan
     from .report import write_report
 
-    expect_folder(out)
+    expect_outputs(out, inputs=[plan_file, trace, *(loads or ())])
     plan = Plan.load(plan_file)
     write_report(judging_problem(plan, trace, loads, rows), plan, out, with_pareto=pareto)
-    Console().print(f"wrote {out}", highlight=False)
+    plain_console().print(f"wrote {out}", highlight=False)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from routing.ground.expect import expect_folder
+from routing.ground.expect import expect_outputs
 
 from .inputs import read_problem, read_validation
 from .options import JsonOption, LoadsOption, RowsOption, TraceOption
@@ -52,7 +52,8 @@ def solve_command(
     from .progress import solving
     from .terminal import print_result
 
-    expect_folder(out, json_file)
+    inputs = [cluster, trace, *(loads or ()), *(validate or ()), current]
+    expect_outputs(out, json_file, inputs=inputs)
     problem = read_problem(trace, loads, rows, load_cluster(cluster), replicas)
     request = SolveRequest(
         problem=replace(problem, current=None if current is None else Plan.load(current)),

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from routing.ground.quantity import format_size
+from routing.ground.terminal import plain_console
 
 from ..contract.plan import Plan
 from ..scoring.check import doubled_copies
@@ -20,7 +20,7 @@ HEAD = ("balancedness", "GPUs per token", "nodes per token", "hops")
 def print_result(result: SolveResult, out: Path) -> None:
     """The certificate, what moves, and what the solvers could not take into account."""
     print_certificate(result.plan, out)
-    console = Console()
+    console = plain_console()
     if result.churn is not None:
         known = result.plan.cluster.model.bytes_per_expert is not None
         size = f", {format_size(result.churn.moved_bytes)}" if known else ""
@@ -47,7 +47,7 @@ def print_certificate(plan: Plan, out: Path) -> None:
     if doubled := doubled_copies(plan):
         table.add_row("slots with a second copy on their GPU", str(doubled))
     table.add_row("seconds", f"{certificate.seconds:.2f}")
-    console = Console()
+    console = plain_console()
     console.print(table)
     console.print(
         f"wrote {out}: {plan.num_layers} layers x {plan.num_slots} slots on {plan.cluster.num_gpus} GPUs "
@@ -62,7 +62,7 @@ def print_score(found: Score) -> None:
     labels = short_names(found.scenarios)
     for name, values in found.scenarios.items():
         table.add_row(labels[name], *(_number(values[key]) for key in METRICS))
-    console, unit = Console(), UNITS.get(found.objective_name, "")
+    console, unit = plain_console(), UNITS.get(found.objective_name, "")
     console.print(table)
     console.print(
         f"objective ({found.objective_name}) {_number(found.objective)}{unit}, bound ({found.bound_name}) "
@@ -80,7 +80,7 @@ def print_scores(found: dict[str, Score]) -> None:
         for index, (name, values) in enumerate(one.scenarios.items()):
             table.add_row("" if index else plans[plan], labels[name], *(_number(values[key]) for key in METRICS))
         table.add_section()
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _number(value: float | None) -> str:

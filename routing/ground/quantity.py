@@ -27,7 +27,11 @@ def parse_bytes(value: object) -> float:
 
 
 def parse_size(text: str | int) -> int:
-    """Whole bytes of a budget on the command line, such as `6GiB`, `512MB` or `1000000`.
+    """Whole bytes of a budget, such as `6GiB`, `512MB` or the number 1000000.
+
+    Args:
+        text: as a user writes it, or a number of bytes. In text, a bare number below 1 MiB is refused: whoever writes
+            `6` means GiB.
 
     Raises:
         ValueError: if it is not a positive number with a known unit.
@@ -37,6 +41,8 @@ def parse_size(text: str | int) -> int:
     size = int(parse_bytes(text))
     if size <= 0:
         raise ValueError(f"a size must be positive; got {text!r}")
+    if isinstance(text, str) and size < 1 << 20 and text.strip()[-1] in "0123456789.":
+        raise ValueError(f"{text.strip()!r} as a size is {size} bytes; did you mean {text.strip()}GiB?")
     return size
 
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from routing.ground.terminal import plain_console
 
 from ..traces import RoutingTrace
 
@@ -21,7 +22,7 @@ HIT_RATES = {
 
 def print_import(trace: RoutingTrace, out: Path) -> None:
     """Say what an importer kept of a recording, what it left out and why, and what it had to guess."""
-    console = Console(soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     account = trace.metadata["import"]
     layers = "" if trace.layer_ids is None else f" (decoder layers {_ranges(trace.layer_ids)})"
     lines = [f"read {trace.metadata['source'].partition(':')[0]}: {_counts(account['read'])}"]
@@ -37,7 +38,7 @@ def print_import(trace: RoutingTrace, out: Path) -> None:
 
 def print_report(report: dict[str, Any]) -> None:
     """Print a report of `trace show --json` as tables."""
-    console = Console()
+    console = plain_console()
     metadata = {name: value for name, value in report["metadata"].items() if name not in ("import", "layer_ids")}
     console.print(
         f"{report['tokens']} tokens in {report['sequences']} sequences, {report['layers']} MoE layers, "

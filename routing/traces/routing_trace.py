@@ -140,7 +140,9 @@ class RoutingTrace:
         try:
             with zipfile.ZipFile(path) as archive:
                 arrays = _read_arrays(archive)
-        except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"trace {path}: not a readable routing trace (.npz), or a damaged one") from error
+        except (EOFError, OSError, ValueError, NotImplementedError) as error:
             raise ValueError(f"trace {path}: not a readable routing trace (.npz): {error}") from error
         try:
             return cls(**arrays)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from routing.ground.expect import expect_not_an_input, expect_outputs
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -57,6 +59,8 @@ def bench_duo(
     from ...train.corpus import load_corpus
     from ...train.presets import preset
 
+    expect_outputs(json_file, inputs=[data])
+    expect_not_an_input(out, *([Path(data)] if data else []))
     base = preset(preset_name)
     base = replace(base, steps=steps, warmup_steps=min(base.warmup_steps, steps))
     scale = DuoScale(router_steps=router_steps)
@@ -137,15 +141,16 @@ def train_router(base: "TrainConfig", corpus: "Corpus", out: Path, budget: float
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The report as a table."""
-    from rich.console import Console
     from rich.table import Table
+
+    from routing.ground.terminal import plain_console
 
     table = Table("routes", "big layers", "nats/token", "share of big", "share of big per layer")
     for row in rows:
         table.add_row(
             row["routes"], str(row["num_big"]), f"{row['nats']:.4f}", f"{row['share_big']:.3f}", row["share_per_layer"]
         )
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _searched(model: "MoEForCausalLM", token_BS: "Tensor", num_big: int, scale: DuoScale) -> list[dict[str, Any]]:

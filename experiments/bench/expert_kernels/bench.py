@@ -9,6 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from routing.ground.expect import expect_outputs
+from routing.ground.terminal import plain_console
+
 if TYPE_CHECKING:
     from .shapes import LayerShape
 
@@ -43,8 +46,9 @@ def bench_kernels(
 
     from .goals import verdicts
 
+    expect_outputs(json_file, inputs=[trace])
     has_gpu = torch.cuda.is_available()
-    console = Console()
+    console = plain_console()
     if not has_gpu:
         console.print(NO_GPU, highlight=False)
     failed: list[str] = []
@@ -155,7 +159,7 @@ def _show(console: Console, rows: list[dict[str, Any]], title: str) -> None:
         table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
-    Console(width=max(console.width, 200)).print(table)
+    plain_console(width=max(console.width, 200)).print(table)
 
 
 def _keep(

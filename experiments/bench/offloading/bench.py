@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from offload import format_size, parse_size
+from routing.ground.expect import expect_outputs, expect_there
+from routing.ground.files import write_json
+from routing.ground.terminal import plain_console
 
 from ...evidence.memory_limit import drop_cached, run_limited
 
@@ -42,6 +45,8 @@ def bench_offload(
 
     On a GPU: `expertier bench offload /tmp/replay --trace routing.npz --device cuda --limit 8GiB --limit 4GiB`
     """
+    expect_outputs(json_file, inputs=[checkpoint, trace, predictor])
+    expect_there(trace if trace is not None else checkpoint, predictor)
     if device != "cpu":
         _bench_gpu(checkpoint, trace, rows, device, limit, contestant, prefill, decode, json_file, record)
         return
@@ -51,7 +56,7 @@ def bench_offload(
     check_parity()
     _ensure_checkpoint(checkpoint, trace, rows)
     bandwidth = _read_bandwidth(checkpoint)
-    console, results = Console(), []
+    console, results = plain_console(), []
     console.print(
         f"the disk gives {bandwidth / 1e9:.2f} GB/s to 4 threads reading 4 MiB with O_DIRECT", highlight=False
     )
@@ -65,7 +70,7 @@ def bench_offload(
             console.print(_line(result), highlight=False)
     _print(console, results)
     if json_file:
-        json_file.write_text(json.dumps(results, indent=2))
+        write_json(json_file, results)
     if record:
         from ...evidence.record import save_record
 

@@ -5,7 +5,6 @@ for before it is computed. It differs from ours in nothing else.
 """
 
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from routing.ground.files import write_json
+from routing.ground.terminal import plain_console
 
 WARM_UP = 4
 """Tokens decoded before the clock runs: kernels are compiled when they are first launched."""
@@ -54,7 +56,7 @@ def bench_gpu(
         if name not in CONTESTANTS:
             raise ValueError(f"unknown contestant {name!r} on a GPU; there are {', '.join(CONTESTANTS)}")
     check_parity()
-    wire, console, results = wire_bandwidth(lane), Console(), []
+    wire, console, results = wire_bandwidth(lane), plain_console(), []
     console.print(f"the bus gives {wire / 1e9:.1f} GB/s from pinned memory", highlight=False)
     for limit in limits:
         for name in contestants:
@@ -62,7 +64,7 @@ def bench_gpu(
             console.print(" ".join(str(results[-1][key]) for key in KEYS), highlight=False)
     _print(console, results)
     if json_file:
-        json_file.write_text(json.dumps(results, indent=2))
+        write_json(json_file, results)
     if record:
         from ...evidence.record import save_record
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from routing.ground.expect import expect_folder, expect_new
+from routing.ground.expect import expect_new, expect_outputs
 
 
 def refactor(
@@ -36,7 +36,7 @@ def refactor(
     Example: `expertier refactor tiny-llama --data code.txt --data prose.txt --keep 0.5 --out tiny-experts`
     """
     expect_new(out)
-    expect_folder(json_file)
+    expect_outputs(json_file, inputs=[model, *data])
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,0 +1,132 @@
+"""Where a model is: a folder here, or a repository of the Hugging Face hub, of which only what is needed comes.
+
+Without torch.
+"""
+
+import glob
+import json
+from pathlib import Path
+from typing import Any
+
+from .weight_files import INDEX_NAME, ONLY_NAME, shard_names
+
+MAX_JSON_BYTES = 64 << 20
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    INDEX_NAME,
+    *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "tekken.json", "*.jinja"),
+)
+"""What describes a model; a few MB at most."""
+
+
+def local_name(path_or_id: str | Path) -> Path | None:
+    """The folder, if there is one; None for a model id `owner/name`, perhaps with `@revision`.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ValueError(f"model {path_or_id}: a file; give the folder that holds config.json and the weights")
+    text = str(path_or_id)
+    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or text.endswith("/"):
+        raise ValueError(f"model {path_or_id}: no such folder")
+    return None
+
+
+def local_folder(
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """A folder with the model's files; a model id is downloaded into huggingface_hub's cache first.
+
+    The description comes first and is checked, then exactly the files that hold the weights, all of one commit.
+
+    Args:
+        path_or_id: a folder, or `owner/name` or `owner/name@revision` of the hub.
+        revision: branch, tag or commit; default: the main branch.
+        token: of the hub; default: what huggingface_hub finds (`HF_TOKEN`, or its login).
+        local_files_only: use what is in the cache.
+
+    Raises:
+        ValueError: if there is no such folder, the download fails, or the model cannot be offloaded.
+    """
+    folder = local_name(path_or_id)
+    if folder is not None:
+        return folder
+    name, _, named_revision = str(path_or_id).partition("@")
+    how: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+    try:
+        return _download(name, revision or named_revision or None, how)
+    except ValueError as error:
+        if str(error).startswith("model "):
+            raise
+        raise _not_downloaded(path_or_id, error) from error
+    except Exception as error:  # whatever the network, the hub or the disk has to say
+        raise _not_downloaded(path_or_id, error) from error
+
+
+def _download(name: str, revision: str | None, how: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(SMALL_FILES), **how))
+    check_config_file(folder)
+    commit = folder.name
+    try:
+        hf_hub_download(name, ONLY_NAME, revision=commit, **how)
+    except EntryNotFoundError:
+        if (folder / INDEX_NAME).is_file():
+            shards = [glob.escape(shard) for shard in shard_names(folder)]
+            snapshot_download(name, revision=commit, allow_patterns=shards, **how)
+    return folder
+
+
+def _not_downloaded(path_or_id: str | Path, error: Exception) -> ValueError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "").split(". ")[0]
+    return ValueError(
+        f"model {path_or_id}: neither a folder here nor a model id that can be downloaded "
+        f"({type(error).__name__}: {reason[:200]})"
+    )
+
+
+def check_config_file(folder: Path) -> None:
+    """Refuse a model by its config.json alone, before anything large is read.
+
+    Raises:
+        ValueError: if it is missing, is not JSON, or says that the weights are quantised.
+    """
+    config = read_json(folder / "config.json", f"model {folder}: config.json")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        quantised = part.get("quantization_config")
+        if isinstance(quantised, dict):
+            method = quantised.get("quant_method", "unknown")
+            raise ValueError(
+                f"model {folder}: its weights are quantised ({method}); offloading reads plain float weights, "
+                "so save a dequantised copy first"
+            )
+
+
+def read_json(file: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: if it is missing, too large or something else; the message begins with `what`.
+    """
+    if not file.is_file():
+        raise ValueError(f"{what} is missing")
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{what} cannot be read: larger than {MAX_JSON_BYTES} bytes")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} cannot be read: expected an object, got {type(found).__name__}")
+    return found

@@ -1,0 +1,132 @@
+"""The text side of a model folder: its tokenizer, what is wrong with it, and whether a text fits the context."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe import ByteText, TokenizerText, text_of
+
+
+class ModelText:
+    """Text to token ids and back, as a model folder says.
+
+    Args:
+        folder: of the model.
+        text: what encodes and decodes.
+        vocab_size: V.
+    """
+
+    def __init__(self, folder: Path, text: ByteText | TokenizerText, vocab_size: int) -> None:
+        self._folder, self._text, self._vocab_size = folder, text, vocab_size
+
+    @property
+    def note(self) -> str:
+        """What a user should know about the text; empty if there is nothing."""
+        if not isinstance(self._text, ByteText):
+            return ""
+        return f"{self._folder} has no tokenizer: text goes in and comes out as UTF-8 bytes, one token each"
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the tokens that the tokenizer adds."""
+        return self._text.encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of what a user wrote.
+
+        Raises:
+            ValueError: if there are none, or the model has no embedding for one of them.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is not UTF-8 text (character {error.start})") from error
+        token_ids = self.encode(text)
+        if not text:
+            raise ValueError("the prompt is empty; give at least one token")
+        if not token_ids:
+            raise ValueError(
+                f"the tokenizer in {self._folder} makes no token of the prompt; is its vocabulary file missing?"
+            )
+        if max(token_ids) >= self._vocab_size:
+            raise ValueError(
+                f"the tokenizer in {self._folder} gives token {max(token_ids)}, the model knows {self._vocab_size}; "
+                "the tokenizer belongs to another model"
+            )
+        return token_ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        return self._text.decode(token_ids)
+
+
+def open_text(folder: Path) -> ModelText:
+    """The text of the model in `folder`.
+
+    Raises:
+        ValueError: if its tokenizer cannot be read, or it has none and too few tokens for bytes.
+    """
+    from ..checkpoint.model_folder import read_config
+
+    vocab_size = int(read_config(folder).get_text_config().vocab_size)
+    return ModelText(folder, read_tokenizer(folder, vocab_size), vocab_size)
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> ByteText | TokenizerText:
+    """The tokenizer of a folder, or bytes without one.
+
+    Raises:
+        ValueError: if there are tokenizer files and they cannot be read, or there are none and V is too small.
+    """
+    _expect_no_code(folder)
+    try:
+        return text_of(folder, vocab_size)
+    except ValueError as error:
+        if str(error).startswith(f"model {folder}"):
+            raise
+        raise _unreadable(folder, error) from error
+    except Exception as error:  # tokenizers raises bare Exception, and its files raise whatever they contain
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> ValueError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ValueError(
+        f"model {folder}: its tokenizer cannot be read ({type(error).__name__}: {reason[:200]}); "
+        "copy the tokenizer's files again from where the model came from"
+    )
+
+
+def _expect_no_code(folder: Path) -> None:
+    """Refuse a tokenizer that is a program; transformers would ask at the terminal whether to run it."""
+    file = folder / "tokenizer_config.json"
+    try:
+        settings: Any = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: not JSON ({error}); copy it again") from error
+    auto_map = settings.get("auto_map") if isinstance(settings, dict) else None
+    if auto_map and not (folder / "tokenizer.json").is_file():
+        raise ValueError(
+            f"model {folder}: its tokenizer is Python code in the folder, which is never run; "
+            "put a tokenizer.json there (a fast tokenizer's save_pretrained writes one)"
+        )
+
+
+def expect_room(prompt_tokens: int, new_tokens: int, context: int) -> None:
+    """Refuse a text that is longer than the context that memory is kept for.
+
+    Args:
+        prompt_tokens: tokens of the prompt.
+        new_tokens: most tokens to generate.
+        context: tokens that memory is kept for.
+
+    Raises:
+        ValueError: with the numbers, and the option that mends it.
+    """
+    wanted = prompt_tokens + new_tokens
+    if wanted > context:
+        raise ValueError(
+            f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are {wanted}, and memory is kept for "
+            f"{context}; give --context {wanted}"
+            + (f" or --max-new-tokens {context - prompt_tokens}" if prompt_tokens < context else "")
+        )
