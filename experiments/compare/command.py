@@ -1,13 +1,12 @@
 """`expertier compare`; what needs torch is imported when it runs."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..train.interrupt import hint_when_interrupted
-from ..train.presets import PRESETS, TrainConfig, preset
+from ..train.presets import PRESETS, TrainConfig, fitting_model, preset, with_steps
 
 
 def compare(
@@ -40,7 +39,7 @@ def compare(
         raise ValueError(f"--json {json_file}: there is no folder {json_file.parent}")
     base = preset(preset_name)
     if steps is not None:
-        base = replace(base, steps=steps, warmup_steps=min(base.warmup_steps, steps))
+        base = with_steps(base, steps)
     names = [name.strip() for name in routers.split(",") if name.strip()]
     names = _all_fitting(base) if names == ["all"] else names
     with hint_when_interrupted(f"{out} keeps what was done; the same command continues"):
@@ -58,7 +57,6 @@ def compare(
 def _all_fitting(base: TrainConfig) -> list[str]:
     """Every router variant that fits a preset; what does not is named."""
     from ..variants.catalogue import VARIANTS
-    from .runs import fitting_model
 
     fitting = []
     for name in VARIANTS:

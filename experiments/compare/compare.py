@@ -14,9 +14,9 @@ from routing.ground.files import write_json
 
 from ..evidence.record import save_record
 from ..train.corpus import load_corpus, windows
-from ..train.loop import LOG_FILE, expect_same_text
 from ..train.metrics import read_log
 from ..train.presets import TrainConfig
+from ..train.run_folder import LOG_FILE, expect_same_text
 from .page import write_page
 from .runs import Run, execute, plan_runs
 from .summary import METRICS, cell, summarise

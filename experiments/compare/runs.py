@@ -14,9 +14,8 @@ from typing import Any
 
 from routing.ground.files import write_json
 
-from ..train.loop import differences
-from ..train.presets import TrainConfig
-from ..variants.catalogue import expect_variant, model_overrides
+from ..train.presets import TrainConfig, fitting_model
+from ..train.run_folder import checkpoints, differences, plain
 
 RESULT_FILE, CONFIG_FILE = "compare_result.json", "compare_config.json"
 
@@ -132,7 +131,6 @@ def execute_one(run: Run, threads: int | None) -> dict[str, Any]:
 def _train_and_measure(run: Run, corpus: Any) -> dict[str, Any]:
     from moe import MoEForCausalLM
 
-    from ..train.checkpoint import checkpoints
     from ..train.torch_run import train
     from .measures.choices import router_metrics
 
@@ -167,29 +165,9 @@ def _follow_parent() -> None:
     Thread(target=watch, daemon=True).start()
 
 
-def fitting_model(name: str, model: dict[str, Any]) -> dict[str, Any]:
-    """The model settings of a variant, whose layers were built on no device, so that misfits show before any run.
-
-    Raises:
-        ValueError: if there is no such variant, or it does not fit the preset's sizes.
-    """
-    import torch
-
-    from moe import MoEConfig, build_body
-
-    expect_variant(name)
-    try:
-        own = model_overrides(name, model)
-        with torch.device("meta"):
-            build_body(MoEConfig(**own))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    return own
-
-
 def _settings(run: Run) -> dict[str, Any]:
     """What makes a run this run besides its text, as it comes back from a JSON file."""
-    return json.loads(json.dumps({"variant": run.variant, "config": asdict(run.config)}))
+    return {"variant": run.variant, "config": plain(run.config)}
 
 
 def _expect_same(run: Run) -> None:
