@@ -70,7 +70,7 @@ def test_a_tokenizer_by_path(tmp_path, folder):
     assert corpus.vocab_size == len(words)
     assert corpus.train[:2].tolist() == [0, 1]
     num_bytes = sum(map(len, TEXTS))
-    assert corpus.tokens_per_byte == (len(corpus.train) + len(corpus.held_out)) / num_bytes
+    assert corpus.tokens_per_byte == len(corpus.train) / (num_bytes - corpus.held_out_bytes.sum())
 
 
 def test_what_is_not_there_is_said(tmp_path):

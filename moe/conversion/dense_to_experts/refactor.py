@@ -1,7 +1,5 @@
 """`expertier refactor`: a small dense Llama-type checkpoint as experts, a permanent part, and one router for all."""
 
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +10,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ...model.decoder import MoEForCausalLM
-from ...parts.text import TOKENIZER_FILES, token_rows
+from ...parts.text import carry_text_files, token_rows
 from ..families import config_of_dense
 from ..layer_by_layer import loss_of, mean_loss
+from ..staging import staged_folder
 from .domain_masks import cluster, mean_activations, slice_layer
 from .slicing import sliced_model, storage
 from .training import Rounds, train_rounds
@@ -122,10 +121,6 @@ def _split(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _write(model: MoEForCausalLM, folder: Path, out: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
-        unfinished = Path(staging) / "checkpoint"
+    with staged_folder(out) as unfinished:
         model.save_pretrained(unfinished)
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, unfinished / name)
-        unfinished.rename(out)
+        carry_text_files(folder, unfinished)
