@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from routing import ClassicRouter, ClassicRule
-
 from routing.ground.expect import expect_name
 
 from ..model.decoder import MoEForCausalLM
@@ -53,6 +52,8 @@ def export(model: MoEForCausalLM, family: str) -> PreTrainedModel:
         exported = model_class(convert(model.config, rule))
     exported.load_state_dict(_renamed(model.state_dict()), assign=True)
     exported.tie_weights()
+    # rotary frequencies are in no checkpoint, so on the meta device they were not computed
+    exported.model.rotary_emb = type(exported.model.rotary_emb)(exported.config).to(model.device)
     exported.generation_config = model.generation_config
     was_training = model.training
     expect_same_function(model.eval(), exported.eval(), f"the {family} model")
