@@ -71,7 +71,8 @@ class Reading:
     skipped: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        text = f"{self.files:,} files, {self.num_bytes:,} bytes, {self.documents:,} documents"
+        files = "1 file" if self.files == 1 else f"{self.files:,} files"
+        text = f"{files}, {self.num_bytes:,} bytes, {self.documents:,} documents"
         if not self.skipped:
             return text
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.most_common())
