@@ -133,7 +133,7 @@ def test_an_older_byte_model_gets_its_tokenizer_with_the_export(tiny_config, tmp
 def test_unknown_families_are_refused_with_the_nearest_name_before_the_model_is_read(tiny_config, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/config.json").write_text("{}")
-    with pytest.raises(ValueError, match=rr"unknown family 'qwen3' \(did you mean 'qwen3_moe'"):
+    with pytest.raises(ValueError, match=r"unknown family 'qwen3' \(did you mean 'qwen3_moe'"):
         app(["export", str(tmp_path / "a"), "--to", "qwen3", "--out", str(tmp_path / "b")], standalone_mode=False)
 
 
