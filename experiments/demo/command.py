@@ -5,19 +5,31 @@ from typing import Annotated
 
 import typer
 
+from ..train.documents import expect_data
+
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the model, the trace, the plan and the report.")] = Path(
         "runs/demo"
     ),
-    data: Annotated[str | None, typer.Option(help="Text to train on; the standard library without it.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text to train on; default: the standard library.")] = None,
     train_seconds: Annotated[float, typer.Option(min=1, help="About how long training may take.")] = 240.0,
 ) -> None:
     """Train a model, run it with its experts on the SSD, record its routing, place it on a cluster; ends with a page.
 
     Example: `expertier demo`
     """
+    expect_free(out)
+    expect_data(data)
     from .demo import run_demo
 
     report = run_demo(out, data=data, train_seconds=train_seconds)
     typer.echo(f"report: {report.resolve()}")
+
+
+def expect_free(out: Path) -> None:
+    """Raises ValueError if a folder is in use, or is a file."""
+    if out.is_file():
+        raise ValueError(f"{out} is a file; the demo needs a folder, choose another --out")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; choose another --out")

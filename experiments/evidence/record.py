@@ -43,8 +43,8 @@ def save_record(
         "seed": seed,
         "date": date.today().isoformat(),
         **_commit(),
-        "versions": _versions(),
-        "device": _device(),
+        "versions": versions(),
+        "device": device(),
     }
     (target / "record.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     with (target / "result.csv").open("w", newline="", encoding="utf-8") as file:
@@ -62,7 +62,8 @@ def _commit() -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages here that a result depends on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -72,14 +73,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _device() -> dict[str, Any]:
-    device: dict[str, Any] = {"cpu": _cpu_name(), "system": platform.platform()}
+def device() -> dict[str, Any]:
+    """The machine: `cpu` and `system` names, and what torch uses once it is imported."""
+    found: dict[str, Any] = {"cpu": _cpu_name(), "system": platform.platform()}
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
-        device["cpu_threads"] = torch.get_num_threads()
+        found["cpu_threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
-            device["gpu"] = torch.cuda.get_device_name()
-    return device
+            found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 def _cpu_name() -> str:

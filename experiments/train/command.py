@@ -9,8 +9,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from routing.ground.expect import expect_folder
-
 from .documents import expect_data
 from .interrupt import hint_when_interrupted
 from .presets import PRESETS, TrainConfig, fitting_model, preset, with_steps
@@ -52,7 +50,6 @@ def train(
     asked = Asked(preset=preset_name, router=router, steps=steps, seed=seed)
     text = {"data": data, "column": column, "tokenizer": tokenizer}
     found = expect_startable(out, resume=resume)
-    expect_folder(out)
     if found:
         text = {name: value or saved_origin(out).get(name) for name, value in text.items()}
         backend = _expect_backend(backend, backend_of(found[-1]), out)
