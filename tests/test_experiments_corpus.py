@@ -207,7 +207,7 @@ def test_what_is_no_text_is_refused_alone_and_counted_in_a_folder(tmp_path, fold
 
 
 def test_what_unpacks_to_more_than_the_bound_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.train.documents.MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr("experiments.train.text.documents.MAX_FILE_BYTES", 1000)
     (tmp_path / "t.txt.gz").write_bytes(gzip.compress(b"a" * 2000))
     with pytest.raises(ValueError, match="more than 1000 bytes of text; split the file"):
         load_corpus(str(tmp_path / "t.txt.gz"))
@@ -252,7 +252,7 @@ def test_a_large_file_is_read_in_pieces_and_equals_the_small_reading(tmp_path, m
     path = tmp_path / "t.txt"
     path.write_text("".join(TEXTS) * 3)
     whole = load_corpus(str(path))
-    monkeypatch.setattr("experiments.train.documents.PIECE_BYTES", 7)
+    monkeypatch.setattr("experiments.train.text.documents.PIECE_BYTES", 7)
     assert load_corpus(str(path)).fingerprint == whole.fingerprint
     size = -(-path.stat().st_size // 20)
     text = path.read_bytes()
@@ -308,7 +308,7 @@ def test_scored_rows_count_their_own_bytes_only(tmp_path):
 
 @pytest.mark.parametrize("piece", [1 << 20, 40])
 def test_bytes_of_tokens_add_up_to_the_text_and_no_character_is_cut(tmp_path, byte_pairs, monkeypatch, piece):
-    monkeypatch.setattr("experiments.train.tokens.PIECE_CHARACTERS", piece)
+    monkeypatch.setattr("experiments.train.text.tokens.PIECE_CHARACTERS", piece)
     text = "red grün blue 日本語 🎉 house\n" * 40
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     corpus = load_corpus(str(tmp_path / "t.txt"), tokenizer=byte_pairs)

@@ -12,8 +12,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from experiments.train.command import Asked
+from experiments.train.fitting import fitting_model
 from experiments.train.metrics import MetricsLog, open_log, read_log, without_nan
-from experiments.train.presets import PRESETS, TrainConfig, fitting_model, preset, with_steps
+from experiments.train.presets import PRESETS, TrainConfig, preset, with_steps
 from experiments.train.run_folder import checkpoints, differences, expect_same_settings
 from experiments.train.torch_run import train
 from moe import ByteText, MoEForCausalLM, text_of

@@ -7,10 +7,11 @@ import typer
 
 from routing.ground.expect import expect_folder
 
-from ..train.documents import expect_data
+from ..train.fitting import fitting_model
 from ..train.interrupt import hint_when_interrupted
-from ..train.presets import PRESETS, TrainConfig, fitting_model, preset, with_steps
-from ..train.tokens import expect_tokenizer
+from ..train.presets import PRESETS, TrainConfig, preset, with_steps
+from ..train.text.documents import expect_data
+from ..train.text.tokens import expect_tokenizer
 
 
 def compare(

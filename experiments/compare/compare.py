@@ -79,7 +79,8 @@ def compare(
     for stream in (corpus.train, corpus.held_out):
         windows(stream, base.sequence_length)  # raises before any run if the text is too short
     if not quiet:
-        Console(stderr=True).print(f"text: {corpus.source}: {corpus.summary}", highlight=False, markup=False)
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"text: {corpus.source}: {corpus.summary}", highlight=False, markup=False)
     for run in runs:
         expect_same_text(run.folder, corpus)
     results: dict[Path, dict[str, Any]] = {}

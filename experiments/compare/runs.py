@@ -15,8 +15,9 @@ from typing import Any
 from routing.ground.files import write_json
 
 from ..train.corpus import Corpus, load_corpus
+from ..train.fitting import fitting_model
 from ..train.metrics import without_nan
-from ..train.presets import TrainConfig, fitting_model
+from ..train.presets import TrainConfig
 from ..train.run_folder import checkpoints, differences, plain
 
 RESULT_FILE, CONFIG_FILE = "compare_result.json", "compare_config.json"

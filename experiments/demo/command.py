@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..train.documents import expect_data
+from ..train.text.documents import expect_data
 
 
 def demo(

@@ -17,7 +17,6 @@ from routing.ground.files import write_json
 from .corpus import Corpus
 from .presets import TrainConfig
 from .run_folder import CONFIG_FILE, STATE_FILES, UNFINISHED, checkpoints
-from .tokens import save_tokenizer
 
 STATE_FILE = STATE_FILES["torch"]
 KEPT = 2
@@ -66,7 +65,7 @@ def write_checkpoint(place: CheckpointPlace, step: int, write: Callable[[Path], 
     with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as staging:
         finished = Path(staging) / "checkpoint"
         write(finished)
-        save_tokenizer(place.corpus, finished)
+        place.corpus.save_tokenizer(finished)
         write_json(finished / CONFIG_FILE, asdict(place.config))
         _sync(finished)
         finished.rename(target)

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .documents import expect_data
+from .fitting import fitting_model
 from .interrupt import hint_when_interrupted
-from .presets import PRESETS, TrainConfig, fitting_model, preset, with_steps
+from .presets import PRESETS, TrainConfig, preset, with_steps
 from .run_folder import backend_of, expect_same_settings, expect_startable, saved_config, saved_origin
-from .tokens import expect_tokenizer
+from .text.documents import expect_data
+from .text.tokens import expect_tokenizer
 
 DEFAULT_PRESET = "demo"
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .documents import SEPARATOR, Document, Reading, documents
-from .tokens import Encoder, expect_tokenizer
+from .text.documents import SEPARATOR, Document, Reading, documents
+from .text.tokens import Encoder, expect_tokenizer, save_tokenizer
 
 HELD_OUT_EVERY = 20
 """One document in so many is held out: 5 %, as much as an evaluation of 65,536 tokens needs of a small text."""
@@ -63,6 +63,15 @@ class Corpus:
     def model_settings(self) -> dict[str, Any]:
         """What a model must know of its tokens, as keyword arguments of `moe.MoEConfig`."""
         return {"vocab_size": self.vocab_size, "eos_token_id": self.end_token, "pad_token_id": self.pad_token}
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Put beside a model what turns text into its tokens; nothing where they stand for no text."""
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, folder)
+        elif self.is_bytes:
+            from moe import save_byte_tokenizer
+
+            save_byte_tokenizer(folder)
 
     @cached_property
     def fingerprint(self) -> str:

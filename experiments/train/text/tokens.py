@@ -3,13 +3,10 @@
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from .corpus import Corpus
 
 PIECE_CHARACTERS = 4 << 20
 """Characters tokenised at a time: the library's own record of a token takes a hundred times its id."""
@@ -80,14 +77,9 @@ def _bytes_of_tokens(text: str, count: int, offsets: Any) -> NDArray[np.float32]
     return np.diff(start, append=end[-1]).astype(np.float32)
 
 
-def save_tokenizer(corpus: "Corpus", folder: Path) -> None:
-    """Put beside a model what turns text into its tokens; nothing for a corpus of tokens that stand for no text."""
-    if corpus.tokenizer is not None:
-        _load(corpus.tokenizer).save_pretrained(folder)
-    elif corpus.is_bytes:
-        from moe import save_byte_tokenizer
-
-        save_byte_tokenizer(folder)
+def save_tokenizer(path: str, folder: Path) -> None:
+    """Write a tokenizer's files into a folder."""
+    _load(path).save_pretrained(folder)
 
 
 def expect_tokenizer(path: str | None) -> None:
