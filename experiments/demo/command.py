@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..train.text.documents import expect_data
+from .folder import expect_free
 
 
 def demo(
@@ -25,11 +26,3 @@ def demo(
 
     report = run_demo(out, data=data, train_seconds=train_seconds)
     typer.echo(f"report: {report.resolve()}")
-
-
-def expect_free(out: Path) -> None:
-    """Raises ValueError if a folder is in use, or is a file."""
-    if out.is_file():
-        raise ValueError(f"{out} is a file; the demo needs a folder, choose another --out")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; choose another --out")

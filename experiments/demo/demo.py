@@ -22,7 +22,7 @@ from ..train.loop import held_out_rows
 from ..train.metrics import read_log
 from ..train.presets import TrainConfig, preset
 from ..train.torch_run import measure_step_s, train
-from .command import expect_free
+from .folder import expect_free
 from .ngram import ngram_bits_per_byte
 from .page import write_page
 from .result import DemoResult, OffloadedRun, Placements, Yardsticks
