@@ -14,17 +14,11 @@ from .charts import Curves, learning_curves, panels, trade_off
 from .summary import METRICS, cell, difference_cell
 
 TABLES: dict[str, tuple[str, ...]] = {
-    "Quality and cost": ("held_out_bits_per_byte", "flops_per_token", "active_parameters", "parameters"),
-    "How experts are used": (
-        "true_load",
-        "max_vio",
-        "dead_experts",
-        "active_hidden",
-        "byte_coverage",
-        "tokens_per_second",
-    ),
+    "Quality": ("held_out_bits_per_byte",),
+    "Cost": ("flops_per_token", "active_parameters", "parameters", "tokens_per_second"),
+    "How experts are used": ("true_load", "max_vio", "dead_experts", "active_hidden", "byte_coverage"),
     "How the router decides": ("router_entropy", "inner_balance", "outer_balance", "mutual_information"),
-    "How well experts cache, and speed": ("predictability", "lru_hit_rate", "srp", "tokens_per_second"),
+    "How well experts cache": ("predictability", "lru_hit_rate", "srp"),
 }
 """Every metric in one of them, few enough that none is wider than the page."""
 
