@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from .pages import ACCENT, COLOURS, INK, SOFT
@@ -53,6 +54,7 @@ def load_figure(load_LE: NDArray[Any]) -> Figure:
     relative_LE = load_LE / load_LE.mean(axis=1, keepdims=True)
     image = axes.imshow(relative_LE, cmap="viridis", aspect="auto", vmin=0)
     axes.set(xlabel="expert", ylabel="MoE layer")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, label="load / mean")
     return figure
 
@@ -78,6 +80,7 @@ def placement_figure(load_LG: dict[str, NDArray[np.float64]]) -> Figure:
     for axes, (name, load) in zip(panels, relative.items(), strict=True):
         image = axes.imshow(load, cmap="magma", aspect="auto", vmin=0, vmax=top)
         axes.set(title=name, xlabel="GPU")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("MoE layer")
     figure.colorbar(image, ax=panels, label="load / mean")
     return figure
