@@ -26,9 +26,9 @@ from .flops import Usage, measured_usage, parameters, token_flops
 from .hidden_units import hidden_metrics
 
 SEGMENT = 16
-"""Tokens per window of the segment routing performance: the smallest of the source's, which short texts allow."""
+"""Tokens per window of the segment routing performance; short, so that a sequence of 32 tokens has some."""
 CACHED_SHARE = 0.25
-"""Share of the experts that the simulated cache holds: where policies and routers differ most."""
+"""Share of the experts that the simulated cache holds: few enough that it misses, more than one token visits."""
 ROUTING_METRICS = (
     "max_vio",
     "dead_experts",
