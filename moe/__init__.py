@@ -19,7 +19,7 @@ from .model.decoder import MoEForCausalLM, MoEModel, MoEOutput
 from .parts.config import MoEConfig
 from .parts.flops import LayerFlops, projection_flops
 from .parts.linear import Linear
-from .parts.text import ByteText, TokenizerText, text_of
+from .parts.text import ByteText, TokenizerText, save_byte_tokenizer, text_of
 
 __all__ = [
     "ARCHITECTURES",
@@ -52,6 +52,7 @@ __all__ = [
     "most_used",
     "projection_flops",
     "prune",
+    "save_byte_tokenizer",
     "skip_feed_forward",
     "swiglu_experts_reference",
     "text_of",

@@ -26,8 +26,8 @@ from experiments.compare.measures.choices import (
     trace_of,
 )
 from experiments.compare.measures.flops import Usage, parameters, router_flops, token_flops
-from experiments.compare.page import write_page
-from experiments.compare.runs import execute, execute_one, plan_runs
+from experiments.compare.page import TABLES, write_page
+from experiments.compare.runs import Text, execute, execute_one, plan_runs
 from experiments.compare.summary import METRICS, cell, summarise
 from experiments.train.corpus import load_corpus
 from experiments.train.presets import preset
@@ -196,17 +196,64 @@ def test_tables_fit_the_terminal_and_cut_nothing(width, monkeypatch, capsys):
 def test_the_page_survives_one_step_one_seed_and_equal_values(tmp_path):
     rows = summarise(results_of((2.0,)) + results_of((2.0,), "b"))
     for curves in ({"a": [[(1, 5.0)]], "b": [[]]}, {"a": [[(5, 5.0), (10, 4.0)], [(5, 6.0)]]}, {}):
-        write_page(tmp_path / "page.html", rows, curves, "facts <&>")
+        write_page(tmp_path / "page.html", rows, curves, {"text": "facts <&>"})
         page = (tmp_path / "page.html").read_text()
         assert page.count("<svg") == 2 + bool(curves)
         assert "facts &lt;&amp;&gt;" in page
+
+
+def test_differences_are_paired_by_seed_and_judged_by_their_interval():
+    """Two seeds that differ by 1 agree on a gap of 0.10 and 0.12: t(0.975, 1) = 12.706, so +- 12.706 * 0.01."""
+
+    def runs(variant, values):
+        return [
+            {"variant": variant, "seed": seed, "status": "finished", **dict.fromkeys(METRICS, value)}
+            for seed, value in values.items()
+        ]
+
+    first = runs("a", {0: 2.0, 1: 3.0})
+    rows = summarise([*first, *runs("b", {0: 2.10, 1: 3.12}), *runs("c", {1: 2.5, 7: 9.0}), *runs("d", {5: 1.0})])
+    found = rows[1]["difference"]
+    assert found["mean"] == pytest.approx(0.11)
+    assert (found["low"], found["high"]) == pytest.approx((0.11 - 0.12706, 0.11 + 0.12706), abs=1e-4)
+    assert found["verdict"] == "no difference shown"
+    assert rows[0]["difference"] is None
+    assert rows[2]["difference"] == {
+        "mean": -0.5,
+        "low": None,
+        "high": None,
+        "seeds": 1,
+        "verdict": "one seed: no verdict",
+    }
+    assert rows[3]["difference"] is None, "no common seed"
+    many = {seed: 2.0 + seed for seed in range(4)}
+    for gap, verdict in ((0.1, "worse"), (-0.1, "better")):
+        own = runs("b", {seed: value + gap + 0.001 * (seed % 2) for seed, value in many.items()})
+        assert summarise([*runs("a", many), *own])[1]["difference"]["verdict"] == verdict
+
+
+def test_every_metric_is_in_one_table_of_the_page_and_says_how_it_was_made(tiny, text, tmp_path):
+    assert sorted(name for names in TABLES.values() for name in names) == sorted(METRICS)
+    compare(["top2", "loss-free"], tiny, tmp_path / "out", seeds=2, data=text, quiet=True)
+    page = (tmp_path / "out/compare.html").read_text()
+    for said in (
+        "learning rate 0.003 to 0.0001",
+        "precision float32",
+        "0, 1; ±",
+        "called from Python",
+        "machine",
+        "expertier",
+    ):
+        assert said in page
+    assert "against top2, 95 %" in page
+    assert page.count("bits/byte ↓") >= 2
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_diverging_run_is_reported_and_does_not_sink_the_others(tiny, text, tmp_path):
-    runs = plan_runs(["top2", "adamoe-1.5"], tiny, 1, text, tmp_path / "out")
+    runs = plan_runs(["top2", "adamoe-1.5"], tiny, 1, Text(data=text), tmp_path / "out")
     runs[0] = replace(runs[0], config=replace(runs[0].config, learning_rate=1e30, clip_norm=1e30))
     ended = {}
     execute(runs, 1, lambda run, result: ended.setdefault(run.variant, result))
@@ -233,7 +280,7 @@ def test_report_and_continuation(tiny, text, tmp_path):
 
 
 def test_a_checkpoint_of_another_run_is_not_continued(tiny, text, tmp_path):
-    (run,) = plan_runs(["top2"], tiny, 1, text, tmp_path / "out")
+    (run,) = plan_runs(["top2"], tiny, 1, Text(data=text), tmp_path / "out")
     train(replace(run.config, steps=2), load_corpus(text), run.folder, quiet=True)
     result = execute_one(run, threads=None)
     assert result["status"] == "failed"
@@ -272,7 +319,7 @@ def test_a_damaged_file_is_named(name, tiny, text, tmp_path):
 
 def test_a_damaged_checkpoint_sinks_one_run_only(tiny, text, tmp_path):
     out = tmp_path / "out"
-    (run, _) = plan_runs(["top2", "loss-free"], tiny, 1, text, out)
+    (run, _) = plan_runs(["top2", "loss-free"], tiny, 1, Text(data=text), out)
     train(run.config, load_corpus(text), run.folder, quiet=True)
     for weights in run.folder.glob("checkpoints/*/model.safetensors"):
         weights.write_bytes(weights.read_bytes()[:100])
@@ -302,10 +349,9 @@ def test_bad_text_is_refused_before_anything_starts(content, tiny, tmp_path):
 
 def test_the_command_says_what_went_wrong(text, tmp_path, run, capfd):
     common = ("compare", "--preset", "smoke", "--steps", "1", "--seeds", "1", "--data", text)
-    assert run(*common, "--routers", "forced", "--out", tmp_path / "a") == 1
+    assert run(*common, "--routers", "forced", "--out", tmp_path / "a") == 2
     printed = capfd.readouterr()
-    assert "forced, seed 0 failed: " in printed.out
-    assert "no run finished" in printed.err
+    assert "forced: the router 'forced' replays a recorded routing" in printed.err
     assert run(*common, "--routers", "top2", "--out", tmp_path / "b", "--json", tmp_path / "none" / "x.json") == 2
     assert "does not exist; create it first" in capfd.readouterr().err
     assert not (tmp_path / "b").exists()
@@ -370,7 +416,7 @@ def test_ctrl_c_saves_every_run_and_the_same_command_continues(processes, text, 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_fits_its_preset(name, tmp_path):
-    (run,) = plan_runs([name], preset("routers"), 1, None, tmp_path)
+    (run,) = plan_runs([name], preset("routers"), 1, Text(), tmp_path)
     assert run.config.model["router"] in ROUTERS
     assert run.config.seed == 0
 
@@ -415,6 +461,6 @@ def test_architectures_are_compared_with_or_without_routers(tiny, text, tmp_path
 
 def test_presets_that_do_not_fit_an_architecture_are_refused(tiny, text, tmp_path):
     with pytest.raises(ValueError, match="3 recursions must divide the 1 layers"):
-        plan_runs(["mor-expert-3"], tiny, 1, text, tmp_path)
+        plan_runs(["mor-expert-3"], tiny, 1, Text(), tmp_path)
     with pytest.raises(ValueError, match="did you mean 'chain-2'"):
-        plan_runs(["chain-3"], tiny, 1, text, tmp_path)
+        plan_runs(["chain-3"], tiny, 1, Text(), tmp_path)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.train.checkpoint import checkpoints
 from experiments.train.corpus import Corpus
 from experiments.train.metrics import open_log, read_log
 from experiments.train.presets import PRESETS, preset
+from experiments.train.run_folder import checkpoints
 from experiments.train.schedule import learning_rate
 from experiments.train.torch_run import train
 from moe import MoEForCausalLM

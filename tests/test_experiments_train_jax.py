@@ -14,10 +14,11 @@ import jax
 
 from experiments.train import jax_run as train_jax
 from experiments.train import torch_run as torch_training
-from experiments.train.checkpoint import checkpoints, restore
+from experiments.train.checkpoint import restore
 from experiments.train.corpus import Corpus
 from experiments.train.jax_run import train
 from experiments.train.metrics import read_log
+from experiments.train.run_folder import checkpoints
 from moe import MoEForCausalLM
 from moe.nnx.model.checkpoint import read_tensors
 

@@ -1,13 +1,17 @@
+import inspect
 import json
+from dataclasses import MISSING, fields
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
 import moe.cli
 import offload
+from moe import save_byte_tokenizer
+from moe.conversion.dense_to_experts.command import refactor as refactor_command
 from moe.conversion.dense_to_experts.domain_masks import cluster, hidden_channels, mean_activations, slice_layer
-from moe.conversion.dense_to_experts.refactor import RefactorPlan, refactor
+from moe.conversion.dense_to_experts.refactor import RefactorPlan, RouterSize, refactor
 from moe.conversion.dense_to_experts.slicing import sliced_model, storage
 from moe.conversion.dense_to_experts.training import Rounds, distillation_loss, overlap_target_LTE
 from moe.conversion.families import config_of_dense
@@ -236,3 +240,39 @@ def test_bad_plans_are_refused(tmp_path, texts):
     with pytest.raises(ValueError, match="give two sequences of 24"):
         refactor(tmp_path / "dense", tmp_path / "out", plan([*texts, short]))
     assert not (tmp_path / "out").exists()
+
+
+def test_every_flag_is_a_field_with_its_default(capsys):
+    flagged = {
+        found.name: found.default
+        for group in (RefactorPlan, Rounds, RouterSize)
+        for found in fields(group)
+        if "help" in found.metadata
+    }
+    parameters = inspect.signature(refactor_command).parameters
+    assert set(parameters) == set(flagged) | {"model", "out", "json_file"}
+    assert all(parameters[name].default == value for name, value in flagged.items() if value is not MISSING)
+    with pytest.raises(SystemExit):
+        moe.cli.app(["refactor", "--help"])
+    printed = capsys.readouterr().out
+    names = ("--data", "--router-width", "--router-steps", "--keep", "--sequence-length", "--json", "--domains")
+    assert all(name in printed for name in names)
+    assert "--shrink" not in printed
+
+
+def test_a_flag_out_of_range_is_refused_before_the_model_is_read(tmp_path, texts):
+    common = ["refactor", str(tmp_path / "none"), "--data", str(texts[0]), "--out", str(tmp_path / "out")]
+    for options, message in (
+        (["--keep", "0"], "keep must lie in"),
+        (["--router-rate", "-1", "--domains", "2"], "router_rate must be a positive number"),
+        (["--domains", "1"], "domains must be at least 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            moe.cli.app([*common, *options], standalone_mode=False)
+
+
+def test_the_tokenizer_goes_along(tmp_path, texts):
+    dense_model().save_pretrained(tmp_path / "dense")
+    save_byte_tokenizer(tmp_path / "dense")
+    refactor(tmp_path / "dense", tmp_path / "out", plan(texts))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("abc")["input_ids"] == [97, 98, 99]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -17,7 +18,7 @@ from transformers import (
 
 import offload
 from experiments.evidence.resident import load_resident
-from moe import MoEForCausalLM, drawn, join, most_used, prune
+from moe import MoEForCausalLM, drawn, join, most_used, prune, save_byte_tokenizer
 from moe.cli import app
 from routing import RoutingTrace
 
@@ -202,3 +203,26 @@ def test_commands_write_checkpoints(tiny_config, tmp_path):
         app(["prune", folder, "--keep", "3", "--out", str(tmp_path / "c")], standalone_mode=False)
     with pytest.raises(ValueError, match=r"no config\.json"):
         app(["prune", str(tmp_path), "--keep", "3", "--out", str(tmp_path / "e")], standalone_mode=False)
+
+
+def test_commands_take_the_tokenizer_along_and_refuse_two_different_ones(tiny_config, tmp_path):
+    for name in ("a", "b"):
+        MoEForCausalLM(tiny_config(vocab_size=256, eos_token_id=0)).save_pretrained(tmp_path / name)
+        save_byte_tokenizer(tmp_path / name)
+    app(["prune", str(tmp_path / "a"), "--keep", "3", "--out", str(tmp_path / "c")], standalone_mode=False)
+    both = [str(tmp_path / name) for name in ("a", "b")]
+    app(["join", *both, "--backbone", "mean", "--out", str(tmp_path / "d")], standalone_mode=False)
+    for name in ("c", "d"):
+        assert AutoTokenizer.from_pretrained(tmp_path / name)("abc")["input_ids"] == [97, 98, 99]
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / name).generation_config.eos_token_id == 0
+    changed = tmp_path / "b/tokenizer.json"
+    changed.write_text(changed.read_text().replace('"a": 97', '"a": 98').replace('"b": 98', '"b": 97'))
+    with pytest.raises(ValueError, match="different tokenizers"):
+        app(["join", *both, "--backbone", "mean", "--out", str(tmp_path / "e")], standalone_mode=False)
+    with pytest.raises(ValueError, match="did you mean 'first'"):
+        app(["join", *both, "--backbone", "frist", "--out", str(tmp_path / "e")], standalone_mode=False)
+    with pytest.raises(ValueError, match="does not exist"):
+        app(
+            ["prune", both[0], "--keep", "3", "--out", str(tmp_path / "e"), "--json", str(tmp_path / "no/x.json")],
+            standalone_mode=False,
+        )

@@ -1,6 +1,5 @@
 """`expertier compare`; what needs torch is imported when it runs."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -8,8 +7,11 @@ import typer
 
 from routing.ground.expect import expect_not_an_input, expect_outputs
 
+from ..train.fitting import fitting_model
 from ..train.interrupt import hint_when_interrupted
-from ..train.presets import PRESETS, TrainConfig, preset
+from ..train.presets import PRESETS, TrainConfig, preset, with_steps
+from ..train.text.documents import expect_data
+from ..train.text.tokens import expect_tokenizer
 
 
 def compare(
@@ -20,10 +22,14 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder of the comparison; call again to continue it.")],
     preset_name: Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}.")] = "routers",
     data: Annotated[
-        str | None, typer.Option(help="Text file, folder, .jsonl or .parquet; the standard library without it.")
+        str | None, typer.Option(help="Text file, .jsonl, .parquet, or a folder; default: the standard library.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="Text column of a table.")] = "text",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder of a Hugging Face tokenizer, or its tokenizer.json; default: bytes.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per variant.")] = 2,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; the preset's own without it.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: from the preset.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report there.")] = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the runs under experiments/records.")] = False,
@@ -33,20 +39,22 @@ def compare(
 
     Example: `expertier compare --routers top2,rmoe,pregate-1 --preset routers --out runs/compare`
     """
+    expect_outputs(json_file, inputs=[data])
+    expect_not_an_input(out, *([Path(data)] if data else []))
+    expect_data(data)
+    expect_tokenizer(tokenizer)
+    base = preset(preset_name)
+    if steps is not None:
+        base = with_steps(base, steps)
     from routing.ground.files import write_json
 
     from .compare import compare as run
     from .compare import print_table, record_comparison
 
-    expect_outputs(json_file, inputs=[data])
-    expect_not_an_input(out, *([Path(data)] if data else []))
-    base = preset(preset_name)
-    if steps is not None:
-        base = replace(base, steps=steps, warmup_steps=min(base.warmup_steps, steps))
     names = [name.strip() for name in routers.split(",") if name.strip()]
     names = _all_fitting(base) if names == ["all"] else names
     with hint_when_interrupted(f"{out} keeps what was done; the same command continues"):
-        report = run(names, base, out, seeds=seeds, data=data, processes=processes)
+        report = run(names, base, out, seeds=seeds, data=data, column=column, tokenizer=tokenizer, processes=processes)
     print_table(report["variants"])
     if json_file:
         write_json(json_file, report)
@@ -60,7 +68,6 @@ def compare(
 def _all_fitting(base: TrainConfig) -> list[str]:
     """Every router variant that fits a preset; what does not is named."""
     from ..variants.catalogue import VARIANTS
-    from .runs import fitting_model
 
     fitting = []
     for name in VARIANTS:

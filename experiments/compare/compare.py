@@ -13,16 +13,18 @@ from rich.table import Column, Table
 from routing.ground.files import write_json
 from routing.ground.terminal import plain_console
 
+from ..evidence.pages import provenance
 from ..evidence.record import save_record
-from ..train.corpus import load_corpus, windows
-from ..train.loop import LOG_FILE, expect_same_text
-from ..train.metrics import read_log
+from ..train.corpus import windows
+from ..train.metrics import read_log, without_nan
 from ..train.presets import TrainConfig
+from ..train.run_folder import LOG_FILE, expect_same_text
 from .page import write_page
-from .runs import Run, execute, plan_runs
-from .summary import METRICS, cell, summarise
+from .runs import Run, Text, execute, plan_runs
+from .summary import METRICS, cell, difference_cell, summarise
 
 SMOOTHED = 20
+"""Steps that a point of a learning curve is the mean of: one batch's loss varies more than variants differ."""
 SHOWN = (
     "held_out_bits_per_byte",
     "flops_per_token",
@@ -45,6 +47,8 @@ def compare(
     *,
     seeds: int = 2,
     data: str | None = None,
+    column: str = "text",
+    tokenizer: str | None = None,
     processes: int = 1,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -54,8 +58,8 @@ def compare(
         variants: names of `VARIANTS` or `routing.ROUTERS`.
         base: the preset; each variant changes its router, zero-compute experts and K.
         out: folder of the comparison.
-        seeds: per variant.
-        data: the text, as `load_corpus` takes it.
+        seeds: runs per variant, with the seeds `base.seed`, `base.seed + 1` and so on.
+        data, column, tokenizer: the text, as `load_corpus` takes it.
         processes: runs at a time.
         quiet: no progress bar.
 
@@ -70,9 +74,14 @@ def compare(
         raise ValueError(f"processes must be at least 1; got {processes}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; a comparison needs a folder")
-    runs = plan_runs(list(variants), base, seeds, data, out)
-    corpus = load_corpus(data)
-    windows(corpus.train, base.sequence_length)  # raises before any run if the text is too short
+    text = Text(data=data, column=column, tokenizer=tokenizer)
+    runs = plan_runs(list(variants), base, seeds, text, out)
+    corpus = text.load()
+    for stream in (corpus.train, corpus.held_out):
+        windows(stream, base.sequence_length)  # raises before any run if the text is too short
+    if not quiet:
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"text: {corpus.source}: {corpus.summary}", highlight=False, markup=False)
     for run in runs:
         expect_same_text(run.folder, corpus)
     results: dict[Path, dict[str, Any]] = {}
@@ -100,20 +109,35 @@ def report(runs: list[Run], results: dict[Path, dict[str, Any]], base: TrainConf
     curves: dict[str, list[list[tuple[int, float]]]] = {}
     for run in ended:
         curves.setdefault(run.variant, []).append(_curve(run))
-    seeds = len({run.config.seed for run in runs})
-    facts = (
-        f"{base.model.get('num_hidden_layers')} layers, width {base.model.get('hidden_size')}, "
-        f"{base.model.get('num_experts')} experts of width {base.model.get('moe_intermediate_size')}; "
-        f"{base.steps} steps of {base.batch_size * base.accumulation * base.sequence_length} tokens; "
-        f"{seeds} seed(s); text: "
-        f"{runs[0].data or 'the standard library of the running Python'}. {len(ended)} of {len(runs)} runs have ended."
-    )
-    if seeds > 1:
-        facts += " ± is the standard deviation over seeds."
-    content = {"facts": facts, "config": asdict(base), "variants": rows, "runs": [results[run.folder] for run in ended]}
-    write_json(out / "compare.json", content)
+    facts = _facts(runs, len(ended), base)
+    content = {
+        "facts": "; ".join(f"{name}: {value}" for name, value in facts.items()),
+        "config": asdict(base),
+        "variants": rows,
+        "runs": [results[run.folder] for run in ended],
+    }
+    write_json(out / "compare.json", without_nan(content))
     write_page(out / "compare.html", rows, curves, facts)
     return content
+
+
+def _facts(runs: list[Run], num_ended: int, base: TrainConfig) -> dict[str, str]:
+    """What the page says of how the runs were made."""
+    model, seeds = base.model, sorted({run.config.seed for run in runs})
+    text = runs[0].text
+    read_as = "bytes" if text.tokenizer is None else f"tokens of {text.tokenizer}"
+    return {
+        "model": f"{model.get('num_hidden_layers')} layers, width {model.get('hidden_size')}, "
+        f"{model.get('num_experts')} experts of width {model.get('moe_intermediate_size')}, unless the variant says "
+        "otherwise",
+        "training": f"{base.steps} steps of {base.batch_size * base.accumulation * base.sequence_length:,} tokens in "
+        f"sequences of {base.sequence_length}; learning rate {base.learning_rate:g} to {base.min_learning_rate:g} "
+        f"({base.schedule}, {base.warmup_steps} steps of warm-up); precision {base.precision}",
+        "seeds": f"{', '.join(map(str, seeds))}{'; ± is the standard deviation over them' if len(seeds) > 1 else ''}",
+        "text": f"{text.data or 'the standard library of the running Python'}, read as {read_as}",
+        "runs": f"{num_ended} of {len(runs)} have ended",
+        **provenance(),
+    }
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -121,20 +145,32 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     console = plain_console()
     variants = [row["variant"] for row in rows]
     for names in _fitting(rows, max(map(len, variants)), console.width):
-        table = Table(Column("variant", no_wrap=True), *(Column(METRICS[name].label, no_wrap=True) for name in names))
+        table = Table(Column("variant", no_wrap=True), *(Column(METRICS[name].heading, no_wrap=True) for name in names))
         for row in rows:
             table.add_row(row["variant"], *(cell(row, name) for name in names))
         console.print(table)
+    if len(rows) > 1:
+        console.print(_verdicts(rows))
     for row in rows:
         for trouble in row["troubles"]:
             console.print(f"{row['variant']}, {trouble}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _verdicts(rows: list[dict[str, Any]]) -> Table:
+    """What the seeds show about each variant beside the first one."""
+    title = "bits/byte against the first, paired by seed, 95 %"
+    headings = (Column("variant", no_wrap=True), Column("difference", overflow="fold"), Column("", overflow="fold"))
+    table = Table(*headings, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(row["variant"], *difference_cell(row))
+    return table
 
 
 def _fitting(rows: list[dict[str, Any]], name_width: int, width: int) -> list[list[str]]:
     """SHOWN, cut into groups whose tables are at most `width` wide (at least one column each)."""
     border, groups, used = 3, [], width
     for name in SHOWN:
-        own = border + max(len(METRICS[name].label), *(len(cell(row, name)) for row in rows))
+        own = border + max(len(METRICS[name].heading), *(len(cell(row, name)) for row in rows))
         if used + own > width:
             groups.append([])
             used = border + max(name_width, len("variant")) + 1
@@ -159,6 +195,6 @@ def _order(runs: list[Run], run: Run) -> tuple[int, int]:
 def _curve(run: Run) -> list[tuple[int, float]]:
     """Training bits per byte, each the mean of the last SMOOTHED steps."""
     log = run.folder / LOG_FILE
-    bits = [row["bits_per_byte"] for row in read_log(log)] if log.is_file() else []
+    bits = [row["bits_per_byte"] for row in read_log(log) if row["bits_per_byte"] is not None] if log.is_file() else []
     steps = [step for step in range(1, len(bits) + 1) if step % 5 == 0 or step == len(bits)]
     return [(step, statistics.fmean(bits[max(0, step - SMOOTHED) : step])) for step in steps]

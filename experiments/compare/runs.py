@@ -14,11 +14,26 @@ from typing import Any
 
 from routing.ground.files import write_json
 
-from ..train.loop import differences
+from ..train.corpus import Corpus, load_corpus
+from ..train.fitting import fitting_model
+from ..train.metrics import without_nan
 from ..train.presets import TrainConfig
-from ..variants.catalogue import expect_variant, model_overrides
+from ..train.run_folder import checkpoints, differences, plain
 
 RESULT_FILE, CONFIG_FILE = "compare_result.json", "compare_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Which text a comparison reads, and how; see `load_corpus`."""
+
+    data: str | None = None
+    column: str = "text"
+    tokenizer: str | None = None
+
+    def load(self) -> Corpus:
+        """Read it."""
+        return load_corpus(self.data, column=self.column, tokenizer=self.tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +41,15 @@ class Run:
     """One variant with one seed.
 
     Args:
-        variant: its name.
+        variant: a name that `expect_variant` knows.
         config: everything that training depends on besides the text.
-        data: the text, as `load_corpus` takes it.
-        folder: where it lives.
+        text: what it is trained on.
+        folder: where checkpoints, metrics and the result go.
     """
 
     variant: str
     config: TrainConfig
-    data: str | None
+    text: Text
     folder: Path
 
     @property
@@ -44,7 +59,7 @@ class Run:
         return None if found is None or found["status"] == "failed" else found
 
 
-def plan_runs(variants: list[str], base: TrainConfig, seeds: int, data: str | None, out: Path) -> list[Run]:
+def plan_runs(variants: list[str], base: TrainConfig, seeds: int, text: Text, out: Path) -> list[Run]:
     """Every variant with every seed, seeds outermost, so that an interrupted comparison has all variants.
 
     Raises:
@@ -61,7 +76,7 @@ def plan_runs(variants: list[str], base: TrainConfig, seeds: int, data: str | No
         Run(
             variant=name,
             config=replace(base, model=models[name], seed=base.seed + seed),
-            data=data,
+            text=text,
             folder=out / "runs" / name / f"seed_{base.seed + seed}",
         )
         for seed in range(seeds)
@@ -112,27 +127,24 @@ def execute_one(run: Run, threads: int | None) -> dict[str, Any]:
     """
     import torch
 
-    from ..train.corpus import load_corpus
-
     if threads:
         torch.set_num_threads(threads)
     run.folder.mkdir(parents=True, exist_ok=True)
     write_json(run.folder / CONFIG_FILE, _settings(run))
     try:
-        result = _train_and_measure(run, load_corpus(run.data))
+        result = _train_and_measure(run, run.text.load())
     except FloatingPointError as error:
         result = {"status": "diverged", "message": str(error)}
     except Exception as error:  # whatever ends one run, the others go on
         result = {"status": "failed", "message": f"{type(error).__name__}: {error}"}
     result = {"variant": run.variant, "seed": run.config.seed} | result
-    write_json(run.folder / RESULT_FILE, result)
+    write_json(run.folder / RESULT_FILE, without_nan(result))
     return result
 
 
 def _train_and_measure(run: Run, corpus: Any) -> dict[str, Any]:
     from moe import MoEForCausalLM
 
-    from ..train.checkpoint import checkpoints
     from ..train.torch_run import train
     from .measures.choices import router_metrics
 
@@ -167,29 +179,9 @@ def _follow_parent() -> None:
     Thread(target=watch, daemon=True).start()
 
 
-def fitting_model(name: str, model: dict[str, Any]) -> dict[str, Any]:
-    """The model settings of a variant, whose layers were built on no device, so that misfits show before any run.
-
-    Raises:
-        ValueError: if there is no such variant, or it does not fit the preset's sizes.
-    """
-    import torch
-
-    from moe import MoEConfig, build_body
-
-    expect_variant(name)
-    try:
-        own = model_overrides(name, model)
-        with torch.device("meta"):
-            build_body(MoEConfig(**own))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    return own
-
-
 def _settings(run: Run) -> dict[str, Any]:
     """What makes a run this run besides its text, as it comes back from a JSON file."""
-    return json.loads(json.dumps({"variant": run.variant, "config": asdict(run.config)}))
+    return {"variant": run.variant, "config": plain(run.config)}
 
 
 def _expect_same(run: Run) -> None:

@@ -1,8 +1,13 @@
 """From runs to a table: what each column means, and its mean and spread over seeds."""
 
+import math
 import statistics
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+JUDGED = "held_out_bits_per_byte"
+"""The metric that verdicts are about."""
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,23 +19,32 @@ class Metric:
         meaning: one line for the legend.
         digits: of the mean, as a format specification.
         unit: what one of the table is worth in the results.
+        better: `lower` or `higher`; None where neither is.
     """
 
     label: str
     meaning: str
     digits: str
     unit: float = 1.0
+    better: Literal["lower", "higher"] | None = None
+
+    @property
+    def heading(self) -> str:
+        """The label, with an arrow to where it is better."""
+        arrow = {"lower": " ↓", "higher": " ↑", None: ""}[self.better]
+        return self.label + arrow
 
 
 METRICS: dict[str, Metric] = {
     "held_out_bits_per_byte": Metric(
-        label="bits/byte", meaning="cross entropy on held-out text, lower is better", digits=".3f"
+        label="bits/byte", meaning="cross entropy on held-out text", digits=".3f", better="lower"
     ),
     "flops_per_token": Metric(
         label="MFLOP/token",
         meaning="operations of a forward pass with the loads that were measured: true experts, nulls, shared, router",
         digits=".4g",
         unit=1e6,
+        better="lower",
     ),
     "active_parameters": Metric(
         label="active Mparam",
@@ -41,9 +55,12 @@ METRICS: dict[str, Metric] = {
     "parameters": Metric(label="Mparam", meaning="all parameters, routers included", digits=".4g", unit=1e6),
     "true_load": Metric(label="true load", meaning="FFN experts per token and layer", digits=".2f"),
     "max_vio": Metric(
-        label="MaxVio", meaning="largest expert load over the mean, minus 1; 0 is balanced", digits=".2f"
+        label="MaxVio",
+        meaning="largest expert load over the mean, minus 1; 0 is balanced",
+        digits=".2f",
+        better="lower",
     ),
-    "dead_experts": Metric(label="dead", meaning="experts without a token, all layers", digits=".1f"),
+    "dead_experts": Metric(label="dead", meaning="experts without a token, all layers", digits=".1f", better="lower"),
     "router_entropy": Metric(label="entropy", meaning="of a token's router distribution, nats", digits=".2f"),
     "inner_balance": Metric(
         label="top1/top2", meaning="median ratio of the two best scores (inner balance)", digits=".2f"
@@ -58,14 +75,19 @@ METRICS: dict[str, Metric] = {
         label="foresight",
         meaning="share of a layer's experts that its router names from the previous layer's input; 1 = exact prefetch",
         digits=".2f",
+        better="higher",
     ),
     "lru_hit_rate": Metric(
-        label="LRU 25 %", meaning="hit rate of a per-layer LRU cache of a quarter of the experts", digits=".3f"
+        label="LRU 25 %",
+        meaning="hit rate of a per-layer LRU cache of a quarter of the experts",
+        digits=".3f",
+        better="higher",
     ),
     "srp": Metric(
         label="SRP",
         meaning="best F1 of one expert set per window of 16 tokens (segment routing performance)",
         digits=".3f",
+        better="higher",
     ),
     "active_hidden": Metric(
         label="active hidden", meaning="share of visited experts' hidden units that are not exactly 0", digits=".2f"
@@ -74,8 +96,11 @@ METRICS: dict[str, Metric] = {
         label="byte coverage",
         meaning="how well the best single hidden unit tells each byte (mean F1), a proxy of interpretability",
         digits=".3f",
+        better="higher",
     ),
-    "tokens_per_second": Metric(label="tok/s", meaning="training speed of the last step on this machine", digits=".0f"),
+    "tokens_per_second": Metric(
+        label="tok/s", meaning="training speed of the last step on this machine", digits=".0f", better="higher"
+    ),
 }
 
 
@@ -84,8 +109,8 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         `variant`, `seeds` (finished ones), `status` (what did not finish, or ""), `troubles` (the same with reasons),
-        and per metric that the variant has its `mean`, `spread` (sample standard deviation; None with one seed) and
-        `values`, in the units of the results.
+        per metric that the variant has its `mean`, `spread` (sample standard deviation; None with one seed) and
+        `values`, in the units of the results, and `difference` to the first variant, as `difference_to` gives it.
     """
     variants = list(dict.fromkeys(result["variant"] for result in results))
     rows = []
@@ -104,9 +129,53 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     for name in METRICS
                     if finished and all(result[name] is not None for result in finished)
                 },
+                "difference": difference_to([r for r in results if r["variant"] == variants[0]], own),
             }
         )
     return rows
+
+
+def difference_to(first: list[dict[str, Any]], own: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How much worse a variant is than the first one in bits per byte, over the seeds that both have finished.
+
+    Seeds are paired: both runs of a seed see the same batches in the same order.
+
+    Returns:
+        `mean`, the ends `low` and `high` of its 95 % interval (Student's t; None with one seed), `seeds`, and the
+        `verdict`; None for the first variant itself, or without a common seed.
+    """
+    values = [
+        {result["seed"]: result[JUDGED] for result in results if result["status"] == "finished"}
+        for results in (first, own)
+    ]
+    seeds = sorted(set(values[0]) & set(values[1]))
+    if first == own or not seeds:
+        return None
+    gaps = [values[1][seed] - values[0][seed] for seed in seeds]
+    mean, low, high = statistics.fmean(gaps), None, None
+    if len(gaps) > 1:
+        from scipy.stats import t
+
+        reach = float(t.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+        low, high = mean - reach, mean + reach
+    return {"mean": mean, "low": low, "high": high, "seeds": len(seeds), "verdict": _verdict(low, high)}
+
+
+def _verdict(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return "one seed: no verdict"
+    if high < 0:
+        return "better"
+    return "worse" if low > 0 else "no difference shown"
+
+
+def difference_cell(row: dict[str, Any]) -> tuple[str, str]:
+    """The difference to the first variant with its interval, and the verdict, as text."""
+    found = row["difference"]
+    if found is None:
+        return "-", "-"
+    reach = "" if found["low"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
+    return f"{found['mean']:+.3f}{reach}", found["verdict"]
 
 
 def cell(row: dict[str, Any], name: str) -> str:

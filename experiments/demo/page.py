@@ -11,6 +11,7 @@ from routing.ground.files import atomic_write
 from routing.traces import load_LE
 
 from ..evidence.figures import hit_rate_figure, inline_svg, load_figure, loss_figure, placement_figure
+from ..evidence.pages import STYLE, provenance
 from .result import DemoResult
 
 TEMPLATE = "demo.html.jinja"
@@ -21,13 +22,16 @@ def write_page(path: Path, result: DemoResult) -> Path:
     templates = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=templates, autoescape=True, undefined=StrictUndefined).get_template(TEMPLATE)
     with atomic_write(path) as file:
-        file.write(template.render(_contents(result)))
+        file.write(template.render(_contents(result, path.parent)))
     return path
 
 
-def _contents(result: DemoResult) -> dict[str, Any]:
+def _contents(result: DemoResult, folder: Path) -> dict[str, Any]:
     certificate = result.placements.plan.certificate
     return {
+        "style": Markup(STYLE),
+        "provenance": provenance(),
+        "commands": _commands(folder),
         "cards": _cards(result),
         "model": result.config.model,
         "trained": result.trained,
@@ -46,6 +50,17 @@ def _contents(result: DemoResult) -> dict[str, Any]:
     }
 
 
+def _commands(folder: Path) -> list[str]:
+    """What a reader may try on the demo's own files."""
+    return [
+        f"expertier generate {folder}/model --prompt 'def main(' --cache-experts 4",
+        f"expertier simulate {folder}/routing.npz --cache-experts 4 --per-layer",
+        f"expertier place score {folder}/plan.json --trace {folder}/routing.npz",
+        f"expertier export {folder}/model --to olmoe --out {folder}/olmoe",
+        "expertier train --preset e16 --data YOUR_TEXT --out runs/mine",
+    ]
+
+
 def _cards(result: DemoResult) -> list[tuple[str, str]]:
     bits, bigram = result.trained.held_out_bits_per_byte, result.yardsticks.bigram
     before, after = (result.placements.scores[name].node_fanout for name in ("contiguous", "solved"))
@@ -60,7 +75,7 @@ def _cards(result: DemoResult) -> list[tuple[str, str]]:
 def _figures(result: DemoResult) -> dict[str, str]:
     yardsticks = {"bigram": result.yardsticks.bigram, "trigram": result.yardsticks.trigram}
     figures = {
-        "loss": loss_figure(result.log, yardsticks),
+        "loss": loss_figure(result.log, (result.trained.steps, result.trained.held_out_bits_per_byte), yardsticks),
         "load": load_figure(load_LE(result.trace)),
         "hit_rate": hit_rate_figure(result.hit_rates, result.offloaded.cache_experts),
         "placement": placement_figure(result.placements.load_LG),

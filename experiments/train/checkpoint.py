@@ -1,11 +1,10 @@
 """Checkpoints of a training run: the model as a Hugging Face folder, the rest beside it; whole or not there at all."""
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +14,64 @@ from torch.optim import Optimizer
 from moe import MoEForCausalLM
 from routing.ground.files import write_json
 
+from .corpus import Corpus
 from .presets import TrainConfig
+from .run_folder import CONFIG_FILE, STATE_FILES, UNFINISHED, checkpoints
 
-STATE_FILE = "training_state.pt"
-CONFIG_FILE = "training_config.json"
+STATE_FILE = STATE_FILES["torch"]
 KEPT = 2
+"""Checkpoints that stay: a damaged last one leaves one to go back to."""
 
 
-def save_checkpoint(run: Path, step: int, model: MoEForCausalLM, optimizer: Optimizer, config: TrainConfig) -> Path:
-    """Write `<run>/checkpoints/step_<n>`; older ones but the last are removed afterwards.
+@dataclass(frozen=True, eq=False)
+class CheckpointPlace:
+    """Where a run's checkpoints go, and what stands in each besides the model.
 
     Args:
         run: folder of the run.
+        config: with the precision resolved, so that a resumed run computes the same.
+        corpus: its tokenizer goes along.
+    """
+
+    run: Path
+    config: TrainConfig
+    corpus: Corpus
+
+
+def save_checkpoint(place: CheckpointPlace, step: int, model: MoEForCausalLM, optimizer: Optimizer) -> Path:
+    """Write `<run>/checkpoints/step_<n>`; older ones but the last are removed afterwards.
+
+    Args:
+        place: the run.
         step: optimiser steps done.
         model, optimizer: their whole state is kept, and that of torch's random generators.
-        config: with the precision resolved, so that a resumed run computes the same.
     """
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         torch.save({"step": step, "optimizer": optimizer.state_dict(), "random": _random_state()}, folder / STATE_FILE)
 
-    return write_checkpoint(run, step, config, write)
+    return write_checkpoint(place, step, write)
 
 
-def write_checkpoint(run: Path, step: int, config: TrainConfig, write: Callable[[Path], None]) -> Path:
-    """Write `<run>/checkpoints/step_<n>`, whose files `write` makes; older ones but the last are removed afterwards."""
+def write_checkpoint(place: CheckpointPlace, step: int, write: Callable[[Path], None]) -> Path:
+    """Write `<run>/checkpoints/step_<n>`, whose model `write` makes; older ones but the last are removed afterwards."""
+    run = place.run
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step_{step:08d}"
     if target.exists():
         return target
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as staging:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as staging:
         finished = Path(staging) / "checkpoint"
         write(finished)
-        write_json(finished / CONFIG_FILE, asdict(config))
+        place.corpus.save_tokenizer(finished)
+        write_json(finished / CONFIG_FILE, asdict(place.config))
         _sync(finished)
         finished.rename(target)
     for old in checkpoints(run)[:-KEPT]:
         shutil.rmtree(old)
     return target
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
-    folder = run / "checkpoints"
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if re.fullmatch(r"step_\d{8}", path.name))
 
 
 def restore(folder: Path, model: MoEForCausalLM, optimizer: Optimizer) -> int:

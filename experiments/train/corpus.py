@@ -4,21 +4,24 @@ A corpus is two flat token streams, one to train on and one held out; whole docu
 """
 
 import hashlib
-import json
-import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .text.documents import SEPARATOR, Document, Reading, documents
+from .text.tokens import Encoder, expect_tokenizer, save_tokenizer
+
 HELD_OUT_EVERY = 20
-MAX_FILE_BYTES = 4 << 30
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-SEPARATOR = b"\0"
+"""One document in so many is held out: 5 %, as much as an evaluation of 65,536 tokens needs of a small text."""
+NUM_BYTES = 256
+DIGEST_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,9 +31,15 @@ class Corpus:
     Args:
         train: token ids to train on.
         held_out: token ids of documents that training never sees.
-        vocab_size: V.
-        tokens_per_byte: 1 for byte-level corpora; turns nats per token into bits per byte.
-        source: where the text came from.
+        vocab_size: V, one more than the largest id there may be.
+        tokens_per_byte: of the training text; 1 for byte-level corpora.
+        source: where the text came from, for messages.
+        held_out_bytes: how many bytes each held-out token stands for; None where the training text's ratio is exact.
+        tokenizer: path of the Hugging Face tokenizer; None where there is none.
+        end_token: the id that ends a document, or None.
+        pad_token: the id that fills up rows, if it is not the end token.
+        origin: `data`, `column` and `tokenizer`, as `load_corpus` takes them; empty for streams made by hand.
+        summary: files, bytes, and what was skipped why; one line.
     """
 
     train: NDArray[np.integer]
@@ -38,146 +47,123 @@ class Corpus:
     vocab_size: int
     tokens_per_byte: float
     source: str
+    held_out_bytes: NDArray[np.float32] | None = None
+    tokenizer: str | None = None
+    end_token: int | None = None
+    pad_token: int | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether the tokens are bytes of UTF-8 text."""
+        return self.tokenizer is None and self.vocab_size == NUM_BYTES
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """What a model must know of its tokens, as keyword arguments of `moe.MoEConfig`."""
+        return {"vocab_size": self.vocab_size, "eos_token_id": self.end_token, "pad_token_id": self.pad_token}
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Put beside a model what turns text into its tokens; nothing where they stand for no text."""
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, folder)
+        elif self.is_bytes:
+            from moe import save_byte_tokenizer
+
+            save_byte_tokenizer(folder)
 
     @cached_property
     def fingerprint(self) -> str:
         """Equal for equal token streams, wherever they came from."""
         digest = hashlib.blake2b(digest_size=8)
         for stream in (self.train, self.held_out):
-            digest.update(np.ascontiguousarray(stream).astype("<i8").tobytes())
+            for start in range(0, len(stream), DIGEST_TOKENS):
+                digest.update(np.ascontiguousarray(stream[start : start + DIGEST_TOKENS]).astype("<i8").tobytes())
         return digest.hexdigest()
 
 
 def load_corpus(data: str | None, *, column: str = "text", tokenizer: str | None = None) -> Corpus:
-    """Read a corpus.
+    """Read a corpus; in memory are the tokens and one document at a time.
 
     Args:
-        data: a text file, a folder (its text files, recursively), a `.jsonl` or `.parquet` table, or None (also
-            `stdlib`) for the standard library's sources.
-        column: the text column of a table.
-        tokenizer: path of a Hugging Face tokenizer; None reads bytes (V = 256).
+        data: a text file, a table (`.jsonl`, `.parquet`), a folder of either, or None (also `stdlib`) for the standard
+            library's sources. Text and JSON lines may be compressed (gzip, bzip2, xz, zstandard, lz4).
+        column: the text column of a table; rows that are null or blank are skipped.
+        tokenizer: folder of a Hugging Face tokenizer, or its `tokenizer.json`; None reads bytes (V = 256).
 
     Raises:
         ValueError: if there is nothing to read, or too little for a held-out part.
     """
-    source = data or "stdlib"
-    train_documents, held_out_documents = _split(list(_documents(data, column)))
-    num_bytes = sum(len(document) for document in [*train_documents, *held_out_documents])
-    if not train_documents or not held_out_documents:
-        raise ValueError(f"{source}: {num_bytes} bytes of text are too few to train on and hold some out")
+    source, reading = data or "stdlib", Reading()
+    expect_tokenizer(tokenizer)
+    found = _split(documents(data, column, reading, whole_characters=tokenizer is not None))
+    origin = {"data": _absolute(data), "column": column, "tokenizer": _absolute(tokenizer)}
     if tokenizer is None:
-        streams = [_byte_stream(part) for part in (train_documents, held_out_documents)]
-        return Corpus(train=streams[0], held_out=streams[1], vocab_size=256, tokens_per_byte=1.0, source=source)
-    encode, vocab_size = _tokenizer(tokenizer)
-    streams = [
-        np.concatenate([encode(document) for document in part]) for part in (train_documents, held_out_documents)
-    ]
-    return Corpus(
-        train=streams[0],
-        held_out=streams[1],
-        vocab_size=vocab_size,
-        tokens_per_byte=sum(map(len, streams)) / num_bytes,
-        source=source,
-    )
+        streams = _byte_streams(found)
+        facts: dict[str, Any] = {"vocab_size": NUM_BYTES, "tokens_per_byte": 1.0, "end_token": SEPARATOR[0]}
+    else:
+        streams, facts = _token_streams(found, Encoder(tokenizer))
+        facts["tokenizer"] = tokenizer
+    if len(streams[0]) < 2 or len(streams[1]) < 2:
+        raise ValueError(f"{source}: the text is too few bytes to train on and hold some out ({reading})")
+    return Corpus(train=streams[0], held_out=streams[1], source=source, origin=origin, summary=str(reading), **facts)
 
 
-def _documents(data: str | None, column: str) -> Iterator[tuple[str, bytes]]:
-    """Name and text of each document."""
-    if data in (None, "stdlib"):
-        return _folder(Path(sysconfig.get_paths()["stdlib"]), "*.py")
-    path = Path(data)
-    if path.is_dir():
-        return _folder(path, "*")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file or folder")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes; at most {MAX_FILE_BYTES} are read, split the file")
-    if path.suffix == ".jsonl":
-        return _jsonl(path, column)
-    if path.suffix == ".parquet":
-        return _parquet(path, column)
-    return _chunks(path)
+def _absolute(path: str | None) -> str | None:
+    return None if path in (None, "stdlib") else str(Path(path).absolute())
 
 
-def _folder(root: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
-    for path in sorted(root.rglob(pattern)):
-        name = path.relative_to(root)
-        if path.is_file() and not NOT_LIBRARY.intersection(name.parts[:-1]) and path.stat().st_size <= MAX_FILE_BYTES:
-            text = path.read_bytes()
-            if text and SEPARATOR not in text:
-                yield name.as_posix(), text
+def _split(found: Iterator[Document]) -> Iterator[tuple[bytes, bool]]:
+    """Documents, and whether they are held out: those whose name hashes to 0; of few, or of a file's pieces, the last.
+
+    Each is given when the next one is there, because the last one may have to be held out.
+    """
+    first = list(islice(found, 1))
+    if first and first[0].name is not None:
+        first += islice(found, HELD_OUT_EVERY)
+        if len(first) <= HELD_OUT_EVERY:
+            yield from ((document.text, place == len(first) - 1) for place, document in enumerate(first))
+            return
+    waiting, is_any_held_out = None, False
+    for document in chain(first, found):
+        if waiting is not None:
+            yield waiting
+        is_held_out = document.name is not None and zlib.crc32(document.name.encode()) % HELD_OUT_EVERY == 0
+        is_any_held_out |= is_held_out
+        waiting = document.text, is_held_out
+    if waiting is not None:
+        yield waiting[0], waiting[1] or not is_any_held_out
 
 
-def _chunks(path: Path) -> Iterator[tuple[str, bytes]]:
-    """A single file as HELD_OUT_EVERY pieces, so that its last piece can be held out."""
-    text = path.read_bytes()
-    size = max(1, -(-len(text) // HELD_OUT_EVERY))
-    for start in range(0, len(text), size):
-        yield f"{start:012d}", text[start : start + size]
+def _byte_streams(found: Iterable[tuple[bytes, bool]]) -> list[NDArray[np.uint8]]:
+    streams = bytearray(), bytearray()
+    for text, is_held_out in found:
+        stream = streams[is_held_out]
+        stream += SEPARATOR + text if stream else text
+    return [np.frombuffer(stream, np.uint8) for stream in streams]
 
 
-def _jsonl(path: Path, column: str) -> Iterator[tuple[str, bytes]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number}: not JSON: {error}") from error
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                raise ValueError(f"{path} line {number}: expected an object with a string under {column!r}")
-            yield f"{number:012d}", row[column].encode()
-
-
-def _parquet(path: Path, column: str) -> Iterator[tuple[str, bytes]]:
-    import pyarrow.parquet as parquet
-
-    try:
-        table = parquet.ParquetFile(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: no readable Parquet file: {error}") from error
-    if column not in table.schema_arrow.names:
-        raise ValueError(f"{path}: no column {column!r}; it has {', '.join(table.schema_arrow.names)}")
-    number = 0
-    for batch in table.iter_batches(columns=[column]):
-        for text in batch.column(0).to_pylist():
-            number += 1
-            if text:
-                yield f"{number:012d}", text.encode()
-
-
-def _split(documents: list[tuple[str, bytes]]) -> tuple[list[bytes], list[bytes]]:
-    """Hold out the documents whose name hashes to 0; of a single file's pieces, or of few documents, the last."""
-    is_held_out = [zlib.crc32(name.encode()) % HELD_OUT_EVERY == 0 for name, _ in documents]
-    if not any(is_held_out) or len(documents) <= HELD_OUT_EVERY:
-        is_held_out = [index == len(documents) - 1 for index in range(len(documents))]
-    train = [text for (_, text), held_out in zip(documents, is_held_out, strict=True) if not held_out]
-    return train, [text for (_, text), held_out in zip(documents, is_held_out, strict=True) if held_out]
-
-
-def _byte_stream(documents: Iterable[bytes]) -> NDArray[np.uint8]:
-    return np.frombuffer(SEPARATOR.join(documents), dtype=np.uint8)
-
-
-def _tokenizer(path: str):
-    from transformers import AutoTokenizer
-
-    if not Path(path).exists():
-        raise ValueError(f"{path}: no such tokenizer folder")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-
-    def encode(document: bytes) -> NDArray[np.int32]:
-        ids = tokenizer(document.decode("utf-8", "replace"), add_special_tokens=False)["input_ids"]
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return np.array(ids + end, dtype=np.int32)
-
-    return encode, len(tokenizer)
-
-
-def copy_tokenizer(path: str, run: Path) -> None:
-    """Put a tokenizer beside the model that was trained with it, so that `generate` finds it."""
-    from transformers import AutoTokenizer
-
-    AutoTokenizer.from_pretrained(path).save_pretrained(run)
+def _token_streams(
+    found: Iterable[tuple[bytes, bool]], encode: Encoder
+) -> tuple[list[NDArray[np.int32]], dict[str, Any]]:
+    """Both streams, and what the corpus knows of them."""
+    streams, held_out_bytes, train_bytes = (bytearray(), bytearray()), bytearray(), 0.0
+    for text, is_held_out in found:
+        ids, sizes = encode(text)
+        streams[is_held_out].extend(ids.tobytes())
+        if is_held_out:
+            held_out_bytes += sizes.tobytes()
+        else:
+            train_bytes += float(sizes.sum(dtype=np.float64))
+    train, held_out = (np.frombuffer(stream, np.int32) for stream in streams)
+    return [train, held_out], {
+        "vocab_size": encode.vocab_size,
+        "tokens_per_byte": len(train) / max(train_bytes, 1.0),
+        "held_out_bytes": np.frombuffer(held_out_bytes, np.float32),
+        "end_token": encode.end_token,
+        "pad_token": encode.pad_token,
+    }
 
 
 def windows(stream: NDArray[np.integer], length: int) -> NDArray[np.integer]:

@@ -1,4 +1,4 @@
-"""Train with JAX: the same presets, data order, schedule, metrics and folders as `experiments.train`."""
+"""Train with JAX: the same presets, data order, schedule, metrics and folders as `torch_run`."""
 
 import time
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from moe import MoEConfig
 from moe.nnx.parts.mesh import parse_mesh
 from moe.nnx.training.training import Optimisation, Trainer, resolve_precision
 
-from .checkpoint import write_checkpoint
+from .checkpoint import CheckpointPlace, write_checkpoint
 from .corpus import BatchOrder, Corpus, windows
 from .loop import TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
 from .metrics import balance_metrics
@@ -31,9 +31,9 @@ def train(
     """Train a model; everything it leaves behind is under `run`.
 
     Args:
-        config: the run.
-        corpus: the text.
-        run: folder for checkpoints, `metrics.jsonl`, and at the end the model itself.
+        config: settings, such as a preset.
+        corpus: from `load_corpus`.
+        run: folder for checkpoints, `metrics.jsonl`, and at the end the model with its tokenizer.
         resume: continue after the last finished checkpoint, bit by bit as if nothing had happened.
         quiet: no progress bar.
         mesh: devices per axis, such as `data=2,expert=4`; None trains on one device.
@@ -45,7 +45,8 @@ def train(
         ValueError: if `run` holds another run, one on another text or one of torch, the corpus is too short, the router
             has no twin in JAX, or the mesh does not fit.
         FloatingPointError: if the loss or its gradient is no longer finite; the last checkpoint is from before.
-        KeyboardInterrupt: after Ctrl-C, once the step that it came in is done and saved; after a second one at once.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step that it came in is done and saved; after a second one
+            at once.
     """
     found = prepare(run, config, corpus, resume=resume)
     precision = precision_of(found[-1]) if found else resolve_precision(config.precision)
@@ -59,7 +60,7 @@ def train(
 
 @dataclass(frozen=True, eq=False)
 class JaxRun:
-    """A training run on JAX; see `train_loop.Trainable`."""
+    """A training run on JAX; see `loop.Trainable`."""
 
     trainer: Trainer
     order: BatchOrder
@@ -92,10 +93,10 @@ class JaxRun:
             np.pad(batch.astype(np.int32), ((0, size - len(batch)), (0, 0)), constant_values=-100) for batch in batches
         ]
         total = sum(self.trainer.evaluate(full) * len(batch) for full, batch in zip(filled, batches, strict=True))
-        return bits_per_byte(total / len(rows), self.corpus)
+        return bits_per_byte(total / len(rows), self.corpus, rows)
 
     def save(self, done: int) -> Path:
-        return write_checkpoint(self.run, done, self.config, self.trainer.save)
+        return write_checkpoint(CheckpointPlace(self.run, self.config, self.corpus), done, self.trainer.save)
 
 
 def build(
@@ -114,7 +115,7 @@ def build(
         precision=config.precision,
         seed=config.seed,
     )
-    model = MoEConfig(**({"vocab_size": corpus.vocab_size} | config.model))
+    model = MoEConfig(**(corpus.model_settings | config.model))
     trainer = Trainer(model, how, mesh=None if mesh is None else parse_mesh(mesh))
     if weights is not None:
         trainer.start_from(weights)

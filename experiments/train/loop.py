@@ -1,6 +1,5 @@
 """What every training run does around its steps, whatever computes them: folder, metrics, evaluations, checkpoints."""
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -16,14 +15,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from routing.ground.files import write_json
 
-from .checkpoint import CONFIG_FILE, checkpoints, publish
+from .checkpoint import publish
 from .corpus import Corpus, windows
 from .interrupt import interrupt_noted
-from .metrics import MetricsLog, open_log, read_log
+from .metrics import MetricsLog, open_log, read_log, without_nan
 from .presets import TrainConfig
-
-LOG_FILE, TEXT_FILE = "metrics.jsonl", "training_text.json"
-HARMLESS = ("precision", "evaluate_every", "checkpoint_every", "held_out_tokens")
+from .run_folder import (
+    LOG_FILE,
+    TEXT_FILE,
+    expect_same_settings,
+    expect_same_text,
+    expect_startable,
+    remove_unfinished,
+    saved_config,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +37,9 @@ class TrainResult:
 
     Args:
         steps: optimiser steps done.
-        held_out_bits_per_byte: of the final model.
-        train_bits_per_byte: of the last step's batch.
-        tokens_per_second: of the last step.
+        held_out_bits_per_byte: of the final model, over the bytes of the held-out tokens that were scored.
+        train_bits_per_byte: of the last step's batch, with the training text's bytes per token; NaN without a step.
+        tokens_per_second: of the last step; NaN without one.
         seconds: wall time of this call, evaluations and checkpoints included.
     """
 
@@ -74,11 +79,12 @@ def run_steps(
     """Train from step `done` to the end, or until the time is up; everything that is left behind is under `run`.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, once the step that it came in is done and saved; after a second one at once.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step that it came in is done and saved; after a second one
+            at once.
     """
     start = time.perf_counter()
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / TEXT_FILE, {"source": corpus.source, "fingerprint": corpus.fingerprint})
+    write_json(run / TEXT_FILE, {"source": corpus.source, "fingerprint": corpus.fingerprint, "origin": corpus.origin})
     with (
         open_log(run / LOG_FILE, last_step=done) as log,
         _progress(config.steps, done, quiet) as advance,
@@ -88,7 +94,7 @@ def run_steps(
             if stop_after_s is not None and time.perf_counter() - start > stop_after_s:
                 break
             row = trainable.step(step)
-            row["bits_per_byte"] = bits_per_byte(row["lm_loss"], corpus)
+            row["bits_per_byte"] = train_bits_per_byte(row["lm_loss"], corpus)
             done = step + 1
             _after_step(row, done, trainable, config, log)
             advance(row)
@@ -101,76 +107,68 @@ def run_steps(
     result = TrainResult(
         steps=done,
         held_out_bits_per_byte=trainable.evaluate(),
-        train_bits_per_byte=last.get("bits_per_byte", math.nan),
-        tokens_per_second=last.get("tokens_per_second", math.nan),
+        train_bits_per_byte=_number(last.get("bits_per_byte")),
+        tokens_per_second=_number(last.get("tokens_per_second")),
         seconds=seconds,
     )
-    write_json(run / "result.json", asdict(result))
+    write_json(run / "result.json", without_nan(asdict(result)))
     return result
 
 
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
 def prepare(run: Path, config: TrainConfig, corpus: Corpus, *, resume: bool) -> list[Path]:
-    """The finished checkpoints of a run that may start or continue, oldest first.
+    """The finished checkpoints of a run that may start or continue, oldest first; leftovers of a kill are removed.
 
     Raises:
-        ValueError: if there is nothing to resume, a run that was not to be resumed, or one with other settings or
-            another text.
+        ValueError: if there is nothing to resume, a run that was not to be resumed, one with other settings or on
+            another text, or a text that is too short to train on or to score.
     """
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"{run} is a file; a run needs a folder")
-    found = checkpoints(run)
-    if resume and not found:
-        raise ValueError(f"nothing to resume: {run} has no finished checkpoint; start without --resume")
-    if found and not resume:
-        raise ValueError(f"{run} already holds a run ({found[-1].name}); use --resume to continue it or another --out")
+    found = expect_startable(run, resume=resume)
+    for part, stream in (("training", corpus.train), ("held-out", corpus.held_out)):
+        if len(stream) < config.sequence_length:
+            raise ValueError(
+                f"the {part} text of {corpus.source} has {len(stream)} tokens, fewer than one sequence of "
+                f"{config.sequence_length}; give more text, or a preset with shorter sequences"
+            )
     if found:
-        _expect_same_run(_saved_config(found[-1]), json.loads(json.dumps(asdict(config))), run)
+        expect_same_settings(run, saved_config(found[-1]), config)
         expect_same_text(run, corpus)
+    remove_unfinished(run)
     return found
-
-
-def expect_same_text(run: Path, corpus: Corpus) -> None:
-    """Raises ValueError if a run was begun on another text."""
-    path = run / TEXT_FILE
-    if not path.is_file():
-        return
-    begun = json.loads(path.read_text(encoding="utf-8"))
-    if begun["fingerprint"] != corpus.fingerprint:
-        raise ValueError(
-            f"{run} was begun on another text ({begun['source']} as it was then; now {corpus.source}); "
-            "give it that text again, or use another --out"
-        )
-
-
-def differences(begun: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """What is set otherwise than in a run that exists, in words; empty if nothing is."""
-    changed = [name for name in wanted if begun.get(name) != wanted[name]]
-    return ", ".join(f"{name} {begun.get(name)!r} there and {wanted[name]!r} now" for name in changed)
 
 
 def precision_of(checkpoint: Path) -> str:
     """The precision that a run was started with."""
-    return _saved_config(checkpoint)["precision"]
+    return saved_config(checkpoint).precision
 
 
-def _saved_config(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
+def bits_per_byte(nats_per_token: float, corpus: Corpus, rows_BS: NDArray[np.integer] | None = None) -> float:
+    """Cross entropy on held-out text as bits per byte of that same text.
+
+    Args:
+        nats_per_token: mean over the tokens that were predicted.
+        corpus: where they are from.
+        rows_BS: the held-out rows that were scored, as from `held_out_rows`; a row's first token is not predicted.
+            None stands for the whole held-out part.
+    """
+    if corpus.held_out_bytes is None:
+        return train_bits_per_byte(nats_per_token, corpus)
+    sizes = corpus.held_out_bytes
+    if rows_BS is not None:
+        sizes = sizes[: rows_BS.size].reshape(rows_BS.shape)[:, 1:]
+    return nats_per_token / math.log(2) * sizes.size / max(float(sizes.sum(dtype=np.float64)), 1.0)
 
 
-def _expect_same_run(begun: dict[str, Any], wanted: dict[str, Any], run: Path) -> None:
-    """Only what cannot change the result may differ; the precision is taken from the run itself."""
-    changed = differences(begun, {name: value for name, value in wanted.items() if name not in HARMLESS})
-    if changed:
-        raise ValueError(f"{run} was begun with other settings ({changed}); repeat them, or use another --out")
-
-
-def bits_per_byte(nats_per_token: float, corpus: Corpus) -> float:
-    """Cross entropy per token as bits per byte of text."""
+def train_bits_per_byte(nats_per_token: float, corpus: Corpus) -> float:
+    """Cross entropy on training text as bits per byte, with the mean ratio of tokens to bytes of all of it."""
     return nats_per_token / math.log(2) * corpus.tokens_per_byte
 
 
 def held_out_rows(corpus: Corpus, config: TrainConfig) -> NDArray[np.integer]:
-    """The held-out sequences that an evaluation scores."""
+    """The held-out sequences that an evaluation scores, from the start of the stream on without gaps."""
     rows = windows(corpus.held_out, min(config.sequence_length, len(corpus.held_out)))
     return rows[: max(1, config.held_out_tokens // rows.shape[1])]
 

@@ -1,6 +1,7 @@
 """Training metrics: one JSON line per step, safe to kill at any moment, and what they are computed from."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,8 +30,17 @@ class MetricsLog:
         self._file = file
 
     def append(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
         self._file.flush()
+
+
+def without_nan(value: Any) -> Any:
+    """The value with null for every number that is not finite: JSON has no word for those."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    return [without_nan(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from .presets import TrainConfig
 
 ROUNDS = 7
+"""Timings per format: two to warm up, then the median of five, which one slow timing does not move."""
 
 
 def resolve_precision(config: TrainConfig, device: torch.device) -> str:

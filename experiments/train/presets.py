@@ -1,8 +1,9 @@
 """TrainConfig and its presets: everything a training run depends on besides the text and the router."""
 
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from routing.ground.expect import expect_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,12 +15,12 @@ class TrainConfig:
         steps: optimiser steps.
         batch_size: sequences per micro-batch.
         accumulation: micro-batches per optimiser step.
-        sequence_length: S, tokens per sequence.
+        sequence_length: S, tokens per sequence, at least 2: the first one is not predicted.
         learning_rate: peak of the schedule.
         min_learning_rate: its last value.
-        warmup_steps: linear rise from 0.
+        warmup_steps: steps of the linear rise from 0 to the peak.
         schedule: `cosine`, or `wsd` (constant, then a linear fall over the last `decay_share` of the steps).
-        decay_share: of `wsd`.
+        decay_share: share of the steps in which `wsd` falls.
         weight_decay: of matrices; norms and biases have none.
         betas: of AdamW.
         clip_norm: largest global gradient norm.
@@ -56,6 +57,8 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.sequence_length < 2:
+            raise ValueError("sequence_length must be at least 2, a token and the one that it predicts; got 1")
         for name, choices in (("schedule", ("cosine", "wsd")), ("precision", ("auto", "float32", "bfloat16"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
@@ -201,8 +204,9 @@ def preset(name: str) -> TrainConfig:
     Raises:
         ValueError: if there is none.
     """
-    if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown preset {name!r}; {hint}known are {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    return PRESETS[expect_name(name, PRESETS, "preset")]()
+
+
+def with_steps(config: TrainConfig, steps: int) -> TrainConfig:
+    """The run with another number of steps; its warm-up is cut to fit, so that the learning rate reaches its peak."""
+    return replace(config, steps=steps, warmup_steps=min(config.warmup_steps, steps))

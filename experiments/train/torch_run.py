@@ -13,7 +13,7 @@ from torch.optim import AdamW
 
 from moe import MoEConfig, MoEForCausalLM, MoEOutput
 
-from .checkpoint import restore, save_checkpoint
+from .checkpoint import CheckpointPlace, restore, save_checkpoint
 from .corpus import BatchOrder, Corpus, windows
 from .loop import TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
 from .metrics import routing_metrics
@@ -34,9 +34,9 @@ def train(
     """Train a model; everything it leaves behind is under `run`.
 
     Args:
-        config: the run.
-        corpus: the text.
-        run: folder for checkpoints, `metrics.jsonl`, and at the end the model itself.
+        config: settings, such as a preset.
+        corpus: from `load_corpus`.
+        run: folder for checkpoints, `metrics.jsonl`, and at the end the model with its tokenizer.
         resume: continue after the last finished checkpoint, bit by bit as if nothing had happened.
         quiet: no progress bar.
         stop_after_s: end early after so many seconds, wherever the schedule is.
@@ -47,7 +47,8 @@ def train(
     Raises:
         ValueError: if `run` holds another run or one on another text, or the corpus is too short.
         FloatingPointError: if the loss or its gradient is no longer finite; the last checkpoint is from before.
-        KeyboardInterrupt: after Ctrl-C, once the step that it came in is done and saved; after a second one at once.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step that it came in is done and saved; after a second one
+            at once.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = prepare(run, config, corpus, resume=resume)
@@ -75,7 +76,7 @@ class _TorchRun:
         return evaluate(self.model, self.corpus, self.config)
 
     def save(self, done: int) -> Path:
-        return save_checkpoint(self.run, done, self.model, self.optimizer, self.config)
+        return save_checkpoint(CheckpointPlace(self.run, self.config, self.corpus), done, self.model, self.optimizer)
 
 
 def train_step(
@@ -135,13 +136,13 @@ def evaluate(model: MoEForCausalLM, corpus: Corpus, config: TrainConfig) -> floa
         with autocast(config.precision, device):
             total += model(token_BS, labels=token_BS, use_cache=False).lm_loss.item() * len(batch)
     model.train(was_training)
-    return bits_per_byte(total / len(rows), corpus)
+    return bits_per_byte(total / len(rows), corpus, rows)
 
 
 def build(config: TrainConfig, corpus: Corpus, device: torch.device) -> tuple[MoEForCausalLM, AdamW, BatchOrder]:
     """The model as its seed initialises it, its optimiser, and the order of its batches."""
     torch.manual_seed(config.seed)
-    model = MoEForCausalLM(MoEConfig(**({"vocab_size": corpus.vocab_size} | config.model))).to(device).train()
+    model = MoEForCausalLM(MoEConfig(**(corpus.model_settings | config.model))).to(device).train()
     order = BatchOrder(windows(corpus.train, config.sequence_length), config.batch_size, config.seed)
     return model, build_optimizer(model, config), order
 

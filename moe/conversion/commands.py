@@ -1,12 +1,11 @@
 """`expertier export` and `convert`: a checkpoint as another one, of another family or architecture."""
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from routing.ground.expect import expect_new, expect_outputs
+from routing.ground.expect import expect_name, expect_new, expect_outputs
 
 
 def export(
@@ -21,19 +20,21 @@ def export(
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no checkpoint folder: it has no config.json")
     expect_new(out)
+    expect_name(family, ("olmoe", "qwen3_moe", "mixtral"), "family")
     from transformers import AutoConfig
 
     from ..model.decoder import MoEForCausalLM
+    from ..parts.text import carry_text_files
     from .export import export as convert
+    from .staging import staged_folder
 
     found = AutoConfig.from_pretrained(folder).model_type
     if found != "expertier":
         raise ValueError(f"{folder} holds a {found} model; only models trained here (expertier) are exported")
     model = convert(MoEForCausalLM.from_pretrained(folder), family)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
-        finished = Path(staging) / "checkpoint"
-        model.save_pretrained(finished)
-        finished.rename(out)
+    with staged_folder(out) as unfinished:
+        model.save_pretrained(unfinished)
+        carry_text_files(folder, unfinished, vocab_size=model.config.vocab_size)
     typer.echo(f"{out}: {family}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
@@ -59,8 +60,7 @@ def convert(
 
     Example: `expertier convert olmoe --to latent --group 8 --rank 512 --whiten book.txt --out olmoe-latent`
     """
-    if to != "latent":
-        raise ValueError(f"--to must be latent; got {to!r}")
+    expect_name(to, ("latent",), "target (--to)")
     expect_new(out)
     expect_outputs(json_file, inputs=[model, whiten, data])
     from rich.console import Console

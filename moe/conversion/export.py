@@ -15,26 +15,34 @@ from transformers import (
 )
 
 from routing import ClassicRouter, ClassicRule
+from routing.ground.expect import expect_name
 
 from ..model.decoder import MoEForCausalLM
 from ..parts.config import MoEConfig
+from .same_function import expect_same_function
 
 
 def export(model: MoEForCausalLM, family: str) -> PreTrainedModel:
     """The same function as a model of another family; `save_pretrained` then writes its checkpoint.
 
+    Its logits on a few tokens are compared with the source's before it is returned.
+
     Args:
-        model: a model of ours whose router is a plain softmax top-k one.
+        model: a model of ours with the architecture `moe`, whose router is a plain softmax top-k one.
         family: a key of `FAMILIES`.
 
     Returns:
         A model of transformers' own class with the same weights and dtype.
 
     Raises:
-        ValueError: if the family cannot express this model; the message lists every reason.
+        ValueError: if the family cannot express this model (the message lists every reason), or the logits differ.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; known are {', '.join(FAMILIES)}")
+    expect_name(family, FAMILIES, "family")
+    if model.config.architecture != "moe":
+        raise ValueError(
+            f"the architecture {model.config.architecture!r} has no equal in transformers; only plain mixtures of "
+            "experts (architecture 'moe') are exported"
+        )
     rule = _plain_rule(model)
     model_class, convert, find_obstacles = FAMILIES[family]
     obstacles = [*_common_obstacles(model.config), *find_obstacles(model.config, rule)]
@@ -44,7 +52,13 @@ def export(model: MoEForCausalLM, family: str) -> PreTrainedModel:
         exported = model_class(convert(model.config, rule))
     exported.load_state_dict(_renamed(model.state_dict()), assign=True)
     exported.tie_weights()
-    return exported.eval()
+    # rotary frequencies are in no checkpoint, so on the meta device they were not computed
+    exported.model.rotary_emb = type(exported.model.rotary_emb)(exported.config).to(model.device)
+    exported.generation_config = model.generation_config
+    was_training = model.training
+    expect_same_function(model.eval(), exported.eval(), f"the {family} model")
+    model.train(was_training)
+    return exported
 
 
 def _plain_rule(model: MoEForCausalLM) -> ClassicRule:

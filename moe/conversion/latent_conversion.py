@@ -4,8 +4,6 @@ Shapes: E experts, D model width, F expert width, T tokens.
 """
 
 import copy
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from routing.ground.files import write_json
 
 from ..model.decoder import MoEForCausalLM
-from ..parts.text import TOKENIZER_FILES, token_rows
+from ..parts.text import carry_text_files, token_rows
 from .factorise import Factors, Whitening, factorise
 from .families import config_of_moe
 from .layer_by_layer import mean_loss, streamed_experts
 from .source import INDEX_NAME, Source, meta_model
+from .staging import staged_folder
 
 ROW_LENGTH = 512
 
@@ -68,12 +67,8 @@ def convert_to_latent(
         ValueError: if the model cannot be expressed, or the plan does not fit it.
     """
     conversion = _Conversion(folder, plan)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
-        unfinished = Path(staging) / "checkpoint"
-        unfinished.mkdir()
-        report = conversion.run(unfinished, advance)
-        unfinished.rename(out)
-    return report
+    with staged_folder(out) as unfinished:
+        return conversion.run(unfinished, advance)
 
 
 class _Conversion:
@@ -92,9 +87,11 @@ class _Conversion:
             raise ValueError(
                 f"expert-rank must lie in 1..{narrow} (expert width and model width); got {plan.expert_rank}"
             )
-        is_ours = native.model_type == config.model_type
-        self.gate_name = ".mlp.router." if is_ours else ".mlp.gate."
-        skeleton = self.before if is_ours else meta_model(AutoModelForCausalLM._model_mapping[type(native)], native)
+        self.is_ours = native.model_type == config.model_type
+        self.gate_name = ".mlp.router." if self.is_ours else ".mlp.gate."
+        skeleton = (
+            self.before if self.is_ours else meta_model(AutoModelForCausalLM._model_mapping[type(native)], native)
+        )
         self.source = Source(folder, skeleton)
         self.first = config.num_dense_layers
         self.num_layers = config.num_moe_layers
@@ -126,9 +123,7 @@ class _Conversion:
         write_json(out / INDEX_NAME, {"metadata": {"total_size": _bytes(out)}, "weight_map": weight_map})
         self.config.architectures = ["MoEForCausalLM"]
         self.config.save_pretrained(out)
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, out / name)
+        carry_text_files(self.folder, out, vocab_size=self.config.vocab_size if self.is_ours else None)
         return self._report(out, layers, texts.get("data"))
 
     def _resident(self) -> dict[str, Tensor]:

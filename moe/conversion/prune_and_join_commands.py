@@ -1,13 +1,12 @@
 """`expertier prune` and `expertier join`: checkpoints with fewer experts, or with those of two models."""
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from routing import RoutingTrace
-from routing.ground.expect import expect_new, expect_outputs
+from routing.ground.expect import expect_name, expect_new, expect_outputs
 from routing.ground.files import write_json
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder of a mixture-of-experts model.")]
@@ -27,24 +26,25 @@ def prune(
 
     Example: `expertier prune runs/tiny --keep 8 --trace tiny.npz --out runs/tiny-8`
     """
+    _expect_checkpoints(folder)
     expect_new(out)
     expect_outputs(json, inputs=[folder, trace])
     from .prune_and_join import drawn, expert_layers, most_used, num_experts
     from .prune_and_join import prune as cut
 
+    found = None if trace is None else RoutingTrace.load(trace)
     model = _load(folder)
     num_layers, E = len(list(expert_layers(model))), num_experts(model.config)
-    if trace is None:
+    if found is None:
         kept = drawn(num_layers, E, keep, seed)
     else:
-        found = RoutingTrace.load(trace)
         if (found.num_layers, found.num_experts) != (num_layers, E):
             raise ValueError(
                 f"{trace} has {found.num_layers} layers of {found.num_experts} experts, "
                 f"the model has {num_layers} of {E}"
             )
         kept = most_used(found, keep)
-    _save(cut(model, kept), out)
+    _save(cut(model, kept), folder, out)
     if json is not None:
         write_json(json, {"num_experts": E, "kept": kept.tolist()})
     typer.echo(f"{out}: {keep} of {E} experts in each of {num_layers} layers")
@@ -61,29 +61,46 @@ def join(
 
     Example: `expertier join runs/a runs/b --backbone mean --out runs/joined`
     """
+    _expect_checkpoints(first, second)
     expect_new(out)
     expect_outputs(json, inputs=[first, second])
+    expect_name(backbone, ("same", "first", "second", "mean"), "backbone")
+    _expect_one_tokenizer(first, second)
     from .prune_and_join import join as put_together
     from .prune_and_join import num_experts
 
     models = [_load(folder) for folder in (first, second)]
     counts = [num_experts(model.config) for model in models]
-    _save(put_together(*models, backbone=backbone), out)
+    _save(put_together(*models, backbone=backbone), first, out)
     if json is not None:
         write_json(json, {"num_experts": sum(counts), "from_first": counts[0], "from_second": counts[1]})
     typer.echo(f"{out}: {counts[0]} + {counts[1]} experts per layer")
 
 
+def _expect_checkpoints(*folders: Path) -> None:
+    for folder in folders:
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} is no checkpoint folder: it has no config.json")
+
+
+def _expect_one_tokenizer(first: Path, second: Path) -> None:
+    files = [folder / "tokenizer.json" for folder in (first, second)]
+    if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
+        raise ValueError(f"{first} and {second} have different tokenizers; joining needs models that read the same ids")
+
+
 def _load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no checkpoint folder: it has no config.json")
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
-def _save(model: Any, out: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
-        finished = Path(staging) / "checkpoint"
-        model.save_pretrained(finished)
-        finished.rename(out)
+def _save(model: Any, folder: Path, out: Path) -> None:
+    """Write the model, and the text files of the folder that it was made of."""
+    from ..parts.text import carry_text_files
+    from .staging import staged_folder
+
+    is_ours = model.config.model_type == "expertier"
+    with staged_folder(out) as unfinished:
+        model.save_pretrained(unfinished)
+        carry_text_files(folder, unfinished, vocab_size=model.config.vocab_size if is_ours else None)

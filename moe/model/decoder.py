@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from routing import Carry, RouterStats, RoutingContext, auxiliary_loss, scheduled_weight
 
@@ -32,6 +33,7 @@ from ..parts.linear import Linear
 from ..parts.norm import RMSNorm
 from ..parts.signals import signal_fields
 from .decoder_layer import DecoderLayer
+from .outside_step import expect_known_outputs, outside_steps
 from .pretrained import MoEPreTrainedModel
 
 
@@ -41,18 +43,18 @@ class MoEOutput(ModelOutput):
 
     Args:
         loss: language-model loss plus weighted auxiliary losses, when labels are given.
-        lm_loss: mean cross entropy per predicted token in nats, when labels are given.
         logits: [B, S, V].
         past_key_values: the key/value cache, for the next call of this sequence.
+        lm_loss: mean cross entropy per predicted token in nats, when labels are given.
         router_stats: one `RouterStats` per call of a router: one per MoE layer, unless the architecture says otherwise.
         losses: further training losses of the architecture, already weighted and part of `loss`.
         passes: per decoder layer, how often tokens passed it; None when all passed all layers once.
     """
 
     loss: Tensor | None = None
-    lm_loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
+    lm_loss: Tensor | None = None
     router_stats: list[RouterStats] | None = None
     losses: dict[str, Tensor] | None = None
     passes: list[LayerPasses] | None = None
@@ -191,6 +193,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers reads it so)
+    accepts_loss_kwargs = True  # tells transformers' Trainer that the loss is divided by `num_items_in_batch` here
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
@@ -198,6 +201,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -206,6 +210,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         condition: Tensor | None = None,
         modality: Tensor | None = None,
         logit_bias_LR: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> MoEOutput:
         """Logits, and the loss when `labels` are given.
@@ -217,8 +222,15 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             condition: float [B, D], what routers of the architecture `mode` read: a noise level, a task.
             modality: int64 [B, S], or [B, 1] for one modality per sequence; by default it follows from the token id.
             logit_bias_LR: added to every router's logits in this request, as `routing.task_bias` makes it.
+            num_items_in_batch: tokens that all micro-batches of an optimiser step predict together, as transformers'
+                `Trainer` counts them. The loss is then this micro-batch's share of the step's mean, and in training the
+                routers are told of the optimiser's steps by themselves.
             **kwargs: `attention_mask`, `position_ids`, `past_key_values`, `inputs_embeds`, `use_cache`.
+
+        Raises:
+            ValueError: if an output is asked for that this model does not have, or a `Trainer` computes the loss.
         """
+        expect_known_outputs(kwargs)
         output, cache = self.model(
             input_ids, condition=condition, modality=modality, logit_bias_LR=logit_bias_LR, **kwargs
         )
@@ -230,6 +242,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             loss = lm_loss
             if self.training:
                 loss = lm_loss + self._auxiliary_loss(output)
+        if num_items_in_batch is not None:
+            loss = self._share_of_step(loss, labels, num_items_in_batch)
+            self._note_outside_step(output.router_stats, input_ids, kwargs)
         return MoEOutput(
             loss=loss,
             lm_loss=lm_loss,
@@ -239,6 +254,28 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             losses=output.losses or None,
             passes=output.passes,
         )
+
+    def _share_of_step(self, loss: Tensor | None, labels: Tensor | None, num_items: Tensor | int) -> Tensor | None:
+        """A micro-batch's mean loss, weighted by its share of the tokens that its optimiser step predicts."""
+        if labels is None:
+            if self.training:
+                raise ValueError(
+                    "the loss would be computed outside of the model (label smoothing, or a compute_loss_func), which "
+                    "leaves out the balance losses of the routers; turn that off"
+                )
+            return loss
+        own = (labels[:, 1:] != -100).sum()
+        return loss.nan_to_num() * (own / num_items) if own == 0 else loss * (own / num_items)
+
+    def _note_outside_step(
+        self, stats: Sequence[RouterStats], input_ids: Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        if not self.training:
+            return
+        mask = kwargs.get("attention_mask")
+        tokens = kwargs["inputs_embeds"][..., 0] if input_ids is None else input_ids
+        is_plain = mask is None or mask.ndim != 2
+        outside_steps(self.model).note(stats, tokens.numel() if is_plain else int(mask.sum()))
 
     def _auxiliary_loss(self, output: StackOutput) -> Tensor:
         loss = sum(output.losses.values(), start=output.x_BSD.new_zeros(()))

@@ -38,7 +38,8 @@ class MoEConfig(PreTrainedConfig):
     """
 
     model_type = "expertier"
-    keys_to_ignore_at_inference = ("past_key_values", "router_stats")
+    # a list, because transformers adds one to it
+    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "router_stats", "losses", "passes"]  # noqa: RUF012
 
     vocab_size: int = 256
     hidden_size: int = 256

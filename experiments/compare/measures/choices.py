@@ -26,7 +26,9 @@ from .flops import Usage, measured_usage, parameters, token_flops
 from .hidden_units import hidden_metrics
 
 SEGMENT = 16
+"""Tokens per window of the segment routing performance; short, so that a sequence of 32 tokens has some."""
 CACHED_SHARE = 0.25
+"""Share of the experts that the simulated cache holds: few enough that it misses, more than one token visits."""
 ROUTING_METRICS = (
     "max_vio",
     "dead_experts",
@@ -48,11 +50,11 @@ def router_metrics(
     Args:
         model: in evaluation mode.
         corpus: its held-out part is read.
-        sequence_length, batch_size: of a call.
-        max_tokens: at most so many tokens are read.
+        sequence_length, batch_size: S and B of a forward pass.
+        max_tokens: bound on the tokens that are read, from the start of the held-out part on.
 
     Returns:
-        By name; see `compare_summary.METRICS` for what each one is. None where the architecture has no such thing.
+        By name; see `summary.METRICS` for what each one is. None where the architecture has no such thing.
     """
     rows = windows(corpus.held_out, min(sequence_length, len(corpus.held_out)))
     rows = rows[: max(1, max_tokens // rows.shape[1])]

@@ -1,9 +1,7 @@
 """`expertier refactor`: a small dense Llama-type checkpoint as experts, a permanent part, and one router for all."""
 
-import shutil
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ...model.decoder import MoEForCausalLM
-from ...parts.text import TOKENIZER_FILES, token_rows
+from ...parts.text import carry_text_files, token_rows
 from ..families import config_of_dense
+from ..flags import flag
 from ..layer_by_layer import loss_of, mean_loss
+from ..staging import staged_folder
 from .domain_masks import cluster, mean_activations, slice_layer
 from .slicing import sliced_model, storage
 from .training import Rounds, train_rounds
@@ -24,23 +24,45 @@ ALIGN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterSize:
+    """How large the one router is.
+
+    Args:
+        router_heads: attention heads; must divide the width.
+        router_width: of its residual stream; None takes an eighth of the model's.
+    """
+
+    router_heads: int = flag("Attention heads of the router.", default=4, min=1)
+    router_width: int | None = flag("Width of the router; default: an eighth of the model's.", default=None)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Those that were set, as options of the architecture."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class RefactorPlan:
     """What to make of a dense model.
 
     Args:
         texts: one per domain, or any number if `domains` is given.
         domains: group the sequences of all texts into so many; None takes each text as one.
-        keep: share of the hidden channels that a domain keeps.
-        sequence_length, tokens: of the texts, at most.
+        keep: share of the hidden channels that a domain keeps, in (0, 1].
+        sequence_length: tokens of a sequence, at least 2.
+        tokens: bound on the tokens of all texts.
         rounds: training after slicing.
-        router_options: sizes of the router.
+        router_options: `router_heads` and `router_width`, options of the architecture `readme`.
+
+    Raises:
+        ValueError: if a value is out of range, or one text is to be one domain.
     """
 
-    texts: tuple[Path, ...]
-    domains: int | None = None
-    keep: float = 0.5
-    sequence_length: int = 256
-    tokens: int = 65_536
+    texts: tuple[Path, ...] = flag("A text; repeat for more. Each is a domain by itself.", name="data", kind=list[Path])
+    domains: int | None = flag("Group the texts' sequences into so many domains instead.", default=None)
+    keep: float = flag("Share of the hidden channels that each domain keeps, in (0, 1].", default=0.5)
+    sequence_length: int = flag("Tokens per sequence.", default=256, min=2)
+    tokens: int = flag("Tokens of all texts, at most.", default=65_536, min=4)
     rounds: Rounds = field(default_factory=Rounds)
     router_options: dict[str, int] = field(default_factory=dict)
 
@@ -122,10 +144,6 @@ def _split(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _write(model: MoEForCausalLM, folder: Path, out: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
-        unfinished = Path(staging) / "checkpoint"
+    with staged_folder(out) as unfinished:
         model.save_pretrained(unfinished)
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, unfinished / name)
-        unfinished.rename(out)
+        carry_text_files(folder, unfinished)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...architectures.read_me.token_router import context_of
 from ...model.decoder import MoEForCausalLM
+from ..flags import flag
 from ..layer_by_layer import mean_loss
 from .domain_masks import LayerSlices, hidden_channels
 
@@ -25,20 +26,29 @@ class Rounds:
         rounds: each is router steps, then expert steps; the learning rates shrink by `shrink` from one to the next.
         router_steps, expert_steps: per round.
         batch_size: sequences per step.
-        router_rate, expert_rate: learning rates at the start of a round; a cosine takes them to 0 within it.
-        sharpness: the targets are the softmax of `sharpness * overlap`.
-        seed: of the order of the sequences.
+        router_rate, expert_rate: learning rates at the start of a round, positive; a cosine takes them to 0 within it.
+        shrink: in (0, 1]; 0.8 leaves a fifth of the rates after eight rounds.
+        sharpness: the targets are the softmax of `sharpness * overlap`; larger is nearer to the best expert alone.
+        seed: of clusters, the router's start and the order of the sequences.
+
+    Raises:
+        ValueError: if a learning rate is not positive.
     """
 
-    rounds: int = 8
-    router_steps: int = 100
-    expert_steps: int = 200
-    batch_size: int = 8
-    router_rate: float = 5e-4
-    expert_rate: float = 5e-5
+    rounds: int = flag("Rounds of router and expert steps.", default=8, min=0)
+    router_steps: int = flag("Router steps per round.", default=100, min=0)
+    expert_steps: int = flag("Expert steps per round.", default=200, min=0)
+    batch_size: int = flag("Sequences per step.", default=8, min=1)
+    router_rate: float = flag("Learning rate of the router.", default=5e-4)
+    expert_rate: float = flag("Learning rate of the experts.", default=5e-5)
     shrink: float = 0.8
     sharpness: float = 10.0
-    seed: int = 0
+    seed: int = flag("Of clusters, the router's start and the order of batches.", default=0)
+
+    def __post_init__(self) -> None:
+        for name in ("router_rate", "expert_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number; got {getattr(self, name)}")
 
 
 def overlap_target_LTE(hidden: Sequence[Tensor], slices: Sequence[LayerSlices], sharpness: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""Text files and tables as documents, and documents as tokens."""
