@@ -188,7 +188,10 @@ def test_the_page_names_everything_that_load_changes_on_a_model(tmp_path):
     page = (ROOT / "docs" / "start_here.md").read_text(encoding="utf-8")
     table = page.split("## What `offload.load` changes on a model")[1].split("\n## ")[0]
     said = {
-        "offload": "`model.offload`", "save_pretrained": "`save_pretrained` raises", "hooks": "two forward hooks",
+        "offload": "`model.offload`", "save_pretrained": "`save_pretrained` and `state_dict` raise",
+        "state_dict": "`save_pretrained` and `state_dict` raise", "num_parameters": "`num_parameters` counts",
+        "_apply": "`_apply` refuses", "set_experts_implementation": "`set_experts_implementation` refuses",
+        "expert_shapes": "`expert_shapes`", "hooks": "two forward hooks",
         "requires_grad": "`requires_grad` is off", "_expertier_place": "`_expertier_place`",
         "forward": "linear layers in", "forward of a norm": "root-mean-square norms", "TokenWeight": "`TokenWeight`",
         "gate_up_proj deleted": "`gate_up_proj` (or `up_proj`) and `down_proj` are deleted",
@@ -215,9 +218,9 @@ def test_the_quick_start_of_offloading_runs_as_printed(tmp_path, monkeypatch, ru
     monkeypatch.setenv("COLUMNS", "160")
     for command in re.findall(r"^    expertier (fit|generate)(.*)$", page, re.MULTILINE):
         assert run(command[0], *shlex.split(command[1])) == 0
-    closing = capsys.readouterr().err.strip().splitlines()[-1]
-    (printed,) = re.findall(r"^    (.* tok/s, .*)$", page, re.MULTILINE)
-    assert form(closing) == form(printed)
+    closing = capsys.readouterr().err.strip().splitlines()[-2:]
+    (printed,) = re.findall(r"^    (.* tok/s, .*)\n    (.*)$", page, re.MULTILINE)
+    assert [*map(form, closing)] == [*map(form, printed)]
     (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     exec(compile(program, "docs/offload.md", "exec"), {})
     assert capsys.readouterr().out.startswith("Once upon a time")

@@ -24,6 +24,7 @@ from .recursion.architecture import mixture_of_recursions
 _READ_ME = {"expert_widths": [16, 8, 24], "permanent_widths": [8, 16, 0]}
 _READ_ME |= {"router_width": 16, "router_heads": 2, "router_ffn": 12}
 
+# the numbers below are sizes of small examples, which tests and docs build
 ARCHITECTURES: dict[str, Architecture] = {
     "moe": Architecture(build=plain, source="Shazeer et al. 2017, arXiv:1701.06538"),
     "chain_of_experts": Architecture(

@@ -18,7 +18,7 @@ class StoredWeight(torch.Tensor):
 
     Args:
         stored: uint8, as `MatrixForm.encode` made it.
-        shape: of the matrix.
+        shape: rows and columns of the matrix.
         form: what the bytes mean.
     """
 
