@@ -22,10 +22,10 @@ def demo(
 
     Example: `expertier demo`
     """
-    expect_free(out)
     expect_data(data)
     if data is not None and data != "stdlib":
         expect_not_an_input(out, Path(data))
+    expect_free(out)
     from .demo import run_demo
 
     report = run_demo(out, data=data, train_seconds=train_seconds)

@@ -9,6 +9,7 @@ from routing.ground.hardware import Hardware
 from ..compute.resident import embedding_bytes
 from ..formats.form import Form
 from ..gpu.cost import GpuPrediction, predict_gpu_decode
+from ..gpu.planning import expect_forms_on_gpu
 from ..memory.budget import MemoryPlan, Needs
 from ..memory.cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
 from ..runtime.division import divide_memory, needs_of
@@ -134,6 +135,8 @@ def fit(
         pack=pack,
     )
     opened = open_headers(path_or_id, pack)
+    if gpu_memory is not None:
+        expect_forms_on_gpu(opened.forms)
     division, shortfall = None, None
     try:
         division = divide_memory(opened, options, lane=None)

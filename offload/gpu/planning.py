@@ -16,11 +16,11 @@ from .slots import slot_shapes
 UNLIMITED = 1 << 62
 
 
-def gpu_slot_bytes(model: Any, forms: Sequence[Form]) -> tuple[list[int], int]:
-    """Bytes of a slot in each layer, and of the rings that prefill passes through.
+def expect_forms_on_gpu(forms: Sequence[Form]) -> None:
+    """Refuse experts that the GPU tier cannot compute with as they are stored.
 
     Raises:
-        ValueError: if the GPU tier cannot compute with the stored bytes of a layer.
+        ValueError: if there are any.
     """
     for form in forms:
         if not form.reaches_gpu:
@@ -28,6 +28,15 @@ def gpu_slot_bytes(model: Any, forms: Sequence[Form]) -> tuple[list[int], int]:
                 f"the GPU tier does not read {form.name} experts yet; pack without --compress for it, "
                 "or leave the packed copy out"
             )
+
+
+def gpu_slot_bytes(model: Any, forms: Sequence[Form]) -> tuple[list[int], int]:
+    """Bytes of a slot in each layer, and of the rings that prefill passes through.
+
+    Raises:
+        ValueError: if the GPU tier cannot compute with the stored bytes of a layer.
+    """
+    expect_forms_on_gpu(forms)
     modules = experts_modules(model).values()
     layers = [form.layer for form in forms]
     shapes = [slot_shapes(layer, biases_of(module)) for layer, module in zip(layers, modules, strict=True)]

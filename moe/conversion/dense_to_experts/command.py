@@ -28,10 +28,10 @@ def refactor(
     Example: `expertier refactor tiny-llama --data code.txt --data prose.txt --keep 0.5 --out tiny-experts`
     """
     expect_new(out)
+    expect_outputs(json_file, inputs=[model, *flags["texts"]])
     rounds = from_flags(Rounds, flags)
     options = from_flags(RouterSize, flags).options
     plan = from_flags(RefactorPlan, flags, rounds=rounds, router_options=options)
-    expect_outputs(json_file, inputs=[model, *plan.texts])
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("refactoring", total=rounds.rounds * (rounds.router_steps + rounds.expert_steps))
         report = run(model, out, plan, lambda: progress.advance(task))
