@@ -22,8 +22,8 @@ class Text(Protocol):
 
 
 TRACE_EVERY_S = 5.0
-"""Most seconds of routing that a power cut costs. A save rewrites the whole trace, and generation waits meanwhile: 0.2 s
-for 1,000 tokens of 16 layers with K = 8 on two slow cores."""
+"""Most seconds of routing that a power cut costs. A save rewrites the whole trace, and generation waits meanwhile:
+0.2 s for 1,000 tokens of 16 layers with K = 8 on two slow cores."""
 STATUS_EVERY_S = 0.5
 """Twice a second can be read; each line asks for a whole report. Other values were not tried."""
 
@@ -63,7 +63,7 @@ class LiveText(BaseStreamer):  # type: ignore[misc]
             self._after_prefill()
         self.token_ids.extend(value.reshape(-1).tolist())
         self.time_s.append(time.perf_counter())
-        whole = self._text.decode(self.token_ids)
+        whole = self.whole
         if not whole.endswith("�"):
             self._show(whole[len(self._shown) :])
             self._shown = whole
@@ -75,8 +75,13 @@ class LiveText(BaseStreamer):  # type: ignore[misc]
             self._say_status((len(self.time_s) - 1) / (self.time_s[-1] - self.time_s[0]))
             self._said_s = self.time_s[-1]
 
+    @property
+    def whole(self) -> str:
+        """The text of all tokens until now, incomplete characters included."""
+        return self._text.decode(self.token_ids)
+
     def end(self) -> None:
-        self._show(self._text.decode(self.token_ids)[len(self._shown) :])
+        self._show(self.whole[len(self._shown) :])
 
 
 def generate_text(
@@ -137,15 +142,8 @@ def generate_text(
             model.offload.save_trace(trace_file)
     report = model.offload.report()
     is_predicted = hardware is not None and model.offload.lane is None
-    return {
-        **_speed(live.time_s, started),
-        **{name: report[name] for name in ("hit_rate", "bytes_read", "peak_memory_bytes")},
-        "prompt_tokens": len(prompt_ids),
-        "token_ids": live.token_ids,
-        "text": text.decode(live.token_ids),
-        "predicted": _predicted(model, hardware, prefilled, report) if is_predicted else None,
-        "report": report,
-    }
+    predicted = _predicted(model, hardware, prefilled, report) if is_predicted else None
+    return _result(live, started, report) | {"prompt_tokens": len(prompt_ids), "predicted": predicted}
 
 
 def _continue(model: Any, prompt_ids: Sequence[int], max_new_tokens: int, live: LiveText) -> None:
@@ -160,12 +158,16 @@ def _continue(model: Any, prompt_ids: Sequence[int], max_new_tokens: int, live: 
     )
 
 
-def _speed(time_s: Sequence[float], started_s: float) -> dict[str, float]:
-    """Tokens per second of decoding, from the first token on, and the seconds before it."""
-    decode_s = time_s[-1] - time_s[0]
+def _result(live: LiveText, started_s: float, report: dict[str, Any]) -> dict[str, Any]:
+    """What was generated and how fast: decoding counts from the first token on, the prefill until then."""
+    decode_s = live.time_s[-1] - live.time_s[0]
     return {
-        "tokens_per_second": (len(time_s) - 1) / decode_s if decode_s > 0 else 0.0,
-        "prefill_seconds": time_s[0] - started_s,
+        "tokens_per_second": (len(live.time_s) - 1) / decode_s if decode_s > 0 else 0.0,
+        "prefill_seconds": live.time_s[0] - started_s,
+        **{name: report[name] for name in ("hit_rate", "bytes_read", "peak_memory_bytes")},
+        "token_ids": live.token_ids,
+        "text": live.whole,
+        "report": report,
     }
 
 
