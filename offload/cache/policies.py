@@ -177,6 +177,8 @@ class StaticHotList(LFU):
     through the slot of the least used."""
 
     WARM_UP = 256
+    """Tokens that choose the set. At 256 it loses to every other policy on both stretches of the trace in
+    experiments/records/2026-11-29_cache-policies; other lengths were not tried."""
 
     def _score(self, key: int, next_use: int, weight: float) -> float:
         if self._tokens > self.WARM_UP:
@@ -195,6 +197,9 @@ class ActivationAware(ScoredCache):
     """
 
     STRETCH, MOST_STRETCHES = 32, 64
+    """Tokens of a stretch (the paper's are whole sequences) and how many are remembered. Shorter ones follow a change
+    of subject sooner and count less surely. Tried at these values only
+    (experiments/records/2026-11-29_cache-policies)."""
 
     def __init__(self, capacity: int, num_keys: int) -> None:
         super().__init__(capacity)
@@ -245,6 +250,9 @@ class DecayedFrequency(ScoredCache):
     """
 
     DECAY = 0.94
+    """Share of a score that is left after one token: a half-life of 11 tokens, between the recency of `lru` and the
+    frequency of `lfu`. Compared with both in experiments/records/2026-11-29_cache-policies; tried on that trace
+    only."""
 
     def _score(self, key: int, next_use: int, weight: float) -> float:
         now = -self._tokens * math.log(self.DECAY)

@@ -16,7 +16,10 @@ from ..checkpoint.experts import ExpertLayer
 from .matvec import Matvecs
 
 GROUPED_ALIGNMENT_BYTES = 16
+"""`grouped_mm` of torch refuses rows of anything but a multiple."""
 VECTOR_ELEMENTS = 64
+"""Elements at a time in torch's vectorised activations, at most (two registers of 32 bfloat16 numbers). A remainder
+goes through another routine, whose last bits can differ; so shapes with a remainder are not computed piece by piece."""
 
 
 class RoutedRows:

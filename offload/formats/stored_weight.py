@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_map_only
 
 from .form import MatrixForm
 
+# number by which the C code knows matrices of bfloat16 as they are
 PLAIN_KERNEL = 0
 
 
@@ -18,7 +19,7 @@ class StoredWeight(torch.Tensor):
 
     Args:
         stored: uint8, as `MatrixForm.encode` made it.
-        shape: of the matrix.
+        shape: rows and columns of the matrix that the bytes stand for.
         form: what the bytes mean.
     """
 

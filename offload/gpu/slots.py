@@ -59,9 +59,9 @@ class LayerGpuSlots(GpuSlots):
 
     Args:
         tensors: parameter -> `[C, ...]`.
-        num_experts: E.
+        num_experts: E, the length of the map that kernels read.
         rank: how much an expert is worth keeping: the RAM tier's policy, which sees every token.
-        lane: the device.
+        lane: gives marks of the compute stream.
     """
 
     def __init__(self, tensors: Tensors, num_experts: int, rank: Callable[[int], Any], lane: Lane) -> None:
@@ -149,8 +149,8 @@ def make_pools(
         layers: shapes.
         biases_L: biases of each layer by name, `[E, ...]`.
         num_slots_L: slots of each layer.
-        ring_slots: further slots for each shape.
-        lane: the device.
+        ring_slots: further slots for each shape, at least 2.
+        lane: gives the memory.
 
     Returns:
         The stretches of the layers, and the ring that each layer uses (shared by those of the same shape).
