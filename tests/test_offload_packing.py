@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +96,25 @@ def test_a_pack_of_another_checkpoint_is_refused(folder):
     index.write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match="not the index of a packed copy"):
         offload.load(folder, cache_experts=2, pack=file)
+
+
+def test_a_crash_between_the_last_two_files_is_mended_by_the_next_run(folder, monkeypatch):
+    target = folder.parent / "crash.pack"
+    replace = Path.replace
+
+    def crash(self, other):
+        if self.name == "crash.pack.part":
+            raise KeyboardInterrupt
+        return replace(self, other)
+
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        packing.write_pack(folder, target)
+    assert not target.exists()
+    with pytest.raises(ValueError, match="no such file; make it with `expertier pack`"):
+        offload.load(folder, pack=target)
+    monkeypatch.undo()
+    packing.write_pack(folder, target)
+    assert target.is_file()
+    assert not list(folder.parent.glob("crash.pack.part*"))
+    offload.load(folder, pack=target).offload.close()

@@ -29,6 +29,7 @@ class SlotMap:
             host_E = self._lane.host((self._num_experts,), torch.int32).fill_(-1)
             if self.slot_of:
                 host_E[list(self.slot_of)] = torch.tensor(list(self.slot_of.values()), dtype=torch.int32)
+            # on the stream that the kernels run on, so they need not wait for it
             self._slot_E = host_E.to(self._lane.device, non_blocking=True)
         return self._slot_E
 
@@ -88,7 +89,10 @@ class LayerGpuSlots(GpuSlots):
         return len(self._free)
 
     def take(self, expert: int, pinned: Collection[int]) -> int:
-        """A slot for an expert that comes; gives up the one that is worth least, never one in `pinned`."""
+        """A slot for an expert that comes; gives up the one that is worth least, never one in `pinned`.
+
+        The slot may be written once `released` is reached: earlier calls are the last that read the expert given up.
+        This call has no rows for it, else it would be in `pinned`."""
         if not self._free:
             victim = min((other for other in self._slot_of if other not in pinned), key=self._rank)
             self.drop(victim)
@@ -101,13 +105,18 @@ class LayerGpuSlots(GpuSlots):
 
     def publish(self) -> None:
         """Let the next call see which experts are there now, and take slots as soon as this call's work is done."""
+        # a new map only when something changed, because each has to be copied to the device
         if self.map.slot_of != self._slot_of:
             self.map = SlotMap(self._slot_of, self._num_experts, self._lane)
         self.released = self._lane.mark()
 
 
 class Ring(GpuSlots):
-    """Slots that experts pass through: those of the next wave come while those of this one are computed."""
+    """Slots that experts pass through: those of the next wave come while those of this one are computed.
+
+    A wave is at most half of the slots, so that each slot's wave is launched, and the slot marked as read, before its
+    turn comes again. Marks stay from call to call and from layer to layer, because layers of the same shapes share a
+    ring."""
 
     def __init__(self, tensors: Tensors, lane: Lane) -> None:
         super().__init__(tensors)

@@ -43,10 +43,10 @@ class OffloadRuntime:
     """All layers of one offloaded model.
 
     Args:
-        store: the SSD tier.
-        num_slots: RAM slots of each layer.
+        store: reads experts from the SSD; closed with the runtime.
+        num_slots: RAM slots of each layer, at least 1.
         policy: name in CACHES.
-        recorder: records the routing, or None.
+        recorder: records the routing of every call; None records nothing.
         matvecs: products for experts with one row.
     """
 
@@ -68,10 +68,11 @@ class OffloadRuntime:
         self._fused: dict[tuple[int, int, int], FusedExperts | None] = {}
         self.gpu: GpuTier | None = None
         self._policy, self._num_slots = policy, tuple(num_slots)
+        # re-entrant: a signal handler that calls the model within a call must not wait for itself for ever
         self._lock, self._process, self._is_whole = threading.RLock(), os.getpid(), True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadRuntime":
-        """A copied model shares its experts, which nobody writes to."""
+        """A copied model shares its experts, which are only read."""
         return self
 
     def __reduce__(self) -> Any:

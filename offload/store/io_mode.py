@@ -56,6 +56,7 @@ def cached_share(forms: Sequence[Form]) -> float:
 
 def _is_cached(form: Form, expert: int) -> bool:
     descriptor = os.open(form.file_of(expert), os.O_RDONLY | os.O_CLOEXEC)
+    # RWF_NOWAIT fails instead of going to the disk; so asking does not fill the cache
     try:
         return os.preadv(descriptor, [bytearray(1)], form.offset_of(expert), os.RWF_NOWAIT) == 1
     except OSError:
