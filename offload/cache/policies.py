@@ -2,7 +2,7 @@
 
 A cache holds at most `capacity` keys. A key is an expert id (one cache per layer) or layer * E + expert (one cache for
 all layers). Every policy gives each key a score that changes only when the key is touched, and evicts the lowest score
-(ties: the least recently touched), so one lazy heap serves them all; only LearnedReuse scores anew for every token.
+(ties: the least recently touched), so one lazy heap serves them all; only LearnedReuse computes all scores for every token.
 """
 
 import heapq
@@ -189,8 +189,8 @@ class StaticHotList(LFU):
 class ActivationAware(ScoredCache):
     """Evicts the expert that the most similar stretches of the past use least.
 
-    A stretch is `STRETCH` tokens; its activation counts are matched by cosine similarity with the finished ones, and
-    an expert's worth is its share in the stretch so far plus that in the best match. A cache of one layer sees that
+    A stretch is `STRETCH` tokens. Its activation counts are matched by cosine similarity with the finished ones. An
+    expert's worth is its share in the stretch so far plus that in the best match. A cache of one layer sees that
     layer's row of the activation matrix only.
 
     Source: Xue et al. 2024 (MoE-Infinity), arXiv:2401.14361, section 5.
@@ -221,7 +221,7 @@ class ActivationAware(ScoredCache):
         return float(self._worth[key]), self._entry.get(key, (0.0, 0))[1]
 
     def evict(self, pinned: Collection[int] = ()) -> int:
-        """Every token changes all ranks, so the lowest is looked for anew."""
+        """Every token changes all ranks, so there is no heap: the lowest is searched."""
         candidates = [key for key in self._resident if key not in pinned] or list(self._resident)
         if not candidates:
             raise RuntimeError("nothing to evict: the cache is empty")

@@ -1,6 +1,6 @@
 """The experts of a single token, each computed from its input to its output by one call of C.
 
-Results are bit-identical to those of `RoutedRows`: the products are the kernels that were tried against torch, and an
+Results are bit-identical to those of `RoutedRows`. The products are the kernels that were tried against torch. An
 activation of bfloat16 numbers is a table of 65,536 results, made by the activation itself.
 
 Shapes: K experts of the token, D model width, F expert width.

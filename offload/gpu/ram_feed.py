@@ -23,7 +23,7 @@ class RamFeed:
     Args:
         ram: the layer's RAM slots.
         misses: experts that are needed and not on the GPU.
-        on_gpu: experts that are there.
+        on_gpu: experts in GPU slots; their RAM slots are given up first.
         lent: expert -> copy that reads its RAM slot; outlives the call.
         counters: receives reads and stalls.
     """
@@ -54,7 +54,7 @@ class RamFeed:
             self._read_next()
 
     def next_landed(self) -> int | None:
-        """The next expert that was read, or None when all are there."""
+        """The next expert that was read, or None when all are read."""
         self.start_reads()
         while self._waiting and not self._in_flight:
             self._wait_for_room()

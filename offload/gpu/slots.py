@@ -92,7 +92,8 @@ class LayerGpuSlots(GpuSlots):
         """A slot for an expert that comes; gives up the one that is worth least, never one in `pinned`.
 
         The slot may be written once `released` is reached: earlier calls are the last that read the expert given up.
-        This call has no rows for it, else it would be in `pinned`."""
+        This call has no rows for it, else it would be in `pinned`.
+        """
         if not self._free:
             victim = min((other for other in self._slot_of if other not in pinned), key=self._rank)
             self.drop(victim)
@@ -104,7 +105,7 @@ class LayerGpuSlots(GpuSlots):
         self._free.append(self._slot_of.pop(expert))
 
     def publish(self) -> None:
-        """Let the next call see which experts are there now, and take slots as soon as this call's work is done."""
+        """Let the next call see which experts the slots hold, and take slots as soon as this call's work is done."""
         # a new map only when something changed, because each has to be copied to the device
         if self.map.slot_of != self._slot_of:
             self.map = SlotMap(self._slot_of, self._num_experts, self._lane)
@@ -114,9 +115,10 @@ class LayerGpuSlots(GpuSlots):
 class Ring(GpuSlots):
     """Slots that experts pass through: those of the next wave come while those of this one are computed.
 
-    A wave is at most half of the slots, so that each slot's wave is launched, and the slot marked as read, before its
+    A wave is at most half of the slots. So its kernels are launched, and its slots marked as read, before any has its
     turn comes again. Marks stay from call to call and from layer to layer, because layers of the same shapes share a
-    ring."""
+    ring.
+    """
 
     def __init__(self, tensors: Tensors, lane: Lane) -> None:
         super().__init__(tensors)

@@ -1,7 +1,7 @@
 """Misses that lie in RAM: over the wire to the GPU, or computed where they are? Both at once, by measured rates.
 
-Without torch. Sources: the rule of Fiddler (arXiv:2402.07033) and the split of FreeToken (arXiv:2608.16157), with rates
-that are measured while it runs, because what is measured beforehand on an idle machine misleads.
+Without torch. Sources: the rule of Fiddler (arXiv:2402.07033) and the split of FreeToken (arXiv:2608.16157). Unlike
+there, rates are measured while the model runs, because rates of an idle machine mislead.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def split(wire_s: float, cpu_s: Sequence[float]) -> list[int]:
         cpu_s: seconds that each expert takes on the CPU.
 
     Returns:
-        Places in `cpu_s`. Equal times go to the wire, which fills the cache besides.
+        Places in `cpu_s`. At equal times the wire is taken, because it also fills the cache.
     """
     order = sorted(range(len(cpu_s)), key=cpu_s.__getitem__)
     best_s, best_count, spent_s = len(order) * wire_s, 0, 0.0

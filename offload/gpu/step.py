@@ -170,7 +170,7 @@ class GpuStep:
         if not self._wave or self._last_copy is None:
             return
         where, self._wave = self._wave, {}
-        # copies are in order on one stream: after the last one, the others are there too
+        # copies are in order on one stream: after the last one, the others are complete too
         self._lane.compute_after(self._last_copy)
         self._compute_in(self._ring, where)
         self._ring.mark_read(where.values())
@@ -198,7 +198,7 @@ class GpuStep:
         return [present[place] for place in places]
 
     def _compute_on(self, cpu: CpuShare, expert: int) -> None:
-        """One expert on the CPU: activations are here already, outputs go up."""
+        """Compute one expert on the CPU, from the host's copy of the activations; its outputs go to the device."""
         lane = self._lane
         row_n = (self._ids_TK.reshape(-1) == expert).nonzero()[:, 0]
         started = time.perf_counter()

@@ -96,7 +96,7 @@ class GpuTier:
         }
 
     def reset(self) -> None:
-        """Start counting anew."""
+        """Set all counts to 0."""
         self._counters.reset()
 
     def _cpu_share(self, module: Any, matvecs: Matvecs | None) -> CpuShare | None:

@@ -1,4 +1,4 @@
-"""One call of one layer: look all experts up, read what is missing, compute what is there and what lands.
+"""One call of one layer: look all experts up, read the missing ones, compute those in slots and those that land.
 
 The bookkeeping of a call changes in many steps. After an exception between two of them the runtime clears all slots,
 so nothing here undoes anything.

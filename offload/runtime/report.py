@@ -100,7 +100,7 @@ class Offload:
         return {**vars(total), "is_active": prefetcher is not None and prefetcher.is_active}
 
     def reset(self) -> None:
-        """Start counting anew; what is cached stays."""
+        """Set all counts to 0; cached experts stay."""
         self._runtime.counters.reset()
         self._busy_before_s = self._runtime.store.busy_s
         if self._runtime.gpu is not None:

@@ -1,8 +1,8 @@
 """The running model's side: what happens when transformers calls an experts module.
 
-Order of one call of one layer: look all experts up, start reading all that are missing, compute those that are there,
-compute the others in the order in which they arrive, combine in a fixed order. Slots that a call uses are not evicted
-during that call.
+One call of one layer looks all experts up and starts to read all that are missing. It computes the experts in slots,
+then the others in the order in which they arrive, and combines them in a fixed order. Slots that a call uses are not
+evicted during that call.
 
 An exception can come between any two lines of Python (Ctrl-C, a timer, no memory). `_is_whole` is therefore false from
 the first change of a call to the last. A call that finds it false clears every slot and starts from nothing.

@@ -1,7 +1,7 @@
 """Reading threads: jobs with two priorities, a bounded number in flight, shut down with the interpreter.
 
 Locks: `Ticket._lock` guards one ticket, `_Queues.lock` the queues; no code holds both. Only the thread that runs the
-model waits for tickets, and every such wait has a limit, so that a lost disk is an error and not a hang.
+model waits for tickets. Every such wait has a limit, so that a lost disk is an error and not a hang.
 
 That thread may get an exception between any two instructions (Ctrl-C, a timer). It therefore uses primitives of C only,
 `Lock` and `SimpleQueue`. Condition and Event are written in Python: an exception after they took their lock leaves it

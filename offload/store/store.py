@@ -28,8 +28,8 @@ MADV_POPULATE_WRITE = 23
 class Slots:
     """A pool of equal, block-aligned slots in one anonymous mapping, whose memory is taken at once.
 
-    Reading with O_DIRECT into pages that do not exist yet is ten times slower than into pages that do, because each
-    read then waits for the kernel to find and clear huge pages.
+    Reading with O_DIRECT into pages that do not exist yet is ten times slower than into pages that do. Each read would
+    wait for the kernel to find and clear huge pages.
     """
 
     def __init__(self, num_slots: int, slot_bytes: int, guard_bytes: int = 0) -> None:
