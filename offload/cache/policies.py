@@ -3,7 +3,8 @@
 A cache holds at most `capacity` keys. A key is an expert id (one cache per layer) or layer * E + expert (one cache for
 all layers). Every policy gives each key a score that changes only when the key is touched, and evicts the lowest score
 (ties: the least recently touched), so one lazy heap serves them all; only LearnedReuse computes all scores for every
-token."""
+token.
+"""
 
 import heapq
 import math
