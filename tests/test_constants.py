@@ -19,6 +19,7 @@ EXPLAINED = (
     "moe/parts/flops.py",
     "moe/parts/linear.py",
     "moe/parts/norm.py",
+    "offload",
     "experiments/bench/expert_kernels",
 )
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +96,30 @@ def test_a_pack_of_another_checkpoint_is_refused(folder):
     index.write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match="not the index of a packed copy"):
         offload.load(folder, cache_experts=2, pack=file)
+
+
+@pytest.mark.parametrize("step", ["index", "records"])
+def test_a_crash_at_one_of_the_last_two_files_is_mended_by_the_next_run(folder, step, monkeypatch):
+    target = folder.parent / "crash.pack"
+    replace, write = Path.replace, packing.PackIndex.write
+
+    def replace_or_crash(self, other):
+        if step == "records" and self.name == "crash.pack.part":
+            raise KeyboardInterrupt
+        return replace(self, other)
+
+    def write_or_crash(self, file):
+        if step == "index" and file.name == "crash.pack.json":
+            raise KeyboardInterrupt
+        write(self, file)
+
+    monkeypatch.setattr(Path, "replace", replace_or_crash)
+    monkeypatch.setattr(packing.PackIndex, "write", write_or_crash)
+    with pytest.raises(KeyboardInterrupt):
+        packing.write_pack(folder, target)
+    with pytest.raises(ValueError, match="no such file; make it with `expertier pack`"):
+        offload.load(folder, pack=target)
+    monkeypatch.undo()
+    packing.write_pack(folder, target)
+    assert not list(folder.parent.glob("crash.pack.part*"))
+    offload.load(folder, pack=target).offload.close()

@@ -1,6 +1,8 @@
 """A plan of one machine as the start of a cache."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,12 +10,23 @@ import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import offload
+import placement
 from offload.cache.starting import read_starting_plan
 from routing.traces import RoutingTrace, lru_hits_LC
 
 
 def write_plan(path, tiers, **changes):
-    path.write_text(json.dumps({"format": "expertier.plan", "version": 1, "tier": tiers} | changes))
+    """A plan file as `expertier place tiers` writes it."""
+    L, E = np.shape(tiers)
+    plan = placement.Plan(
+        physical_to_logical_LP=np.zeros((L, 1), np.int64),
+        num_experts=E,
+        cluster=placement.Cluster.grid(1, 1),
+        layer_ids=tuple(range(L)),
+        hidden_layers=L,
+        tier_LE=np.array(tiers),
+    )
+    path.write_text(json.dumps(plan.to_json() | changes))
     return path
 
 
@@ -28,17 +41,47 @@ def test_experts_in_memory_and_slots(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"format": "else"}, "says nothing about tiers"),
-        ({"tier": None}, "says nothing about tiers"),
-        ({"tier": [[1, 2, 2, 2]]}, "tiers of 1 layers do not fit"),
-        ({"tier": [[1, 2, 2], [2, 2, 2, 2]]}, "do not fit"),
-        ({"tier": [[1, 2, 2, 7], [2, 2, 2, 2]]}, "must be 0"),
+        ({"format": "else"}, "not a plan: expected a JSON object with format 'expertier.plan'"),
+        ({"version": 9}, "plan version 9 is not supported"),
+        ({"tier": None}, "says nothing about tiers; make one with `expertier place tiers`"),
+        ({"tier": [[1, 2, 2, 2]]}, "tier_LE must be 2 x 4; got"),
+        ({"tier": [[1, 2, 2], [2, 2, 2, 2]]}, "tier must be a rectangular table of integers"),
+        ({"tier": [[1, 2, 2, 7], [2, 2, 2, 2]]}, r"must be 0 \(gpu\) or 1 \(cpu\) or 2 \(ssd\); got 1 to 7"),
+        ({"tier": [[1, 2, 2, -1], [2, 2, 2, 2]]}, "got -1 to 2"),
     ],
 )
 def test_other_files_are_refused(tmp_path, changes, problem):
     path = write_plan(tmp_path / "p.json", [[1, 1, 1, 1]] * 2, **changes)
     with pytest.raises(ValueError, match=problem):
         read_starting_plan(path, [4, 4])
+
+
+@pytest.mark.parametrize("experts_L", [[4], [4, 4, 4], [8, 8], [4, 8]])
+def test_plans_of_other_models_are_refused(tmp_path, experts_L):
+    path = write_plan(tmp_path / "p.json", [[1, 1, 1, 1]] * 2)
+    with pytest.raises(ValueError, match="tiers of 2 layers of 4 experts do not fit the model's"):
+        read_starting_plan(path, experts_L)
+
+
+def test_what_is_no_plan_file_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no such file; make one with `expertier place tiers`"):
+        read_starting_plan(tmp_path / "absent.json", [4])
+    (tmp_path / "p.json").write_text("{")
+    with pytest.raises(ValueError, match=r"plan .*p\.json: "):
+        read_starting_plan(tmp_path / "p.json", [4])
+    monkeypatch.setattr("offload.cache.starting.MOST_BYTES", 0)
+    with pytest.raises(ValueError, match="larger than 0 bytes, so not a plan of one machine"):
+        read_starting_plan(tmp_path / "p.json", [4])
+
+
+def test_a_plan_is_read_without_torch(tmp_path):
+    path = write_plan(tmp_path / "p.json", [[1, 2, 0, 2]])
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers'])); "
+        "from offload.cache.starting import read_starting_plan; "
+        f"assert read_starting_plan({str(path)!r}, [4]).experts_L == ((0, 2),)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def narrow_and_wide(tmp_path):

@@ -47,8 +47,7 @@ PLAIN_PAGES = (
     *("docs/routers.md", "docs/start_here.md"),
 )
 PLAIN_FOLDERS = (
-    *("routing/report", "moe/model", "offload/cache", "offload/commands", "offload/forecast", "offload/formats"),
-    *("offload/memory", "offload/native", "offload/ram", "offload/store", "placement/solving"),
+    *("routing/report", "moe/model", "offload", "placement/solving"),
     *("experiments/compare", "experiments/demo", "experiments/variants"),
 )
 

@@ -2,7 +2,8 @@
 
 A cache holds at most `capacity` keys. A key is an expert id (one cache per layer) or layer * E + expert (one cache for
 all layers). Every policy gives each key a score that changes only when the key is touched, and evicts the lowest score
-(ties: the least recently touched), so one lazy heap serves them all; only LearnedReuse scores anew for every token.
+(ties: the least recently touched), so one lazy heap serves them all; only LearnedReuse computes all scores for every
+token.
 """
 
 import heapq
@@ -177,6 +178,8 @@ class StaticHotList(LFU):
     through the slot of the least used."""
 
     WARM_UP = 256
+    """Tokens that choose the set. At 256 it loses to every other policy on both stretches of the trace in
+    experiments/records/2026-11-29_cache-policies; other lengths were not tried."""
 
     def _score(self, key: int, next_use: int, weight: float) -> float:
         if self._tokens > self.WARM_UP:
@@ -187,14 +190,17 @@ class StaticHotList(LFU):
 class ActivationAware(ScoredCache):
     """Evicts the expert that the most similar stretches of the past use least.
 
-    A stretch is `STRETCH` tokens; its activation counts are matched by cosine similarity with the finished ones, and
-    an expert's worth is its share in the stretch so far plus that in the best match. A cache of one layer sees that
+    A stretch is `STRETCH` tokens. Its activation counts are matched by cosine similarity with the finished ones. An
+    expert's worth is its share in the stretch so far plus that in the best match. A cache of one layer sees that
     layer's row of the activation matrix only.
 
     Source: Xue et al. 2024 (MoE-Infinity), arXiv:2401.14361, section 5.
     """
 
     STRETCH, MOST_STRETCHES = 32, 64
+    """Tokens of a stretch (the paper's are whole sequences) and how many are remembered. Shorter ones follow a change
+    of subject sooner and count less surely. Tried at these values only
+    (experiments/records/2026-11-29_cache-policies)."""
 
     def __init__(self, capacity: int, num_keys: int) -> None:
         super().__init__(capacity)
@@ -216,7 +222,7 @@ class ActivationAware(ScoredCache):
         return float(self._worth[key]), self._entry.get(key, (0.0, 0))[1]
 
     def evict(self, pinned: Collection[int] = ()) -> int:
-        """Every token changes all ranks, so the lowest is looked for anew."""
+        """Every token changes all ranks, so there is no heap: the lowest is searched."""
         candidates = [key for key in self._resident if key not in pinned] or list(self._resident)
         if not candidates:
             raise RuntimeError("nothing to evict: the cache is empty")
@@ -245,6 +251,9 @@ class DecayedFrequency(ScoredCache):
     """
 
     DECAY = 0.94
+    """Share of a score that is left after one token: a half-life of 11 tokens, between the recency of `lru` and the
+    frequency of `lfu`. Compared with both in experiments/records/2026-11-29_cache-policies; tried on that trace
+    only."""
 
     def _score(self, key: int, next_use: int, weight: float) -> float:
         now = -self._tokens * math.log(self.DECAY)

@@ -3,7 +3,6 @@
 Shapes: L MoE layers, E experts, C cache slots. Without torch.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,17 @@ from routing.traces import RoutingTrace, lru_hits_LC
 from ..memory.budget import spread_slots
 from .capacities import spread_by_gain
 
-SSD = 2
 MOST_BYTES = 64 << 20
+"""Of a plan: room for the tiers of millions of experts, where the largest models have some ten thousand. The reader's
+own limit of 2 GiB is meant for clusters; a JSON file of that size would fill the memory of one machine."""
 MOST_ROWS = 65_536
+"""Of a trace: counting the hits of every cache size took 3 s for so many rows of 16 layers, K = 8, on one slow core.
+More rows were not tried; in experiments/records/2026-11-29_cache-policies 10,000 rows chose the slots."""
 
 
 @dataclass(frozen=True)
 class StartingPlan:
-    """Experts that are to be in memory from the start, per layer, in the order of their ids."""
+    """Experts that are to be in memory from the start: `experts_L` holds those of each layer, in the order of ids."""
 
     experts_L: tuple[tuple[int, ...], ...]
 
@@ -80,27 +82,30 @@ def read_starting_plan(path: str | Path, experts_L: Sequence[int]) -> StartingPl
         ValueError: if the file is not such a plan or trace, or is for a model of other sizes.
     """
     path = Path(path)
-    if path.suffix == ".npz":
-        return _read_trace(path, experts_L)
+    return _read_trace(path, experts_L) if path.suffix == ".npz" else _read_plan(path, experts_L)
+
+
+def _read_plan(path: Path, experts_L: Sequence[int]) -> StartingPlan:
+    # here and not above: the contract needs SciPy, pydantic and PyYAML, and most models start without a plan
+    from placement.contract.plan import TIERS, Plan
+
     if not path.is_file():
         raise ValueError(f"plan {path}: no such file; make one with `expertier place tiers`")
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"plan {path}: larger than {MOST_BYTES} bytes, so not a plan of one machine")
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"plan {path}: not JSON: {error}") from error
-    if not isinstance(plan, dict) or plan.get("format") != "expertier.plan" or not isinstance(plan.get("tier"), list):
+    tier_LE = Plan.load(path).tier_LE
+    if tier_LE is None:
         raise ValueError(f"plan {path}: it says nothing about tiers; make one with `expertier place tiers`")
-    tiers = plan["tier"]
-    if [len(row) if isinstance(row, list) else -1 for row in tiers] != list(experts_L):
+    if [tier_LE.shape[1]] * len(tier_LE) != list(experts_L):
         raise ValueError(
-            f"plan {path}: tiers of {len(tiers)} layers do not fit the model's {len(experts_L)} layers of "
-            f"{', '.join(sorted({str(count) for count in experts_L}))} experts"
+            f"plan {path}: tiers of {len(tier_LE)} layers of {tier_LE.shape[1]} experts do not fit the model's "
+            f"{_layers(experts_L)}"
         )
-    if not all(tier in (0, 1, SSD) for row in tiers for tier in row):
-        raise ValueError(f"plan {path}: tiers must be 0 (GPU), 1 (CPU) or 2 (SSD)")
-    return StartingPlan(tuple(tuple(expert for expert, tier in enumerate(row) if tier != SSD) for row in tiers))
+    if ((tier_LE < 0) | (tier_LE >= len(TIERS))).any():
+        known = " or ".join(f"{number} ({name})" for number, name in enumerate(TIERS))
+        raise ValueError(f"plan {path}: a tier must be {known}; got {tier_LE.min()} to {tier_LE.max()}")
+    is_in_memory_LE = tier_LE != TIERS.index("ssd")
+    return StartingPlan(tuple(tuple(row.nonzero()[0].tolist()) for row in is_in_memory_LE))
 
 
 def _read_trace(path: Path, experts_L: Sequence[int]) -> TracedSlots:
@@ -108,6 +113,11 @@ def _read_trace(path: Path, experts_L: Sequence[int]) -> TracedSlots:
     if trace.num_layers != len(experts_L) or trace.num_experts > max(experts_L):
         raise ValueError(
             f"trace {path}: {trace.num_layers} layers of {trace.num_experts} experts do not fit the model's "
-            f"{len(experts_L)} layers of {', '.join(sorted({str(count) for count in experts_L}))} experts"
+            f"{_layers(experts_L)}"
         )
     return TracedSlots(lru_hits_LC(trace.rows(0, MOST_ROWS)), tuple(experts_L))
+
+
+def _layers(experts_L: Sequence[int]) -> str:
+    """The layers of a model, for messages."""
+    return f"{len(experts_L)} layers of {', '.join(sorted({str(count) for count in experts_L}))} experts"

@@ -38,7 +38,7 @@ def spread_over_banks(found: Matches, converters: Sequence[WeightConverter]) -> 
 
     Args:
         found: parameter name -> keys and the pattern that each matched.
-        converters: of the model.
+        converters: transformers' rules for the model's weights, in order.
     """
     by_pattern = {
         pattern: converter

@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from .conversion import OneExpert, spread_over_banks, steps_of
 from .tensors import TensorEntry
 
+# contiguous pieces of one expert; with more, single reads are too short, and the expert is converted in memory instead
 MAX_RUNS = 32
 
 

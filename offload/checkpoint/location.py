@@ -10,6 +10,7 @@ from typing import Any
 
 from .weight_files import INDEX_NAME, ONLY_NAME, shard_names
 
+# a tokenizer.json has up to some 30 MB, an index of a checkpoint of 100,000 tensors 10 MB
 MAX_JSON_BYTES = 64 << 20
 SMALL_FILES = (
     "config.json",

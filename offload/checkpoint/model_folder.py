@@ -96,7 +96,7 @@ def running_dtype_of(dtype: str | torch.dtype, config: Any, entries: Mapping[str
     Args:
         dtype: a dtype or its name; `"auto"` is the config's, else that of the first floating tensor by file and
             name, as in transformers.
-        config: of the model.
+        config: names the architecture.
         entries: the checkpoint's tensors.
     """
     if isinstance(dtype, str) and dtype != "auto":

@@ -17,8 +17,10 @@ from .weight_files import weight_map_of, weights_name
 if TYPE_CHECKING:
     import torch
 
+# of the header: the limit of the safetensors library is 100 MB too
 MAX_HEADER_BYTES = 100 << 20
 PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+# of the safetensors dtypes with whole bytes
 ITEM_BYTES = {
     "F64": 8,
     "I64": 8,

@@ -14,6 +14,7 @@ from routing.ground.terminal import plain_console
 
 from .options import Arithmetic, Context, CpuMemory, Hardware, JsonFile, Model, Pack, expect_model, quiet_transformers
 
+# exit code of `fit`: bad input is 2
 DOES_NOT_FIT = 1
 WORDS = {
     "disk_bytes_per_s": "reads of the disk, past the page cache",

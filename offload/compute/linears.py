@@ -1,4 +1,4 @@
-"""Resident linear layers on single tokens: our products where they have the bits, siblings of one input together.
+"""Resident linear layers on single tokens: our products where bit-identical to torch's, siblings of one input together.
 
 Routers and the like hold a matrix and call `torch.nn.functional.linear` themselves; their weights see to it.
 """
@@ -38,11 +38,9 @@ def quicken_linears(model: nn.Module, matvecs: Matvecs) -> None:
 
 
 class TokenWeight(nn.Parameter):
-    """A matrix that single tokens are multiplied with by `matvecs` when `linear` is called with it.
+    """A matrix `weight_FD` that `matvecs` multiplies single tokens with when `linear` is called with it.
 
-    Args:
-        weight_FD: the matrix.
-        matvecs: the products.
+    Everything else that is done with it, torch does.
     """
 
     matvecs: Matvecs
@@ -72,11 +70,17 @@ class TokenWeight(nn.Parameter):
 
 @dataclass(eq=False)
 class _Round:
-    """One input, who asked first, and what was computed besides and not asked for yet."""
+    """One input of a group, from the layer that asks with it first (the leader) to the next input."""
 
     leader: int
     x: torch.Tensor
+    """A copy: the caller may write its next token into the same memory."""
     ready: dict[int, torch.Tensor]
+    """What was computed with the leader and is not asked for yet."""
+
+    def has(self, x: torch.Tensor) -> bool:
+        """Whether these are the round's own numbers."""
+        return self.x.shape == x.shape and torch.equal(self.x, x)
 
 
 @dataclass(eq=False)
@@ -91,50 +95,72 @@ class TokenLinear:
         """What the layer computes; anything but a single token in memory by torch."""
         if torch.compiler.is_compiling() or not is_in_memory(input):
             return self.otherwise(input)
-        found: torch.Tensor = self.group(self.number, self.otherwise, input)
-        return found
+        return self.group(self.number, self.otherwise, input)
 
 
 class SiblingLinears:
-    """Linear layers of one module and one input width.
+    """Linear layers of one module and one input width, which learns which of them share an input.
 
-    Those that were given the same numbers as the layer before them (keys and values after queries, for example) are
-    multiplied together with it the next time: what is asked for later is there already.
+    A layer that asks with a new input leads a round. Layers that ask with the same input follow it; the leader learns
+    them, and computes them with itself in its next round. An example, with queries, keys and values:
+
+        token 1   q asks   new input: q leads a round          q is computed
+                  k asks   same input, not ready: q learns k   k is computed
+                  v asks   same input, not ready: q learns v   v is computed
+        token 2   q asks   new input: q leads a round          q, k and v are computed together
+                  k asks   same input, ready                   nothing is computed
+                  v asks   same input, ready                   nothing is computed
+
+    A follower that is ready and not asked for before the next input is unlearnt.
 
     Args:
-        linears: without biases, in bfloat16.
-        matvecs: the products.
+        linears: without biases, in bfloat16, all of one input width.
+        matvecs: chooses the kernel; where it has none, each layer computes itself.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], matvecs: Matvecs) -> None:
         self._linears, self._matvecs = linears, matvecs
-        self._partners: dict[int, set[int]] = defaultdict(set)
+        self._followers: dict[int, set[int]] = defaultdict(set)
         self._round: _Round | None = None
 
-    def __call__(self, number: int, otherwise: Callable[[torch.Tensor], torch.Tensor], x: Any) -> Any:
+    def __call__(self, number: int, otherwise: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """What the linear layer of this number gives for `x`; `otherwise` for anything but a single token."""
-        linear, latest = self._linears[number], self._round
-        learns = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
-        if x.numel() != linear.in_features or x.dtype != torch.bfloat16 or learns:
+        if not self._is_token(self._linears[number], x):
             return otherwise(x)
-        if latest is not None and latest.x.shape == x.shape and torch.equal(latest.x, x):
-            if (found := latest.ready.pop(number, None)) is not None:
-                return found
-            self._partners[latest.leader].add(number)
-            numbers = [number]
-        else:
-            if latest is not None:
-                self._partners[latest.leader] -= latest.ready.keys()
-            latest = self._round = _Round(number, x.clone(), {})
-            numbers = [number, *sorted(self._partners[number] - {number})]
-        outs = self._multiply(numbers, x) or self._multiply([number], x)
-        if not outs:
-            return otherwise(x)
-        latest.ready.update(zip(numbers[1:], outs[1:], strict=False))
-        return outs[0]
+        # read once: another thread may begin a round between two looks
+        current = self._round
+        found = self._follow(current, number, x) if current is not None and current.has(x) else self._lead(number, x)
+        return otherwise(x) if found is None else found
+
+    def _is_token(self, linear: nn.Linear, x: torch.Tensor) -> bool:
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
+        return x.numel() == linear.in_features and x.dtype == torch.bfloat16 and not needs_gradient
+
+    def _lead(self, number: int, x: torch.Tensor) -> torch.Tensor | None:
+        """A new input: this layer, and the followers of its latest round with it."""
+        if self._round is not None:
+            self._followers[self._round.leader] -= self._round.ready.keys()
+        current = self._round = _Round(number, x.clone(), {})
+        followers = sorted(self._followers[number])
+        if followers and (outs := self._multiply([number, *followers], x)):
+            current.ready.update(zip(followers, outs[1:], strict=True))
+            return outs[0]
+        return self._alone(number, x)
+
+    def _follow(self, current: _Round, number: int, x: torch.Tensor) -> torch.Tensor | None:
+        """The round's input again."""
+        # one operation: another thread may ask with the same numbers at the same time
+        if (found := current.ready.pop(number, None)) is not None:
+            return found
+        if number != current.leader:
+            self._followers[current.leader].add(number)
+        return self._alone(number, x)
+
+    def _alone(self, number: int, x: torch.Tensor) -> torch.Tensor | None:
+        return next(iter(self._multiply([number], x)), None)
 
     def _multiply(self, numbers: Sequence[int], x: torch.Tensor) -> list[torch.Tensor]:
-        """The results, or none if no kernel fits all."""
+        """The results; none if no single kernel fits all."""
         linears = [self._linears[number] for number in numbers]
         outs = [x.new_empty(*x.shape[:-1], linear.out_features) for linear in linears]
         return outs if self._matvecs.multiply(x, [linear.weight for linear in linears], outs) else []

@@ -17,7 +17,10 @@ from ..formats.stored_weight import expanded, kernel_of, stored_bytes
 from ..native import library as native
 
 AMX_BLOCK = 32
+"""Rows and columns that the AMX kernel takes at a time: two tiles of 16 rows, a tile row holds 32 bfloat16 numbers."""
 TRIALS = 4
+"""Random inputs, 0.01 to 10 in size, that a kernel is tried on with the given weight. They need not be many: the sums
+of `_cancelling` tell two orders of summation apart by themselves."""
 MOST_TRIED_ROWS = 4096
 """Rows of the trial that needs a weight of its own: that of a vocabulary would take 0.9 to 5 GB. With more rows than
 that the given weight shows another order of summation by itself: one output in thousands differs, in each trial."""
@@ -71,7 +74,7 @@ class Matvecs:
         """The kernel of whole experts, if all of their products are computed by the same one.
 
         Args:
-            shapes: of the weights.
+            shapes: rows and columns of each weight of an expert.
         """
         if not self._kernels:
             return None
@@ -103,7 +106,7 @@ class Matvecs:
             if name != "amx" or rows % AMX_BLOCK == columns % AMX_BLOCK == 0
         ]
         if self.arithmetic == "exact":
-            candidates = [kernel for kernel in candidates if _has_the_bits_of_torch(kernel, weight_FD)]
+            candidates = [kernel for kernel in candidates if _equals_torch(kernel, weight_FD)]
         return next(iter(candidates), None)
 
 
@@ -138,9 +141,12 @@ def _fits(x: torch.Tensor, weights_FD: Sequence[torch.Tensor]) -> bool:
     )
 
 
-def _has_the_bits_of_torch(kernel: Kernel, weight_FD: torch.Tensor) -> bool:
-    """On the given weight, and on products that are rounding alone: these tell any two orders of adding up apart, where
-    of ordinary sums, rounded to bfloat16, only one in thousands differs."""
+def _equals_torch(kernel: Kernel, weight_FD: torch.Tensor) -> bool:
+    """Whether a kernel is bit-identical to torch on the given weight, and on products that are rounding errors alone.
+
+    The latter tell any two orders of summation apart. Of ordinary sums, rounded to bfloat16, only one in thousands
+    differs.
+    """
     generator = torch.Generator().manual_seed(0)
     rows, columns = weight_FD.shape
     given = [

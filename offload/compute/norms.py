@@ -1,4 +1,4 @@
-"""Root-mean-square norms of single tokens: one call of C with torch's bits instead of seven operations of torch."""
+"""Root-mean-square norms of single tokens: one call of C, bit-identical to torch's seven operations."""
 
 import ctypes
 import functools
@@ -14,9 +14,12 @@ from .matvec import is_in_memory
 
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 MOST_ELEMENTS = 1 << 15
-"""Beyond, torch's own operations use all threads."""
+"""From here on torch's elementwise operations use all threads (its grain is 2^15 elements), and ours uses one."""
 TRIED_POWERS = range(-2, 4)
+"""Powers of ten that the trial inputs are scaled by. Small ones show where the epsilon is added."""
 TRIED_SUMS = 64
+"""Sums that are compared with torch's. In float32 another order of summation often changes the last bit, so that 64
+equal sums do not come by chance."""
 
 Forward = Callable[..., torch.Tensor]
 
@@ -25,7 +28,7 @@ def quicken_norms(model: nn.Module) -> None:
     """Let the bfloat16 norms of a model that compute `weight * (x / rms(x))` do it by our kernel on single tokens.
 
     What a module computes is found out by trying: both places of the rounding before the product with the weight, on
-    numbers of several magnitudes. Modules whose bits are none of these stay as they are. All stay as they are if
+    numbers of several magnitudes. A module that is bit-identical to neither stays as it is. All stay as they are if
     torch's summation order differs from ours.
     """
     kernels = _kernels()
@@ -36,7 +39,7 @@ def quicken_norms(model: nn.Module) -> None:
         if epsilon is not None and _sums_like_torch(kernels, module.weight.shape[0]):
             for rounds_first in (True, False):
                 norm = TokenNorm(module, rounds_first, epsilon, module.forward)
-                if _has_the_bits_of(module, norm.forward):
+                if _are_bit_identical(module, norm.forward):
                     module.forward = norm.forward  # type: ignore[method-assign]
                     break
 
@@ -78,7 +81,7 @@ def _epsilon(module: nn.Module) -> float | None:
     return found if isinstance(found, float) and weight.device.type == "cpu" and weight.is_contiguous() else None
 
 
-def _has_the_bits_of(module: nn.Module, norm: Forward) -> bool:
+def _are_bit_identical(module: nn.Module, norm: Forward) -> bool:
     generator, width = torch.Generator().manual_seed(0), module.weight.shape[0]
     with torch.no_grad():
         for power in TRIED_POWERS:
@@ -94,7 +97,7 @@ def _has_the_bits_of(module: nn.Module, norm: Forward) -> bool:
 
 @functools.cache
 def _sums_like_torch(kernels: ctypes.CDLL, width: int) -> bool:
-    """Whether float32 sums have the bits of torch's; a norm in bfloat16 would show a difference too rarely."""
+    """Whether float32 sums are bit-identical to torch's; a norm in bfloat16 would show a difference too rarely."""
     value_TD = torch.randn(TRIED_SUMS, width, generator=torch.Generator().manual_seed(0)).square()
     found = [kernels.expertier_sum(row_D.data_ptr(), width) for row_D in value_TD]
     return torch.equal(value_TD.sum(-1), torch.tensor(found))

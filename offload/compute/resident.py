@@ -9,6 +9,7 @@ from ..memory.huge_pages import huge_mapping
 from .linears import PLAIN_LINEARS
 
 ALIGNMENT_BYTES = 64
+"""A cache line, and a register of AVX-512: no load of a weight touches two lines."""
 
 
 def move_to_huge_pages(model: nn.Module) -> None:

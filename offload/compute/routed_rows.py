@@ -16,11 +16,14 @@ from ..checkpoint.experts import ExpertLayer
 from .matvec import Matvecs
 
 GROUPED_ALIGNMENT_BYTES = 16
+"""`grouped_mm` of torch refuses rows of anything but a multiple."""
 VECTOR_ELEMENTS = 64
+"""Elements at a time in torch's vectorised activations, at most (two registers of 32 bfloat16 numbers). A remainder
+goes through another routine, whose last bits can differ; so shapes with a remainder are not computed piece by piece."""
 
 
 class RoutedRows:
-    """The rows of one call, sorted by expert, and the result they are added up to.
+    """The rows of one call, sorted by expert, and the weighted sum of their outputs.
 
     The matrix products have the same shapes, and the sums the same order, as in
     `transformers.integrations.moe.grouped_mm_experts_forward`, whatever the order in which the experts are computed.
@@ -59,7 +62,7 @@ class RoutedRows:
         return {expert: stop - start for expert, (start, stop) in self.span.items()}
 
     def start(self, expert: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """As much of one expert as can be computed before the others are there; all of them stay until `finish`.
+        """Compute as much of one expert as needs no other expert; all of them stay until `finish`.
 
         The bits of an elementwise operation may depend on an element's place: vector instructions and their scalar
         remainder round differently. Where no remainder can occur, the expert is computed to its end; otherwise its gate

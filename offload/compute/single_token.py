@@ -1,7 +1,7 @@
 """The experts of a single token, each computed from its input to its output by one call of C.
 
-Results have the bits of `RoutedRows`: the products are the kernels that were tried against torch, and an activation
-of bfloat16 numbers is a table of 65,536 results, made by the activation itself.
+Results are bit-identical to those of `RoutedRows`. The products are the kernels that were tried against torch. An
+activation of bfloat16 numbers is a table of 65,536 results, made by the activation itself.
 
 Shapes: K experts of the token, D model width, F expert width.
 """
@@ -17,7 +17,10 @@ from .matvec import ExpertsKernel, Matvecs, pointers
 from .routed_rows import VECTOR_ELEMENTS
 
 ALL_BFLOAT16 = 1 << 16
+"""How many numbers bfloat16 has; a table of their activations takes 128 KiB."""
 TRIED_ROWS = 8
+"""Rows of random numbers that show whether an activation is a function of single numbers: one that looks at its
+neighbours differs from the table in every row."""
 
 
 class FusedExperts:
@@ -27,8 +30,8 @@ class FusedExperts:
         kernel: of `Matvecs.experts_kernel`.
         module: the experts module.
         table: the activation of every bfloat16 number, in the order of their bits.
-        width: F.
-        form_kernel: number of the form that its weights are stored in.
+        width: F, a multiple of VECTOR_ELEMENTS.
+        form_kernel: number by which the C code knows the weights' stored form.
     """
 
     def __init__(
@@ -42,9 +45,9 @@ class FusedExperts:
         """Compute experts of one token.
 
         Args:
-            x_1D: the token.
-            weights: of each expert.
-            out: a row `[D]` for each expert.
+            x_1D: hidden state, bfloat16 and contiguous.
+            weights: matrices of each expert by name, as its slot stores them.
+            out: a row `[D]` for each expert; written.
         """
         hidden_KF = x_1D.new_empty(len(weights), self._width)
         self._kernel(
@@ -68,8 +71,8 @@ class TokenRows:
     Args:
         fused: the layer's kernel.
         experts: the token's experts; ids >= E are left out.
-        num_experts: E.
-        x_1D: hidden state.
+        num_experts: E; smaller ids are computed.
+        x_1D: hidden state, bfloat16 and contiguous.
         weight_1K: combine weights.
     """
 
@@ -110,7 +113,7 @@ class TokenRows:
 
 
 def fuse_experts(module: Any, form: Form, top_k: int, matvecs: Matvecs) -> FusedExperts | None:
-    """The kernel of a layer's experts; None if it has none with torch's bits.
+    """The kernel of a layer's experts; None if none is bit-identical to torch.
 
     Args:
         module: the experts module.

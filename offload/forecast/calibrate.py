@@ -14,9 +14,12 @@ from statistics import median
 
 from routing.ground.hardware import Hardware
 
+# O_DIRECT reads begin and end at multiples; 4096 suits disks of 512 and of 4096 bytes
 BLOCK_BYTES = 4096
 
+# enough for half a second of a disk of 1 GB/s; larger files take longer to write first. Other sizes have no record.
 MEASURED_BYTES = 512 << 20
+# of the model whose overhead per layer is measured: small, so that Python and not weights take the time
 LAYERS, CONTEXT = 4, 64
 WEIGHTS = 96
 """Of 8 MiB each, so that no cache holds what was read last time."""

@@ -8,7 +8,9 @@ import torch
 from ..gpu.devices import LANES
 from ..gpu.lanes import Lane
 
+# large enough that starting a copy or a kernel does not count, and larger than a GPU's cache
 PIECE_BYTES = 64 << 20
+# measurements; the median of nine bears four slow ones
 TIMES = 9
 
 

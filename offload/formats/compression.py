@@ -24,6 +24,7 @@ import torch
 
 from ..native.library import compression_kernels
 
+# the format, as drawn above: other numbers are another format, and the C code has the same ones
 BLOCK_ROWS, SEGMENT_COLUMNS, GROUP = 32, 64, 8
 HEAD_BYTES, HEAD_ALIGNMENT = 16, 64
 SEGMENT_BYTES = BLOCK_ROWS * SEGMENT_COLUMNS * 11 // 8

@@ -15,6 +15,7 @@ from ..checkpoint.tensors import TensorEntry
 from .catalogue import FORMS
 from .form import BLOCK_BYTES, Form
 
+# 100 bytes for each of two million experts; the largest models have some ten thousand
 MAX_INDEX_BYTES = 256 << 20
 Count = Field(ge=0, lt=1 << 62)
 FormName = Annotated[str, AfterValidator(lambda name: expect_name(name, FORMS, "stored form"))]

@@ -8,6 +8,8 @@ from ..memory.budget import MemoryPlan, Needs, plan_memory
 CONTEXT_BYTES = 600 << 20
 """CUDA context, loaded kernels and cuBLAS workspaces; outside of torch's allocator, so it cannot be asked for."""
 RING_SLOTS = 8
+"""Slots of the rings that prefill passes through: copies of one half run while kernels compute the other. More slots
+make fewer, larger launches and leave fewer experts on the GPU. Not tried on a device."""
 ROW_LABELS = {
     "Python and libraries": "CUDA context and kernels",
     "reading buffers": "slots that prefill passes through",

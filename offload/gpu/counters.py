@@ -7,6 +7,8 @@ from .lanes import Copy
 from .split import Rate
 
 MANY_COPIES = 256
+"""Copies whose events are kept before they are asked for their time. It bounds memory and keeps queries of the driver
+off most calls; a call makes at most K copies while decoding. Not tuned."""
 
 
 @dataclass
@@ -39,7 +41,7 @@ class GpuCounters:
         self.copies = left
 
     def harvest_many(self) -> None:
-        """The same, once it is worth the while."""
+        """`harvest`, once more than MANY_COPIES wait."""
         if len(self.copies) > MANY_COPIES:
             self.harvest()
 

@@ -94,8 +94,10 @@ class CudaLane:
         return CudaMark(event)
 
     def copy_in(self, pairs: Pairs, after: Mark | None) -> CudaCopy:
+        # the source must not change before `done`: RAM slots that a copy reads are lent (ram_feed.py)
         started, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(self._copies):
+            # the copy stream waits, not the host; and before `started`, so that waiting does not count as copying
             if isinstance(after, CudaMark):
                 self._copies.wait_event(after.event)
             started.record(self._copies)

@@ -64,7 +64,7 @@ class Lane(Protocol):
         ...
 
     def pin(self, memory: torch.Tensor) -> bool:
-        """Pin host memory that is there already; False if the system refuses, and copies from it are slower."""
+        """Pin host memory that was allocated elsewhere; False if the system refuses, and copies from it are slower."""
         ...
 
     def unpin(self, memory: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ from .rows import biases_of
 from .slots import slot_shapes
 
 UNLIMITED = 1 << 62
+"""More bytes than any GPU has; the lane cuts it down to the whole memory."""
 
 
 def expect_forms_on_gpu(forms: Sequence[Form]) -> None:

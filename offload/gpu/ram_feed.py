@@ -23,7 +23,7 @@ class RamFeed:
     Args:
         ram: the layer's RAM slots.
         misses: experts that are needed and not on the GPU.
-        on_gpu: experts that are there.
+        on_gpu: experts in GPU slots; their RAM slots are given up first.
         lent: expert -> copy that reads its RAM slot; outlives the call.
         counters: receives reads and stalls.
     """
@@ -54,7 +54,7 @@ class RamFeed:
             self._read_next()
 
     def next_landed(self) -> int | None:
-        """The next expert that was read, or None when all are there."""
+        """The next expert that was read, or None when all are read."""
         self.start_reads()
         while self._waiting and not self._in_flight:
             self._wait_for_room()
@@ -81,6 +81,7 @@ class RamFeed:
 
     def _read_next(self) -> None:
         expert = self._waiting.pop()
+        # everything is pinned: the RAM tier does not know which slots are lent, so it must not evict by itself
         self._in_flight[expert] = self._ram.start_read(expert, list(self._ram.cache.resident), self._landed)
 
     def _make_room(self) -> bool:
@@ -95,12 +96,15 @@ class RamFeed:
             return False
         twice = [expert for expert in others if expert in self._on_gpu]
         rank = self._ram.cache.rank
+        # safe: needed by no later copy of this call (present), written by no read (in flight), read by no copy (lent)
         self._ram.release(max(twice, key=rank) if twice else min(others, key=rank))
         return True
 
     def _wait_for_room(self) -> None:
         """Nothing is being read for this call: every slot is lent, or still holds a read that was given up."""
         if self._lent:
+            # any copy that ends frees a slot; the first of the dict is, but for experts lent twice, the oldest
             next(iter(self._lent.values())).wait()
         else:
+            # taking the slot waits for the read that was given up
             self._read_next()

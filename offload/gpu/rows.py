@@ -22,7 +22,7 @@ class KernelExperts:
 
     Args:
         module: the experts module, for its flags and activation.
-        num_experts: E.
+        num_experts: E, whether or not an expert has a slot.
     """
 
     needs_ids = False
@@ -89,7 +89,7 @@ class LoopExperts:
 
     Args:
         module: the experts module.
-        num_experts: E.
+        num_experts: E, whether or not an expert has a slot.
     """
 
     needs_ids = True
@@ -178,7 +178,7 @@ def experts_for(module: Any, num_experts: int, dtype: torch.dtype, device: torch
     """How a layer is computed on this device.
 
     Args:
-        dtype: of the weights.
+        dtype: dtype of the experts' weights; some have no kernel on some devices.
     """
     if importlib.util.find_spec("triton") is not None:
         from moe.kernels import can_compute_in

@@ -29,6 +29,7 @@ class SlotMap:
             host_E = self._lane.host((self._num_experts,), torch.int32).fill_(-1)
             if self.slot_of:
                 host_E[list(self.slot_of)] = torch.tensor(list(self.slot_of.values()), dtype=torch.int32)
+            # on the stream that the kernels run on, so they need not wait for it
             self._slot_E = host_E.to(self._lane.device, non_blocking=True)
         return self._slot_E
 
@@ -59,9 +60,9 @@ class LayerGpuSlots(GpuSlots):
 
     Args:
         tensors: parameter -> `[C, ...]`.
-        num_experts: E.
+        num_experts: E, the length of the map that kernels read.
         rank: how much an expert is worth keeping: the RAM tier's policy, which sees every token.
-        lane: the device.
+        lane: gives marks of the compute stream.
     """
 
     def __init__(self, tensors: Tensors, num_experts: int, rank: Callable[[int], Any], lane: Lane) -> None:
@@ -88,7 +89,11 @@ class LayerGpuSlots(GpuSlots):
         return len(self._free)
 
     def take(self, expert: int, pinned: Collection[int]) -> int:
-        """A slot for an expert that comes; gives up the one that is worth least, never one in `pinned`."""
+        """A slot for an expert that comes; gives up the one that is worth least, never one in `pinned`.
+
+        The slot may be written once `released` is reached: earlier calls are the last that read the expert given up.
+        This call has no rows for it, else it would be in `pinned`.
+        """
         if not self._free:
             victim = min((other for other in self._slot_of if other not in pinned), key=self._rank)
             self.drop(victim)
@@ -100,14 +105,20 @@ class LayerGpuSlots(GpuSlots):
         self._free.append(self._slot_of.pop(expert))
 
     def publish(self) -> None:
-        """Let the next call see which experts are there now, and take slots as soon as this call's work is done."""
+        """Let the next call see which experts the slots hold, and take slots as soon as this call's work is done."""
+        # a new map only when something changed, because each has to be copied to the device
         if self.map.slot_of != self._slot_of:
             self.map = SlotMap(self._slot_of, self._num_experts, self._lane)
         self.released = self._lane.mark()
 
 
 class Ring(GpuSlots):
-    """Slots that experts pass through: those of the next wave come while those of this one are computed."""
+    """Slots that experts pass through: those of the next wave come while those of this one are computed.
+
+    A wave is at most half of the slots. So its kernels are launched, and its slots marked as read, before any has its
+    turn comes again. Marks stay from call to call and from layer to layer, because layers of the same shapes share a
+    ring.
+    """
 
     def __init__(self, tensors: Tensors, lane: Lane) -> None:
         super().__init__(tensors)
@@ -149,8 +160,8 @@ def make_pools(
         layers: shapes.
         biases_L: biases of each layer by name, `[E, ...]`.
         num_slots_L: slots of each layer.
-        ring_slots: further slots for each shape.
-        lane: the device.
+        ring_slots: further slots for each shape, at least 2.
+        lane: gives the memory.
 
     Returns:
         The stretches of the layers, and the ring that each layer uses (shared by those of the same shape).

@@ -1,14 +1,20 @@
 """Misses that lie in RAM: over the wire to the GPU, or computed where they are? Both at once, by measured rates.
 
-Without torch. Sources: the rule of Fiddler (arXiv:2402.07033) and the split of FreeToken (arXiv:2608.16157), with rates
-that are measured while it runs, because what is measured beforehand on an idle machine misleads.
+Without torch. Sources: the rule of Fiddler (arXiv:2402.07033) and the split of FreeToken (arXiv:2608.16157). Unlike
+there, rates are measured while the model runs, because rates of an idle machine mislead.
 """
 
 from collections.abc import Sequence
 
 PROBE_EVERY = 64
+"""Splits, so two or three tokens of a model with 24 layers. A probe costs at most one expert on the slower side;
+without probes a rate that was measured in a slow moment would never be corrected. Other values were not tried."""
 HALF_LIFE = 16
+"""Measurements after which one counts half: long enough to even out noise, short enough to follow a machine that slows
+down within a token. Tried in simulation only (tests/test_offload_split.py)."""
 WIRE_GUESS_BYTES_PER_S, CPU_GUESS_BYTES_PER_S = 12e9, 20e9
+"""Half of what PCIe 4.0 x16 carries (copies of single experts do not fill it), and what two memory channels give to
+plain reads. Both are replaced by the first measurement; wrong guesses cost one split."""
 
 
 def split(wire_s: float, cpu_s: Sequence[float]) -> list[int]:
@@ -21,7 +27,7 @@ def split(wire_s: float, cpu_s: Sequence[float]) -> list[int]:
         cpu_s: seconds that each expert takes on the CPU.
 
     Returns:
-        Places in `cpu_s`. Equal times go to the wire, which fills the cache besides.
+        Places in `cpu_s`. At equal times the wire is taken, because it also fills the cache.
     """
     order = sorted(range(len(cpu_s)), key=cpu_s.__getitem__)
     best_s, best_count, spent_s = len(order) * wire_s, 0, 0.0

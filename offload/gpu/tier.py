@@ -3,7 +3,6 @@
 import copy
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,24 +12,23 @@ from ..compute.matvec import Matvecs
 from ..memory.budget import MemoryPlan, describe
 from ..ram.counters import Counters
 from ..ram.slots import LayerSlots
-from .budget import ring_slots
 from .counters import GpuCounters
 from .lanes import Lane
+from .layer import CpuShare, make_layers
 from .rows import KernelExperts, LoopExperts, experts_for
-from .slots import LayerGpuSlots, Ring, make_pools
 from .split import Splitter
-from .step import CpuShare, GpuLayer, GpuStep, LookAhead
+from .step import GpuStep, LookAhead
 
 
 class GpuTier:
     """Experts on a GPU, above the RAM slots of a runtime.
 
     Args:
-        lane: the device.
+        lane: the device that gives memory, and both of whose streams are used.
         layers: shapes of the experts.
         modules: the experts modules, on the device.
         ram: RAM slots of each layer; pinned here.
-        plan: how the GPU's memory is divided.
+        plan: how the GPU's memory is divided; it says how many slots each layer gets.
         counters: those of the runtime.
         matvecs: products of the CPU's share; None if the GPU computes everything.
     """
@@ -48,35 +46,16 @@ class GpuTier:
         self.plan, self.lane, self._run_counters = plan, lane, counters
         self._counters = GpuCounters()
         self._splitter = None if matvecs is None else Splitter()
-        experts = [
+        self._experts = [
             experts_for(module, layer.num_experts, layer.parameters[0].dtype, lane.device)
             for module, layer in zip(modules, layers, strict=True)
         ]
-        stretches, ring_tensors = make_pools(
-            layers,
-            [each.biases for each in experts],
-            plan.num_slots,
-            ring_slots(max(layer.num_experts for layer in layers)),
-            lane,
-        )
-        rings = {id(tensors): Ring(tensors, lane) for tensors in ring_tensors}
-        self._layers = [
-            GpuLayer(
-                lane,
-                LayerGpuSlots(stretch, layer.num_experts, partial(_rank, slots), lane),
-                rings[id(ring)],
-                slots,
-                each,
-                self._cpu_share(module, matvecs),
-            )
-            for stretch, ring, layer, slots, each, module in zip(
-                stretches, ring_tensors, layers, ram, experts, modules, strict=True
-            )
-        ]
-        self._experts = experts
+        shares = [self._cpu_share(module, matvecs) for module in modules]
+        self._layers = make_layers(lane, layers, plan.num_slots, ram, self._experts, shares)
         pinned = [slots.memory for slots in ram if lane.pin(slots.memory)]
         self.is_pinned = len(pinned) == len(ram)
-        # the memory must outlive its registration, whoever goes first
+        # The driver must forget the memory before it is freed, else the next owner of these addresses cannot pin them.
+        # The finaliser holds `pinned`, so the memory lives until then. Not at exit: CUDA may be gone by that time.
         self.close = weakref.finalize(self, _unpin, lane, pinned)
         self.close.atexit = False
 
@@ -91,8 +70,8 @@ class GpuTier:
         """The experts' output for one layer, `[T, D]`."""
         if expert_TK.numel() == 0:
             return torch.zeros_like(x_TD)
-        step = GpuStep(self._layers[layer], self._run_counters, self._counters)
-        return step.run(x_TD, expert_TK, weight_TK, look_ahead)
+        step = GpuStep(self._layers[layer], self._run_counters, self._counters, x_TD, expert_TK)
+        return step.run(weight_TK, look_ahead)
 
     def clear(self) -> None:
         """Forget what the slots hold, once nothing that was queued reads or writes them any more."""
@@ -117,18 +96,13 @@ class GpuTier:
         }
 
     def reset(self) -> None:
-        """Start counting anew."""
+        """Set all counts to 0."""
         self._counters.reset()
 
     def _cpu_share(self, module: Any, matvecs: Matvecs | None) -> CpuShare | None:
         if matvecs is None or self._splitter is None:
             return None
         return CpuShare(copy.deepcopy(module).to("cpu"), self._splitter, matvecs)
-
-
-def _rank(ram: LayerSlots, expert: int) -> tuple[float, float]:
-    """How much an expert is worth keeping; asks the RAM tier each time, whose policy is a new one after `clear`."""
-    return ram.cache.rank(expert)
 
 
 _NAMES: dict[type, str] = {KernelExperts: "kernels", LoopExperts: "torch"}

@@ -17,7 +17,7 @@ from .groups import cgroup_limit, cgroup_room
 SLACK_SHARE, MIN_SLACK_BYTES = 0.03, 96 << 20
 """What the allocator holds and does not use: 40 to 80 MiB were seen, more with more memory."""
 AUTO_SHARE = 0.9
-"""Of what is free, so that other processes can grow a little while the model runs."""
+"""Of the free memory, so that other processes can grow a little while the model runs. Other values were not tried."""
 
 
 def available_memory() -> int:

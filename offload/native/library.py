@@ -13,7 +13,8 @@ HEADERS = (FOLDER / "bfloat16.h", FOLDER / "compressed.h")
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled library. Products and sums stay apart, for the bits of torch's operations.
+    """The compiled library. A product and a sum are not contracted to one instruction, which would round once, not
+    twice.
 
     Raises:
         OSError: if there is no C compiler, or it fails.

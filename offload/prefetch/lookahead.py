@@ -1,7 +1,7 @@
 """Routers that decide ahead: their exact plans for the runtime to read by, and for forming batches.
 
 A router decides ahead if it has a method `exact_plan`: from what its forward returned and was given, later layers'
-experts. One that needs token ids only has a method `plan_of_ids` besides.
+experts. One that needs token ids only also has a method `plan_of_ids`.
 
 Shapes: N prompts, L MoE layers, E experts.
 """

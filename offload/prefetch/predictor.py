@@ -18,11 +18,17 @@ from routing.ground.files import atomic_write
 from routing.traces import RoutingTrace
 
 AHEAD = (1, 2)
+"""Layers from the one that is routed to the one that is guessed. Two layers give the disk more time; 81 % of the
+guesses are right there, 82 % one layer ahead (experiments/records/2026-11-29_cache-policies). Three were not tried."""
 SOURCES = 3
 """The layer that was routed last, the one before it, and the layer in question one token earlier."""
 LIKELY = 0.5
+"""Least probability of a guess: at 0.5 a read is of use more often than not. Lower ones read more and waste more; they
+were not tried."""
 MOST_BYTES = 256 << 20
+"""Of a file: 24 layers of 32 experts take 0.6 MB, 60 layers of 256 experts 94 MB."""
 FORMAT = 1
+"""Version of the file."""
 
 
 class TrainedPredictor:

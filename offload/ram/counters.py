@@ -1,7 +1,8 @@
 """What happened: hits, misses, bytes, seconds, per layer and in total."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -16,13 +17,23 @@ class LayerCounters:
 
 @dataclass
 class AheadCounters:
-    """What became of experts that were read before they were asked for, in one layer."""
+    """What became of experts that were read before they were asked for, in one layer.
+
+    `issued` reads began. Of these, `useful` ended before the layer asked for the expert, `late` ones were still under
+    way then, and `wasted` ones left their slot unused. What is none of the three waits in a slot.
+    """
 
     issued: int = 0
     useful: int = 0
     late: int = 0
     wasted: int = 0
     bytes_read: int = 0
+
+
+def total_ahead(layers: Iterable[AheadCounters]) -> AheadCounters:
+    """The sum over layers."""
+    counts = [vars(layer) for layer in layers]
+    return AheadCounters(**{each.name: sum(count[each.name] for count in counts) for each in fields(AheadCounters)})
 
 
 @dataclass

@@ -24,6 +24,13 @@ class Resident:
 class LayerSlots:
     """The RAM slots of one layer: which expert is where, and which goes when another needs the room.
 
+    A slot is free only when nothing writes to it. Two lines free slots: `release`, for an expert that has landed, and
+    `_reclaim`, for a read that was given up and has ended. Who lets something else read a slot (a copy to a GPU) keeps
+    count of that itself and does not release it meanwhile, see `gpu/ram_feed.py`.
+
+    One thread at a time calls these methods (the runtime holds a lock), so there is none here; reading threads see
+    tickets only.
+
     Args:
         store: where experts are read from.
         layer: number of the MoE layer.
@@ -100,6 +107,7 @@ class LayerSlots:
         """
         coming = {}
         for expert, ticket in list(self._ahead.items()):
+            # it may finish between these lines; `redirect` then puts it into `landed` itself
             if expert in needed and not ticket.is_finished:
                 self._store.promote(ticket)
                 ticket.redirect(landed)
@@ -118,6 +126,7 @@ class LayerSlots:
         return coming
 
     def _start(self, expert: int, pinned: Collection[int], landed: "SimpleQueue[Ticket]", *, is_demand: bool) -> Ticket:
+        # The views are of memory that is still being written. Nobody computes with them before the ticket has landed.
         slot = self._take_slot(pinned)
         ticket, shifts = self._store.read(self.layer, expert, slot, self._slots, landed, is_demand=is_demand)
         self._resident[expert] = Resident(slot, self.form.views(self._slots.slot(slot), shifts))
@@ -126,6 +135,7 @@ class LayerSlots:
 
     def _take_slot(self, pinned: Collection[int]) -> int:
         self._reclaim()
+        # nothing may be evicted, but reads that were given up are about to end: wait for one instead of failing
         if not self._free and self._given_up and self._resident.keys() <= set(pinned):
             self._given_up[0][0].wait()
             self._reclaim()
@@ -135,11 +145,13 @@ class LayerSlots:
 
     def _give_up(self, expert: int, ticket: Ticket) -> None:
         """Forget an expert that is still being read; its slot is free again when the last read has ended."""
+        # a thread may be within a job of it, which still writes: the slot must not be free before that job has ended
         ticket.is_cancelled = True
         self._given_up.append((ticket, self._forget(expert)))
 
     def _reclaim(self) -> None:
         for ticket, slot in [pair for pair in self._given_up if pair[0].is_finished]:
+            # safe: a finished ticket has no job left, run or skipped
             self._free.append(slot)
             self._given_up.remove((ticket, slot))
             self.ahead_counters.bytes_read += int(self.expert_bytes * ticket.share_read)

@@ -1,4 +1,4 @@
-"""One call of one layer: look all experts up, read what is missing, compute what is there and what lands.
+"""One call of one layer: look all experts up, read the missing ones, compute those in slots and those that land.
 
 The bookkeeping of a call changes in many steps. After an exception between two of them the runtime clears all slots,
 so nothing here undoes anything.
@@ -97,7 +97,10 @@ class ExpertStep:
     def fetch(self, expert: int) -> Mapping[str, torch.Tensor]:
         """The weights of one needed expert; they stay until another is fetched."""
         if expert not in self._slots:
-            self._read(expert, pinned=())
+            # a read ahead that has turned out to be needed still writes to its slot, which must not go to this expert
+            while len(self._in_flight) >= self._slots.num_slots:
+                self._next_landed()
+            self._read(expert, pinned=list(self._in_flight))
         while expert in self._in_flight:
             self._next_landed()
         return self._weights[expert]
@@ -115,6 +118,7 @@ class ExpertStep:
         while waiting:
             expert = self._next_landed()
             self._timed(rows.compute, expert)
+            # safe: it has landed and is computed, and the CPU's products are over when they return
             slots.release(expert)
             self._read(waiting.pop(), pinned=list(self._in_flight))
 

@@ -41,8 +41,8 @@ def divide_memory(
     """Divide the budgets of a model.
 
     Args:
-        opened: the checkpoint.
-        options: the budgets.
+        opened: the checkpoint, whose sizes are divided by.
+        options: the budgets for RAM and GPU, a plan or slots.
         lane: the GPU that is there, or None; `options.gpu_memory` plans for one that is elsewhere.
         host_bytes: called once the GPU's plan stands: moves the model there and says what the process then has.
 

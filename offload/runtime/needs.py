@@ -17,6 +17,7 @@ MOST_SCORE_BYTES = 512 << 20
 """Attention scores of one layer, above which a prompt is read in pieces. Smaller pieces read nearly all experts again
 for each; 64 heads of 2,048 tokens would take 2.1 GB."""
 LEAST_PIECE = 128
+"""Tokens of the smallest piece: each one more reads nearly all experts of the model again. Not tuned."""
 
 
 def attention_bytes(config: Any, tokens: int, context: int, item_bytes: int) -> int:

@@ -95,7 +95,7 @@ def open_checkpoint(options: LoadOptions) -> OpenedCheckpoint:
 
 
 def open_headers(path_or_id: str | Path, pack: str | Path | None) -> OpenedCheckpoint:
-    """The same from headers alone, without a weight.
+    """Open a checkpoint for planning: from its headers alone, without reading a weight.
 
     Raises:
         ValueError: if the checkpoint is damaged or its experts cannot be offloaded.

@@ -16,9 +16,9 @@ class TraceRecorder:
     """Collects what each MoE layer is asked for, call by call; padding and zero-compute experts become -1.
 
     Args:
-        num_layers: L.
-        num_experts: E.
-        metadata: facts for the trace.
+        num_layers: L, MoE layers of the model.
+        num_experts: E of the widest layer; ids outside 0..E-1 become -1.
+        metadata: JSON values that the trace keeps, such as the model's name.
     """
 
     def __init__(self, num_layers: int, num_experts: int, metadata: dict[str, Any]) -> None:

@@ -1,10 +1,7 @@
-"""`model.offload`: what the offloading did, and the routing it saw."""
+"""`model.offload`: what the offloading did, what it should have taken, and the routing it saw."""
 
-import time
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from routing.ground.hardware import Hardware
 from routing.traces import RoutingTrace
@@ -12,28 +9,26 @@ from routing.traces import RoutingTrace
 from ..compute.resident import embedding_bytes, weight_bytes
 from ..memory.budget import MemoryPlan, describe, peak_bytes
 from ..memory.cost import DecodeWork, Prediction, predict_decode
-from ..ram.counters import AheadCounters
+from ..ram.counters import AheadCounters, total_ahead
+from .calls import follow_calls
 from .runtime import OffloadRuntime
 
 
 class Offload:
-    """The offloading of one model.
+    """The offloading of one model: counts since loading or `reset`, memory, recorded routing.
 
     Args:
-        model: the model; its calls are timed.
-        runtime: its experts.
-        plan: how the memory budget was divided.
-        policy: name of the cache policy.
+        model: a model whose experts `runtime` computes; two hooks follow its calls from now on.
+        runtime: keeps the counts that are reported.
+        plan: how the RAM budget was divided; given back in `plan` and in the report.
+        policy: name in CACHES, for the report.
     """
 
     def __init__(self, model: Any, runtime: OffloadRuntime, plan: MemoryPlan, policy: str) -> None:
         self.plan, self.policy = plan, policy
         self._model, self._runtime = model, runtime
-        self._call_started_s = 0.0
-        self._call_tokens = 0
         self._busy_before_s = runtime.store.busy_s
-        model.register_forward_pre_hook(self._before_call, with_kwargs=True)
-        model.register_forward_hook(self._after_call, with_kwargs=True)
+        follow_calls(model, runtime)
 
     @property
     def num_slots(self) -> tuple[int, ...]:
@@ -70,9 +65,12 @@ class Offload:
         """What a decoded token should take on the CPU, to stand beside what it took.
 
         Args:
-            hardware: the rates of this machine.
-            hit_rate: while decoding.
+            hardware: measured rates (`expertier calibrate`), in bytes per second.
+            hit_rate: share of experts, 0 to 1, that decoding finds in memory.
             top_k: experts that a token uses in each layer.
+
+        Returns:
+            Seconds per decoded token, and what limits them.
         """
         layers = self._runtime.layers
         work = DecodeWork(
@@ -97,14 +95,12 @@ class Offload:
         }
 
     def _prefetch(self) -> dict[str, Any]:
-        total = {
-            name: sum(getattr(layer.ahead_counters, name) for layer in self._runtime.layers)
-            for name in ("issued", "useful", "late", "wasted", "bytes_read")
-        }
-        return {**total, "is_active": self._runtime.prefetcher is not None and self._runtime.prefetcher.is_active}
+        prefetcher = self._runtime.prefetcher
+        total = total_ahead(slots.ahead_counters for slots in self._runtime.layers)
+        return {**vars(total), "is_active": prefetcher is not None and prefetcher.is_active}
 
     def reset(self) -> None:
-        """Start counting anew; what is cached stays."""
+        """Set all counts to 0; cached experts stay."""
         self._runtime.counters.reset()
         self._busy_before_s = self._runtime.store.busy_s
         if self._runtime.gpu is not None:
@@ -129,29 +125,3 @@ class Offload:
     def close(self) -> None:
         """Stop the reading threads and close the files; the model cannot run afterwards."""
         self._runtime.close()
-
-    @torch.compiler.disable
-    def _before_call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds")
-        batch, length = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, torch.Tensor) else (1, 1)
-        self._call_tokens = length
-        if self._runtime.recorder is not None:
-            cache = kwargs.get("past_key_values")
-            past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-            mask = kwargs.get("attention_mask")
-            is_mask = isinstance(mask, torch.Tensor) and mask.dim() == 2
-            self._runtime.recorder.begin_call(batch, length, past, mask.bool().cpu().numpy() if is_mask else None)
-        self._call_started_s = time.perf_counter()
-
-    @torch.compiler.disable
-    def _after_call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._runtime.recorder is not None:
-            self._runtime.recorder.end_call()
-        if self._runtime.prefetcher is not None:
-            tried = self._prefetch()
-            self._runtime.prefetcher.judge(tried["issued"], tried["useful"], tried["late"])
-        counters = self._runtime.counters
-        counters.step_s.append(time.perf_counter() - self._call_started_s)
-        counters.step_tokens.append(self._call_tokens)

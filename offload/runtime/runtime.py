@@ -1,8 +1,8 @@
 """The running model's side: what happens when transformers calls an experts module.
 
-Order of one call of one layer: look all experts up, start reading all that are missing, compute those that are there,
-compute the others in the order in which they arrive, combine in a fixed order. Slots that a call uses are not evicted
-during that call.
+One call of one layer looks all experts up and starts to read all that are missing. It computes the experts in slots,
+then the others in the order in which they arrive, and combines them in a fixed order. Slots that a call uses are not
+evicted during that call.
 
 An exception can come between any two lines of Python (Ctrl-C, a timer, no memory). `_is_whole` is therefore false from
 the first change of a call to the last. A call that finds it false clears every slot and starts from nothing.
@@ -43,10 +43,10 @@ class OffloadRuntime:
     """All layers of one offloaded model.
 
     Args:
-        store: the SSD tier.
-        num_slots: RAM slots of each layer.
+        store: reads experts from the SSD; closed with the runtime.
+        num_slots: RAM slots of each layer, at least 1.
         policy: name in CACHES.
-        recorder: records the routing, or None.
+        recorder: records the routing of every call; None records nothing.
         matvecs: products for experts with one row.
     """
 
@@ -68,10 +68,11 @@ class OffloadRuntime:
         self._fused: dict[tuple[int, int, int], FusedExperts | None] = {}
         self.gpu: GpuTier | None = None
         self._policy, self._num_slots = policy, tuple(num_slots)
+        # re-entrant: a signal handler that calls the model within a call must not wait for itself for ever
         self._lock, self._process, self._is_whole = threading.RLock(), os.getpid(), True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadRuntime":
-        """A copied model shares its experts, which nobody writes to."""
+        """A copied model shares its experts, which are only read."""
         return self
 
     def __reduce__(self) -> Any:

@@ -1,7 +1,7 @@
 """Text to record a routing trace on: one file, or the text files of a folder, cut into sequences."""
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -55,7 +55,7 @@ def sequences(path: Path, text: Text, length: int, max_tokens: int) -> Iterator[
                 return
 
 
-def _cut(runs: Iterator[list[int]], length: int) -> Iterator[Sequence[int]]:
+def _cut(runs: Iterator[list[int]], length: int) -> Iterator[list[int]]:
     waiting: list[int] = []
     for run in runs:
         waiting += run

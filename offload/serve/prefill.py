@@ -14,7 +14,7 @@ class Prefill:
 
     Args:
         model: a model from `load`; its modules get hooks, which `close` removes.
-        num_tokens: of the prompt.
+        num_tokens: tokens of the prompt, for the line.
         say: receives the line.
     """
 

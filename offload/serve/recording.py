@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 TRACE_EVERY_S = 5.0
+"""Most seconds of routing that a power cut costs. Each save rewrites the whole trace, which took 1.7 s for 10,000
+tokens of 16 layers with K = 8 on two slow cores."""
 LOGITS_OPTIONS = ("logits_to_keep", "num_logits_to_keep")
 
 

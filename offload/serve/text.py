@@ -12,9 +12,9 @@ class ModelText:
     """Text to token ids and back, as a model folder says.
 
     Args:
-        folder: of the model.
-        text: what encodes and decodes.
-        vocab_size: V.
+        folder: where the model lies, for messages.
+        text: encodes and decodes.
+        vocab_size: V; larger ids of a prompt are refused.
     """
 
     def __init__(self, folder: Path, text: ByteText | TokenizerText, vocab_size: int) -> None:

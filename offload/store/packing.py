@@ -91,12 +91,16 @@ def write_pack(
                 index.layers.append(_write_layer(store, number, file, advance, FORMS[wanted]))
                 file.truncate()
                 file.flush()
+                # records reach the disk before the index that names them; else a power cut leaves an index of nothing
                 os.fsync(file.fileno())
                 index.write(state_file)
     finally:
         store.close()
-    part.replace(target)
+    # The index comes first: after a crash between the two lines `target` is missing, or an older copy that the index
+    # does not fit, and `read_pack` refuses it. The next run finds its own part and index, and needs these lines only.
+    # In the other order it would find a `target` without an index, and refuse to write over somebody else's file.
     index.write(_beside(target, ".json"))
+    part.replace(target)
     state_file.unlink()
     return target
 

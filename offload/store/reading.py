@@ -1,7 +1,7 @@
 """Reading threads: jobs with two priorities, a bounded number in flight, shut down with the interpreter.
 
 Locks: `Ticket._lock` guards one ticket, `_Queues.lock` the queues; no code holds both. Only the thread that runs the
-model waits for tickets, and every such wait has a limit, so that a lost disk is an error and not a hang.
+model waits for tickets. Every such wait has a limit, so that a lost disk is an error and not a hang.
 
 That thread may get an exception between any two instructions (Ctrl-C, a timer). It therefore uses primitives of C only,
 `Lock` and `SimpleQueue`. Condition and Event are written in Python: an exception after they took their lock leaves it
@@ -18,8 +18,6 @@ from queue import Empty, SimpleQueue
 
 WAIT_S = 120.0
 """A read that has not ended by then never will: a disk that spins up takes 20 s, a stalled network mount 60 s."""
-
-
 POLL_S = 0.001
 """Between two looks at whether reads have ended; a read of 4 MiB takes about 2 ms from a good disk."""
 
@@ -45,7 +43,8 @@ class Ticket:
         self._num_skipped = 0
         self._lock = threading.Lock()
         self.is_finished = False
-        self._reading = threading.Lock()  # held until the ticket is finished
+        # an event made of a lock: held until the ticket is finished, then released by the thread of the last job
+        self._reading = threading.Lock()
         self._reading.acquire()
 
     @property
@@ -60,6 +59,7 @@ class Ticket:
 
     def redirect(self, landed: "SimpleQueue[Ticket]") -> None:
         """Land in another queue, at once if it is finished already."""
+        # under the lock the last job either has yet to look where to land, or landed in the old queue and is put here
         with self._lock:
             self.landed = landed
             if self.is_finished:
@@ -67,6 +67,7 @@ class Ticket:
 
     def skip(self) -> None:
         """Called by a reading thread instead of running a job that is not wanted any more."""
+        # counted first: the last `job_done` must not compare the checksum of an expert with a gap in it
         with self._lock:
             self._num_skipped += 1
         self.job_done()
@@ -90,11 +91,14 @@ class Ticket:
             self._left -= 1
             if self._left:
                 return
+        # Only the thread of the last job comes here. It checks outside the lock: a checksum takes milliseconds, and the
+        # model's thread may want to redirect the ticket meanwhile.
         if self._check is not None and self.error is None and not self._num_skipped:
             try:
                 self._check()
             except Exception as caught:
                 self.error = caught
+        # set before the release, because whoever wakes from `wait` looks at it
         with self._lock:
             self.is_finished = True
             self._reading.release()
@@ -148,6 +152,7 @@ class ReadingThreads:
         ]
         for thread in self._threads:
             thread.start()
+        # a function and not a method: a reference to self would keep it alive, and it would never be finalised
         self.close = weakref.finalize(self, _close, self._state, self._threads, self._process)
 
     def quiesce(self) -> None:
@@ -163,6 +168,7 @@ class ReadingThreads:
             self._start()
             return
         state, end_s = self._state, time.monotonic() + WAIT_S
+        # nothing is submitted meanwhile: only the thread that runs the model submits, and it is here
         with state.lock:
             state.demand.clear()
             state.ahead.clear()
@@ -182,6 +188,7 @@ class ReadingThreads:
         state = self._state
         with state.lock:
             (state.demand if is_demand else state.ahead).extend((ticket, job) for job in jobs)
+        # after the jobs: a thread that is called has to find one
         for _ in jobs:
             state.calls.put(None)
 
@@ -233,11 +240,13 @@ def _work(state: _Queues) -> None:
             ticket.skip()
         else:
             error: BaseException | None = None
+            # everything is caught: a thread that died would leave its ticket without an end, and the model waiting
             try:
                 job()
             except BaseException as caught:
                 error = caught
             ticket.job_done(error)
+        # last: when nothing runs, `quiesce` promises that no slot is written to and no ticket lands any more
         state.end()
         del ticket, job, taken  # a thread that waits must not keep a slot's memory
 

@@ -17,6 +17,8 @@ from ..memory.huge_pages import huge_mapping
 from .reading import ReadingThreads, Ticket
 
 READ_BYTES = 4 << 20
+"""Shorter reads cost more system calls, longer ones leave threads without work: an expert of 16 MiB is read by four at
+once. `calibrate` measures the disk with this length; other lengths have no record."""
 AHEAD_READ_BYTES = 1 << 20
 """Reads that may not be needed are short, because one that is needed waits for those that have begun."""
 MADV_POPULATE_WRITE = 23
@@ -26,8 +28,8 @@ MADV_POPULATE_WRITE = 23
 class Slots:
     """A pool of equal, block-aligned slots in one anonymous mapping, whose memory is taken at once.
 
-    Reading with O_DIRECT into pages that do not exist yet is ten times slower than into pages that do, because each
-    read then waits for the kernel to find and clear huge pages.
+    Reading with O_DIRECT into pages that do not exist yet is ten times slower than into pages that do. Each read would
+    wait for the kernel to find and clear huge pages.
     """
 
     def __init__(self, num_slots: int, slot_bytes: int, guard_bytes: int = 0) -> None:
@@ -38,6 +40,7 @@ class Slots:
         try:
             self._mapping.madvise(MADV_POPULATE_WRITE)
         except OSError:
+            # an older kernel: the first write to a page takes it, too
             self.tensor[:: mmap.PAGESIZE] = 0
 
     def slot(self, index: int) -> torch.Tensor:
@@ -87,12 +90,14 @@ class ExpertStore:
 
     def close(self) -> None:
         """Stop the threads and close the files."""
+        # in this order: a thread must not read from a descriptor that is closed, or that another file has by now
         self._threads.close()
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
 
     def __del__(self) -> None:
+        # without threads if the constructor failed
         if hasattr(self, "_threads"):
             self.close()
 
@@ -137,6 +142,8 @@ class ExpertStore:
         assert self._checksums is not None
         expected, data = self._checksums[layer][expert], slot[: form.stored_bytes(expert)]
 
+        # Reading threads share `_checked` without a lock: adding is atomic, and the worst is that an expert is compared
+        # twice. Once is enough otherwise: what can be damaged is the file, not the way from it.
         def check() -> None:
             if (layer, expert) not in self._checked:
                 found = xxh3_64_hexdigest(data.numpy())
@@ -156,6 +163,7 @@ class ExpertStore:
 
     def _open(self, file: Path) -> int:
         flags = os.O_RDONLY | os.O_CLOEXEC
+        # forms that convert read single tensors into memory that is not aligned, which O_DIRECT refuses
         if self.is_direct and all(form.is_straight for form in self.forms):
             try:
                 return os.open(file, flags | os.O_DIRECT)
@@ -181,6 +189,11 @@ class ExpertStore:
     def _direct_jobs(
         self, extent: Extent, shifts: Sequence[int], raw: memoryview, read_bytes: int
     ) -> list[Callable[[], None]]:
+        """Reads past the page cache: file offset, length and address have to be multiples of a block.
+
+        An extent begins anywhere in its file. If the slot's region is shifted by the same remainder, whole blocks go
+        straight to their place. Otherwise they go through a buffer, and the wanted part is copied.
+        """
         descriptor, jobs = self._files[extent.entry.file], []
         begin = extent.offset // BLOCK_BYTES * BLOCK_BYTES
         end = extent.offset + extent.nbytes
@@ -201,6 +214,7 @@ class ExpertStore:
 
     def _read_bounced(self, extent: Extent, descriptor: int, start: int, stop: int, target: memoryview) -> None:
         """Read whole blocks into this thread's own buffer and copy the wanted part out."""
+        # one for each thread, because several read at the same time; a mapping, because it begins at a page
         if not hasattr(self._bounce, "buffer"):
             self._bounce.buffer = memoryview(mmap.mmap(-1, self.read_bytes + BLOCK_BYTES))
         length = -(-(stop - start) // BLOCK_BYTES) * BLOCK_BYTES
@@ -228,6 +242,8 @@ def _read_blocks(file: Path, descriptor: int, offset: int, target: memoryview, n
         except OSError as error:
             raise OSError(error.errno, f"{file}: reading {len(target)} bytes at {offset}: {error.strerror}") from error
         reached = done + count
+        # A short read ends within a block at the end of the file only. Going on from there would not be aligned: the
+        # block is read again from its beginning, and one that brings nothing new is the end of a file that was cut.
         if reached < needed and reached // BLOCK_BYTES * BLOCK_BYTES == done:
             raise OSError(
                 f"{file}: the file ends at byte {offset + reached}, {needed - reached} bytes short; "

@@ -1,0 +1,111 @@
+"""One layer with a GPU tier: where its experts may lie, who computes them, and what the CPU does of it.
+
+Shapes: E experts, n rows of one expert, D model width, F expert width.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..checkpoint.experts import ExpertLayer
+from ..compute.matvec import Matvecs
+from ..ram.slots import LayerSlots
+from .budget import ring_slots
+from .lanes import Copy, Lane
+from .rows import KernelExperts, LoopExperts, one_expert
+from .slots import LayerGpuSlots, Ring, make_pools
+from .split import Splitter
+
+Experts = KernelExperts | LoopExperts
+
+
+class CpuShare:
+    """What the CPU computes of a layer's misses.
+
+    Args:
+        module: the experts module, on the CPU: its flags, gate and biases are used, not its weights.
+        splitter: decides which misses; shared by all layers, so that they learn one rate.
+        matvecs: products for experts with a single row.
+    """
+
+    def __init__(self, module: Any, splitter: Splitter, matvecs: Matvecs) -> None:
+        self._module, self.splitter, self._matvecs = module, splitter, matvecs
+
+    def compute(self, x_nD: torch.Tensor, weights: Mapping[str, torch.Tensor], expert: int) -> torch.Tensor:
+        """One expert's outputs `[n, D]` from its input rows, with the weights in its RAM slot."""
+        return one_expert(self._module, x_nD, weights, expert, self._multiply)
+
+    def _multiply(self, x_nD: torch.Tensor, weight_DF: torch.Tensor) -> torch.Tensor:
+        if len(x_nD) == 1:
+            out_1F = x_nD.new_empty(1, weight_DF.shape[1])
+            if self._matvecs.multiply(x_nD, (weight_DF.t(),), (out_1F,)):
+                return out_1F
+        return torch.mm(x_nD, weight_DF)
+
+
+class GpuLayer:
+    """One layer: its slots on the GPU and in RAM, and how it is computed.
+
+    Args:
+        lane: the device that owns `slots` and `ring`.
+        slots: GPU slots whose experts stay from call to call.
+        ring: GPU slots to pass through; layers of the same shapes share them.
+        ram: RAM slots, which every expert passes on its way to the GPU.
+        experts: how experts are computed on the GPU.
+        cpu: what is computed on the CPU, or None for nothing.
+    """
+
+    def __init__(
+        self,
+        lane: Lane,
+        slots: LayerGpuSlots,
+        ring: Ring,
+        ram: LayerSlots,
+        experts: Experts,
+        cpu: CpuShare | None,
+    ) -> None:
+        self.lane, self.slots, self.ring, self.ram, self.experts, self.cpu = lane, slots, ring, ram, experts, cpu
+        self.lent: dict[int, Copy] = {}
+        """Expert -> the copy that may still read its RAM slot. It outlives a call: the host runs ahead of the GPU."""
+
+
+def make_layers(
+    lane: Lane,
+    layers: Sequence[ExpertLayer],
+    num_slots_L: Sequence[int],
+    ram_L: Sequence[LayerSlots],
+    experts_L: Sequence[Experts],
+    shares_L: Sequence[CpuShare | None],
+) -> list[GpuLayer]:
+    """Allocate all GPU slots, and give each layer its own and the ring of its shapes.
+
+    Args:
+        lane: the device that gives the memory.
+        layers: shapes of the experts.
+        num_slots_L: GPU slots of each layer that keep their experts, at least 1.
+        ram_L, experts_L, shares_L: RAM slots, computation and CPU share of each layer.
+    """
+    ring = ring_slots(max(layer.num_experts for layer in layers))
+    stretches, ring_tensors = make_pools(layers, [experts.biases for experts in experts_L], num_slots_L, ring, lane)
+    # by identity: layers of the same shapes were given the same tensors, and have to share what is known of them too
+    rings = {id(tensors): Ring(tensors, lane) for tensors in ring_tensors}
+    return [
+        GpuLayer(
+            lane,
+            LayerGpuSlots(stretch, layer.num_experts, partial(_rank, ram), lane),
+            rings[id(ring_of_layer)],
+            ram,
+            experts,
+            share,
+        )
+        for stretch, ring_of_layer, layer, ram, experts, share in zip(
+            stretches, ring_tensors, layers, ram_L, experts_L, shares_L, strict=True
+        )
+    ]
+
+
+def _rank(ram: LayerSlots, expert: int) -> tuple[float, float]:
+    """How much an expert is worth keeping; asks the RAM tier each time, whose policy is a new one after `clear`."""
+    return ram.cache.rank(expert)
