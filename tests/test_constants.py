@@ -19,7 +19,9 @@ EXPLAINED = (
     "moe/parts/flops.py",
     "moe/parts/linear.py",
     "moe/parts/norm.py",
-    "experiments/bench/expert_kernels",
+    "experiments/bench",
+    "experiments/evidence",
+    "experiments/variants",
 )
 
 

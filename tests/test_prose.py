@@ -49,7 +49,7 @@ PLAIN_PAGES = (
 PLAIN_FOLDERS = (
     *("routing/report", "moe/model", "offload/cache", "offload/commands", "offload/forecast", "offload/formats"),
     *("offload/memory", "offload/native", "offload/ram", "offload/store", "placement/solving"),
-    *("experiments/compare", "experiments/demo", "experiments/variants"),
+    *("experiments/bench", "experiments/compare", "experiments/demo", "experiments/evidence", "experiments/variants"),
 )
 
 ABBREVIATIONS = r"(?<!\be\.g)(?<!\bi\.e)(?<!\bet al)(?<!\bvs)(?<!\bcf)"

@@ -16,7 +16,9 @@ from routing.ground.terminal import plain_console
 from ..evidence.record import RECORDS, save_record
 from ..train.presets import preset
 
+# experts, rows, model width, expert width: many small groups, few large ones, and 16 experts on a large batch
 SIZES = {"fine": (64, 1024, 256, 512), "coarse": (8, 1024, 256, 512), "e16": (16, 8192, 256, 512)}
+# relative norm of the difference of two float32 products with sums in different orders
 TOLERANCE = 1e-5
 
 

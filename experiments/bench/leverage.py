@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+# the fit of table 4, named as in equations 9 to 12
 A_EXPONENT, D_COMPUTE, GAMMA, BETA = 1.23, -7.61e-2, 1.67e-2, -1.17e-1
 A_START, A_MAX = 1.63e-2, 5.28e16
 

@@ -13,6 +13,8 @@ from routing.ground.terminal import plain_console
 
 from ..evidence.record import RECORDS, save_record
 
+# Experts per token and heads of the layers that are timed. PEER's 8 heads and 16 experts per
+# head are the paper's (arXiv:2407.04153); the other widths suit the default model width of 128.
 SETTINGS: dict[str, dict[str, Any]] = {
     "peer": {"num_experts_per_tok": 16, "options": {"num_heads": 8, "key_width": 128, "query_norm": "layer"}},
     "ultramem": {
@@ -20,6 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "options": {"num_heads": 1, "key_width": 128, "pre_value_width": 64, "value_width": 192, "expand": 2},
     },
 }
+# one decoded token, and a prompt or a small batch
 TOKENS = (1, 512)
 
 

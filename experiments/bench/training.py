@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("float32", "bfloat16")
 OURS, THEIRS = "expertier", "transformers Mixtral, grouped_mm"
+# the first steps allocate and compile; they are run and not timed
 WARM_UP_STEPS = 3
+# bytes, as the trainer's corpus has
 VOCABULARY = 256
+# of the weights and, counted on, of each step's tokens, so that both models see the same
 SEED = 0
 # relative norm of the logits' difference: of float32 rounding, and of bfloat16 rounding through 8 layers
 BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -71,7 +74,7 @@ def measure(config: "TrainConfig", repeats: int, threads: int, precisions: tuple
     Args:
         config: a preset.
         repeats: timed steps of each.
-        threads: of the CPU.
+        threads: CPU threads of torch, set back afterwards.
         precisions: which number formats to compare in.
 
     Returns:

@@ -26,7 +26,7 @@ class Pair(NamedTuple):
     layer: int
     i: int
     j: int
-    count: float
+    tokens: float
 
 
 def solve_exflow(
@@ -90,9 +90,9 @@ def _programme(pairs: Sequence[Pair], sizes: Sequence[int], parts: int) -> pulp.
         for i in range(size)
         for c in range(parts)
     }
-    total = sum(pair.count for pair in pairs) or 1.0
+    total = sum(pair.tokens for pair in pairs) or 1.0
     hop = [programme.add_variable(f"hop_{k}", lowBound=0, upBound=1) for k in range(len(pairs))]
-    programme += pulp.LpAffineExpression([(h, pair.count / total) for h, pair in zip(hop, pairs, strict=True)])
+    programme += pulp.LpAffineExpression([(h, pair.tokens / total) for h, pair in zip(hop, pairs, strict=True)])
     for layer, size in enumerate(sizes):
         for i in range(size):
             programme += pulp.LpAffineExpression([(x[layer, i, c], 1) for c in range(parts)]) == 1

@@ -21,11 +21,7 @@ WEIGHTS_SHARE, WORKING_BYTES = 0.75, 1 << 30
 
 
 class TransformersEngine:
-    """A transformers model with its cache.
-
-    Args:
-        model: the model.
-    """
+    """A transformers model with its cache of keys and values."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._cache = model, None
