@@ -11,7 +11,7 @@ from rich.table import Table
 
 from routing.ground.terminal import plain_console
 
-from ..evidence.record import RECORDS, save_record
+from ..evidence.record import RECORDS, expect_records, save_record
 
 # those of the record router-overhead; with 8 layers, most have the state of a layer before them
 TOKENS, WIDTH, EXPERTS, TOP_K, LAYERS = 4096, 512, 64, 8, 8
@@ -30,6 +30,7 @@ def routers(
 
     Example: `expertier bench routers --repeats 30`
     """
+    expect_records(records)
     rows = measure(repeats)
     table = Table("router", "ms per layer", "p20", "p80", "times linear + softmax + topk", "limit")
     for row in rows:

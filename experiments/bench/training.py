@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from routing.ground.expect import expect_name
 from routing.ground.terminal import plain_console
 
-from ..evidence.record import RECORDS, save_record
+from ..evidence.record import RECORDS, expect_records, save_record
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,8 +48,9 @@ def bench_train(
 
     Example: `expertier bench train --preset e16 --repeats 20 --record`
     """
-    if unknown := set(precision or ()) - set(PRECISIONS):
-        raise ValueError(f"unknown precisions {', '.join(sorted(unknown))}; known are {', '.join(PRECISIONS)}")
+    expect_records(records)
+    for name in precision or ():
+        expect_name(name, PRECISIONS, "precision")
     from ..train.presets import preset as preset_named
 
     rows = measure(preset_named(preset), repeats, threads, precision or PRECISIONS)

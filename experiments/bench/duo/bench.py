@@ -1,4 +1,7 @@
-"""`expertier bench duo`: a Duo-LLM's oracle against its trained router, at several budgets of big modules."""
+"""`expertier bench duo`: a Duo-LLM's oracle against its trained router, at several budgets of big modules.
+
+No parity gate: losses are compared, not times. Tests hold the search against every route of a small model.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from routing.ground.expect import expect_not_an_input, expect_outputs
+
+from ..listed import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,10 +68,10 @@ def bench_duo(
 
     expect_outputs(json_file, inputs=[data])
     expect_not_an_input(out, *([Path(data)] if data else []))
+    wanted = listed(budgets, "--budgets", least=0)
     base = preset(preset_name)
     base = replace(base, steps=steps, warmup_steps=min(base.warmup_steps, steps))
     scale = DuoScale(router_steps=router_steps)
-    wanted = [int(part) for part in budgets.split(",")]
     rows = duo_report(base, load_corpus(data), out, wanted, scale)
     print_rows(rows)
     if json_file:
