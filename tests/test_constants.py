@@ -20,7 +20,9 @@ EXPLAINED = (
     "moe/parts/linear.py",
     "moe/parts/norm.py",
     "offload",
-    "experiments/bench/expert_kernels",
+    "experiments/bench",
+    "experiments/evidence",
+    "experiments/variants",
 )
 
 

@@ -7,9 +7,11 @@ import pytest
 
 from experiments.bench.offloading import bench as bench_offload
 from experiments.bench.offloading import llama_cpp
+from experiments.bench.offloading.catalogue import CONTESTANTS
 from experiments.bench.offloading.contestants import contest, load_model
 from experiments.evidence import memory_limit
 from experiments.evidence.replay import ReplaySize, build_replay
+from offload.cache.catalogue import CACHES, NEEDS_FUTURE
 from routing.traces import RoutingTrace
 
 
@@ -65,8 +67,29 @@ def test_llama_cpp_computes_the_same_model(checkpoint):
 
 
 def test_an_unknown_contestant_is_refused_before_anything_runs(tmp_path):
-    with pytest.raises(ValueError, match="unknown contestant 'theirs'; there are ours-compressed, ours,"):
+    with pytest.raises(ValueError, match=r"unknown contestant 'theirs'; there are accelerate, llama\.cpp, ours"):
         bench_offload.bench_offload(tmp_path, contestant=["theirs"])
+
+
+def test_a_misspelt_contestant_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"'ours-lrru' \(did you mean 'ours-lru'\?\)"):
+        bench_offload.bench_offload(tmp_path, contestant=["ours-lrru"])
+
+
+def test_prefetching_contestants_need_a_predictor_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match="ours-compressed-ahead needs --predictor"):
+        bench_offload.bench_offload(tmp_path, contestant=["ours", "ours-compressed-ahead"])
+
+
+def test_every_policy_that_can_run_is_a_contestant():
+    policies = {row.arguments["policy"] for row in CONTESTANTS.values() if "policy" in row.arguments}
+    assert policies == set(CACHES) - NEEDS_FUTURE
+
+
+def test_who_runs_at_which_limit():
+    runs = {name: (row.runs_under("4GiB"), row.runs_under("none")) for name, row in CONTESTANTS.items()}
+    assert {name for name, both in runs.items() if both != (True, True)} == {"accelerate", "resident"}
+    assert (runs["accelerate"], runs["resident"]) == ((True, False), (False, True))
 
 
 def test_without_llama_cpp_its_row_says_so(checkpoint, monkeypatch):

@@ -176,7 +176,9 @@ def test_a_read_that_never_ends_is_an_error_that_says_what_it_waited_for(checkpo
 
 def test_quiet_threads_write_nothing():
     threads, landed, gate, ran = ReadingThreads(1), SimpleQueue(), threading.Event(), []
-    threads.submit(Ticket(0, 0, 0, 1, landed), [lambda: gate.wait(30)])
+    begun = threading.Event()
+    threads.submit(Ticket(0, 0, 0, 1, landed), [lambda: begun.set() or gate.wait(30)])
+    assert begun.wait(30)
     threads.submit(Ticket(0, 1, 0, 1, landed), [lambda: ran.append(1)])
     threading.Timer(0.1, gate.set).start()
     started = time.perf_counter()

@@ -13,10 +13,12 @@ from rich.table import Table
 
 from routing.ground.terminal import plain_console
 
-from ..evidence.record import RECORDS, save_record
-from ..train.presets import preset
+from ..evidence.record import RECORDS, expect_records, save_record
+from ..train.presets import TrainConfig, preset
 
+# experts, rows, model width, expert width: many small groups, few large ones, and 16 experts on a large batch
 SIZES = {"fine": (64, 1024, 256, 512), "coarse": (8, 1024, 256, 512), "e16": (16, 8192, 256, 512)}
+# relative norm of the difference of two float32 products with sums in different orders
 TOLERANCE = 1e-5
 
 
@@ -30,12 +32,14 @@ def bench_flax(
 
     Example: `expertier bench flax --samples 15 --steps 6`
     """
+    expect_records(records)
+    config = replace(preset(preset_name), precision="float32")
     rows = [row for case, sizes in SIZES.items() for row in _product_rows(case, sizes, samples)]
     if steps:
-        rows += _training_rows(preset_name, steps)
+        rows += _training_rows(preset_name, config, steps)
     _show(rows)
-    config = {"samples": samples, "steps": steps, "preset": preset_name, "precision": "float32"}
-    typer.echo(f"record: {save_record('flax-twin', rows, config=config, seed=0, folder=records)}")
+    made = {"samples": samples, "steps": steps, "preset": preset_name, "precision": "float32"}
+    typer.echo(f"record: {save_record('flax-twin', rows, config=made, seed=0, folder=records)}")
 
 
 def _product_rows(case: str, sizes: tuple[int, int, int, int], samples: int) -> list[dict[str, Any]]:
@@ -56,7 +60,7 @@ def _product_rows(case: str, sizes: tuple[int, int, int, int], samples: int) -> 
     return rows
 
 
-def _training_rows(name: str, steps: int) -> list[dict[str, Any]]:
+def _training_rows(name: str, config: TrainConfig, steps: int) -> list[dict[str, Any]]:
     """Tokens per second of both trainers on one corpus, from the same weights, whose first losses must agree."""
     import torch
 
@@ -64,7 +68,7 @@ def _training_rows(name: str, steps: int) -> list[dict[str, Any]]:
     from ..train import torch_run as train
     from ..train.corpus import load_corpus
 
-    config, corpus = replace(preset(name), precision="float32"), load_corpus(None)
+    corpus = load_corpus(None)
     model, optimizer, order = train.build(config, corpus, torch.device("cpu"))
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)

@@ -2,7 +2,7 @@
 
 Source: Tian et al. 2025 ("Towards Greater Leverage"), arXiv:2507.17702, eqs. 9-12 and table 4. The paper does not state
 the bases of its logarithms: only log10 of the compute with log2 of the granularity reproduces its claims (above 7 at
-A = 3.1 %, G = 12, 1e22 FLOPs; optimum near G = 12), so these are used here.
+A = 3.1 %, G = 12, 1e22 FLOPs; optimum near G = 12), so these are used here. No parity gate: nothing is timed.
 """
 
 import math
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+# the fit of table 4, named as in equations 9 to 12
 A_EXPONENT, D_COMPUTE, GAMMA, BETA = 1.23, -7.61e-2, 1.67e-2, -1.17e-1
 A_START, A_MAX = 1.63e-2, 5.28e16
 

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from math import isqrt
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +12,11 @@ from rich.table import Table
 
 from routing.ground.terminal import plain_console
 
-from ..evidence.record import RECORDS, save_record
+from ..evidence.record import RECORDS, expect_records, save_record
+from .listed import listed
 
+# Experts per token and heads of the layers that are timed. PEER's 8 heads and 16 experts per
+# head are the paper's (arXiv:2407.04153); the other widths suit the default model width of 128.
 SETTINGS: dict[str, dict[str, Any]] = {
     "peer": {"num_experts_per_tok": 16, "options": {"num_heads": 8, "key_width": 128, "query_norm": "layer"}},
     "ultramem": {
@@ -20,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "options": {"num_heads": 1, "key_width": 128, "pre_value_width": 64, "value_width": 192, "expand": 2},
     },
 }
+# one decoded token, and a prompt or a small batch
 TOKENS = (1, 512)
 
 
@@ -37,7 +42,10 @@ def bench_memory_layers(
 
     Example: `expertier bench memory-layers --experts 65536,1000000 --repeats 20`
     """
-    counts = [int(part) for part in experts.split(",")]
+    expect_records(records)
+    counts = listed(experts, "--experts")
+    if odd := [count for count in counts if isqrt(count) ** 2 != count]:
+        raise ValueError(f"--experts takes squares, because keys lie on a square grid; got {odd[0]}")
     for name in SETTINGS:
         check_parity(name, width)
     rows = [row for name in SETTINGS for count in counts for row in measure(name, count, width, train_up_to, repeats)]

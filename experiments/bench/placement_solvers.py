@@ -20,7 +20,7 @@ from rich.table import Table
 from routing.ground.expect import expect_there
 from routing.ground.terminal import plain_console
 
-from ..evidence.record import RECORDS, save_record
+from ..evidence.record import RECORDS, expect_records, save_record
 
 COLUMNS = ("case", "solver", "balancedness", "gap", "gpu_fanout", "node_fanout", "hops", "held_balancedness",
            "held_gpu_fanout", "held_node_fanout", "held_hops", "p20_s", "p50_s", "p80_s", "n", "peak_gib")  # fmt: skip
@@ -51,6 +51,7 @@ def bench_placement(
 
     Example: `expertier bench placement --repeats 3`
     """
+    expect_records(records)
     expect_there(*(loads or ()), trace)
     console = plain_console()
     eplb_times = _eplb_parity_and_time()

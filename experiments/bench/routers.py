@@ -11,9 +11,11 @@ from rich.table import Table
 
 from routing.ground.terminal import plain_console
 
-from ..evidence.record import RECORDS, save_record
+from ..evidence.record import RECORDS, expect_records, save_record
 
+# those of the record router-overhead; with 8 layers, most have the state of a layer before them
 TOKENS, WIDTH, EXPERTS, TOP_K, LAYERS = 4096, 512, 64, 8, 8
+# times the plain gate, as that record expected before it was measured (1.3 and 2)
 LIMITS = {"classic": 1.3, "rmoe": 2.0}
 PLAIN, PRODUCTS = "linear + softmax + topk", "rmoe's products alone"
 MEASURED = ("classic", "mixtral", "deepseek_v3", "rmoe", "moepp", "xmoe", "pregate", "remoe", "expert_choice")
@@ -28,6 +30,7 @@ def routers(
 
     Example: `expertier bench routers --repeats 30`
     """
+    expect_records(records)
     rows = measure(repeats)
     table = Table("router", "ms per layer", "p20", "p80", "times linear + softmax + topk", "limit")
     for row in rows:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from routing.ground.expect import expect_name
 from routing.ground.terminal import plain_console
 
-from ..evidence.record import RECORDS, save_record
+from ..evidence.record import RECORDS, expect_records, save_record
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("float32", "bfloat16")
 OURS, THEIRS = "expertier", "transformers Mixtral, grouped_mm"
+# the first steps allocate and compile; they are run and not timed
 WARM_UP_STEPS = 3
+# bytes, as the trainer's corpus has
 VOCABULARY = 256
+# of the weights and, counted on, of each step's tokens, so that both models see the same
 SEED = 0
 # relative norm of the logits' difference: of float32 rounding, and of bfloat16 rounding through 8 layers
 BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -44,8 +48,9 @@ def bench_train(
 
     Example: `expertier bench train --preset e16 --repeats 20 --record`
     """
-    if unknown := set(precision or ()) - set(PRECISIONS):
-        raise ValueError(f"unknown precisions {', '.join(sorted(unknown))}; known are {', '.join(PRECISIONS)}")
+    expect_records(records)
+    for name in precision or ():
+        expect_name(name, PRECISIONS, "precision")
     from ..train.presets import preset as preset_named
 
     rows = measure(preset_named(preset), repeats, threads, precision or PRECISIONS)
@@ -71,7 +76,7 @@ def measure(config: "TrainConfig", repeats: int, threads: int, precisions: tuple
     Args:
         config: a preset.
         repeats: timed steps of each.
-        threads: of the CPU.
+        threads: CPU threads of torch, set back afterwards.
         precisions: which number formats to compare in.
 
     Returns:

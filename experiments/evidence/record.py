@@ -10,6 +10,7 @@ Markers in the pages of `docs/` point to columns of `result.csv`; `tests/test_fi
 """
 
 import csv
+import os
 import platform
 import subprocess
 import sys
@@ -23,6 +24,19 @@ from routing.ground.files import atomic_write, write_json
 
 RECORDS = Path(__file__).parent.parent / "records"
 PACKAGES = ("expertier", "numpy", "torch", "transformers", "triton", "jax", "pulp", "highspy")
+
+
+def expect_records(folder: Path) -> None:
+    """Refuse a folder in which no record can be made, before anything is measured; one that is missing is made later.
+
+    Raises:
+        ValueError: if it, or what it would lie in, is a file or read-only.
+    """
+    found = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not found.is_dir():
+        raise ValueError(f"cannot keep records in {folder}: {found} is a file; give a folder")
+    if not os.access(found, os.W_OK):
+        raise ValueError(f"cannot keep records in {folder}: {found} is read-only")
 
 
 def save_record(

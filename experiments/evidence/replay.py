@@ -19,8 +19,12 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from routing.ground.files import write_json
 from routing.traces import EMPTY, RoutingTrace
 
+# as in OLMoE, whose architecture the checkpoint has
 HEAD_WIDTH = 128
+# Weight of a mark in the router: large, so that the recorded experts stay ahead, in their order, after the norm and
+# rounding to bfloat16. `check_replay` counts in how many rows they do.
 ROUTER_SCALE = 32.0
+# standard deviation of unmarked entries: small beside the marks, and transformers' usual initialisation
 BACKGROUND = 0.02
 
 

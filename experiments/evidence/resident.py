@@ -16,8 +16,8 @@ def load_resident(folder: Path, **options: Any) -> nn.Module:
     file has tensors at any multiple of their elements' size, slots have them where memory is allocated.
 
     Args:
-        folder: of the checkpoint.
-        options: of `from_pretrained`.
+        folder: a checkpoint of a family that transformers knows, or of ours.
+        options: passed on to `from_pretrained`, for instance `dtype`.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     for tensor in (*model.parameters(), *model.buffers()):

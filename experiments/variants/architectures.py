@@ -85,6 +85,7 @@ def _readme(weigh: str) -> Callable[[Settings], Settings]:
     return build
 
 
+# numbers of chains are iterations, those of recursive models recursions; latent experts share bases in groups of 4
 ARCHITECTURE_VARIANTS: dict[str, Callable[[Settings], Settings]] = {
     "chain-1": _chain(1),
     "chain-2": _chain(2),

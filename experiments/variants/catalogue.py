@@ -89,6 +89,8 @@ def _coefficient(name: str) -> Settings:
     return {} if weight is None else {"balance_loss_weight": weight}
 
 
+# AdaMoE has 16 null experts per 16 true ones, and the number in its name is the true experts that K = 4 or 3 expects;
+# `ahead` is how many layers a pre-gate looks forward
 VARIANTS: dict[str, Callable[[Settings], Settings]] = {
     "top2": _router("mixtral"),
     "adamoe-2.0": _nulls(16, 4),

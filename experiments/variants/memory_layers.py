@@ -89,6 +89,7 @@ def _named(architecture: str, router: str, **options: Any) -> Callable[[Settings
     return lambda model: {"architecture": architecture, "architecture_options": options, "router": router}
 
 
+# Hydra's chunk of 16 tokens is the architecture's default
 MEMORY_VARIANTS: dict[str, Callable[[Settings], Settings]] = {
     "peer": _peer,
     "ultramem": _ultramem,

@@ -7,6 +7,19 @@ import typer
 
 from routing.ground.expect import expect_name, expect_new, expect_outputs
 
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint folder with experts.")]
+OutOption = Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")]
+ToOption = Annotated[str, typer.Option("--to", help="latent: groups of experts share the projections that they read.")]
+GroupOption = Annotated[int, typer.Option("--group", min=1, help="Experts that share a basis.")]
+RankOption = Annotated[int, typer.Option("--rank", min=1, help="Width of the shared basis.")]
+ExpertRankOption = Annotated[
+    int | None, typer.Option("--expert-rank", min=1, help="First reduce each expert's matrices to this rank.")
+]
+WhitenOption = Annotated[Path | None, typer.Option("--whiten", help="Weigh errors by the activations on this text.")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="Also report the loss on this text, before and after.")]
+TokensOption = Annotated[int, typer.Option("--tokens", min=2, help="Tokens of each text, at most.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the report as JSON.")]
+
 
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder of ours.")],
@@ -39,22 +52,16 @@ def export(
 
 
 def convert(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint folder with experts.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
-    to: Annotated[str, typer.Option("--to", help="latent: groups of experts share the projections that they read.")],
-    group: Annotated[int, typer.Option("--group", min=1, help="Experts that share a basis.")],
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Width of the shared basis.")],
-    expert_rank: Annotated[
-        int | None, typer.Option("--expert-rank", min=1, help="First reduce each expert's matrices to this rank.")
-    ] = None,
-    whiten: Annotated[
-        Path | None, typer.Option("--whiten", help="Weigh errors by the activations on this text.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Also report the loss on this text, before and after.")
-    ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of each text, at most.")] = 4096,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report as JSON.")] = None,
+    model: ModelArgument,
+    out: OutOption,
+    to: ToOption,
+    group: GroupOption,
+    rank: RankOption,
+    expert_rank: ExpertRankOption = None,
+    whiten: WhitenOption = None,
+    data: DataOption = None,
+    tokens: TokensOption = 4096,
+    json_file: JsonOption = None,
 ) -> None:
     """Turn a trained mixture of experts into one with latent experts, layer by layer.
 

@@ -13,7 +13,7 @@ from ..contract.problem import Problem
 from ..objectives import Objective, Robustness, find_objective
 from ..run.budget import Budget, Progress
 from .certify import certify, make_plan
-from .solvers import SOLVERS
+from .solvers import SOLVERS, Solver
 
 Integer = NDArray[np.int64]
 SCORING_S = 2e-6  # kept for the certificate per token and layer; too much takes time from the search
@@ -55,12 +55,7 @@ def solve(
     """
     chosen = find_objective(objective) if isinstance(objective, str) else objective
     run = SOLVERS[expect_name(solver, SOLVERS, "solver")]
-    if chosen.needs_tokens and not problem.has_tokens:
-        raise ValueError(f"objective {chosen.name} needs a routing trace (--trace); loads only tell balance")
-    if not time_limit_s > 0:
-        raise ValueError(f"the time limit must be positive; got {time_limit_s} s")
-    if balance_floor is not None and not 0 < balance_floor < 1:
-        raise ValueError(f"the balance floor must lie between 0 and 1; got {balance_floor}")
+    _expect_solvable(problem, chosen, time_limit_s, balance_floor)
     began = time.perf_counter()
     budget = Budget(
         balance_floor=balance_floor,
@@ -69,20 +64,34 @@ def solve(
         processes=processes or len(os.sched_getaffinity(0)),
         progress=progress,
     )
-    is_interrupted = False
-    try:
-        map_LP = run(problem, chosen, budget)
-    except KeyboardInterrupt:
-        if budget.found.incumbent_LP is None:
-            raise
-        map_LP, is_interrupted = budget.found.incumbent_LP, True
+    map_LP, is_interrupted = _run(run, problem, chosen, budget)
     plan = make_plan(problem, map_LP, solver=solver, objective=chosen)
     try:
         return certify(problem, plan, chosen, robustness, began, budget.found.proved_L)
     except KeyboardInterrupt:
         if is_interrupted:
             raise
+    # Ctrl-C came while the certificate was made, for the first time: the plan is ready, so it is certified after all
     return certify(problem, plan, chosen, robustness, began, budget.found.proved_L)
+
+
+def _run(run: Solver, problem: Problem, objective: Objective, budget: Budget) -> tuple[Integer, bool]:
+    """The solver's map, or after Ctrl-C the best one so far; and whether Ctrl-C came."""
+    try:
+        return run(problem, objective, budget), False
+    except KeyboardInterrupt:
+        if budget.found.incumbent_LP is None:
+            raise
+        return budget.found.incumbent_LP, True
+
+
+def _expect_solvable(problem: Problem, objective: Objective, time_limit_s: float, balance_floor: float | None) -> None:
+    if objective.needs_tokens and not problem.has_tokens:
+        raise ValueError(f"objective {objective.name} needs a routing trace (--trace); loads only tell balance")
+    if not time_limit_s > 0:
+        raise ValueError(f"the time limit must be positive; got {time_limit_s} s")
+    if balance_floor is not None and not 0 < balance_floor < 1:
+        raise ValueError(f"the balance floor must lie between 0 and 1; got {balance_floor}")
 
 
 def _scoring_s(problem: Problem, time_limit_s: float) -> float:

@@ -21,7 +21,9 @@ from transformers import Cache, DynamicCache
 
 from moe import MoEForCausalLM
 
+# ids of a layer's modules, as in moe/architectures/duo.py
 BIG, SMALL, SKIP = 0, 1, 2
+# up to so many routes are all tried; the 924 routes with half of 12 layers big are among them
 MOST_ROUTES = 1000
 History = Literal["oracle", "big"]
 

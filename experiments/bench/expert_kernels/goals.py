@@ -92,7 +92,7 @@ def verdicts(rows: Sequence[Row]) -> list[Row]:
     """Every goal with what was found.
 
     Args:
-        rows: of the kernel benchmark.
+        rows: lines of the table on a GPU; a goal takes those of its own case.
 
     Returns:
         One row per goal: worst and best case, and `met`, `missed` or `unmeasured`.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from routing.ground.expect import expect_name
 from routing.traces import RoutingTrace
 
 
@@ -170,6 +171,6 @@ def chosen(names: Sequence[str] | None, known: dict[str, LayerShape]) -> dict[st
     Raises:
         ValueError: if a name is unknown.
     """
-    if unknown := set(names or ()) - set(known):
-        raise ValueError(f"unknown shapes {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+    for name in names or ():
+        expect_name(name, known, "shape")
     return {name: shape for name, shape in known.items() if not names or name in names}

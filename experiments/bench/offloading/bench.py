@@ -17,27 +17,38 @@ from routing.ground.files import write_json
 from routing.ground.terminal import plain_console
 
 from ...evidence.memory_limit import drop_cached, run_limited
+from .catalogue import CONTESTANTS, DEFAULTS, check_contestants, find_contestant
 
-DEFAULT_CONTESTANTS = ("ours-compressed", "ours", "ours-fast", "ours-lru", "accelerate", "resident", "llama.cpp")
-NEEDS_LIMIT = {"accelerate": True, "resident": False}
+# For one contestant at one limit. accelerate, at 0.23 tokens/s in the records, needs 210 s for the default 48 tokens;
+# the rest is room for loading, for more tokens and for slower disks.
 TIMEOUT_S = 1800.0
+DEFAULT_LIMITS = ("6GiB", "4GiB", "none")
+
+CheckpointArgument = Annotated[Path, typer.Argument(help="A replay checkpoint; made from --trace if it is not there.")]
+TraceOption = Annotated[Path | None, typer.Option("--trace", help="The trace to build it from.")]
+RowsOption = Annotated[int, typer.Option("--rows", help="Rows of the trace to build in.")]
+LimitOption = Annotated[list[str] | None, typer.Option("--limit", help="Memory limit, or none; repeat for more.")]
+ContestantOption = Annotated[list[str] | None, typer.Option("--contestant", help="Who runs; repeat for more.")]
+PrefillOption = Annotated[int, typer.Option("--prefill", min=1, help="Tokens of the first call.")]
+DecodeOption = Annotated[int, typer.Option("--decode", min=2, help="Tokens decoded one by one.")]
+PredictorOption = Annotated[Path | None, typer.Option("--predictor", help="From other rows, for ours-ahead.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu; or cuda, where limits are GPU budgets.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the table as JSON.")]
+RecordOption = Annotated[bool, typer.Option("--record", help="Save a record.")]
 
 
 def bench_offload(
-    checkpoint: Annotated[Path, typer.Argument(help="A replay checkpoint; made from --trace if it is not there.")],
-    trace: Annotated[Path | None, typer.Option("--trace", help="The trace to build it from.")] = None,
-    rows: Annotated[int, typer.Option("--rows", help="Rows of the trace to build in.")] = 20480,
-    limit: Annotated[list[str] | None, typer.Option("--limit", help="Memory limit, or none; repeat for more.")] = None,
-    contestant: Annotated[list[str] | None, typer.Option("--contestant", help="Who runs; repeat for more.")] = None,
-    prefill: Annotated[int, typer.Option("--prefill", min=1, help="Tokens of the first call.")] = 64,
-    decode: Annotated[int, typer.Option("--decode", min=2, help="Tokens decoded one by one.")] = 48,
-    predictor: Annotated[
-        Path | None,
-        typer.Option("--predictor", help="From other rows, for ours-ahead."),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu; or cuda, where limits are GPU budgets.")] = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the table as JSON.")] = None,
-    record: Annotated[bool, typer.Option("--record", help="Save a record.")] = False,
+    checkpoint: CheckpointArgument,
+    trace: TraceOption = None,
+    rows: RowsOption = 20480,
+    limit: LimitOption = None,
+    contestant: ContestantOption = None,
+    prefill: PrefillOption = 64,
+    decode: DecodeOption = 48,
+    predictor: PredictorOption = None,
+    device: DeviceOption = "cpu",
+    json_file: JsonOption = None,
+    record: RecordOption = False,
 ) -> None:
     """Feed a recorded trace through each engine under a memory limit, and print tokens per second.
 
@@ -50,32 +61,28 @@ def bench_offload(
     if device != "cpu":
         _bench_gpu(checkpoint, trace, rows, device, limit, contestant, prefill, decode, json_file, record)
         return
-    for name in contestant or ():
-        if name not in NEEDS_LIMIT and name != "llama.cpp" and name.split("-")[0] != "ours":
-            raise ValueError(f"unknown contestant {name!r}; there are {', '.join(DEFAULT_CONTESTANTS)} and ours-POLICY")
+    contestants = tuple(contestant or DEFAULTS)
+    check_contestants(contestants, predictor)
     check_parity()
     _ensure_checkpoint(checkpoint, trace, rows)
-    bandwidth = _read_bandwidth(checkpoint)
-    console, results = plain_console(), []
-    console.print(
-        f"the disk gives {bandwidth / 1e9:.2f} GB/s to 4 threads reading 4 MiB with O_DIRECT", highlight=False
-    )
-    for text in limit or ["6GiB", "4GiB", "none"]:
-        for name in contestant or DEFAULT_CONTESTANTS:
-            if name in NEEDS_LIMIT and NEEDS_LIMIT[name] != (text != "none"):
+    bandwidth, console, results = _read_bandwidth(checkpoint), plain_console(), []
+    console.print(f"the disk gives {bandwidth / 1e9:.2f} GB/s to 4 threads, 4 MiB a read, O_DIRECT", highlight=False)
+    for text in limit or DEFAULT_LIMITS:
+        for name in contestants:
+            if not CONTESTANTS[name].runs_under(text):
                 continue
             result = _run(name, checkpoint, text, prefill, decode, predictor)
-            result["bound_tok_per_s"] = _bound(result, bandwidth)
-            results.append(result)
-            console.print(_line(result), highlight=False)
+            results.append({**result, "bound_tok_per_s": _bound(result, bandwidth)})
+            console.print(_line(results[-1]), highlight=False)
     _print(console, results)
     if json_file:
         write_json(json_file, results)
     if record:
         from ...evidence.record import save_record
 
-        config = {"prefill": prefill, "decode": decode, "read_bytes_per_s": bandwidth}
-        save_record("bench-offload", results, config=config)
+        save_record(
+            "bench-offload", results, config={"prefill": prefill, "decode": decode, "read_bytes_per_s": bandwidth}
+        )
 
 
 def _bench_gpu(
@@ -132,38 +139,30 @@ def check_parity() -> None:
 
 
 def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, predictor: Path | None) -> dict[str, Any]:
-    if name == "llama.cpp":
+    row = find_contestant(name)
+    if row.engine == "llama.cpp":
         from . import llama_cpp
 
         if not llama_cpp.is_available():
             return _row({"contestant": name, "limit": limit, "note": llama_cpp.NOT_INSTALLED}, {}, None)
         llama_cpp.gguf_of(checkpoint)
-    if "compressed" in name.split("-"):
+    if row.is_compressed:
         from .contestants import compressed_of
 
         compressed_of(checkpoint)
     drop_cached(checkpoint)
     limit_bytes = None if limit == "none" else parse_size(limit)
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.bench.offloading.contestants",
-        name,
-        str(checkpoint),
-        limit,
-        str(prefill),
-        str(decode),
-        str(predictor or ""),
-    ]
-    row: dict[str, Any] = {"contestant": name, "limit": limit}
-    finished = run_limited(command, limit_bytes, TIMEOUT_S)
+    program = [sys.executable, "-m", "experiments.bench.offloading.contestants"]
+    arguments = [name, str(checkpoint), limit, str(prefill), str(decode), str(predictor or "")]
+    finished = run_limited([*program, *arguments], limit_bytes, TIMEOUT_S)
+    told: dict[str, Any] = {"contestant": name, "limit": limit}
     measured: dict[str, Any] = {}
     if finished.returncode == 0:
         measured = json.loads(finished.stdout.strip().splitlines()[-1])
     else:
         reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-        row["note"] = f"exit {finished.returncode}: {reason}"[:160]
-    return _row(row, measured, finished.peak_bytes)
+        told["note"] = f"exit {finished.returncode}: {reason}"[:160]
+    return _row(told, measured, finished.peak_bytes)
 
 
 def _row(row: dict[str, Any], measured: dict[str, Any], peak_bytes: int | None) -> dict[str, Any]:

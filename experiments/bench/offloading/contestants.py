@@ -12,15 +12,16 @@ import torch
 
 from offload import parse_size, write_pack
 
+from .catalogue import Contestant, find_contestant
 from .llama_cpp import LlamaCpp, gguf_of
+
+# What accelerate may fill with weights: three quarters of the limit less 1 GiB. The rest is for the process itself and
+# the layer that is being read. Chosen once, not tuned.
+WEIGHTS_SHARE, WORKING_BYTES = 0.75, 1 << 30
 
 
 class TransformersEngine:
-    """A transformers model with its cache.
-
-    Args:
-        model: the model.
-    """
+    """A transformers model with its cache of keys and values."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._cache = model, None
@@ -39,7 +40,7 @@ def contest(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, 
     state, so that such a guess would always be right here.
     """
     started = time.perf_counter()
-    if name == "llama.cpp":
+    if find_contestant(name).engine == "llama.cpp":
         offload, engine = None, LlamaCpp(gguf_of(checkpoint), prefill + decode, torch.get_num_threads())
     else:
         model = load_model(name, checkpoint, limit, prefill + decode, predictor)
@@ -77,32 +78,38 @@ def _offloaded(after_prefill: dict[str, Any], report: dict[str, Any], step_s: li
 
 
 def load_model(name: str, checkpoint: Path, limit: str, context: int, predictor: str = "") -> Any:
-    """The model of `ours...`, `resident` or `accelerate`.
+    """The model of a contestant that runs in torch.
+
+    Args:
+        name: a key of CONTESTANTS, but for llama.cpp.
+        checkpoint: folder of a replay checkpoint.
+        limit: memory, such as `6GiB`, or `none`.
+        context: tokens that the caches will hold.
+        predictor: file for contestants that prefetch; empty for the others.
 
     Raises:
-        ValueError: if there is no such contestant.
+        ValueError: if there is no such contestant, or it runs in another program.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if name.startswith("ours"):
+    row = find_contestant(name)
+    if row.engine == "ours":
         import offload
 
         memory: Any = "auto" if limit == "none" else parse_size(limit)
-        options: dict[str, Any] = {"context": context}
-        for part in name.split("-")[1:]:
-            options |= _option(part, checkpoint, predictor)
+        options = {"context": context, **_options(row, checkpoint, predictor)}
         return offload.load(checkpoint, cpu_memory=memory, **options)
-    if name == "resident":
+    if row.engine == "transformers":
         return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
-    if name == "accelerate":
+    if row.engine == "accelerate":
         folder = tempfile.mkdtemp(prefix="expertier-accelerate-", dir=os.environ.get("TMPDIR"))
-        room = int(parse_size(limit) * 0.75) - (1 << 30)
+        room = int(parse_size(limit) * WEIGHTS_SHARE) - WORKING_BYTES
         return transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.bfloat16, device_map="auto", max_memory={"cpu": room}, offload_folder=folder
         ).eval()
-    raise ValueError(f"unknown contestant {name!r}; there are ours, ours-POLICY, resident, accelerate and llama.cpp")
+    raise ValueError(f"{name} runs in {row.engine}, not in torch")
 
 
 def compressed_of(checkpoint: Path) -> Path:
@@ -113,15 +120,14 @@ def compressed_of(checkpoint: Path) -> Path:
     return write_pack(checkpoint, file, is_compressed=True)
 
 
-def _option(part: str, checkpoint: Path, predictor: str) -> dict[str, Any]:
-    """What `ours-compressed`, `ours-fast`, `ours-ahead`, `ours-lru` and so on add to the defaults."""
-    if part == "compressed":
-        return {"pack": compressed_of(checkpoint)}
-    if part == "ahead":
-        if not predictor:
-            raise ValueError("ours-ahead needs --predictor; make one with `expertier trace predictor`")
-        return {"prefetch": predictor}
-    return {"arithmetic": "fast"} if part == "fast" else {"policy": part}
+def _options(row: Contestant, checkpoint: Path, predictor: str) -> dict[str, Any]:
+    """What a row adds to the defaults of `offload.load`."""
+    options = dict(row.arguments)
+    if row.is_compressed:
+        options["pack"] = compressed_of(checkpoint)
+    if row.is_ahead:
+        options["prefetch"] = predictor
+    return options
 
 
 if __name__ == "__main__":

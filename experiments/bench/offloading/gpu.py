@@ -8,6 +8,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,16 +16,32 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from routing.ground.expect import expect_name
 from routing.ground.files import write_json
 from routing.ground.terminal import plain_console
 
 WARM_UP = 4
 """Tokens decoded before the clock runs: kernels are compiled when they are first launched."""
-CONTESTANTS: Mapping[str, Mapping[str, Any]] = {
-    "ours": {},
-    "ours-lru": {"policy": "lru"},
-    "ours-fast": {"arithmetic": "fast"},
-    "lru-synchronous": {"policy": "lru"},
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuContestant:
+    """How one contestant loads the checkpoint.
+
+    Args:
+        arguments: further arguments of `offload.load`.
+        waits: whether the host waits for every copy before it goes on.
+    """
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    waits: bool = False
+
+
+CONTESTANTS: Mapping[str, GpuContestant] = {
+    "ours": GpuContestant(),
+    "ours-lru": GpuContestant(arguments={"policy": "lru"}),
+    "ours-fast": GpuContestant(arguments={"arithmetic": "fast"}),
+    "lru-synchronous": GpuContestant(arguments={"policy": "lru"}, waits=True),
 }
 KEYS = (
     "gpu_memory", "contestant", "tok_per_s", "median_s", "p20_s", "p80_s", "bound_tok_per_s", "gpu_hit_rate",
@@ -53,8 +70,7 @@ def bench_gpu(
     lane = open_lane("cuda", "auto", None)
     assert lane is not None
     for name in contestants:
-        if name not in CONTESTANTS:
-            raise ValueError(f"unknown contestant {name!r} on a GPU; there are {', '.join(CONTESTANTS)}")
+        expect_name(name, CONTESTANTS, "contestant")
     check_parity()
     wire, console, results = wire_bandwidth(lane), plain_console(), []
     console.print(f"the bus gives {wire / 1e9:.1f} GB/s from pinned memory", highlight=False)
@@ -135,12 +151,12 @@ def _measure(name: str, checkpoint: Path, limit: str, prefill: int, decode: int)
 
     import offload
 
-    started = time.perf_counter()
+    row, started = CONTESTANTS[name], time.perf_counter()
     model = offload.load(
-        checkpoint, device="cuda", gpu_memory=limit, context=prefill + WARM_UP + decode, **CONTESTANTS[name]
+        checkpoint, device="cuda", gpu_memory=limit, context=prefill + WARM_UP + decode, **row.arguments
     )
     try:
-        if name == "lru-synchronous":
+        if row.waits:
             _wait_for_every_copy(model)
         load_s = time.perf_counter() - started
         prefill_s, step_s, _ = replay(model, prefill, decode)

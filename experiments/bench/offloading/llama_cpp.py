@@ -21,6 +21,7 @@ NORMS = {
     "ffn_gate_inp": "mlp.gate",
 }
 """These are float32 in GGUF."""
+# names in GGUF, and in the checkpoint, which shortens `output` to `o`
 PRODUCTS = {f"attn_{short}": f"self_attn.{short[0]}_proj" for short in ("q", "k", "v", "output")}
 NOT_INSTALLED = "llama-cpp-python and gguf are not installed"
 EXPERTS = {f"ffn_{part}_exps": f"{part}_proj" for part in ("gate", "up", "down")}
@@ -64,7 +65,7 @@ class LlamaCpp:
     Args:
         file: its name.
         context: tokens at most.
-        num_threads: of the CPU.
+        num_threads: CPU threads for prompts and for decoding alike.
 
     Raises:
         OSError: if llama.cpp cannot load the file.

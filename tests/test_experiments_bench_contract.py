@@ -1,0 +1,223 @@
+"""What every benchmark owes: help, a gate that stops it before a time is shown, one line for a wrong argument."""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.main import get_command
+
+from experiments.bench import flax, leverage, memory_layers, routers, training
+from experiments.bench.duo import bench as duo
+from experiments.bench.offloading import contestants
+from experiments.cli import app, bench
+
+NO_GATE = "No parity gate:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One benchmark.
+
+    Args:
+        command: its words after `expertier`.
+        wrong: arguments that are refused before anything runs; `{folder}` is an empty folder, `{file}` a file.
+        words: of the refusal.
+        right: arguments with which its gate runs on something small.
+        redden: makes what is timed compute something else; None where the module says why it has no gate.
+    """
+
+    command: tuple[str, ...]
+    wrong: tuple[str, ...]
+    words: str
+    right: tuple[str, ...] = ()
+    redden: Callable[[pytest.MonkeyPatch], None] | None = None
+
+
+def redden_flax(monkeypatch):
+    pytest.importorskip("jax")
+    probe = importlib.import_module("moe.nnx.parts.probe")
+    calls_of = probe.grouped_product_calls
+
+    def wrong(*sizes):
+        calls = calls_of(*sizes)
+        forward = calls["block"]["forward"]
+        calls["block"]["forward"] = lambda: [1.1 * one for one in forward()]
+        return calls
+
+    monkeypatch.setattr(flax, "SIZES", {"tiny": (2, 8, 4, 6)})
+    monkeypatch.setattr(probe, "grouped_product_calls", wrong)
+
+
+def redden_kernels(monkeypatch):
+    import moe
+    from experiments.bench.expert_kernels import shapes
+
+    right = moe.grouped_experts
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shapes, "CPU_SHAPES", {"tiny": shapes.LayerShape(width=16, features=8, num_experts=3, top_k=2)})
+    monkeypatch.setattr(moe, "grouped_experts", lambda *given: 1.1 * right(*given))
+
+
+def redden_memory_layers(monkeypatch):
+    right = memory_layers._peer_at_once
+    monkeypatch.setattr(memory_layers, "_peer_at_once", lambda *given: right(*given) + 1e-6)
+
+
+def redden_offload(monkeypatch):
+    load_model = contestants.load_model
+
+    def wrong(*given: Any) -> Any:
+        model = load_model(*given)
+        model.lm_head.weight.data.mul_(1.5)
+        return model
+
+    monkeypatch.setattr(contestants, "load_model", wrong)
+
+
+def redden_placement(monkeypatch):
+    import placement
+
+    right = placement.eplb
+    monkeypatch.setattr(placement, "eplb", lambda *given: right(*given)[:, ::-1])
+
+
+def redden_routers(monkeypatch):
+    for name, size in (("TOKENS", 64), ("WIDTH", 16), ("EXPERTS", 8), ("TOP_K", 2), ("LAYERS", 2)):
+        monkeypatch.setattr(routers, name, size)
+    build = routers._build
+
+    def wrong(name):
+        built = build(name)
+        if name == "classic":
+            forward = built[0].forward
+            monkeypatch.setattr(built[0], "forward", lambda x_TD, *given: forward(-x_TD, *given))
+        return built
+
+    monkeypatch.setattr(routers, "_build", wrong)
+
+
+def redden_train(monkeypatch):
+    as_mixtral = training._as_mixtral
+
+    def wrong(model):
+        mixtral = as_mixtral(model)
+        mixtral.model.layers[0].mlp.experts.down_proj.data.mul_(1.1)
+        return mixtral
+
+    monkeypatch.setattr(training, "_as_mixtral", wrong)
+
+
+BENCHES = {
+    "duo": Bench(
+        command=("bench", "duo"),
+        wrong=("--out", "{folder}/duo", "--budgets", "2,two"),
+        words="--budgets takes whole numbers from 0 on with commas between them; got 'two'",
+    ),
+    "flax": Bench(
+        command=("bench", "flax"),
+        wrong=("--preset", "e61"),
+        words="unknown preset 'e61'",
+        right=("--steps", "0", "--records", "{folder}"),
+        redden=redden_flax,
+    ),
+    "kernels": Bench(
+        command=("bench", "kernels"),
+        wrong=("--json", "{folder}/missing/table.json"),
+        words="does not exist; create it first",
+        right=("--tokens", "4"),
+        redden=redden_kernels,
+    ),
+    "leverage": Bench(
+        command=("leverage",),
+        wrong=("--activation", "2", "--granularity", "12", "--compute", "1e22"),
+        words="activation must lie in 0..1; got 2",
+    ),
+    "memory-layers": Bench(
+        command=("bench", "memory-layers"),
+        wrong=("--experts", "1000"),
+        words="--experts takes squares, because keys lie on a square grid; got 1000",
+        right=("--experts", "1024"),
+        redden=redden_memory_layers,
+    ),
+    "offload": Bench(
+        command=("bench", "offload"),
+        wrong=("{folder}", "--contestant", "our"),
+        words="unknown contestant 'our' (did you mean 'ours'?)",
+        right=("{folder}",),
+        redden=redden_offload,
+    ),
+    "placement": Bench(
+        command=("bench", "placement"),
+        wrong=("--trace", "{folder}/missing.npz"),
+        words="missing.npz",
+        right=("--records", "{folder}"),
+        redden=redden_placement,
+    ),
+    "routers": Bench(
+        command=("bench", "routers"),
+        wrong=("--records", "{file}"),
+        words="pyproject.toml is a file; give a folder",
+        right=("--repeats", "5"),
+        redden=redden_routers,
+    ),
+    "train": Bench(
+        command=("bench", "train"),
+        wrong=("--precision", "float8"),
+        words="unknown precision 'float8'",
+        right=("--preset", "smoke", "--precision", "float32", "--threads", "1"),
+        redden=redden_train,
+    ),
+}
+MODULES = {"duo": duo, "leverage": leverage}
+
+
+def arguments(parts, folder):
+    return [part.format(folder=folder, file=Path(__file__).parent.parent / "pyproject.toml") for part in parts]
+
+
+def test_every_benchmark_is_in_the_table():
+    assert {one.command[-1] for one in BENCHES.values() if one.command[0] == "bench"} == set(
+        get_command(bench).commands
+    )
+    assert "leverage" in get_command(app).commands
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_help_has_an_example(name, run, capsys):
+    assert run(*BENCHES[name].command, "--help") == 0
+    assert "Example:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_a_wrong_argument_is_refused_in_one_line(name, run, capsys, tmp_path):
+    one = BENCHES[name]
+    assert run(*one.command, *arguments(one.wrong, tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert one.words in said
+    assert len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+@pytest.mark.parametrize("name", [name for name, one in BENCHES.items() if one.redden is None])
+def test_who_has_no_gate_says_why(name):
+    assert NO_GATE in inspect.getdoc(MODULES[name])
+
+
+@pytest.mark.parametrize("name", [name for name, one in BENCHES.items() if one.redden])
+def test_nothing_is_shown_where_the_gate_is_red(name, run, capsys, tmp_path, monkeypatch):
+    one = BENCHES[name]
+    threads = torch.get_num_threads()
+    one.redden(monkeypatch)
+    assert run(*one.command, *arguments(one.right, tmp_path)) == 1
+    shown = capsys.readouterr()
+    assert re.search(r"RuntimeError|ParityError", shown.err)
+    assert len(shown.err.splitlines()) == 1
+    assert not re.search(r"\d (ms|us|s)\b|tok/s|[│┃|]", shown.out), "no table, no time"
+    assert not list(Path(tmp_path).rglob("record.json"))
+    assert torch.get_num_threads() == threads
