@@ -9,6 +9,7 @@ from .record import device, versions
 INK, ACCENT, SOFT = "#1f2933", "#0b7285", "#adb5bd"
 COLOURS = (ACCENT, "#e8590c", "#5f3dc4", "#2b8a3e", "#c2255c", "#1971c2", "#a0522d", "#495057")
 """Told apart by people with any colour vision only together with MARKERS or LINES, which change after eight."""
+# shapes and dashes that stay distinct at 4 points and in grey
 MARKERS, LINES = ("o", "s", "^", "D", "v"), ("-", "--", ":", "-.", (0, (5, 1, 1, 1)))
 STYLE = """
 :root { --ink: #1f2933; --soft: #66788a; --rule: #dde3e8; --accent: #0b7285; --bad: #c92a2a; }

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_map_only
 
 from .form import MatrixForm
 
-PLAIN_KERNEL = 0
+PLAIN_KERNEL = 0  # the C counts stored forms from plain, which is 0
 
 
 class StoredWeight(torch.Tensor):
