@@ -288,6 +288,18 @@ def test_moe_imports_without_triton_jax_and_pulp():
     subprocess.run([sys.executable, "-c", f"{block}; import moe"], cwd=ROOT, check=True)
 
 
+def test_tests_are_named_after_the_rooms_that_they_test():
+    """`test_<package>_<room>[_<file or subject>].py`; tests of the whole house bear no package's name."""
+    lost = []
+    for file in sorted((ROOT / "tests").glob("test_*.py")):
+        package, _, rest = file.stem.removeprefix("test_").partition("_")
+        if package in PACKAGES:
+            homes = {room.parent.name for room in (ROOT / package).glob("*/__init__.py")}
+            if not any(rest == room or rest.startswith(f"{room}_") for room in homes):
+                lost.append(file.name)
+    assert not lost
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_public_names_exist(package):
     module = __import__(package)

@@ -30,7 +30,7 @@ from routing.traces import import_trace
 from routing.traces.importers import catalogue as importers
 from tests import (
     test_moe_architectures,
-    test_offload_cache,
+    test_offload_cache_policies,
     test_offload_formats,
     test_placement_formats,
     test_routing_contract,
@@ -79,9 +79,9 @@ def architecture_contract(name, fixtures):
 
 def policy_contract(name, fixtures):
     """Everything that is asked of every cache policy; what is pinned stays, if anything else can go."""
-    test_offload_cache.test_every_policy_stays_within_capacity_and_keeps_the_token(name)
-    test_offload_cache.test_no_policy_beats_belady(name)
-    test_offload_cache.test_rank_orders_evictions()
+    test_offload_cache_policies.test_every_policy_stays_within_capacity_and_keeps_the_token(name)
+    test_offload_cache_policies.test_no_policy_beats_belady(name)
+    test_offload_cache_policies.test_rank_orders_evictions()
     for pinned in itertools.combinations(range(4), 3):
         cache = make_cache(name, 4, 8)
         for key in (0, 1, 0, 2, 3, 1):

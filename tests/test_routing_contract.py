@@ -32,7 +32,7 @@ def case_of(name):
 
 
 NULLS = ("zero", "copy", "constant", "zero")
-NO_ROUTING = {"soft_moe"}  # mixes instead of routing; tests/test_routing_soft.py
+NO_ROUTING = {"soft_moe"}  # mixes instead of routing; tests/test_routing_routers_soft.py
 
 CASES = {name: case_of(name) for name in sorted(ROUTERS.keys() - NO_ROUTING)} | {
     "sinkhorn top-1": Case("sinkhorn", top_k=1),

@@ -11,7 +11,7 @@ PROBE_EVERY = 64
 without probes a rate that was measured in a slow moment would never be corrected. Other values were not tried."""
 HALF_LIFE = 16
 """Measurements after which one counts half: long enough to even out noise, short enough to follow a machine that slows
-down within a token. Tried in simulation only (tests/test_offload_split.py)."""
+down within a token. Tried in simulation only (tests/test_offload_gpu_split.py)."""
 WIRE_GUESS_BYTES_PER_S, CPU_GUESS_BYTES_PER_S = 12e9, 20e9
 """Half of what PCIe 4.0 x16 carries (copies of single experts do not fill it), and what two memory channels give to
 plain reads. Both are replaced by the first measurement; wrong guesses cost one split."""

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import offload
-from tests.test_offload_families import MLA, REFUSES_GENERIC_SIZES, SMALL
+from tests.test_offload_runtime_families import MLA, REFUSES_GENERIC_SIZES, SMALL
 
 PART = {
     **dict.fromkeys(("hidden_size", "embed_dim", "d_model", "adapter_in_dim", "adapter_input_size"), 32),
