@@ -34,10 +34,10 @@ from tests import (
     test_offload_formats,
     test_placement_formats,
     test_routing_contract,
-    test_routing_importers,
+    test_routing_traces_importers,
 )
-from tests import test_placement_contract_objectives as objectives
-from tests import test_placement_contract_solvers as solvers
+from tests import test_placement_objectives_table as objectives
+from tests import test_placement_solving_table as solvers
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -157,7 +157,7 @@ def importer_contract(name, fixtures):
         text = "".join(json.dumps({"experts": request.tolist()}) + "\n" for request in requests)
         path.write_text(text)
         trace = import_trace(path, name, num_experts=12)
-        test_routing_importers.expect_requests(trace, requests, None)
+        test_routing_traces_importers.expect_requests(trace, requests, None)
         assert trace.metadata["import"]["read"] == {"lines": 4, "tokens": trace.num_tokens, "layers": 2}
     for broken in (text[:-3], "", '{"expert": []}\n', '{"experts": [[[0.5]]]}\n', '{"experts": [[[12]]]}\n'):
         path.write_text(broken)
