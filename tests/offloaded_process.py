@@ -27,16 +27,18 @@ SIZES = {
 
 NOISE_BYTES = 2 << 20
 """A process grows a little between two looks at it."""
+COMPRESSION_NOISE_BYTES = 10 << 20
+"""How far linear layers compress is only known when they are."""
 
 
-def save_model(model_type: str, folder: Path) -> Path:
+def save_model(model_type: str, folder: Path, **changes: int) -> Path:
     """A model whose activations weigh more than its weights, in bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from tests.test_offload_families import _small_config
 
-    config = _small_config(model_type, SIZES)
+    config = _small_config(model_type, SIZES | changes)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
 
@@ -69,7 +71,8 @@ def _measure(folder: str, asked: dict) -> dict[str, int]:
     context, pack, limit = asked["context"], asked.get("pack"), asked["cpu_memory"]
     if limit == "least":
         fit(folder, context=context, pack=pack)  # imports the model's code, which the process then holds already
-        limit = fit(folder, context=context, pack=pack).budgets.least_bytes + NOISE_BYTES
+        limit = fit(folder, context=context, pack=pack).budgets.least_bytes
+        limit += NOISE_BYTES if pack is None else COMPRESSION_NOISE_BYTES
     model = offload.load(folder, cpu_memory=limit, context=context, pack=pack)
     prompt = torch.randint(3, 30_000, (1, asked["prompt_tokens"]), generator=torch.Generator().manual_seed(0))
     for sampling in ({"do_sample": False}, {"do_sample": True, "top_p": 0.9}):
