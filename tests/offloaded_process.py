@@ -25,8 +25,8 @@ SIZES = {
     "layer_types": None,
 }
 
-NOISE_BYTES = 2 << 20
-"""A process grows a little between two looks at it."""
+NOISE_BYTES = 8 << 20
+"""A process grows by 1 to 4 MiB between two looks at it."""
 COMPRESSION_NOISE_BYTES = 10 << 20
 """How far linear layers compress is only known when they are."""
 

@@ -42,8 +42,11 @@ def neighbour(group):
         process.kill()
 
 
+@pytest.mark.slow
 def test_auto_beside_a_neighbour_is_not_killed(group, neighbour, tmp_path):
-    folder = save_model("qwen3_moe", tmp_path, hidden_size=512, moe_intermediate_size=512, num_experts=64)
+    folder = save_model(
+        "qwen3_moe", tmp_path, hidden_size=512, moe_intermediate_size=512, num_experts=64, num_local_experts=64
+    )
     enter = ("sh", "-c", ENTER, str(group))
     found = run_offloaded(folder, *enter, cpu_memory="auto", context=512, prompt_tokens=400)
     assert neighbour.poll() is None
@@ -55,6 +58,8 @@ def test_auto_beside_a_neighbour_is_not_killed(group, neighbour, tmp_path):
 @pytest.mark.slow
 def test_a_budget_that_forgets_the_neighbour_is_killed(group, neighbour, tmp_path):
     """What the test above would not notice if the group did not bind."""
-    folder = save_model("qwen3_moe", tmp_path, hidden_size=512, moe_intermediate_size=512, num_experts=64)
+    folder = save_model(
+        "qwen3_moe", tmp_path, hidden_size=512, moe_intermediate_size=512, num_experts=64, num_local_experts=64
+    )
     with pytest.raises(AssertionError, match="ended with -9"):
         run_offloaded(folder, "sh", "-c", ENTER, str(group), cpu_memory=LIMIT_BYTES, context=512, prompt_tokens=400)
