@@ -122,7 +122,7 @@ def fit(
         path_or_id: a Hugging Face model folder with safetensors weights, or a model id.
         cpu_memory: the whole budget of the process, or `"auto"`.
         gpu_memory: the whole budget on a GPU; None plans without one.
-        context: tokens of KV cache to keep room for.
+        context: tokens, prompt and answer together, to keep room for.
         io_threads: reads in flight at most, each with a buffer.
         pack: a packed copy of the experts.
 
