@@ -35,7 +35,7 @@ def activation_bytes(config: Any, tokens: int, context: int, top_k: int, item_by
     text = text_config(config)
     width = _size(text, "hidden_size")
     # residuals, norms in float32, projections; then rows, products and results of each token's experts
-    rows = tokens * (_widest(text) * (16 * item_bytes + 16) + 4 * top_k * width * item_bytes)
+    rows = tokens * (_widest(text) * (16 * item_bytes + 16) + 8 * top_k * width * item_bytes)
     scores = attention_bytes(text, tokens, context, item_bytes)
     return rows + max(scores, scan_bytes(text, tokens)) + LOGIT_BYTES * _size(text, "vocab_size")
 
