@@ -1,5 +1,7 @@
 """Sizes, control groups, and how a budget becomes slots; hardware files and the cost model."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -225,3 +227,15 @@ def test_calibration_measures_something(tmp_path):
     assert cached_bandwidth(file, 1 << 20) > 0
     with pytest.raises(ValueError, match="too small"):
         disk_bandwidth(file, num_threads=2, read_bytes=16 << 20)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_blocks_go_back_to_the_system():
+    script = (
+        "import torch; from offload.memory.budget import resident_bytes; from offload.memory.heap import *\n"
+        "return_large_blocks(); [torch.ones(30 << 18) for _ in range(2)]\n"  # frees 30 MiB twice
+        "kept = [torch.ones(30 << 18) for _ in range(4)]; small = torch.ones(9); before = resident_bytes()\n"
+        "del kept; print(before - resident_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 115 << 20

@@ -10,6 +10,7 @@ import moe  # noqa: F401  registers our own model type with transformers
 from ..compute.resident import move_to_huge_pages
 from ..gpu.devices import open_lane
 from ..memory.budget import resident_bytes
+from ..memory.heap import return_large_blocks
 from .assembly import assemble
 from .division import divide_memory, expect_machine_has
 from .opening import open_checkpoint
@@ -92,6 +93,7 @@ def load(
         record_trace=record_trace,
     )
     expect_machine_has(options)
+    return_large_blocks()
     lane = open_lane(options.device, options.gpu_memory, options.gpu_experts)
     opened = open_checkpoint(options)
 
