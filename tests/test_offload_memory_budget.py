@@ -1,13 +1,22 @@
 """Sizes, control groups, and how a budget becomes slots; hardware files and the cost model."""
 
-import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.memory.budget import Needs, available_memory, cgroup_limit, plan_memory, spread_slots
+from offload.memory.budget import (
+    Needs,
+    available_memory,
+    cgroup_limit,
+    expect_budgets,
+    plan_memory,
+    spread_slots,
+    sufficient_size,
+)
 from offload.memory.cost import DecodeWork, expected_hit_rate, predict_decode
 from offload.memory.groups import cgroup_room
 from routing.ground.hardware import Hardware
@@ -127,10 +136,43 @@ def test_the_budget_that_the_error_names_is_enough():
     )
     with pytest.raises(ValueError, match=r"give at least ([0-9.]+ GiB)") as refused:
         plan_memory(1 << 30, needs, [16 << 20] * 24, [32] * 24, 4)
-    enough = float(str(refused.value).split()[-2]) + 0.01
-    plan = plan_memory(math.ceil(enough * (1 << 30)), needs, [16 << 20] * 24, [32] * 24, 4)
+    enough = parse_size(str(refused.value).split("give at least ")[1])
+    plan = plan_memory(enough, needs, [16 << 20] * 24, [32] * 24, 4)
     assert min(plan.num_slots) >= 4
     assert plan.fixed_bytes + plan.slot_bytes <= plan.limit_bytes
+    with pytest.raises(ValueError, match="give at least"):
+        plan_memory(enough - (11 << 20), needs, [16 << 20] * 24, [32] * 24, 4)  # a hundredth of a GiB less
+
+
+@given(
+    besides=st.integers(0, 20 << 30),
+    layers=st.lists(st.tuples(st.integers(1, 64 << 20), st.integers(1, 12)), min_size=1, max_size=6),
+    top_k=st.integers(1, 12),
+)
+def test_the_least_budget_and_that_of_all_experts_are_exact_to_the_byte(besides, layers, top_k):
+    sizes, experts = zip(*layers, strict=True)
+    needs = Needs(process_bytes=besides, weight_bytes=0, kv_bytes=0, activation_bytes=0, staging_bytes=0)
+    budgets = expect_budgets(needs, sizes, experts, top_k)
+    plan_memory(budgets.least_bytes, needs, sizes, experts, top_k)
+    with pytest.raises(ValueError, match="too small"):
+        plan_memory(budgets.least_bytes - 1, needs, sizes, experts, top_k)
+    assert plan_memory(budgets.all_bytes, needs, sizes, experts, top_k).num_slots == experts
+    if budgets.all_bytes > budgets.least_bytes:
+        fewer = plan_memory(budgets.all_bytes - 1, needs, sizes, experts, top_k)
+        assert sum(fewer.num_slots) < sum(experts)
+
+
+def test_memory_that_nothing_will_use_needs_no_slack():
+    needs = Needs(process_bytes=400 << 20, weight_bytes=0, kv_bytes=0, activation_bytes=0, staging_bytes=0)
+    plan = plan_memory(100 << 30, needs, [1 << 20], [4], 2)
+    assert plan.slack_bytes == 96 << 20
+    assert plan.num_slots == (4,)
+
+
+def test_sizes_that_are_enough_are_rounded_up():
+    for nbytes in (1, 689 << 20, (689 << 20) + 1, (1 << 30) - 1, 1 << 30, 5_000_000_001):
+        typed = parse_size(sufficient_size(nbytes))
+        assert nbytes <= typed <= nbytes + (11 << 20)
 
 
 def test_cost_by_hand():
@@ -185,3 +227,15 @@ def test_calibration_measures_something(tmp_path):
     assert cached_bandwidth(file, 1 << 20) > 0
     with pytest.raises(ValueError, match="too small"):
         disk_bandwidth(file, num_threads=2, read_bytes=16 << 20)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_blocks_go_back_to_the_system():
+    script = (
+        "import torch; from offload.memory.budget import resident_bytes; from offload.memory.heap import *\n"
+        "return_large_blocks(); [torch.ones(30 << 18) for _ in range(2)]\n"  # frees 30 MiB twice
+        "kept = [torch.ones(30 << 18) for _ in range(4)]; small = torch.ones(9); before = resident_bytes()\n"
+        "del kept; print(before - resident_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 115 << 20

@@ -15,6 +15,7 @@ from experiments import cli
 from routing import RoutingTrace
 from routing.ground.files import write_json
 from routing.traces import IMPORTERS, import_trace
+from routing.traces.importers.reading.opening import binary_kind
 from routing.traces.importers.sglang_requests import RequestFinder
 
 E = 12
@@ -454,6 +455,13 @@ def test_router_logits_of_a_model_of_transformers(tmp_path):
     for index, layer in enumerate(layers):
         valid = mask.flatten().bool()
         assert trace.expert_TLK[:, index].tolist() == chosen[layer][valid].tolist()
+
+
+def test_a_safetensors_file_whose_length_begins_like_a_pickle_is_none(tmp_path):
+    header = b"{}".ljust(0x80)
+    path = tmp_path / "l.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert binary_kind(path) == "a safetensors file"
 
 
 def test_router_logits_say_what_they_lack(tmp_path):

@@ -85,6 +85,8 @@ def _show_fit(fitted: Any, cpu_memory: str) -> None:
         f"top-{fitted.top_k}: {format_size(fitted.expert_bytes)} of experts, "
         f"{format_size(fitted.active_bytes)} used by each token"
     )
+    if fitted.gpu_plan is None:
+        _show_budgets(fitted.budgets)
     if fitted.plan is None:
         console.print(f"does not fit: {fitted.shortfall}")
         return
@@ -97,6 +99,15 @@ def _show_fit(fitted: Any, cpu_memory: str) -> None:
     held = "all" if min(slots) >= first.layer.num_experts else f"{held} of {first.layer.num_experts}"
     console.print(f"fits {format_size(fitted.plan.limit_bytes)} with {held} experts of each layer in memory")
     _warn_of_size(cpu_memory)
+
+
+def _show_budgets(budgets: Any) -> None:
+    from ..memory.budget import available_memory, sufficient_size
+
+    plain_console(soft_wrap=True).print(
+        f"needs {sufficient_size(budgets.least_bytes)} at least, {sufficient_size(budgets.all_bytes)} to hold all; "
+        f"here are {format_size(available_memory())}"
+    )
 
 
 def _warn_of_size(cpu_memory: str) -> None:

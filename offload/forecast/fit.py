@@ -10,9 +10,9 @@ from ..compute.resident import embedding_bytes
 from ..formats.form import Form
 from ..gpu.cost import GpuPrediction, predict_gpu_decode
 from ..gpu.planning import expect_forms_on_gpu
-from ..memory.budget import MemoryPlan, Needs
+from ..memory.budget import Budgets, MemoryPlan, Needs
 from ..memory.cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
-from ..runtime.division import divide_memory, needs_of
+from ..runtime.division import budgets_of, divide_memory, needs_of
 from ..runtime.opening import open_headers
 from ..runtime.options import LoadOptions
 
@@ -21,6 +21,7 @@ from ..runtime.options import LoadOptions
 class Fit:
     """What a model needs and what a budget buys.
 
+    `budgets` are the least that `load` accepts and the one that holds all experts, both without a GPU.
     `plan` is None if the budget is too small; `shortfall` then says what would do. `gpu_plan` is None without a GPU.
     `unread_bytes` are resident weights of which a token reads a row: the embedding of its input.
     """
@@ -28,6 +29,7 @@ class Fit:
     forms: list[Form]
     top_k: int
     needs: Needs
+    budgets: Budgets
     unread_bytes: int
     plan: MemoryPlan | None
     shortfall: str | None
@@ -89,6 +91,8 @@ class Fit:
         return {
             "fits": self.plan is not None,
             "reason": self.shortfall,
+            "least_bytes": self.budgets.least_bytes,
+            "all_bytes": self.budgets.all_bytes,
             "moe_layers": len(self.forms),
             "experts_per_layer": [form.layer.num_experts for form in self.forms],
             "experts_per_token": self.top_k,
@@ -119,7 +123,7 @@ def fit(
         path_or_id: a Hugging Face model folder with safetensors weights, or a model id.
         cpu_memory: the whole budget of the process, or `"auto"`.
         gpu_memory: the whole budget on a GPU; None plans without one.
-        context: tokens of KV cache to keep room for.
+        context: tokens, prompt and answer together, to keep room for.
         io_threads: reads in flight at most, each with a buffer.
         pack: a packed copy of the experts.
 
@@ -146,6 +150,7 @@ def fit(
         forms=opened.forms,
         top_k=opened.top_k,
         needs=needs_of(opened, options),
+        budgets=budgets_of(opened, options),
         unread_bytes=embedding_bytes(opened.model),
         plan=None if division is None else division.ram,
         shortfall=shortfall,

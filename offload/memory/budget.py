@@ -3,6 +3,7 @@
 Without torch.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from routing.ground.quantity import format_size
 from .groups import cgroup_limit, cgroup_room
 
 SLACK_SHARE, MIN_SLACK_BYTES = 0.03, 96 << 20
-"""What the allocator holds and does not use: 40 to 80 MiB were seen, more with more memory."""
+"""What the allocator holds and does not use, and libraries that come with the first token: 40 to 80 MiB were seen, more
+with more memory in use. Memory that nothing will use needs none."""
 AUTO_SHARE = 0.9
 """Of the free memory, so that other processes can grow a little while the model runs. Other values were not tried."""
 
@@ -126,6 +128,54 @@ class Needs:
     staging_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """Budgets between which a model gains from more, in bytes.
+
+    Args:
+        least_bytes: the smallest that is accepted: one token's experts fit.
+        all_bytes: the smallest that holds all experts; more gains nothing.
+    """
+
+    least_bytes: int
+    all_bytes: int
+
+
+def expect_budgets(
+    needs: Needs, slot_bytes_L: Sequence[int], experts_L: Sequence[int], top_k: int, loading_bytes: int = 0
+) -> Budgets:
+    """The least budget of a model, and the one that holds all its experts, by the arithmetic of `plan_memory`.
+
+    Args:
+        needs: everything that is not expert slots.
+        slot_bytes_L: bytes of a slot in each layer.
+        experts_L: experts of each layer.
+        top_k: experts that one token uses in one layer.
+        loading_bytes: what loading takes for a moment, before there are slots.
+    """
+    besides = sum(vars(needs).values())
+    least = sum(min(top_k, count) * size for count, size in zip(experts_L, slot_bytes_L, strict=True))
+    whole = besides + _bytes_of_all(slot_bytes_L, experts_L)
+    least_bytes = max(_with_slack(besides + least, whole), loading_bytes)
+    return Budgets(least_bytes=least_bytes, all_bytes=max(_with_slack(whole, whole), loading_bytes))
+
+
+def _with_slack(nbytes: int, most_bytes: int) -> int:
+    """The least budget that leaves `nbytes` besides its slack."""
+    limit = nbytes
+    while (enough := nbytes + _slack(limit, most_bytes)) > limit:
+        limit = enough
+    return limit
+
+
+def _slack(limit_bytes: int, most_bytes: int) -> int:
+    return max(int(SLACK_SHARE * min(limit_bytes, most_bytes)), MIN_SLACK_BYTES)
+
+
+def _bytes_of_all(slot_bytes_L: Sequence[int], experts_L: Sequence[int]) -> int:
+    return sum(count * size for count, size in zip(experts_L, slot_bytes_L, strict=True))
+
+
 def plan_memory(
     limit_bytes: int,
     needs: Needs,
@@ -133,6 +183,7 @@ def plan_memory(
     experts_L: Sequence[int],
     top_k: int,
     num_slots: Sequence[int] | None = None,
+    loading_bytes: int = 0,
 ) -> MemoryPlan:
     """Divide a budget; slots are spread evenly over the layers, as many as fit and at most all experts.
 
@@ -143,27 +194,35 @@ def plan_memory(
         experts_L: experts of each layer.
         top_k: experts that one token uses in one layer; fewer slots are refused.
         num_slots: slots of each layer, if they are already decided.
+        loading_bytes: what loading takes for a moment; only the budget that a refusal names looks at it.
 
     Raises:
         ValueError: if fewer than `top_k` slots per layer fit; the message says which budget would do.
     """
-    slack = max(int(SLACK_SHARE * limit_bytes), MIN_SLACK_BYTES)
-    fixed = sum(vars(needs).values()) + slack
+    besides = sum(vars(needs).values())
+    slack = _slack(limit_bytes, besides + _bytes_of_all(slot_bytes_L, experts_L))
+    fixed = besides + slack
     least = [min(top_k, count) for count in experts_L]
     floor = sum(count * size for count, size in zip(least, slot_bytes_L, strict=True))
     if num_slots is None:
         if fixed + floor > limit_bytes:
-            enough = int((fixed - slack + floor) / (1 - SLACK_SHARE)) + MIN_SLACK_BYTES
+            enough = expect_budgets(needs, slot_bytes_L, experts_L, top_k, loading_bytes).least_bytes
             raise ValueError(
                 f"{format_size(limit_bytes)} is too small for one token's experts: {format_size(fixed)} are needed "
                 f"besides experts and {format_size(floor)} for {top_k} experts in each of {len(experts_L)} layers; "
-                f"give at least {format_size(enough)}"
+                f"give at least {sufficient_size(enough)}"
             )
         num_slots = spread_slots(limit_bytes - fixed, slot_bytes_L, experts_L, least)
     slot_bytes = sum(count * size for count, size in zip(num_slots, slot_bytes_L, strict=True))
     return MemoryPlan(
         limit_bytes=limit_bytes, **vars(needs), slack_bytes=slack, slot_bytes=slot_bytes, num_slots=tuple(num_slots)
     )
+
+
+def sufficient_size(nbytes: int) -> str:
+    """A size as people read it, rounded up, so that it is enough when it is typed."""
+    unit, scale = ("GiB", 1 << 30) if nbytes >= 1 << 30 else ("MiB", 1 << 20)
+    return f"{math.ceil(100 * nbytes / scale + 1e-6) / 100:.2f} {unit}"
 
 
 def spread_slots(

@@ -11,9 +11,9 @@ from ..gpu.tier import GpuTier
 from ..prefetch.find_routers import make_prefetcher
 from ..store.io_mode import wants_direct
 from ..store.store import ExpertStore
+from .activations import prefill_tokens
 from .division import Division
 from .guards import guard_model
-from .needs import prefill_tokens
 from .opening import OpenedCheckpoint
 from .options import LoadOptions
 from .recorder import TraceRecorder

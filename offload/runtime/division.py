@@ -11,7 +11,17 @@ from ..compute.resident import expected_saving, moved_twice_bytes
 from ..gpu.budget import plan_gpu, split_needs
 from ..gpu.lanes import Lane
 from ..gpu.planning import gpu_limit, gpu_slot_bytes, hold_to
-from ..memory.budget import AUTO_SHARE, MemoryPlan, Needs, available_memory, machine_bytes, plan_memory
+from ..memory.budget import (
+    AUTO_SHARE,
+    Budgets,
+    MemoryPlan,
+    Needs,
+    available_memory,
+    expect_budgets,
+    machine_bytes,
+    plan_memory,
+    sufficient_size,
+)
 from .needs import memory_needs
 from .opening import OpenedCheckpoint
 from .options import LoadOptions
@@ -58,25 +68,51 @@ def divide_memory(
     limit = cpu_limit(options)
     counts = opened.experts_L
     fixed = None if options.cache_experts is None else [min(options.cache_experts, count) for count in counts]
-    ram = plan_memory(limit, needs, opened.slot_bytes_L, counts, opened.top_k, fixed)
-    if gpu is None:
-        _expect_room_to_load(opened, needs, limit)
+    loading = _loading_bytes(opened, needs) if gpu is None else 0
+    ram = _plan_ram(opened, needs, limit, fixed, loading)
+    _expect_room_to_load(needs, limit, loading)
     starting = None
     if options.plan is not None:
         starting = read_starting_plan(options.plan, counts)
         least = [min(opened.top_k, count) for count in counts]
         slots = starting.slots(opened.slot_bytes_L, least, limit - ram.fixed_bytes)
-        ram = plan_memory(limit, needs, opened.slot_bytes_L, counts, opened.top_k, slots)
+        ram = _plan_ram(opened, needs, limit, slots, loading)
     return Division(ram=ram, gpu=gpu, starting=starting)
 
 
-def _expect_room_to_load(opened: OpenedCheckpoint, needs: Needs, limit_bytes: int) -> None:
-    """Refuse a budget that loading alone exceeds: the largest resident weight exists twice for a moment."""
-    loading = needs.process_bytes + needs.weight_bytes + moved_twice_bytes(opened.model)
-    if loading > limit_bytes:
+def _plan_ram(
+    opened: OpenedCheckpoint, needs: Needs, limit_bytes: int, slots: list[int] | None, loading_bytes: int
+) -> MemoryPlan:
+    try:
+        return plan_memory(
+            limit_bytes, needs, opened.slot_bytes_L, opened.experts_L, opened.top_k, slots, loading_bytes
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}; {_held(needs)}") from error
+
+
+def _held(needs: Needs) -> str:
+    """What the process has without this model: much more than libraries take means that another model is loaded."""
+    return f"the process holds {format_size(needs.process_bytes)} before this model (libraries, other models)"
+
+
+def budgets_of(opened: OpenedCheckpoint, options: LoadOptions) -> Budgets:
+    """The least budget that `load` accepts without a GPU, and the one that holds all experts."""
+    needs = needs_of(opened, options)
+    return expect_budgets(needs, opened.slot_bytes_L, opened.experts_L, opened.top_k, _loading_bytes(opened, needs))
+
+
+def _loading_bytes(opened: OpenedCheckpoint, needs: Needs) -> int:
+    """What loading takes: the largest resident weight exists twice for a moment."""
+    return needs.process_bytes + needs.weight_bytes + moved_twice_bytes(opened.model)
+
+
+def _expect_room_to_load(needs: Needs, limit_bytes: int, loading_bytes: int) -> None:
+    """Refuse a budget that loading alone exceeds, though what comes after it would fit."""
+    if loading_bytes > limit_bytes:
         raise ValueError(
             f"{format_size(limit_bytes)} is too small to load the weights that stay resident; "
-            f"give at least {format_size(loading)}"
+            f"give at least {sufficient_size(loading_bytes)}; {_held(needs)}"
         )
 
 

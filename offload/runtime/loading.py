@@ -10,6 +10,7 @@ import moe  # noqa: F401  registers our own model type with transformers
 from ..compute.resident import move_to_huge_pages
 from ..gpu.devices import open_lane
 from ..memory.budget import resident_bytes
+from ..memory.heap import return_large_blocks
 from .assembly import assemble
 from .division import divide_memory, expect_machine_has
 from .opening import open_checkpoint
@@ -50,7 +51,10 @@ def load(
         io: `"direct"` reads past the page cache, `"cached"` through it, `"auto"` decides (see io_mode.py).
         io_threads: reads in flight at most.
         dtype: dtype of the running model; `"auto"` is that of the checkpoint.
-        context: tokens of KV cache that the budget keeps room for.
+        context: tokens, prompt and answer together, that the budget keeps room for: their KV cache, and what a layer
+            holds while a prompt passes. A batch counts with the tokens of all its sequences. Longer ones run, above
+            the budget. `generate` keeps the logits of the last position only; a direct call keeps those of all, which
+            the budget does not count: pass `logits_to_keep=1`.
         arithmetic: `"exact"` gives the bits of the resident model; `"fast"` computes single bfloat16 tokens with a
             kernel of our own, which is quicker and differs in the last bits; with a GPU it lets the CPU compute a share
             of the experts that are not there.
@@ -89,6 +93,7 @@ def load(
         record_trace=record_trace,
     )
     expect_machine_has(options)
+    return_large_blocks()
     lane = open_lane(options.device, options.gpu_memory, options.gpu_experts)
     opened = open_checkpoint(options)
 

@@ -19,9 +19,6 @@ from ..store.packing import read_pack
 from .options import LoadOptions
 from .runtime import IMPLEMENTATION
 
-EXPECTED_PROCESS_BYTES = 450 << 20
-"""Python with torch and transformers, for predictions: 380 to 440 MiB were seen with Python 3.11 and torch 2.13."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OpenedCheckpoint:
@@ -95,11 +92,12 @@ def open_checkpoint(options: LoadOptions) -> OpenedCheckpoint:
 
 
 def open_headers(path_or_id: str | Path, pack: str | Path | None) -> OpenedCheckpoint:
-    """Open a checkpoint for planning: from its headers alone, without reading a weight.
+    """Open a checkpoint for planning: from headers alone, without a weight, as if it were loaded in this process.
 
     Raises:
         ValueError: if the checkpoint is damaged or its experts cannot be offloaded.
     """
+    process_bytes = resident_bytes()
     skeleton, entries, layers = skeleton_of(path_or_id)
     forms: list[Form] = [PlainForm(layer) for layer in layers]
     if pack is not None:
@@ -107,4 +105,4 @@ def open_headers(path_or_id: str | Path, pack: str | Path | None) -> OpenedCheck
     for module in experts_modules(skeleton).values():
         for name in weight_names(module):
             delattr(module, name)
-    return OpenedCheckpoint(model=skeleton, forms=forms, checksums=None, process_bytes=EXPECTED_PROCESS_BYTES)
+    return OpenedCheckpoint(model=skeleton, forms=forms, checksums=None, process_bytes=process_bytes)

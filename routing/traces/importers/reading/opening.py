@@ -27,11 +27,12 @@ def binary_kind(path: Path) -> str | None:
     """What a file that is not text is, by its first bytes; None for text."""
     with path.open("rb") as file:
         head = file.read(4096)
+    # first, because the length that a safetensors file begins with may look like any magic number
+    if len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < MAX_LINE_BYTES:
+        return "a safetensors file"
     for magic, kind in MAGIC.items():
         if head.startswith(magic):
             return kind
-    if len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < MAX_LINE_BYTES:
-        return "a safetensors file"
     return "binary data" if b"\0" in head else None
 
 

@@ -1,0 +1,80 @@
+"""`fit` and `load` divide memory by the same arithmetic, and say what would do."""
+
+import pytest
+
+import offload
+from offload.forecast.fit import fit
+from offload.memory.budget import resident_bytes
+from offload.runtime import activations, opening
+from routing.ground.quantity import parse_size
+from tests.offloaded_process import save_model
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    sizes = {"vocab_size": 512, "hidden_size": 512, "moe_intermediate_size": 1024}
+    return save_model("qwen3_moe", tmp_path_factory.mktemp("fit"), **sizes)
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """The process has the same size at each look; it would grow a little by what the test itself holds."""
+    monkeypatch.setattr(opening, "resident_bytes", lambda: 450 * MIB)
+
+
+@pytest.mark.usefixtures("steady")
+def test_the_least_budget_of_fit_works_in_load_and_one_mib_less_does_not(folder):
+    budgets = fit(folder, cpu_memory="100MiB").budgets
+    assert fit(folder, cpu_memory=budgets.least_bytes).plan is not None
+    assert fit(folder, cpu_memory=budgets.least_bytes - MIB).plan is None
+    model = offload.load(folder, cpu_memory=budgets.least_bytes)
+    assert set(model.offload.report()["slots_per_layer"]) == {2}
+    model.offload.close()
+    with pytest.raises(ValueError, match="give at least") as refused:
+        offload.load(folder, cpu_memory=budgets.least_bytes - MIB)
+    named = parse_size(str(refused.value).split("give at least ")[1].split(";")[0])
+    assert 0 <= named - budgets.least_bytes <= MIB
+
+
+@pytest.mark.usefixtures("steady")
+def test_the_budget_that_holds_all_experts(folder):
+    budgets = fit(folder).budgets
+    fitted = fit(folder, cpu_memory=budgets.all_bytes)
+    assert fitted.as_json()["share_of_experts_in_memory"] == 1
+    assert (fitted.as_json()["least_bytes"], fitted.as_json()["all_bytes"]) == (budgets.least_bytes, budgets.all_bytes)
+    assert sum(fit(folder, cpu_memory=budgets.all_bytes - MIB).plan.num_slots) < 4 * 16
+
+
+def test_a_refusal_says_what_the_process_held_before_this_model(folder):
+    held = bytearray(b"1") * (300 * MIB)  # as another model would
+    with pytest.raises(ValueError, match="before this model") as refused:
+        offload.load(folder, cpu_memory="200MiB")
+    said = parse_size(str(refused.value).split("the process holds ")[1].split(" before")[0])
+    assert said == pytest.approx(resident_bytes(), rel=0.1)
+    assert said > len(held)
+
+
+def test_prompts_in_pieces_give_what_the_resident_model_gives_with_the_same_pieces(tmp_path, monkeypatch):
+    import torch
+
+    from experiments.evidence.resident import load_resident
+
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 2}
+    folder = save_model("gpt_oss", tmp_path, **sizes)
+    monkeypatch.setattr(activations, "MOST_SCORE_BYTES", 2 * MIB)
+    model, resident = offload.load(folder, context=512), load_resident(folder)
+    assert model.generation_config.prefill_chunk_size == 128
+    passed: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: passed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    prompt = torch.randint(3, 96, (1, 300), generator=torch.Generator().manual_seed(0))
+    asked = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    asked |= {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+    found = model.generate(prompt, **asked)
+    assert passed == [128, 128, 44, 1, 1, 1]
+    expected = resident.generate(prompt, prefill_chunk_size=128, **asked)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(map(torch.equal, found.logits, expected.logits))
