@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OlmoeConfig
+from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeConfig
 
 import offload
 from offload.ram.counters import AheadCounters, total_ahead
@@ -23,6 +23,19 @@ def model(tmp_path_factory):
     model = offload.load(folder, record_trace=True)
     yield model
     model.offload.close()
+
+
+def test_a_trace_says_which_decoder_layers_it_is_of(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64}
+    config = Qwen3MoeConfig(**sizes, **heads, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[0, 2])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = offload.load(tmp_path, cache_experts=2, record_trace=True)
+    with torch.no_grad():
+        model(torch.arange(5)[None])
+    trace = model.offload.trace()
+    model.offload.close()
+    assert (trace.layer_ids, trace.metadata["hidden_layers"], trace.num_layers) == ((1, 3), 4, 2)
 
 
 def steps(model):

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from routing.ground.model_config import text_config
+
 from ..checkpoint.experts import experts_modules
 from ..compute.linears import quicken_linears
 from ..compute.matvec import Matvecs
@@ -64,8 +66,18 @@ def _read_prompts_in_pieces(model: Any, context: int) -> None:
 
 
 def _recorder(opened: OpenedCheckpoint, options: LoadOptions) -> TraceRecorder:
-    metadata = {"model": str(options.path_or_id), "source": "expertier"}
+    metadata = {"model": str(options.path_or_id), "source": "expertier", **_decoder_layers(opened)}
     return TraceRecorder(len(opened.forms), max(opened.experts_L), metadata)
+
+
+def _decoder_layers(opened: OpenedCheckpoint) -> dict[str, Any]:
+    """Which decoder layers have experts, for the metadata of a trace; nothing where modules are not numbered so."""
+    numbers = [[int(part) for part in form.layer.module_name.split(".") if part.isdigit()] for form in opened.forms]
+    ids = [found[0] for found in numbers if len(found) == 1]
+    hidden_layers = int(getattr(text_config(opened.config), "num_hidden_layers", 0) or 0)
+    if len(ids) != len(opened.forms) or ids != sorted(set(ids)) or ids[-1] >= hidden_layers:
+        return {}
+    return {"layer_ids": ids, "hidden_layers": hidden_layers}
 
 
 def _add_gpu_tier(opened: OpenedCheckpoint, division: Division, lane: Lane, running: OffloadRuntime) -> None:
