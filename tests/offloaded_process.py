@@ -34,7 +34,7 @@ COMPRESSION_NOISE_BYTES = 10 << 20
 def save_model(model_type: str, folder: Path, **changes: int) -> Path:
     """A model whose activations weigh more than its weights, in bfloat16."""
     import torch
-    from tests.test_offload_families import _small_config
+    from tests.test_offload_runtime_families import _small_config
     from transformers import AutoModelForCausalLM
 
     config = _small_config(model_type, SIZES | changes)

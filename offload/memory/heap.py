@@ -3,7 +3,7 @@
 import ctypes
 import os
 
-MMAP_THRESHOLD = -3
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 LARGE_BYTES = 4 << 20
 """Blocks from this size on are mapped and given back one by one. glibc would raise the bound to 32 MiB by itself and
 keep what lies below: 1,123 MiB were the peak of a prompt of 2,048 tokens, and 918 with this bound. Larger: more is

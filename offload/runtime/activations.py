@@ -11,7 +11,7 @@ from routing.ground.model_config import text_config
 MOST_SCORE_BYTES = 1 << 30
 """Attention scores of one layer, above which a prompt is read in pieces. Smaller pieces read nearly all experts again
 for each. 64 heads of 2,048 tokens would take 3.2 GB, and are read in four pieces of 0.8 GB."""
-LEAST_PIECE = 128
+LEAST_PIECE = 128  # smaller pieces read nearly all experts again for each; not tuned
 SCORE_ARRAYS = 6
 """Scores that `eager` attention holds at once: product, scaled, masked, shifted, normalised, a copy for the values."""
 MASK_BYTES = 8
