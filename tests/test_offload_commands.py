@@ -73,7 +73,7 @@ def test_a_live_line_says_how_it_goes(model_folder, run, monkeypatch, capsys):
 
 
 def test_fit(model_folder, run, tmp_path, capsys):
-    assert run("fit", model_folder, "--cpu-memory", "2GiB", "--json", tmp_path / "f.json") == 0
+    assert run("fit", model_folder, "--cpu-memory", "16GiB", "--json", tmp_path / "f.json") == 0
     assert json.loads((tmp_path / "f.json").read_text())["slots_per_layer"] == [8, 8]
     assert run("fit", model_folder, "--cpu-memory", "300MiB", "--json", tmp_path / "f.json") == 1
     assert json.loads((tmp_path / "f.json").read_text())["fits"] is False

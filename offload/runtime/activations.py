@@ -26,7 +26,7 @@ def activation_bytes(config: Any, tokens: int, context: int, top_k: int, item_by
     """What one layer holds at once while `tokens` of a sequence pass, and the logits of the last of them.
 
     Args:
-        config: of the model.
+        config: the model's; only sizes are read.
         tokens: computed at once, >= 1.
         context: keys that they attend to, >= `tokens`.
         top_k: experts per token.

@@ -1,6 +1,6 @@
 """Follows the calls of an offloaded model: a clock, the recorder's positions, the judgement of the prefetcher.
 
-Shapes: B sequences in a call, S tokens of each.
+Shapes: B sequences in a call, S positions of each.
 """
 
 import time
