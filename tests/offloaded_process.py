@@ -34,8 +34,9 @@ COMPRESSION_NOISE_BYTES = 10 << 20
 def save_model(model_type: str, folder: Path, **changes: int) -> Path:
     """A model whose activations weigh more than its weights, in bfloat16."""
     import torch
-    from tests.test_offload_runtime_families import _small_config
     from transformers import AutoModelForCausalLM
+
+    from tests.test_offload_runtime_families import _small_config
 
     config = _small_config(model_type, SIZES | changes)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)

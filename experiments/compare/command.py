@@ -9,29 +9,27 @@ from routing.ground.expect import expect_not_an_input, expect_outputs
 
 from ..train.fitting import fitting_model
 from ..train.interrupt import hint_when_interrupted
+from ..train.options import DataOption, JsonOption, StepsOption, TokenizerOption
 from ..train.presets import PRESETS, TrainConfig, preset, with_steps
 from ..train.text.documents import expect_data
 from ..train.text.tokens import expect_tokenizer
 
+RoutersOption = Annotated[
+    str, typer.Option(help="Variants or routers, with commas between them; `all` for the routers that fit the preset.")
+]
+
 
 def compare(
-    routers: Annotated[
-        str,
-        typer.Option(help="Variants or routers, with commas between them; `all` for the routers that fit the preset."),
-    ],
+    routers: RoutersOption,
     out: Annotated[Path, typer.Option(help="Folder of the comparison; call again to continue it.")],
     preset_name: Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}.")] = "routers",
-    data: Annotated[
-        str | None, typer.Option(help="Text file, .jsonl, .parquet, or a folder; default: the standard library.")
-    ] = None,
+    data: DataOption = None,
     column: Annotated[str, typer.Option(help="Text column of a table.")] = "text",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder of a Hugging Face tokenizer, or its tokenizer.json; default: bytes.")
-    ] = None,
+    tokenizer: TokenizerOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per variant.")] = 2,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: from the preset.")] = None,
+    steps: StepsOption = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report there.")] = None,
+    json_file: JsonOption = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the runs under experiments/records.")] = False,
     slug: Annotated[str, typer.Option(help="What the record is called, behind the date.")] = "router-comparison",
 ) -> None:

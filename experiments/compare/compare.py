@@ -76,14 +76,7 @@ def compare(
         raise ValueError(f"{out} is a file; a comparison needs a folder")
     text = Text(data=data, column=column, tokenizer=tokenizer)
     runs = plan_runs(list(variants), base, seeds, text, out)
-    corpus = text.load()
-    for stream in (corpus.train, corpus.held_out):
-        windows(stream, base.sequence_length)  # raises before any run if the text is too short
-    if not quiet:
-        console = Console(stderr=True, soft_wrap=True)
-        console.print(f"text: {corpus.source}: {corpus.summary}", highlight=False, markup=False)
-    for run in runs:
-        expect_same_text(run.folder, corpus)
+    _expect_text(text, runs, base, quiet)
     results: dict[Path, dict[str, Any]] = {}
     columns = (TextColumn("compare"), BarColumn(), TextColumn("{task.completed}/{task.total}  {task.fields[text]}"))
     with Progress(*columns, TimeElapsedColumn(), disable=quiet, console=Console(stderr=True)) as progress:
@@ -100,6 +93,18 @@ def compare(
 
         execute(runs, processes, done)
     return report(runs, results, base, out)
+
+
+def _expect_text(text: Text, runs: list[Run], base: TrainConfig, quiet: bool) -> None:
+    """Read the text, say what it is, and refuse it before any run if it is too short or not that of these runs."""
+    corpus = text.load()
+    for stream in (corpus.train, corpus.held_out):
+        windows(stream, base.sequence_length)
+    if not quiet:
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"text: {corpus.source}: {corpus.summary}", highlight=False, markup=False)
+    for run in runs:
+        expect_same_text(run.folder, corpus)
 
 
 def report(runs: list[Run], results: dict[Path, dict[str, Any]], base: TrainConfig, out: Path) -> dict[str, Any]:

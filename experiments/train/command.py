@@ -13,37 +13,36 @@ from routing.ground.expect import expect_not_an_input
 
 from .fitting import fitting_model
 from .interrupt import hint_when_interrupted
+from .options import DataOption, StepsOption, TokenizerOption
 from .presets import PRESETS, TrainConfig, preset, with_steps
 from .run_folder import backend_of, expect_same_settings, expect_startable, saved_config, saved_origin
 from .text.documents import expect_data
 from .text.tokens import expect_tokenizer
 
 DEFAULT_PRESET = "demo"
+PresetOption = Annotated[
+    str | None, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}; default: {DEFAULT_PRESET}.")
+]
+RouterOption = Annotated[
+    str | None, typer.Option(help="A router, or a variant of `compare`; default: from the preset.")
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in --out; other options are not needed.")
+]
+BackendOption = Annotated[Literal["torch", "jax"] | None, typer.Option(help="Backend: torch or jax; default: torch.")]
 
 
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    preset_name: Annotated[
-        str | None, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}; default: {DEFAULT_PRESET}.")
-    ] = None,
-    router: Annotated[
-        str | None, typer.Option(help="A router, or a variant of `compare`; default: from the preset.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Text file, .jsonl, .parquet, or a folder; default: the standard library.")
-    ] = None,
+    preset_name: PresetOption = None,
+    router: RouterOption = None,
+    data: DataOption = None,
     column: Annotated[str | None, typer.Option(help="Text column of a table; default: text.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder of a Hugging Face tokenizer, or its tokenizer.json; default: bytes.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: from the preset.")] = None,
+    tokenizer: TokenizerOption = None,
+    steps: StepsOption = None,
     seed: Annotated[int | None, typer.Option(help="Of initialisation and data order; default: 0.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --out; other options are not needed.")
-    ] = False,
-    backend: Annotated[
-        Literal["torch", "jax"] | None, typer.Option(help="Backend: torch or jax; default: torch.")
-    ] = None,
+    resume: ResumeOption = False,
+    backend: BackendOption = None,
     mesh: Annotated[str | None, typer.Option(help="jax: devices per axis, such as data=2,expert=4.")] = None,
 ) -> None:
     """Train a small mixture-of-experts model; safe to kill, `--resume` continues bit by bit.

@@ -103,13 +103,12 @@ def run_steps(
                 raise KeyboardInterrupt
     publish(run, trainable.save(done))
     last = next(reversed(read_log(run / LOG_FILE)), {})
-    seconds = time.perf_counter() - start
     result = TrainResult(
         steps=done,
+        seconds=time.perf_counter() - start,
         held_out_bits_per_byte=trainable.evaluate(),
         train_bits_per_byte=_number(last.get("bits_per_byte")),
         tokens_per_second=_number(last.get("tokens_per_second")),
-        seconds=seconds,
     )
     write_json(run / "result.json", without_nan(asdict(result)))
     return result

@@ -83,17 +83,12 @@ def write_pack(
     store = ExpertStore(model, [PlainForm(layer) for layer in layers], num_threads=2)
     try:
         with part.open("r+b" if index.layers else "wb") as file:
-            for number, layer in enumerate(layers):
-                if number < len(index.layers):
-                    advance(layer.num_experts * layer.plain_bytes)
-                    continue
+            for layer in layers[: len(index.layers)]:
+                advance(layer.num_experts * layer.plain_bytes)
+            for number in range(len(index.layers), len(layers)):
                 file.seek(index.end)
                 index.layers.append(_write_layer(store, number, file, advance, FORMS[wanted]))
-                file.truncate()
-                file.flush()
-                # records reach the disk before the index that names them; else a power cut leaves an index of nothing
-                os.fsync(file.fileno())
-                index.write(state_file)
+                _secure(file, index, state_file)
     finally:
         store.close()
     # The index comes first: after a crash between the two lines `target` is missing, or an older copy that the index
@@ -103,6 +98,14 @@ def write_pack(
     part.replace(target)
     state_file.unlink()
     return target
+
+
+def _secure(file: BinaryIO, index: PackIndex, state_file: Path) -> None:
+    """Records reach the disk before the index that names them; else a power cut leaves an index of nothing."""
+    file.truncate()
+    file.flush()
+    os.fsync(file.fileno())
+    index.write(state_file)
 
 
 def read_pack(file: Path, layers: Sequence[ExpertLayer], entries: Mapping[str, TensorEntry]) -> Pack:
