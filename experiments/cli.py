@@ -37,6 +37,7 @@ app = typer.Typer(
 
 bench = typer.Typer(help="Measurements whose numbers are quoted anywhere.", no_args_is_help=True)
 
+# exit codes: 2 as shells use it for wrong usage, 130 = 128 + SIGINT
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 CLOSED_PIPE = 141
 """What a shell reports of a program that SIGPIPE ended."""

@@ -43,10 +43,7 @@ PLAIN_PAGES = (
     *("docs/flax.md", "docs/notation.md", "docs/offload.md", "docs/placement.md", "docs/results.md"),
     *("docs/kernels.md", "docs/routers.md", "docs/start_here.md", "docs/traces.md"),
 )
-PLAIN_FOLDERS = (
-    *("routing/report", "moe/model", "offload", "placement/solving"),
-    *("experiments/bench", "experiments/compare", "experiments/demo", "experiments/evidence", "experiments/variants"),
-)
+PLAIN_FOLDERS = ("routing", "moe", "offload", "placement", "experiments")
 
 ABBREVIATIONS = r"(?<!\be\.g)(?<!\bi\.e)(?<!\bet al)(?<!\bvs)(?<!\bcf)"
 NAMES = r"(?:NAME(?:,? (?:and|or) |, | to | with | / )?)+"

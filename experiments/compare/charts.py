@@ -26,6 +26,7 @@ PANELS = (
     "lru_hit_rate",
     "srp",
 )
+# three panels stay readable at 1,200 pixels
 PANELS_IN_A_ROW = 3
 FROM_ZERO = set(PANELS) - {"held_out_bits_per_byte", "inner_balance"}
 LOGARITHMIC_FROM = 10

@@ -28,14 +28,17 @@ from .ngram import ngram_bits_per_byte
 from .page import write_page
 from .result import DemoResult, OffloadedRun, Placements, Yardsticks
 
+# most of the demo's time; `--train-seconds` changes it
 TRAIN_SECONDS = 240.0
 FEWEST_STEPS, MOST_STEPS = 150, 600
 """Below, the model does not beat a bigram; above, the held-out loss of the standard library hardly falls."""
 OVERTIME = 1.4
 """Training ends early at this multiple of its time: a machine that others use can slow down after it was measured."""
+# about a line of text, continued by three; not tuned
 PROMPT_BYTES, NEW_TOKENS, TEMPERATURE = 64, 192, 0.7
 TRACE_SEQUENCES, TRACE_LENGTH = 24, 256
 """6,144 tokens: a plan solved on half of them carries over to the other half, and recording takes seconds."""
+# the smallest cluster on which node and GPU traffic differ
 CLUSTER_NODES, CLUSTER_GPUS = 2, 4
 POLICIES = ("lru", "lfu", "belady")
 

@@ -6,6 +6,7 @@ Source: Witten-Bell interpolation, Chen and Goodman 1999, section 2.5.
 import numpy as np
 from numpy.typing import NDArray
 
+# the vocabulary of text as bytes
 BYTES = 256
 
 

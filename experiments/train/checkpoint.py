@@ -42,7 +42,7 @@ def save_checkpoint(place: CheckpointPlace, step: int, model: MoEForCausalLM, op
     """Write `<run>/checkpoints/step_<n>`; older ones but the last are removed afterwards.
 
     Args:
-        place: the run.
+        place: folder of the run, which holds one folder per checkpoint.
         step: optimiser steps done.
         model, optimizer: their whole state is kept, and that of torch's random generators.
     """

@@ -84,7 +84,7 @@ class Asked:
 
     Args:
         preset, router: names.
-        steps: of the optimiser.
+        steps: optimiser steps, 1 or more.
         seed: of initialisation and data order.
     """
 

@@ -20,6 +20,7 @@ from .text.tokens import Encoder, expect_tokenizer, save_tokenizer
 
 HELD_OUT_EVERY = 20
 """One document in so many is held out: 5 %, as much as an evaluation of 65,536 tokens needs of a small text."""
+# the vocabulary of models that read bytes; tokens that a fingerprint looks at, so that it takes milliseconds
 NUM_BYTES = 256
 DIGEST_TOKENS = 1 << 20
 
@@ -185,7 +186,7 @@ class BatchOrder:
     Args:
         windows_BS: rows of tokens, as from `windows`.
         batch_size: rows per batch.
-        seed: of the order.
+        seed: draws the order of sequences, the same for each epoch count.
     """
 
     windows_BS: NDArray[np.integer]

@@ -88,7 +88,7 @@ def balance_metrics(entropy: float, load_LE: NDArray[np.integer]) -> dict[str, A
 
 
 def routing_metrics(stats: "Sequence[RouterStats]", loads: "Sequence[Tensor]") -> dict[str, Any]:
-    """The same from torch: statistics of the last micro-batch and load [E], one per router; nothing without routers."""
+    """Metrics of routers from torch's statistics of the last micro-batch and loads [E]; empty without routers."""
     if not stats:
         return {}
     entropy = float(sum(call.entropy.item() for call in stats) / len(stats))

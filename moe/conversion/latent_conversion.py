@@ -24,6 +24,7 @@ from .layer_by_layer import mean_loss, streamed_experts
 from .source import INDEX_NAME, Source, meta_model
 from .staging import staged_folder
 
+# tokens of one sequence that activations are taken from; not tuned
 ROW_LENGTH = 512
 
 

@@ -61,7 +61,7 @@ def mean_loss(model: MoEForCausalLM, token_BS: Tensor) -> float:
 
 @torch.no_grad()
 def loss_of(x_BSD: Tensor, head: nn.Module, token_BS: Tensor) -> float:
-    """The same from final hidden states and the head, for any decoder."""
+    """Mean next-token loss in nats, from final hidden states and an LM head."""
     losses = [
         cross_entropy(head(x_SD[:-1]).float(), token_S[1:]) for x_SD, token_S in zip(x_BSD, token_BS, strict=True)
     ]

@@ -31,6 +31,7 @@ VOCABULARY_FILES = (
     *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
 )
 GENERATION_FILE = "generation_config.json"
+# the vocabulary of models that read bytes
 NUM_BYTES = 256
 END_BYTE = 0
 """Between the documents of a byte corpus; text does not hold it, so a byte model's text ends there."""

@@ -28,7 +28,7 @@ def objective_bound(objective: Objective, problem: Problem, plan: Plan, robustne
 
     Args:
         objective: its terms are looked up in `BOUNDS`; one without a row leaves the whole sum without a bound.
-        problem: the data.
+        problem: loads or tokens that the bound is computed from.
         plan: only its number of slots, machines and dispatch policy count.
         robustness: how scenarios are joined.
     """

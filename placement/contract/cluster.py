@@ -16,6 +16,7 @@ from .spec import ClusterSpec, ExpertParallel, GpuType, ModelSpec, NodeGroup, No
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
+# bounds for files from outside, ten times what clusters have
 MAX_SPEC_BYTES = 64 << 20
 MAX_GPUS = 1_000_000
 Dispatch = Literal["uniform", "nearest", "quota"]

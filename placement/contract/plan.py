@@ -19,8 +19,10 @@ from .certificate import Certificate
 from .cluster import Cluster, Dispatch
 
 Integer = NDArray[np.int64]
+# written into every plan; readers refuse others
 VERSION = 1
 FORMAT = "expertier.plan"
+# 58 layers x 1,000,000 slots as text take 0.5 GiB; a larger file is no plan
 MAX_PLAN_BYTES = 2 << 30
 TIERS = ("gpu", "cpu", "ssd")
 

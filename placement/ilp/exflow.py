@@ -81,7 +81,7 @@ def _programme(pairs: Sequence[Pair], sizes: Sequence[int], parts: int) -> pulp.
     Args:
         pairs: with their numbers of tokens; each gets one hop variable.
         sizes: experts to place, per layer.
-        parts: C.
+        parts: C, the number of parts, 1 or more.
     """
     programme = pulp.LpProblem("exflow", pulp.LpMinimize)
     x = {

@@ -35,6 +35,7 @@ class PartWeights:
 
 
 UNKNOWN = PartWeights()
+# one unit of imbalance costs one
 IMBALANCE = PartWeights(level=1.0)
 
 

@@ -99,6 +99,7 @@ FANOUT = Objective("fanout", _fanout, needs_tokens=True, unit_weights=_fanout_we
 HOPS = Objective("hops", _hops, needs_tokens=True, unit_weights=_hops_weights)
 PRICED = Objective("imbalance-price", _imbalance_price, needs_tokens=False, unit_weights=_price_weights)
 CHURN = Objective("churn", _churn, needs_tokens=False, unit_weights=_churn_weights)
+# numbers in the rows are weights of parts; docs/placement.md says where each comes from
 OBJECTIVES: dict[str, Objective] = {
     "balance": BALANCE,
     "activated": Objective("activated", _activated, needs_tokens=False),

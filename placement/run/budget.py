@@ -71,7 +71,7 @@ class Budget:
         Args:
             layer: index among the problem's layers.
             bound: in units of the objective, for the worst scenario.
-            layers: L.
+            layers: L, the layers that share the time.
         """
         if self.found.proved_L is None:
             self.found.proved_L = np.full(layers, -np.inf)

@@ -26,6 +26,7 @@ from ..objectives import find_objective
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
+# codes of the plan file, fastest first
 GPU, CPU, SSD = 0, 1, 2
 
 

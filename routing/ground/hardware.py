@@ -15,7 +15,7 @@ class Hardware:
         disk_bytes_per_s: O_DIRECT reads by several threads.
         cached_bytes_per_s: reads out of the page cache by one thread.
         memory_bytes_per_s: plain reads of memory by all threads.
-        exact_bytes_per_s: weights that one bfloat16 token's products read with the bits of torch's.
+        exact_bytes_per_s: weights that one bfloat16 token's products read where results are bit-identical to torch's.
         fast_bytes_per_s: the same where the last bits may differ; 0 without a C compiler.
         layer_s: seconds that one decoder layer costs a token besides reading weights.
         compressed_bytes_per_s: compressed weights that one token's products read; 0 if it was not measured.

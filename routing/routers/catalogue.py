@@ -36,6 +36,7 @@ def _pregated(sizes: RouterSizes, options: PreGateOptions) -> list[nn.Module]:
     return [PreGate(gates, layer, options.ahead) for layer in range(sizes.num_layers)] if options.ahead else gates
 
 
+# numbers in the rows are the published defaults of each source
 ROUTERS: dict[str, RouterRow] = {
     "classic": RouterRow(kind=ClassicRouter),
     # raw softmax weight, capacity, jitter, small start; meant for K = 1

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from .routing_trace import RoutingTrace
 
+# no token comes before the first one
 FIRST_USE = -1
 # [block, E] int64 of last uses per block: 16 MiB at 256 experts; larger blocks gain nothing and need more memory
 BLOCK_ROWS = 8192

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..ground.files import atomic_write
 
+# ids are 0 and up, and the file keeps them as int16
 EMPTY = -1
 # 64 GiB hold 36 million tokens of 58 layers with top-8 and weights; a header that promises more is damaged or hostile
 MAX_FILE_BYTES = 64 << 30
@@ -150,6 +151,7 @@ class RoutingTrace:
             raise ValueError(f"trace {path}: {error}") from error
 
 
+# the arrays of a trace file and their dimensions
 _KEY_NDIM = {"expert_TLK": 3, "sequence_T": 1, "weight_TLK": 3, "score_TLE": 3, "position_T": 1, "metadata": 0}
 
 

@@ -20,6 +20,7 @@ class LinkRate:
     source: str
 
 
+# bytes per second of one link in one direction; each names its data sheet
 NVLINK_1 = LinkRate(bytes_per_s=20e9, source="P100 data sheet: 160 GB/s over 4 links")
 NVLINK_2 = LinkRate(bytes_per_s=25e9, source="V100 data sheet: 300 GB/s over 6 links")
 NVLINK_3 = LinkRate(bytes_per_s=25e9, source="A100 data sheet: 600 GB/s over 12 links")
@@ -56,6 +57,7 @@ XGMI_BY_GCN = {
 # links that a GPU has at most; more between its pairs than this go through a switch (18: H100, B200)
 MOST_LINKS = 18
 
+# bytes per second in one direction
 PCIE_5_X16 = LinkRate(bytes_per_s=64e9, source="PCIe 5.0 x16: 32 GT/s x 16 lanes / 8, before encoding")
 NIC_400G = LinkRate(bytes_per_s=50e9, source="one 400 Gb/s card per GPU, as in DGX H100")
 
