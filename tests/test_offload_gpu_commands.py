@@ -69,7 +69,7 @@ def test_without_a_gpu_one_line_and_exit_code_2(model_folder, run, capsys, comma
 
 def test_generate_on_a_device(simulated, model_folder, run, tmp_path):
     arguments = ("--prompt", "abc", "--max-new-tokens", 7, "--device", "cuda", "--gpu-memory", "900MiB")
-    assert run("generate", model_folder, *arguments, "--cpu-memory", "3GiB", "--json", tmp_path / "g.json") == 0
+    assert run("generate", model_folder, *arguments, "--cpu-memory", "12GiB", "--json", tmp_path / "g.json") == 0
     report = json.loads((tmp_path / "g.json").read_text())
     resident = AutoModelForCausalLM.from_pretrained(model_folder)
     expected = resident.generate(torch.tensor([list(b"abc")]), max_new_tokens=7, do_sample=False)[0, 3:]
@@ -79,7 +79,7 @@ def test_generate_on_a_device(simulated, model_folder, run, tmp_path):
 
 def test_fit_knows_the_tier_without_a_device(model_folder, run, tmp_path, capsys):
     HARDWARE.save(tmp_path / "hardware.toml")
-    common = ("--cpu-memory", "2GiB", "--hardware", tmp_path / "hardware.toml")
+    common = ("--cpu-memory", "16GiB", "--hardware", tmp_path / "hardware.toml")
     assert run("fit", model_folder, "--gpu-memory", "1GiB", *common, "--json", tmp_path / "f.json") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "CUDA context" in shown
