@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from queue import SimpleQueue
@@ -80,22 +82,14 @@ def test_random_interrupts(checkpoint, slots):
 @pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 5, 16])
 def test_three_hundred_random_interrupts_under_load(checkpoint, slots):
-    ended = threading.Event()
-    busy = [threading.Thread(target=lambda: [ended.is_set() or sum(range(10**5)) for _ in range(10**9)]) for _ in "ab"]
-    busy = [threading.Thread(target=_spin, args=(ended,)) for _ in busy]
-    for thread in busy:
-        thread.start()
+    # other processes: threads of this one would hold the interpreter itself, and every call would take seconds
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
         assert random_interrupts(checkpoint, 100, slots) > 10
     finally:
-        ended.set()
-        for thread in busy:
-            thread.join()
-
-
-def _spin(ended):
-    while not ended.is_set():
-        sum(range(10**4))
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize("place", ["_start", "_take_slot", "release", "settle_ahead"])
