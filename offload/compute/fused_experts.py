@@ -35,7 +35,7 @@ class FusedExperts:
         orders: of the first and of the second product.
         module: the experts module.
         table: the activation of every bfloat16 number, in the order of their bits.
-        width: F.
+        width: F, columns of the second product.
     """
 
     def __init__(self, orders: Sequence[Order], module: Any, table: torch.Tensor, width: int) -> None:

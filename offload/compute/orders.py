@@ -5,7 +5,7 @@
     avx512, avx2, neon, c
                   16 sums, column c in sum c % 16: our own, for every other processor
 
-Shapes: n rows of x, D model width, F hidden width; a weight is [F, D] here.
+Shapes: n rows of x, D model width, F hidden width.
 """
 
 import ctypes
