@@ -24,7 +24,7 @@ PROMISES: Mapping[str, str] = {
 
 
 def best_arithmetic(model: nn.Module, layers: Iterable[ExpertLayer]) -> str:
-    """`exact`, unless our C cannot compute a large product with torch's bits: torch would be slower, so `fixed`.
+    """`exact`, unless torch would have to compute a large product, which is slower than ours: then `fixed`.
 
     Args:
         model: its resident linear layers are looked at.
