@@ -33,7 +33,7 @@ def decode(
         parts: uint8, by role.
         rows: of the matrix, its outputs.
         columns: of the matrix, its inputs.
-        dtype: of the result.
+        dtype: what the weights are rounded to.
 
     Returns:
         `[rows, columns]`, in memory of its own.

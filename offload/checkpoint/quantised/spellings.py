@@ -38,7 +38,7 @@ class Spelling:
 
     Args:
         ending: of the codes' name, which the plain tensor's name lacks.
-        dtypes: of the codes.
+        dtypes: safetensors dtypes that the codes may have.
         needed: ending of each companion, added to the plain tensor's name; one that begins with a dot takes the place
             of `.weight`. The first that is there counts.
         optional: the same for companions that may be missing.
