@@ -149,6 +149,7 @@ def _groups(**weights):
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [40, 40]}
 INT4 = _groups(num_bits=4, type="int", strategy="group", group_size=32)
+INT8 = _groups(num_bits=8, type="int", strategy="group", group_size=32)
 partial = functools.partial
 FORMATS = {
     "fp8 blocks F32": ("fp8", FP8, fp8_blocks),

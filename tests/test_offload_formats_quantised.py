@@ -1,4 +1,4 @@
-"""Experts of every quantised form: each weight equals its owner's dequantisation, offloaded logits the resident model's.
+"""Experts of every quantised form: weights equal the owner's dequantisation, offloaded logits the resident model's.
 
 The model is Qwen3-MoE, whose experts stand one by one in a checkpoint, with attention quantised as well.
 """

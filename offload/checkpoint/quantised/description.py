@@ -7,9 +7,6 @@ from typing import Any
 
 from ..location import read_json
 
-USUAL_BLOCK = (128, 128)
-"""Of FP8 weights whose description names no block: what transformers takes, too."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Quantisation:
@@ -17,14 +14,14 @@ class Quantisation:
 
     Args:
         method: `quant_method`; None if nothing describes the quantisation.
-        blocks: rows and columns of the blocks that are named.
+        blocks: rows and columns of the blocks that are named; if there are none, scales decide.
         groups: columns of the groups that are named.
         bits: bits of a code that are named.
         settings: the description as it stands in the file.
     """
 
     method: str | None
-    blocks: tuple[tuple[int, int], ...] = (USUAL_BLOCK,)
+    blocks: tuple[tuple[int, int], ...] = ()
     groups: tuple[int, ...] = ()
     bits: tuple[int, ...] = ()
     settings: Mapping[str, Any]
@@ -70,10 +67,9 @@ def _described(method: str | None, settings: Mapping[str, Any]) -> Quantisation:
     blocks = [_pair(scheme.get(key)) for scheme in weights for key in ("weight_block_size", "block_structure")]
     groups = [_positive(scheme.get("group_size")) for scheme in weights]
     bits = [_positive(scheme.get(key)) for scheme in weights for key in ("num_bits", "bits")]
-    named = tuple(dict.fromkeys(block for block in blocks if block))
     return Quantisation(
         method=method,
-        blocks=named or (USUAL_BLOCK,),
+        blocks=tuple(dict.fromkeys(block for block in blocks if block)),
         groups=tuple(dict.fromkeys(size for size in groups if size)),
         bits=tuple(dict.fromkeys(size for size in bits if size)),
         settings=settings,

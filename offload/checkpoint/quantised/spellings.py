@@ -14,6 +14,8 @@ from .description import Quantisation
 
 SCALE_NAMES = {"F32": "F32", "BF16": "BF16", "F16": "F16", "F8_E4M3": "E4M3", "F8_E8M0": "E8M0", "U8": "EXP2"}
 MX_COLUMNS, NV_COLUMNS = 32, 16
+USUAL_BLOCK = (128, 128)
+"""Of FP8 weights whose description names no block: what transformers takes, too."""
 WORD_BITS = 32
 
 
@@ -171,20 +173,21 @@ def _grid(codes: TensorEntry, scale: TensorEntry, described: Quantisation, *, is
         ValueError: if the scales fit neither the blocks that the config names nor whole rows, columns or tensors.
     """
     *lead, rows, columns = codes.shape
-    found = scale.shape[len(lead) :] if len(scale.shape) > len(lead) and [*scale.shape[: len(lead)]] == lead else ()
-    if scale.shape in ((), (1,), (*lead,)) or prod(scale.shape) == 1:
+    if scale.shape in ((), (1,), (*lead,)):
         return 0, 0
-    if not found and not lead:
-        found = scale.shape
+    found = scale.shape[len(lead) :] if [*scale.shape[: len(lead)]] == lead else ()
+    blocks = described.blocks or (USUAL_BLOCK,)
     groups = [(1, size) for size in described.groups] + ([(1, MX_COLUMNS)] if is_exponent else [])
-    for group in (*described.blocks, *groups, (1, 0), (0, 1), (0, 0)):
+    # one scale in two dimensions is what is left of a cut grid, if blocks are named
+    wholes = [(1, 0), (0, 1)] if described.blocks else [(1, 0), (0, 1), (0, 0)]
+    for group in (*blocks, *groups, *wholes):
         probe = Encoding(codes="e4m3", group_rows=group[0], group_columns=group[1], scale="F32")
         down, across = probe.grid(rows, columns)
         if found == (down, across) or (found == (down,) and across == 1):
             return group
-    blocks = ", ".join(f"{down}x{across}" for down, across in described.blocks)
+    named = ", ".join(f"{down}x{across}" for down, across in blocks)
     raise ValueError(
-        f"{_said(scale)}: no scale for each block ({blocks}), row or group of {codes.name} {list(codes.shape)}"
+        f"{_said(scale)}: no scale for each block ({named}), row or group of {codes.name} {list(codes.shape)}"
     )
 
 
