@@ -173,8 +173,7 @@ class OffloadRuntime:
     def _fused_experts(self, layer: int, module: Any, top_k: int) -> FusedExperts | None:
         key = (layer, top_k, torch.get_num_threads())
         if key not in self._fused:
-            form = self.store.forms[layer]
-            self._fused[key] = fuse_experts(module, form.layer, form.is_multiplied, top_k, self.matvecs)
+            self._fused[key] = fuse_experts(module, self.store.forms[layer], top_k, self.matvecs)
         return self._fused[key]
 
     def close(self) -> None:
