@@ -15,7 +15,7 @@ from offload.formats.catalogue import FORMS
 from offload.formats.form import BLOCK_BYTES
 from offload.formats.packed import PackedForm
 from offload.formats.plain import PlainForm
-from offload.formats.quantised import QUANTISED_FORMS
+from offload.formats.quantised_forms import QUANTISED_FORMS
 from offload.store.packing import read_pack
 
 TOKENS = torch.tensor([[1, 5, 9, 3, 7]])

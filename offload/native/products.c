@@ -67,6 +67,7 @@ static struct stored_matrix matrix_of(const struct matrices *of, int64_t n) {
     struct stored_matrix m = {.form = of->form, .rows = of->rows, .columns = of->columns};
     for (int p = 0; p < PARTS; p++) m.part[p] = of->part[n * PARTS + p];
     if (of->parameter) memcpy(m.parameter, of->parameter, sizeof m.parameter);
+    measure(&m);
     return m;
 }
 

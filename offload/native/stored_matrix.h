@@ -25,6 +25,9 @@ struct stored_matrix {
     int64_t rows, columns;
     const uint8_t *part[PARTS]; /* codes, scales, zeros, scale of scales; 0 where there is none */
     int32_t parameter[PARAMETERS];
+    /* what `measure` finds, because divisions are slow: */
+    int64_t row_bytes, across; /* bytes of a row of codes, scales of a row of groups */
+    int shift;                 /* a group has 2^shift columns; -1 if it has another number */
 };
 
 static inline int scale_kind(const struct stored_matrix *m) { return m->parameter[DETAILS] & 15; }
@@ -34,6 +37,20 @@ static inline int global_kind(const struct stored_matrix *m) { return m->paramet
 static inline int is_high_first(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 16 & 1; }
 static inline int is_word_aligned(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 17 & 1; }
 
-static inline int64_t scales_across(const struct stored_matrix *m) {
-    return (m->columns + m->parameter[GROUP_COLUMNS] - 1) / m->parameter[GROUP_COLUMNS];
+static inline void measure(struct stored_matrix *m) {
+    if (m->form < NIBBLES) return;
+    int64_t group = m->parameter[GROUP_COLUMNS], bits = m->form == NIBBLES ? 4 : 8, unit = is_word_aligned(m) ? 4 : 1;
+    m->row_bytes = (m->columns * bits + 8 * unit - 1) / (8 * unit) * unit;
+    m->across = (m->columns + group - 1) / group;
+    m->shift = (group & (group - 1)) == 0 ? __builtin_ctzll((uint64_t)group) : -1;
+}
+
+/* In which group of columns a column is. */
+static inline int64_t group_of(const struct stored_matrix *m, int64_t column) {
+    return m->shift >= 0 ? column >> m->shift : column / m->parameter[GROUP_COLUMNS];
+}
+
+/* In which group of rows a row is. */
+static inline int64_t down_of(const struct stored_matrix *m, int64_t row) {
+    return m->parameter[GROUP_ROWS] == 1 ? row : row / m->parameter[GROUP_ROWS];
 }

@@ -53,6 +53,7 @@ static inline void expand_chunk(struct strip *s, int64_t column, int begin, int 
         expand_nibbles(s->m, s->row + begin, rows, column, columns, room + begin * stride, stride);
     else if (s->m->form == BYTES && rows > 0)
         expand_bytes(s->m, s->row + begin, rows, column, columns, room + begin * stride, stride);
+    if (s->m->form != PLAIN && columns == CHUNK && rows == end - begin) return;
     size_t bytes = (size_t)columns * sizeof(uint16_t);
     for (int64_t row = begin; row < end; row++) {
         uint8_t *target = (uint8_t *)(room + row * stride);
