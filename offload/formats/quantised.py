@@ -13,6 +13,7 @@ from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.tensors import TensorEntry
+from ..codes.encoding import Encoding
 from ..codes.expander import has_exact_kernel, kernel_number, kernel_parameters, kernel_parts
 from ..codes.stored_matrix import StoredMatrix
 from .form import BLOCK_BYTES, Extent, MatrixForm, PartReader, Region
@@ -133,14 +134,16 @@ class QuantisedForm:
 
     def can_multiply(self, *, is_transposed: bool) -> bool:
         """Where all rows of a parameter are stored alike, whatever way the model has them."""
-        pieces = [piece for several in self.pieces.values() for piece in several]
-        return all(
-            piece.encoding is not None and has_exact_kernel(piece.encoding) and piece.is_transposed == is_transposed
+        return all(_are_halves(pieces) for pieces in self.pieces.values()) and all(
+            isinstance(piece.encoding, Encoding)
+            and has_exact_kernel(piece.encoding)
+            and piece.is_transposed == is_transposed
+            for pieces in self.pieces.values()
             for piece in pieces
-        ) and all(_are_halves(several) for several in self.pieces.values())
+        )
 
     def kernel_matrices(self, views: Mapping[str, Any]) -> dict[str, tuple[KernelMatrix, ...]]:
-        if any(isinstance(matrix, PlainRows) for matrices in views.values() for matrix in matrices):
+        if not all(_is_in_rows(matrix) for matrices in views.values() for matrix in matrices):
             return {}
         return {name: tuple(_kernel_matrix(matrix) for matrix in matrices) for name, matrices in views.items()}
 
@@ -194,11 +197,15 @@ class QuantisedForm:
         )
 
 
+def _is_in_rows(matrix: StoredMatrix | PlainRows) -> bool:
+    return isinstance(matrix, StoredMatrix) and isinstance(matrix.encoding, Encoding)
+
+
 def _kernel_matrix(matrix: StoredMatrix) -> KernelMatrix:
-    shape = matrix.rows, matrix.columns
-    parameters = kernel_parameters(matrix.encoding, *shape)
+    assert isinstance(matrix.encoding, Encoding)
+    parameters = kernel_parameters(matrix.encoding, matrix.rows, matrix.columns)
     parts = tuple(part or 0 for part in kernel_parts(matrix.parts))
-    return KernelMatrix(kernel_number(matrix.encoding), *shape, parts, parameters)
+    return KernelMatrix(kernel_number(matrix.encoding), matrix.rows, matrix.columns, parts, parameters)
 
 
 def _are_halves(pieces: Sequence[Piece]) -> bool:
