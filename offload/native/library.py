@@ -7,8 +7,13 @@ from pathlib import Path
 from routing import compile_library
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "matvec.c", FOLDER / "compress.c", FOLDER / "norms.c")
-HEADERS = (FOLDER / "bfloat16.h", FOLDER / "compressed.h")
+SOURCES = (FOLDER / "matvec.c", FOLDER / "compress.c", FOLDER / "norms.c", FOLDER / "gguf.c")
+HEADERS = (
+    FOLDER / "bfloat16.h",
+    FOLDER / "compressed.h",
+    FOLDER / "stored_matrix.h",
+    FOLDER / "forms" / "gguf.h",
+)
 
 
 @functools.cache

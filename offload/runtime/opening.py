@@ -8,11 +8,15 @@ from typing import Any
 from routing.ground.model_config import experts_per_token
 
 from ..checkpoint.experts import experts_modules, locate_experts, weight_names
+from ..checkpoint.gguf.head import is_gguf
+from ..checkpoint.gguf.model import load_gguf_resident, open_gguf_model
 from ..checkpoint.model_folder import local_folder, read_config, running_dtype_of, skeleton_of
 from ..checkpoint.resident_weights import drop_expert_weights, load_resident
 from ..checkpoint.tensors import read_checkpoint
 from ..compute.resident import store_linears
 from ..formats.form import Form, MatrixForm
+from ..formats.gguf import gguf_forms
+from ..formats.gguf_expand import expand_tensor
 from ..formats.plain import PlainForm
 from ..memory.budget import resident_bytes
 from ..store.packing import read_pack
@@ -73,6 +77,8 @@ def open_checkpoint(options: LoadOptions) -> OpenedCheckpoint:
         ValueError: if the checkpoint is damaged or incomplete, or its experts cannot be offloaded.
     """
     folder = local_folder(options.path_or_id)
+    if is_gguf(folder):
+        return _open_gguf(folder, options)
     entries, config = read_checkpoint(folder), read_config(folder)
     # before the weights come, so that they are not counted twice
     process_bytes = resident_bytes()
@@ -91,14 +97,42 @@ def open_checkpoint(options: LoadOptions) -> OpenedCheckpoint:
     return OpenedCheckpoint(model=model, forms=forms, checksums=checksums, process_bytes=process_bytes)
 
 
+def _open_gguf(file: Path, options: LoadOptions) -> OpenedCheckpoint:
+    """Load everything of a GGUF model but its experts; all of a dense one."""
+    _expect_no_pack(file, options.pack)
+    opened = open_gguf_model(file, options.dtype)
+    process_bytes = resident_bytes()
+    model = load_gguf_resident(opened, IMPLEMENTATION, expand_tensor)
+    forms = gguf_forms(opened)
+    drop_expert_weights(model)
+    return OpenedCheckpoint(model=model, forms=forms, checksums=None, process_bytes=process_bytes)
+
+
+def _open_gguf_heads(file: Path, pack: str | Path | None) -> OpenedCheckpoint:
+    """Open a GGUF model for planning."""
+    _expect_no_pack(file, pack)
+    process_bytes, opened = resident_bytes(), open_gguf_model(file)
+    forms = gguf_forms(opened)
+    drop_expert_weights(opened.skeleton)
+    return OpenedCheckpoint(model=opened.skeleton, forms=forms, checksums=None, process_bytes=process_bytes)
+
+
+def _expect_no_pack(file: Path, pack: str | Path | None) -> None:
+    if pack is not None:
+        raise ValueError(f"model {file}: a GGUF file is read as it is; leave out the packed copy {pack}")
+
+
 def open_headers(path_or_id: str | Path, pack: str | Path | None) -> OpenedCheckpoint:
     """Open a checkpoint for planning: from headers alone, without a weight, as if it were loaded in this process.
 
     Raises:
         ValueError: if the checkpoint is damaged or its experts cannot be offloaded.
     """
+    place = local_folder(path_or_id)
+    if is_gguf(place):
+        return _open_gguf_heads(place, pack)
     process_bytes = resident_bytes()
-    skeleton, entries, layers = skeleton_of(path_or_id)
+    skeleton, entries, layers = skeleton_of(place)
     forms: list[Form] = [PlainForm(layer) for layer in layers]
     if pack is not None:
         forms = read_pack(Path(pack), layers, entries).forms

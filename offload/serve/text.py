@@ -7,6 +7,9 @@ from typing import Any
 
 from moe import ByteText, TokenizerText, text_of
 
+from ..checkpoint.gguf.head import has_config_file, is_gguf, read_gguf
+from ..checkpoint.gguf.text import tokenizer_of
+
 
 class ModelText:
     """Text to token ids and back, as a model folder says.
@@ -61,7 +64,7 @@ class ModelText:
 
 
 def open_text(folder: Path) -> ModelText:
-    """The text of the model in `folder`.
+    """The text of the model in `folder`, or in a GGUF file.
 
     Raises:
         ValueError: if its tokenizer cannot be read, or it has none and too few tokens for bytes.
@@ -69,6 +72,8 @@ def open_text(folder: Path) -> ModelText:
     from ..checkpoint.model_folder import read_config
 
     vocab_size = int(read_config(folder).get_text_config().vocab_size)
+    if is_gguf(folder):
+        return ModelText(folder, _text_of_gguf(folder, vocab_size), vocab_size)
     return ModelText(folder, read_tokenizer(folder, vocab_size), vocab_size)
 
 
@@ -87,6 +92,21 @@ def read_tokenizer(folder: Path, vocab_size: int) -> ByteText | TokenizerText:
         raise _unreadable(folder, error) from error
     except Exception as error:  # tokenizers raises bare Exception, and its files raise whatever they contain
         raise _unreadable(folder, error) from error
+
+
+def _text_of_gguf(file: Path, vocab_size: int) -> ByteText | TokenizerText:
+    """The tokenizer beside a GGUF file and its config.json; else the one that the file describes."""
+    beside = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    if has_config_file(file) and any((file.parent / name).is_file() for name in beside):
+        return read_tokenizer(file.parent, vocab_size)
+    try:
+        return TokenizerText(tokenizer_of(read_gguf(file)))
+    except ValueError as error:
+        if str(error).startswith(f"model {file}"):
+            raise
+        raise _unreadable(file, error) from error
+    except Exception as error:  # tokenizers raises bare Exception
+        raise _unreadable(file, error) from error
 
 
 def _unreadable(folder: Path, error: Exception) -> ValueError:
