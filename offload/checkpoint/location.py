@@ -39,7 +39,7 @@ def local_name(path_or_id: str | Path) -> Path | None:
         )
     text = str(path_or_id)
     if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or text.endswith("/"):
-        raise ValueError(f"model {path_or_id}: no such folder")
+        raise ValueError(f"model {path_or_id}: no such {'file' if is_gguf(folder) else 'folder'}")
     return None
 
 

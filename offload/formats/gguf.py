@@ -118,9 +118,8 @@ class GgufForm:
 
     def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
         """Matrices are expanded in memory, then multiplied: both move the bytes of the plain ones."""
-        product = hardware.fast_bytes_per_s if is_fast and hardware.fast_bytes_per_s else hardware.exact_bytes_per_s
-        plain_s = self.layer.plain_bytes / product + self.layer.plain_bytes / hardware.memory_bytes_per_s
-        return self.expert_bytes / plain_s
+        plain = self.layer.plain_bytes
+        return self.expert_bytes / (plain / hardware.token_rate(is_fast=is_fast) + plain / hardware.memory_bytes_per_s)
 
     @classmethod
     def suits(cls, layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> bool:

@@ -56,8 +56,8 @@ class OpenedCheckpoint:
 
     @property
     def top_k(self) -> int:
-        """Experts that a token visits in each layer."""
-        return experts_per_token(self.config)
+        """Experts that a token visits in each layer; 0 in a dense model."""
+        return experts_per_token(self.config) if self.forms else 0
 
     @property
     def linears(self) -> MatrixForm | None:
@@ -101,11 +101,29 @@ def _open_gguf(file: Path, options: LoadOptions) -> OpenedCheckpoint:
     """Load everything of a GGUF model but its experts; all of a dense one."""
     _expect_no_pack(file, options.pack)
     opened = open_gguf_model(file, options.dtype)
+    if not opened.names.experts:
+        _expect_dense_options(file, options)
     process_bytes = resident_bytes()
     model = load_gguf_resident(opened, IMPLEMENTATION, expand_tensor)
     forms = gguf_forms(opened)
     drop_expert_weights(model)
     return OpenedCheckpoint(model=model, forms=forms, checksums=None, process_bytes=process_bytes)
+
+
+def _expect_dense_options(file: Path, options: LoadOptions) -> None:
+    """Refuse what is said about experts to a model that has none."""
+    said = {
+        "record_trace": options.record_trace,
+        "cache_experts": options.cache_experts is not None,
+        "plan": options.plan is not None,
+        "prefetch": options.prefetch not in ("auto", "off"),
+        "device": options.device not in ("auto", "cpu") or options.gpu_memory != "auto",
+    }
+    if wrong := [name for name, is_said in said.items() if is_said]:
+        raise ValueError(
+            f"model {file}: a dense model, all of whose layers stay in RAM and are computed on the CPU; "
+            f"it has no experts for {wrong[0]} to act on"
+        )
 
 
 def _open_gguf_heads(file: Path, pack: str | Path | None) -> OpenedCheckpoint:

@@ -8,7 +8,6 @@ from typing import Any
 from moe import ByteText, TokenizerText, text_of
 
 from ..checkpoint.gguf.head import has_config_file, is_gguf, read_gguf
-from ..checkpoint.gguf.text import tokenizer_of
 
 
 class ModelText:
@@ -64,7 +63,7 @@ class ModelText:
 
 
 def open_text(folder: Path) -> ModelText:
-    """The text of the model in `folder`, or in a GGUF file.
+    """The text of the model in `folder`, or of a GGUF file.
 
     Raises:
         ValueError: if its tokenizer cannot be read, or it has none and too few tokens for bytes.
@@ -72,20 +71,20 @@ def open_text(folder: Path) -> ModelText:
     from ..checkpoint.model_folder import read_config
 
     vocab_size = int(read_config(folder).get_text_config().vocab_size)
-    if is_gguf(folder):
-        return ModelText(folder, _text_of_gguf(folder, vocab_size), vocab_size)
     return ModelText(folder, read_tokenizer(folder, vocab_size), vocab_size)
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> ByteText | TokenizerText:
-    """The tokenizer of a folder, or bytes without one.
+    """The tokenizer of a folder, or bytes without one; of a GGUF file, that beside its config.json, or its own.
 
     Raises:
         ValueError: if there are tokenizer files and they cannot be read, or there are none and V is too small.
     """
+    if is_gguf(folder) and has_config_file(folder) and _has_vocabulary(folder.parent):
+        folder = folder.parent
     _expect_no_code(folder)
     try:
-        return text_of(folder, vocab_size)
+        return _text_of_gguf(folder) if is_gguf(folder) else text_of(folder, vocab_size)
     except ValueError as error:
         if str(error).startswith(f"model {folder}"):
             raise
@@ -94,19 +93,15 @@ def read_tokenizer(folder: Path, vocab_size: int) -> ByteText | TokenizerText:
         raise _unreadable(folder, error) from error
 
 
-def _text_of_gguf(file: Path, vocab_size: int) -> ByteText | TokenizerText:
-    """The tokenizer beside a GGUF file and its config.json; else the one that the file describes."""
-    beside = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    if has_config_file(file) and any((file.parent / name).is_file() for name in beside):
-        return read_tokenizer(file.parent, vocab_size)
-    try:
-        return TokenizerText(tokenizer_of(read_gguf(file)))
-    except ValueError as error:
-        if str(error).startswith(f"model {file}"):
-            raise
-        raise _unreadable(file, error) from error
-    except Exception as error:  # tokenizers raises bare Exception
-        raise _unreadable(file, error) from error
+def _has_vocabulary(folder: Path) -> bool:
+    """Whether a tokenizer lies beside a GGUF file."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+
+
+def _text_of_gguf(file: Path) -> TokenizerText:
+    from ..checkpoint.gguf.text import tokenizer_of
+
+    return TokenizerText(tokenizer_of(read_gguf(file)))
 
 
 def _unreadable(folder: Path, error: Exception) -> ValueError:
