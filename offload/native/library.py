@@ -7,12 +7,10 @@ from pathlib import Path
 from routing import compile_library
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "matvec.c", FOLDER / "compress.c", FOLDER / "norms.c", FOLDER / "gguf.c")
+SOURCES = tuple(FOLDER / name for name in ("matvec.c", "compress.c", "norms.c", "expand.c", "gguf.c"))
 HEADERS = (
-    FOLDER / "bfloat16.h",
-    FOLDER / "compressed.h",
-    FOLDER / "stored_matrix.h",
-    FOLDER / "forms" / "gguf.h",
+    *(FOLDER / "bfloat16.h", FOLDER / "compressed.h", FOLDER / "stored_matrix.h"),
+    *(FOLDER / "forms" / name for name in ("scales.h", "nibbles.h", "bytes.h", "gguf.h")),
 )
 
 
