@@ -6,8 +6,8 @@ import torch
 
 PARTS = 4
 """Pointers of a matrix: its codes, scales, zeros and scale of scales, as far as its form has them."""
-PLAIN, COMPRESSED = 0, 1
-"""Numbers of stored forms in our C; those of codes go on from here."""
+PLAIN, COMPRESSED, GGUF = 0, 1, 4
+"""Numbers of stored forms in our C; those between are of codes (`codes/expander.py`)."""
 
 
 class KernelMatrix(NamedTuple):

@@ -77,7 +77,7 @@ class PlainForm:
         """Nothing to do: the views are the matrices."""
 
     def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
-        return hardware.fast_bytes_per_s if is_fast and hardware.fast_bytes_per_s else hardware.exact_bytes_per_s
+        return hardware.token_rate(is_fast=is_fast)
 
     @property
     def is_straight(self) -> bool:

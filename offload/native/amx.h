@@ -5,7 +5,7 @@
 #pragma once
 
 #include "inputs.h"
-#include "rooms.h"
+#include "strips.h"
 
 struct tile_config {
     uint8_t palette, start_row, reserved[14];
@@ -144,13 +144,13 @@ static void multiply_while_expanding(struct strip *s, const struct inputs *x, st
 /* y[i][row] for all rows i of x and the rows of one strip. */
 static void amx_strip(struct amx *amx, struct strip *s, const struct inputs *x, struct room *room, uint16_t *y, int64_t y_stride) {
     configure(amx, group_width(x));
-    if (s->m->form != PLAIN && num_groups(x) == 1 && x->columns % CHUNK == 0) {
+    if (s->m->form != PLAIN && !is_wide(s) && num_groups(x) == 1 && x->columns % CHUNK == 0) {
         multiply_while_expanding(s, x, room, y, y_stride);
         return;
     }
     const uint16_t *w = plain_row(s, 0);
     if (s->m->form != PLAIN) {
-        for (int64_t c = 0; c < x->columns; c += CHUNK) expand_chunk(s, c, 0, STRIP_ROWS, room->strip + c, padded(x->columns));
+        expand_strip(s, room->strip, padded(x->columns));
         w = room->strip;
     }
     int64_t stride = s->m->form == PLAIN ? x->columns : padded(x->columns), group = 0;

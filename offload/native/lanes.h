@@ -6,7 +6,7 @@
 #pragma once
 
 #include "inputs.h"
-#include "rooms.h"
+#include "strips.h"
 
 /* --- 16 float32 numbers ------------------------------------------------------------------------------------------ */
 
@@ -146,7 +146,7 @@ static void lanes_group(struct strip s, const struct inputs *x, int64_t group, s
         add_strip(plain_row(&s, 0), columns, lanes_of(x, first), padded(columns), n, c, sums);
     }
     for (; c < columns; c += CHUNK) {
-        const uint16_t *w = read_chunk(&s, c, room->chunk[0], &stride);
+        const uint16_t *w = read_chunk(&s, c, room, &stride);
         int64_t left = columns - c < CHUNK ? (columns - c + LANE_COUNT - 1) / LANE_COUNT * LANE_COUNT : CHUNK;
         add_strip(w, stride, lanes_of(x, first) + c, padded(columns), n, left, sums);
     }

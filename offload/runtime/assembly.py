@@ -55,7 +55,8 @@ def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions,
         running.fill(division.starting.experts_L)
     _attach(model, running)
     _read_prompts_in_pieces(model, options.context)
-    guard_model(model, forms)
+    if forms:
+        guard_model(model, forms)
     model.offload = Offload(model, running, division.ram, options.policy_name)
     return model
 
