@@ -55,7 +55,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "offload": (
-        ("native", "memory", "checkpoint"),
+        ("native", "memory", "checkpoint", "text"),
         ("formats", "cache", "prefetch"),
         ("store", "compute"),
         ("ram",),
@@ -107,7 +107,7 @@ OWNERS = {
 TORCH_FREE = (
     *("routing", "routing.ground", "routing.traces", "routing.cli"),
     *("placement", "placement.contract.plan", "placement.cli"),
-    *("offload", "experiments.cli"),
+    *("offload", "offload.text.conversation", "offload.text.vocabulary", "experiments.cli"),
 )
 
 

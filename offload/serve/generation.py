@@ -12,6 +12,7 @@ from routing.ground.hardware import Hardware
 from routing.ground.model_config import experts_per_token
 from routing.ground.quantity import format_size
 
+from ..text.pieces import TextPieces
 from .prefill import Prefill
 
 
@@ -51,7 +52,7 @@ class LiveText(BaseStreamer):  # type: ignore[misc]
         self.token_ids: list[int] = []
         self.time_s: list[float] = []
         self._text, self._show, self._save_trace, self._say_status = text, show, save_trace, say_status
-        self._shown = ""
+        self._pieces = TextPieces(text.decode)
         self._saved_s = self._said_s = time.perf_counter()
         self._is_prompt = True
 
@@ -61,12 +62,11 @@ class LiveText(BaseStreamer):  # type: ignore[misc]
             return
         if not self.token_ids:
             self._after_prefill()
-        self.token_ids.extend(value.reshape(-1).tolist())
+        fresh = value.reshape(-1).tolist()
+        self.token_ids.extend(fresh)
         self.time_s.append(time.perf_counter())
-        whole = self.whole
-        if not whole.endswith("�"):
-            self._show(whole[len(self._shown) :])
-            self._shown = whole
+        for token_id in fresh:
+            self._show(self._pieces.put(token_id))
         if self._save_trace and self.time_s[-1] - self._saved_s > TRACE_EVERY_S:
             self._save_trace()
             self._saved_s = time.perf_counter()
@@ -81,7 +81,7 @@ class LiveText(BaseStreamer):  # type: ignore[misc]
         return self._text.decode(self.token_ids)
 
     def end(self) -> None:
-        self._show(self.whole[len(self._shown) :])
+        self._show(self._pieces.end())
 
 
 def generate_text(

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from moe import ByteText, TokenizerText, text_of
+from moe import ByteText, TokenizerText, save_byte_tokenizer, text_of
 
 
 class ModelText:
@@ -87,6 +88,22 @@ def read_tokenizer(folder: Path, vocab_size: int) -> ByteText | TokenizerText:
         raise _unreadable(folder, error) from error
     except Exception as error:  # tokenizers raises bare Exception, and its files raise whatever they contain
         raise _unreadable(folder, error) from error
+
+
+def open_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a folder, of transformers; one of bytes for a model of 256 tokens without one.
+
+    Raises:
+        ValueError: as `read_tokenizer`.
+    """
+    text = read_tokenizer(folder, vocab_size)
+    if isinstance(text, TokenizerText):
+        return text.tokenizer
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory() as place:
+        save_byte_tokenizer(Path(place))
+        return AutoTokenizer.from_pretrained(place)
 
 
 def _unreadable(folder: Path, error: Exception) -> ValueError:
