@@ -64,6 +64,7 @@ class Conversations:
         Raises:
             ValueError: if the template refuses the conversation; with its reason.
         """
+        _expect_unicode([messages, tools, settings])
         given = {name: value for name, value in (settings or {}).items() if name in SETTINGS}
         readable = [_readable(message, self.text) for message in messages]
         try:
@@ -95,6 +96,14 @@ class Conversations:
         if found := next((token for token in control_ids(self._tokenizer).values() if token in said), None):
             raise ValueError(f"a message contains the control token {found}; a newer transformers can neutralise it")
         return {}
+
+
+def _expect_unicode(said: Any) -> None:
+    """Refuse halves of characters, which JSON can spell and no text has."""
+    try:
+        json.dumps(said, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("a message holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from error
 
 
 def read_template(file: Path) -> str:
