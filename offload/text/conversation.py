@@ -33,7 +33,7 @@ class Conversations:
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         own = tokenizer.chat_template
         self._templates = {"default": template or PLAIN_TEMPLATE} if template or not own else _named(own)
         self.is_plain = template is None and not own
@@ -68,7 +68,7 @@ class Conversations:
         given = {name: value for name, value in (settings or {}).items() if name in SETTINGS}
         readable = [_readable(message, self.text) for message in messages]
         try:
-            ids = self._tokenizer.apply_chat_template(
+            ids = self.tokenizer.apply_chat_template(
                 readable,
                 tools=[dict(tool) for tool in tools] or None,
                 chat_template=self._template(has_tools=bool(tools)),
@@ -90,10 +90,10 @@ class Conversations:
 
     def _neutralised(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> dict[str, bool]:
         """The argument that makes control tokens in texts of users plain text; older versions refuse such texts."""
-        if "sanitize_control_tokens" in signature(self._tokenizer.apply_chat_template).parameters:
+        if "sanitize_control_tokens" in signature(self.tokenizer.apply_chat_template).parameters:
             return {"sanitize_control_tokens": True}
         said = json.dumps([messages, list(tools)], ensure_ascii=False, default=str)
-        if found := next((token for token in control_ids(self._tokenizer).values() if token in said), None):
+        if found := next((token for token in control_ids(self.tokenizer).values() if token in said), None):
             raise ValueError(f"a message contains the control token {found}; a newer transformers can neutralise it")
         return {}
 

@@ -12,9 +12,10 @@ from ...engine.events import TokenEvent
 from ..wire.chat import ChatRequest, ChatWriter
 from ..wire.completions import CompletionRequest, CompletionWriter
 from .answering import Desk
+from .dialects import add_messages, add_responses
 from .faults import answer_errors
 from .guard import Gate, Guarded
-from .service import Service, Writer, new_id, streamed_answer, whole_answer
+from .service import Service, Writer, new_id, owner_of, streamed_answer, whole_answer
 from .sse import EventStream
 
 
@@ -28,6 +29,8 @@ def make_app(service: Service, gate: Gate) -> ASGIApp:
     app = FastAPI(title="expertier", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     answer_errors(app)
     _add_openai(app, service)
+    add_messages(app, service)
+    add_responses(app, service)
     _add_state(app, service)
     guarded: ASGIApp = Guarded(app, gate)
     if gate.origins:
@@ -43,7 +46,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next message of a conversation."""
         name, desk = service.model_name(body.model), service.ready()
-        ask = await desk.prepare(lambda: body.ask(desk.asker, defaults=service.defaults, owner=_owner(request)))
+        ask = await desk.prepare(lambda: body.ask(desk.asker, defaults=service.defaults, owner=owner_of(request)))
         asks = [ask.nth(index) for index in range(body.n or 1)]
         writer = ChatWriter(new_id(), name, body, speller(desk))
         return await _respond(service, desk, asks, writer, request, is_stream=bool(body.stream))
@@ -53,7 +56,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """The continuation of texts or token ids."""
         name, desk = service.model_name(body.model), service.ready()
-        asks = await desk.prepare(lambda: body.asks(desk.asker, defaults=service.defaults, owner=_owner(request)))
+        asks = await desk.prepare(lambda: body.asks(desk.asker, defaults=service.defaults, owner=owner_of(request)))
         echoes = [desk.asker.vocabulary.decode(ask.prompt_ids) if body.echo else "" for ask in asks]
         asks = [ask.nth(index) for ask in asks for index in range(body.n or 1)]
         writer = CompletionWriter(new_id(), name, body, echoes, speller(desk))
@@ -105,10 +108,6 @@ async def _respond(
     if is_stream:
         return EventStream(streamed_answer(running, writer), lambda: service.close(running))
     return JSONResponse(await whole_answer(service, running, request, writer))
-
-
-def _owner(request: Request) -> str:
-    return str(request.scope["state"]["owner"])
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

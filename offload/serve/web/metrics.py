@@ -1,13 +1,16 @@
-"""Counts for Prometheus, with the suffixes of vLLM's names, and those of experts, which only an offloaded model has."""
+"""Counts for Prometheus, with the suffixes of vLLM's names, and those of experts, which only an offloaded model has.
+
+Shapes: L MoE layers.
+"""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ...engine.counters import EngineCounters
 from ..answers import Ended
 
 SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
@@ -95,54 +98,75 @@ class Metrics:
         ):
             self._seconds[name].observe(seconds)
 
-    def watch(self, state: Callable[[], Mapping[str, Any]]) -> None:
+    def watch(self, counters: Callable[[], EngineCounters], budget: Mapping[str, int]) -> None:
         """Read the engine's and the experts' counts too, at each scrape.
 
         Args:
-            state: gives what `EngineState` reads.
+            counters: gives the engine's counts.
+            budget: bytes of memory by part.
         """
-        self.registry.register(EngineState(self.model_name, state))
+        self.registry.register(EngineCollector(self.model_name, counters, budget))
 
     def text(self) -> bytes:
         """All counts in Prometheus' form."""
         return bytes(generate_latest(self.registry))
 
 
-class EngineState(Collector):
+class EngineCollector(Collector):
     """What the engine and the offloading count themselves.
 
     Args:
         model_name: label of all counts.
-        state: gives `gauges` and `counters`, numbers by name; `layers`, lists of numbers by name; and `budget`, bytes
-            by part.
+        counters: gives the engine's counts.
+        budget: bytes of memory by part.
     """
 
-    def __init__(self, model_name: str, state: Callable[[], Mapping[str, Any]]) -> None:
-        self._model_name, self._state = model_name, state
+    def __init__(self, model_name: str, counters: Callable[[], EngineCounters], budget: Mapping[str, int]) -> None:
+        self._model_name, self._counters, self._budget = model_name, counters, budget
 
     def collect(self) -> Iterable[Metric]:
-        state = self._state()
-        for name, number in state["gauges"].items():
-            gauge = GaugeMetricFamily(f"expertier:{name}", name.replace("_", " "), labels=("model_name",))
-            gauge.add_metric((self._model_name,), number)
-            yield gauge
-        for name, number in state["counters"].items():
-            counter = CounterMetricFamily(f"expertier:{name}", name.replace("_", " "), labels=("model_name",))
-            counter.add_metric((self._model_name,), number)
-            yield counter
-        for name, numbers in state["layers"].items():
-            layers = CounterMetricFamily(f"expertier:{name}", name.replace("_", " "), labels=("model_name", "layer"))
-            for layer, number in enumerate(numbers):
-                layers.add_metric((self._model_name, str(layer)), number)
-            yield layers
-        budget = GaugeMetricFamily("expertier:budget_bytes", "memory by part", labels=("model_name", "part"))
-        for part, size in state["budget"].items():
+        """All of them, of one moment."""
+        now = self._counters()
+        used = now.kv_in_use / now.kv_capacity if now.kv_capacity else 0.0
+        yield self._gauge("num_requests_running", "Requests whose answers are generated.", now.running)
+        yield self._gauge("num_requests_waiting", "Requests in the queue.", now.queued)
+        yield self._gauge("kv_cache_usage_perc", "Share of the KV pool that running requests use, 0 to 1.", used)
+        yield self._gauge("kv_reserved_tokens", "Tokens of the KV pool that are promised.", now.kv_reserved)
+        yield self._gauge("kv_kept_tokens", "Tokens of the KV pool that hold kept prefixes.", now.kv_kept)
+        yield self._counter("steps", "Calls of the model.", now.steps_total)
+        yield self._counter("batch_rows", "Tokens in steps that decode.", now.rows_total)
+        yield self._counter("prefill_seconds", "Seconds of steps that read prompts.", now.prefill_s)
+        yield self._counter("decode_seconds", "Seconds of other steps.", now.decode_s)
+        yield self._counter("disk_busy_seconds", "Seconds in which the disk had something to read.", now.disk_busy_s)
+        yield self._counter("lookup_proposed_tokens", "Tokens that prompt lookup proposed.", now.proposed_total)
+        yield self._counter("lookup_accepted_tokens", "Tokens of them that were right.", now.accepted_total)
+        yield self._layers("expert_hits", "Experts that were in memory when a layer asked.", now.hits_L)
+        yield self._layers("expert_misses", "Experts that were not.", now.misses_L)
+        yield self._layers("expert_bytes_read", "Bytes of experts read from files.", now.bytes_read_L)
+        budget = GaugeMetricFamily("expertier:budget_bytes", "Memory by part.", labels=("model_name", "part"))
+        for part, size in self._budget.items():
             budget.add_metric((self._model_name, part), size)
         yield budget
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: names are known when there are numbers."""
+        """Nothing: asking for the counts before there is an engine would fail."""
         return ()
+
+    def _gauge(self, name: str, what: str, number: float) -> Metric:
+        gauge = GaugeMetricFamily(f"expertier:{name}", what, labels=("model_name",))
+        gauge.add_metric((self._model_name,), number)
+        return gauge
+
+    def _counter(self, name: str, what: str, number: float) -> Metric:
+        counter = CounterMetricFamily(f"expertier:{name}", what, labels=("model_name",))
+        counter.add_metric((self._model_name,), number)
+        return counter
+
+    def _layers(self, name: str, what: str, number_L: Sequence[int]) -> Metric:
+        layers = CounterMetricFamily(f"expertier:{name}", what, labels=("model_name", "layer"))
+        for layer, number in enumerate(number_L):
+            layers.add_metric((self._model_name, str(layer)), number)
+        return layers
 
 
 class Stopwatch:

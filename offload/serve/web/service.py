@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from starlette.requests import Request
 
+from ...engine.counters import EngineCounters
 from ..answers import Delta
 from ..wire.errors import ApiError, openai_error
 from . import sse
@@ -42,6 +43,8 @@ class Service:
         stage: what is being done while it is loading.
         is_draining: whether the server is shutting down and takes no more requests.
         failure: why the engine has ended; empty while it runs.
+        budget: bytes of memory by part.
+        counters: gives the engine's counts; None while the model is loading.
     """
 
     names: tuple[str, ...]
@@ -53,6 +56,8 @@ class Service:
     stage: str = "loading"
     is_draining: bool = False
     failure: str = ""
+    budget: Mapping[str, int] = field(default_factory=dict)
+    counters: Callable[[], EngineCounters] | None = None
     running: set[Running] = field(default_factory=set)
 
     def ready(self) -> Desk:
@@ -113,6 +118,11 @@ def new_id() -> str:
     return secrets.token_hex(12)
 
 
+def owner_of(request: Request) -> str:
+    """Who asks, as the gate found out."""
+    return str(request.scope["state"]["owner"])
+
+
 async def whole_answer(service: Service, running: Running, request: Request, writer: Writer) -> dict[str, Any]:
     """The response of a request that does not stream; it is cancelled when the client leaves.
 
@@ -144,7 +154,7 @@ async def streamed_answer(
     writer: Writer,
     *,
     is_named: bool = False,
-    error_body: Callable[[ApiError], dict[str, Any]] = openai_error,
+    error_bodies: Callable[[ApiError], list[dict[str, Any]]] = lambda error: [openai_error(error)],
     last: bytes = sse.DONE,
 ) -> AsyncIterator[bytes]:
     """The events of a streamed answer.
@@ -153,7 +163,7 @@ async def streamed_answer(
         running: the answers; who sends the events closes them.
         writer: writes them.
         is_named: whether events bear names.
-        error_body: writes an error that comes after the first event.
+        error_bodies: writes an error that comes after the first event.
         last: what ends the stream.
     """
     try:
@@ -168,7 +178,7 @@ async def streamed_answer(
                     yield sse.events(chunks, is_named=is_named)
         yield sse.events(writer.end(), is_named=is_named) + last
     except ApiError as error:
-        yield sse.events([error_body(error)], is_named=is_named) + last
+        yield sse.events(error_bodies(error), is_named=is_named) + last
 
 
 def _progress(running: Running) -> str:
