@@ -72,20 +72,24 @@ class Stream:
         # under the lock, so that an event of the engine's thread cannot overtake those that waited
         with self._changed:
             self._reader = reader
-            while self._events:
-                reader(self._events.popleft())
+            while self._events and self._reader is not None:
+                self._give(self._events.popleft())
 
     def put(self, event: Event) -> None:
         """One more event; the engine's side."""
         with self._changed:
             if isinstance(event, Finished):
                 self._finished = event
-            if self._reader is None:
+            if self._reader is not None:
+                self._give(event)
+            else:
                 self._events.append(event)
                 self._changed.notify_all()
-                return
-            try:
-                self._reader(event)
-            except Exception:  # whatever a reader raises, the engine's thread has other requests to serve
-                self._reader = None
-                self._cancel()
+
+    def _give(self, event: Event) -> None:
+        assert self._reader is not None
+        try:
+            self._reader(event)
+        except Exception:  # whatever a reader raises, the engine's thread has other requests to serve
+            self._reader = None
+            self._cancel()
