@@ -1,15 +1,16 @@
-"""The commands of this package, joined: `generate`, `pack`, `fit`, `calibrate`, `simulate`, and three of `trace`."""
+"""The commands of this package: `generate`, `serve`, `pack`, `fit`, `calibrate`, `simulate`, some of `trace`."""
 
 import typer
 
 from .commands.generate import generate
 from .commands.machine import calibrate, fit
 from .commands.pack import pack
+from .commands.serve import serve
 from .commands.simulate import simulate
 from .commands.traces import batches, predictor, record
 
 app = typer.Typer()
-for command in (generate, pack, fit, calibrate, simulate):
+for command in (generate, serve, pack, fit, calibrate, simulate):
     app.command(command.__name__)(command)
 
 

@@ -80,6 +80,8 @@ def _load_and_watch(
 ) -> None:
     """Get the model ready, then wait for the engine's end; runs in a thread of its own."""
     from ..checkpoint.location import local_folder, local_name
+
+    service.stage = "starting"
     from ..serve.grammars import Grammars
     from ..serve.opening import open_answering, open_conversations
     from ..serve.web.answering import Desk

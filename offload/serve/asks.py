@@ -95,12 +95,14 @@ class ToolUse:
 
     Args:
         tools: as the OpenAI interface has them: `{"type": "function", "function": {"name", "parameters"}}`.
-        choice: `auto`: the model decides; `none`: no call; `required`: some call; else the name of the one to call.
+        choice: `auto`: the model decides; `none`: no call; `required`: some call; `named`: a call of the tool `name`.
+        name: of the tool to call.
         is_parallel: whether several calls may be forced at once.
     """
 
     tools: tuple[Mapping[str, Any], ...] = ()
-    choice: str = "auto"
+    choice: Literal["auto", "none", "required", "named"] = "auto"
+    name: str = ""
     is_parallel: bool = True
 
     @property
@@ -118,9 +120,10 @@ class ToolUse:
         if self.choice in ("auto", "none"):
             return None
         schemas = self.schemas
-        wanted = schemas if self.choice == "required" else {self.choice: schemas.get(self.choice)}
+        wanted = schemas if self.choice == "required" else {self.name: schemas.get(self.name)}
         if not schemas or None in wanted.values():
-            raise ValueError(f"tool_choice wants {self.choice!r}, and tools has {', '.join(schemas) or 'none'}")
+            what = f"the tool {self.name!r}" if self.choice == "named" else "a call"
+            raise ValueError(f"tool_choice wants {what}, and tools has {', '.join(schemas) or 'none'}")
         calls = [_call_schema(name, schema) for name, schema in wanted.items()]
         one = calls[0] if len(calls) == 1 else {"anyOf": calls}
         is_list = self.choice == "required" and self.is_parallel

@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoint.model_folder import read_config
 from ..engine.engine import Engine
 from ..engine.options import EngineOptions
-from ..memory.budget import describe
+from ..memory.budget import MemoryPlan, describe
 from ..runtime.loading import load
 from ..text.conversation import Conversations
 from ..text.reply_format import format_of
@@ -73,7 +73,7 @@ def open_answering(
 
     def open_model() -> Any:
         model = load(folder, **load_options)
-        found.update(defaults=_recommended(model), budget=dict(describe(model.offload.plan)))
+        found.update(defaults=_recommended(model), budget=_parts(model.offload.plan))
         return model
 
     engine = Engine(open_model, options)
@@ -84,6 +84,12 @@ def open_answering(
     asker = Asker(vocabulary, conversations, min(context, info.context_tokens), options.most_new_tokens)
     note = f"{folder} has no chat template: messages are written as `role: text`, line by line"
     return Opened(engine=engine, asker=asker, note=note if conversations.is_plain else "", **found)
+
+
+def _parts(plan: MemoryPlan) -> dict[str, int]:
+    """Bytes of a memory plan, by part."""
+    sizes = {name: size for name, size in describe(plan).items() if name.endswith("_bytes") and isinstance(size, int)}
+    return {name.removesuffix("_bytes"): size for name, size in sizes.items()}
 
 
 def _recommended(model: Any) -> dict[str, float]:

@@ -6,7 +6,7 @@ Shapes: L MoE layers.
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -40,6 +40,7 @@ class Metrics:
     """
 
     def __init__(self, model_name: str) -> None:
+        disable_created_metrics()  # a second number for each count, which no dashboard reads
         self.registry = CollectorRegistry()
         self.model_name = model_name
         label = {"labelnames": ("model_name",), "registry": self.registry}

@@ -168,5 +168,6 @@ def tool_use(
 ) -> ToolUse:
     """Tools of a request, and what may be called of them."""
     shown = tuple(tool.model_dump(exclude_none=True) for tool in tools or ())
-    named = choice.function.name if isinstance(choice, NamedTool) else choice or "auto"
-    return ToolUse(tools=shown, choice=named, is_parallel=is_parallel is not False)
+    if isinstance(choice, NamedTool):
+        return ToolUse(tools=shown, choice="named", name=choice.function.name)
+    return ToolUse(tools=shown, choice=choice or "auto", is_parallel=is_parallel is not False)

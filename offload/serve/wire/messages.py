@@ -13,6 +13,12 @@ from .fields import LONGEST_STOP, MOST_STOPS, MOST_TOOLS, NAME, Sampled, Wire
 
 BILLING_LINE = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*(?:\n|\Z)")
 """Claude Code's first system block. It changes with each request, so that nothing kept would match the prompt."""
+CHOICES: dict[str, Literal["auto", "none", "required", "named"]] = {
+    "auto": "auto",
+    "none": "none",
+    "any": "required",
+    "tool": "named",
+}
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -127,8 +133,8 @@ class CountRequest(Wire):
         choice = self.tool_choice
         if choice is None:
             return ToolUse(tools=tools)
-        named = {"any": "required", "tool": choice.name or ""}.get(choice.type, choice.type)
-        return ToolUse(tools=tools, choice=named, is_parallel=not choice.disable_parallel_tool_use)
+        is_parallel = not choice.disable_parallel_tool_use
+        return ToolUse(tools=tools, choice=CHOICES[choice.type], name=choice.name or "", is_parallel=is_parallel)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -128,8 +128,11 @@ class ResponsesRequest(Wire):
             for tool in self.tools or ()
             if tool.type == "function" and tool.name
         )
-        choice = self.tool_choice.name if isinstance(self.tool_choice, NamedChoice) else self.tool_choice or "auto"
-        return ToolUse(tools=tools, choice=choice, is_parallel=self.parallel_tool_calls is not False)
+        if isinstance(self.tool_choice, NamedChoice):
+            return ToolUse(tools=tools, choice="named", name=self.tool_choice.name)
+        return ToolUse(
+            tools=tools, choice=self.tool_choice or "auto", is_parallel=self.parallel_tool_calls is not False
+        )
 
     def ask(self, asker: Asker, *, defaults: Mapping[str, float], owner: str) -> Ask:
         """What is asked.
