@@ -1,9 +1,9 @@
 """Options of `expertier serve`: those of loading, and those of a server."""
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -79,11 +79,6 @@ class ServeOptions(LoadOptions):
         for file, what in ((self.api_key_file, "--api-key-file"), (self.chat_template, "--chat-template")):
             if file is not None and not file.is_file():
                 raise ValueError(f"{what} {file}: no such file")
-
-    @property
-    def for_loading(self) -> dict[str, Any]:
-        """Arguments of `offload.load`."""
-        return {field.name: getattr(self, field.name) for field in fields(LoadOptions)}
 
     @property
     def for_engine(self) -> EngineOptions:

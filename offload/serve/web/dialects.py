@@ -6,7 +6,8 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from ..wire.errors import ApiError, anthropic_error, openai_error
-from ..wire.messages import CountRequest, MessagesRequest, MessagesWriter
+from ..wire.message_writer import MessagesWriter
+from ..wire.messages import CountRequest, MessagesRequest
 from ..wire.response_writer import ResponsesWriter
 from ..wire.responses import ResponsesRequest
 from .service import Service, new_id, owner_of, streamed_answer, whole_answer
