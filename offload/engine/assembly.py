@@ -15,7 +15,8 @@ from .kept.prefixes import Prefixes
 from .loop import Loop
 from .options import EngineOptions
 from .planning.pool import TokenPool
-from .planning.schedule import ExpertLoad, Schedule
+from .planning.rates import ExpertLoad
+from .planning.schedule import Schedule
 from .step import ModelSteps
 
 ROWS_INDEPENDENT = ("fixed",)
@@ -61,7 +62,7 @@ def build_loop(model: Any, options: EngineOptions, tally: Tally) -> tuple[Loop, 
     can_pack = wants_to_pack and steps.can_pack
     reuse = options.reuse if options.reuse != "auto" else "any" if is_flexible else "aligned"
     capacity, token_bytes = _pool_tokens(model)
-    piece_tokens = prefill_tokens(model.config, capacity)
+    piece_tokens = min(options.piece_tokens or capacity, prefill_tokens(model.config, capacity))
     admission = Admission(
         steps,
         TokenPool(capacity),

@@ -30,6 +30,8 @@ class EngineOptions:
         reuse: which kept keys and values a new prompt starts from. `any` common prefix; `aligned` whole pieces of a
             prefill, whose bits are those of a cold start at every level; `off` none. `auto` is `any` where the level
             allows it, and `aligned` elsewhere.
+        piece_tokens: tokens of a prompt that are computed at once, 1 or more. Each piece reads nearly all experts, and
+            whole pieces are what `aligned` can reuse. None takes as many as memory allows.
         prefix_folder: where kept prefixes are written, so that they survive a restart; None keeps them in RAM only.
         prefix_disk: most bytes in that folder, such as `"8GiB"`.
 
@@ -45,6 +47,7 @@ class EngineOptions:
     decode_share: float = 0.3
     lookup: Literal["auto", "off", "always"] = "auto"
     reuse: Literal["auto", "any", "aligned", "off"] = "auto"
+    piece_tokens: int | None = None
     prefix_folder: Path | None = None
     prefix_disk: str | int = "8GiB"
 
@@ -52,6 +55,8 @@ class EngineOptions:
         for name, least in (("most_users", 1), ("most_queued", 0), ("most_new_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        if self.piece_tokens is not None and self.piece_tokens < 1:
+            raise ValueError(f"piece_tokens must be at least 1; got {self.piece_tokens}")
         if not self.longest_wait_s > 0:
             raise ValueError(f"longest_wait_s must be above 0; got {self.longest_wait_s}")
         if not 0 <= self.decode_share < 1:

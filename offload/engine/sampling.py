@@ -42,12 +42,12 @@ class Sampler:
             ValueError: if the logits are not numbers, or no token is allowed.
         """
         logits_V = logits_V.float()
+        if not torch.isfinite(logits_V.max()):  # the largest is NaN if any is
+            raise ValueError("the model's logits are not numbers")
         score_V = self._constrained(logits_V)
         token_id = int(score_V.argmax()) if self._sampling.is_greedy else self._draw(score_V)
-        # one test after the choice instead of a pass over all logits before it: NaN wins every argmax
-        if not torch.isfinite(score_V[token_id]):
-            is_number = bool(torch.isfinite(logits_V).any()) and not bool(torch.isnan(logits_V).any())
-            raise ValueError("no token is allowed here" if is_number else "the model's logits are not numbers")
+        if score_V[token_id] == -torch.inf:
+            raise ValueError("no token is allowed here")
         event = self._event(token_id, logits_V)
         self._counts[token_id] += 1
         if self._constraint is not None:

@@ -1,16 +1,17 @@
 """What forms have in common whose experts are records of a packed copy: one contiguous, block-aligned record each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.tensors import TensorEntry
 from .form import BLOCK_BYTES, Extent, PartReader, Region
+from .kernel_matrix import KernelMatrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,8 @@ class PackedForm:
 
     layer: ExpertLayer
     record_E: tuple[TensorEntry, ...]
+
+    is_multiplied: ClassVar[bool] = False
 
     @property
     def is_straight(self) -> bool:
@@ -69,6 +72,10 @@ class PackedForm:
     def shifts(self, extents: Sequence[Extent]) -> tuple[int, ...]:
         """Records begin with a block of the file, so none."""
         return (0,)
+
+    def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
+        """None, unless a form says otherwise."""
+        return {}
 
     def convert(self, expert: int, slot: torch.Tensor, model: Any, read: PartReader) -> None:
         raise NotImplementedError("records are read straight into slots")

@@ -8,20 +8,21 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 
+from ..compute.fused_experts import FusedRows
 from ..compute.routed_rows import RoutedRows
-from ..compute.single_token import TokenRows
 from ..store.reading import Ticket, next_landed
 from .counters import Counters
 from .expanded import ExpandedWeights
-from .slots import LayerSlots
+from .slots import KernelSlots, LayerSlots
 
 LEARN_FROM_TOKENS = 512
 """Tokens of a prefill that the cache policy sees, from the end: decoding goes on from these."""
 
-Rows = RoutedRows | TokenRows
+Rows = RoutedRows | FusedRows
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ExpertStep:
 
     Args:
         slots: the layer's RAM slots.
-        weights: what to compute with: the slots themselves, or what is in them, expanded.
+        weights: what to compute with: what is in the slots, as tensors, as our C reads it, or expanded.
         counters: receives hits, misses and seconds.
         num_rows: rows of each expert that is needed.
         expert_TK: the experts of each token; ids outside 0..E-1 are left out.
@@ -49,7 +50,7 @@ class ExpertStep:
     def __init__(
         self,
         slots: LayerSlots,
-        weights: LayerSlots | ExpandedWeights,
+        weights: LayerSlots | KernelSlots | ExpandedWeights,
         counters: Counters,
         num_rows: Mapping[int, int],
         expert_TK: torch.Tensor,
@@ -94,7 +95,7 @@ class ExpertStep:
             for expert in found.misses:
                 self._read(expert, pinned=self._num_rows)
 
-    def fetch(self, expert: int) -> Mapping[str, torch.Tensor]:
+    def fetch(self, expert: int) -> Mapping[str, Any]:
         """The weights of one needed expert; they stay until another is fetched."""
         if expert not in self._slots:
             # a read ahead that has turned out to be needed still writes to its slot, which must not go to this expert
@@ -125,7 +126,7 @@ class ExpertStep:
     def _start_hits(self, rows: Rows, hits: list[int]) -> None:
         started = time.perf_counter()
         several = [self._weights[expert] for expert in hits] if self._weights.holds_several else []
-        if not (several and rows.compute_singles(hits, several)):
+        if not (several and rows.compute_several(hits, several)):
             for expert in hits:
                 rows.start(expert, self._weights[expert])
         self._counters.compute_s += time.perf_counter() - started
@@ -161,7 +162,7 @@ class ExpertStep:
     def _read(self, expert: int, pinned: Collection[int]) -> None:
         self._in_flight[expert] = self._slots.start_read(expert, pinned, self._landed)
 
-    def _timed(self, compute: Callable[[int, Mapping[str, torch.Tensor]], None], expert: int) -> None:
+    def _timed(self, compute: Callable[[int, Mapping[str, Any]], None], expert: int) -> None:
         started = time.perf_counter()
         compute(expert, self._weights[expert])
         self._counters.compute_s += time.perf_counter() - started

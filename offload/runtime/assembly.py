@@ -5,6 +5,7 @@ from typing import Any
 from routing.ground.model_config import text_config
 
 from ..checkpoint.experts import experts_modules
+from ..compute.levels import best_arithmetic
 from ..compute.linears import quicken_linears
 from ..compute.matvec import Matvecs
 from ..compute.norms import quicken_norms
@@ -33,7 +34,7 @@ def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions,
         lane: the GPU, or None.
     """
     model, forms = opened.model, opened.forms
-    matvecs = Matvecs(options.arithmetic)
+    matvecs = Matvecs(_arithmetic(opened, options, lane))
     store = ExpertStore(
         model,
         forms,
@@ -56,6 +57,13 @@ def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions,
     guard_model(model, forms)
     model.offload = Offload(model, running, division.ram, options.policy_name)
     return model
+
+
+def _arithmetic(opened: OpenedCheckpoint, options: LoadOptions, lane: Lane | None) -> str:
+    """The level of exactness that was asked for; with a GPU, where ours are the kernels, `auto` is exact on the CPU."""
+    if options.arithmetic != "auto":
+        return options.arithmetic
+    return "exact" if lane is not None else best_arithmetic(opened.model, [form.layer for form in opened.forms])
 
 
 def _read_prompts_in_pieces(model: Any, context: int) -> None:

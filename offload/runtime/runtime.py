@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..compute.fused_experts import FusedExperts, FusedRows, fuse_experts
 from ..compute.matvec import Matvecs
 from ..compute.routed_rows import RoutedRows, eager_forward
-from ..compute.single_token import FusedExperts, TokenRows, fuse_experts
 from ..gpu.tier import GpuTier
 from ..prefetch.prefetch import Prefetcher
 from ..ram.counters import Counters, LayerCounters
 from ..ram.expanded import ExpandedWeights, make_rooms
-from ..ram.slots import LayerSlots
+from ..ram.slots import KernelSlots, LayerSlots
 from ..ram.step import ExpertStep
 from ..store.reading import Ticket, next_landed
 from ..store.store import ExpertStore
@@ -47,7 +47,7 @@ class OffloadRuntime:
         num_slots: RAM slots of each layer, at least 1.
         policy: name in CACHES.
         recorder: records the routing of every call; None records nothing.
-        matvecs: products for experts with one row.
+        matvecs: products for experts with a few rows.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class OffloadRuntime:
             if not slots.is_grouped:
                 return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
             rows = self._rows(slots, module, x_TD, expert_TK, weight_TK)
-            weights = slots if isinstance(rows, TokenRows) else self._plain_weights(slots)
+            weights = KernelSlots(slots) if isinstance(rows, FusedRows) else self._plain_weights(slots)
             step = ExpertStep(slots, weights, self.counters, rows.num_rows, expert_TK)
             step.begin(rows)
             self._look_ahead(layer, x_TD, expert_TK)
@@ -157,13 +157,13 @@ class OffloadRuntime:
 
     def _rows(
         self, slots: LayerSlots, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
-    ) -> RoutedRows | TokenRows:
+    ) -> RoutedRows | FusedRows:
         num_tokens, top_k = expert_TK.shape
-        if num_tokens == 1 and x_TD.dtype == torch.bfloat16 and x_TD.is_contiguous():
-            experts = expert_TK[0].tolist()
+        may_fuse = num_tokens == 1 or self.matvecs.is_row_alone
+        if may_fuse and x_TD.dtype == torch.bfloat16 and x_TD.is_contiguous():
             fused = self._fused_experts(slots.layer, module, top_k)
-            if fused is not None and len(set(experts)) == top_k:
-                return TokenRows(fused, experts, slots.num_experts, x_TD, weight_TK)
+            if fused is not None:
+                return FusedRows(fused, slots.num_experts, x_TD, expert_TK, weight_TK)
         return RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK, self.matvecs)
 
     def _plain_weights(self, slots: LayerSlots) -> LayerSlots | ExpandedWeights:
@@ -173,7 +173,8 @@ class OffloadRuntime:
     def _fused_experts(self, layer: int, module: Any, top_k: int) -> FusedExperts | None:
         key = (layer, top_k, torch.get_num_threads())
         if key not in self._fused:
-            self._fused[key] = fuse_experts(module, self.store.forms[layer], top_k, self.matvecs)
+            form = self.store.forms[layer]
+            self._fused[key] = fuse_experts(module, form.layer, form.is_multiplied, top_k, self.matvecs)
         return self._fused[key]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""One token's experts in one call of C: the bits of the path for many tokens, and left alone where it has no proof."""
+"""Experts in one call of C: the bits of the path for other experts, and left alone where it has no proof."""
 
 import pytest
 import torch
@@ -7,9 +7,10 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
 from offload.checkpoint.experts import ExpertLayer, Parameter
-from offload.compute.matvec import Matvecs, _kernels
+from offload.compute.fused_experts import FusedRows, fuse_experts
+from offload.compute.matvec import Matvecs
+from offload.compute.orders import orders
 from offload.compute.routed_rows import RoutedRows
-from offload.compute.single_token import TokenRows, fuse_experts
 from offload.formats.plain import PlainForm
 
 TOP_K, NUM_EXPERTS = 3, 5
@@ -44,20 +45,28 @@ def operands(form, seed):
     return weights, random(1, form.layer.parameters[0].shape[1]), random(1, TOP_K).abs()
 
 
-@pytest.mark.parametrize("arithmetic", ["exact", "fast"])
+def fuse(module, form, matvecs):
+    return fuse_experts(module, form.layer, form.is_multiplied, TOP_K, matvecs)
+
+
+def matrices(form, weights, experts):
+    return [form.kernel_matrices(weights[expert]) for expert in experts]
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "fixed", "fast"])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu2"])
 @pytest.mark.parametrize("has_gate", [True, False])
 def test_bits_of_the_path_for_many_tokens(arithmetic, activation, has_gate):
     module, matvecs = Experts(activation, has_gate), Matvecs(arithmetic)
     form = form_of(module, 128, 96)
-    fused = fuse_experts(module, form, TOP_K, matvecs)
+    fused = fuse(module, form, matvecs)
     if fused is None:
         pytest.skip("no kernel here has torch's bits")
     for seed in range(20):
         weights, x_1D, weight_1K = operands(form, seed)
         expert_1K = torch.tensor([[4, 0, 2]]) if seed % 2 else torch.tensor([[1, NUM_EXPERTS, 3]])
         many = RoutedRows(module, NUM_EXPERTS, x_1D, expert_1K, weight_1K, matvecs)
-        one = TokenRows(fused, expert_1K[0].tolist(), NUM_EXPERTS, x_1D, weight_1K)
+        one = FusedRows(fused, NUM_EXPERTS, x_1D, expert_1K, weight_1K)
         assert one.num_rows == {expert: 1 for expert in expert_1K[0].tolist() if expert < NUM_EXPERTS}
         for expert in many.num_rows:
             many.start(expert, weights[expert])
@@ -65,22 +74,19 @@ def test_bits_of_the_path_for_many_tokens(arithmetic, activation, has_gate):
         for expert in many.num_rows:
             many.finish(expert, weights[expert])
         first, *others = one.num_rows
-        one.start(first, weights[first])
-        one.compute_singles(others, [weights[expert] for expert in others])
+        one.start(first, form.kernel_matrices(weights[first]))
+        one.compute_several(others, matrices(form, weights, others))
         assert torch.equal(one.combine(), many.combine())
 
 
-@pytest.mark.parametrize("name", ["amx", "dot"])
-def test_kernels_against_float64(name):
-    if name not in _kernels():
-        pytest.skip("this processor has no AMX")
+@pytest.mark.parametrize("order", orders(), ids=lambda order: order.name)
+def test_kernels_against_float64(order):
     module, matvecs = Experts(), Matvecs("fast")
-    matvecs._kernels = {name: _kernels()[name]}
+    matvecs._orders = (order,)
     form = form_of(module, 64 * TOP_K * torch.get_num_threads(), 160)
-    fused = fuse_experts(module, form, TOP_K, matvecs)
     weights, x_1D, weight_1K = operands(form, 0)
-    rows = TokenRows(fused, [3, 1, 0], NUM_EXPERTS, x_1D, weight_1K)
-    rows.compute_singles([0, 1, 3], [weights[expert] for expert in (0, 1, 3)])
+    rows = FusedRows(fuse(module, form, matvecs), NUM_EXPERTS, x_1D, torch.tensor([[3, 1, 0]]), weight_1K)
+    rows.compute_several([0, 1, 3], matrices(form, weights, (0, 1, 3)))
     expected = torch.zeros(1, 160, dtype=torch.float64)
     for weight, expert in zip(weight_1K[0].double(), [3, 1, 0], strict=True):
         gate, up = (x_1D.double() @ weights[expert]["gate_up_proj"].double().t()).chunk(2, dim=-1)
@@ -91,12 +97,12 @@ def test_kernels_against_float64(name):
 def test_an_expert_that_is_left_out_contributes_nothing():
     module = Experts()
     form = form_of(module, 128, 96)
-    fused = fuse_experts(module, form, TOP_K, Matvecs("fast"))
+    fused = fuse(module, form, Matvecs("fast"))
     weights, x_1D, weight_1K = operands(form, 0)
-    rows = TokenRows(fused, [2, NUM_EXPERTS, -1], NUM_EXPERTS, x_1D, weight_1K)
-    rows.compute(2, weights[2])
-    alone = TokenRows(fused, [2], NUM_EXPERTS, x_1D, weight_1K[:, :1])
-    alone.compute(2, weights[2])
+    rows = FusedRows(fused, NUM_EXPERTS, x_1D, torch.tensor([[2, NUM_EXPERTS, -1]]), weight_1K)
+    rows.compute(2, form.kernel_matrices(weights[2]))
+    alone = FusedRows(fused, NUM_EXPERTS, x_1D, torch.tensor([[2]]), weight_1K[:, :1])
+    alone.compute(2, form.kernel_matrices(weights[2]))
     assert torch.equal(rows.combine(), alone.combine())
 
 
@@ -105,16 +111,41 @@ def test_layouts_that_are_not_covered(flag):
     module = Experts()
     form = form_of(module, 128, 96)
     setattr(module, flag, True)
-    assert fuse_experts(module, form, TOP_K, Matvecs("fast")) is None
+    assert fuse(module, form, Matvecs("fast")) is None
 
 
 def test_gates_activations_and_types_that_are_not_covered():
     matvecs = Matvecs("fast")
     clamped = type("Clamped", (Experts,), {"_apply_gate": lambda self, up: up.clamp(max=7).chunk(2, -1)[0]})()
-    assert fuse_experts(clamped, form_of(clamped, 128, 96), TOP_K, matvecs) is None
+    assert fuse(clamped, form_of(clamped, 128, 96), matvecs) is None
     mixing = Experts()
     mixing.act_fn = nn.Softmax(-1)
-    assert fuse_experts(mixing, form_of(mixing, 128, 96), TOP_K, matvecs) is None
+    assert fuse(mixing, form_of(mixing, 128, 96), matvecs) is None
     plain = Experts()
-    assert fuse_experts(plain, form_of(plain, 128, 96, torch.float32), TOP_K, matvecs) is None
-    assert fuse_experts(plain, form_of(plain, 72, 96), TOP_K, matvecs) is None
+    assert fuse(plain, form_of(plain, 128, 96, torch.float32), matvecs) is None
+    assert fuse(plain, form_of(plain, 72, 96), Matvecs("exact")) is None
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+@pytest.mark.parametrize("width", [128, 96, 80])
+def test_a_token_has_the_same_bits_whatever_tokens_are_beside_it(width, has_gate):
+    module, matvecs = Experts(has_gate=has_gate), Matvecs("fixed")
+    form = form_of(module, width, 96)
+    fused = fuse(module, form, matvecs)
+    if fused is None:
+        assert width % 32
+        return
+    weights, _, _ = operands(form, 0)
+    generator = torch.Generator().manual_seed(1)
+    x_TD, weight_TK = torch.randn(37, 96, generator=generator).bfloat16(), torch.rand(37, TOP_K, generator=generator)
+    expert_TK = torch.randint(0, NUM_EXPERTS + 1, (37, TOP_K), generator=generator)
+
+    def run(tokens):
+        rows = FusedRows(fused, NUM_EXPERTS, x_TD[tokens], expert_TK[tokens], weight_TK[tokens])
+        experts = list(rows.num_rows)
+        rows.compute_several(experts, matrices(form, weights, experts))
+        return rows.combine()
+
+    together = run(slice(0, 37))
+    for tokens in (slice(0, 1), slice(3, 5), slice(8, 25), slice(36, 37)):
+        assert torch.equal(run(tokens), together[tokens])

@@ -1,0 +1,199 @@
+/* Products of a few rows of x with matrices in any stored form, and whole experts, at the speed of memory.
+
+   y[i][r] = sum_c w[r][c] * x[i][c], accumulated in float32, rounded to bfloat16 once. The order of a sum depends on the order
+   that was asked for and on the number of columns. It does not depend on threads, on the rows beside, or on the stored form. */
+
+#include "amx.h"
+#include "lanes.h"
+#include "pairs.h"
+
+enum order { ORDER_AMX, ORDER_PAIRS, ORDER_LANES };
+enum { STRIPS_AT_ONCE = 4 };
+
+/* An order of summation; `block` is that of `pairs_strip`. */
+struct summation {
+    enum order order;
+    int64_t block;
+};
+
+struct worker {
+    struct amx amx;
+    struct room room;
+};
+
+/* Rooms for products with at most `rows` rows of x and `columns` columns. */
+static void begin_work(struct worker *worker, const struct summation *by, int64_t rows, int64_t columns) {
+    size_t sums = by->order == ORDER_PAIRS ? pairs_sums(rows) : by->order == ORDER_LANES ? lanes_sums() : 1;
+    worker->room.sums = aligned_alloc(64, (sums * sizeof(float) + 63) / 64 * 64);
+    worker->room.strip = by->order == ORDER_AMX ? aligned_alloc(64, STRIP_ROWS * (size_t)padded(columns) * sizeof(uint16_t)) : NULL;
+    if (by->order == ORDER_AMX) begin_amx(&worker->amx);
+}
+
+static void end_work(struct worker *worker, const struct summation *by) {
+    if (by->order == ORDER_AMX) end_amx(&worker->amx);
+    free(worker->room.sums);
+    free(worker->room.strip);
+}
+
+static inline void pack(const struct summation *by, const struct inputs *x, int64_t group) {
+    if (by->order == ORDER_LANES)
+        pack_lanes(x, group);
+    else
+        pack_pairs(x, group);
+}
+
+static inline void multiply_strip(struct worker *worker, const struct summation *by, const struct stored_matrix *m, int64_t row,
+                                  const uint16_t *bias, const struct inputs *x, uint16_t *y, int64_t y_stride) {
+    struct strip s = begin_strip(m, row, bias);
+    if (by->order == ORDER_AMX)
+        amx_strip(&worker->amx, &s, x, &worker->room, y, y_stride);
+    else if (by->order == ORDER_PAIRS)
+        pairs_strip(by->block, &s, x, &worker->room, y, y_stride);
+    else
+        lanes_strip(&s, x, &worker->room, y, y_stride);
+}
+
+static inline int64_t num_strips(int64_t rows) { return (rows + STRIP_ROWS - 1) / STRIP_ROWS; }
+
+/* Several matrices of one form and shape, of which rows `first` to `first` + `rows` - 1 are meant; `part` has PARTS pointers each. */
+struct matrices {
+    int form;
+    const void *const *part;
+    const int32_t *parameter; /* NULL if the form has none */
+    int64_t rows, columns, first, count;
+};
+
+static struct stored_matrix matrix_of(const struct matrices *of, int64_t n) {
+    struct stored_matrix m = {.form = of->form, .rows = of->rows, .columns = of->columns};
+    for (int p = 0; p < PARTS; p++) m.part[p] = of->part[n * PARTS + p];
+    if (of->parameter) memcpy(m.parameter, of->parameter, sizeof m.parameter);
+    return m;
+}
+
+/* y[n] = x[n] w[n]^T for n = 0 .. num - 1: w[n] has rows[n] rows, x[n] has `x_rows` rows and begins x_step numbers after x[n - 1]
+   (0: all are one), y[n] is [x_rows, rows[n]]. A bias is added to each sum before it is rounded; `bias` or one of its elements may
+   be NULL. For AMX, rows and columns are multiples of 32. */
+void expertier_multiply(enum order order, int64_t block, int form, const void *const *part, const int32_t *parameter, int64_t num,
+                        const uint16_t *const *bias, const uint16_t *x, int64_t x_rows, int64_t x_step, uint16_t *const *y,
+                        const int64_t *rows, int64_t columns) {
+    const struct summation by = {order, block};
+    struct inputs input[num];
+    int64_t inputs = x_step ? num : 1, strips = 0;
+    for (int64_t n = 0; n < num; n++) strips += num_strips(rows[n]);
+    for (int64_t n = 0; n < inputs; n++) {
+        input[n] = (struct inputs){x + n * x_step, NULL, x_rows, columns, NULL};
+        input[n].packed = aligned_alloc(64, packed_bytes(&input[n]));
+    }
+    int64_t groups = num_groups(&input[0]);
+#pragma omp parallel
+    {
+        struct worker worker;
+        begin_work(&worker, &by, x_rows, columns);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < inputs * groups; i++) pack(&by, &input[i / groups], i % groups);
+#pragma omp for schedule(dynamic, STRIPS_AT_ONCE)
+        for (int64_t i = 0; i < strips; i++) {
+            int64_t n = 0, row = i * STRIP_ROWS;
+            for (; row >= rows[n]; n++) row -= num_strips(rows[n]) * STRIP_ROWS;
+            const struct matrices of = {form, part, parameter, rows[n], columns, 0, rows[n]};
+            struct stored_matrix m = matrix_of(&of, n);
+            multiply_strip(&worker, &by, &m, row, bias ? bias[n] : NULL, &input[x_step ? n : 0], y[n] + row, rows[n]);
+        }
+        end_work(&worker, &by);
+    }
+    for (int64_t n = 0; n < inputs; n++) free(input[n].packed);
+}
+
+/* --- whole experts ------------------------------------------------------------------------------------------------ */
+
+/* The rows of each expert are `token[start[n]]` to `token[start[n + 1] - 1]`; its inputs, packed one after the other. */
+static void expert_inputs(struct inputs *input, int64_t num, const uint16_t *x, const int64_t *token, const int64_t *start,
+                          int64_t columns, uint8_t *packed) {
+    for (int64_t n = 0; n < num; n++) {
+        const uint16_t *from = token ? x : x + start[n] * columns;
+        input[n] = (struct inputs){from, token ? token + start[n] : NULL, start[n + 1] - start[n], columns, packed};
+        packed += packed_bytes(&input[n]);
+    }
+}
+
+static size_t experts_packed_bytes(int64_t num, const int64_t *start, int64_t columns) {
+    size_t bytes = 0;
+    for (int64_t n = 0; n < num; n++) {
+        const struct inputs x = {.rows = start[n + 1] - start[n], .columns = columns};
+        bytes += packed_bytes(&x);
+    }
+    return bytes;
+}
+
+/* act(gate) * linear for the rows of one strip; `act` has the activation of each of the 65536 bfloat16 numbers. */
+static inline void activate(const uint16_t *act, const uint16_t *gate, const uint16_t *linear, int64_t rows, int64_t count, uint16_t *hidden,
+                            int64_t width) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < count; j++) {
+            uint16_t value = act[gate[i * STRIP_ROWS + j]];
+            if (linear) value = round_bf16(load_bf16(value) * load_bf16(linear[i * STRIP_ROWS + j]));
+            hidden[i * width + j] = value;
+        }
+}
+
+/* y[n] = (act(x gate[n]^T) * (x linear[n]^T)) down[n]^T for the rows of x that each of the `num` experts has; without the second
+   factor if `linear` is NULL. `gate` and `linear` may be rows of one matrix. `hidden` is room for [rows of all experts, width of
+   an expert]; y[n] is [rows of the expert, width of the model]. */
+void expertier_experts(enum order order, int64_t up_block, int64_t down_block, const struct matrices *gate, const struct matrices *linear,
+                       const struct matrices *down, int64_t num, const uint16_t *x, const int64_t *token, const int64_t *start,
+                       const uint16_t *act, uint16_t *hidden, uint16_t *const *y) {
+    const struct summation up_by = {order, up_block}, down_by = {order, down_block};
+    int64_t width = gate->count, model_width = down->count, most = 1;
+    int64_t up_strips = num_strips(width), down_strips = num_strips(model_width);
+    for (int64_t n = 0; n < num; n++) most = start[n + 1] - start[n] > most ? start[n + 1] - start[n] : most;
+    int64_t groups = (most + GROUP_ROWS - 1) / GROUP_ROWS, widest = width > model_width ? width : model_width;
+    struct inputs input[num], inner[num];
+    size_t input_bytes = experts_packed_bytes(num, start, model_width);
+    uint8_t *packed = aligned_alloc(64, input_bytes + experts_packed_bytes(num, start, width));
+    expert_inputs(input, num, x, token, start, model_width, packed);
+    expert_inputs(inner, num, hidden, NULL, start, width, packed + input_bytes);
+#pragma omp parallel
+    {
+        struct worker worker;
+        begin_work(&worker, &up_by, most, widest);
+        uint16_t *gate_rows = aligned_alloc(64, 2 * (size_t)most * STRIP_ROWS * sizeof(uint16_t));
+        uint16_t *linear_rows = gate_rows + most * STRIP_ROWS;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < num * groups; i++)
+            if (i % groups < num_groups(&input[i / groups])) pack(&up_by, &input[i / groups], i % groups);
+#pragma omp for schedule(dynamic, STRIPS_AT_ONCE / 2)
+        for (int64_t i = 0; i < num * up_strips; i++) {
+            int64_t n = i / up_strips, row = i % up_strips * STRIP_ROWS;
+            int64_t count = width - row < STRIP_ROWS ? width - row : STRIP_ROWS;
+            struct stored_matrix m = matrix_of(gate, n);
+            multiply_strip(&worker, &up_by, &m, gate->first + row, NULL, &input[n], gate_rows, STRIP_ROWS);
+            if (linear) {
+                m = matrix_of(linear, n);
+                multiply_strip(&worker, &up_by, &m, linear->first + row, NULL, &input[n], linear_rows, STRIP_ROWS);
+            }
+            uint16_t *out = hidden + start[n] * width + row;
+            activate(act, gate_rows, linear ? linear_rows : NULL, input[n].rows, count, out, width);
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < num * groups; i++)
+            if (i % groups < num_groups(&inner[i / groups])) pack(&down_by, &inner[i / groups], i % groups);
+#pragma omp for schedule(dynamic, STRIPS_AT_ONCE)
+        for (int64_t i = 0; i < num * down_strips; i++) {
+            int64_t n = i / down_strips, row = i % down_strips * STRIP_ROWS;
+            struct stored_matrix m = matrix_of(down, n);
+            multiply_strip(&worker, &down_by, &m, down->first + row, NULL, &inner[n], y[n] + row, model_width);
+        }
+        free(gate_rows);
+        end_work(&worker, &up_by);
+    }
+    free(packed);
+}
+
+/* All of a compressed matrix, row-major. */
+void expertier_expand(const void *w, int64_t rows, int64_t columns, uint16_t *out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < rows / BLOCK_ROWS; i++) {
+        struct compressed_block at = compressed_block(w, rows, columns, i);
+        expand_block(&at, out + i * BLOCK_ROWS * columns, columns);
+    }
+}

@@ -1,0 +1,68 @@
+/* Strips of a matrix: up to 32 rows of it, made bfloat16 from left to right, 64 columns at a time.
+
+   Every order of summation reads strips, so a stored form is known here and nowhere else. */
+
+#pragma once
+
+#include "bfloat16.h"
+#include "compressed.h"
+#include "stored_matrix.h"
+
+#include <stdlib.h>
+
+enum form { PLAIN, COMPRESSED };
+enum { STRIP_ROWS = BLOCK_ROWS, CHUNK = SEGMENT_COLUMNS, CHUNK_WEIGHTS = STRIP_ROWS * CHUNK };
+
+struct strip {
+    const struct stored_matrix *m;
+    int64_t row, rows;
+    const uint16_t *bias;          /* of these rows, added before a sum is rounded; NULL for none */
+    struct compressed_block block; /* of a compressed matrix; its other exponents are used up from left to right */
+};
+
+static inline struct strip begin_strip(const struct stored_matrix *m, int64_t row, const uint16_t *bias) {
+    struct strip s = {m, row, m->rows - row < STRIP_ROWS ? m->rows - row : STRIP_ROWS, bias ? bias + row : NULL, {0}};
+    if (m->form == COMPRESSED) s.block = compressed_block(m->part[0], m->rows, m->columns, row / STRIP_ROWS);
+    return s;
+}
+
+static inline const uint16_t *plain_row(const struct strip *s, int64_t row) {
+    return (const uint16_t *)s->m->part[0] + (s->row + row) * s->m->columns;
+}
+
+/* What is stored for a sum. */
+static inline uint16_t finish(const struct strip *s, int64_t row, float sum) {
+    return round_bf16(s->bias ? sum + load_bf16(s->bias[row]) : sum);
+}
+
+static inline int64_t chunk_columns(const struct strip *s, int64_t column) {
+    return s->m->columns - column < CHUNK ? s->m->columns - column : CHUNK;
+}
+
+/* Rows `begin` to `end` - 1 of the chunk that begins at `column`, with zeros beyond the matrix. Chunks are asked for from left
+   to right, and the rows of a chunk from top to bottom. */
+static inline void expand_chunk(struct strip *s, int64_t column, int begin, int end, uint16_t *room, int64_t stride) {
+    if (s->m->form == COMPRESSED) {
+        const uint8_t *segment = s->block.segments + column / SEGMENT_COLUMNS * SEGMENT_BYTES;
+        s->block.others = expand_rows(segment, s->block.head, s->block.others, begin, end, room, stride);
+        return;
+    }
+    size_t bytes = (size_t)chunk_columns(s, column) * sizeof(uint16_t);
+    for (int64_t row = begin; row < end; row++) {
+        uint8_t *target = (uint8_t *)(room + row * stride);
+        size_t found = row < s->rows ? bytes : 0;
+        if (found) memcpy(target, plain_row(s, row) + column, found);
+        memset(target + found, 0, CHUNK * sizeof(uint16_t) - found);
+    }
+}
+
+/* Where a whole chunk can be read: in the matrix itself if it is plain and nothing of the chunk lies beyond it, else in `room`. */
+static inline const uint16_t *read_chunk(struct strip *s, int64_t column, uint16_t *room, int64_t *stride) {
+    if (s->m->form == PLAIN && s->rows == STRIP_ROWS && chunk_columns(s, column) == CHUNK) {
+        *stride = s->m->columns;
+        return plain_row(s, 0) + column;
+    }
+    *stride = CHUNK;
+    expand_chunk(s, column, 0, STRIP_ROWS, room, CHUNK);
+    return room;
+}
