@@ -1,7 +1,8 @@
-"""The commands of this package: `generate`, `serve`, `pack`, `fit`, `calibrate`, `simulate`, some of `trace`."""
+"""The commands of this package: `generate`, `chat`, `serve`, `pack`, `fit` and others, and some of `trace`."""
 
 import typer
 
+from .commands.chat import chat
 from .commands.generate import generate
 from .commands.machine import calibrate, fit
 from .commands.pack import pack
@@ -10,7 +11,7 @@ from .commands.simulate import simulate
 from .commands.traces import batches, predictor, record
 
 app = typer.Typer()
-for command in (generate, serve, pack, fit, calibrate, simulate):
+for command in (generate, chat, serve, pack, fit, calibrate, simulate):
     app.command(command.__name__)(command)
 
 

@@ -63,6 +63,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("runtime",),
         ("engine", "forecast"),
         ("serve",),
+        ("chat",),
         ("__init__", "commands"),
         ("cli",),
     ),
