@@ -269,6 +269,15 @@ def test_once_prints_plain_text_for_pipes(run, served, capsys):
     assert first == printable(text) + "\n"
 
 
+def test_a_model_in_this_process_answers_as_generate_does(run, tmp_path, capsys):
+    folder = save_model(tmp_path / "m")
+    short = ("--temperature", 0, "--max-new-tokens", 8, "--cache-experts", 2)
+    assert run("generate", folder, "--chat", "--prompt", "Hi", *short) == 0
+    expected = printable(capsys.readouterr().out)
+    assert run("chat", folder, "--once", "Hi", *short) == 0
+    assert capsys.readouterr().out == expected
+
+
 def test_lines_of_a_pipe_are_turns_and_the_session_is_kept(run, served, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdin", io.StringIO("/set max_new_tokens 4\nHi\n\nMore\n/wrong\n"))
     file = tmp_path / "talk.json"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -132,6 +134,34 @@ def test_metrics_count_experts_by_layer(url):
         assert f'expertier:expert_misses_total{{layer="{layer}",model_name="tiny"}}' in text
     assert 'expertier:budget_bytes{model_name="tiny",part="kv"}' in text
     assert 'expertier:num_requests_running{model_name="tiny"} 0.0' in text
+
+
+def test_the_page_shows_what_the_server_counts(url):
+    ask(url, "Hi")
+    page = httpx.get(f"{url}/")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert not re.search(r"(?:src|href)=[\"'](?!data:)", page.text)
+    status = httpx.get(f"{url}/status").json()
+    assert status["state"] == "ready"
+    assert len(status["hits_L"]) == len(status["misses_L"]) == 2
+    assert status["completion_tokens_total"] > 0
+    assert status["budget"]["limit"] > status["budget"]["slot"]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_the_page_in_a_browser(url, tmp_path):
+    ask(url, "Hi")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    seen = subprocess.run(
+        [*command, "--virtual-time-budget=3000", "--dump-dom", f"{url}/"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    assert "tiny: ready" in seen
+    assert len(re.findall(r'aria-label="hit rate \d', seen)) == 2
+    assert re.search(r"<td>tokens generated</td><td[^>]*>[1-9]", seen)
 
 
 def test_health_answers_while_the_model_works_and_a_full_queue_is_refused(url):

@@ -94,7 +94,7 @@ def _load_and_watch(
     found = open_answering(folder, conversations, options.for_engine, options.for_loading, context=options.context)
     opened.append(found)
     service.defaults, service.created_s, service.budget = found.defaults, int(time.time()), found.budget
-    service.counters = found.engine.counters
+    service.counters, service.arithmetic = found.engine.counters, found.engine.model_info.arithmetic
     service.metrics.watch(found.engine.counters, found.budget)
     service.desk = Desk(found.engine, found.asker, Grammars(found.asker.vocabulary), service.metrics)
     console = plain_console(stderr=True, soft_wrap=True)

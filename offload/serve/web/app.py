@@ -17,6 +17,7 @@ from .faults import answer_errors
 from .guard import Gate, Guarded
 from .service import Service, Writer, new_id, owner_of, streamed_answer, whole_answer
 from .sse import EventStream
+from .state import add_state
 
 
 def make_app(service: Service, gate: Gate) -> ASGIApp:
@@ -31,7 +32,7 @@ def make_app(service: Service, gate: Gate) -> ASGIApp:
     _add_openai(app, service)
     add_messages(app, service)
     add_responses(app, service)
-    _add_state(app, service)
+    add_state(app, service)
     guarded: ASGIApp = Guarded(app, gate)
     if gate.origins:
         guarded = CORSMiddleware(
@@ -74,31 +75,6 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         if name not in service.names:
             service.model_name(name)
         return _model(service, name)
-
-
-def _add_state(app: FastAPI, service: Service) -> None:
-    @app.get("/health")
-    async def health() -> Response:
-        """Whether requests are answered."""
-        if service.desk is not None and not service.is_draining and not service.failure:
-            return JSONResponse({"status": "ok"})
-        state = "failed" if service.failure else "shutting down" if service.is_draining else "loading"
-        return JSONResponse({"status": state, "stage": service.stage}, 503, {"Retry-After": "5"})
-
-    @app.get("/version")
-    async def version() -> dict[str, str]:
-        """The version of this package."""
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            return {"version": version("expertier")}
-        except PackageNotFoundError:
-            return {"version": "unknown"}
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        """Counts for Prometheus."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def _respond(

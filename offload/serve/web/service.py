@@ -45,6 +45,7 @@ class Service:
         failure: why the engine has ended; empty while it runs.
         budget: bytes of memory by part.
         counters: gives the engine's counts; None while the model is loading.
+        arithmetic: what is promised of the model's bits.
     """
 
     names: tuple[str, ...]
@@ -58,6 +59,7 @@ class Service:
     failure: str = ""
     budget: Mapping[str, int] = field(default_factory=dict)
     counters: Callable[[], EngineCounters] | None = None
+    arithmetic: str = ""
     running: set[Running] = field(default_factory=set)
 
     def ready(self) -> Desk:
