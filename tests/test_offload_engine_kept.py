@@ -159,3 +159,82 @@ def test_the_common_prefix_is_that_of_a_loop(one, other):
     while expected < min(len(one), len(other)) and one[expected] == other[expected]:
         expected += 1
     assert kept(*one).common(other) == expected
+
+
+@pytest.fixture
+def folder_options(tmp_path):
+    return EngineOptions(reuse="any", prefix_folder=tmp_path / "prefixes")
+
+
+def test_prefixes_survive_a_restart_and_answer_as_a_cold_start(request, folder_options):
+    for which in ("folder", "sliding"):
+        folder = request.getfixturevalue(which)
+        prompt = list(range(2, 80))
+        with serve(folder, options=folder_options) as engine:
+            first, _ = collect(engine.submit(ask(prompt, 8, ignore_end=True, owner="key")))
+        longer = [*prompt, *ids_of(first), 5, 6, 7]
+        with serve(folder, options=folder_options) as engine:
+            tokens, finished = collect(engine.submit(ask(longer, 8, ignore_end=True, owner="key")))
+            assert finished.usage.cached_tokens == len(prompt) + 7
+            assert collect(engine.submit(ask(longer, 8, owner="other")))[1].usage.cached_tokens == 0
+        with serve(folder, options=EngineOptions(reuse="off")) as engine:
+            assert ids_of(collect(engine.submit(ask(longer, 8, ignore_end=True)))[0]) == ids_of(tokens)
+
+
+def kept_files(options):
+    return sorted(options.prefix_folder.glob("*"))
+
+
+def test_a_longer_turn_replaces_its_file_and_only_its_owner_can_read_the_folder(folder, folder_options):
+    with serve(folder, options=folder_options, context=512) as engine:
+        converse(engine, list(range(2, 80)), 3, owner="a secret key")
+    assert len(kept_files(folder_options)) == 1
+    assert kept_files(folder_options)[0].read_bytes().count(b"a secret key") == 0
+    assert folder_options.prefix_folder.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("damage", ["a byte", "the end", "the header", "all"])
+def test_a_damaged_file_is_left_out_with_a_line(folder, folder_options, damage, caplog):
+    prompt = list(range(2, 80))
+    with serve(folder, options=folder_options) as engine:
+        first = ids_of(collect(engine.submit(ask(prompt, 8, ignore_end=True)))[0])
+    (file,) = kept_files(folder_options)
+    data = bytearray(file.read_bytes())
+    if damage == "a byte":
+        data[-100] ^= 1
+    elif damage == "the end":
+        data = data[:-50]
+    elif damage == "the header":
+        data[:8] = (1 << 60).to_bytes(8, "little")
+    else:
+        data = bytearray(b"x" * 100)
+    file.write_bytes(data)
+    with serve(folder, options=folder_options) as engine:
+        tokens, finished = collect(engine.submit(ask(prompt, 8, ignore_end=True)))
+        assert finished.usage.cached_tokens == 0
+        assert ids_of(tokens) == first
+    assert any("kept prefix left out" in record.getMessage() for record in caplog.records)
+
+
+def test_files_of_another_model_are_not_used(folder, sliding, folder_options):
+    prompt = list(range(2, 80))
+    for which in (folder, sliding):
+        with serve(which, options=folder_options) as engine:
+            assert collect(engine.submit(ask(prompt, 8, ignore_end=True)))[1].usage.cached_tokens == 0
+    assert len(kept_files(folder_options)) == 2
+
+
+def test_the_folder_does_not_grow_beyond_its_bytes(folder, tmp_path):
+    options = EngineOptions(reuse="any", prefix_folder=tmp_path / "kept", prefix_disk="200KiB")
+    with serve(folder, options=options) as engine:
+        for first in range(2, 10):
+            collect(engine.submit(ask([first, *range(10, 90)], 4, ignore_end=True)))
+    files = kept_files(options)
+    assert files
+    assert sum(file.stat().st_size for file in files) <= 200 << 10
+
+
+def test_a_folder_that_cannot_be_made_is_refused(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot keep prefixes"):
+        serve(folder, options=EngineOptions(prefix_folder=tmp_path / "file"))

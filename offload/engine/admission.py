@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from .counters import Tally
 from .events import Reason
 from .kept.cached import CachedTokens
+from .kept.folder import PrefixFolder
 from .kept.prefixes import Prefixes, best
 from .options import EngineOptions
 from .planning.lookup import Lookup
@@ -15,6 +16,9 @@ from .step import ModelSteps
 WORTH_WAITING = 32
 """Tokens of a common prefix for which a request waits until another has read them. Fewer are read as quickly; not
 tuned."""
+
+WORTH_READING = 32
+"""Tokens that a file must save beyond what is in RAM; reading fewer from disk gains nothing. Not tuned."""
 
 
 class Admission:
@@ -27,6 +31,8 @@ class Admission:
         options: limits of the engine.
         piece_tokens: P, tokens of one piece of a prompt.
         reuse: `any`, `aligned` or `off`.
+        looks_up: whether tokens are guessed.
+        folder: where finished sequences are written; None keeps them in RAM only.
         tally: counts prompts and kept tokens.
     """
 
@@ -40,13 +46,14 @@ class Admission:
         piece_tokens: int,
         reuse: str,
         looks_up: bool,
+        folder: PrefixFolder | None,
         tally: Tally,
     ) -> None:
         self.running: list[RunningSequence] = []
         self.pool = pool
         self._steps, self._prefixes, self._options, self._tally = steps, prefixes, options, tally
         self._piece_tokens = piece_tokens if reuse == "aligned" else None
-        self._keeps, self._looks_up = reuse != "off", looks_up
+        self._keeps, self._looks_up, self._folder = reuse != "off", looks_up, folder
 
     def next_of(self, waiting: Iterable[RunningSequence]) -> RunningSequence | None:
         """Who can start now, of those who wait in this order; nobody overtakes one for whom the pool is too full."""
@@ -62,6 +69,11 @@ class Admission:
     def start(self, sequence: RunningSequence) -> None:
         """Let a request in, which `next_of` has found."""
         source, length = self._source(sequence)
+        if self._folder is not None:
+            prompt_ids, least = sequence.request.prompt_ids, length + WORTH_READING
+            loaded = self._folder.find(sequence.owner, prompt_ids, self._piece_tokens, least)
+            if loaded is not None:
+                source, length = best([loaded], prompt_ids, self._piece_tokens)
         if source is not None:
             self._prefixes.use(source)
         reserved = sequence.request.num_reserved
@@ -82,6 +94,8 @@ class Admission:
         self.pool.give(sequence.key)
         if self._keeps and sequence.is_whole and reason != "error":
             self._prefixes.keep(sequence.owner, sequence.tokens)
+            if self._folder is not None:
+                self._folder.save(sequence.owner, sequence.tokens)
             self._make_room(0)
         if sequence.lookup is not None:
             self._tally.proposed_total += sequence.lookup.num_proposed
@@ -90,6 +104,11 @@ class Admission:
         # after the books are in order: a caller who sees the end may look at the counters
         sequence.cached = None
         sequence.finish(reason, message)
+
+    def close(self) -> None:
+        """Write what is still to be kept on disk."""
+        if self._folder is not None:
+            self._folder.close()
 
     def _make_room(self, tokens: int) -> None:
         """Give up kept prefixes until so many places are free."""

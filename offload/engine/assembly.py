@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from routing.ground.model_config import experts_per_token, text_config
+from routing.ground.quantity import parse_size
 
 from ..compute.resident import embedding_bytes, weight_bytes
 from ..memory.budget import kv_bytes_per_token
@@ -11,6 +12,7 @@ from ..runtime.activations import prefill_tokens
 from .admission import Admission
 from .counters import Tally
 from .kept.cached import is_plain
+from .kept.folder import PrefixFolder
 from .kept.prefixes import Prefixes
 from .loop import Loop
 from .options import EngineOptions
@@ -71,6 +73,7 @@ def build_loop(model: Any, options: EngineOptions, tally: Tally) -> tuple[Loop, 
         piece_tokens=piece_tokens,
         reuse=reuse,
         looks_up=can_pack and options.lookup != "off" and is_plain(steps.empty().cache),
+        folder=_folder(model, steps, options) if reuse != "off" else None,
         tally=tally,
     )
     schedule = Schedule(
@@ -89,6 +92,12 @@ def build_loop(model: Any, options: EngineOptions, tally: Tally) -> tuple[Loop, 
         reuse=reuse,
     )
     return Loop(steps, admission, schedule, piece_tokens=piece_tokens, tally=tally), info
+
+
+def _folder(model: Any, steps: ModelSteps, options: EngineOptions) -> PrefixFolder | None:
+    if options.prefix_folder is None:
+        return None
+    return PrefixFolder(options.prefix_folder, parse_size(options.prefix_disk), model, steps.empty)
 
 
 def _pool_tokens(model: Any) -> tuple[int, int]:

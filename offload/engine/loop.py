@@ -52,9 +52,10 @@ class Loop:
         ]
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model, and write what is to be kept."""
         while self._hooks:
             self._hooks.pop().remove()
+        self.admission.close()
 
     def moment(self) -> dict[str, Any]:
         """What runs now and what was read, for the engine's counters; from any thread."""

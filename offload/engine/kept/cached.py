@@ -81,12 +81,13 @@ class CachedTokens:
         values = [value for layer in layers for value in vars(layer).values()]
         values += [part for value in values if isinstance(value, list | tuple) for part in value]
         tensors = [value for value in [*values, self.end_logits_V] if isinstance(value, torch.Tensor)]
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def begin_trial(self) -> None:
         """From now on, the last tokens can be taken back by `end_trial`; only for plain caches."""
         for layer in self.cache.layers:
-            if type(layer) is DynamicSlidingWindowLayer:
+            if _kind(layer) is DynamicSlidingWindowLayer:
                 layer.activate_past_recording()
 
     def end_trial(self, rejected: int) -> None:
@@ -94,7 +95,7 @@ class CachedTokens:
         self.cache.crop(-rejected)
         del self.token_ids[len(self.token_ids) - rejected :]
         for layer in self.cache.layers:
-            if type(layer) is DynamicSlidingWindowLayer:
+            if _kind(layer) is DynamicSlidingWindowLayer:
                 layer.record_past = False
 
     def take_snapshot(self) -> None:
@@ -109,16 +110,21 @@ class CachedTokens:
 
 def is_plain(cache: Any) -> bool:
     """Whether all layers keep keys and values of single tokens, of all or of a window of them."""
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    return all(_kind(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
+def _kind(layer: Any) -> type:
+    """The class of transformers that a layer has or extends."""
+    return next(kind for kind in type(layer).__mro__ if kind.__module__.startswith("transformers."))
 
 
 def _can_always_crop(layer: Any) -> bool:
-    return type(layer) is DynamicLayer
+    return _kind(layer) is DynamicLayer
 
 
 def _can_crop(layer: Any) -> bool:
     """Whether the layer can go back to any of its tokens: it has not forgotten one."""
-    if type(layer) is DynamicSlidingWindowLayer:
+    if _kind(layer) is DynamicSlidingWindowLayer:
         return bool(layer.cumulative_length < layer.sliding_window)
     return _can_always_crop(layer)
 
@@ -127,13 +133,13 @@ def _crop(layer: Any, length: int) -> Any:
     taken = copy.copy(layer)
     if taken.is_initialized:
         taken.keys, taken.values = layer.keys[..., :length, :], layer.values[..., :length, :]
-    if type(taken) is DynamicSlidingWindowLayer:
+    if _kind(taken) is DynamicSlidingWindowLayer:
         taken.cumulative_length = length
     return taken
 
 
 def _copy(layer: Any) -> Any:
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if _kind(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         return copy.deepcopy(layer)  # states of linear attention are written in place
     taken = copy.copy(layer)
     if taken.is_initialized and taken.keys.untyped_storage().nbytes() > 2 * taken.keys.nbytes:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar
 
 from .cached import CachedTokens
 
@@ -49,7 +50,21 @@ class Prefixes:
         return bool(self._kept) and bool(self._kept.pop(0))
 
 
-def usable(cached: CachedTokens, prompt_ids: Sequence[int], piece_tokens: int | None) -> int:
+class Tokens(Protocol):
+    """Tokens that were computed, in memory or in a file."""
+
+    num_canonical: int
+    end_logits_V: object
+
+    def __len__(self) -> int: ...
+    def common(self, token_ids: Sequence[int]) -> int: ...
+    def reachable(self, length: int) -> int: ...
+
+
+Kept = TypeVar("Kept", bound=Tokens)
+
+
+def usable(cached: Tokens, prompt_ids: Sequence[int], piece_tokens: int | None) -> int:
     """Leading tokens of a prompt that need not be read, because they are cached here; the last one has to be.
 
     All of them are usable where the sequence stands at the end of the same prompt, and its logits are still there.
@@ -70,11 +85,9 @@ def usable(cached: CachedTokens, prompt_ids: Sequence[int], piece_tokens: int | 
     return found if piece_tokens is None or found % piece_tokens == 0 else 0
 
 
-def best(
-    candidates: Iterable[CachedTokens], prompt_ids: Sequence[int], piece_tokens: int | None
-) -> tuple[CachedTokens | None, int]:
-    """The sequence that saves the most tokens of a prompt, and how many; None and 0 where nothing does."""
-    found: tuple[CachedTokens | None, int] = (None, 0)
+def best(candidates: Iterable[Kept], prompt_ids: Sequence[int], piece_tokens: int | None) -> tuple[Kept | None, int]:
+    """What saves the most tokens of a prompt, and how many; None and 0 where nothing does."""
+    found: tuple[Kept | None, int] = (None, 0)
     for cached in candidates:
         length = usable(cached, prompt_ids, piece_tokens)
         if length > found[1]:
