@@ -55,7 +55,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "offload": (
-        ("native", "memory"),
+        ("native", "memory", "text"),
         ("codes",),
         ("checkpoint",),
         ("formats", "cache", "prefetch"),
@@ -63,7 +63,9 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("ram",),
         ("gpu",),
         ("runtime",),
-        ("forecast", "serve"),
+        ("engine", "forecast"),
+        ("serve",),
+        ("chat",),
         ("__init__", "commands"),
         ("cli",),
     ),
@@ -108,7 +110,7 @@ OWNERS = {
 TORCH_FREE = (
     *("routing", "routing.ground", "routing.traces", "routing.cli"),
     *("placement", "placement.contract.plan", "placement.cli"),
-    *("offload", "experiments.cli"),
+    *("offload", "offload.text.conversation", "offload.text.vocabulary", "experiments.cli"),
 )
 
 

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from moe import ByteText, TokenizerText, text_of
+from moe import ByteText, TokenizerText, save_byte_tokenizer, text_of
 
 from ..checkpoint.gguf.head import has_config_file, is_gguf, read_gguf
 
@@ -102,6 +103,22 @@ def _text_of_gguf(file: Path) -> TokenizerText:
     from ..checkpoint.gguf.text import tokenizer_of
 
     return TokenizerText(tokenizer_of(read_gguf(file)))
+
+
+def open_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a folder, of transformers; one of bytes for a model of 256 tokens without one.
+
+    Raises:
+        ValueError: as `read_tokenizer`.
+    """
+    text = read_tokenizer(folder, vocab_size)
+    if isinstance(text, TokenizerText):
+        return text.tokenizer
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory() as place:
+        save_byte_tokenizer(Path(place))
+        return AutoTokenizer.from_pretrained(place)
 
 
 def _unreadable(folder: Path, error: Exception) -> ValueError:
