@@ -78,7 +78,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "experiments": (
         ("evidence", "variants"),
         ("train",),
-        ("compare", "bench", "demo"),
+        ("compare", "bench", "demo", "placed"),
         ("__init__", "cli"),
     ),
 }
@@ -102,7 +102,7 @@ OWNERS = {
     "pulp": ("placement/ilp/",),
     "fastapi": ("offload/serve/",),
     "uvicorn": ("offload/serve/",),
-    "torch.distributed": ("moe/parallel/", "experiments/train/distributed/"),
+    "torch.distributed": ("moe/parallel/", "experiments/train/distributed/", "experiments/placed/"),
 }
 TORCH_FREE = (
     *("routing", "routing.ground", "routing.traces", "routing.cli"),

@@ -4,20 +4,29 @@ Everything here stands on `torch.distributed`, FSDP2 and the expert parallelism 
 caller's to start.
 """
 
+from .copies import Copies
 from .dispatch import DISPATCHES, dispatch
 from .gradients import average_gradients, clip_gradients
 from .layout import Layout
+from .moving import Move, MovingLayer
+from .placed import PlacedExperts, experts_modules, place_experts
 from .shard import Split, expect_splittable, split
 from .traffic import Traffic
 
 __all__ = [
     "DISPATCHES",
+    "Copies",
     "Layout",
+    "Move",
+    "MovingLayer",
+    "PlacedExperts",
     "Split",
     "Traffic",
     "average_gradients",
     "clip_gradients",
     "dispatch",
     "expect_splittable",
+    "experts_modules",
+    "place_experts",
     "split",
 ]
