@@ -44,6 +44,8 @@ def _start(place: Path, rank: int, count: int, module: str, arguments: tuple[str
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",  # read by libraries that find a group already; nothing listens there
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "RANKS_FOLDER": str(place),

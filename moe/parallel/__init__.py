@@ -6,6 +6,7 @@ caller's to start.
 
 from .copies import Copies
 from .dispatch import DISPATCHES, dispatch
+from .floors import StepFloor, step_floor
 from .gradients import average_gradients, clip_gradients
 from .layout import Layout
 from .moving import Move, MovingLayer
@@ -21,6 +22,7 @@ __all__ = [
     "MovingLayer",
     "PlacedExperts",
     "Split",
+    "StepFloor",
     "Traffic",
     "average_gradients",
     "clip_gradients",
@@ -29,4 +31,5 @@ __all__ = [
     "experts_modules",
     "place_experts",
     "split",
+    "step_floor",
 ]
