@@ -34,8 +34,8 @@ def restart_number() -> int:
 def is_resumed(run: Path, *, asked: bool) -> bool:
     """Whether a run continues: it was asked to, or torchrun started it again after a failure.
 
-    Where torchrun may start processes again, `--resume` holds from the second time on: a machine that joins later starts
-    all of them with the same command, and there may be no checkpoint yet.
+    Where torchrun may start processes again, `--resume` holds from the second time on: a machine that joins later has
+    all of them start with the same command, and there may be no checkpoint yet.
     """
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0 or not is_worker():
         return asked
