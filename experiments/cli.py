@@ -25,6 +25,7 @@ from .bench.training import bench_train
 from .compare.command import compare
 from .demo.command import demo
 from .placed.command import place_run
+from .placed.serving import PROCESSES
 from .train.command import train
 
 app = typer.Typer(
@@ -79,6 +80,7 @@ bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)
 bench.command("train")(bench_train)
 app.add_typer(bench, name="bench")
+offload.cli.join_processes(PROCESSES)
 offload.cli.join_trace(routing.cli.trace_app)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)

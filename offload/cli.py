@@ -5,8 +5,11 @@ import typer
 from .commands.generate import generate
 from .commands.machine import calibrate, fit
 from .commands.pack import pack
+from .commands.processes import Processes, join_processes
 from .commands.simulate import simulate
 from .commands.traces import batches, predictor, record
+
+__all__ = ["Processes", "app", "join_processes", "join_trace"]
 
 app = typer.Typer()
 for command in (generate, pack, fit, calibrate, simulate):

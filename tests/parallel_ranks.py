@@ -12,9 +12,19 @@ from torch import Tensor, distributed
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from moe import Experts, MoEConfig, MoEForCausalLM
-from moe.parallel import Copies, Move, MovingLayer, PlacedExperts, Traffic, dispatch, experts_modules, place_experts
+from moe.parallel import (
+    Copies,
+    Move,
+    MovingLayer,
+    PlacedExperts,
+    SharedBatchExperts,
+    Traffic,
+    dispatch,
+    experts_modules,
+    place_experts,
+)
 
-E, D, F, K = 6, 16, 12, 3
+E, D, F, K = 6, 16, 16, 3
 HELD: list[list[int | None]] = [[4, 0, 2, 5], [1, 3, 4, 0]]
 """Experts 0 and 4 have two copies, in other places on each process."""
 
@@ -125,7 +135,7 @@ def models() -> dict[str, list[float]]:
         found[name] = []
         for rows in ("rank", "pair"):
             placed = copy.deepcopy(model)
-            layers = len(list(experts_modules(placed)))
+            layers = len(experts_modules(placed))
             tables = [copies_of(HELD)] * layers
             place_experts(placed, [HELD] * layers, tables, distributed.group.WORLD, rows=rows)
             with torch.no_grad():
@@ -184,6 +194,32 @@ def counted() -> dict[str, Any]:
     return traffic.to_json() | {"remote_rows": traffic.remote_rows, "remote_bytes": traffic.remote_bytes}
 
 
+def shared() -> dict[str, bool]:
+    """Whether tokens that both processes have come out of shared experts with the bits of one process."""
+    alone = [distributed.new_group([rank]) for rank in range(distributed.get_world_size())][distributed.get_rank()]
+    generator = torch.Generator().manual_seed(7)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for num_tokens in (1, 2, 40):
+            ids = torch.rand(num_tokens, E, generator=generator).topk(K).indices
+            ids[0, 1] = E
+            x_TD = torch.randn(num_tokens, D, generator=generator).to(dtype)
+            weights = torch.rand(num_tokens, K, generator=generator)
+            outputs = []
+            for group in (distributed.group.WORLD, alone):
+                rank_E = torch.tensor([1, 0, 1, 1, 0, 1]) % group.size()
+                experts = bank().to(dtype)
+                SharedBatchExperts(experts, rank_E if group.size() > 1 else torch.full((E,), group.rank()), group)
+                with torch.no_grad():
+                    outputs.append(experts.forward(x_TD, ids, weights))
+            whole = bank().to(dtype)
+            with torch.no_grad():
+                right = whole(x_TD, ids, weights).float()
+            is_right = difference(outputs[0].float(), right) < (1e-6 if dtype == torch.float32 else 1e-2)
+            found[f"{dtype}, {num_tokens} tokens"] = torch.equal(*outputs) and is_right
+    return found
+
+
 def main() -> None:
     place = Path(os.environ["RANKS_FOLDER"])
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -192,6 +228,7 @@ def main() -> None:
         "gloo", init_method=f"file://{place}/store", rank=rank, world_size=count, timeout=timedelta(seconds=60)
     )
     own = {"dispatched": dispatched(), "models": models(), "moved": moved(), "counted": counted()}
+    own["shared"] = shared()
     everyone: list[Any] = [None] * count
     distributed.all_gather_object(everyone, own)
     if rank == 0:

@@ -35,7 +35,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("layers",),
         ("architectures",),
         ("model",),
-        ("inference", "conversion", "parallel"),
+        ("inference", "conversion"),
+        ("parallel",),
         ("__init__", "cli"),
     ),
     "moe/kernels": (

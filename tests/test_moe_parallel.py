@@ -17,6 +17,9 @@ def test_dispatch_placement_migration_and_counts_on_two_processes(subtests):
         for name, errors in found["models"].items():
             with subtests.test(f"logits of {name}, process {rank}"):
                 assert max(errors) < 2e-6
+        for name, is_equal in found["shared"].items():
+            with subtests.test(f"bits of tokens that all processes have, {name}, process {rank}"):
+                assert is_equal
         with subtests.test(f"outputs while experts move, process {rank}"):
             assert len(found["moved"]["errors"]) == 5
             assert max(found["moved"]["errors"]) < 1e-6

@@ -4,14 +4,16 @@ Everything here stands on `torch.distributed`, FSDP2 and the expert parallelism 
 caller's to start.
 """
 
+from ..inference.logit_offsets import experts_modules
 from .copies import Copies
 from .dispatch import DISPATCHES, dispatch
 from .floors import StepFloor, step_floor
 from .gradients import average_gradients, clip_gradients
 from .layout import Layout
 from .moving import Move, MovingLayer
-from .placed import PlacedExperts, experts_modules, place_experts
+from .placed import PlacedExperts, place_experts
 from .shard import Split, expect_splittable, split
+from .shared import SharedBatchExperts
 from .traffic import Traffic
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "Move",
     "MovingLayer",
     "PlacedExperts",
+    "SharedBatchExperts",
     "Split",
     "StepFloor",
     "Traffic",

@@ -3,12 +3,13 @@
 Shapes: T tokens, K slots, E experts, D model width, G processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
+from ..inference.logit_offsets import experts_modules
 from .copies import Copies
 from .dispatch import dispatch
 from .traffic import Traffic
@@ -95,14 +96,6 @@ class PlacedExperts:
         ]
 
 
-def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every bank of experts of a model of transformers or ours: what has projections [E, ...] and says its E."""
-    for name, module in model.named_modules():
-        projection = getattr(module, "down_proj", None)
-        if isinstance(projection, nn.Parameter) and projection.ndim == 3 and hasattr(module, "num_experts"):
-            yield name, module
-
-
 def place_experts(
     model: nn.Module,
     held: Sequence[Held],
@@ -121,7 +114,7 @@ def place_experts(
     Raises:
         ValueError: if the model has another number of layers with experts, or of experts.
     """
-    banks = [module for _, module in experts_modules(model)]
+    banks = list(experts_modules(model).values())
     if len(banks) != len(held):
         raise ValueError(f"the plan is of {len(held)} layers with experts, the model has {len(banks)}")
     for layer, (bank, table) in enumerate(zip(banks, copies, strict=True)):

@@ -13,6 +13,7 @@ from routing.ground.quantity import format_size
 from routing.ground.terminal import plain_console
 
 from .options import Hardware, JsonFile, LoadOptions, Model, expect_model, quiet_transformers, with_options
+from .processes import Processes, ProcessesOption, processes_of
 from .screen import Screen
 
 
@@ -27,6 +28,7 @@ def generate(
         bool, typer.Option("--live", help="Print speed, hit rate and bytes read while generating, on stderr.")
     ] = False,
     json_file: JsonFile = None,
+    processes: ProcessesOption = None,
     *,
     options: LoadOptions,
 ) -> None:
@@ -39,15 +41,22 @@ def generate(
     Example: `expertier generate my-model --prompt "def main():" --cpu-memory 6GiB --json report.json`
 
     With a GPU: `expertier generate my-model --prompt "def main():" --device cuda --gpu-memory 8GiB --cpu-memory 32GiB`
+
+    On two processes, each with a part of the experts: `--processes 2 --cpu-memory 3GiB`; --plan is then one of
+    `place solve`.
     """
     expect_model(model)
     expect_outputs(trace, json_file, inputs=[model, hardware, *options.files, "/dev/stdin" if prompt == "-" else None])
     rates = None if hardware is None else Rates.load(hardware)
+    several = None if processes is None else processes_of(options.cpu_memory, trace)
+    if several is not None and not several.are_started():
+        raise typer.Exit(several.start(processes or 1))
+    is_speaking = several is None or several.join()
     prompt = _read_stdin() if prompt == "-" else prompt
     with Screen(is_live=live) as screen:
-        result = _continue(model, prompt, max_new_tokens, options, screen, trace, rates)
+        result = _continue(model, prompt, max_new_tokens, options, screen, trace, rates, several)
     show(result)
-    if json_file:
+    if json_file and is_speaking:
         write_json(json_file, {"model": model, "prompt": prompt, **result})
 
 
@@ -59,6 +68,7 @@ def _continue(
     screen: Screen,
     trace: Path | None,
     rates: Rates | None,
+    several: Processes | None,
 ) -> dict[str, Any]:
     from ..checkpoint.location import local_folder, local_name
 
@@ -73,7 +83,12 @@ def _continue(
     prompt_ids = text.encode_prompt(prompt)
     expect_room(len(prompt_ids), max_new_tokens, options.context)
     screen.stage(f"loading {model}")
-    loaded = load(folder, **vars(options), record_trace=trace is not None)
+    if several is None:
+        loaded = load(folder, **vars(options), record_trace=trace is not None)
+    else:
+        # a predictor would read experts that are other processes'
+        loaded = load(folder, **vars(options) | {"plan": None, "prefetch": "off"})
+        several.spread(loaded, options.plan)
     result = generate_text(
         loaded,
         text,

@@ -33,6 +33,7 @@ from .checkpoint import load_parts, save_parts
 from .launch import is_resumed
 from .step import Parts, distributed_evaluation, distributed_step
 
+# what process 0 says to the others
 STEP, EVALUATE, SAVE, STOP = range(4)
 WAIT = timedelta(minutes=30)
 """How long a process waits for another that is alive: the slowest thing between two exchanges is reading a corpus."""
@@ -89,6 +90,12 @@ def process_group() -> Iterator[torch.device]:
 
     After an error the group is left as it is: the others may be waiting in it, and the end of this process tells them.
     """
+    yield join_group()
+    distributed.destroy_process_group()
+
+
+def join_group() -> torch.device:
+    """Meet the processes that torchrun started; gives this process's device."""
     # it warns of every tensor that is split twice, as experts are
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     device, backend = torch.device("cpu"), "gloo"
@@ -96,8 +103,7 @@ def process_group() -> Iterator[torch.device]:
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     distributed.init_process_group(backend, timeout=WAIT)
-    yield device
-    distributed.destroy_process_group()
+    return device
 
 
 def build_parts(config: TrainConfig, corpus: Corpus, layout: Layout, device: torch.device) -> Parts:
