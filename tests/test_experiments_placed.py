@@ -92,28 +92,44 @@ def test_every_row_is_in_one_call_and_all_processes_make_equally_many(sequences,
 def place_run(folder, *arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "experiments.cli", "place", "run", *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
-def test_plans_and_a_migration_are_carried_out_on_three_processes(trace, tmp_path):
+@pytest.mark.slow
+def test_experts_move_to_more_and_to_fewer_processes(trace, tmp_path):
+    trace.save(tmp_path / "trace.npz")
+    slots = np.stack([np.random.default_rng(layer).permutation(E) for layer in range(L)])
+    for gpus in (2, 4):
+        plan_of(slots, gpus).save(tmp_path / f"{gpus}.json")
+    for one, other in ((2, 4), (4, 2)):
+        options = ("--trace", "trace.npz", "--json", "run.json", "--forwards", 200)
+        done = place_run(tmp_path, f"{one}.json", *options, "--then", f"{other}.json")
+        assert done.returncode == 0, done.stderr
+        moved = json.loads((tmp_path / "run.json").read_text())["migration"]
+        assert (moved["missed"], moved["forwards"]) == (0, 200)
+        assert moved["error"] < 1e-6
+        assert {name: moved[name] for name in moved["planned"]} == moved["planned"]
+
+
+def test_plans_and_a_migration_are_carried_out_on_processes(trace, tmp_path):
     trace.save(tmp_path / "trace.npz")
     shuffled = np.stack([np.random.default_rng(layer).permutation(E) for layer in range(L)])
     plans = {
-        "shuffled": plan_of(shuffled, 3),
-        "copies": plan_of(np.hstack([shuffled, shuffled[:, 2:5]]), 3),
-        "nearest": plan_of(np.hstack([shuffled, shuffled[:, 2:5]]), 3, "nearest"),
-        "quota": plan_of(np.hstack([shuffled, shuffled[:, 2:5]]), 3, "quota"),
+        "shuffled": plan_of(shuffled, 2),
+        "copies": plan_of(np.hstack([shuffled, shuffled[:, 2:4]]), 2),
+        "nearest": plan_of(np.hstack([shuffled, shuffled[:, 2:4]]), 2, "nearest"),
+        "quota": plan_of(np.hstack([shuffled, shuffled[:, 2:4]]), 2, "quota"),
     }
     for name, plan in plans.items():
         plan.save(tmp_path / f"{name}.json")
-    plan_of(shuffled[:, ::-1], 2).save(tmp_path / "two.json")
+    plan_of(shuffled[:, np.arange(E) // 2 + np.arange(E) % 2 * (E // 2)], 2).save(tmp_path / "other.json")
     files = [f"{name}.json" for name in plans]
     options = ("--trace", "trace.npz", "--against", "contiguous", "--json", "run.json")
-    done = place_run(tmp_path, *files, *options, "--then", "two.json", "--forwards", 6)
+    done = place_run(tmp_path, *files, *options, "--then", "other.json", "--forwards", 6)
     assert done.returncode == 0, done.stderr
     assert "0 missed" in done.stdout
     found = json.loads((tmp_path / "run.json").read_text())
-    assert found["processes"] == 3
+    assert found["processes"] == 2
     assert set(found["plans"]) == {*files, "contiguous"}
     for name, report in found["plans"].items():
         assert report["is_equal"], name

@@ -16,6 +16,7 @@ from placement import Cluster, Plan
 
 ROOT = Path(__file__).parent.parent
 E, L = 6, 3
+PROMPT = "the quick brown fox"
 
 
 @pytest.fixture
@@ -39,18 +40,24 @@ def plan_of(rows, gpus):
 def generate(folder, out, *options):
     """Token ids and bytes read of a generation by command."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    base = [sys.executable, "-m", "experiments.cli", "generate", str(folder), "--prompt", "the quick brown fox"]
+    base = [sys.executable, "-m", "experiments.cli", "generate", str(folder), "--prompt", PROMPT]
     command = [*base, "--max-new-tokens", "8", "--cpu-memory", "2GiB", "--json", str(out), *map(str, options)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
+    return read(out)
+
+
+def read(report):
+    found = json.loads(report.read_text())
     return found["token_ids"], found["bytes_read"]
 
 
-def test_processes_with_a_plan_generate_what_one_process_generates(folder, tmp_path):
+def test_processes_with_a_plan_generate_what_one_process_generates(run, folder, tmp_path):
     # process 0 has two experts of each layer, process 1 the other four and a copy
     plan_of([[0, 1, 0, 1, 2, 3, 4, 5]] * L, 2).save(tmp_path / "plan.json")
-    alone, all_bytes = generate(folder, tmp_path / "one.json", "--prefetch", "off")
+    options = ("--max-new-tokens", "8", "--cpu-memory", "2GiB", "--prefetch", "off", "--json", tmp_path / "one.json")
+    assert run("generate", folder, "--prompt", PROMPT, *options) == 0
+    alone, all_bytes = read(tmp_path / "one.json")
     both, own_bytes = generate(folder, tmp_path / "two.json", "--processes", 2, "--plan", tmp_path / "plan.json")
     assert both == alone
     assert 0 < own_bytes <= all_bytes * 2 / 3

@@ -37,7 +37,7 @@ def start(*arguments):
     )
 
 
-def finish(process, limit_s=200):
+def finish(process, limit_s=600):
     try:
         said, complained = process.communicate(timeout=limit_s)
     finally:
@@ -85,7 +85,7 @@ def test_what_cannot_be_split_is_refused_before_any_process_starts(run, text, tm
     assert not (tmp_path / "a").exists()
 
 
-def wait_for(condition, process, limit_s=150):
+def wait_for(condition, process, limit_s=600):
     deadline = time.monotonic() + limit_s
     while not condition():
         assert process.poll() is None, process.communicate()

@@ -27,7 +27,7 @@ def counted(*arguments):
     shell = IN_NAMESPACE.format(python=sys.executable, code=code)
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["unshare", "--net", "sh", "-c", shell], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+        ["unshare", "--net", "sh", "-c", shell], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

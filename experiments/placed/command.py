@@ -100,6 +100,11 @@ def _processes(plans: "list[Plan]", trace: "RoutingTrace") -> int:
                 f"the trace has {trace.num_layers} layers of {trace.num_experts} experts, "
                 f"a plan {plan.num_layers} of {plan.num_experts}"
             )
+        if trace.layer_ids is not None and trace.layer_ids != plan.layer_ids:
+            raise ValueError(
+                f"the trace was recorded at decoder layers {list(trace.layer_ids)}, "
+                f"a plan is for {list(plan.layer_ids)}"
+            )
         if plan.tier_LE is not None and (plan.tier_LE > 0).any():
             raise ValueError("a plan keeps experts in host memory or on disk; place run carries out GPU slots only")
     return max(plan.cluster.num_gpus for plan in plans)
