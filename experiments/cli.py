@@ -24,6 +24,8 @@ from .bench.routers import routers as bench_routers
 from .bench.training import bench_train
 from .compare.command import compare
 from .demo.command import demo
+from .placed.command import place_run
+from .placed.serving import PROCESSES
 from .train.command import train
 
 app = typer.Typer(
@@ -79,9 +81,11 @@ bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)
 bench.command("train")(bench_train)
 app.add_typer(bench, name="bench")
+offload.cli.join_processes(PROCESSES)
 offload.cli.join_trace(routing.cli.trace_app)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)
+placement.cli.app.command("run")(place_run)
 app.add_typer(placement.cli.app, name="place")
 
 

@@ -7,9 +7,12 @@ from .commands.dequantise import dequantise
 from .commands.generate import generate
 from .commands.machine import calibrate, fit
 from .commands.pack import pack
+from .commands.processes import Processes, join_processes
 from .commands.serve import serve
 from .commands.simulate import simulate
 from .commands.traces import batches, predictor, record
+
+__all__ = ["Processes", "app", "join_processes", "join_trace"]
 
 app = typer.Typer()
 for command in (generate, chat, serve, pack, dequantise, fit, calibrate, simulate):

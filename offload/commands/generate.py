@@ -15,6 +15,7 @@ from routing.ground.terminal import plain_console
 from .generate_file import Prompts, answer_file
 from .generate_options import GenerateOptions
 from .options import Hardware, JsonFile, Model, expect_model, quiet_transformers, with_options
+from .processes import Processes, ProcessesOption, processes_of
 from .screen import Screen
 
 
@@ -35,6 +36,7 @@ def generate(
         bool, typer.Option("--live", help="Print speed, hit rate and bytes read while generating, on stderr.")
     ] = False,
     json_file: JsonFile = None,
+    processes: ProcessesOption = None,
     *,
     options: GenerateOptions,
 ) -> None:
@@ -51,6 +53,9 @@ def generate(
     Many prompts: `expertier generate my-model --prompts questions.jsonl --out answers.jsonl`
 
     With a GPU: `expertier generate my-model --prompt "def main():" --device cuda --gpu-memory 8GiB --cpu-memory 32GiB`
+
+    On two processes, each with a part of the experts: `--processes 2 --cpu-memory 3GiB`; --plan is then one of
+    `place solve`.
     """
     expect_model(model)
     stdin = "/dev/stdin" if prompt == "-" else None
@@ -59,16 +64,22 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise ValueError("give either --prompt TEXT or --prompts FILE")
     if prompts is not None:
-        if any(file is not None for file in (trace, hardware, json_file)):
-            raise ValueError("--trace, --hardware and --json are of one prompt; leave them out with --prompts")
+        if any(given is not None for given in (trace, hardware, json_file, processes)):
+            raise ValueError(
+                "--trace, --hardware, --processes and --json are of one prompt; leave them out with --prompts"
+            )
         answer_file(model, prompts, out, max_new_tokens, options)
         return
     rates = None if hardware is None else Rates.load(hardware)
+    several = None if processes is None else processes_of(options.cpu_memory, trace)
+    if several is not None and not several.are_started():
+        raise typer.Exit(several.start(processes or 1))
+    is_speaking = several is None or several.join()
     text = _read_stdin() if prompt == "-" else prompt or ""
     with Screen(is_live=live) as screen:
-        result = _continue(model, text, max_new_tokens, options, screen, trace, rates)
+        result = _continue(model, text, max_new_tokens, options, screen, trace, rates, several)
     show(result)
-    if json_file:
+    if json_file and is_speaking:
         write_json(json_file, {"model": model, "prompt": text, **result})
 
 
@@ -80,6 +91,7 @@ def _continue(
     screen: Screen,
     trace: Path | None,
     rates: Rates | None,
+    several: Processes | None,
 ) -> dict[str, Any]:
     from ..checkpoint.location import local_folder, local_name
 
@@ -94,7 +106,12 @@ def _continue(
     prompt_ids = Prompts(folder, text, options).ids(prompt)
     expect_room(len(prompt_ids), max_new_tokens, options.context)
     screen.stage(f"loading {model}")
-    loaded = load(folder, **options.for_loading, record_trace=trace is not None)
+    if several is None:
+        loaded = load(folder, **options.for_loading, record_trace=trace is not None)
+    else:
+        # a predictor would read experts that are other processes'
+        loaded = load(folder, **options.for_loading | {"plan": None, "prefetch": "off"})
+        several.spread(loaded, options.plan)
     result = generate_text(
         loaded,
         text,
