@@ -29,12 +29,16 @@ def score_command(
     from ..objectives import find_objective
     from ..scoring.score import ordered_report, score
     from .terminal import print_score, print_scores
+    from .tier_report import score_plans_with_tiers
 
     expect_outputs(json_file, inputs=[*plan_files, trace, *(loads or ())])
     chosen = None if objective is None else find_objective(objective)
+    plans = {file: Plan.load(file) for file in plan_files}
+    if any(plan.homes is not None for plan in plans.values()):
+        score_plans_with_tiers(plans, trace, loads, rows, objective, json_file)
+        return
     found = {}
-    for file in plan_files:
-        plan = Plan.load(file)
+    for file, plan in plans.items():
         found[str(file)] = score(judging_problem(plan, trace, loads, rows), plan, chosen)
     reports = {name: ordered_report(one.to_json()) for name, one in found.items()}
     if len(found) == 1:
@@ -64,5 +68,7 @@ def report_command(
 
     expect_outputs(out, inputs=[plan_file, trace, *(loads or ())])
     plan = Plan.load(plan_file)
+    if plan.homes is not None:
+        raise ValueError(f"{plan_file}: a plan with tiers has no page yet; `expertier place score` prints its table")
     write_report(judging_problem(plan, trace, loads, rows), plan, out, with_pareto=pareto)
     plain_console().print(f"wrote {out}", highlight=False)

@@ -9,6 +9,7 @@ from routing.ground.quantity import format_size
 
 from ..contract.plan import Plan
 from ..contract.problem import Problem
+from .check_tiers import tier_faults
 
 TOLERANCE = 1e-6  # sums of float64 in another order differ by less
 
@@ -24,6 +25,8 @@ def check_plan(plan: Plan, data: Problem | None = None, *, made_from: Problem | 
     Returns:
         One sentence per fault.
     """
+    if plan.homes is not None:
+        return tier_faults(plan, made_from)
     faults = _coverage_faults(plan)
     fits = data or made_from
     if fits is not None and not faults:

@@ -74,6 +74,8 @@ def migrate(current: Plan, target: Plan, expert_bytes: float | None = None) -> M
         ValueError: if the plans are of different models.
     """
     require_same_model(current, target)
+    if current.homes is not None or target.homes is not None:
+        raise ValueError("transfers are ordered between plans that keep every expert on GPUs; a plan here has tiers")
     size = expert_bytes if expert_bytes is not None else target.cluster.model.bytes_per_expert or 1.0
     renumbered = match_gpus(current, target)
     steps: list[Transfer | Drop] = []
