@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from ..contract.plan import Plan
 from ..objectives.churn import require_same_model
@@ -115,6 +114,8 @@ def match_gpus(current: Plan, target: Plan) -> Plan:
 
     Only alike machines change places: equal nodes, and equal speeds within a node.
     """
+    from scipy.optimize import linear_sum_assignment
+
     G, M = target.cluster.num_gpus, target.cluster.num_nodes
     size = target.cluster.gpus_per_node
     if size is None or np.any(target.cluster.speed_G != target.cluster.speed_G[0]):
