@@ -139,6 +139,7 @@ class ExpertParallel(Strict):
     dedup: Literal["node", "gpu", "none"] = "node"
     dispatch: Literal["nearest", "uniform", "quota"] = "uniform"
     tokens_per_gpu: Count = 4096
+    batch_tokens: Count = 4096
 
 
 class ClusterSpec(Strict):
