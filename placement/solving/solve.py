@@ -17,7 +17,7 @@ from .certify import certify, make_plan
 from .solvers import SOLVERS, Solver
 
 Integer = NDArray[np.int64]
-SCORING_S = 2e-6  # kept for the certificate per token and layer; too much takes time from the search
+SCORING_S = 3e-6  # kept for the certificate and its check per token and layer; more takes time from the search
 MOST_SCORING = 0.3  # of the time limit: a search that gets less than the rest is not worth its certificate
 
 
