@@ -41,6 +41,9 @@ def objective_bound(objective: Objective, problem: Problem, plan: Plan, robustne
     names = []
     for term in terms:
         for index, scenario in enumerate(problem.scenarios):
+            if plan.experts_per_layer is not None and term.part.needs_tokens:
+                names.append("none")  # the bounds of tokens' sets count the slots that hold no copy
+                continue
             bound_L, name = BOUNDS[term.part.name](scenario, problem, plan)
             total_WL[index] += term.above_goal(bound_L)
             names.append(name)
@@ -64,7 +67,10 @@ def _balance(scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, s
     total_L1 = scenario.load_LE.sum(axis=1, keepdims=True)
     weight_LE = np.divide(scenario.load_LE, total_L1, out=np.zeros_like(scenario.load_LE), where=total_L1 > 0)
     is_uniform = plan.dispatch == "uniform"
-    return imbalance_bound_L(weight_LE, plan.num_slots, plan.cluster.speed_G, equal_shares=is_uniform)
+    slots = plan.num_slots
+    if plan.experts_per_layer is not None:  # slots of ids that a layer does not have are free for copies
+        slots += plan.num_experts - min(plan.experts_per_layer)
+    return imbalance_bound_L(weight_LE, slots, plan.cluster.speed_G, equal_shares=is_uniform)
 
 
 def _batches(scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, str]:

@@ -50,7 +50,11 @@ def read_problem(
         tables = {name: file.load_LE for name, file in files.items()}
         if spare_slots:
             replicas = -next(iter(tables.values())).shape[1] % cluster.num_gpus
-        return Problem.from_loads(tables, cluster, replicas=replicas, layer_ids=ids)
+        widths = {file.experts_per_row for file in files.values()}
+        if len(widths) > 1:
+            raise ValueError(f"the loads files differ in the experts of their rows: {', '.join(files)}")
+        counts = widths.pop()
+        return Problem.from_loads(tables, cluster, replicas=replicas, layer_ids=ids, experts_per_row=counts)
     assert trace is not None
     data = RoutingTrace.load(trace)
     if plan is not None and data.layer_ids is not None and data.layer_ids != plan.layer_ids:

@@ -207,6 +207,7 @@ class Problem:
         *,
         replicas: int | None = None,
         layer_ids: Sequence[int] | None = None,
+        experts_per_row: Sequence[int] | None = None,
     ) -> Self:
         """The problem that expert loads pose.
 
@@ -218,6 +219,7 @@ class Problem:
             cluster: the machines; `model` is checked against the loads.
             replicas: slots per layer beyond one per expert; None takes `ep.slots_per_gpu`, or else 0.
             layer_ids: decoder layers of all rows, or of the MoE layers among rows that are decoder layers.
+            experts_per_row: real experts of each row where rows differ; the others have no load.
         """
         named = dict(loads) if isinstance(loads, Mapping) else {"loads": loads}
         arrays = {name: np.asarray(load, np.float64) for name, load in named.items()}
@@ -228,6 +230,10 @@ class Problem:
             raise ValueError("every layer of the loads is all zero; there is nothing to place")
         numbers = layers_of_loads(used, layer_ids, cluster.model)
         scenarios = tuple(Scenario(name=name, load_LE=load[list(numbers.rows)]) for name, load in arrays.items())
+        if experts_per_row is not None:
+            counts = [int(experts_per_row[row]) for row in numbers.rows]
+            model = cluster.model.model_copy(update={"experts_per_layer": counts if len(set(counts)) > 1 else None})
+            cluster = replace(cluster, model=model)
         return cls._build(cluster, scenarios, replicas, numbers)
 
     @classmethod

@@ -60,10 +60,11 @@ def _coverage_faults(plan: Plan) -> list[str]:
         seen = set(row)
         if plan.tier_LE is not None:
             seen |= {expert for expert, tier in enumerate(plan.tier_LE[index].tolist()) if tier > 0}
-        if missing := [expert for expert in range(plan.num_experts) if expert not in seen]:
+        real = plan.num_experts if plan.experts_per_layer is None else plan.experts_per_layer[index]
+        if missing := [expert for expert in range(real) if expert not in seen]:
             faults.append(f"layer {plan.layer_ids[index]}: experts {missing[:8]} have no copy")
-        if outside := [expert for expert in row if not 0 <= expert < plan.num_experts]:
-            faults.append(f"layer {plan.layer_ids[index]}: slots name experts {outside[:8]} of {plan.num_experts}")
+        if outside := [expert for expert in row if not 0 <= expert < real]:
+            faults.append(f"layer {plan.layer_ids[index]}: slots name experts {outside[:8]} of {real}")
     return faults
 
 
@@ -108,7 +109,12 @@ def _metric_faults(plan: Plan, problem: Problem, certificate: Certificate) -> li
     own = objective_again(plan, problem)
     if own is not None and abs(own - certificate.objective) > TOLERANCE * max(1.0, abs(own)):
         faults.append(f"the objective {plan.objective_name} is {own}, the certificate claims {certificate.objective}")
-    is_own = plan.objective_name == "balance" and certificate.bound_name == "copies" and len(problem.scenarios) == 1
+    is_own = (
+        plan.objective_name == "balance"
+        and certificate.bound_name == "copies"
+        and plan.experts_per_layer is None
+        and len(problem.scenarios) == 1
+    )
     if is_own and certificate.bound is not None:
         least = least_imbalance(plan, problem)
         if certificate.bound > least * (1 + TOLERANCE):
