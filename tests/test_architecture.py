@@ -73,7 +73,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "placement": (
         ("contract", "data", "heuristics"),
         ("objectives", "run"),
-        ("bounds",),
+        ("bounds", "tiers"),
         ("scoring", "search"),
         ("ilp", "formats"),
         ("solving",),

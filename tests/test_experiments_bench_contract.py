@@ -87,6 +87,20 @@ def redden_placement(monkeypatch):
     monkeypatch.setattr(placement, "eplb", lambda *given: right(*given)[:, ::-1])
 
 
+def redden_tiers(monkeypatch):
+    from dataclasses import replace
+
+    from placement.solving import cluster_tiers
+
+    right = cluster_tiers.tier_model
+
+    def wrong(*given):
+        model = right(*given)
+        return replace(model, cost_WLEC=1.1 * model.cost_WLEC)
+
+    monkeypatch.setattr(cluster_tiers, "tier_model", wrong)
+
+
 def redden_routers(monkeypatch):
     for name, size in (("TOKENS", 64), ("WIDTH", 16), ("EXPERTS", 8), ("TOP_K", 2), ("LAYERS", 2)):
         monkeypatch.setattr(routers, name, size)
@@ -165,6 +179,13 @@ BENCHES = {
         words="pyproject.toml is a file; give a folder",
         right=("--repeats", "5"),
         redden=redden_routers,
+    ),
+    "tiers": Bench(
+        command=("bench", "tiers"),
+        wrong=("--trace", "{folder}/missing.npz"),
+        words="missing.npz",
+        right=("--trace", "{file}", "--records", "{folder}"),
+        redden=redden_tiers,
     ),
     "train": Bench(
         command=("bench", "train"),
