@@ -79,6 +79,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("evidence", "variants"),
         ("train",),
         ("compare", "bench", "demo"),
+        ("gpu_session",),
         ("__init__", "cli"),
     ),
 }

@@ -21,6 +21,8 @@ MASK_BYTES = 8
 """Per query and key: masks of full and of sliding attention, as flags and in the model's dtype."""
 DELTA_CHUNK, LINEAR_CHUNK = 64, 256
 """Tokens of a chunk where the config names none: of the gated delta rule, and of lightning attention and Mamba-2."""
+STREAM_ARRAYS = 4
+"""Of hyper-connections, which carry several residual streams: read, mixed, written, in the model's dtype and float32."""
 CHANNEL_DECAYS = 3
 """Where each channel of a head decays at a rate of its own, arrays of a chunk's pairs of tokens and their channels."""
 LOGIT_BYTES = 48
@@ -41,6 +43,7 @@ def activation_bytes(config: Any, tokens: int, context: int, top_k: int, item_by
     width = _size(text, "hidden_size")
     # residuals, norms in float32, projections; then rows, products and results of each token's experts
     rows = tokens * (_widest(text) * (16 * item_bytes + 16) + 8 * top_k * width * item_bytes)
+    rows += tokens * _size(text, "hc_mult", "hc_count") * width * STREAM_ARRAYS * (item_bytes + 4)
     return rows + _layer_bytes(text, tokens, context, item_bytes) + LOGIT_BYTES * _size(text, "vocab_size")
 
 
