@@ -22,7 +22,7 @@ MASK_BYTES = 8
 DELTA_CHUNK, LINEAR_CHUNK = 64, 256
 """Tokens of a chunk where the config names none: of the gated delta rule, and of lightning attention and Mamba-2."""
 STREAM_ARRAYS = 4
-"""Of hyper-connections, which carry several residual streams: read, mixed, written, in the model's dtype and float32."""
+"""Of hyper-connections, which carry several residual streams: read, mixed, written; model's dtype and float32."""
 CHANNEL_DECAYS = 3
 """Where each channel of a head decays at a rate of its own, arrays of a chunk's pairs of tokens and their channels."""
 LOGIT_BYTES = 48
