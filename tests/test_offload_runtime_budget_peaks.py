@@ -65,7 +65,7 @@ FUSED = 100 * 200 * 8
         ({"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "head_dim": 64, "v_head_dim": 192}, FUSED),
         ({"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}, FUSED + 100 * 200 * 8 * 12),
         ({"_attn_implementation": "eager", "swa_num_attention_heads": 20}, FUSED + 100 * 200 * 20 * 12),
-        ({"rel_extent": 512}, FUSED + 100 * 200 * 8 * 6),
+        ({"rel_extent": 512}, FUSED + 100 * 200 * 8 * 8),
         ({"_attn_implementation": "eager", "num_attention_heads_per_layer": [8, 32]}, FUSED + 100 * 200 * 32 * 12),
         ({"index_n_heads": 4}, FUSED + 100 * 200 * 4 * 8),
     ],

@@ -15,7 +15,7 @@ LEAST_PIECE = 128  # smaller pieces read nearly all experts again for each; not 
 SCORE_BYTES = 12
 """Per head, query and key, with numbers of two bytes: what `eager` attention holds at once (product, scaled, masked,
 shifted, normalised, a copy for the values); torch's own unfused one takes 10 to 11."""
-BIAS_BYTES = 6
+BIAS_BYTES = 8
 """Likewise, besides: a bias by relative position, gathered, masked, and added to the mask."""
 MASK_BYTES = 8
 """Per query and key: masks of full and of sliding attention, as flags and in the model's dtype."""
