@@ -95,40 +95,41 @@ PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_opt
 
 
 @app.command("export", context_settings=PASSED_ON)
-def export(context: typer.Context) -> None:
+def export(context: typer.Context) -> int | None:
     """Write a trained model as a native transformers family, so that other engines load it unchanged."""
-    _pass_on("export", context)
+    return _pass_on("export", context)
 
 
 @app.command("convert", context_settings=PASSED_ON)
-def convert(context: typer.Context) -> None:
+def convert(context: typer.Context) -> int | None:
     """Turn a trained mixture of experts into one whose experts share low-rank projections."""
-    _pass_on("convert", context)
+    return _pass_on("convert", context)
 
 
 @app.command("refactor", context_settings=PASSED_ON)
-def refactor(context: typer.Context) -> None:
+def refactor(context: typer.Context) -> int | None:
     """Cut a small dense model into experts by domain, with one router over token ids for all layers."""
-    _pass_on("refactor", context)
+    return _pass_on("refactor", context)
 
 
 @app.command("prune", context_settings=PASSED_ON)
-def prune(context: typer.Context) -> None:
+def prune(context: typer.Context) -> int | None:
     """Keep some experts of each layer of a trained model: those most used in a trace, or random ones."""
-    _pass_on("prune", context)
+    return _pass_on("prune", context)
 
 
 @app.command("join", context_settings=PASSED_ON)
-def join(context: typer.Context) -> None:
+def join(context: typer.Context) -> int | None:
     """Put the experts of two trained models of one backbone beside each other."""
-    _pass_on("join", context)
+    return _pass_on("join", context)
 
 
-def _pass_on(command: str, context: typer.Context) -> None:
+def _pass_on(command: str, context: typer.Context) -> int | None:
+    """The exit code of a command of `moe`: 130 after Ctrl-C, which Typer returns rather than raises."""
     # importing moe imports torch and transformers, which `expertier --help` and `expertier place` do without
     import moe.cli
 
-    moe.cli.app([command, *context.args], prog_name="expertier", standalone_mode=False)
+    return moe.cli.app([command, *context.args], prog_name="expertier", standalone_mode=False)
 
 
 def main() -> None:

@@ -84,6 +84,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("evidence", "variants"),
         ("train",),
         ("compare", "bench", "demo", "placed"),
+        ("gpu_session",),
         ("__init__", "cli"),
     ),
 }
