@@ -12,6 +12,7 @@ from .cache.catalogue import CACHES, make_cache
 from .cache.simulate import Simulated, simulate
 
 if TYPE_CHECKING:
+    from .checkpoint.quantised.plain_copy import dequantise
     from .engine.counters import EngineCounters
     from .engine.engine import Engine
     from .engine.events import Finished, NotReady, QueueFull, TokenEvent
@@ -37,6 +38,7 @@ _HOME = {
     "Sampling": ".engine.request",
     "Stream": ".engine.stream",
     "TokenEvent": ".engine.events",
+    "dequantise": ".checkpoint.quantised.plain_copy",
     "disk_bandwidth": ".forecast.calibrate",
     "load": ".runtime.loading",
     "open_lane": ".gpu.devices",
@@ -58,6 +60,7 @@ __all__ = [
     "Simulated",
     "Stream",
     "TokenEvent",
+    "dequantise",
     "disk_bandwidth",
     "format_size",
     "load",

@@ -20,6 +20,12 @@ SMALL_FILES = (
 )
 """What describes a model; a few MB at most."""
 
+QUANTISATION_METHODS = (
+    *("mxfp4", "fp8", "mxfp8", "compressed-tensors", "modelopt", "nvfp4", "fbgemm_fp8", "fp4"),
+    *("gptq", "awq", "bitsandbytes"),
+)
+"""Values of `quant_method` whose tensors are known by their names."""
+
 
 def local_name(path_or_id: str | Path) -> Path | None:
     """The folder, if there is one; None for a model id `owner/name`, perhaps with `@revision`.
@@ -101,15 +107,15 @@ def check_config_file(folder: Path) -> None:
     """Refuse a model by its config.json alone, before anything large is read.
 
     Raises:
-        ValueError: if it is missing, is not JSON, or says that the weights are quantised.
+        ValueError: if it is missing, is not JSON, or names a method of quantisation that is not known.
     """
     config = read_json(folder / "config.json", f"model {folder}: config.json")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         quantised = part.get("quantization_config")
-        if isinstance(quantised, dict):
-            method = quantised.get("quant_method", "unknown")
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        if method is not None and method not in QUANTISATION_METHODS:
             raise ValueError(
-                f"model {folder}: its weights are quantised ({method}); offloading reads plain float weights, "
+                f"model {folder}: its weights are quantised ({method}); known are {', '.join(QUANTISATION_METHODS)}, "
                 "so save a dequantised copy first"
             )
 

@@ -13,9 +13,11 @@ import moe  # noqa: F401  registers our own model type with transformers
 from .experts import ExpertLayer, experts_modules, locate_experts, match_checkpoint
 from .location import check_config_file, local_folder, read_json
 from .plain_weights import expect_plain_weights
+from .quantised.description import find_quantisation, without_quantisation
+from .quantised.view import plain_view
 from .tensors import PLAIN_DTYPES, TensorEntry, read_checkpoint
 
-__all__ = ["local_folder", "model_class_of", "read_config", "running_dtype_of", "skeleton_of"]
+__all__ = ["local_folder", "model_class_of", "read_config", "read_weights", "skeleton_of"]
 
 
 def skeleton_of(path_or_id: str | Path) -> tuple[Any, dict[str, TensorEntry], list[ExpertLayer]]:
@@ -26,11 +28,26 @@ def skeleton_of(path_or_id: str | Path) -> tuple[Any, dict[str, TensorEntry], li
     """
     folder = local_folder(path_or_id)
     config = read_config(folder)
-    entries = read_checkpoint(folder)
-    skeleton = empty_model(folder, config, running_dtype_of("auto", config, entries))
+    entries, dtype = read_weights(folder, config, "auto")
+    skeleton = empty_model(folder, config, dtype)
     expect_plain_weights(folder, skeleton, entries, match_checkpoint(skeleton, entries))
     dtypes = {name: parameter.dtype for name, parameter in skeleton.state_dict().items()}
     return skeleton, entries, locate_experts(skeleton, entries, dtypes)
+
+
+def read_weights(folder: Path, config: Any, dtype: str | torch.dtype) -> tuple[dict[str, TensorEntry], torch.dtype]:
+    """Every tensor of a checkpoint as if it were plain, and the dtype that its model runs in.
+
+    Args:
+        config: of `read_config`.
+        dtype: see `running_dtype_of`.
+
+    Raises:
+        ValueError: if files are missing or damaged, or codes lack a companion.
+    """
+    entries = read_checkpoint(folder)
+    running = running_dtype_of(dtype, config, entries)
+    return plain_view(folder, entries, find_quantisation(folder), running), running
 
 
 def empty_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
@@ -59,7 +76,7 @@ def read_config(folder: Path) -> Any:
     """The config of the model that `AutoModelForCausalLM` makes of a folder: of a composite one, the part for text.
 
     Raises:
-        ValueError: if there is none, it cannot be read, needs code of its own, or the weights are quantised.
+        ValueError: if there is none, it cannot be read or needs code of its own.
     """
     check_config_file(folder)
     described = read_json(folder / "config.json", f"model {folder}: config.json")
@@ -77,7 +94,7 @@ def read_config(folder: Path) -> Any:
                 f"model {folder}: transformers does not know model type {kind!r}; it may be newer than this version"
             ) from error
         raise ValueError(f"model {folder}: config.json cannot be read: {_first_line(error)}") from error
-    return _text_part(config)
+    return _text_part(without_quantisation(config))
 
 
 def _text_part(config: Any) -> Any:

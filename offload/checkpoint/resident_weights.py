@@ -10,7 +10,8 @@ from transformers import GenerationConfig
 from .experts import experts_modules, match_checkpoint, weight_names
 from .model_folder import empty_model, model_class_of
 from .plain_weights import expect_plain_weights
-from .tensors import TORCH_DTYPES, StoredTensor, TensorEntry
+from .quantised.entry import lazy_tensor
+from .tensors import TORCH_DTYPES, TensorEntry
 
 
 class _Hollow:
@@ -47,7 +48,7 @@ def load_resident(
         if name not in hollow:
             # an unused tensor of a dtype that torch cannot name says nothing about the model; a used one is an error
             readable = [key for key, _ in keys if name in shapes or entries[key].dtype in TORCH_DTYPES]
-            state.update({key: StoredTensor(entries[key]) for key in readable})
+            state.update({key: lazy_tensor(entries[key]) for key in readable})
     for name in hollow & shapes.keys():
         if name not in found and name in (getattr(skeleton, "all_tied_weights_keys", None) or {}):
             raise ValueError(

@@ -31,7 +31,6 @@ class PlainForm:
     layer: ExpertLayer
 
     name: ClassVar[str] = "plain"
-    is_multiplied: ClassVar[bool] = True
     linears: ClassVar[MatrixForm | None] = None
     reaches_gpu: ClassVar[bool] = True
     is_expanded: ClassVar[bool] = False
@@ -65,6 +64,9 @@ class PlainForm:
 
     def check(self, expert: int, slot: torch.Tensor) -> None:
         """Nothing that plain weights hold can do harm."""
+
+    def can_multiply(self, *, is_transposed: bool) -> bool:
+        return not is_transposed
 
     def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
         if any(view.dtype != torch.bfloat16 or view.dim() != 2 for view in views.values()):

@@ -86,15 +86,15 @@ static inline void add_tile(const uint16_t *w, int64_t stride, const uint32_t *x
 static inline void store_group(const struct strip *s, const float *low, const float *high, const struct inputs *x, int64_t group,
                                uint16_t *y, int64_t y_stride) {
     int64_t width = group_width(x);
-    for (int64_t i = 0; i < width && group * GROUP_ROWS + i < x->rows; i++)
+    for (int64_t i = 0; i < width && group * X_ROWS + i < x->rows; i++)
         for (int64_t row = 0; row < STRIP_ROWS; row++) {
             float sum = (row < TILE_ROWS ? low : high)[row % TILE_ROWS * width + i];
-            y[(group * GROUP_ROWS + i) * y_stride + row] = finish(s, row, sum);
+            y[(group * X_ROWS + i) * y_stride + row] = finish(s, row, sum);
         }
 }
 
 static inline void store_sums(const struct strip *s, const struct inputs *x, int64_t group, int is_pair, uint16_t *y, int64_t y_stride) {
-    float sums[4][TILE_ROWS * GROUP_ROWS] __attribute__((aligned(64)));
+    float sums[4][TILE_ROWS * X_ROWS] __attribute__((aligned(64)));
     int64_t bytes = group_width(x) * (int64_t)sizeof(float);
     _tile_stored(SUM_0, sums[0], bytes);
     _tile_stored(SUM_1, sums[1], bytes);

@@ -133,11 +133,11 @@ static inline float sum_lanes(const float *lane) {
     return total;
 }
 
-static inline size_t lanes_sums(void) { return STRIP_ROWS * GROUP_ROWS * LANE_COUNT; }
+static inline size_t lanes_sums(void) { return STRIP_ROWS * X_ROWS * LANE_COUNT; }
 
 /* y[i][row] for the rows i of one group of x and the rows of one strip. */
 static void lanes_group(struct strip s, const struct inputs *x, int64_t group, struct room *room, uint16_t *y, int64_t y_stride) {
-    int64_t first = group * GROUP_ROWS, n = x->rows - first < GROUP_ROWS ? x->rows - first : GROUP_ROWS;
+    int64_t first = group * X_ROWS, n = x->rows - first < X_ROWS ? x->rows - first : X_ROWS;
     int64_t stride, columns = x->columns, c = 0;
     float *sums = room->sums;
     memset(sums, 0, (size_t)(STRIP_ROWS * n * LANE_COUNT) * sizeof(float));

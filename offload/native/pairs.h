@@ -84,7 +84,7 @@ static inline void add_chunk(const uint32_t *w, int64_t column, const struct inp
     int64_t width = group_width(x);
     for (int64_t i = 0; i < x->rows; i += MOST_AT_ONCE) {
         int n = (int)(x->rows - i < MOST_AT_ONCE ? x->rows - i : MOST_AT_ONCE);
-        const uint32_t *pairs = pairs_of(x, i / GROUP_ROWS) + column / 2 * width + i % GROUP_ROWS;
+        const uint32_t *pairs = pairs_of(x, i / X_ROWS) + column / 2 * width + i % X_ROWS;
         add_some_rows(n, w, pairs, width, sums + i * STRIP_ROWS);
     }
 }

@@ -6,11 +6,12 @@
 
 #include "bfloat16.h"
 #include "compressed.h"
+#include "forms/bytes.h"
+#include "forms/nibbles.h"
 #include "stored_matrix.h"
 
 #include <stdlib.h>
 
-enum form { PLAIN, COMPRESSED };
 enum { STRIP_ROWS = BLOCK_ROWS, CHUNK = SEGMENT_COLUMNS, CHUNK_WEIGHTS = STRIP_ROWS * CHUNK };
 
 struct strip {
@@ -47,11 +48,17 @@ static inline void expand_chunk(struct strip *s, int64_t column, int begin, int 
         s->block.others = expand_rows(segment, s->block.head, s->block.others, begin, end, room, stride);
         return;
     }
-    size_t bytes = (size_t)chunk_columns(s, column) * sizeof(uint16_t);
+    int64_t columns = chunk_columns(s, column), rows = (s->rows < end ? s->rows : end) - begin;
+    if (s->m->form == NIBBLES && rows > 0)
+        expand_nibbles(s->m, s->row + begin, rows, column, columns, room + begin * stride, stride);
+    else if (s->m->form == BYTES && rows > 0)
+        expand_bytes(s->m, s->row + begin, rows, column, columns, room + begin * stride, stride);
+    if (s->m->form != PLAIN && columns == CHUNK && rows == end - begin) return;
+    size_t bytes = (size_t)columns * sizeof(uint16_t);
     for (int64_t row = begin; row < end; row++) {
         uint8_t *target = (uint8_t *)(room + row * stride);
         size_t found = row < s->rows ? bytes : 0;
-        if (found) memcpy(target, plain_row(s, row) + column, found);
+        if (found && s->m->form == PLAIN) memcpy(target, plain_row(s, row) + column, found);
         memset(target + found, 0, CHUNK * sizeof(uint16_t) - found);
     }
 }

@@ -8,12 +8,11 @@ from typing import Any
 from routing.ground.model_config import experts_per_token
 
 from ..checkpoint.experts import experts_modules, locate_experts, weight_names
-from ..checkpoint.model_folder import local_folder, read_config, running_dtype_of, skeleton_of
+from ..checkpoint.model_folder import local_folder, read_config, read_weights, skeleton_of
 from ..checkpoint.resident_weights import drop_expert_weights, load_resident
-from ..checkpoint.tensors import read_checkpoint
 from ..compute.resident import store_linears
+from ..formats.catalogue import form_in_place
 from ..formats.form import Form, MatrixForm
-from ..formats.plain import PlainForm
 from ..memory.budget import resident_bytes
 from ..store.packing import read_pack
 from .options import LoadOptions
@@ -73,13 +72,14 @@ def open_checkpoint(options: LoadOptions) -> OpenedCheckpoint:
         ValueError: if the checkpoint is damaged or incomplete, or its experts cannot be offloaded.
     """
     folder = local_folder(options.path_or_id)
-    entries, config = read_checkpoint(folder), read_config(folder)
+    config = read_config(folder)
+    entries, dtype = read_weights(folder, config, options.dtype)
     # before the weights come, so that they are not counted twice
     process_bytes = resident_bytes()
-    model = load_resident(folder, config, entries, running_dtype_of(options.dtype, config, entries), IMPLEMENTATION)
+    model = load_resident(folder, config, entries, dtype, IMPLEMENTATION)
     dtypes = {name: parameter.dtype for name, parameter in model.state_dict().items()}
     layers = locate_experts(model, entries, dtypes)
-    forms: list[Form] = [PlainForm(layer) for layer in layers]
+    forms: list[Form] = [form_in_place(layer) for layer in layers]
     checksums = None
     if options.pack is not None:
         packed = read_pack(Path(options.pack), layers, entries)
@@ -99,7 +99,7 @@ def open_headers(path_or_id: str | Path, pack: str | Path | None) -> OpenedCheck
     """
     process_bytes = resident_bytes()
     skeleton, entries, layers = skeleton_of(path_or_id)
-    forms: list[Form] = [PlainForm(layer) for layer in layers]
+    forms: list[Form] = [form_in_place(layer) for layer in layers]
     if pack is not None:
         forms = read_pack(Path(pack), layers, entries).forms
     for module in experts_modules(skeleton).values():
