@@ -105,7 +105,9 @@ def test_a_packed_copy_may_be_expanded(tmp_path):
     folder, _ = make_folders(tmp_path, "fp8 blocks F32")
     resident = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")
     for name in ("plain", "compressed"):  # rows of 96 weights cannot be compressed, and are plain too
-        model = offload.load(folder, cache_experts=2, pack=offload.write_pack(folder, tmp_path / f"{name}.x", form=name))
+        model = offload.load(
+            folder, cache_experts=2, pack=offload.write_pack(folder, tmp_path / f"{name}.x", form=name)
+        )
         assert [layer.form.name for layer in model.offload._runtime.layers] == ["plain"] * LAYERS
         assert torch.equal(logits_of(model, TOKENS), logits_of(resident, TOKENS))
     with pytest.raises(ValueError, match=r"stores no experts as mxfp4 \(its experts are fp8\)"):

@@ -13,18 +13,19 @@ static inline float byte_value(int kind, uint8_t code) {
     }
 }
 
-#ifdef __AVX512BW__
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
 static inline __m512 byte_values(int kind, const uint8_t *codes) {
     __m128i byte = _mm_loadu_si128((const __m128i *)codes);
     if (kind == INT8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(byte));
-    __m512i code = _mm512_cvtepu8_epi32(byte);
-    if (kind == OFFSET8) return _mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(128)));
-    if (kind != E4M3) return _mm512_cvtepi32_ps(code);
-    __m512i size = _mm512_and_si512(code, _mm512_set1_epi32(127));
-    __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(size, 20)), _mm512_set1_ps(0x1p120f));
-    __m512i sign = _mm512_slli_epi32(_mm512_sub_epi32(code, size), 24);
-    value = _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign));
-    return _mm512_mask_mov_ps(value, _mm512_cmpeq_epi32_mask(size, _mm512_set1_epi32(127)), _mm512_set1_ps(NAN));
+    if (kind == OFFSET8) return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(byte), _mm512_set1_epi32(128)));
+    if (kind != E4M3) return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(byte));
+    /* as the bits of a float16 its exponent is 8 too low; that conversion takes denormal numbers at full speed */
+    __m256i code = _mm256_cvtepu8_epi16(byte);
+    __m256i half = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(127)), 7),
+                                   _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(128)), 8));
+    __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256));
+    __mmask16 is_nan = _mm_cmpeq_epi8_mask(_mm_and_si128(byte, _mm_set1_epi8(127)), _mm_set1_epi8(127));
+    return _mm512_mask_mov_ps(value, is_nan, _mm512_set1_ps(NAN));
 }
 #endif
 
@@ -33,7 +34,7 @@ static inline void scale_bytes(const struct stored_matrix *m, const uint8_t *cod
                                float scale, float zero, uint16_t *out) {
     int kind = m->parameter[CODE_KIND];
     int64_t c = begin;
-#ifdef __AVX512BW__
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
     for (; c + 16 <= end; c += 16) {
         __m512 value = byte_values(kind, codes + c);
         if (zero_kind(m) != ZERO_NONE) value = _mm512_sub_ps(value, _mm512_set1_ps(zero));
