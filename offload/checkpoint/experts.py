@@ -265,7 +265,7 @@ def _origins(
 
 def _is_permutation(flat: torch.Tensor) -> bool:
     """Whether each of the numbers 0 .. n - 1 stands once among n; a piece at a time, since indices take eight bytes."""
-    if len(flat) and not (0 <= int(flat.min()) and int(flat.max()) < len(flat)):
+    if len(flat) and not (int(flat.min()) >= 0 and int(flat.max()) < len(flat)):
         return False
     seen = torch.zeros(len(flat), dtype=torch.bool)
     for piece in flat.split(PIECE_ELEMENTS):
