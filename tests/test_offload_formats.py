@@ -26,7 +26,6 @@ class InvertedForm(PackedForm):
     """Every byte inverted: the least that a form can be."""
 
     name: ClassVar[str] = "inverted"
-    kernel: ClassVar[int | None] = None
     linears: ClassVar[None] = None
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True

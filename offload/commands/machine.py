@@ -12,10 +12,23 @@ from routing.ground.hardware import Hardware as Rates
 from routing.ground.quantity import format_size, parse_size
 from routing.ground.terminal import plain_console
 
-from .options import Arithmetic, Context, CpuMemory, Hardware, JsonFile, Model, Pack, expect_model, quiet_transformers
+from .options import (
+    ARITHMETICS,
+    Arithmetic,
+    Context,
+    CpuMemory,
+    Hardware,
+    JsonFile,
+    Model,
+    Pack,
+    expect_model,
+    quiet_transformers,
+)
 
 # exit code of `fit`: bad input is 2
 DOES_NOT_FIT = 1
+SLOWER = 0.75
+"""Where exact products reach less of ours than this, torch computed them: its own reach about half. Not tuned."""
 WORDS = {
     "disk_bytes_per_s": "reads of the disk, past the page cache",
     "cached_bytes_per_s": "reads out of the page cache",
@@ -37,7 +50,7 @@ def fit(
     ] = None,
     context: Context = 2048,
     hardware: Hardware = None,
-    arithmetic: Arithmetic = "exact",
+    arithmetic: Arithmetic = "auto",
     packed: Pack = None,
     hit_rate: Annotated[
         float | None,
@@ -53,7 +66,7 @@ def fit(
     """
     expect_model(model)
     expect_outputs(json_file, inputs=[model, hardware, packed])
-    expect_name(arithmetic, ("exact", "fast"), "arithmetic")
+    expect_name(arithmetic, ARITHMETICS, "arithmetic")
     for size in (cpu_memory, gpu_memory):
         if size not in (None, "auto"):
             parse_size(size)
@@ -79,12 +92,7 @@ def fit(
 
 def _show_fit(fitted: Any, cpu_memory: str) -> None:
     console = plain_console(soft_wrap=True)
-    first = fitted.forms[0]
-    console.print(
-        f"{len(fitted.forms)} MoE layers x {first.layer.num_experts} experts of {format_size(first.expert_bytes)}, "
-        f"top-{fitted.top_k}: {format_size(fitted.expert_bytes)} of experts, "
-        f"{format_size(fitted.active_bytes)} used by each token"
-    )
+    console.print(_consists_of(fitted))
     if fitted.gpu_plan is None:
         _show_budgets(fitted.budgets)
     if fitted.plan is None:
@@ -94,11 +102,29 @@ def _show_fit(fitted: Any, cpu_memory: str) -> None:
     for name, size in fitted.plan.table():
         table.add_row(name, format_size(size))
     console.print(table)
-    slots = fitted.plan.num_slots
-    held = f"{min(slots)}" if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
-    held = "all" if min(slots) >= first.layer.num_experts else f"{held} of {first.layer.num_experts}"
-    console.print(f"fits {format_size(fitted.plan.limit_bytes)} with {held} experts of each layer in memory")
+    console.print(f"fits {format_size(fitted.plan.limit_bytes)} with {_held_by(fitted)} in memory")
     _warn_of_size(cpu_memory)
+
+
+def _consists_of(fitted: Any) -> str:
+    if not fitted.forms:
+        return f"a dense model of {format_size(fitted.needs.weight_bytes)}, all of which stays in memory"
+    sizes = {form.expert_bytes for form in fitted.forms}
+    size = format_size(max(sizes)) if len(sizes) == 1 else f"{format_size(min(sizes))} to {format_size(max(sizes))}"
+    return (
+        f"{len(fitted.forms)} MoE layers x {fitted.forms[0].layer.num_experts} experts of {size}, "
+        f"top-{fitted.top_k}: {format_size(fitted.expert_bytes)} of experts, "
+        f"{format_size(fitted.active_bytes)} used by each token"
+    )
+
+
+def _held_by(fitted: Any) -> str:
+    """How much of a model that fits is in memory."""
+    if not fitted.forms:
+        return "all layers"
+    slots, count = fitted.plan.num_slots, fitted.forms[0].layer.num_experts
+    held = f"{min(slots)}" if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
+    return f"{'all' if min(slots) >= count else f'{held} of {count}'} experts of each layer"
 
 
 def _show_budgets(budgets: Any) -> None:
@@ -120,8 +146,15 @@ def _warn_of_size(cpu_memory: str) -> None:
         )
 
 
+def _is_ours(arithmetic: str, rates: Rates) -> bool:
+    """Whether products will be ours whatever their bits; `auto` takes them where exact ones would be slower."""
+    return arithmetic in ("fixed", "fast") or (
+        arithmetic == "auto" and rates.exact_bytes_per_s < SLOWER * rates.fast_bytes_per_s
+    )
+
+
 def _predict(fitted: Any, rates: Rates, arithmetic: str, hit_rate: float | None) -> dict[str, Any]:
-    found = fitted.predict(rates, is_fast=arithmetic == "fast", hit_rate=hit_rate)
+    found = fitted.predict(rates, is_fast=_is_ours(arithmetic, rates), hit_rate=hit_rate)
     plain_console(soft_wrap=True).print(
         f"expected {1 / found.token_s:.2f} tok/s (at best {1 / found.floor_s:.2f}); "
         f"{found.binds} binds: disk {found.disk_s:.3f} s, memory {found.compute_s:.3f} s per token"

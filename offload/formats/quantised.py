@@ -13,8 +13,11 @@ from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.tensors import TensorEntry
+from ..codes.encoding import Encoding
+from ..codes.expander import has_exact_kernel, kernel_number, kernel_parameters, kernel_parts
 from ..codes.stored_matrix import StoredMatrix
 from .form import BLOCK_BYTES, Extent, MatrixForm, PartReader, Region
+from .kernel_matrix import KernelMatrix
 from .quantised_parts import Piece, encodings_of, pieces_of
 from .quantised_slots import Part, parts_in_files, parts_in_record, places_of, rounded
 
@@ -45,7 +48,6 @@ class QuantisedForm:
     record_E: tuple[TensorEntry, ...] | None = None
 
     name: ClassVar[str] = "quantised"
-    kernel: ClassVar[int | None] = None
     linears: ClassVar[MatrixForm | None] = None
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True
@@ -130,6 +132,21 @@ class QuantisedForm:
             for name, pieces in self.pieces.items()
         }
 
+    def can_multiply(self, *, is_transposed: bool) -> bool:
+        """Where all rows of a parameter are stored alike, whatever way the model has them."""
+        return all(_are_halves(pieces) for pieces in self.pieces.values()) and all(
+            isinstance(piece.encoding, Encoding)
+            and has_exact_kernel(piece.encoding)
+            and piece.is_transposed == is_transposed
+            for pieces in self.pieces.values()
+            for piece in pieces
+        )
+
+    def kernel_matrices(self, views: Mapping[str, Any]) -> dict[str, tuple[KernelMatrix, ...]]:
+        if not all(_is_in_rows(matrix) for matrices in views.values() for matrix in matrices):
+            return {}
+        return {name: tuple(_kernel_matrix(matrix) for matrix in matrices) for name, matrices in views.items()}
+
     def check(self, expert: int, slot: torch.Tensor) -> None:
         """Nothing that codes and scales hold can do harm."""
 
@@ -178,6 +195,28 @@ class QuantisedForm:
             if self.record_E is not None
             else parts_in_files(self.pieces, self.layer.num_experts)
         )
+
+
+def _is_in_rows(matrix: StoredMatrix | PlainRows) -> bool:
+    return isinstance(matrix, StoredMatrix) and isinstance(matrix.encoding, Encoding)
+
+
+def _kernel_matrix(matrix: StoredMatrix) -> KernelMatrix:
+    assert isinstance(matrix.encoding, Encoding)
+    parameters = kernel_parameters(matrix.encoding, matrix.rows, matrix.columns)
+    parts = tuple(part or 0 for part in kernel_parts(matrix.parts))
+    return KernelMatrix(kernel_number(matrix.encoding), matrix.rows, matrix.columns, parts, parameters)
+
+
+def _are_halves(pieces: Sequence[Piece]) -> bool:
+    """Whether a parameter is one piece, or two of as many rows, stored alike."""
+    first, *others = pieces
+    return not others or (
+        len(others) == 1
+        and others[0].rows == first.rows
+        and others[0].encoding == first.encoding
+        and first.target_row < others[0].target_row
+    )
 
 
 def form_name(layer: ExpertLayer) -> str:

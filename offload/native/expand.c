@@ -65,9 +65,10 @@ static void expand_turned(const struct stored_matrix *m, int64_t row, int64_t ro
 /* A matrix [rows, columns] written to `out` row by row, or as its transpose. */
 void expertier_expand_stored(int form, const uint8_t *const part[4], const int32_t parameter[4], int64_t rows,
                              int64_t columns, uint16_t *out, int is_transposed) {
-    struct stored_matrix m = {form, rows, columns, {part[0], part[1], part[2], part[3]}, {0}};
+    struct stored_matrix m = {.form = form, .rows = rows, .columns = columns, .part = {part[0], part[1], part[2], part[3]}};
     int64_t most = is_transposed ? TURNED_ROWS : BLOCK_ROWS;
     memcpy(m.parameter, parameter, sizeof m.parameter);
+    measure(&m);
 #pragma omp parallel for schedule(static)
     for (int64_t block = 0; block < (rows + most - 1) / most; block++) {
         int64_t row = block * most, count = rows - row < most ? rows - row : most;
