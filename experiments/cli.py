@@ -23,6 +23,7 @@ from .bench.placement_solvers import bench_placement
 from .bench.placement_tiers import bench_tiers
 from .bench.routers import routers as bench_routers
 from .bench.serving.bench import bench_serve
+from .bench.step import bench_step
 from .bench.training import bench_train
 from .compare.command import compare
 from .demo.command import demo
@@ -83,6 +84,7 @@ bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)
 bench.command("serve")(bench_serve)
 bench.command("tiers")(bench_tiers)
+bench.command("step")(bench_step)
 bench.command("train")(bench_train)
 app.add_typer(bench, name="bench")
 offload.cli.join_processes(PROCESSES)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.main import get_command
 
-from experiments.bench import flax, leverage, memory_layers, routers, training
+from experiments.bench import flax, leverage, memory_layers, routers, step, training
 from experiments.bench.duo import bench as duo
 from experiments.bench.offloading import contestants
 from experiments.cli import app, bench
@@ -116,6 +116,17 @@ def redden_routers(monkeypatch):
     monkeypatch.setattr(routers, "_build", wrong)
 
 
+def redden_step(monkeypatch):
+    models_of = step._models
+
+    def wrong(*given: Any) -> Any:
+        models = models_of(*given)
+        models[step.OURS].lm_head.weight.data.mul_(1.5)
+        return models
+
+    monkeypatch.setattr(step, "_models", wrong)
+
+
 def redden_train(monkeypatch):
     as_mixtral = training._as_mixtral
 
@@ -186,6 +197,13 @@ BENCHES = {
         words="missing.npz",
         right=("--trace", "{file}", "--records", "{folder}"),
         redden=redden_tiers,
+    ),
+    "step": Bench(
+        command=("bench", "step"),
+        wrong=("--family", "mixtrl"),
+        words="unknown family 'mixtrl' (did you mean 'mixtral'?)",
+        right=("--family", "mixtral", "--layers", "1", "--contexts", "4", "--records", "{folder}"),
+        redden=redden_step,
     ),
     "train": Bench(
         command=("bench", "train"),

@@ -6,6 +6,7 @@ from typing import Any
 from routing.ground.model_config import text_config
 
 from ..checkpoint.experts import experts_modules
+from ..compute.attention import quicken_attention
 from ..compute.levels import best_arithmetic
 from ..compute.linears import quicken_linears
 from ..compute.matvec import Matvecs
@@ -49,6 +50,7 @@ def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions,
     if lane is None:
         quicken_linears(model, matvecs)
         quicken_norms(model)
+        quicken_attention(model)
     else:
         _add_gpu_tier(opened, division, lane, running)
     if division.starting is not None:
