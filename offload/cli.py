@@ -1,8 +1,9 @@
-"""The commands of this package: `generate`, `chat`, `serve`, `pack`, `fit` and others, and some of `trace`."""
+"""The commands of this package, joined: its own in order, and three of `trace`."""
 
 import typer
 
 from .commands.chat import chat
+from .commands.dequantise import dequantise
 from .commands.generate import generate
 from .commands.machine import calibrate, fit
 from .commands.pack import pack
@@ -11,7 +12,7 @@ from .commands.simulate import simulate
 from .commands.traces import batches, predictor, record
 
 app = typer.Typer()
-for command in (generate, chat, serve, pack, fit, calibrate, simulate):
+for command in (generate, chat, serve, pack, dequantise, fit, calibrate, simulate):
     app.command(command.__name__)(command)
 
 

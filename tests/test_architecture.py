@@ -55,7 +55,9 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "offload": (
-        ("native", "memory", "checkpoint", "text"),
+        ("native", "memory", "text"),
+        ("codes",),
+        ("checkpoint",),
         ("formats", "cache", "prefetch"),
         ("store", "compute"),
         ("ram",),

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .gguf.head import gguf_in, is_gguf
 from .weight_files import INDEX_NAME, ONLY_NAME, shard_names
 
 # a tokenizer.json has up to some 30 MB, an index of a checkpoint of 100,000 tensors 10 MB
@@ -20,9 +21,15 @@ SMALL_FILES = (
 )
 """What describes a model; a few MB at most."""
 
+QUANTISATION_METHODS = (
+    *("mxfp4", "fp8", "mxfp8", "compressed-tensors", "modelopt", "nvfp4", "fbgemm_fp8", "fp4"),
+    *("gptq", "awq", "bitsandbytes"),
+)
+"""Values of `quant_method` whose tensors are known by their names."""
+
 
 def local_name(path_or_id: str | Path) -> Path | None:
-    """The folder, if there is one; None for a model id `owner/name`, perhaps with `@revision`.
+    """The folder or GGUF file, if there is one; None for a model id `owner/name`, perhaps with `@revision`.
 
     Raises:
         ValueError: if it is neither.
@@ -30,11 +37,15 @@ def local_name(path_or_id: str | Path) -> Path | None:
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder
+    if folder.is_file() and is_gguf(folder):
+        return folder
     if folder.is_file():
-        raise ValueError(f"model {path_or_id}: a file; give the folder that holds config.json and the weights")
+        raise ValueError(
+            f"model {path_or_id}: a file, but no GGUF file; give the folder that holds config.json and the weights"
+        )
     text = str(path_or_id)
     if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or text.endswith("/"):
-        raise ValueError(f"model {path_or_id}: no such folder")
+        raise ValueError(f"model {path_or_id}: no such {'file' if is_gguf(folder) else 'folder'}")
     return None
 
 
@@ -45,12 +56,13 @@ def local_folder(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """A folder with the model's files; a model id is downloaded into huggingface_hub's cache first.
+    """A folder with the model's files, or a GGUF file; a model id is downloaded into huggingface_hub's cache first.
 
     The description comes first and is checked, then exactly the files that hold the weights, all of one commit.
 
     Args:
-        path_or_id: a folder, or `owner/name` or `owner/name@revision` of the hub.
+        path_or_id: a folder, a GGUF file, or `owner/name` or `owner/name@revision` of the hub. Of a folder without
+            safetensors files it is the GGUF file in it.
         revision: branch, tag or commit; default: the main branch.
         token: of the hub; default: what huggingface_hub finds (`HF_TOKEN`, or its login).
         local_files_only: use what is in the cache.
@@ -60,7 +72,8 @@ def local_folder(
     """
     folder = local_name(path_or_id)
     if folder is not None:
-        return folder
+        has_weights = is_gguf(folder) or any((folder / name).is_file() for name in (ONLY_NAME, INDEX_NAME))
+        return folder if has_weights else gguf_in(folder) or folder
     name, _, named_revision = str(path_or_id).partition("@")
     how: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
     try:
@@ -101,15 +114,15 @@ def check_config_file(folder: Path) -> None:
     """Refuse a model by its config.json alone, before anything large is read.
 
     Raises:
-        ValueError: if it is missing, is not JSON, or says that the weights are quantised.
+        ValueError: if it is missing, is not JSON, or names a method of quantisation that is not known.
     """
     config = read_json(folder / "config.json", f"model {folder}: config.json")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         quantised = part.get("quantization_config")
-        if isinstance(quantised, dict):
-            method = quantised.get("quant_method", "unknown")
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        if method is not None and method not in QUANTISATION_METHODS:
             raise ValueError(
-                f"model {folder}: its weights are quantised ({method}); offloading reads plain float weights, "
+                f"model {folder}: its weights are quantised ({method}); known are {', '.join(QUANTISATION_METHODS)}, "
                 "so save a dequantised copy first"
             )
 

@@ -92,12 +92,7 @@ def fit(
 
 def _show_fit(fitted: Any, cpu_memory: str) -> None:
     console = plain_console(soft_wrap=True)
-    first = fitted.forms[0]
-    console.print(
-        f"{len(fitted.forms)} MoE layers x {first.layer.num_experts} experts of {format_size(first.expert_bytes)}, "
-        f"top-{fitted.top_k}: {format_size(fitted.expert_bytes)} of experts, "
-        f"{format_size(fitted.active_bytes)} used by each token"
-    )
+    console.print(_consists_of(fitted))
     if fitted.gpu_plan is None:
         _show_budgets(fitted.budgets)
     if fitted.plan is None:
@@ -107,11 +102,29 @@ def _show_fit(fitted: Any, cpu_memory: str) -> None:
     for name, size in fitted.plan.table():
         table.add_row(name, format_size(size))
     console.print(table)
-    slots = fitted.plan.num_slots
-    held = f"{min(slots)}" if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
-    held = "all" if min(slots) >= first.layer.num_experts else f"{held} of {first.layer.num_experts}"
-    console.print(f"fits {format_size(fitted.plan.limit_bytes)} with {held} experts of each layer in memory")
+    console.print(f"fits {format_size(fitted.plan.limit_bytes)} with {_held_by(fitted)} in memory")
     _warn_of_size(cpu_memory)
+
+
+def _consists_of(fitted: Any) -> str:
+    if not fitted.forms:
+        return f"a dense model of {format_size(fitted.needs.weight_bytes)}, all of which stays in memory"
+    sizes = {form.expert_bytes for form in fitted.forms}
+    size = format_size(max(sizes)) if len(sizes) == 1 else f"{format_size(min(sizes))} to {format_size(max(sizes))}"
+    return (
+        f"{len(fitted.forms)} MoE layers x {fitted.forms[0].layer.num_experts} experts of {size}, "
+        f"top-{fitted.top_k}: {format_size(fitted.expert_bytes)} of experts, "
+        f"{format_size(fitted.active_bytes)} used by each token"
+    )
+
+
+def _held_by(fitted: Any) -> str:
+    """How much of a model that fits is in memory."""
+    if not fitted.forms:
+        return "all layers"
+    slots, count = fitted.plan.num_slots, fitted.forms[0].layer.num_experts
+    held = f"{min(slots)}" if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
+    return f"{'all' if min(slots) >= count else f'{held} of {count}'} experts of each layer"
 
 
 def _show_budgets(budgets: Any) -> None:

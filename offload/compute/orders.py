@@ -44,6 +44,29 @@ class Matrices(ctypes.Structure):
     )
 
 
+class GatingTables(ctypes.Structure):
+    """`struct gating` of products.c."""
+
+    _fields_ = (
+        ("gate", ctypes.c_void_p),
+        ("linear", ctypes.c_void_p),
+        ("is_gated", ctypes.c_int),
+        ("is_interleaved", ctypes.c_int),
+    )
+
+
+class ExpertWeights(ctypes.Structure):
+    """`struct expert_weights` of products.c: the matrices of several experts, and their biases."""
+
+    _fields_ = (
+        ("gate", Matrices),
+        ("linear", Matrices),
+        ("down", Matrices),
+        ("up_bias", ctypes.c_void_p),
+        ("down_bias", ctypes.c_void_p),
+    )
+
+
 @dataclass(frozen=True)
 class Order:
     """One order of summation.
@@ -129,8 +152,9 @@ def _multiply() -> Any:
 def experts_function() -> Any:
     """`expertier_experts` of products.c."""
     function = library().expertier_experts
-    pointer, number, matrices = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(Matrices)
-    function.argtypes = [ctypes.c_int, number, number, matrices, matrices, matrices, number, *([pointer] * 6)]
+    weights, tables = ctypes.POINTER(ExpertWeights), ctypes.POINTER(GatingTables)
+    number = ctypes.c_int64
+    function.argtypes = [ctypes.c_int, number, number, weights, tables, number, *([ctypes.c_void_p] * 5)]
     function.restype = None
     return function
 

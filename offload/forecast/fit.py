@@ -48,17 +48,21 @@ class Fit:
         if self.plan is None:
             raise ValueError(f"nothing to predict: {self.shortfall}")
         experts = sum(form.layer.num_experts for form in self.forms)
+        if hit_rate is None and not self.forms:
+            hit_rate = 1.0
         if hit_rate is None:
             share = sum(self.plan.num_slots) / experts
             hit_rate = expected_hit_rate(share, self.top_k, self.forms[0].layer.num_experts)
         work = DecodeWork(
             num_layers=len(self.forms),
             experts_per_layer=self.top_k,
-            expert_bytes=self.expert_bytes // experts,
+            expert_bytes=self.expert_bytes // max(experts, 1),
             resident_bytes=self.needs.weight_bytes - self.unread_bytes,
             hit_rate=hit_rate,
         )
-        return predict_decode(work, hardware, rate=self.forms[0].token_rate(hardware, is_fast=is_fast))
+        first = self.forms[0] if self.forms else None
+        rate = hardware.token_rate(is_fast=is_fast) if first is None else first.token_rate(hardware, is_fast=is_fast)
+        return predict_decode(work, hardware, rate=rate)
 
     def predict_gpu(self, hardware: Hardware) -> GpuPrediction:
         """Seconds per decoded token with the GPU tier, at hit rates that are typical for the shares of experts.
@@ -104,7 +108,7 @@ class Fit:
             "gpu_slots_per_layer": None if self.gpu_plan is None else list(self.gpu_plan.num_slots),
             "share_of_experts_in_memory": None
             if slots is None
-            else sum(slots) / sum(form.layer.num_experts for form in self.forms),
+            else sum(slots) / max(sum(form.layer.num_experts for form in self.forms), 1),
         }
 
 

@@ -35,7 +35,6 @@ class CompressedForm(PackedForm):
     """The experts of one layer, compressed."""
 
     name: ClassVar[str] = CompressedMatrix.name
-    is_multiplied: ClassVar[bool] = True
     linears: ClassVar[MatrixForm | None] = CompressedMatrix()
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True
@@ -48,6 +47,9 @@ class CompressedForm(PackedForm):
     def views(self, slot: torch.Tensor, shifts: Sequence[int]) -> dict[str, torch.Tensor]:
         """Each compressed matrix from its first head on (uint8), to the end of the slot."""
         return {name: slot[shifts[0] + place :] for name, place in _places(self.layer).items()}
+
+    def can_multiply(self, *, is_transposed: bool) -> bool:
+        return not is_transposed
 
     def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
         shapes = _shapes(self.layer)

@@ -74,8 +74,6 @@ class Form(Protocol):
 
     name: ClassVar[str]
     """Its key in FORMS, and what the index of a packed copy calls it."""
-    is_multiplied: ClassVar[bool]
-    """Whether our C multiplies the stored bytes, see `kernel_matrices`."""
     linears: ClassVar[MatrixForm | None]
     """How the model's linear layers are held beside experts of this form; None leaves them as they are."""
     reaches_gpu: ClassVar[bool]
@@ -151,11 +149,16 @@ class Form(Protocol):
         """The stored matrices of the expert in `slot` (uint8), by parameter name."""
         ...
 
-    def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
-        """Each parameter as our C multiplies it from the stored bytes, in pieces from the first row to the last.
+    def can_multiply(self, *, is_transposed: bool) -> bool:
+        """Whether our C multiplies single tokens with the stored bytes, row by row; `expand` comes first otherwise.
 
-        Empty if they are expanded for every product.
+        Args:
+            is_transposed: whether the model's parameters have inputs as rows and outputs as columns.
         """
+        ...
+
+    def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
+        """Each parameter as our C multiplies it, in pieces from the first row to the last; empty if it does not."""
         ...
 
     def check(self, expert: int, slot: torch.Tensor) -> None:

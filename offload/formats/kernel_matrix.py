@@ -6,8 +6,8 @@ import torch
 
 PARTS = 4
 """Pointers of a matrix: its codes, scales, zeros and scale of scales, as far as its form has them."""
-PLAIN, COMPRESSED = 0, 1
-"""`enum form` of our C."""
+PLAIN, COMPRESSED, GGUF = 0, 1, 4
+"""Numbers of stored forms in our C; those between are of codes (`codes/expander.py`)."""
 
 
 class KernelMatrix(NamedTuple):
@@ -17,7 +17,7 @@ class KernelMatrix(NamedTuple):
     """Number of its stored form."""
     rows: int
     columns: int
-    parts: tuple[int, int, int, int]
+    parts: tuple[int, ...]
     """Address of each part; 0 for those that the form does not have."""
     parameter: Any = None
     """What the form makes of them: four int32 as ctypes has them; None if it needs none."""

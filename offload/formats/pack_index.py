@@ -96,7 +96,7 @@ class PackIndex(BaseModel):
     @classmethod
     def of(cls, entries: Mapping[str, TensorEntry], form: str = "plain") -> "PackIndex":
         """The index of a checkpoint of which nothing is packed yet."""
-        files = sorted({entry.file for entry in entries.values()})
+        files = sorted({file for entry in entries.values() for file in entry.files})
         source = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
         is_named = form not in ("plain", "compressed")
         return cls(source=source, is_compressed=form == "compressed", form=form if is_named else None)

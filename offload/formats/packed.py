@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 
@@ -25,8 +25,6 @@ class PackedForm:
 
     layer: ExpertLayer
     record_E: tuple[TensorEntry, ...]
-
-    is_multiplied: ClassVar[bool] = False
 
     @property
     def is_straight(self) -> bool:
@@ -72,6 +70,10 @@ class PackedForm:
     def shifts(self, extents: Sequence[Extent]) -> tuple[int, ...]:
         """Records begin with a block of the file, so none."""
         return (0,)
+
+    def can_multiply(self, *, is_transposed: bool) -> bool:
+        """Not, unless a form says otherwise."""
+        return False
 
     def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
         """None, unless a form says otherwise."""

@@ -31,7 +31,6 @@ class PlainForm:
     layer: ExpertLayer
 
     name: ClassVar[str] = "plain"
-    is_multiplied: ClassVar[bool] = True
     linears: ClassVar[MatrixForm | None] = None
     reaches_gpu: ClassVar[bool] = True
     is_expanded: ClassVar[bool] = False
@@ -66,6 +65,9 @@ class PlainForm:
     def check(self, expert: int, slot: torch.Tensor) -> None:
         """Nothing that plain weights hold can do harm."""
 
+    def can_multiply(self, *, is_transposed: bool) -> bool:
+        return not is_transposed
+
     def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
         if any(view.dtype != torch.bfloat16 or view.dim() != 2 for view in views.values()):
             return {}
@@ -75,7 +77,7 @@ class PlainForm:
         """Nothing to do: the views are the matrices."""
 
     def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
-        return hardware.fast_bytes_per_s if is_fast and hardware.fast_bytes_per_s else hardware.exact_bytes_per_s
+        return hardware.token_rate(is_fast=is_fast)
 
     @property
     def is_straight(self) -> bool:

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "inputs.h"
-#include "rooms.h"
+#include "strips.h"
 
 struct tile_config {
     uint8_t palette, start_row, reserved[14];
@@ -86,15 +86,15 @@ static inline void add_tile(const uint16_t *w, int64_t stride, const uint32_t *x
 static inline void store_group(const struct strip *s, const float *low, const float *high, const struct inputs *x, int64_t group,
                                uint16_t *y, int64_t y_stride) {
     int64_t width = group_width(x);
-    for (int64_t i = 0; i < width && group * GROUP_ROWS + i < x->rows; i++)
+    for (int64_t i = 0; i < width && group * X_ROWS + i < x->rows; i++)
         for (int64_t row = 0; row < STRIP_ROWS; row++) {
             float sum = (row < TILE_ROWS ? low : high)[row % TILE_ROWS * width + i];
-            y[(group * GROUP_ROWS + i) * y_stride + row] = finish(s, row, sum);
+            y[(group * X_ROWS + i) * y_stride + row] = finish(s, row, sum);
         }
 }
 
 static inline void store_sums(const struct strip *s, const struct inputs *x, int64_t group, int is_pair, uint16_t *y, int64_t y_stride) {
-    float sums[4][TILE_ROWS * GROUP_ROWS] __attribute__((aligned(64)));
+    float sums[4][TILE_ROWS * X_ROWS] __attribute__((aligned(64)));
     int64_t bytes = group_width(x) * (int64_t)sizeof(float);
     _tile_stored(SUM_0, sums[0], bytes);
     _tile_stored(SUM_1, sums[1], bytes);
@@ -144,13 +144,13 @@ static void multiply_while_expanding(struct strip *s, const struct inputs *x, st
 /* y[i][row] for all rows i of x and the rows of one strip. */
 static void amx_strip(struct amx *amx, struct strip *s, const struct inputs *x, struct room *room, uint16_t *y, int64_t y_stride) {
     configure(amx, group_width(x));
-    if (s->m->form != PLAIN && num_groups(x) == 1 && x->columns % CHUNK == 0) {
+    if (s->m->form != PLAIN && !is_wide(s) && num_groups(x) == 1 && x->columns % CHUNK == 0) {
         multiply_while_expanding(s, x, room, y, y_stride);
         return;
     }
     const uint16_t *w = plain_row(s, 0);
     if (s->m->form != PLAIN) {
-        for (int64_t c = 0; c < x->columns; c += CHUNK) expand_chunk(s, c, 0, STRIP_ROWS, room->strip + c, padded(x->columns));
+        expand_strip(s, room->strip, padded(x->columns));
         w = room->strip;
     }
     int64_t stride = s->m->form == PLAIN ? x->columns : padded(x->columns), group = 0;

@@ -4,7 +4,7 @@
 
 #include "bfloat16.h"
 
-enum { GROUP_ROWS = 16 };
+enum { X_ROWS = 16 };
 
 struct inputs {
     const uint16_t *x;    /* bfloat16, `columns` a row */
@@ -19,10 +19,10 @@ static inline const uint16_t *input_row(const struct inputs *x, int64_t row) {
     return x->x + (x->token ? x->token[row] : row) * x->columns;
 }
 
-static inline int64_t num_groups(const struct inputs *x) { return (x->rows + GROUP_ROWS - 1) / GROUP_ROWS; }
+static inline int64_t num_groups(const struct inputs *x) { return (x->rows + X_ROWS - 1) / X_ROWS; }
 
 /* Rows in each group: all of them if they fit in one, else 16, with zeros after the last row. */
-static inline int64_t group_width(const struct inputs *x) { return x->rows < GROUP_ROWS ? x->rows : GROUP_ROWS; }
+static inline int64_t group_width(const struct inputs *x) { return x->rows < X_ROWS ? x->rows : X_ROWS; }
 
 /* Pairs of columns of up to 16 rows side by side: [group][column / 2][row][2]. One whole row is so by itself. */
 static inline int is_paired(const struct inputs *x) { return x->rows == 1 && x->columns % 64 == 0; }
@@ -37,8 +37,8 @@ static void pack_pairs(const struct inputs *x, int64_t group) {
     int64_t width = group_width(x), pairs = padded(x->columns) / 2;
     uint16_t *out = (uint16_t *)x->packed + group * width * pairs * 2;
     memset(out, 0, (size_t)(width * pairs * 2) * sizeof(uint16_t));
-    for (int64_t i = 0; i < width && group * GROUP_ROWS + i < x->rows; i++) {
-        const uint16_t *row = input_row(x, group * GROUP_ROWS + i);
+    for (int64_t i = 0; i < width && group * X_ROWS + i < x->rows; i++) {
+        const uint16_t *row = input_row(x, group * X_ROWS + i);
         for (int64_t c = 0; c < x->columns; c++) out[(c / 2 * width + i) * 2 + c % 2] = row[c];
     }
 }
@@ -49,8 +49,8 @@ static inline const float *lanes_of(const struct inputs *x, int64_t row) {
 }
 
 static void pack_lanes(const struct inputs *x, int64_t group) {
-    int64_t end = (group + 1) * GROUP_ROWS < x->rows ? (group + 1) * GROUP_ROWS : x->rows;
-    for (int64_t i = group * GROUP_ROWS; i < end; i++) {
+    int64_t end = (group + 1) * X_ROWS < x->rows ? (group + 1) * X_ROWS : x->rows;
+    for (int64_t i = group * X_ROWS; i < end; i++) {
         const uint16_t *row = input_row(x, i);
         float *out = (float *)x->packed + i * padded(x->columns);
         for (int64_t c = 0; c < x->columns; c++) out[c] = load_bf16(row[c]);
@@ -60,5 +60,5 @@ static void pack_lanes(const struct inputs *x, int64_t group) {
 
 /* Room for either. */
 static inline size_t packed_bytes(const struct inputs *x) {
-    return (size_t)(num_groups(x) * GROUP_ROWS * padded(x->columns)) * sizeof(float);
+    return (size_t)(num_groups(x) * X_ROWS * padded(x->columns)) * sizeof(float);
 }

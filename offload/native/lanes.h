@@ -6,7 +6,7 @@
 #pragma once
 
 #include "inputs.h"
-#include "rooms.h"
+#include "strips.h"
 
 /* --- 16 float32 numbers ------------------------------------------------------------------------------------------ */
 
@@ -133,11 +133,11 @@ static inline float sum_lanes(const float *lane) {
     return total;
 }
 
-static inline size_t lanes_sums(void) { return STRIP_ROWS * GROUP_ROWS * LANE_COUNT; }
+static inline size_t lanes_sums(void) { return STRIP_ROWS * X_ROWS * LANE_COUNT; }
 
 /* y[i][row] for the rows i of one group of x and the rows of one strip. */
 static void lanes_group(struct strip s, const struct inputs *x, int64_t group, struct room *room, uint16_t *y, int64_t y_stride) {
-    int64_t first = group * GROUP_ROWS, n = x->rows - first < GROUP_ROWS ? x->rows - first : GROUP_ROWS;
+    int64_t first = group * X_ROWS, n = x->rows - first < X_ROWS ? x->rows - first : X_ROWS;
     int64_t stride, columns = x->columns, c = 0;
     float *sums = room->sums;
     memset(sums, 0, (size_t)(STRIP_ROWS * n * LANE_COUNT) * sizeof(float));
@@ -146,7 +146,7 @@ static void lanes_group(struct strip s, const struct inputs *x, int64_t group, s
         add_strip(plain_row(&s, 0), columns, lanes_of(x, first), padded(columns), n, c, sums);
     }
     for (; c < columns; c += CHUNK) {
-        const uint16_t *w = read_chunk(&s, c, room->chunk[0], &stride);
+        const uint16_t *w = read_chunk(&s, c, room, &stride);
         int64_t left = columns - c < CHUNK ? (columns - c + LANE_COUNT - 1) / LANE_COUNT * LANE_COUNT : CHUNK;
         add_strip(w, stride, lanes_of(x, first) + c, padded(columns), n, left, sums);
     }

@@ -10,8 +10,8 @@ from routing import compile_library
 from routing.ground.expect import expect_name
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "products.c", FOLDER / "compress.c", FOLDER / "norms.c")
-HEADERS = tuple(sorted(FOLDER.glob("*.h")))
+SOURCES = tuple(FOLDER / name for name in ("products.c", "compress.c", "norms.c", "expand.c", "gguf.c"))
+HEADERS = tuple(sorted(FOLDER.rglob("*.h")))
 
 FORBIDDING = "EXPERTIER_WITHOUT"
 """Environment variable: instruction sets, separated by commas, that our C must not use."""

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "inputs.h"
-#include "rooms.h"
+#include "strips.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 int expertier_has_pairs(void) { return 1; }
@@ -84,7 +84,7 @@ static inline void add_chunk(const uint32_t *w, int64_t column, const struct inp
     int64_t width = group_width(x);
     for (int64_t i = 0; i < x->rows; i += MOST_AT_ONCE) {
         int n = (int)(x->rows - i < MOST_AT_ONCE ? x->rows - i : MOST_AT_ONCE);
-        const uint32_t *pairs = pairs_of(x, i / GROUP_ROWS) + column / 2 * width + i % GROUP_ROWS;
+        const uint32_t *pairs = pairs_of(x, i / X_ROWS) + column / 2 * width + i % X_ROWS;
         add_some_rows(n, w, pairs, width, sums + i * STRIP_ROWS);
     }
 }
@@ -119,7 +119,7 @@ static void pairs_strip(int64_t block, struct strip *s, const struct inputs *x, 
     for (int64_t c = 0; c < columns; c += CHUNK) {
         int64_t stride;
         prefetch(s, c);
-        const uint16_t *w = read_chunk(s, c, room->chunk[0], &stride);
+        const uint16_t *w = read_chunk(s, c, room, &stride);
         pair_chunk(w, stride, room->pairs);
         add_chunk(room->pairs, c, x, sums);
         if (c + CHUNK >= columns || (block && (c + CHUNK) % block == 0)) end_block(sums, totals, count);

@@ -67,6 +67,7 @@ static struct stored_matrix matrix_of(const struct matrices *of, int64_t n) {
     struct stored_matrix m = {.form = of->form, .rows = of->rows, .columns = of->columns};
     for (int p = 0; p < PARTS; p++) m.part[p] = of->part[n * PARTS + p];
     if (of->parameter) memcpy(m.parameter, of->parameter, sizeof m.parameter);
+    measure(&m);
     return m;
 }
 
@@ -125,28 +126,68 @@ static size_t experts_packed_bytes(int64_t num, const int64_t *start, int64_t co
     return bytes;
 }
 
-/* act(gate) * linear for the rows of one strip; `act` has the activation of each of the 65536 bfloat16 numbers. */
-static inline void activate(const uint16_t *act, const uint16_t *gate, const uint16_t *linear, int64_t rows, int64_t count, uint16_t *hidden,
-                            int64_t width) {
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < count; j++) {
-            uint16_t value = act[gate[i * STRIP_ROWS + j]];
-            if (linear) value = round_bf16(load_bf16(value) * load_bf16(linear[i * STRIP_ROWS + j]));
-            hidden[i * width + j] = value;
-        }
+/* What becomes of the sums of the first product. Tables have the result for each of the 65536 bfloat16 numbers. */
+struct gating {
+    const uint16_t *gate, *linear; /* hidden = gate[g] * linear[u]; u itself if `linear` is NULL */
+    int is_gated;                  /* else hidden = gate[g] */
+    int is_interleaved;            /* g and u are rows 2 j and 2 j + 1 of one matrix */
+};
+
+static inline uint16_t gated(const struct gating *by, uint16_t g, uint16_t u) {
+    uint16_t value = by->gate[g];
+    if (!by->is_gated) return value;
+    return round_bf16(load_bf16(value) * load_bf16(by->linear ? by->linear[u] : u));
 }
 
-/* y[n] = (act(x gate[n]^T) * (x linear[n]^T)) down[n]^T for the rows of x that each of the `num` experts has; without the second
-   factor if `linear` is NULL. `gate` and `linear` may be rows of one matrix. `hidden` is room for [rows of all experts, width of
-   an expert]; y[n] is [rows of the expert, width of the model]. */
-void expertier_experts(enum order order, int64_t up_block, int64_t down_block, const struct matrices *gate, const struct matrices *linear,
-                       const struct matrices *down, int64_t num, const uint16_t *x, const int64_t *token, const int64_t *start,
-                       const uint16_t *act, uint16_t *hidden, uint16_t *const *y) {
+/* A bias is added to what has been rounded, as transformers does for experts. */
+static inline void add_bias(const uint16_t *bias, int64_t rows, int64_t count, uint16_t *y, int64_t y_stride) {
+    if (!bias) return;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < count; j++) y[i * y_stride + j] = round_bf16(load_bf16(y[i * y_stride + j]) + load_bf16(bias[j]));
+}
+
+/* The hidden numbers that come of one strip, for all rows of x. */
+static inline void gate_strip(const struct gating *by, const uint16_t *g, const uint16_t *u, int64_t rows, int64_t count,
+                              uint16_t *hidden, int64_t width) {
+    for (int64_t i = 0; i < rows; i++, g += STRIP_ROWS, u += STRIP_ROWS)
+        for (int64_t j = 0; j < count; j++)
+            hidden[i * width + j] = by->is_interleaved ? gated(by, g[2 * j], g[2 * j + 1]) : gated(by, g[j], u[j]);
+}
+
+/* One expert's matrices: where gates and linear parts come from, and biases of the two products, which may be NULL. */
+struct expert_weights {
+    struct matrices gate, linear, down;
+    const uint16_t *const *up_bias, *const *down_bias;
+};
+
+/* Hidden numbers of expert n that come of the strip that begins at `row` of its gates. */
+static void up_strip(struct worker *worker, const struct summation *by, const struct expert_weights *w, const struct gating *gating,
+                     int64_t n, int64_t row, const struct inputs *x, uint16_t *sums, uint16_t *hidden, int64_t width) {
+    uint16_t *gates = sums, *linears = sums + x->rows * STRIP_ROWS;
+    const uint16_t *bias = w->up_bias ? w->up_bias[n] : NULL;
+    int64_t left = w->gate.count - row, count = left < STRIP_ROWS ? left : STRIP_ROWS;
+    struct stored_matrix m = matrix_of(&w->gate, n);
+    multiply_strip(worker, by, &m, w->gate.first + row, NULL, x, gates, STRIP_ROWS);
+    add_bias(bias ? bias + row : NULL, x->rows, count, gates, STRIP_ROWS);
+    if (gating->is_gated && !gating->is_interleaved) {
+        m = matrix_of(&w->linear, n);
+        multiply_strip(worker, by, &m, w->linear.first + row, NULL, x, linears, STRIP_ROWS);
+        add_bias(bias ? bias + w->gate.count + row : NULL, x->rows, count, linears, STRIP_ROWS);
+    }
+    int64_t step = gating->is_interleaved ? 2 : 1;
+    gate_strip(gating, gates, linears, x->rows, count / step, hidden + row / step, width);
+}
+
+/* y[n] = gating(x gate[n]^T, x linear[n]^T) down[n]^T for the rows of x that each of the `num` experts has; see expert_inputs.
+   `hidden` is room for [rows of all experts, width of an expert]; y[n] is [rows of the expert, width of the model]. */
+void expertier_experts(enum order order, int64_t up_block, int64_t down_block, const struct expert_weights *w,
+                       const struct gating *gating, int64_t num, const uint16_t *x, const int64_t *token, const int64_t *start,
+                       uint16_t *hidden, uint16_t *const *y) {
     const struct summation up_by = {order, up_block}, down_by = {order, down_block};
-    int64_t width = gate->count, model_width = down->count, most = 1;
-    int64_t up_strips = num_strips(width), down_strips = num_strips(model_width);
+    int64_t width = w->down.columns, model_width = w->down.count, most = 1;
+    int64_t up_strips = num_strips(w->gate.count), down_strips = num_strips(model_width);
     for (int64_t n = 0; n < num; n++) most = start[n + 1] - start[n] > most ? start[n + 1] - start[n] : most;
-    int64_t groups = (most + GROUP_ROWS - 1) / GROUP_ROWS, widest = width > model_width ? width : model_width;
+    int64_t groups = (most + X_ROWS - 1) / X_ROWS, widest = width > model_width ? width : model_width;
     struct inputs input[num], inner[num];
     size_t input_bytes = experts_packed_bytes(num, start, model_width);
     uint8_t *packed = aligned_alloc(64, input_bytes + experts_packed_bytes(num, start, width));
@@ -156,34 +197,27 @@ void expertier_experts(enum order order, int64_t up_block, int64_t down_block, c
     {
         struct worker worker;
         begin_work(&worker, &up_by, most, widest);
-        uint16_t *gate_rows = aligned_alloc(64, 2 * (size_t)most * STRIP_ROWS * sizeof(uint16_t));
-        uint16_t *linear_rows = gate_rows + most * STRIP_ROWS;
+        uint16_t *sums = aligned_alloc(64, 2 * (size_t)most * STRIP_ROWS * sizeof(uint16_t));
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < num * groups; i++)
             if (i % groups < num_groups(&input[i / groups])) pack(&up_by, &input[i / groups], i % groups);
 #pragma omp for schedule(dynamic, STRIPS_AT_ONCE / 2)
         for (int64_t i = 0; i < num * up_strips; i++) {
-            int64_t n = i / up_strips, row = i % up_strips * STRIP_ROWS;
-            int64_t count = width - row < STRIP_ROWS ? width - row : STRIP_ROWS;
-            struct stored_matrix m = matrix_of(gate, n);
-            multiply_strip(&worker, &up_by, &m, gate->first + row, NULL, &input[n], gate_rows, STRIP_ROWS);
-            if (linear) {
-                m = matrix_of(linear, n);
-                multiply_strip(&worker, &up_by, &m, linear->first + row, NULL, &input[n], linear_rows, STRIP_ROWS);
-            }
-            uint16_t *out = hidden + start[n] * width + row;
-            activate(act, gate_rows, linear ? linear_rows : NULL, input[n].rows, count, out, width);
+            int64_t n = i / up_strips;
+            up_strip(&worker, &up_by, w, gating, n, i % up_strips * STRIP_ROWS, &input[n], sums, hidden + start[n] * width, width);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < num * groups; i++)
             if (i % groups < num_groups(&inner[i / groups])) pack(&down_by, &inner[i / groups], i % groups);
 #pragma omp for schedule(dynamic, STRIPS_AT_ONCE)
         for (int64_t i = 0; i < num * down_strips; i++) {
-            int64_t n = i / down_strips, row = i % down_strips * STRIP_ROWS;
-            struct stored_matrix m = matrix_of(down, n);
-            multiply_strip(&worker, &down_by, &m, down->first + row, NULL, &inner[n], y[n] + row, model_width);
+            int64_t n = i / down_strips, row = i % down_strips * STRIP_ROWS, left = model_width - row;
+            struct stored_matrix m = matrix_of(&w->down, n);
+            multiply_strip(&worker, &down_by, &m, w->down.first + row, NULL, &inner[n], y[n] + row, model_width);
+            const uint16_t *bias = w->down_bias ? w->down_bias[n] + row : NULL;
+            add_bias(bias, inner[n].rows, left < STRIP_ROWS ? left : STRIP_ROWS, y[n] + row, model_width);
         }
-        free(gate_rows);
+        free(sums);
         end_work(&worker, &up_by);
     }
     free(packed);

@@ -75,6 +75,18 @@ class LayerSlots:
         return self._resident[expert].matrices
 
     @property
+    def has_all(self) -> bool:
+        """Whether there is a slot for every expert, so that none ever has to go."""
+        return self.num_slots >= self.num_experts
+
+    def all_of(self, experts: Collection[int]) -> list[dict[str, tuple[KernelMatrix, ...]]] | None:
+        """Weights of several experts as our C reads them; None if one is missing, or reads ahead are to be settled."""
+        if self._ahead or not self._unproven.isdisjoint(experts):
+            return None
+        found = [self._resident.get(expert) for expert in experts]
+        return None if None in found else [resident.matrices for resident in found if resident is not None]
+
+    @property
     def num_free(self) -> int:
         return len(self._free)
 

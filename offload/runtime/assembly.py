@@ -1,5 +1,6 @@
 """The parts of an offloaded model put together, once it is known who gets which memory."""
 
+from types import MethodType
 from typing import Any
 
 from routing.ground.model_config import text_config
@@ -21,7 +22,7 @@ from .opening import OpenedCheckpoint
 from .options import LoadOptions
 from .recorder import TraceRecorder
 from .report import Offload
-from .runtime import IMPLEMENTATION, OffloadRuntime
+from .runtime import IMPLEMENTATION, OffloadRuntime, offloaded_experts_forward
 
 
 def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions, lane: Lane | None) -> Any:
@@ -54,7 +55,8 @@ def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions,
         running.fill(division.starting.experts_L)
     _attach(model, running)
     _read_prompts_in_pieces(model, options.context)
-    guard_model(model, forms)
+    if forms:
+        guard_model(model, forms)
     model.offload = Offload(model, running, division.ram, options.policy_name)
     return model
 
@@ -102,6 +104,8 @@ def _attach(model: Any, running: OffloadRuntime) -> None:
     for layer, module in enumerate(experts_modules(model).values()):
         module._expertier_place = (running, layer)
         module.config._experts_implementation = IMPLEMENTATION
+        # what transformers would look up by that name, at every call
+        module.forward = MethodType(offloaded_experts_forward, module)
         if getattr(module, "is_own_loop", False):
             running.layers[layer].is_grouped = False
     if running.prefetcher is not None:

@@ -130,7 +130,8 @@ def _predicted(model: Any, hardware: Any, prefilled: dict[str, Any], report: dic
     """Tokens per second to expect, and what binds."""
     hits, misses = (report[name] - prefilled[name] for name in ("hits", "misses"))
     hit_rate = hits / max(hits + misses, 1)
-    found = model.offload.predict(hardware, hit_rate, experts_per_token(model.config))
+    top_k = experts_per_token(model.config) if model.offload.num_slots else 0
+    found = model.offload.predict(hardware, hit_rate, top_k)
     return {"tokens_per_second": 1 / found.token_s, "binds": found.binds, "hit_rate": hit_rate, **vars(found)}
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from moe import ByteText, TokenizerText, save_byte_tokenizer, text_of
 
+from ..checkpoint.gguf.head import has_config_file, is_gguf, read_gguf
+
 
 class ModelText:
     """Text to token ids and back, as a model folder says.
@@ -62,7 +64,7 @@ class ModelText:
 
 
 def open_text(folder: Path) -> ModelText:
-    """The text of the model in `folder`.
+    """The text of the model in `folder`, or of a GGUF file.
 
     Raises:
         ValueError: if its tokenizer cannot be read, or it has none and too few tokens for bytes.
@@ -74,20 +76,33 @@ def open_text(folder: Path) -> ModelText:
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> ByteText | TokenizerText:
-    """The tokenizer of a folder, or bytes without one.
+    """The tokenizer of a folder, or bytes without one; of a GGUF file, that beside its config.json, or its own.
 
     Raises:
         ValueError: if there are tokenizer files and they cannot be read, or there are none and V is too small.
     """
+    if is_gguf(folder) and has_config_file(folder) and _has_vocabulary(folder.parent):
+        folder = folder.parent
     _expect_no_code(folder)
     try:
-        return text_of(folder, vocab_size)
+        return _text_of_gguf(folder) if is_gguf(folder) else text_of(folder, vocab_size)
     except ValueError as error:
         if str(error).startswith(f"model {folder}"):
             raise
         raise _unreadable(folder, error) from error
     except Exception as error:  # tokenizers raises bare Exception, and its files raise whatever they contain
         raise _unreadable(folder, error) from error
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    """Whether a tokenizer lies beside a GGUF file."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+
+
+def _text_of_gguf(file: Path) -> TokenizerText:
+    from ..checkpoint.gguf.text import tokenizer_of
+
+    return TokenizerText(tokenizer_of(read_gguf(file)))
 
 
 def open_tokenizer(folder: Path, vocab_size: int) -> Any:

@@ -38,6 +38,14 @@ class Hardware:
             if not isinstance(value, int | float) or value < 0:
                 raise ValueError(f"{name} must be a number that is not negative; got {value!r}")
 
+    def token_rate(self, *, is_fast: bool) -> float:
+        """Bytes per second of plain weights that the products of one token read.
+
+        Args:
+            is_fast: whether products may differ from torch's in the last bits.
+        """
+        return self.fast_bytes_per_s if is_fast and self.fast_bytes_per_s else self.exact_bytes_per_s
+
     def save(self, file: Path) -> None:
         """Write the TOML file, atomically."""
         with atomic_write(file) as stream:

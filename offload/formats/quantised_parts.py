@@ -1,0 +1,118 @@
+"""The stored parts of an expert's matrices: which there are, where each lies in the files, and where in a slot."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..checkpoint.experts import ExpertLayer, Parameter, Source
+from ..checkpoint.quantised.entry import Place, QuantisedEntry
+from ..checkpoint.tensors import TensorEntry
+from ..codes.encoding import Encoding
+from ..codes.turned import TurnedEncoding
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Piece:
+    """Rows of a parameter that are stored alike: gate and up of one expert have scales of their own.
+
+    Args:
+        source: the tensors that hold them, one for each expert, or one fused tensor.
+        encoding: what their bytes mean; None if they are plain.
+        first_row: of the piece, in the stored matrix of one expert.
+        target_row: of the piece, in the parameter.
+        rows: how many there are.
+        columns: of the stored matrix.
+        is_transposed: whether the parameter holds the transpose.
+    """
+
+    source: Source
+    encoding: Encoding | TurnedEncoding | None
+    first_row: int
+    target_row: int
+    rows: int
+    columns: int
+    is_transposed: bool
+    item_bytes: int
+
+    @property
+    def part_bytes(self) -> dict[str, int]:
+        """Bytes of each part by role."""
+        if self.encoding is None:
+            return {"codes": self.rows * self.columns * self.item_bytes}
+        return dict(self.encoding.part_bytes(self.rows, self.columns))
+
+    def places(self, expert: int) -> dict[str, Place]:
+        """Where each part of an expert lies."""
+        entry = self.source.entry_E[expert]
+        if not isinstance(entry, QuantisedEntry):
+            row_bytes = self.columns * self.item_bytes
+            _, offset, _ = self.source.place(expert)
+            return {"codes": (entry, offset + self.first_row * row_bytes, self.rows * row_bytes)}
+        if not self.source.is_fused:
+            return entry.places(0, self.first_row, self.rows)
+        if len(entry.shape) == 3:
+            return entry.places(expert, self.first_row, self.rows)
+        share = entry.rows // len(self.source.entry_E)
+        return entry.places(0, expert * share + self.first_row, self.rows)
+
+
+def is_quantised(layer: ExpertLayer) -> bool:
+    """Whether some of a layer's weights are stored as codes."""
+    return any(
+        isinstance(source.entry_E[0], QuantisedEntry) for parameter in layer.parameters for source in parameter.sources
+    )
+
+
+def pieces_of(parameter: Parameter) -> tuple[Piece, ...]:
+    """The pieces of a parameter, in the order in which they fill it.
+
+    Raises:
+        ValueError: if it is not made of whole rows of the stored matrices.
+    """
+    if parameter.runs is None:
+        raise ValueError(_not_in_place(parameter, "more than its rows are rearranged, or a part has another dtype"))
+    return tuple(_piece(parameter, run) for run in parameter.runs)
+
+
+def _piece(parameter: Parameter, run: tuple[int, int, int, int]) -> Piece:
+    number, inside, target, count = run
+    source = parameter.sources[number]
+    entry: TensorEntry = source.entry_E[0]
+    item_bytes, columns, encoding, is_transposed = parameter.dtype.itemsize, parameter.shape[-1], None, False
+    if isinstance(entry, QuantisedEntry):
+        columns, encoding, is_transposed = entry.columns, entry.encoding, entry.is_transposed
+    if is_transposed and (inside, target, count) != (0, 0, entry_rows(entry) * columns):
+        raise ValueError(_not_in_place(parameter, "its stored matrix is a transpose of which only a part is needed"))
+    if (
+        inside % columns
+        or target % columns
+        or count % columns
+        or (not is_transposed and columns != parameter.shape[-1])
+    ):
+        raise ValueError(_not_in_place(parameter, "rows of the stored matrices are cut"))
+    return Piece(
+        source=source,
+        encoding=encoding,
+        first_row=inside // columns,
+        target_row=target // columns,
+        rows=count // columns,
+        columns=columns,
+        is_transposed=is_transposed,
+        item_bytes=item_bytes,
+    )
+
+
+def entry_rows(entry: TensorEntry) -> int:
+    """Rows of one stored matrix."""
+    return entry.rows if isinstance(entry, QuantisedEntry) else entry.shape[-2]
+
+
+def _not_in_place(parameter: Parameter, reason: str) -> str:
+    return (
+        f"{parameter.full_name}: its quantised experts cannot be read where they are ({reason}); "
+        "write a plain copy with `expertier dequantise` and load that"
+    )
+
+
+def encodings_of(pieces: Sequence[Piece]) -> set[str]:
+    """Names of the stored forms that pieces have; plain ones have none."""
+    return {piece.encoding.form for piece in pieces if piece.encoding is not None}
