@@ -148,7 +148,8 @@ class ServerPartner:
         """The answer, by the server."""
         import httpx
 
-        started, first_s, reason, usage = time.perf_counter(), 0.0, "stop", {}
+        started, first_s, reason = time.perf_counter(), 0.0, "stop"
+        usage: dict[str, Any] = {}
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=self._body(talk)) as answer:
                 if answer.status_code != 200:

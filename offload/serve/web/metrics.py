@@ -5,6 +5,7 @@ Shapes: L MoE layers.
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -40,10 +41,10 @@ class Metrics:
     """
 
     def __init__(self, model_name: str) -> None:
-        disable_created_metrics()  # a second number for each count, which no dashboard reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second number for each count, which no dashboard reads
         self.registry = CollectorRegistry()
         self.model_name = model_name
-        label = {"labelnames": ("model_name",), "registry": self.registry}
+        label: dict[str, Any] = {"labelnames": ("model_name",), "registry": self.registry}
         self._seconds = {
             name: Histogram(f"expertier:{name}", f"Seconds {what}.", buckets=SECONDS, **label).labels(model_name)
             for name, what in TIMES.items()
@@ -58,7 +59,7 @@ class Metrics:
             name: Counter(f"expertier:{name}", f"All {what}.", **label).labels(model_name)
             for name, what in COUNTS.items()
         }
-        more = {"registry": self.registry}
+        more: dict[str, Any] = {"registry": self.registry}
         self._success = Counter(
             "expertier:request_success", "Answers, by how they ended.", ("model_name", "finished_reason"), **more
         )

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -158,7 +158,7 @@ async def streamed_answer(
     is_named: bool = False,
     error_bodies: Callable[[ApiError], list[dict[str, Any]]] = lambda error: [openai_error(error)],
     last: bytes = sse.DONE,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The events of a streamed answer.
 
     Args:

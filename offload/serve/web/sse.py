@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Any
 
 from starlette.responses import StreamingResponse
@@ -46,8 +46,8 @@ class EventStream(StreamingResponse):
         close: called at the end, however it comes; a body that was never begun cannot see its own end.
     """
 
-    def __init__(self, body: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        self._close = close
+    def __init__(self, body: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
+        self._body, self._close = body, close
         super().__init__(body, media_type="text/event-stream", headers=HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,4 +61,4 @@ class EventStream(StreamingResponse):
             return  # the connection is closed without the end of the chunks, so the client sees a broken answer
         finally:
             self._close()
-            await self.body_iterator.aclose()  # type: ignore[union-attr]
+            await self._body.aclose()

@@ -47,8 +47,8 @@ class CompletionRequest(Sampled):
     def prompts(self) -> list[str | Sequence[int]]:
         """Each prompt."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
     def asks(self, asker: Asker, *, defaults: Mapping[str, float], owner: str) -> list[Ask]:
         """What is asked, one for each prompt.

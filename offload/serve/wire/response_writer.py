@@ -68,7 +68,7 @@ class ResponsesWriter:
             events = [*self._close(), *self._open_item(kind)]
         self._text += said.text
         name = "response.output_text.delta" if is_text else "response.reasoning_text.delta"
-        more = {"logprobs": []} if is_text else {}
+        more: dict[str, Any] = {"logprobs": []} if is_text else {}
         return [*events, self._event(name, **self._place(), delta=said.text, **more)]
 
     def _called(self, call: Called) -> list[dict[str, Any]]:
@@ -95,7 +95,8 @@ class ResponsesWriter:
         ]
 
     def _open_item(self, kind: str) -> list[dict[str, Any]]:
-        prefix, more = ("msg", {"role": "assistant"}) if kind == "message" else ("rs", {"summary": []})
+        prefix = "msg" if kind == "message" else "rs"
+        more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
         item = {"id": f"{prefix}_{self._id}_{len(self._items)}", "type": kind, **more, "content": []}
         self._items.append({**item, "status": "in_progress"})
         self._text = ""
@@ -113,7 +114,7 @@ class ResponsesWriter:
         kind, place, part = item["type"], self._place(), _part(item["type"], self._text)
         self._items[-1] = {**item, "content": [part], "status": "completed"}
         name = "response.output_text.done" if kind == "message" else "response.reasoning_text.done"
-        more = {"logprobs": []} if kind == "message" else {}
+        more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
         return [
             self._event(name, **place, text=self._text, **more),
             self._event("response.content_part.done", **place, part=part),

@@ -103,7 +103,9 @@ class ResponsesRequest(Wire):
 
     def shown(self) -> list[dict[str, Any]]:
         """The conversation as templates know it; calls that follow each other are of one message."""
-        messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        messages: list[dict[str, Any]] = []
+        if self.instructions:
+            messages.append({"role": "system", "content": self.instructions})
         if isinstance(self.input, str):
             return [*messages, {"role": "user", "content": self.input}]
         for item in self.input:
