@@ -12,6 +12,7 @@ from .cache.catalogue import CACHES, make_cache
 from .cache.simulate import Simulated, simulate
 
 if TYPE_CHECKING:
+    from .checkpoint.quantised.plain_copy import dequantise
     from .forecast.calibrate import disk_bandwidth
     from .forecast.calibrate_gpu import wire_bandwidth
     from .gpu.devices import open_lane
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Offload": ".runtime.report",
+    "dequantise": ".checkpoint.quantised.plain_copy",
     "disk_bandwidth": ".forecast.calibrate",
     "load": ".runtime.loading",
     "open_lane": ".gpu.devices",
@@ -32,6 +34,7 @@ __all__ = [
     "CACHES",
     "Offload",
     "Simulated",
+    "dequantise",
     "disk_bandwidth",
     "format_size",
     "load",

@@ -1,7 +1,8 @@
-"""The commands of this package, joined: `generate`, `pack`, `fit`, `calibrate`, `simulate`, and three of `trace`."""
+"""The commands of this package, joined: its own in order, and three of `trace`."""
 
 import typer
 
+from .commands.dequantise import dequantise
 from .commands.generate import generate
 from .commands.machine import calibrate, fit
 from .commands.pack import pack
@@ -9,7 +10,7 @@ from .commands.simulate import simulate
 from .commands.traces import batches, predictor, record
 
 app = typer.Typer()
-for command in (generate, pack, fit, calibrate, simulate):
+for command in (generate, pack, dequantise, fit, calibrate, simulate):
     app.command(command.__name__)(command)
 
 

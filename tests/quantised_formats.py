@@ -143,6 +143,58 @@ def int8_rows(weight, generator):
     return stored, Owner.decompress(stored, scheme)["weight"].to(BF16)
 
 
+def _pack_words(number_NI, bits, order=None):
+    """Numbers along the last dimension as words of 32 bits."""
+    count = 32 // bits
+    number_NIJ = number_NI.long().view(len(number_NI), -1, count)
+    number_NIJ = number_NIJ if order is None else number_NIJ[..., order]
+    word_NI = (number_NIJ << bits * torch.arange(count)).sum(dim=-1)
+    return torch.where(word_NI >= 1 << 31, word_NI - (1 << 32), word_NI).int()
+
+
+def turned_integers(
+    weight, generator, *, by="gptq", bits=4, group=32, is_sorted=False, is_older=True, dtype=torch.float16
+):
+    """GPTQ and AWQ, packed here; expanded as GPTQModel's and AutoAWQ's own code does, in the dtype of the scales."""
+    rows, columns = weight.shape
+    most = 1 << bits
+    code_IO = torch.randint(0, most, (columns, rows), generator=generator)
+    zero_GO = torch.randint(1, most, (columns // group, rows), generator=generator)
+    scale_GO = (0.01 * torch.rand(columns // group, rows, generator=generator)).to(dtype)
+    group_I = torch.arange(columns) // group
+    if is_sorted:
+        group_I = group_I[torch.randperm(columns, generator=generator)]
+    plain = (scale_GO[group_I] * (code_IO - zero_GO[group_I])).to(BF16).t()
+    if by == "awq":
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+        stored = {"qweight": _pack_words(code_IO, 4, order), "qzeros": _pack_words(zero_GO, 4, order)}
+        return {**stored, "scales": scale_GO}, plain
+    stored = {
+        "qweight": _pack_words(code_IO.t(), bits).t(),
+        "qzeros": _pack_words(zero_GO - int(is_older), bits),
+        "scales": scale_GO,
+        "g_idx": group_I.int(),
+    }
+    return stored, plain
+
+
+def nf4(weight, generator):
+    """bitsandbytes, as its own code for CPUs computes: a table of float32 times the largest of each 64."""
+    import json
+
+    from offload.codes.decode import NF4
+
+    rows, columns = weight.shape
+    codes = torch.randint(0, 256, (rows * columns // 2, 1), dtype=torch.uint8, generator=generator)
+    absmax = 0.1 * torch.rand(rows * columns // 32, generator=generator)
+    number = torch.stack((codes >> 4, codes & 15), dim=-1).view(-1, 32).long()
+    plain = (torch.tensor(NF4)[number] * absmax[:, None]).to(BF16).view(rows, columns)
+    state = {"quant_type": "nf4", "blocksize": 32, "dtype": "bfloat16", "shape": [rows, columns]}
+    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    beside = {"absmax": absmax, "quant_map": torch.tensor(NF4), "quant_state.bitsandbytes__nf4": text}
+    return {"weight": codes, **{f"weight.{name}": tensor for name, tensor in beside.items()}}, plain
+
+
 def _groups(**weights):
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
 
@@ -150,6 +202,9 @@ def _groups(**weights):
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [40, 40]}
 INT4 = _groups(num_bits=4, type="int", strategy="group", group_size=32)
 INT8 = _groups(num_bits=8, type="int", strategy="group", group_size=32)
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "checkpoint_format": "gptq"}
+PACKED_AS = {"gptq": "int4", "gptq 8 bits": "int8", "gptq v2": "int4", "awq": "int4"}
+"""Forms that a packed copy turns to rows."""
 partial = functools.partial
 FORMATS = {
     "fp8 blocks F32": ("fp8", FP8, fp8_blocks),
@@ -175,6 +230,11 @@ FORMATS = {
         _groups(num_bits=8, group_size=32),
         partial(packed_integers, bits=8, symmetric=False),
     ),
+    "gptq": ("gptq", GPTQ, turned_integers),
+    "gptq 8 bits": ("gptq", GPTQ | {"bits": 8}, partial(turned_integers, bits=8)),
+    "gptq v2": ("gptq", GPTQ | {"checkpoint_format": "gptq_v2"}, partial(turned_integers, is_older=False)),
+    "awq": ("awq", {"quant_method": "awq", "bits": 4, "group_size": 32}, partial(turned_integers, by="awq")),
+    "nf4": ("nf4", {"quant_method": "bitsandbytes", "load_in_4bit": True}, nf4),
     "int8 rows": ("int8", _groups(num_bits=8, type="int", strategy="channel"), int8_rows),
 }
 """What a form is called, what config.json says, and what writes a matrix."""

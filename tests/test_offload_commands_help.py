@@ -48,6 +48,7 @@ def test_help_of_the_groups(run, capsys):
 MISSING = {
     "generate": "nowhere --prompt a",
     "pack": "nowhere --out new.experts",
+    "dequantise": "nowhere --out new",
     "fit": "nowhere",
     "calibrate": "--folder nowhere --out new.toml",
     "simulate": "nowhere.npz --cache-experts 2",
@@ -100,6 +101,7 @@ GARBAGE = {
     "trace batches": "FILE",
     "fit": "FOLDER",
     "pack": "FOLDER --out new",
+    "dequantise": "FOLDER --out new",
     "generate": "FOLDER --prompt a",
     "place score": "FILE --trace FILE",
     "place tiers": "--hardware FILE --expert-size 1MB --trace FILE --out new.json",

@@ -15,7 +15,7 @@ from offload.formats.catalogue import FORMS
 from offload.formats.form import BLOCK_BYTES
 from offload.formats.packed import PackedForm
 from offload.formats.plain import PlainForm
-from offload.formats.quantised import QUANTISED_FORMS
+from offload.formats.quantised_forms import QUANTISED_FORMS
 from offload.store.packing import read_pack
 
 TOKENS = torch.tensor([[1, 5, 9, 3, 7]])
@@ -26,7 +26,6 @@ class InvertedForm(PackedForm):
     """Every byte inverted: the least that a form can be."""
 
     name: ClassVar[str] = "inverted"
-    kernel: ClassVar[int | None] = None
     linears: ClassVar[None] = None
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True

@@ -11,11 +11,11 @@ import offload
 from offload.checkpoint.model_folder import read_config, read_weights
 from offload.checkpoint.quantised.entry import QuantisedEntry, lazy_tensor
 from tests.quantised_checkpoints import logits_of, write_plain, write_tensors
-from tests.quantised_formats import FORMATS
+from tests.quantised_formats import FORMATS, PACKED_AS, turned_integers
 
 TOKENS = torch.tensor([[1, 5, 9, 3, 7, 2, 11]])
 EXPERTS, LAYERS = 5, 2
-QUICK = ("fp8 blocks F32", "int4 zeros", "deepseek fp4", "nvfp4 modelopt")
+QUICK = ("fp8 blocks F32", "int4 zeros", "deepseek fp4", "nvfp4 modelopt", "gptq")
 
 
 def config_of(**changes):
@@ -74,8 +74,41 @@ def test_offloaded_equals_resident_in_place_and_packed(format_name, tmp_path):
             for packed in (None, pack):
                 model = offload.load(folder, cache_experts=slots, io=io, pack=packed)
                 forms = [layer.form for layer in model.offload._runtime.layers]
-                assert [form.name for form in forms] == [FORMATS[format_name][0]] * LAYERS
+                name = (
+                    FORMATS[format_name][0] if packed is None else PACKED_AS.get(format_name, FORMATS[format_name][0])
+                )
+                assert [form.name for form in forms] == [name] * LAYERS
                 assert all(form.expert_bytes < form.layer.plain_bytes for form in forms)
                 assert torch.equal(logits_of(model, TOKENS), expected[0])
                 assert torch.equal(logits_of(model, TOKENS[:, :1]), expected[1])
                 model.offload.close()
+
+
+def test_columns_that_are_sorted_by_activation_are_read_in_place_and_not_packed(tmp_path, monkeypatch):
+    described = FORMATS["gptq"][1] | {"desc_act": True}
+
+    def write(weight, generator):
+        return turned_integers(weight, generator, is_sorted=True)
+
+    monkeypatch.setitem(FORMATS, "gptq sorted", ("gptq", described, write))
+    folder, _ = make_folders(tmp_path, "gptq sorted")
+    resident = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")
+    model = offload.load(folder, cache_experts=2)
+    assert torch.equal(logits_of(model, TOKENS), logits_of(resident, TOKENS))
+    with pytest.raises(ValueError, match=r"columns are sorted by activation \(desc_act\)"):
+        offload.write_pack(folder, tmp_path / "experts")
+    assert not (tmp_path / "experts").exists()
+
+
+def test_a_packed_copy_may_be_expanded(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    folder, _ = make_folders(tmp_path, "fp8 blocks F32")
+    resident = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")
+    for name in ("plain", "compressed"):  # rows of 96 weights cannot be compressed, and are plain too
+        model = offload.load(
+            folder, cache_experts=2, pack=offload.write_pack(folder, tmp_path / f"{name}.x", form=name)
+        )
+        assert [layer.form.name for layer in model.offload._runtime.layers] == ["plain"] * LAYERS
+        assert torch.equal(logits_of(model, TOKENS), logits_of(resident, TOKENS))
+    with pytest.raises(ValueError, match=r"stores no experts as mxfp4 \(its experts are fp8\)"):
+        offload.write_pack(folder, tmp_path / "other", form="mxfp4")

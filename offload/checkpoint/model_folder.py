@@ -35,9 +35,10 @@ def skeleton_of(path_or_id: str | Path) -> tuple[Any, dict[str, TensorEntry], li
     config = read_config(folder)
     entries, dtype = read_weights(folder, config, "auto")
     skeleton = empty_model(folder, config, dtype)
-    expect_plain_weights(folder, skeleton, entries, match_checkpoint(skeleton, entries))
+    found = match_checkpoint(skeleton, entries)
+    expect_plain_weights(folder, skeleton, entries, found)
     dtypes = {name: parameter.dtype for name, parameter in skeleton.state_dict().items()}
-    return skeleton, entries, locate_experts(skeleton, entries, dtypes)
+    return skeleton, entries, locate_experts(skeleton, entries, dtypes, found)
 
 
 def read_weights(folder: Path, config: Any, dtype: str | torch.dtype) -> tuple[dict[str, TensorEntry], torch.dtype]:

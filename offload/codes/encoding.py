@@ -69,6 +69,11 @@ class Encoding:
             return "mxfp8" if is_small and self.scale in EXPONENT_SCALES else "fp8"
         return "nf4" if self.codes == "nf4" else f"int{self.bits}"
 
+    @property
+    def packed(self) -> "Encoding":
+        """How a packed copy stores such matrices: as they are."""
+        return self
+
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
         """How many scales a matrix has, down and across."""
         return -(-rows // (self.group_rows or max(rows, 1))), -(-columns // (self.group_columns or max(columns, 1)))

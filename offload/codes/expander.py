@@ -26,6 +26,7 @@ def kernel_number(encoding: Encoding) -> int:
     return NIBBLES if CODE_BITS[encoding.codes] == 4 else BYTES
 
 
+@cache
 def kernel_parameters(encoding: Encoding, rows: int, columns: int) -> "ctypes.Array[ctypes.c_int32]":
     """Group rows, group columns, kind of codes and everything else: `parameter` of `struct stored_matrix`."""
     details = (
@@ -67,7 +68,7 @@ def expand(
     Returns:
         Whether it was done; not where there is no C compiler.
     """
-    if not _has_exact_kernel(encoding) or (function := _function()) is None:
+    if not has_exact_kernel(encoding) or (function := _function()) is None:
         return False
     function(
         kernel_number(encoding),
@@ -81,8 +82,11 @@ def expand(
     return True
 
 
-def _has_exact_kernel(encoding: Encoding) -> bool:
-    """The C rounds products of float32; those of float64 are the same if a factor is a power of two."""
+def has_exact_kernel(encoding: Encoding) -> bool:
+    """Whether C expands to the bits of the definition.
+
+    It rounds products of float32; those of float64 are the same if a factor is a power of two.
+    """
     return encoding.product != "F64" or encoding.scale == "LDEXP"
 
 

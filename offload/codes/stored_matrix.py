@@ -8,6 +8,7 @@ import torch
 from .decode import decode
 from .encoding import Encoding
 from .expander import expand
+from .turned import TurnedEncoding
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,7 +22,7 @@ class StoredMatrix:
         parts: uint8 and contiguous, by role.
     """
 
-    encoding: Encoding
+    encoding: Encoding | TurnedEncoding
     rows: int
     columns: int
     parts: Mapping[str, torch.Tensor]
@@ -38,8 +39,30 @@ class StoredMatrix:
             out: contiguous; `[columns, rows]` if `is_transposed`, else `[rows, columns]`.
             is_transposed: write the transpose.
         """
-        shape = self.rows, self.columns
-        if out.dtype == torch.bfloat16 and expand(self.encoding, self.parts, *shape, out, is_transposed=is_transposed):
+        shape, encoding, parts = (self.rows, self.columns), self.encoding, self.parts
+        if isinstance(encoding, TurnedEncoding):
+            if encoding.is_in_order(parts, self.columns):
+                self.packed().expand(out, is_transposed=is_transposed)
+                return
+            plain = encoding.decode(parts, *shape, out.dtype)
+        elif out.dtype == torch.bfloat16 and expand(encoding, parts, *shape, out, is_transposed=is_transposed):
             return
-        plain = decode(self.encoding, self.parts, *shape, out.dtype)
+        else:
+            plain = decode(encoding, parts, *shape, out.dtype)
         out.copy_(plain.t() if is_transposed else plain)
+
+    def packed(self) -> "StoredMatrix":
+        """The matrix as a packed copy stores it.
+
+        Raises:
+            ValueError: if its columns are sorted by activation, so that groups are not neighbours.
+        """
+        if not isinstance(self.encoding, TurnedEncoding):
+            return self
+        if not self.encoding.is_in_order(self.parts, self.columns):
+            raise ValueError(
+                "columns are sorted by activation (desc_act), which a packed copy does not store; load the checkpoint "
+                "without one"
+            )
+        parts = self.encoding.turn(self.parts, self.rows, self.columns)
+        return StoredMatrix(encoding=self.encoding.packed, rows=self.rows, columns=self.columns, parts=parts)

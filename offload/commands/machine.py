@@ -12,10 +12,23 @@ from routing.ground.hardware import Hardware as Rates
 from routing.ground.quantity import format_size, parse_size
 from routing.ground.terminal import plain_console
 
-from .options import Arithmetic, Context, CpuMemory, Hardware, JsonFile, Model, Pack, expect_model, quiet_transformers
+from .options import (
+    ARITHMETICS,
+    Arithmetic,
+    Context,
+    CpuMemory,
+    Hardware,
+    JsonFile,
+    Model,
+    Pack,
+    expect_model,
+    quiet_transformers,
+)
 
 # exit code of `fit`: bad input is 2
 DOES_NOT_FIT = 1
+SLOWER = 0.75
+"""Where exact products reach less of ours than this, torch computed them: its own reach about half. Not tuned."""
 WORDS = {
     "disk_bytes_per_s": "reads of the disk, past the page cache",
     "cached_bytes_per_s": "reads out of the page cache",
@@ -37,7 +50,7 @@ def fit(
     ] = None,
     context: Context = 2048,
     hardware: Hardware = None,
-    arithmetic: Arithmetic = "exact",
+    arithmetic: Arithmetic = "auto",
     packed: Pack = None,
     hit_rate: Annotated[
         float | None,
@@ -56,7 +69,7 @@ def fit(
     """
     expect_model(model)
     expect_outputs(json_file, inputs=[model, hardware, packed])
-    expect_name(arithmetic, ("exact", "fast"), "arithmetic")
+    expect_name(arithmetic, ARITHMETICS, "arithmetic")
     for size in (cpu_memory, gpu_memory):
         if size not in (None, "auto"):
             parse_size(size)
@@ -145,8 +158,15 @@ def _warn_of_size(cpu_memory: str) -> None:
         )
 
 
+def _is_ours(arithmetic: str, rates: Rates) -> bool:
+    """Whether products will be ours whatever their bits; `auto` takes them where exact ones would be slower."""
+    return arithmetic in ("fixed", "fast") or (
+        arithmetic == "auto" and rates.exact_bytes_per_s < SLOWER * rates.fast_bytes_per_s
+    )
+
+
 def _predict(fitted: Any, rates: Rates, arithmetic: str, hit_rate: float | None) -> dict[str, Any]:
-    found = fitted.predict(rates, is_fast=arithmetic == "fast", hit_rate=hit_rate)
+    found = fitted.predict(rates, is_fast=_is_ours(arithmetic, rates), hit_rate=hit_rate)
     plain_console(soft_wrap=True).print(
         f"expected {1 / found.token_s:.2f} tok/s (at best {1 / found.floor_s:.2f}); "
         f"{found.binds} binds: disk {found.disk_s:.3f} s, memory {found.compute_s:.3f} s per token"

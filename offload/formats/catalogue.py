@@ -6,7 +6,8 @@ from ..checkpoint.experts import ExpertLayer
 from .compressed import CompressedForm
 from .form import Form
 from .plain import PlainForm
-from .quantised import QUANTISED_FORMS, form_name
+from .quantised import form_name
+from .quantised_forms import QUANTISED_FORMS
 from .quantised_parts import is_quantised
 
 FORMS: Mapping[str, type[Form]] = {"plain": PlainForm, "compressed": CompressedForm, **QUANTISED_FORMS}

@@ -15,7 +15,8 @@ from ..checkpoint.gguf.model import GgufModel
 from ..checkpoint.gguf.names import ExpertMatrix
 from ..checkpoint.tensors import TensorEntry
 from .form import BLOCK_BYTES, Extent, Form, MatrixForm, PartReader, Region
-from .gguf_expand import expand_rows
+from .gguf_expand import expand_rows, has_expander, kernel_parameter
+from .kernel_matrix import GGUF, KernelMatrix
 
 STRIP_ROWS = 128
 """Rows that are expanded at a time where a parameter has inputs as rows: 128 of 4,096 columns take 1 MiB."""
@@ -36,7 +37,6 @@ class GgufForm:
     is_transposed: bool
 
     name: ClassVar[str] = "gguf"
-    kernel: ClassVar[int | None] = None
     linears: ClassVar[MatrixForm | None] = None
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True
@@ -95,6 +95,23 @@ class GgufForm:
             start = region.start + shift
             views[_view_name(matrix)] = slot[start : start + region.nbytes]
         return views
+
+    def can_multiply(self, *, is_transposed: bool) -> bool:
+        """Where each matrix is expanded by our C and fills rows of its parameter that follow each other."""
+        return is_transposed == self.is_transposed and all(
+            matrix.row_step == 1 and has_expander(matrix.entry.dtype) for matrix in self.matrices
+        )
+
+    def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
+        if not self.can_multiply(is_transposed=self.is_transposed):
+            return {}
+        found: dict[str, tuple[KernelMatrix, ...]] = {}
+        for matrix in sorted(self.matrices, key=lambda matrix: matrix.first_row):
+            _, rows, columns = matrix.entry.shape
+            address = views[_view_name(matrix)].data_ptr()
+            one = KernelMatrix(GGUF, rows, columns, (address, 0, 0, 0), kernel_parameter(matrix.entry.dtype))
+            found[matrix.parameter] = (*found.get(matrix.parameter, ()), one)
+        return found
 
     def check(self, expert: int, slot: torch.Tensor) -> None:
         """Every byte is a code or a scale, so none can lead outside the slot."""

@@ -69,6 +69,17 @@ def expand_tensor(entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
     return out_FD.view(entry.shape)
 
 
+def has_expander(kind: str) -> bool:
+    """Whether our C expands a type."""
+    return kind not in PLAIN and _expander(kind) is not None
+
+
+@cache
+def kernel_parameter(kind: str) -> Any:
+    """What our C makes of a matrix of a type: its number, in the first of four int32."""
+    return (ctypes.c_int32 * 4)(gguf_library().GGMLQuantizationType[kind].value)
+
+
 @cache
 def _expander(kind: str) -> Any:
     """Our C for a type; None if it has none, or there is no C compiler."""

@@ -1,7 +1,7 @@
 """Experts stored as codes and scales: read from a checkpoint's own files or from a packed copy, expanded to compute."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -12,23 +12,14 @@ import torch
 from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer
-from ..checkpoint.quantised.entry import Place
 from ..checkpoint.tensors import TensorEntry
+from ..codes.encoding import Encoding
+from ..codes.expander import has_exact_kernel, kernel_number, kernel_parameters, kernel_parts
 from ..codes.stored_matrix import StoredMatrix
 from .form import BLOCK_BYTES, Extent, MatrixForm, PartReader, Region
-from .quantised_parts import ALIGNMENT_BYTES, Piece, encodings_of, pieces_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One part of one piece: where it begins in its region of a slot."""
-
-    parameter: str
-    piece: int
-    role: str
-    nbytes: int
-    region: int
-    inside: int
+from .kernel_matrix import KernelMatrix
+from .quantised_parts import Piece, encodings_of, pieces_of
+from .quantised_slots import Part, parts_in_files, parts_in_record, places_of, rounded
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,6 @@ class QuantisedForm:
     record_E: tuple[TensorEntry, ...] | None = None
 
     name: ClassVar[str] = "quantised"
-    kernel: ClassVar[int | None] = None
     linears: ClassVar[MatrixForm | None] = None
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True
@@ -65,7 +55,8 @@ class QuantisedForm:
     @cached_property
     def pieces(self) -> dict[str, tuple[Piece, ...]]:
         """Of each parameter."""
-        return {parameter.name: pieces_of(parameter) for parameter in self.layer.parameters}
+        pieces = {parameter.name: pieces_of(parameter) for parameter in self.layer.parameters}
+        return pieces if self.record_E is None else _as_packed(pieces)
 
     @property
     def guard_bytes(self) -> int:
@@ -89,7 +80,7 @@ class QuantisedForm:
         if self.record_E is not None:
             return {record.file for record in self.record_E}
         experts = range(self.layer.num_experts)
-        return {entry.file for expert in experts for entry, _, _ in _places(self.pieces, expert).values()}
+        return {entry.file for expert in experts for entry, _, _ in places_of(self.pieces, expert).values()}
 
     def file_of(self, expert: int) -> Path:
         return self.extents(expert)[0].entry.file
@@ -118,7 +109,7 @@ class QuantisedForm:
         if self.record_E is not None:
             record = self.record_E[expert]
             return [Extent(record, record.offset, record.nbytes, 0, 0)]
-        places = _places(self.pieces, expert)
+        places = places_of(self.pieces, expert)
         extents = []
         for number, group in groupby(self._parts, key=lambda part: part.region):
             first = next(group)
@@ -140,6 +131,21 @@ class QuantisedForm:
             name: tuple(_stored(piece, found[name, number]) for number, piece in enumerate(pieces))
             for name, pieces in self.pieces.items()
         }
+
+    def can_multiply(self, *, is_transposed: bool) -> bool:
+        """Where all rows of a parameter are stored alike, whatever way the model has them."""
+        return all(_are_halves(pieces) for pieces in self.pieces.values()) and all(
+            isinstance(piece.encoding, Encoding)
+            and has_exact_kernel(piece.encoding)
+            and piece.is_transposed == is_transposed
+            for pieces in self.pieces.values()
+            for piece in pieces
+        )
+
+    def kernel_matrices(self, views: Mapping[str, Any]) -> dict[str, tuple[KernelMatrix, ...]]:
+        if not all(_is_in_rows(matrix) for matrices in views.values() for matrix in matrices):
+            return {}
+        return {name: tuple(_kernel_matrix(matrix) for matrix in matrices) for name, matrices in views.items()}
 
     def check(self, expert: int, slot: torch.Tensor) -> None:
         """Nothing that codes and scales hold can do harm."""
@@ -165,16 +171,16 @@ class QuantisedForm:
 
     @classmethod
     def encode(cls, layer: ExpertLayer, views: Mapping[str, Any]) -> list[bytes]:
-        """Each part as it is, on a whole multiple of 64 bytes."""
+        """Each part as it is, on a whole multiple of 64 bytes; what runs down the columns is turned to rows."""
         parts = [part for matrices in views.values() for matrix in matrices for part in _parts_of(matrix)]
         wholes = [part.numpy().tobytes() for part in parts]
-        return [*(whole.ljust(_rounded(len(whole)), b"\0") for whole in wholes[:-1]), wholes[-1]]
+        return [*(whole.ljust(rounded(len(whole)), b"\0") for whole in wholes[:-1]), wholes[-1]]
 
     @classmethod
     def record_bounds(cls, layer: ExpertLayer) -> tuple[int, int]:
-        if form_name(layer) != cls.name:
+        if packed_name(layer) != cls.name:
             raise ValueError(f"{layer.module_name} is not stored as {cls.name} in this checkpoint")
-        last = _in_record(cls(layer).pieces)[-1]
+        last = parts_in_record(_as_packed(cls(layer).pieces))[-1]
         return last.inside + last.nbytes, last.inside + last.nbytes
 
     @classmethod
@@ -184,57 +190,56 @@ class QuantisedForm:
     @cached_property
     def _parts(self) -> tuple[Part, ...]:
         """In the order in which they lie."""
-        return _in_record(self.pieces) if self.record_E is not None else _in_files(self.pieces, self.layer.num_experts)
+        return (
+            parts_in_record(self.pieces)
+            if self.record_E is not None
+            else parts_in_files(self.pieces, self.layer.num_experts)
+        )
+
+
+def _is_in_rows(matrix: StoredMatrix | PlainRows) -> bool:
+    return isinstance(matrix, StoredMatrix) and isinstance(matrix.encoding, Encoding)
+
+
+def _kernel_matrix(matrix: StoredMatrix) -> KernelMatrix:
+    assert isinstance(matrix.encoding, Encoding)
+    parameters = kernel_parameters(matrix.encoding, matrix.rows, matrix.columns)
+    parts = tuple(part or 0 for part in kernel_parts(matrix.parts))
+    return KernelMatrix(kernel_number(matrix.encoding), matrix.rows, matrix.columns, parts, parameters)
+
+
+def _are_halves(pieces: Sequence[Piece]) -> bool:
+    """Whether a parameter is one piece, or two of as many rows, stored alike."""
+    first, *others = pieces
+    return not others or (
+        len(others) == 1
+        and others[0].rows == first.rows
+        and others[0].encoding == first.encoding
+        and first.target_row < others[0].target_row
+    )
 
 
 def form_name(layer: ExpertLayer) -> str:
     """The stored form of a layer, a key of FORMS: that of its quantised matrices, `mixed` if they differ."""
-    names = encodings_of([piece for parameter in layer.parameters for piece in pieces_of(parameter)])
+    return _common_name([piece for parameter in layer.parameters for piece in pieces_of(parameter)])
+
+
+def packed_name(layer: ExpertLayer) -> str:
+    """The stored form of a layer in a packed copy, where what runs down the columns is turned to rows."""
+    pieces = _as_packed({parameter.name: pieces_of(parameter) for parameter in layer.parameters})
+    return _common_name([piece for several in pieces.values() for piece in several])
+
+
+def _common_name(pieces: Sequence[Piece]) -> str:
+    names = encodings_of(pieces)
     return names.pop() if len(names) == 1 else "mixed"
 
 
-def _numbered(pieces: Mapping[str, tuple[Piece, ...]]) -> Iterator[tuple[str, int, Piece]]:
-    for name, several in pieces.items():
-        for number, piece in enumerate(several):
-            yield name, number, piece
-
-
-def _places(pieces: Mapping[str, tuple[Piece, ...]], expert: int) -> dict[tuple[str, int, str], Place]:
+def _as_packed(pieces: Mapping[str, tuple[Piece, ...]]) -> dict[str, tuple[Piece, ...]]:
     return {
-        (name, number, role): place
-        for name, number, piece in _numbered(pieces)
-        for role, place in piece.places(expert).items()
+        name: tuple(replace(piece, encoding=piece.encoding and piece.encoding.packed) for piece in several)
+        for name, several in pieces.items()
     }
-
-
-def _in_record(pieces: Mapping[str, tuple[Piece, ...]]) -> tuple[Part, ...]:
-    parts, inside = [], 0
-    for name, number, piece in _numbered(pieces):
-        for role, nbytes in piece.part_bytes.items():
-            parts.append(Part(parameter=name, piece=number, role=role, nbytes=nbytes, region=0, inside=inside))
-            inside += _rounded(nbytes)
-    return tuple(parts)
-
-
-def _in_files(pieces: Mapping[str, tuple[Piece, ...]], num_experts: int) -> tuple[Part, ...]:
-    """By their place in the files; neighbours of every expert share a region."""
-    places_E = [_places(pieces, expert) for expert in range(num_experts)]
-    keys = sorted(places_E[0], key=lambda key: (str(places_E[0][key][0].file), places_E[0][key][1]))
-    parts: list[Part] = []
-    before = None
-    for key in keys:
-        nbytes = places_E[0][key][2]
-        if before is not None and all(_follows(places[before], places[key]) for places in places_E):
-            region, inside = parts[-1].region, parts[-1].inside + parts[-1].nbytes
-        else:
-            region, inside = (parts[-1].region + 1 if parts else 0), 0
-        name, number, role = before = key
-        parts.append(Part(parameter=name, piece=number, role=role, nbytes=nbytes, region=region, inside=inside))
-    return tuple(parts)
-
-
-def _follows(before: Place, after: Place) -> bool:
-    return before[0].file == after[0].file and before[1] + before[2] == after[1]
 
 
 def _stored(piece: Piece, parts: dict[str, torch.Tensor]) -> StoredMatrix | PlainRows:
@@ -246,61 +251,4 @@ def _stored(piece: Piece, parts: dict[str, torch.Tensor]) -> StoredMatrix | Plai
 
 
 def _parts_of(matrix: StoredMatrix | PlainRows) -> list[torch.Tensor]:
-    return list(matrix.parts.values()) if isinstance(matrix, StoredMatrix) else [matrix.codes]
-
-
-def _rounded(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-class Mxfp4Form(QuantisedForm):
-    """Floats of four bits (E2M1), an exponent for each 32."""
-
-    name: ClassVar[str] = "mxfp4"
-
-
-class Nvfp4Form(QuantisedForm):
-    """Floats of four bits (E2M1), a float of eight bits for each 16, and a scale of these scales."""
-
-    name: ClassVar[str] = "nvfp4"
-
-
-class Mxfp8Form(QuantisedForm):
-    """Floats of eight bits (E4M3), an exponent for each 32."""
-
-    name: ClassVar[str] = "mxfp8"
-
-
-class Fp8Form(QuantisedForm):
-    """Floats of eight bits (E4M3), a scale for each block, row or tensor."""
-
-    name: ClassVar[str] = "fp8"
-
-
-class Int4Form(QuantisedForm):
-    """Integers of four bits, a scale and perhaps a zero for each group."""
-
-    name: ClassVar[str] = "int4"
-
-
-class Int8Form(QuantisedForm):
-    """Integers of eight bits, a scale and perhaps a zero for each row or group."""
-
-    name: ClassVar[str] = "int8"
-
-
-class Nf4Form(QuantisedForm):
-    """Quantiles of four bits (bitsandbytes), a scale for each 64."""
-
-    name: ClassVar[str] = "nf4"
-
-
-class MixedForm(QuantisedForm):
-    """Matrices of different stored forms in one layer."""
-
-    name: ClassVar[str] = "mixed"
-
-
-QUANTISED_FORMS: Mapping[str, type[QuantisedForm]] = {
-    form.name: form for form in (Mxfp4Form, Nvfp4Form, Mxfp8Form, Fp8Form, Int4Form, Int8Form, Nf4Form, MixedForm)
-}
+    return list(matrix.packed().parts.values()) if isinstance(matrix, StoredMatrix) else [matrix.codes]

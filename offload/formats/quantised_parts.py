@@ -7,9 +7,7 @@ from ..checkpoint.experts import ExpertLayer, Parameter, Source
 from ..checkpoint.quantised.entry import Place, QuantisedEntry
 from ..checkpoint.tensors import TensorEntry
 from ..codes.encoding import Encoding
-
-ALIGNMENT_BYTES = 64
-"""Of a part in a record: a cache line, and a register of AVX-512."""
+from ..codes.turned import TurnedEncoding
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +25,7 @@ class Piece:
     """
 
     source: Source
-    encoding: Encoding | None
+    encoding: Encoding | TurnedEncoding | None
     first_row: int
     target_row: int
     rows: int

@@ -3,7 +3,11 @@
    A block is 32 rows. Its head names the seven exponents that have codes and says where the others of the block stand, one
    byte each, in the order of the codes that say "another". */
 
+#pragma once
+
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
 #include <stdint.h>
 #include <string.h>
 
@@ -62,6 +66,58 @@ static inline const uint8_t *expand_rows(const uint8_t *segment, const struct bl
         __m512i low = _mm512_ternarylogic_epi64(sign, _mm512_slli_epi16(exponent, 7), rest, 0xca);
         _mm512_storeu_si512(out + row * stride, _mm512_unpacklo_epi8(low, high));
         _mm512_storeu_si512(out + row * stride + SEGMENT_COLUMNS / 2, _mm512_unpackhi_epi8(low, high));
+    }
+    return others;
+}
+#elif defined(__AVX2__)
+/* For each mask of eight bits: where the bytes of a stream go that belong to its ones; 0x80 elsewhere. */
+static uint64_t spreads[256];
+
+static __attribute__((constructor)) void fill_spreads(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int place = 0, used = 0; place < 8; place++)
+            spreads[mask] |= (uint64_t)(mask >> place & 1 ? used++ : 0x80) << 8 * place;
+}
+
+/* The next bytes of a stream, one at each one of `mask`; the stream goes on after them. */
+static inline __m128i spread_bytes(const uint8_t **stream, uint32_t mask) {
+    __m128i next = _mm_loadl_epi64((const __m128i *)*stream);
+    *stream += __builtin_popcount(mask);
+    return _mm_shuffle_epi8(next, _mm_cvtsi64_si128((long long)spreads[mask]));
+}
+
+/* The same for two groups at a time: a window of 16 bits around each code is shifted so that the code alone is left. */
+static inline const uint8_t *expand_rows(const uint8_t *segment, const struct block_head *head, const uint8_t *others,
+                                         int begin, int end, uint16_t *out, int64_t stride) {
+    const __m256i windows = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 1, 2, 1, 2, 1, 2, 2, 3, 2, 3, 3, 4, 3, 4, 3, 4, 4, 5, 4, 5, 4, 5, 5, 6, 5, 6);
+    const __m256i to_the_top = _mm256_broadcastsi128_si256(
+        _mm_setr_epi16(1 << 13, 1 << 10, 1 << 7, 1 << 12, 1 << 9, 1 << 6, 1 << 11, 1 << 8));
+    const __m256i low_bytes = _mm256_set1_epi16((short)0x8000), fraction = _mm256_set1_epi16(0x7f), sign = _mm256_set1_epi16(0x80);
+    uint64_t table;
+    memcpy(&table, head->exponents, 8);
+    const __m256i exponents = _mm256_set1_epi64x((long long)table), another = _mm256_set1_epi16(ANOTHER);
+    for (int row = begin; row < end; row++) {
+        const uint8_t *code = segment + SEGMENT_CODES + row * ROW_CODE_BYTES, *rest = segment + row * SEGMENT_COLUMNS;
+        _mm_prefetch((const char *)(rest + PREFETCH_BYTES), _MM_HINT_T1);
+        if (row * HEAD_ALIGNMENT < SEGMENT_BYTES - SEGMENT_CODES)
+            _mm_prefetch((const char *)(segment + PREFETCH_BYTES + SEGMENT_CODES + row * HEAD_ALIGNMENT), _MM_HINT_T1);
+        for (int pair = 0; pair < 4; pair++) {
+            uint16_t *target = out + row * stride + pair * 8;
+            int64_t six_bytes;
+            memcpy(&six_bytes, code + 6 * pair, 8);
+            __m256i codes = _mm256_shuffle_epi8(_mm256_set1_epi64x(six_bytes), windows);
+            codes = _mm256_srli_epi16(_mm256_mullo_epi16(codes, to_the_top), 13);
+            __m256i is_other = _mm256_cmpeq_epi16(codes, another);
+            uint32_t mask = (uint32_t)_mm256_movemask_epi8(_mm256_packs_epi16(is_other, is_other));
+            __m128i first = spread_bytes(&others, mask & 0xff), second = spread_bytes(&others, mask >> 16 & 0xff);
+            __m256i exponent = _mm256_shuffle_epi8(exponents, _mm256_or_si256(codes, low_bytes));
+            exponent = _mm256_blendv_epi8(exponent, _mm256_cvtepu8_epi16(_mm_unpacklo_epi64(first, second)), is_other);
+            __m256i kept = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(rest + 16 * pair)));
+            __m256i high = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(kept, sign), 8), _mm256_slli_epi16(exponent, 7));
+            __m256i weights = _mm256_or_si256(high, _mm256_and_si256(kept, fraction));
+            _mm_storeu_si128((__m128i *)target, _mm256_castsi256_si128(weights));
+            _mm_storeu_si128((__m128i *)(target + SEGMENT_COLUMNS / 2), _mm256_extracti128_si256(weights, 1));
+        }
     }
     return others;
 }

@@ -5,12 +5,13 @@
 
 #include <stdint.h>
 
-/* Numbers of stored forms go on from those of matvec.c: plain 0, compressed 1. */
-enum stored_form { NIBBLES = 2, BYTES = 3 };
+enum stored_form { PLAIN, COMPRESSED, NIBBLES, BYTES, GGUF };
+
+enum { PARTS = 4, PARAMETERS = 4 };
 
 enum { CODES, SCALES, ZEROS, GLOBAL };
 
-/* `parameter` is group rows, group columns (both at least 1), the kind of codes, and the fields of `enum detail`. */
+/* `parameter` of GGUF is the number of its type. Of the others it is group rows, group columns (both at least 1), the kind of codes, and the fields of `enum detail`. */
 enum { GROUP_ROWS, GROUP_COLUMNS, CODE_KIND, DETAILS };
 
 enum code_kind { E2M1, OFFSET4, UINT4, NF4, E4M3, INT8, OFFSET8, UINT8 };
@@ -22,8 +23,11 @@ enum global_kind { GLOBAL_NONE, GLOBAL_MULTIPLIES, GLOBAL_DIVIDES };
 struct stored_matrix {
     int form;
     int64_t rows, columns;
-    const uint8_t *part[4]; /* codes, scales, zeros, scale of scales; 0 where there is none */
-    int32_t parameter[4];
+    const uint8_t *part[PARTS]; /* codes, scales, zeros, scale of scales; 0 where there is none */
+    int32_t parameter[PARAMETERS];
+    /* what `measure` finds, because divisions are slow: */
+    int64_t row_bytes, across; /* bytes of a row of codes, scales of a row of groups */
+    int shift;                 /* a group has 2^shift columns; -1 if it has another number */
 };
 
 static inline int scale_kind(const struct stored_matrix *m) { return m->parameter[DETAILS] & 15; }
@@ -33,6 +37,20 @@ static inline int global_kind(const struct stored_matrix *m) { return m->paramet
 static inline int is_high_first(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 16 & 1; }
 static inline int is_word_aligned(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 17 & 1; }
 
-static inline int64_t scales_across(const struct stored_matrix *m) {
-    return (m->columns + m->parameter[GROUP_COLUMNS] - 1) / m->parameter[GROUP_COLUMNS];
+static inline void measure(struct stored_matrix *m) {
+    if (m->form != NIBBLES && m->form != BYTES) return;
+    int64_t group = m->parameter[GROUP_COLUMNS], bits = m->form == NIBBLES ? 4 : 8, unit = is_word_aligned(m) ? 4 : 1;
+    m->row_bytes = (m->columns * bits + 8 * unit - 1) / (8 * unit) * unit;
+    m->across = (m->columns + group - 1) / group;
+    m->shift = (group & (group - 1)) == 0 ? __builtin_ctzll((uint64_t)group) : -1;
+}
+
+/* In which group of columns a column is. */
+static inline int64_t group_of(const struct stored_matrix *m, int64_t column) {
+    return m->shift >= 0 ? column >> m->shift : column / m->parameter[GROUP_COLUMNS];
+}
+
+/* In which group of rows a row is. */
+static inline int64_t down_of(const struct stored_matrix *m, int64_t row) {
+    return m->parameter[GROUP_ROWS] == 1 ? row : row / m->parameter[GROUP_ROWS];
 }

@@ -1,4 +1,4 @@
-"""Follows the calls of an offloaded model: a clock, the recorder's positions, the judgement of the prefetcher.
+"""Follows the calls of an offloaded model: a clock, the recorder's positions, the KV cache, the prefetcher's judgement.
 
 Shapes: B sequences in a call, S positions of each.
 """
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..compute.kv_cache import grow_in_place
 from ..ram.counters import total_ahead
 from .runtime import OffloadRuntime
 
@@ -38,6 +39,8 @@ class _Calls:
     @torch.compiler.disable
     def begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch, self._num_tokens = _shape_of(args, kwargs)
+        if self._runtime.gpu is None:
+            grow_in_place(kwargs.get("past_key_values"))
         if self._runtime.recorder is not None:
             mask_BS = kwargs.get("attention_mask")
             # masks of more dimensions say which token may see which, not which token is padding

@@ -6,6 +6,7 @@ from typing import Any
 from routing.ground.hardware import Hardware
 from routing.traces import RoutingTrace
 
+from ..compute.levels import described
 from ..compute.resident import embedding_bytes, weight_bytes
 from ..memory.budget import MemoryPlan, describe, peak_bytes
 from ..memory.cost import DecodeWork, Prediction, predict_decode
@@ -52,6 +53,7 @@ class Offload:
             ),
             **self._floor(),
             "policy": self.policy,
+            "arithmetic": described(self._runtime.matvecs),
             "slots_per_layer": list(self.plan.num_slots),
             "is_direct": self._runtime.store.is_direct,
             "peak_memory_bytes": peak_bytes(),
@@ -81,7 +83,7 @@ class Offload:
             hit_rate=hit_rate,
         )
         is_cached = not self._runtime.store.is_direct
-        is_fast = self._runtime.matvecs.arithmetic == "fast"
+        is_fast = self._runtime.matvecs.arithmetic != "exact"
         first = layers[0].form if layers else None
         rate = hardware.token_rate(is_fast=is_fast) if first is None else first.token_rate(hardware, is_fast=is_fast)
         return predict_decode(work, hardware, rate=rate, is_cached=is_cached)

@@ -32,7 +32,8 @@ from ..formats.pack_index import (
     rounded_up,
 )
 from ..formats.plain import PlainForm
-from ..formats.quantised import QUANTISED_FORMS
+from ..formats.quantised import packed_name
+from ..formats.quantised_forms import QUANTISED_FORMS
 from .reading import Ticket
 from .store import ExpertStore, Slots
 
@@ -186,7 +187,7 @@ def _expect_stored(wanted: str | None, sources: Sequence[Form], model: str) -> s
 def _chosen(source: Form, wanted: type[Form], views: Mapping[str, Any]) -> type[Form]:
     """The form of a layer: what is wanted, if that suits it; quantised layers are expanded only if that is wanted."""
     if wanted.name in QUANTISED_FORMS:
-        return type(source)
+        return QUANTISED_FORMS[packed_name(source.layer)] if source.name in QUANTISED_FORMS else PlainForm
     return wanted if wanted.suits(source.layer, views) else PlainForm
 
 

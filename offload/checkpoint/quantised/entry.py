@@ -10,6 +10,7 @@ import torch
 
 from ...codes.encoding import Encoding
 from ...codes.stored_matrix import StoredMatrix
+from ...codes.turned import TurnedEncoding
 from ..tensors import StoredTensor, TensorEntry, read_into
 
 Place = tuple[TensorEntry, int, int]
@@ -28,7 +29,7 @@ class QuantisedEntry(TensorEntry):
         is_transposed: whether the plain tensor holds the transposes of the stored matrices.
     """
 
-    encoding: Encoding
+    encoding: Encoding | TurnedEncoding
     parts: Mapping[str, TensorEntry]
     rows: int
     columns: int

@@ -9,9 +9,11 @@ import torch
 from ..tensors import TORCH_DTYPES, TensorEntry
 from .description import Quantisation
 from .entry import QuantisedEntry
-from .spellings import COMPANION_ENDINGS, IGNORED_ENDINGS, SPELLINGS, Found, Spelling
+from .found import Found
+from .spellings import COMPANION_ENDINGS, IGNORED_ENDINGS, SPELLINGS, Spelling
 
-PART_ROLES = ("scales", "zeros", "global")
+PART_ROLES = ("scales", "zeros", "global", "order")
+CODE_DTYPES = frozenset(dtype for spelling in SPELLINGS for dtype in spelling.dtypes)
 STORED_DTYPES = {name: stored for stored, name in TORCH_DTYPES.items()}
 
 
@@ -37,7 +39,7 @@ def plain_view(
     stored = STORED_DTYPES[str(dtype).removeprefix("torch.")]
     try:
         for key, codes in entries.items():
-            if (spelled := _spelled(codes, entries)) is None:
+            if codes.dtype not in CODE_DTYPES or (spelled := _spelled(codes, entries)) is None:
                 continue
             name, spelling, companions = spelled
             found = spelling.read(codes, companions, described)
@@ -79,7 +81,7 @@ def _spelled(
     for spelling in SPELLINGS:
         if codes.dtype not in spelling.dtypes or not codes.name.endswith(spelling.ending):
             continue
-        name = codes.name.removesuffix(spelling.ending)
+        name = codes.name.removesuffix(spelling.ending) + spelling.plain_ending
         companions, missing = dict[str, TensorEntry](), ""
         for role, endings in (*spelling.needed.items(), *spelling.optional.items()):
             found = next((entries[key] for key in _names(name, endings) if key in entries), None)
@@ -96,7 +98,9 @@ def _spelled(
 
 def _names(name: str, endings: Sequence[str]) -> Iterator[str]:
     for ending in endings:
-        yield (name.removesuffix(".weight") if ending.startswith(".") else name) + ending
+        yield name + ending
+        if ending.startswith("."):
+            yield name.removesuffix(".weight") + ending
 
 
 def _expect_no_codes(entry: TensorEntry) -> None:
@@ -112,7 +116,9 @@ def _expect_no_codes(entry: TensorEntry) -> None:
 def _entry(
     name: str, codes: TensorEntry, companions: Mapping[str, TensorEntry], found: Found, stored: str
 ) -> QuantisedEntry:
-    parts = {"codes": codes, **{role: companions[role] for role in PART_ROLES if role in companions}}
+    wanted = found.encoding.part_bytes(found.rows, found.columns)
+    roles = [role for role in PART_ROLES if role in companions and (role in wanted or role != "order")]
+    parts = {"codes": codes, **{role: companions[role] for role in roles}}
     entry = QuantisedEntry(
         name,
         codes.file,
@@ -126,7 +132,6 @@ def _entry(
         columns=found.columns,
         is_transposed=found.is_transposed,
     )
-    wanted = found.encoding.part_bytes(found.rows, found.columns)
     for role, nbytes in wanted.items():
         shares = (nbytes * entry.num_matrices, nbytes) if role != "codes" else (nbytes * entry.num_matrices,)
         if parts[role].nbytes not in shares:

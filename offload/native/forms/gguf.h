@@ -290,3 +290,26 @@ GGUF_EXPANDER(q4_k, 256, 144, 32)
 GGUF_EXPANDER(q5_k, 256, 176, 32)
 GGUF_EXPANDER(q6_k, 256, 210, 16)
 GGUF_EXPANDER(iq4_xs, 256, 136, 32)
+
+typedef void gguf_expander(const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                      uint16_t *out, int64_t stride);
+
+/* By the number that GGUF files give a type; NULL for what has no expander. */
+static inline gguf_expander *gguf_expander_of(int type) {
+    switch (type) {
+    case 2: return expand_q4_0;
+    case 3: return expand_q4_1;
+    case 6: return expand_q5_0;
+    case 7: return expand_q5_1;
+    case 8: return expand_q8_0;
+    case 10: return expand_q2_k;
+    case 11: return expand_q3_k;
+    case 12: return expand_q4_k;
+    case 13: return expand_q5_k;
+    case 14: return expand_q6_k;
+    case 20: return expand_iq4_nl;
+    case 23: return expand_iq4_xs;
+    case 39: return expand_mxfp4;
+    default: return 0;
+    }
+}

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "quick_nibbles.h"
 #include "scales.h"
 
 static const float NIBBLE_VALUES[4][16] = {
@@ -17,9 +18,9 @@ static const float NIBBLE_VALUES[4][16] = {
 /* The sixteen weights that codes of the group at (down, across) of the grid can have. */
 static inline void nibble_table(const struct stored_matrix *m, int64_t down, int64_t across, uint16_t table[16]) {
     const float *values = NIBBLE_VALUES[m->parameter[CODE_KIND]];
-    float scale = scale_at(m, down * scales_across(m) + across), factor = value_factor(m);
+    float scale = scale_at(m, down * m->across + across), factor = value_factor(m);
     float zero = zero_kind(m) == ZERO_NONE ? 0 : values[zero_code_at(m, down, across)];
-#ifdef __AVX512BW__
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
     __m512 value = _mm512_mul_ps(_mm512_loadu_ps(values), _mm512_set1_ps(factor));
     if (zero_kind(m) != ZERO_NONE) value = _mm512_sub_ps(value, _mm512_set1_ps(zero));
     _mm256_storeu_si256((__m256i *)table, round_products(m, _mm512_mul_ps(value, _mm512_set1_ps(scale))));
@@ -35,7 +36,7 @@ static inline void nibble_table(const struct stored_matrix *m, int64_t down, int
 static inline void look_up(const uint16_t table[16], const uint8_t *codes, int64_t begin, int64_t end, int high_first,
                            uint16_t *out) {
     int64_t c = begin;
-#ifdef __AVX512BW__
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
     __m256i entries = _mm256_loadu_si256((const __m256i *)table);
     for (; c % 2 == 0 && c + 16 <= end; c += 16) {
         __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + c / 2)));
@@ -48,17 +49,31 @@ static inline void look_up(const uint16_t table[16], const uint8_t *codes, int64
     for (; c < end; c++) out[c - begin] = table[codes[c / 2] >> ((c % 2 != high_first) ? 4 : 0) & 15];
 }
 
-/* Rows row .. row + rows - 1, columns column .. column + columns - 1 as bfloat16, rows `stride` elements apart. */
-static void expand_nibbles(const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                           uint16_t *out, int64_t stride) {
+static void look_up_rows(const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns, uint16_t *out,
+                         int64_t stride) {
     int64_t group = m->parameter[GROUP_COLUMNS], end = column + columns;
     for (int64_t r = row; r < row + rows; r++, out += stride) {
-        const uint8_t *codes = m->part[CODES] + r * row_bytes(m);
+        const uint8_t *codes = m->part[CODES] + r * m->row_bytes;
         for (int64_t begin = column, stop; begin < end; begin = stop) {
             uint16_t table[16];
             stop = (begin / group + 1) * group < end ? (begin / group + 1) * group : end;
-            nibble_table(m, r / m->parameter[GROUP_ROWS], begin / group, table);
+            nibble_table(m, down_of(m, r), begin / group, table);
             look_up(table, codes, begin, stop, is_high_first(m), out + begin - column);
         }
     }
+}
+
+/* Rows row .. row + rows - 1, columns column .. column + columns - 1 as bfloat16, rows `stride` elements apart. */
+static void expand_nibbles(const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                           uint16_t *out, int64_t stride) {
+#ifdef HAS_QUICK_NIBBLES
+    for (; columns >= QUICK_COLUMNS && column % QUICK_COLUMNS == 0; column += QUICK_COLUMNS, columns -= QUICK_COLUMNS, out += QUICK_COLUMNS) {
+        const float *values = NIBBLE_VALUES[m->parameter[CODE_KIND]];
+        int64_t done = quick_nibbles(m, values, row, rows, column, out, stride);
+        /* the row that could not be done, and what is below it */
+        for (; done < rows; done += 1 + quick_nibbles(m, values, row + done + 1, rows - done - 1, column, out + (done + 1) * stride, stride))
+            look_up_rows(m, row + done, 1, column, QUICK_COLUMNS, out + done * stride, stride);
+    }
+#endif
+    if (columns) look_up_rows(m, row, rows, column, columns, out, stride);
 }

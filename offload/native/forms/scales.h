@@ -23,8 +23,8 @@ static inline float half_of_exponent(uint8_t e) { return float_of_bits(e > 1 ? (
 
 static inline float float_of_e4m3(uint8_t code) {
     if ((code & 127) == 127) return NAN;
-    /* as the bits of a float its exponent is 120 too low, denormal numbers included */
-    float value = float_of_bits((uint32_t)(code & 127) << 20) * 0x1p120f;
+    /* as the bits of a float its exponent is 120 too low; without one it is eighths of 2^-6 (a float without one is slow) */
+    float value = code & 0x78 ? float_of_bits(((uint32_t)(code & 127) << 20) + (120u << 23)) : (float)(code & 7) * 0x1p-9f;
     return code & 128 ? -value : value;
 }
 
@@ -45,12 +45,13 @@ static inline float round_f16(float value) {
     return copysignf(size + large - large, value);
 }
 
-/* The scale at one place of the grid, times or over the scale of scales; half of it if it is LDEXP. */
-static inline float scale_at(const struct stored_matrix *m, int64_t place) {
+/* The scale at one place of the grid, times or over the scale of scales; half of it if it is LDEXP. `kind` and `global` are
+   scale_kind and global_kind, which a compiler may know. */
+static inline __attribute__((always_inline)) float scale_as(const struct stored_matrix *m, const int kind, const int global, int64_t place) {
     const uint8_t *scales = m->part[SCALES];
     uint16_t half;
     float scale;
-    switch (scale_kind(m)) {
+    switch (kind) {
     case SCALE_F32: memcpy(&scale, scales + 4 * place, 4); break;
     case SCALE_BF16: memcpy(&half, scales + 2 * place, 2), scale = load_bf16(half); break;
     case SCALE_F16: memcpy(&half, scales + 2 * place, 2), scale = float_of_f16(half); break;
@@ -59,18 +60,20 @@ static inline float scale_at(const struct stored_matrix *m, int64_t place) {
     case SCALE_EXP2: scale = float_of_exponent(scales[place]); break;
     default: scale = half_of_exponent(scales[place]);
     }
-    if (global_kind(m) == GLOBAL_NONE) return scale;
+    if (global == GLOBAL_NONE) return scale;
     float common;
     memcpy(&common, m->part[GLOBAL], 4);
-    return global_kind(m) == GLOBAL_MULTIPLIES ? scale * common : scale / common;
+    return global == GLOBAL_MULTIPLIES ? scale * common : scale / common;
 }
+
+static inline float scale_at(const struct stored_matrix *m, int64_t place) { return scale_as(m, scale_kind(m), global_kind(m), place); }
 
 /* What a code's value is multiplied by before anything else. */
 static inline float value_factor(const struct stored_matrix *m) { return scale_kind(m) == SCALE_LDEXP ? 2.0f : 1.0f; }
 
 /* The code of the zero at one place of the grid. */
 static inline int zero_code_at(const struct stored_matrix *m, int64_t down, int64_t across) {
-    int64_t width = scales_across(m);
+    int64_t width = m->across;
     int bits = m->form == NIBBLES ? 4 : 8, in_word = 32 / bits;
     if (zero_kind(m) == ZERO_BYTES) return m->part[ZEROS][down * width + across] & ((1 << bits) - 1);
     uint32_t word;
@@ -82,11 +85,6 @@ static inline int zero_code_at(const struct stored_matrix *m, int64_t down, int6
 static inline uint16_t round_product(const struct stored_matrix *m, float product) {
     if (product_kind(m) == PRODUCT_F16) product = round_f16(product);
     return round_bf16(product);
-}
-
-static inline int64_t row_bytes(const struct stored_matrix *m) {
-    int bits = m->form == NIBBLES ? 4 : 8, unit = is_word_aligned(m) ? 4 : 1;
-    return (m->columns * bits + 8 * unit - 1) / (8 * unit) * unit;
 }
 
 #ifdef __AVX512BW__
