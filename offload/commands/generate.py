@@ -101,7 +101,7 @@ def _continue(
     from ..serve.text import expect_room, open_text
 
     quiet_transformers()
-    folder = local_folder(model)
+    folder = local_folder(model, announce=screen.stage)
     text = open_text(folder)
     prompt_ids = Prompts(folder, text, options).ids(prompt)
     expect_room(len(prompt_ids), max_new_tokens, options.context)
