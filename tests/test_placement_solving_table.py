@@ -86,6 +86,7 @@ REFUSALS: dict[str, dict[str, str]] = {
     "random": {},
     "eplb": {},
     "eplb-global": {},
+    "first": {},
     "biased": {},
     "lpt": {},
     "search": {},

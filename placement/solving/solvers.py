@@ -12,6 +12,7 @@ from ..contract.certificate import PROVEN
 from ..contract.problem import Problem
 from ..heuristics.baselines import biased_counts_LE, contiguous_LP, random_LP, round_robin_LP
 from ..heuristics.eplb import eplb
+from ..heuristics.first import first_LP
 from ..heuristics.lpt import lpt_LP
 from ..heuristics.replication import slots_of
 from ..objectives import Objective, PartWeights
@@ -65,6 +66,10 @@ def _eplb_map(problem: Problem, groups: int) -> Integer:
     """Groups go to nodes as wholes where nodes are equal; EPLB's arithmetic knows no others, so else it is global."""
     nodes = problem.cluster.num_nodes if groups > 1 and problem.cluster.gpus_per_node is not None else 1
     return eplb(problem.load_WLE.sum(axis=0), problem.num_slots, groups, nodes, problem.num_gpus)
+
+
+def _first(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    return first_LP(problem.load_WLE.sum(axis=0), problem.num_slots, problem.num_gpus)
 
 
 def _biased(problem: Problem, objective: Objective, budget: Budget) -> Integer:
@@ -167,6 +172,7 @@ SOLVERS: dict[str, Solver] = {
     "random": _random,
     "eplb": _eplb,
     "eplb-global": _eplb_global,
+    "first": _first,
     "biased": _biased,
     "lpt": _lpt,
     "search": _search,
