@@ -1,4 +1,4 @@
-"""Quantised checkpoints of the families that publish them: names as their checkpoints have them, two forms in one file."""
+"""Quantised checkpoints as the families that publish them name their tensors; two forms in one file."""
 
 import pytest
 import torch

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.models.auto.auto_factory import _get_model_class
 
 import moe  # noqa: F401  registers our own model type with transformers
@@ -36,6 +37,7 @@ def skeleton_of(path_or_id: str | Path) -> tuple[Any, dict[str, TensorEntry], li
     config = read_config(folder)
     entries, dtype = read_weights(folder, config, "auto")
     skeleton = empty_model(folder, config, dtype)
+    _keep_wide(skeleton, dtype)
     found = match_checkpoint(skeleton, entries)
     expect_plain_weights(folder, skeleton, entries, found)
     dtypes = {name: parameter.dtype for name, parameter in skeleton.state_dict().items()}
@@ -57,6 +59,17 @@ def read_weights(folder: Path, config: Any, dtype: str | torch.dtype) -> tuple[d
     weights = {name: entry for name, entry in entries.items() if not name.endswith(COMPANION_ENDINGS)}
     running = running_dtype_of(dtype, config, weights)
     return plain_view(folder, entries, find_quantisation(folder), running), running
+
+
+def _keep_wide(skeleton: Any, dtype: torch.dtype) -> None:
+    """Give parameters that loading keeps in float32 (scales, sometimes the head) the dtype that they will have."""
+    kept = skeleton._get_dtype_plan(dtype)
+    if not kept:
+        return
+    pattern, names_of_groups, _ = build_glob_alternation(list(kept))
+    for name, parameter in skeleton.named_parameters():
+        if found := pattern.search(name):
+            parameter.data = parameter.data.to(kept[names_of_groups[str(found.lastgroup)]])
 
 
 def empty_model(folder: Path, config: Any, dtype: torch.dtype | None, *, needs_experts: bool = True) -> Any:

@@ -41,7 +41,7 @@ def trace_elements(convert: Convert, shapes: Sequence[tuple[int, ...]], most_run
 
     Args:
         convert: gives one tensor of those of `shapes`, and changes their order only.
-        shapes: of the sources.
+        shapes: what each source is, of one axis or more.
         most_runs: starts that are kept, and one more.
     """
     row_of, column_of = convert(_rows(shapes)), convert(_columns(shapes))

@@ -60,6 +60,9 @@ def fit(
 ) -> None:
     """Say whether a model fits a memory budget, and how many of its experts stay in memory.
 
+    Of a model on the hub, a few MB are downloaded: the config, the index, and the head of each file. With --hardware
+    it also says how fast each way of running the model would be, as a range, and which one is quickest.
+
     The exit code is 0 if it fits and 1 if it does not.
 
     Example: `expertier fit my-model --cpu-memory 6GiB`
@@ -80,12 +83,17 @@ def fit(
         fitted = fit_model(model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, context=context, pack=packed)
     _show_fit(fitted, cpu_memory)
     predicted: dict[str, Any] = {}
+    variants: list[Any] = []
     if fitted.gpu_plan is not None:
         predicted = _gpu_fit(fitted, rates)
     elif rates is not None and fitted.plan is not None:
         predicted = _predict(fitted, rates, arithmetic, hit_rate)
+        variants = _show_variants(fitted, rates)
+    elif fitted.plan is not None:
+        plain_console(soft_wrap=True).print("for speeds, add --hardware FILE of `expertier calibrate`")
     if json_file:
-        write_json(json_file, {"model": model, **fitted.as_json(), "predicted": predicted or None})
+        told = {"predicted": predicted or None, "variants": [variant.as_json() for variant in variants]}
+        write_json(json_file, {"model": model, **fitted.as_json(), **told})
     if fitted.plan is None:
         raise typer.Exit(DOES_NOT_FIT)
 
@@ -103,6 +111,10 @@ def _show_fit(fitted: Any, cpu_memory: str) -> None:
         table.add_row(name, format_size(size))
     console.print(table)
     console.print(f"fits {format_size(fitted.plan.limit_bytes)} with {_held_by(fitted)} in memory")
+    if fitted.forms:
+        held = sum(count * form.expert_bytes for count, form in zip(fitted.plan.num_slots, fitted.forms, strict=True))
+        on_disk = format_size(max(fitted.expert_bytes - held, 0))
+        console.print(f"of the experts, {format_size(held)} stay in RAM and {on_disk} on the disk")
     _warn_of_size(cpu_memory)
 
 
@@ -160,6 +172,21 @@ def _predict(fitted: Any, rates: Rates, arithmetic: str, hit_rate: float | None)
         f"{found.binds} binds: disk {found.disk_s:.3f} s, memory {found.compute_s:.3f} s per token"
     )
     return {"tokens_per_second": 1 / found.token_s, "binds": found.binds, **vars(found)}
+
+
+def _show_variants(fitted: Any, rates: Rates) -> list[Any]:
+    """A line for each way to run the model; gives them."""
+    from ..forecast.variants import variants_of
+
+    found, console = variants_of(fitted, rates), plain_console(soft_wrap=True)
+    for each in found:
+        options = f" ({each.options})" if each.options else ""
+        console.print(
+            f"{each.what}{options}: {format_size(each.expert_bytes)} of experts, {each.share:.0%} in memory; "
+            f"{each.least:.2f} to {each.most:.2f} tok/s, {each.expected:.2f} expected, {each.binds} binds"
+        )
+    console.print(f"quickest within {format_size(fitted.plan.limit_bytes)}: {found[0].what}")
+    return found
 
 
 def _gpu_fit(fitted: Any, rates: Rates | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from routing.ground.hardware import Hardware
 
+from ..checkpoint.location import heads_of
 from ..compute.resident import embedding_bytes
 from ..formats.form import Form
 from ..gpu.cost import GpuPrediction, predict_gpu_decode
@@ -124,7 +125,7 @@ def fit(
     """What `load` would do with these budgets and this packed copy; no GPU has to be there for `gpu_memory`.
 
     Args:
-        path_or_id: a Hugging Face model folder with safetensors weights, or a model id.
+        path_or_id: a Hugging Face model folder, a GGUF file, or a model id, of which only heads are downloaded.
         cpu_memory: the whole budget of the process, or `"auto"`.
         gpu_memory: the whole budget on a GPU; None plans without one.
         context: tokens, prompt and answer together, to keep room for.
@@ -142,7 +143,8 @@ def fit(
         io_threads=io_threads,
         pack=pack,
     )
-    opened = open_headers(path_or_id, pack)
+    with heads_of(path_or_id) as place:
+        opened = open_headers(place, pack)
     if gpu_memory is not None:
         expect_forms_on_gpu(opened.forms)
     division, shortfall = None, None

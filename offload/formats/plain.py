@@ -14,8 +14,8 @@ from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer, Parameter, Source, convert_expert
 from ..checkpoint.tensors import TORCH_DTYPES, TensorEntry
+from ..native.kernel_matrix import KernelMatrix, plain_matrix
 from .form import BLOCK_BYTES, Extent, MatrixForm, PartReader, Region
-from .kernel_matrix import KernelMatrix, plain_matrix
 
 DTYPE_NAMES = {name: stored for stored, name in TORCH_DTYPES.items()}
 

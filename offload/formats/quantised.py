@@ -16,8 +16,8 @@ from ..checkpoint.tensors import TensorEntry
 from ..codes.encoding import Encoding
 from ..codes.expander import has_exact_kernel, kernel_number, kernel_parameters, kernel_parts
 from ..codes.stored_matrix import StoredMatrix
+from ..native.kernel_matrix import KernelMatrix
 from .form import BLOCK_BYTES, Extent, MatrixForm, PartReader, Region
-from .kernel_matrix import KernelMatrix
 from .quantised_parts import (
     Part,
     Piece,

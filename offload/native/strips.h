@@ -5,7 +5,7 @@
 #pragma once
 
 #include "bfloat16.h"
-#include "compressed.h"
+#include "forms/compressed.h"
 #include "forms/bytes.h"
 #include "forms/gguf.h"
 #include "forms/nibbles.h"

@@ -8,7 +8,7 @@ import torch
 
 from ..cache.catalogue import Cache, make_cache
 from ..compute.routed_rows import can_group
-from ..formats.kernel_matrix import KernelMatrix
+from ..native.kernel_matrix import KernelMatrix
 from ..store.reading import Ticket
 from ..store.store import ExpertStore, Slots
 from .counters import AheadCounters

@@ -36,6 +36,11 @@ class Offload:
         return self.plan.num_slots
 
     @property
+    def runtime(self) -> OffloadRuntime:
+        """What computes the experts: slots, counters, store."""
+        return self._runtime
+
+    @property
     def lane(self) -> Any:
         """The GPU's streams; None on the CPU."""
         return None if self._runtime.gpu is None else self._runtime.gpu.lane

@@ -1,11 +1,11 @@
 """The text side of a model folder: its tokenizer, what is wrong with it, and whether a text fits the context."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from moe import ByteText, TokenizerText, text_of
+from moe import ByteText, TokenizerText, save_byte_tokenizer, text_of
 
 from ..checkpoint.gguf.head import has_config_file, is_gguf, read_gguf
 
@@ -82,15 +82,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> ByteText | TokenizerText:
     """
     if is_gguf(folder) and has_config_file(folder) and _has_vocabulary(folder.parent):
         folder = folder.parent
-    _expect_no_code(folder)
-    try:
-        return _text_of_gguf(folder) if is_gguf(folder) else text_of(folder, vocab_size)
-    except ValueError as error:
-        if str(error).startswith(f"model {folder}"):
-            raise
-        raise _unreadable(folder, error) from error
-    except Exception as error:  # tokenizers raises bare Exception, and its files raise whatever they contain
-        raise _unreadable(folder, error) from error
+    return _text_of_gguf(folder) if is_gguf(folder) else text_of(folder, vocab_size)
 
 
 def _has_vocabulary(folder: Path) -> bool:
@@ -104,27 +96,20 @@ def _text_of_gguf(file: Path) -> TokenizerText:
     return TokenizerText(tokenizer_of(read_gguf(file)))
 
 
-def _unreadable(folder: Path, error: Exception) -> ValueError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ValueError(
-        f"model {folder}: its tokenizer cannot be read ({type(error).__name__}: {reason[:200]}); "
-        "copy the tokenizer's files again from where the model came from"
-    )
+def open_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a folder, of transformers; one of bytes for a model of 256 tokens without one.
 
+    Raises:
+        ValueError: as `read_tokenizer`.
+    """
+    text = read_tokenizer(folder, vocab_size)
+    if isinstance(text, TokenizerText):
+        return text.tokenizer
+    from transformers import AutoTokenizer
 
-def _expect_no_code(folder: Path) -> None:
-    """Refuse a tokenizer that is a program; transformers would ask at the terminal whether to run it."""
-    file = folder / "tokenizer_config.json"
-    try:
-        settings: Any = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not JSON ({error}); copy it again") from error
-    auto_map = settings.get("auto_map") if isinstance(settings, dict) else None
-    if auto_map and not (folder / "tokenizer.json").is_file():
-        raise ValueError(
-            f"model {folder}: its tokenizer is Python code in the folder, which is never run; "
-            "put a tokenizer.json there (a fast tokenizer's save_pretrained writes one)"
-        )
+    with TemporaryDirectory() as place:
+        save_byte_tokenizer(Path(place))
+        return AutoTokenizer.from_pretrained(place)
 
 
 def expect_room(prompt_tokens: int, new_tokens: int, context: int) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..tensors import TensorEntry
 from .library import gguf_library
-from .stream import MAX_NAME_BYTES, HeadStream
+from .stream import MAX_NAME_BYTES, CutShort, HeadStream
 
 MAGIC = b"GGUF"
 # version 1 counted in 32 bits; no published file has it any more
@@ -133,26 +133,45 @@ def part_files(file: Path) -> list[Path]:
     return files
 
 
+def head_bytes(opened: BinaryIO, size: int) -> int:
+    """Bytes before the weights of a GGUF file of which the first `size` are here; more than those, if it goes on.
+
+    Raises:
+        ValueError: if it is no GGUF file.
+    """
+    stream = HeadStream(Path("the beginning of the file"), opened, size)
+    try:
+        _read_head(stream)
+    except CutShort:
+        return size + 1
+    return stream.position
+
+
+def _read_head(stream: HeadStream) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], int, int]], int]:
+    """Metadata, tensors as they are described, and the alignment of their data."""
+    if stream.take(4) != MAGIC:
+        raise stream.fault("not a GGUF file")
+    _expect_version(stream)
+    num_tensors, num_values = stream.number("Q"), stream.number("Q")
+    stream.expect_room(num_tensors, LEAST_TENSOR_BYTES, "tensors")
+    stream.expect_room(num_values, LEAST_VALUE_BYTES, "values")
+    metadata: dict[str, Any] = {}
+    for _ in range(num_values):
+        key = stream.text(MAX_NAME_BYTES)
+        if key in metadata:
+            raise stream.fault(f"the metadata has {key} twice")
+        metadata[key] = stream.value(stream.number("I"))
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+        raise stream.fault(f"general.alignment must be a power of 2 up to {MAX_ALIGNMENT}; got {alignment!r}")
+    return metadata, [_tensor(stream) for _ in range(num_tensors)], alignment
+
+
 def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
     size = file.stat().st_size
     with file.open("rb") as opened:
         stream = HeadStream(file, opened, size)
-        if size < len(MAGIC) + 4 + 16 or stream.take(4) != MAGIC:
-            raise ValueError(f"{file}: not a GGUF file, or truncated ({size} bytes)")
-        _expect_version(stream)
-        num_tensors, num_values = stream.number("Q"), stream.number("Q")
-        stream.expect_room(num_tensors, LEAST_TENSOR_BYTES, "tensors")
-        stream.expect_room(num_values, LEAST_VALUE_BYTES, "values")
-        metadata: dict[str, Any] = {}
-        for _ in range(num_values):
-            key = stream.text(MAX_NAME_BYTES)
-            if key in metadata:
-                raise stream.fault(f"the metadata has {key} twice")
-            metadata[key] = stream.value(stream.number("I"))
-        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-            raise stream.fault(f"general.alignment must be a power of 2 up to {MAX_ALIGNMENT}; got {alignment!r}")
-        described = [_tensor(stream) for _ in range(num_tensors)]
+        metadata, described, alignment = _read_head(stream)
         start = -(-stream.position // alignment) * alignment
     entries: dict[str, TensorEntry] = {}
     for entry in _placed(file, described, start, alignment, size):

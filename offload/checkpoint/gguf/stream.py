@@ -27,6 +27,10 @@ NUMBERS = {
 """NumPy's names of the value types that have a fixed size."""
 
 
+class CutShort(ValueError):
+    """The file, or the part of it that is here, ends within its head."""
+
+
 class HeadStream:
     """Reads a GGUF file from its beginning, and never more than the file or MAX_HEAD_BYTES.
 
@@ -41,20 +45,21 @@ class HeadStream:
         self._left = min(size, MAX_HEAD_BYTES)
         self.position = 0
 
-    def fault(self, what: str) -> ValueError:
+    def fault(self, what: str, kind: type[ValueError] = ValueError) -> ValueError:
         """What to raise about this file."""
-        return ValueError(f"{self._file}: {what}; copy the file again")
+        return kind(f"{self._file}: {what}; copy the file again")
 
     def expect_room(self, count: int, nbytes: int, what: str) -> None:
         """Refuse `count` things of `nbytes` bytes or more that cannot be in the rest of the head."""
         if count * nbytes > self._left:
-            raise self.fault(f"not a whole GGUF file: {count} {what} cannot be in the {self._left} bytes that are left")
+            left = f"the {self._left} bytes that are left"
+            raise self.fault(f"not a whole GGUF file: {count} {what} cannot be in {left}", CutShort)
 
     def take(self, nbytes: int) -> bytes:
         self.expect_room(nbytes, 1, "bytes")
         data = self._stream.read(nbytes)
         if len(data) != nbytes:
-            raise self.fault("the file ends within its head")
+            raise self.fault("the file ends within its head", CutShort)
         self.position += nbytes
         self._left -= nbytes
         return data

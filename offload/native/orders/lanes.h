@@ -6,7 +6,7 @@
 #pragma once
 
 #include "inputs.h"
-#include "strips.h"
+#include "../strips.h"
 
 /* --- 16 float32 numbers ------------------------------------------------------------------------------------------ */
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "inputs.h"
-#include "strips.h"
+#include "../strips.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 int expertier_has_pairs(void) { return 1; }

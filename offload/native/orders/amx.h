@@ -5,7 +5,7 @@
 #pragma once
 
 #include "inputs.h"
-#include "strips.h"
+#include "../strips.h"
 
 struct tile_config {
     uint8_t palette, start_row, reserved[14];

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "bfloat16.h"
+#include "../bfloat16.h"
 
 enum { X_ROWS = 16 };
 
