@@ -178,8 +178,11 @@ def turned_integers(
     return stored, plain
 
 
-def nf4(weight, generator):
-    """bitsandbytes, as its own code for CPUs computes: a table of float32 times the largest of each 64."""
+def nf4(weight, generator, *, is_nested=False):
+    """bitsandbytes, as its own code for CPUs computes: a table of float32 times the largest of each 32.
+
+    Nested scales are codes of a table themselves, times a scale for each 4 of them, and an offset.
+    """
     import json
 
     from offload.codes.decode import NF4
@@ -187,11 +190,17 @@ def nf4(weight, generator):
     rows, columns = weight.shape
     codes = torch.randint(0, 256, (rows * columns // 2, 1), dtype=torch.uint8, generator=generator)
     absmax = 0.1 * torch.rand(rows * columns // 32, generator=generator)
+    beside = {"absmax": absmax, "quant_map": torch.tensor(NF4)}
+    state = {"quant_type": "nf4", "blocksize": 32, "dtype": "bfloat16", "shape": [rows, columns]}
+    if is_nested:
+        table, block = torch.linspace(-1, 1, 256), 0.1 * torch.rand(-(-len(absmax) // 4), generator=generator)
+        code = torch.randint(0, 256, absmax.shape, dtype=torch.uint8, generator=generator)
+        state |= {"nested_blocksize": 4, "nested_dtype": "float32", "nested_offset": 0.04321}
+        absmax = table[code.long()] * block.repeat_interleave(4)[: len(code)] + 0.04321
+        beside |= {"absmax": code, "nested_absmax": block, "nested_quant_map": table}
     number = torch.stack((codes >> 4, codes & 15), dim=-1).view(-1, 32).long()
     plain = (torch.tensor(NF4)[number] * absmax[:, None]).to(BF16).view(rows, columns)
-    state = {"quant_type": "nf4", "blocksize": 32, "dtype": "bfloat16", "shape": [rows, columns]}
-    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    beside = {"absmax": absmax, "quant_map": torch.tensor(NF4), "quant_state.bitsandbytes__nf4": text}
+    beside["quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return {"weight": codes, **{f"weight.{name}": tensor for name, tensor in beside.items()}}, plain
 
 
@@ -235,6 +244,7 @@ FORMATS = {
     "gptq v2": ("gptq", GPTQ | {"checkpoint_format": "gptq_v2"}, partial(turned_integers, is_older=False)),
     "awq": ("awq", {"quant_method": "awq", "bits": 4, "group_size": 32}, partial(turned_integers, by="awq")),
     "nf4": ("nf4", {"quant_method": "bitsandbytes", "load_in_4bit": True}, nf4),
+    "nf4 nested": ("nf4", {"quant_method": "bitsandbytes", "load_in_4bit": True}, partial(nf4, is_nested=True)),
     "int8 rows": ("int8", _groups(num_bits=8, type="int", strategy="channel"), int8_rows),
 }
 """What a form is called, what config.json says, and what writes a matrix."""

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 import offload
+from offload.checkpoint.model_folder import read_config, read_weights
 from tests.quantised_checkpoints import logits_of, write_plain, write_tensors
 from tests.quantised_formats import FORMATS, fp8_blocks, packed_integers
 from tests.test_offload_formats_quantised import TOKENS, config_of, is_quantised, make_folders, quantise
@@ -179,6 +180,15 @@ def test_wherever_the_quantisation_is_described(tmp_path, place):
         (folder / place).write_text(json.dumps(quantization))
     resident = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")
     assert torch.equal(logits_of(offload.load(folder, cache_experts=2), TOKENS), logits_of(resident, TOKENS))
+
+
+def test_scales_do_not_decide_the_dtype_of_a_model(fp8):
+    config = json.loads((fp8 / "config.json").read_text())
+    del config["dtype"]
+    (fp8 / "config.json").write_text(json.dumps(config))
+    change(fp8, lambda tensors: tensors.update({"a.weight_scale": torch.ones(1)}))
+    _, dtype = read_weights(fp8, read_config(fp8), "auto")
+    assert dtype == torch.bfloat16
 
 
 def test_fused_experts_of_a_composite_model(tmp_path):

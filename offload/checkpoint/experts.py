@@ -186,7 +186,10 @@ def _sources(
                 f"{pattern or full_name}, the first is {group[0].name} {list(group[0].shape)}"
             )
         if len({(entry.shape, entry.dtype, entry.layout) for entry in group}) != 1:
-            raise ValueError(f"{full_name}: the experts' tensors {pattern} differ in shape, dtype or stored form")
+            raise ValueError(
+                f"{full_name}: the experts' tensors {pattern} differ in shape, dtype or stored form; "
+                "`expertier dequantise` writes a plain copy of experts that are quantised differently"
+            )
         sources.append(Source(pattern or full_name, tuple(group) * (num_experts if is_fused else 1), is_fused))
     patterns = [pattern for pattern in by_pattern if pattern is not None]
     return tuple(sources), converters[patterns[0]] if patterns else None

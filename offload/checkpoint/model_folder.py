@@ -18,6 +18,7 @@ from .gguf.head import has_config_file, is_gguf, read_gguf
 from .location import check_config_file, local_folder, read_json
 from .plain_weights import expect_plain_weights
 from .quantised.description import find_quantisation, without_quantisation
+from .quantised.spellings import COMPANION_ENDINGS
 from .quantised.view import plain_view
 from .tensors import PLAIN_DTYPES, TensorEntry, read_checkpoint
 
@@ -54,7 +55,9 @@ def read_weights(folder: Path, config: Any, dtype: str | torch.dtype) -> tuple[d
         ValueError: if files are missing or damaged, or codes lack a companion.
     """
     entries = read_checkpoint(folder)
-    running = running_dtype_of(dtype, config, entries)
+    # scales are float32 beside weights that are not
+    weights = {name: entry for name, entry in entries.items() if not name.endswith(COMPANION_ENDINGS)}
+    running = running_dtype_of(dtype, config, weights)
     return plain_view(folder, entries, find_quantisation(folder), running), running
 
 

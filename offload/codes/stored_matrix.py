@@ -8,7 +8,11 @@ import torch
 from .decode import decode
 from .encoding import Encoding
 from .expander import expand
+from .nested import NestedEncoding
 from .turned import TurnedEncoding
+
+AnyEncoding = Encoding | TurnedEncoding | NestedEncoding
+"""The last two become the first when they are expanded or packed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,7 +26,7 @@ class StoredMatrix:
         parts: uint8 and contiguous, by role.
     """
 
-    encoding: Encoding | TurnedEncoding
+    encoding: AnyEncoding
     rows: int
     columns: int
     parts: Mapping[str, torch.Tensor]
@@ -40,11 +44,13 @@ class StoredMatrix:
             is_transposed: write the transpose.
         """
         shape, encoding, parts = (self.rows, self.columns), self.encoding, self.parts
+        if not isinstance(encoding, Encoding) and encoding.is_in_order(parts, self.columns):
+            self.packed().expand(out, is_transposed=is_transposed)
+            return
         if isinstance(encoding, TurnedEncoding):
-            if encoding.is_in_order(parts, self.columns):
-                self.packed().expand(out, is_transposed=is_transposed)
-                return
             plain = encoding.decode(parts, *shape, out.dtype)
+        elif isinstance(encoding, NestedEncoding):
+            raise AssertionError("scales of scales are always in order")
         elif out.dtype == torch.bfloat16 and expand(encoding, parts, *shape, out, is_transposed=is_transposed):
             return
         else:
@@ -57,7 +63,7 @@ class StoredMatrix:
         Raises:
             ValueError: if its columns are sorted by activation, so that groups are not neighbours.
         """
-        if not isinstance(self.encoding, TurnedEncoding):
+        if isinstance(self.encoding, Encoding):
             return self
         if not self.encoding.is_in_order(self.parts, self.columns):
             raise ValueError(

@@ -18,8 +18,16 @@ from ..codes.expander import has_exact_kernel, kernel_number, kernel_parameters,
 from ..codes.stored_matrix import StoredMatrix
 from ..native.kernel_matrix import KernelMatrix
 from .form import BLOCK_BYTES, Extent, MatrixForm, PartReader, Region
-from .quantised_parts import Piece, encodings_of, pieces_of
-from .quantised_slots import Part, parts_in_files, parts_in_record, places_of, rounded
+from .quantised_parts import (
+    Part,
+    Piece,
+    encodings_of,
+    parts_in_files,
+    parts_in_record,
+    pieces_of,
+    places_of,
+    rounded,
+)
 
 
 @dataclass(frozen=True)

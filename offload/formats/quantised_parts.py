@@ -1,13 +1,15 @@
 """The stored parts of an expert's matrices: which there are, where each lies in the files, and where in a slot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..checkpoint.experts import ExpertLayer, Parameter, Source
 from ..checkpoint.quantised.entry import Place, QuantisedEntry
 from ..checkpoint.tensors import TensorEntry
-from ..codes.encoding import Encoding
-from ..codes.turned import TurnedEncoding
+from ..codes.stored_matrix import AnyEncoding
+
+ALIGNMENT_BYTES = 64
+"""Of a part in a record: a cache line, and a register of AVX-512."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,7 +27,7 @@ class Piece:
     """
 
     source: Source
-    encoding: Encoding | TurnedEncoding | None
+    encoding: AnyEncoding | None
     first_row: int
     target_row: int
     rows: int
@@ -116,3 +118,64 @@ def _not_in_place(parameter: Parameter, reason: str) -> str:
 def encodings_of(pieces: Sequence[Piece]) -> set[str]:
     """Names of the stored forms that pieces have; plain ones have none."""
     return {piece.encoding.form for piece in pieces if piece.encoding is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part of one piece: where it begins in its region of a slot."""
+
+    parameter: str
+    piece: int
+    role: str
+    nbytes: int
+    region: int
+    inside: int
+
+
+def _numbered(pieces: Mapping[str, tuple[Piece, ...]]) -> Iterator[tuple[str, int, Piece]]:
+    for name, several in pieces.items():
+        for number, piece in enumerate(several):
+            yield name, number, piece
+
+
+def places_of(pieces: Mapping[str, tuple[Piece, ...]], expert: int) -> dict[tuple[str, int, str], Place]:
+    return {
+        (name, number, role): place
+        for name, number, piece in _numbered(pieces)
+        for role, place in piece.places(expert).items()
+    }
+
+
+def parts_in_record(pieces: Mapping[str, tuple[Piece, ...]]) -> tuple[Part, ...]:
+    parts, inside = [], 0
+    for name, number, piece in _numbered(pieces):
+        for role, nbytes in piece.part_bytes.items():
+            parts.append(Part(parameter=name, piece=number, role=role, nbytes=nbytes, region=0, inside=inside))
+            inside += rounded(nbytes)
+    return tuple(parts)
+
+
+def parts_in_files(pieces: Mapping[str, tuple[Piece, ...]], num_experts: int) -> tuple[Part, ...]:
+    """By their place in the files; neighbours of every expert share a region."""
+    places_E = [places_of(pieces, expert) for expert in range(num_experts)]
+    keys = sorted(places_E[0], key=lambda key: (str(places_E[0][key][0].file), places_E[0][key][1]))
+    parts: list[Part] = []
+    before = None
+    for key in keys:
+        nbytes = places_E[0][key][2]
+        if before is not None and all(_follows(places[before], places[key]) for places in places_E):
+            region, inside = parts[-1].region, parts[-1].inside + parts[-1].nbytes
+        else:
+            region, inside = (parts[-1].region + 1 if parts else 0), 0
+        name, number, role = before = key
+        parts.append(Part(parameter=name, piece=number, role=role, nbytes=nbytes, region=region, inside=inside))
+    return tuple(parts)
+
+
+def _follows(before: Place, after: Place) -> bool:
+    return before[0].file == after[0].file and before[1] + before[2] == after[1]
+
+
+def rounded(nbytes: int) -> int:
+    """A whole multiple of the alignment of parts."""
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

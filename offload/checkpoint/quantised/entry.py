@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from ...codes.encoding import Encoding
-from ...codes.stored_matrix import StoredMatrix
-from ...codes.turned import TurnedEncoding
+from ...codes.stored_matrix import AnyEncoding, StoredMatrix
 from ..tensors import StoredTensor, TensorEntry, read_into
 
 Place = tuple[TensorEntry, int, int]
@@ -29,7 +27,7 @@ class QuantisedEntry(TensorEntry):
         is_transposed: whether the plain tensor holds the transposes of the stored matrices.
     """
 
-    encoding: Encoding | TurnedEncoding
+    encoding: AnyEncoding
     parts: Mapping[str, TensorEntry]
     rows: int
     columns: int

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ...codes.encoding import Encoding
-from ...codes.turned import TurnedEncoding
+from ...codes.stored_matrix import AnyEncoding
 from ..tensors import TensorEntry
 
 SCALE_NAMES = {"F32": "F32", "BF16": "BF16", "F16": "F16", "F8_E4M3": "E4M3", "F8_E8M0": "E8M0", "U8": "EXP2"}
@@ -15,7 +14,7 @@ Companions = Mapping[str, TensorEntry]
 class Found:
     """A quantised tensor whose encoding is known; `shape` is that of the plain tensor."""
 
-    encoding: Encoding | TurnedEncoding
+    encoding: AnyEncoding
     shape: tuple[int, ...]
     rows: int
     columns: int

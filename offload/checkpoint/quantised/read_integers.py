@@ -4,6 +4,8 @@ from dataclasses import replace
 from math import prod
 
 from ...codes.encoding import Encoding
+from ...codes.nested import NestedEncoding
+from ...codes.stored_matrix import AnyEncoding
 from ...codes.turned import WORD_BITS, TurnedEncoding
 from ..tensors import TensorEntry
 from .description import Quantisation
@@ -75,14 +77,24 @@ def turned_integers(codes: TensorEntry, companions: Companions, described: Quant
 
 def quantiles(codes: TensorEntry, companions: Companions, described: Quantisation) -> Found:
     """bitsandbytes: nf4 over the rows one after the other, the high half of a byte first."""
-    if "nested" in companions:
-        raise ValueError(
-            f"{companions['nested'].name}: scales that are quantised themselves (bnb_4bit_use_double_quant) are not "
-            "known here"
-        )
     expect_quantiles(companions["map"])
-    rows, columns, size, dtype = nf4_state(companions["state"])
-    if columns % size or companions["scales"].dtype != "F32":
-        raise ValueError(f"{said(codes)}: rows of {columns} in groups of {size}, which are cut, or scales of no F32")
-    encoding = Encoding(codes="nf4", group_rows=1, group_columns=size, scale="F32", product=dtype, is_high_first=True)
+    state = nf4_state(companions["state"])
+    rows, columns = state.shape
+    is_nested = state.block_groups > 0
+    if columns % state.group_columns or companions["scales"].dtype != ("U8" if is_nested else "F32"):
+        raise ValueError(
+            f"{said(companions['scales'])}: not a scale for each {state.group_columns} columns of {codes.name} "
+            f"[{rows}, {columns}], none of which crosses a row"
+        )
+    encoding: AnyEncoding = NestedEncoding(
+        group_columns=state.group_columns,
+        block_groups=state.block_groups,
+        offset=state.offset,
+        product=state.product,
+    )
+    if not is_nested:
+        encoding = encoding.packed
+    for role in ("nested", "table") if is_nested else ():
+        if role not in companions or companions[role].dtype != "F32":
+            raise ValueError(f"{codes.name}: has no {role} scales of F32 beside it, which its state names")
     return Found(encoding=encoding, shape=(rows, columns), rows=rows, columns=columns)

@@ -67,7 +67,7 @@ SPELLINGS = (
         ending="",
         dtypes=("U8",),
         needed={"scales": (".absmax",), "state": (".quant_state.bitsandbytes__nf4",), "map": (".quant_map",)},
-        optional={"nested": (".nested_absmax",)},
+        optional={"nested": (".nested_absmax",), "table": (".nested_quant_map",)},
         read=quantiles,
     ),
     Spelling(

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import dataclass
 
 import torch
 
@@ -56,8 +57,19 @@ def expect_quantiles(entry: TensorEntry) -> None:
         raise ValueError(f"{entry.name} {entry.dtype} {list(entry.shape)}: not the sixteen numbers of nf4")
 
 
-def nf4_state(entry: TensorEntry) -> tuple[int, int, int, str]:
-    """Rows, columns, columns of a group, and the dtype of products, of the JSON that bitsandbytes stores as bytes.
+@dataclass(frozen=True, kw_only=True)
+class Nf4State:
+    """What bitsandbytes says of an nf4 matrix; `block_groups` is 0 if its scales are plain."""
+
+    shape: tuple[int, int]
+    group_columns: int
+    product: str
+    block_groups: int
+    offset: float
+
+
+def nf4_state(entry: TensorEntry) -> Nf4State:
+    """The JSON that bitsandbytes stores as bytes.
 
     Raises:
         ValueError: if it says something else.
@@ -66,9 +78,16 @@ def nf4_state(entry: TensorEntry) -> tuple[int, int, int, str]:
         raise ValueError(f"{entry.name} {entry.dtype} {list(entry.shape)}: expected a short text in bytes")
     try:
         state = json.loads(bytes(read_tensor(entry).tolist()))
-        (rows, columns), size, dtype = state["shape"], state["blocksize"], PRODUCTS[state["dtype"]]
-        if state["quant_type"] != "nf4" or min(rows, columns, size) < 1:
+        rows, columns = (int(length) for length in state["shape"])
+        found = Nf4State(
+            shape=(rows, columns),
+            group_columns=int(state["blocksize"]),
+            product=PRODUCTS[state["dtype"]],
+            block_groups=int(state.get("nested_blocksize", 0)),
+            offset=float(state.get("nested_offset", 0.0)),
+        )
+        if state["quant_type"] != "nf4" or min(rows, columns, found.group_columns) < 1 or found.block_groups < 0:
             raise ValueError("not nf4, or of no size")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{entry.name}: not the state of an nf4 matrix ({error})") from error
-    return int(rows), int(columns), int(size), dtype
+    return found

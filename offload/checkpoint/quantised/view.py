@@ -12,7 +12,7 @@ from .entry import QuantisedEntry
 from .found import Found
 from .spellings import COMPANION_ENDINGS, IGNORED_ENDINGS, SPELLINGS, Spelling
 
-PART_ROLES = ("scales", "zeros", "global", "order")
+PART_ROLES = ("scales", "zeros", "global", "order", "nested", "table")
 CODE_DTYPES = frozenset(dtype for spelling in SPELLINGS for dtype in spelling.dtypes)
 STORED_DTYPES = {name: stored for stored, name in TORCH_DTYPES.items()}
 
