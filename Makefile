@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all lint files format clean
+.PHONY: demo test test-all gpu lint files format clean
 
 demo: $(INSTALLED)
 	$(BIN)/expertier demo
@@ -13,6 +13,10 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -m "slow or not slow"
+
+# on a machine with an NVIDIA GPU; OUT=folder says where logs and records go. Without a GPU: exit code 3 of the program
+gpu:
+	$(PYTHON) -m experiments.gpu_session $(if $(OUT),--out $(OUT))
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -33,4 +37,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-gpu build *.egg-info

@@ -20,11 +20,15 @@ from .bench.leverage import leverage
 from .bench.memory_layers import bench_memory_layers
 from .bench.offloading.bench import bench_offload
 from .bench.placement_solvers import bench_placement
+from .bench.placement_tiers import bench_tiers
 from .bench.routers import routers as bench_routers
 from .bench.serving.bench import bench_serve
+from .bench.step import bench_step
 from .bench.training import bench_train
 from .compare.command import compare
 from .demo.command import demo
+from .placed.command import place_run
+from .placed.serving import PROCESSES
 from .train.command import train
 
 app = typer.Typer(
@@ -45,6 +49,7 @@ CLOSED_PIPE = 141
 EXTRAS = dict.fromkeys(("torch", "transformers", "safetensors", "pyarrow"), "torch") | dict.fromkeys(
     ("jax", "flax", "optax", "einops"), "jax"
 )
+EXTRAS |= dict.fromkeys(("fastapi", "uvicorn", "llguidance", "prometheus_client", "prompt_toolkit", "httpx"), "serve")
 
 
 def _print_version(wanted: bool) -> None:
@@ -78,11 +83,15 @@ bench.command("offload")(bench_offload)
 bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)
 bench.command("serve")(bench_serve)
+bench.command("tiers")(bench_tiers)
+bench.command("step")(bench_step)
 bench.command("train")(bench_train)
 app.add_typer(bench, name="bench")
+offload.cli.join_processes(PROCESSES)
 offload.cli.join_trace(routing.cli.trace_app)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)
+placement.cli.app.command("run")(place_run)
 app.add_typer(placement.cli.app, name="place")
 
 
@@ -90,40 +99,41 @@ PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_opt
 
 
 @app.command("export", context_settings=PASSED_ON)
-def export(context: typer.Context) -> None:
+def export(context: typer.Context) -> int | None:
     """Write a trained model as a native transformers family, so that other engines load it unchanged."""
-    _pass_on("export", context)
+    return _pass_on("export", context)
 
 
 @app.command("convert", context_settings=PASSED_ON)
-def convert(context: typer.Context) -> None:
+def convert(context: typer.Context) -> int | None:
     """Turn a trained mixture of experts into one whose experts share low-rank projections."""
-    _pass_on("convert", context)
+    return _pass_on("convert", context)
 
 
 @app.command("refactor", context_settings=PASSED_ON)
-def refactor(context: typer.Context) -> None:
+def refactor(context: typer.Context) -> int | None:
     """Cut a small dense model into experts by domain, with one router over token ids for all layers."""
-    _pass_on("refactor", context)
+    return _pass_on("refactor", context)
 
 
 @app.command("prune", context_settings=PASSED_ON)
-def prune(context: typer.Context) -> None:
+def prune(context: typer.Context) -> int | None:
     """Keep some experts of each layer of a trained model: those most used in a trace, or random ones."""
-    _pass_on("prune", context)
+    return _pass_on("prune", context)
 
 
 @app.command("join", context_settings=PASSED_ON)
-def join(context: typer.Context) -> None:
+def join(context: typer.Context) -> int | None:
     """Put the experts of two trained models of one backbone beside each other."""
-    _pass_on("join", context)
+    return _pass_on("join", context)
 
 
-def _pass_on(command: str, context: typer.Context) -> None:
+def _pass_on(command: str, context: typer.Context) -> int | None:
+    """The exit code of a command of `moe`: 130 after Ctrl-C, which Typer returns rather than raises."""
     # importing moe imports torch and transformers, which `expertier --help` and `expertier place` do without
     import moe.cli
 
-    moe.cli.app([command, *context.args], prog_name="expertier", standalone_mode=False)
+    return moe.cli.app([command, *context.args], prog_name="expertier", standalone_mode=False)
 
 
 def main() -> None:

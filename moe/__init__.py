@@ -20,6 +20,7 @@ from .parts.config import MoEConfig
 from .parts.flops import LayerFlops, projection_flops
 from .parts.linear import Linear
 from .parts.text import ByteText, TokenizerText, save_byte_tokenizer, text_of
+from .parts.tokenizer_files import open_tokenizer
 
 __all__ = [
     "ARCHITECTURES",
@@ -50,6 +51,7 @@ __all__ = [
     "grouped_experts",
     "join",
     "most_used",
+    "open_tokenizer",
     "projection_flops",
     "prune",
     "save_byte_tokenizer",

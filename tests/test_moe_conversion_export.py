@@ -1,5 +1,8 @@
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe import ARCHITECTURES, MoEForCausalLM, save_byte_tokenizer
@@ -7,6 +10,7 @@ from moe.cli import app
 from moe.conversion import export as export_module
 from moe.conversion.export import export
 from moe.conversion.same_function import TOLERANCE, expect_same_function
+from moe.conversion.source import INDEX_NAME, _files
 from moe.conversion.staging import staged_folder
 from routing import ROUTERS
 
@@ -135,6 +139,46 @@ def test_unknown_families_are_refused_with_the_nearest_name_before_the_model_is_
     (tmp_path / "a/config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"unknown family 'qwen3' \(did you mean 'qwen3_moe'"):
         app(["export", str(tmp_path / "a"), "--to", "qwen3", "--out", str(tmp_path / "b")], standalone_mode=False)
+
+
+def test_an_interrupted_export_ends_with_130(tiny_config, tmp_path, run, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    MoEForCausalLM(tiny_config(vocab_size=256)).save_pretrained(tmp_path / "a")
+    monkeypatch.setattr(export_module, "export", interrupt)
+    assert run("export", tmp_path / "a", "--to", "qwen3_moe", "--out", tmp_path / "b") == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+CODE = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["export", "own", "--to", "qwen3_moe"],
+        ["convert", "own", "--to", "latent", "--group", "2", "--rank", "4"],
+        ["refactor", "own", "--data", "t.txt", "--data", "t.txt"],
+        ["prune", "own", "--keep", "2"],
+        ["join", "own", "own"],
+    ],
+)
+def test_code_in_the_folder_is_never_run(tmp_path, run, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/config.json").write_text(json.dumps(CODE))
+    (tmp_path / "own/code.py").write_text("raise SystemExit('the code has run')")
+    (tmp_path / "t.txt").write_text("a text " * 200)
+    assert run(*command, "--out", "out") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "model type 'own' is Python code in the folder, which is never run" in said
+
+
+def test_one_file_wins_over_a_stale_index(tmp_path):
+    (tmp_path / INDEX_NAME).write_text('{"weight_map": {"a": "gone-00001-of-00001.safetensors"}}')
+    save_file({"b": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert _files(tmp_path) == {"b": tmp_path / "model.safetensors"}
 
 
 def test_a_folder_appears_whole_or_not_and_leftovers_of_a_kill_go(tmp_path):

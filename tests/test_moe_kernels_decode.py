@@ -13,6 +13,7 @@ from moe.kernels.launching.tuned import chosen_tiles
 from moe.kernels.weights.activation import Activation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 GPT_OSS = Activation(alpha=1.702, limit=0.5, shift=1.0)
 FORMATS = ("int8", "int4", "fp8", "fp8_block")
 

@@ -10,6 +10,7 @@ from moe.kernels.decode import rows as decode_module
 from moe.kernels.weights.activation import Activation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 E, K, C = 5, 2, 2
 GPT_OSS = Activation("silu", alpha=1.702, limit=7.0, shift=1.0)
 

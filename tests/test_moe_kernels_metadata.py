@@ -12,6 +12,7 @@ from moe.kernels.grouped.metadata_kernels import PADDING, UNUSED
 from moe.kernels.launching.launch import execute
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 
 
 def check(expert_TK, slots, num_experts, num_slots, block_m):

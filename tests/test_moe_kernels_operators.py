@@ -18,6 +18,7 @@ from moe.kernels.weights.flat import FlatWeights, flatten, unflatten
 from moe.kernels.weights.quantise import FORMATS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 
 
 def tensors(T=5, D=16, F=16, E=3, K=2):

@@ -10,6 +10,7 @@ from moe.kernels.weights.activation import Activation
 from moe.kernels.weights.quantise import FORMATS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 GPT_OSS = Activation(alpha=1.702, limit=0.5, shift=1.0)
 
 

@@ -9,6 +9,7 @@ from moe.kernels import ExpertWeights, compute_experts
 from moe.kernels.weights.activation import INNER, Activation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 E = 5
 GPT_OSS = Activation(alpha=1.702, limit=0.5, shift=1.0)
 

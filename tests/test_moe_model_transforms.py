@@ -27,7 +27,11 @@ def smallest_sizes(monkeypatch):
     """Every size is large enough for our own autograd functions, and oneDNN multiplies where there is one."""
     monkeypatch.setattr(moe.parts.cpu_training, "FEWEST_NUMBERS", 0)
     monkeypatch.setattr("moe.experts.grouped.BLOCKWISE_ROWS", 0)
-    monkeypatch.setattr(moe.parts.linear, "mkl_is_half_as_wide", torch.backends.mkldnn.is_available)
+    monkeypatch.setattr(
+        moe.parts.linear,
+        "library_of",
+        lambda dtype: "onednn" if dtype == torch.float32 and torch.backends.mkldnn.is_available() else "torch",
+    )
 
 
 class Rotation(nn.Module):

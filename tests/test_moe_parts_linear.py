@@ -8,14 +8,18 @@ from torch import nn
 
 import moe.parts.cpu_training
 import moe.parts.linear
-from moe.parts.linear import Linear, matmul, mkl_is_half_as_wide
+from moe.parts.linear import Linear, builds_primitives, matmul
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
 
+def _onednn_for_float32(dtype):
+    return "onednn" if dtype == torch.float32 else "torch"
+
+
 @pytest.fixture
 def onednn(monkeypatch):
-    monkeypatch.setattr(moe.parts.linear, "mkl_is_half_as_wide", lambda: True)
+    monkeypatch.setattr(moe.parts.linear, "library_of", _onednn_for_float32)
     monkeypatch.setattr(moe.parts.cpu_training, "FEWEST_NUMBERS", 1)
 
 
@@ -33,7 +37,7 @@ def test_any_layout_is_torchs_product(N, I, O, layouts):
     right = torch.randn(O, I).T if turns_right else torch.randn(I, O)
     out = {"new": None, "rows": torch.empty(N, O), "columns": torch.empty(O, N).T}[out_layout]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe.parts.linear, "mkl_is_half_as_wide", lambda: True)
+        patch.setattr(moe.parts.linear, "library_of", _onednn_for_float32)
         found = matmul(left, right, out=out)
     assert out is None or found is out
     torch.testing.assert_close(found, left @ right, rtol=1e-5, atol=1e-5)
@@ -75,18 +79,40 @@ def test_other_dtypes_autocast_and_inference_have_torchs_bits(onednn):
     assert torch.equal(matmul(x_NI.double(), wide.weight.T), x_NI.double() @ wide.weight.T)
 
 
-@pytest.mark.parametrize(
-    ("vendor", "capability", "expected"),
-    [
-        ("AuthenticAMD", "AVX512", True),
-        ("GenuineIntel", "AVX512", False),
-        ("AuthenticAMD", "AVX2", False),
-        ("", "AVX512", False),
-    ],
-)
-def test_who_is_asked_follows_from_the_processor(vendor, capability, expected, monkeypatch):
-    monkeypatch.setattr(moe.parts.linear, "processor_fact", lambda _name: vendor)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert mkl_is_half_as_wide.__wrapped__() is expected
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_widened_product_is_rounded_once(monkeypatch, dtype):
+    """On processors without bfloat16 products the factors are widened; float32 itself has nothing to widen to."""
+    monkeypatch.setattr(moe.parts.linear, "library_of", lambda _: "float32")
+    left, right = torch.randn(33, 65).to(dtype), torch.randn(65, 17).to(dtype)
+    assert torch.equal(matmul(left, right), (left.float() @ right.float()).to(dtype))
+    out = torch.empty(17, 33, dtype=dtype).T
+    assert matmul(left, right, out=out) is out
+    assert torch.equal(out, (left.float() @ right.float()).to(dtype))
+
+
+@pytest.mark.parametrize("library", ["torch", "float32"])
+def test_experts_in_bfloat16_learn_by_either_library(monkeypatch, tolerance, library):
+    from moe.experts.blockwise import blockwise_experts
+
+    monkeypatch.setattr(moe.parts.linear, "library_of", lambda _: library)
+    T, D, F, E = 40, 16, 24, 3
+    leaves = [torch.randn(size).mul(0.3).requires_grad_() for size in ((T, D), (T, 1), (E, D, 2 * F), (E, F, D))]
+    order_N = torch.arange(T)
+    ends, price = [15, 15, T], torch.randn(T, D)
+    found = blockwise_experts(*leaves, order_N, ends, torch.bfloat16)
+    x_TD, combine_T1, up_EDO, down_EFD = leaves
+    rows = []
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        gate, up = (x_TD[start:end] @ up_EDO[expert]).chunk(2, dim=1)
+        rows.append((nn.functional.silu(gate) * up) @ down_EFD[expert] * combine_T1[start:end])
+    wanted = torch.cat(rows)
+    torch.testing.assert_close(found, wanted, **tolerance[torch.bfloat16])
+    for got, right in zip(*(torch.autograd.grad((y * price).sum(), leaves) for y in (found, wanted)), strict=True):
+        torch.testing.assert_close(got, right, atol=5e-2, rtol=5e-2)
+
+
+def test_who_builds_primitives(monkeypatch):
+    x, half = torch.ones(1), torch.ones(1, dtype=torch.bfloat16)
+    for library, expected in (("torch", (False, True)), ("float32", (False, False)), ("onednn", (True, True))):
+        monkeypatch.setattr(moe.parts.linear, "library_of", lambda _, library=library: library)
+        assert (builds_primitives(x), builds_primitives(half)) == expected

@@ -1,13 +1,15 @@
 """The C expanders against the definition in torch: random bytes, codes that are not numbers, extreme scales."""
 
-import dataclasses
+import ctypes
 
 import pytest
 import torch
 
 from offload.codes.decode import decode
 from offload.codes.encoding import CODE_BITS, ITEM_BYTES, Encoding
-from offload.codes.expander import expand
+from offload.codes.expander import Parameters, Parts, expand, kernel_number, kernel_parameters, kernel_parts
+from offload.native.library import FOLDER, HEADERS
+from routing import compile_library
 
 SHAPES = [(1, 32), (3, 48), (40, 64), (65, 200), (576, 96)]
 MX = {"group_rows": 1, "group_columns": 32}
@@ -62,25 +64,44 @@ def test_c_agrees_with_the_definition_on_random_bytes(name):
         expect_same_bits(turned, expected.t())
 
 
-@pytest.mark.parametrize("codes", CODE_BITS)
-@pytest.mark.parametrize("scale", ITEM_BYTES)
-def test_every_code_meets_every_byte_of_a_scale(codes, scale):
-    if scale == "F64":
-        pytest.skip("a scale of float64 occurs in no format")
-    encoding = Encoding(codes=codes, group_rows=1, group_columns=0, scale=scale)
-    encoding = dataclasses.replace(encoding, product="F64") if scale == "LDEXP" else encoding
-    if scale == "LDEXP" and codes != "e2m1":
-        pytest.skip("exponents of this kind belong to E2M1 codes")
+PAIRS = [(codes, scale) for codes in CODE_BITS for scale in ITEM_BYTES if scale not in ("F64", "LDEXP")]
+
+
+@pytest.mark.parametrize(("codes", "scale"), [*PAIRS, ("e2m1", "LDEXP")])
+def test_every_code_meets_every_leading_byte_of_a_scale(codes, scale):
+    product = "F64" if scale == "LDEXP" else "F32"
+    encoding = Encoding(codes=codes, group_rows=1, group_columns=0, scale=scale, product=product)
     columns, item = 1 << CODE_BITS[codes], ITEM_BYTES[scale]
     numbers = torch.arange(columns, dtype=torch.int32)
     packed = (numbers[::2] | numbers[1::2] << 4).to(torch.uint8) if columns == 16 else numbers.to(torch.uint8)
-    top = torch.arange(256, dtype=torch.uint8).repeat_interleave(256 if item > 1 else 1)
+    top = torch.arange(256, dtype=torch.uint8).repeat_interleave(16 if item > 1 else 1)
     rows = len(top)
     scales = torch.zeros(rows, item, dtype=torch.uint8)
     scales[:, -1] = top
     if item > 1:
-        scales[:, -2] = torch.arange(256, dtype=torch.uint8).repeat(256)
+        scales[:, -2] = torch.arange(0, 256, 16, dtype=torch.uint8).repeat(256)
     parts = {"codes": packed.repeat(rows), "scales": scales.view(-1)}
     out = torch.zeros(rows, columns, dtype=torch.bfloat16)
     assert expand(encoding, parts, rows, columns, out, is_transposed=False)
     expect_same_bits(out, decode(encoding, parts, rows, columns, torch.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def plain_c():
+    """The expanders for a processor without AVX-512."""
+    flags = ["-march=x86-64", "-ffp-contract=off"]
+    function = compile_library([FOLDER / "expand.c"], headers=HEADERS, flags=flags).expertier_expand_stored
+    function.argtypes = [ctypes.c_int, Parts, Parameters, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
+    return function
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_plain_c_agrees_with_the_definition(name, plain_c):
+    encoding, (rows, columns) = ENCODINGS[name], (65, 200)
+    parts = random_parts(encoding, rows, columns, torch.Generator().manual_seed(0))
+    expected = decode(encoding, parts, rows, columns, torch.bfloat16)
+    for is_transposed in (False, True):
+        out = torch.zeros(*((columns, rows) if is_transposed else (rows, columns)), dtype=torch.bfloat16)
+        matrix = kernel_parts(parts), kernel_parameters(encoding, rows, columns), rows, columns
+        plain_c(kernel_number(encoding), *matrix, out.data_ptr(), is_transposed)
+        expect_same_bits(out.t() if is_transposed else out, expected)

@@ -62,6 +62,7 @@ MISSING = {
     "place report": "nowhere.json --trace nowhere.npz --out new.html",
     "place migrate": "nowhere.json other.json --out new.json",
     "place tiers": "--hardware nowhere.toml --expert-size 1MB --trace nowhere.npz --out new.json",
+    "place run": "nowhere.json --trace nowhere.npz",
     "place cluster": "nowhere.xml --out new.yaml",
     "place export": "nowhere.json --format sglang --out new.json",
     "place loads": "nowhere.pt --format sglang --out new.json",
@@ -77,7 +78,9 @@ MISSING = {
     "bench duo": "--data nowhere.txt --out new",
     "bench placement": "--loads nowhere.json",
 }
-READS_NOTHING = {"leverage", "bench flax", "bench kernels", "bench memory-layers", "bench routers", "bench train"}
+READS_NOTHING = {
+    "leverage", "bench flax", "bench kernels", "bench memory-layers", "bench routers", "bench step", "bench train",
+}  # fmt: skip
 
 
 def test_every_command_that_reads_a_file_is_in_the_table():

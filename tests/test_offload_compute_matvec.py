@@ -6,7 +6,7 @@ from torch import nn
 
 from offload.compute.matvec import Matvecs
 from offload.compute.orders import Order, orders
-from offload.formats.kernel_matrix import plain_matrix
+from offload.native.kernel_matrix import plain_matrix
 
 SHAPES = [(1, 1), (3, 31), (5, 33), (64, 128), (17, 300), (96, 2048), (2688, 2048), (2048, 1344)]
 

@@ -6,6 +6,9 @@ import offload
 from offload.forecast.fit import fit
 from offload.memory.budget import resident_bytes
 from offload.runtime import activations, opening
+from offload.runtime.needs import memory_needs
+from offload.runtime.opening import open_checkpoint, open_headers
+from offload.runtime.options import LoadOptions
 from routing.ground.quantity import parse_size
 from tests.offloaded_process import save_model
 
@@ -63,7 +66,7 @@ def test_prompts_in_pieces_give_what_the_resident_model_gives_with_the_same_piec
 
     sizes = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 2}
     folder = save_model("gpt_oss", tmp_path, **sizes)
-    monkeypatch.setattr(activations, "MOST_SCORE_BYTES", 2 * MIB)
+    monkeypatch.setattr(activations, "MOST_PIECE_BYTES", 2 * MIB)
     model, resident = offload.load(folder, context=512), load_resident(folder)
     assert model.generation_config.prefill_chunk_size == 128
     passed: list[int] = []
@@ -76,5 +79,29 @@ def test_prompts_in_pieces_give_what_the_resident_model_gives_with_the_same_piec
     found = model.generate(prompt, **asked)
     assert passed == [128, 128, 44, 1, 1, 1]
     expected = resident.generate(prompt, prefill_chunk_size=128, **asked)
+    with pytest.raises(ValueError, match=r"use_cache=False computes whole texts at once.*smaller context"):
+        model.generate(prompt, use_cache=False, **asked)
     assert torch.equal(found.sequences, expected.sequences)
     assert all(map(torch.equal, found.logits, expected.logits))
+
+
+def test_classes_with_a_cache_of_their_own_are_not_read_in_pieces(tmp_path, monkeypatch):
+    import torch
+
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 2}
+    folder = save_model("minimax", tmp_path, **sizes)
+    monkeypatch.setattr(activations, "MOST_PIECE_BYTES", MIB)
+    model = offload.load(folder, context=512)
+    prompt = torch.arange(3, 90)[None]
+    asked = {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0, "do_sample": False}
+    assert model.generate(prompt, max_new_tokens=2, **asked).shape == (1, 89)
+    assert fit(folder, context=512).needs.activation_bytes > fit(folder, context=128).needs.activation_bytes
+
+
+@pytest.mark.parametrize("model_type", ["hy_v4", "qwen3_moe"])
+def test_headers_foretell_the_weights_that_loading_keeps_wide(model_type, tmp_path):
+    """The head of the first family stays in float32 when it is loaded in bfloat16."""
+    folder = save_model(model_type, tmp_path, vocab_size=512, hidden_size=64)
+    options = LoadOptions(path_or_id=folder)
+    foretold, found = (memory_needs(one, options) for one in (open_headers(folder, None), open_checkpoint(options)))
+    assert foretold.weight_bytes == found.weight_bytes

@@ -16,9 +16,9 @@ from offload.compute.orders import orders
 from offload.forecast.fit import fit
 from offload.formats import compression
 from offload.formats.compression import CompressedMatrix, CompressedShape, can_compress, compress, expand
-from offload.formats.kernel_matrix import plain_matrix
 from offload.formats.pack_index import PackIndex
 from offload.native import library as native
+from offload.native.kernel_matrix import plain_matrix
 from offload.store import packing
 
 SIZES = {

@@ -1,5 +1,7 @@
 """gpt-oss in MXFP4, in place and packed: bit-identical to the resident model of transformers' own dequantisation."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GptOssConfig
@@ -56,3 +58,27 @@ def test_offloaded_equals_resident(folders, tmp_path, io, packed):
         assert torch.equal(logits_of(model, TOKENS), logits_of(resident, TOKENS))
         assert torch.equal(logits_of(model, TOKENS[:, :1]), logits_of(resident, TOKENS[:, :1]))
         model.offload.close()
+
+
+def test_another_dtype_than_the_checkpoints(folders):
+    quantised, plain = folders
+    resident = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    model = offload.load(quantised, cache_experts=2, dtype="float32")
+    assert torch.equal(logits_of(model, TOKENS), logits_of(resident, TOKENS))
+
+
+def test_fit_counts_stored_bytes(folders, run, tmp_path):
+    assert run("fit", folders[0], "--json", tmp_path / "fit.json") == 0
+    report = json.loads((tmp_path / "fit.json").read_text())
+    codes, scales = (2 * 96 * 64 + 64 * 96) // 2, (2 * 96 * 64 + 64 * 96) // 32
+    assert report["expert_bytes"] == LAYERS * EXPERTS * (codes + scales)
+
+
+def test_slots_of_a_budget_hold_stored_bytes(folders):
+    """Twelve experts in bfloat16 would not fit a budget that holds them as they are stored."""
+    model = offload.load(folders[0], cache_experts=EXPERTS)
+    form = model.offload._runtime.layers[0].form
+    assert form.expert_bytes * 3.7 < form.layer.plain_bytes
+    model(TOKENS)
+    assert model.offload.report()["bytes_read"] % form.expert_bytes == 0
+    model.offload.close()

@@ -316,6 +316,7 @@ def test_rates_of_a_device():
     assert gpu_calibrate.read_bandwidth(lane, 1 << 16) > 0
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["olmoe", "qwen3_moe", "gpt_oss"])

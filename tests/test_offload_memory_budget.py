@@ -87,19 +87,22 @@ def test_cgroup_v1_and_none(tmp_path):
 @pytest.mark.parametrize(
     ("version", "line", "files"),
     [
-        (1, "4:memory:/a/b\n", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")),
-        (2, "0::/a/b\n", ("memory.max", "memory.current", "file")),
+        (1, "4:memory:/a/b\n", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")),
+        (2, "0::/a/b\n", ("memory.max", "memory.current", "")),
     ],
 )
 def test_what_neighbours_in_the_group_hold_is_not_available(tmp_path, version, line, files):
-    limit, usage, cache = files
+    limit, usage, prefix = files
     base, process = "memory/a" if version == 1 else "a", tmp_path / "cgroup"
     process.write_text(line)
     assert cgroup_room(100, tmp_path, process) is None
     _group(tmp_path, f"{base}/b", limit, "max" if version == 2 else "9223372036854771712")
     _group(tmp_path, base, limit, "10000\n")
     _group(tmp_path, base, usage, "7000\n")
-    _group(tmp_path, base, "memory.stat", f"rss 1\n{cache} 2000\n")
+    # what the kernel calls cache (version 1) or file (2) has shared memory in it: tmpfs, which stays
+    whole = {"cache": 5000, "file": 5000, "shmem": 3000, "active_file": 500, "inactive_file": 1500}
+    stat = "".join(f"{prefix}{name} {size}\n" for name, size in whole.items())
+    _group(tmp_path, base, "memory.stat", f"rss 1\nactive_file 7\n{stat}")
     # of 10,000 bytes neighbours hold 7,000 - 2,000 of file cache - 100 of our own
     assert cgroup_room(100, tmp_path, process) == 10_000 - 4_900
     _group(tmp_path, base, usage, "99000\n")

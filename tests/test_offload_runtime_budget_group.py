@@ -14,6 +14,13 @@ MEMORY = Path("/sys/fs/cgroup/memory")
 LIMIT_BYTES, NEIGHBOUR_BYTES = 1000 << 20, 400 << 20
 ENTER = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
 HOLD = "import sys, time; held = bytearray(b'1') * int(sys.argv[1]); print('held', flush=True); time.sleep(600)"
+SHARE = """
+import mmap, sys, time
+held = mmap.mmap(-1, int(sys.argv[1]))
+held.write(b'1' * int(sys.argv[1]))
+print('held', flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.fixture
@@ -33,9 +40,9 @@ def group():
             time.sleep(0.1)
 
 
-@pytest.fixture
-def neighbour(group):
-    command = ["sh", "-c", ENTER, str(group), sys.executable, "-c", HOLD, str(NEIGHBOUR_BYTES)]
+@pytest.fixture(params=[HOLD, SHARE], ids=["private", "shared"])
+def neighbour(group, request):
+    command = ["sh", "-c", ENTER, str(group), sys.executable, "-c", request.param, str(NEIGHBOUR_BYTES)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         yield process

@@ -51,6 +51,30 @@ def test_same_bits_as_from_the_checkpoint(folder, tokens, io):
     assert not list(folder.parent.glob("*.part*"))
 
 
+def test_shards_of_one_name_in_two_folders_are_told_apart(folder, tokens):
+    index_file = folder / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    for number, shard in enumerate(sorted(set(index["weight_map"].values()))):
+        place = folder / str(number) / "weights.safetensors"
+        place.parent.mkdir()
+        (folder / shard).rename(place)
+        index["weight_map"] = {
+            name: f"{number}/weights.safetensors" if file == shard else file
+            for name, file in index["weight_map"].items()
+        }
+    index_file.write_text(json.dumps(index))
+    expected, pack = offload.load(folder, cache_experts=2)(tokens).logits, _pack(folder)
+    assert torch.equal(offload.load(folder, cache_experts=2, pack=pack)(tokens).logits, expected)
+    for changed in (folder / "0", folder / str(number)):
+        file = changed / "weights.safetensors"
+        before = file.stat()
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        with pytest.raises(ValueError, match="made from other files"):
+            offload.load(folder, cache_experts=2, pack=pack)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    offload.load(folder, cache_experts=2, pack=pack)
+
+
 def test_goes_on_where_it_was_interrupted(folder, tokens, monkeypatch):
     written, real = [], packing._write_layer
 

@@ -191,7 +191,7 @@ def test_the_page_names_everything_that_load_changes_on_a_model(tmp_path):
         "offload": "`model.offload`", "save_pretrained": "`save_pretrained` and `state_dict` raise",
         "state_dict": "`save_pretrained` and `state_dict` raise", "num_parameters": "`num_parameters` counts",
         "_apply": "`_apply` refuses", "set_experts_implementation": "`set_experts_implementation` refuses",
-        "expert_shapes": "`expert_shapes`", "hooks": "two forward hooks",
+        "expert_shapes": "`expert_shapes`", "hooks": "three forward hooks",
         "requires_grad": "`requires_grad` is off", "_expertier_place": "`_expertier_place`",
         "forward": "linear layers in", "forward of a norm": "root-mean-square norms", "TokenWeight": "`TokenWeight`",
         "gate_up_proj deleted": "`gate_up_proj` (or `up_proj`) and `down_proj` are deleted",

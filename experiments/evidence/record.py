@@ -87,7 +87,10 @@ def save_record(
 
 def _commit() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=RECORDS.parent, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=RECORDS.parent, capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # sources that were copied to a machine without git
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}

@@ -34,14 +34,13 @@ def export(
         raise ValueError(f"{folder} is no checkpoint folder: it has no config.json")
     expect_new(out)
     expect_name(family, ("olmoe", "qwen3_moe", "mixtral"), "family")
-    from transformers import AutoConfig
-
     from ..model.decoder import MoEForCausalLM
     from ..parts.text import carry_text_files
     from .export import export as convert
+    from .opening import read_config
     from .staging import staged_folder
 
-    found = AutoConfig.from_pretrained(folder).model_type
+    found = read_config(folder).model_type
     if found != "expertier":
         raise ValueError(f"{folder} holds a {found} model; only models trained here (expertier) are exported")
     model = convert(MoEForCausalLM.from_pretrained(folder), family)

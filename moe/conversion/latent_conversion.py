@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from routing.ground.files import write_json
 
@@ -21,6 +21,7 @@ from ..parts.text import carry_text_files, token_rows
 from .factorise import Factors, Whitening, factorise
 from .families import config_of_moe
 from .layer_by_layer import mean_loss, streamed_experts
+from .opening import read_config
 from .source import INDEX_NAME, Source, meta_model
 from .staging import staged_folder
 
@@ -75,7 +76,7 @@ def convert_to_latent(
 class _Conversion:
     def __init__(self, folder: Path, plan: LatentPlan) -> None:
         self.folder, self.plan = folder, plan
-        native = _config(folder)
+        native = read_config(folder)
         config = config_of_moe(native)
         self.config = copy.deepcopy(config)
         self.config.architecture = "latent"
@@ -204,15 +205,6 @@ class _Conversion:
         prefix = self._prefix(layer)
         found = load_file(out / f"model-layer-{layer:05d}.safetensors")
         return {name.removeprefix(prefix): value for name, value in found.items()}
-
-
-def _config(folder: Path) -> Any:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no checkpoint folder: it has no config.json")
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (KeyError, OSError) as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from error
 
 
 def _is_expert(name: str) -> bool:

@@ -90,9 +90,9 @@ def _expect_one_tokenizer(first: Path, second: Path) -> None:
 
 
 def _load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+    from .opening import load_model
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    return load_model(folder, dtype="auto")
 
 
 def _save(model: Any, folder: Path, out: Path) -> None:

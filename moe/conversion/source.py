@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-INDEX_NAME = "model.safetensors.index.json"
+ONLY_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 
 
@@ -95,10 +95,10 @@ class Source:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Checkpoint key -> file."""
+    """Checkpoint key -> file: of one file if it is there, whatever an index beside it says, as in transformers."""
     index = folder / INDEX_NAME
-    names = ["model.safetensors"]
-    if index.is_file():
+    names = [ONLY_NAME]
+    if index.is_file() and not (folder / ONLY_NAME).is_file():
         try:
             names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:

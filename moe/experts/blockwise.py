@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from ..parts.linear import matmul, suits_onednn
+from ..parts.linear import builds_primitives, matmul
 from .blocks import Block, blocks_of
 
 # multiple of rows in a block: a larger one pads more rows, a smaller one lets oneDNN build more primitives; no record
@@ -55,7 +55,7 @@ def blockwise_experts(
     Returns:
         [T, D] in the dtype of `x_TD`.
     """
-    together = ROWS_TOGETHER if dtype == torch.bfloat16 or suits_onednn(down_EFD) else 1
+    together = ROWS_TOGETHER if builds_primitives(down_EFD.new_empty(0, dtype=dtype)) else 1
     fitting = BLOCK_NUMBERS // up_EDO.shape[2] // ROWS_TOGETHER * ROWS_TOGETHER
     blocks = blocks_of(ends, max(LEAST_ROWS, fitting), together)
     return _BlockwiseExperts.apply(x_TD, combine_TK, up_EDO, down_EFD, order_N, blocks, dtype)

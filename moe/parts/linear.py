@@ -1,21 +1,18 @@
-"""Products of float32 matrices on a CPU, by the library that uses the whole width of the processor's vectors.
-
-MKL, which is behind `torch.mm`, uses half of it on AVX-512 processors that Intel did not make; oneDNN, which torch has
-as well but takes for bfloat16 only, uses all of it.
+"""Products of matrices on a CPU, by the library that is quickest there.
 
 Shapes: N rows, I inputs, O outputs.
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from routing import is_transformed, processor_fact
+from routing import is_transformed
 
 from .cpu_training import is_large_cpu_training
+from .product_library import PRODUCTS, Library, library_of
 
 
 def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -26,24 +23,23 @@ def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         right: [I, O], any strides, in the same dtype.
         out: where the product goes, if it is to lie somewhere.
     """
-    if not suits_onednn(left):
+    library = library_for(left)
+    if library == "torch":
         return torch.mm(left, right, out=out)
-    product = torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
+    product = PRODUCTS[library](left, right)
     return product if out is None else out.copy_(product)
 
 
-def suits_onednn(x: Tensor) -> bool:
-    """Whether oneDNN multiplies such a tensor faster than MKL does."""
-    is_plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return is_plain and mkl_is_half_as_wide() and not is_transformed(x)
+def library_for(x: Tensor) -> Library:
+    """Who multiplies such a tensor: torch itself on other devices, while compiling, and within transforms."""
+    is_plain = x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed(x)
+    return library_of(x.dtype) if is_plain else "torch"
 
 
-@functools.cache
-def mkl_is_half_as_wide() -> bool:
-    """Whether torch multiplies by MKL on an AVX-512 processor that is not Intel's, and has oneDNN besides."""
-    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    is_other = processor_fact("vendor_id") not in ("", "GenuineIntel")
-    return has_both and is_other and torch.backends.cpu.get_cpu_capability() == "AVX512"
+def builds_primitives(x: Tensor) -> bool:
+    """Whether oneDNN multiplies such a tensor, which prepares itself anew for each number of rows."""
+    library = library_for(x)
+    return library == "onednn" or (library == "torch" and x.dtype == torch.bfloat16)
 
 
 class Linear(nn.Linear):
@@ -54,7 +50,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         is_plain = self.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
-        if is_plain and suits_onednn(x) and is_large_cpu_training(x, self.weight):
+        if is_plain and library_for(x) != "torch" and is_large_cpu_training(x, self.weight):
             return _Linear.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
         return linear(x, self.weight)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from routing.ground.files import write_json
 
+from .tokenizer_files import open_tokenizer
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,13 +53,13 @@ class TokenizerText:
     """A Hugging Face tokenizer behind the same two functions."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text)["input_ids"])
+        return list(self.tokenizer(text)["input_ids"])
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -69,12 +71,10 @@ def text_of(folder: Path, vocab_size: int) -> ByteText | TokenizerText:
     """How to write and read the tokens of the model in `folder`: its own tokenizer, or bytes if it has 256 tokens.
 
     Raises:
-        ValueError: if it has no tokenizer and its tokens cannot be bytes.
+        ValueError: if its tokenizer cannot be read, or it has none and its tokens cannot be bytes.
     """
     if has_tokenizer(folder):
-        from transformers import AutoTokenizer
-
-        return TokenizerText(AutoTokenizer.from_pretrained(folder))
+        return TokenizerText(open_tokenizer(folder))
     if vocab_size != NUM_BYTES:
         raise ValueError(
             f"model {folder} has no tokenizer, and its {vocab_size} tokens are not the {NUM_BYTES} bytes; put the "

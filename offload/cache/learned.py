@@ -47,7 +47,8 @@ class LearnedReuse:
         self._inputs: list[np.ndarray] = []
         self._demands: list[Sequence[int]] = []
         self._gram = np.zeros((len(self._start), len(self._start)))
-        self._moment = np.zeros_like(self._start)
+        # as `_gram`, memory that is taken when it is written to; `zeros_like` would take it for every layer at once
+        self._moment = np.zeros(self._start.shape)
         self._num_learned = 0
 
     def __contains__(self, key: int) -> bool:

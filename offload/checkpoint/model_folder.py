@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.models.auto.auto_factory import _get_model_class
 
 import moe  # noqa: F401  registers our own model type with transformers
 
 from .experts import ExpertLayer, experts_modules, locate_experts, match_checkpoint
+from .gguf.architectures import expect_architecture
+from .gguf.config import config_of, dtype_of
+from .gguf.head import has_config_file, is_gguf, read_gguf
 from .location import check_config_file, local_folder, read_json
 from .plain_weights import expect_plain_weights
 from .quantised.description import find_quantisation, without_quantisation
@@ -27,12 +31,16 @@ def skeleton_of(path_or_id: str | Path) -> tuple[Any, dict[str, TensorEntry], li
         ValueError: if the checkpoint is damaged or its experts cannot be offloaded.
     """
     folder = local_folder(path_or_id)
+    if is_gguf(folder):
+        raise ValueError(f"model {folder}: experts of a GGUF file lie in one piece each; they are not packed again")
     config = read_config(folder)
     entries, dtype = read_weights(folder, config, "auto")
     skeleton = empty_model(folder, config, dtype)
-    expect_plain_weights(folder, skeleton, entries, match_checkpoint(skeleton, entries))
+    _keep_wide(skeleton, dtype)
+    found = match_checkpoint(skeleton, entries)
+    expect_plain_weights(folder, skeleton, entries, found)
     dtypes = {name: parameter.dtype for name, parameter in skeleton.state_dict().items()}
-    return skeleton, entries, locate_experts(skeleton, entries, dtypes)
+    return skeleton, entries, locate_experts(skeleton, entries, dtypes, found)
 
 
 def read_weights(folder: Path, config: Any, dtype: str | torch.dtype) -> tuple[dict[str, TensorEntry], torch.dtype]:
@@ -50,8 +58,25 @@ def read_weights(folder: Path, config: Any, dtype: str | torch.dtype) -> tuple[d
     return plain_view(folder, entries, find_quantisation(folder), running), running
 
 
-def empty_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
+def _keep_wide(skeleton: Any, dtype: torch.dtype) -> None:
+    """Give parameters that loading keeps in float32 (scales, sometimes the head) the dtype that they will have."""
+    kept = skeleton._get_dtype_plan(dtype)
+    if not kept:
+        return
+    pattern, names_of_groups, _ = build_glob_alternation(list(kept))
+    for name, parameter in skeleton.named_parameters():
+        if found := pattern.search(name):
+            parameter.data = parameter.data.to(kept[names_of_groups[str(found.lastgroup)]])
+
+
+def empty_model(folder: Path, config: Any, dtype: torch.dtype | None, *, needs_experts: bool = True) -> Any:
     """The model on the meta device.
+
+    Args:
+        folder: of the model, for messages.
+        config: names the class and its sizes.
+        dtype: of its parameters; None is that of the config.
+        needs_experts: whether a model without experts is refused.
 
     Raises:
         ValueError: if it cannot be built, or has no experts that can be offloaded.
@@ -64,7 +89,7 @@ def empty_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
         raise ValueError(
             f"model {folder}: its config.json does not describe a {model_class.__name__} ({_first_line(error)})"
         ) from error
-    if not experts_modules(skeleton):
+    if needs_experts and not experts_modules(skeleton):
         raise ValueError(
             f"model {folder}: {model_class.__name__} does not compute its experts through transformers' experts "
             "interface (or has none), so they cannot be offloaded"
@@ -78,6 +103,8 @@ def read_config(folder: Path) -> Any:
     Raises:
         ValueError: if there is none, it cannot be read or needs code of its own.
     """
+    if is_gguf(folder):
+        return _config_of_gguf(folder)
     check_config_file(folder)
     described = read_json(folder / "config.json", f"model {folder}: config.json")
     try:
@@ -95,6 +122,16 @@ def read_config(folder: Path) -> Any:
             ) from error
         raise ValueError(f"model {folder}: config.json cannot be read: {_first_line(error)}") from error
     return _text_part(without_quantisation(config))
+
+
+def _config_of_gguf(file: Path) -> Any:
+    """The config.json beside a GGUF file; without one, what the file itself says."""
+    head = read_gguf(file)
+    expect_architecture(file, head.architecture)
+    config = read_config(file.parent) if has_config_file(file) else config_of(head)
+    if getattr(config, "dtype", None) is None:
+        config.dtype = getattr(torch, dtype_of(head))
+    return config
 
 
 def _text_part(config: Any) -> Any:

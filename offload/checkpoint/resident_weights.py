@@ -57,22 +57,42 @@ def load_resident(
         if name not in found:
             raise ValueError(f"model {folder}: the checkpoint has no tensor for {name}; is a shard missing?")
         state[name] = _Hollow(shapes[name], dtype)
+    model = model_of_state(folder, config, state, dtype, implementation)
+    model.generation_config = generation_config_of(folder)
+    return model
+
+
+def hollow_weight(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """What stands for an experts weight in the state that `model_of_state` loads."""
+    return _Hollow(shape, dtype)
+
+
+def model_of_state(
+    source: Path, config: Any, state: Mapping[str, Any], dtype: torch.dtype, implementation: str | None
+) -> Any:
+    """Let transformers load a model from tensors by name, and refuse what is missing or has another shape.
+
+    Args:
+        source: folder or file of the model, for messages.
+        state: tensors, or what is read when it is indexed.
+        dtype: of the running model.
+        implementation: name of the experts implementation; None leaves a model without experts as it is.
+    """
     model, info = model_class_of(config).from_pretrained(
         None,
         config=config,
-        state_dict=state,
+        state_dict=dict(state),
         dtype=dtype,
         experts_implementation=implementation,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are refused below, by name
     )
-    _check_loaded(folder, info)
-    model.name_or_path = model.config.name_or_path = str(folder)
-    model.generation_config = _generation_config(folder)
+    _check_loaded(source, info)
+    model.name_or_path = model.config.name_or_path = str(source)
     return model.requires_grad_(False)
 
 
-def _generation_config(folder: Path) -> GenerationConfig:
+def generation_config_of(folder: Path) -> GenerationConfig:
     """End tokens and other defaults of `generate`: from their own file, else from config.json, as in transformers."""
     try:
         if (folder / "generation_config.json").is_file():

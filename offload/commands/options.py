@@ -98,6 +98,11 @@ class LoadOptions:
             raise ValueError(f"--device cpu has no GPU memory; leave out --gpu-memory {self.gpu_memory}")
 
     @property
+    def for_loading(self) -> dict[str, Any]:
+        """Arguments of `offload.load`; commands with more options subclass this."""
+        return {field.name: getattr(self, field.name) for field in fields(LoadOptions)}
+
+    @property
     def predictor(self) -> Path | None:
         """The file that `prefetch` names; None if it names none."""
         return Path(self.prefetch) if self.prefetch.endswith(".npz") else None

@@ -15,7 +15,7 @@ import torch
 
 from ..checkpoint.experts import weight_names
 from ..formats.form import Form
-from ..formats.kernel_matrix import KernelMatrix
+from ..native.kernel_matrix import KernelMatrix
 from .gating import Gating, find_gating
 from .matvec import Matvecs
 from .orders import ExpertWeights, GatingTables, Matrices, Order, addresses, experts_function, pointers

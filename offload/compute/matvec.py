@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..formats.kernel_matrix import KernelMatrix
 from ..formats.stored_weight import expanded, kernel_matrix, stored_bytes
+from ..native.kernel_matrix import KernelMatrix
 from .orders import BLOCKS, Order, Shape, any_given, orders
 
 TRIALS = 4

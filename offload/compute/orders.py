@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..formats.kernel_matrix import KernelMatrix
+from ..native.kernel_matrix import KernelMatrix
 from ..native.library import library
 
 AMX_BLOCK = 32

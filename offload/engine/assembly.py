@@ -134,6 +134,8 @@ def _end_ids(model: Any) -> frozenset[int]:
 
 def _load(model: Any) -> ExpertLoad:
     layers = model.offload.runtime.layers
+    if not layers:  # a dense model: nothing is read, so nobody throws anything out
+        return ExpertLoad(num_experts=1, top_k=1, slots=1.0, expert_share=0.0)
     top_k = experts_per_token(model.config)
     expert_bytes = top_k * sum(slots.expert_bytes for slots in layers)
     resident_bytes = weight_bytes(model) - embedding_bytes(model)

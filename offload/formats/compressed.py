@@ -15,6 +15,7 @@ import torch
 from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer
+from ..native.kernel_matrix import COMPRESSED, KernelMatrix
 from .compression import (
     BLOCK_ROWS,
     GUARD_BYTES,
@@ -26,7 +27,6 @@ from .compression import (
     others_end,
 )
 from .form import MatrixForm
-from .kernel_matrix import COMPRESSED, KernelMatrix
 from .packed import PackedForm
 
 

@@ -22,8 +22,8 @@ from math import prod
 
 import torch
 
+from ..native.kernel_matrix import COMPRESSED, KernelMatrix
 from ..native.library import compression_kernels
-from .kernel_matrix import COMPRESSED, KernelMatrix
 
 # the format, as drawn above: other numbers are another format, and the C code has the same ones
 BLOCK_ROWS, SEGMENT_COLUMNS, GROUP = 32, 64, 8

@@ -15,7 +15,7 @@ from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.tensors import TensorEntry
-from .kernel_matrix import KernelMatrix
+from ..native.kernel_matrix import KernelMatrix
 
 BLOCK_BYTES = 4096
 """What O_DIRECT reads in: offsets, lengths and memory are multiples of it on every file system that was tried."""

@@ -1,6 +1,7 @@
 """The index of a packed copy of experts: which layers it holds, in which encoding, and where each record is."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -97,7 +98,8 @@ class PackIndex(BaseModel):
     def of(cls, entries: Mapping[str, TensorEntry], form: str = "plain") -> "PackIndex":
         """The index of a checkpoint of which nothing is packed yet."""
         files = sorted({file for entry in entries.values() for file in entry.files})
-        source = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+        stats = [file.stat() for file in files]
+        source = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in zip(_names_apart(files), stats, strict=True)}
         is_named = form not in ("plain", "compressed")
         return cls(source=source, is_compressed=form == "compressed", form=form if is_named else None)
 
@@ -132,6 +134,15 @@ class PackIndex(BaseModel):
         """Bytes of the file that holds these records."""
         last = [layer.records[-1] for layer in self.layers if layer.records]
         return rounded_up(last[-1].offset + last[-1].nbytes) if last else 0
+
+
+def _names_apart(files: Sequence[Path]) -> list[str]:
+    """What the files are called: by their names alone where these differ, which is how older indexes call them."""
+    names = [file.name for file in files]
+    if len(set(names)) == len(names):
+        return names
+    folder = os.path.commonpath(files)
+    return [file.relative_to(folder).as_posix() for file in files]
 
 
 def describe_parameters(layer: ExpertLayer) -> tuple[PackedParameter, ...]:

@@ -10,8 +10,8 @@ import torch
 
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.tensors import TensorEntry
+from ..native.kernel_matrix import KernelMatrix
 from .form import BLOCK_BYTES, Extent, PartReader, Region
-from .kernel_matrix import KernelMatrix
 
 
 @dataclass(frozen=True, eq=False)

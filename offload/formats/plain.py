@@ -14,8 +14,8 @@ from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer, Parameter, Source, convert_expert
 from ..checkpoint.tensors import TORCH_DTYPES, TensorEntry
+from ..native.kernel_matrix import KernelMatrix, plain_matrix
 from .form import BLOCK_BYTES, Extent, MatrixForm, PartReader, Region
-from .kernel_matrix import KernelMatrix, plain_matrix
 
 DTYPE_NAMES = {name: stored for stored, name in TORCH_DTYPES.items()}
 
@@ -77,7 +77,7 @@ class PlainForm:
         """Nothing to do: the views are the matrices."""
 
     def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
-        return hardware.fast_bytes_per_s if is_fast and hardware.fast_bytes_per_s else hardware.exact_bytes_per_s
+        return hardware.token_rate(is_fast=is_fast)
 
     @property
     def is_straight(self) -> bool:

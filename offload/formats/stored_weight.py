@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from ..native.kernel_matrix import KernelMatrix, plain_matrix
 from .form import MatrixForm
-from .kernel_matrix import KernelMatrix, plain_matrix
 
 
 class StoredWeight(torch.Tensor):

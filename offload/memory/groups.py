@@ -18,8 +18,11 @@ class GroupFiles:
     cache: tuple[str, ...]
 
 
-VERSION_1 = GroupFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_cache",))
-VERSION_2 = GroupFiles(("memory.max", "memory.high"), "memory.current", ("file",))
+# "cache" and "file" would count shared memory (tmpfs, `/dev/shm`) too, which the kernel cannot give up
+VERSION_1 = GroupFiles(
+    ("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")
+)
+VERSION_2 = GroupFiles(("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file"))
 
 
 def cgroup_limit(root: Path = ROOT, process: Path = PROCESS) -> int | None:
@@ -31,7 +34,7 @@ def cgroup_limit(root: Path = ROOT, process: Path = PROCESS) -> int | None:
 def cgroup_room(own_bytes: int, root: Path = ROOT, process: Path = PROCESS) -> int | None:
     """Bytes that this process may have in total beside its neighbours in its control groups; None without a limit.
 
-    File cache does not count as used: the kernel gives it up before it kills.
+    File cache does not count as used, since the kernel gives it up before it kills; shared memory counts.
 
     Args:
         own_bytes: what this process has of it now.

@@ -3,9 +3,9 @@
    y[i][r] = sum_c w[r][c] * x[i][c], accumulated in float32, rounded to bfloat16 once. The order of a sum depends on the order
    that was asked for and on the number of columns. It does not depend on threads, on the rows beside, or on the stored form. */
 
-#include "amx.h"
-#include "lanes.h"
-#include "pairs.h"
+#include "orders/amx.h"
+#include "orders/lanes.h"
+#include "orders/pairs.h"
 
 enum order { ORDER_AMX, ORDER_PAIRS, ORDER_LANES };
 enum { STRIPS_AT_ONCE = 4 };

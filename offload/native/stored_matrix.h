@@ -5,13 +5,13 @@
 
 #include <stdint.h>
 
-enum stored_form { PLAIN, COMPRESSED, NIBBLES, BYTES };
+enum stored_form { PLAIN, COMPRESSED, NIBBLES, BYTES, GGUF };
 
 enum { PARTS = 4, PARAMETERS = 4 };
 
 enum { CODES, SCALES, ZEROS, GLOBAL };
 
-/* `parameter` is group rows, group columns (both at least 1), the kind of codes, and the fields of `enum detail`. */
+/* `parameter` of GGUF is the number of its type. Of the others it is group rows, group columns (both at least 1), the kind of codes, and the fields of `enum detail`. */
 enum { GROUP_ROWS, GROUP_COLUMNS, CODE_KIND, DETAILS };
 
 enum code_kind { E2M1, OFFSET4, UINT4, NF4, E4M3, INT8, OFFSET8, UINT8 };
@@ -38,7 +38,7 @@ static inline int is_high_first(const struct stored_matrix *m) { return m->param
 static inline int is_word_aligned(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 17 & 1; }
 
 static inline void measure(struct stored_matrix *m) {
-    if (m->form < NIBBLES) return;
+    if (m->form != NIBBLES && m->form != BYTES) return;
     int64_t group = m->parameter[GROUP_COLUMNS], bits = m->form == NIBBLES ? 4 : 8, unit = is_word_aligned(m) ? 4 : 1;
     m->row_bytes = (m->columns * bits + 8 * unit - 1) / (8 * unit) * unit;
     m->across = (m->columns + group - 1) / group;

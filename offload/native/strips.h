@@ -5,8 +5,9 @@
 #pragma once
 
 #include "bfloat16.h"
-#include "compressed.h"
+#include "forms/compressed.h"
 #include "forms/bytes.h"
+#include "forms/gguf.h"
 #include "forms/nibbles.h"
 #include "stored_matrix.h"
 
@@ -63,13 +64,46 @@ static inline void expand_chunk(struct strip *s, int64_t column, int begin, int 
     }
 }
 
-/* Where a whole chunk can be read: in the matrix itself if it is plain and nothing of the chunk lies beyond it, else in `room`. */
-static inline const uint16_t *read_chunk(struct strip *s, int64_t column, uint16_t *room, int64_t *stride) {
+/* Blocks of GGUF have up to 256 columns, and are expanded as a whole: four chunks at a time. */
+enum { WIDE = GGUF_LARGE };
+
+static inline int is_wide(const struct strip *s) { return s->m->form == GGUF; }
+
+/* All rows of the columns from `column` on, at most WIDE. */
+static inline void expand_wide(struct strip *s, int64_t column, uint16_t *room, int64_t stride) {
+    int64_t columns = s->m->columns - column < WIDE ? s->m->columns - column : WIDE;
+    gguf_expander_of(s->m->parameter[0])(s->m, s->row, s->rows, column, columns, room, stride);
+    for (int64_t row = 0; row < STRIP_ROWS; row++)
+        for (int64_t c = row < s->rows ? columns : 0; c < (columns + CHUNK - 1) / CHUNK * CHUNK; c++) room[row * stride + c] = 0;
+}
+
+/* A whole strip, with zeros up to a multiple of CHUNK columns. */
+static inline void expand_strip(struct strip *s, uint16_t *room, int64_t stride) {
+    for (int64_t c = 0; c < s->m->columns; c += is_wide(s) ? WIDE : CHUNK)
+        is_wide(s) ? expand_wide(s, c, room + c, stride) : expand_chunk(s, c, 0, STRIP_ROWS, room + c, stride);
+}
+
+/* What one thread computes in: rooms for expanded weights and for sums. */
+struct room {
+    uint16_t chunk[2][CHUNK_WEIGHTS] __attribute__((aligned(64)));
+    uint16_t wide[STRIP_ROWS * WIDE] __attribute__((aligned(64)));
+    uint32_t pairs[CHUNK / 2 * STRIP_ROWS] __attribute__((aligned(64)));
+    float *sums;     /* as many as an order of summation keeps between chunks */
+    uint16_t *strip; /* a whole strip, where each row is multiplied several times */
+};
+
+/* Where a whole chunk can be read: in the matrix itself if it is plain and nothing of the chunk lies beyond it, else in a room. */
+static inline const uint16_t *read_chunk(struct strip *s, int64_t column, struct room *room, int64_t *stride) {
     if (s->m->form == PLAIN && s->rows == STRIP_ROWS && chunk_columns(s, column) == CHUNK) {
         *stride = s->m->columns;
         return plain_row(s, 0) + column;
     }
+    if (is_wide(s)) {
+        *stride = WIDE;
+        if (column % WIDE == 0) expand_wide(s, column, room->wide, WIDE);
+        return room->wide + column % WIDE;
+    }
     *stride = CHUNK;
-    expand_chunk(s, column, 0, STRIP_ROWS, room, CHUNK);
-    return room;
+    expand_chunk(s, column, 0, STRIP_ROWS, room->chunk[0], CHUNK);
+    return room->chunk[0];
 }

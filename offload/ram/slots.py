@@ -8,7 +8,7 @@ import torch
 
 from ..cache.catalogue import Cache, make_cache
 from ..compute.routed_rows import can_group
-from ..formats.kernel_matrix import KernelMatrix
+from ..native.kernel_matrix import KernelMatrix
 from ..store.reading import Ticket
 from ..store.store import ExpertStore, Slots
 from .counters import AheadCounters
@@ -80,7 +80,7 @@ class LayerSlots:
         return self.num_slots >= self.num_experts
 
     def all_of(self, experts: Collection[int]) -> list[dict[str, tuple[KernelMatrix, ...]]] | None:
-        """The weights of several experts as our C reads them; None if one is not there, or reads ahead have to be settled first."""
+        """Weights of several experts as our C reads them; None if one is missing, or reads ahead are to be settled."""
         if self._ahead or not self._unproven.isdisjoint(experts):
             return None
         found = [self._resident.get(expert) for expert in experts]

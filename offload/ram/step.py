@@ -34,7 +34,7 @@ class Found:
 
 
 def compute_hits(slots: LayerSlots, counters: Counters, rows: FusedRows, expert_TK: torch.Tensor) -> bool:
-    """What `ExpertStep` does for fused rows, if all of their experts are in their slots; else False, and nothing is done.
+    """What `ExpertStep` does for fused rows, if all of their experts are in slots; else False, and nothing is done.
 
     Without misses there is nothing to order or to wait for, and that saves most of what surrounds the products.
     """

@@ -6,6 +6,7 @@ from typing import Any
 from routing.ground.model_config import text_config
 
 from ..checkpoint.experts import experts_modules
+from ..compute.attention import quicken_attention
 from ..compute.levels import best_arithmetic
 from ..compute.linears import quicken_linears
 from ..compute.matvec import Matvecs
@@ -15,11 +16,11 @@ from ..gpu.tier import GpuTier
 from ..prefetch.find_routers import make_prefetcher
 from ..store.io_mode import wants_direct
 from ..store.store import ExpertStore
-from .activations import prefill_tokens
 from .division import Division
 from .guards import guard_model
 from .opening import OpenedCheckpoint
 from .options import LoadOptions
+from .pieces import read_prompts_in_pieces
 from .recorder import TraceRecorder
 from .report import Offload
 from .runtime import IMPLEMENTATION, OffloadRuntime, offloaded_experts_forward
@@ -49,13 +50,15 @@ def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions,
     if lane is None:
         quicken_linears(model, matvecs)
         quicken_norms(model)
+        quicken_attention(model)
     else:
         _add_gpu_tier(opened, division, lane, running)
     if division.starting is not None:
         running.fill(division.starting.experts_L)
     _attach(model, running)
-    _read_prompts_in_pieces(model, options.context)
-    guard_model(model, forms)
+    read_prompts_in_pieces(model, options.context)
+    if forms:
+        guard_model(model, forms)
     model.offload = Offload(model, running, division.ram, options.policy_name)
     return model
 
@@ -65,13 +68,6 @@ def _arithmetic(opened: OpenedCheckpoint, options: LoadOptions, lane: Lane | Non
     if options.arithmetic != "auto":
         return options.arithmetic
     return "exact" if lane is not None else best_arithmetic(opened.model, [form.layer for form in opened.forms])
-
-
-def _read_prompts_in_pieces(model: Any, context: int) -> None:
-    """Tell `generate` how much of a prompt to compute at once, where the whole would not fit the budget."""
-    tokens = prefill_tokens(model.config, context)
-    if tokens < context and model.generation_config is not None and model.generation_config.prefill_chunk_size is None:
-        model.generation_config.prefill_chunk_size = tokens
 
 
 def _recorder(opened: OpenedCheckpoint, options: LoadOptions) -> TraceRecorder:

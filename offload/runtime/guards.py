@@ -50,6 +50,12 @@ def guard_model(model: Any, forms: Sequence[Form]) -> None:
     def refuse_to_save(*args: Any, **kwargs: Any) -> None:
         raise ValueError("an offloaded model has no expert weights to save; copy its checkpoint folder instead")
 
+    def state_dict(*args: Any, **kwargs: Any) -> Any:
+        """As a part of an adapted model, for PEFT to pick the adapters from; by itself it would lack the experts."""
+        if kwargs.get("destination") is None or not _adapters_of(model):
+            refuse_to_save()
+        return type(model).state_dict(model, *args, **kwargs)
+
     def num_parameters(*args: Any, **kwargs: Any) -> int:
         is_trainable = kwargs.get("only_trainable", bool(args and args[0]))
         return int(count(*args, **kwargs)) + (0 if is_trainable else num_expert_parameters)
@@ -69,6 +75,38 @@ def guard_model(model: Any, forms: Sequence[Form]) -> None:
             raise RuntimeError(f"experts on disk are computed by the offload runtime only, not by {name!r}")
         return choose(name)
 
-    model.save_pretrained = model.state_dict = refuse_to_save
+    model.save_pretrained, model.state_dict = refuse_to_save, state_dict
     model.num_parameters, model._apply = num_parameters, apply_to_tensors
     model.set_experts_implementation = set_experts_implementation
+    model.base_model.register_forward_pre_hook(ExpertAdapters(model))
+
+
+def _adapters_of(model: Any) -> dict[str, Any]:
+    """Configs of PEFT's adapters by name; PEFT leaves them on the model that it changed."""
+    return getattr(model, "peft_config", None) or {}
+
+
+class ExpertAdapters:
+    """Refuses a pass through a model with adapters of experts: PEFT finds no weight there, and leaves them out.
+
+    Args:
+        model: from `load`; copied along when the model is.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self, module: Any, args: Any) -> None:
+        """Called before each forward pass.
+
+        Raises:
+            RuntimeError: if an adapter is meant for weights of experts.
+        """
+        for name, config in _adapters_of(self._model).items():
+            targets = tuple(getattr(config, "target_parameters", None) or ())
+            ends = tuple(f".{target}" for target in targets)
+            if left_out := [key for key in self._model.expert_shapes if key in targets or key.endswith(ends)]:
+                raise RuntimeError(
+                    f"adapter {name!r} changes weights of experts ({left_out[0]}), which stay on disk; adapt other "
+                    "layers only, or merge the adapter into the checkpoint and offload that"
+                )

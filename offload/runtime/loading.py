@@ -10,7 +10,7 @@ import moe  # noqa: F401  registers our own model type with transformers
 from ..compute.resident import move_to_huge_pages
 from ..gpu.devices import open_lane
 from ..memory.budget import resident_bytes
-from ..memory.heap import return_large_blocks
+from ..memory.heap import return_free_blocks, return_large_blocks
 from .assembly import assemble
 from .division import divide_memory, expect_machine_has
 from .opening import open_checkpoint
@@ -102,6 +102,7 @@ def load(
         """Move the resident weights to where they stay; what the process has then, without them on the CPU."""
         if lane is None:
             move_to_huge_pages(opened.model)
+            return_free_blocks()
             return opened.process_bytes
         opened.model.to(lane.device)
         return resident_bytes()

@@ -7,16 +7,17 @@ from ..compute.resident import expansion_bytes, weight_bytes
 from ..memory.budget import Needs, kv_bytes_per_token
 from ..ram.expanded import room_bytes
 from ..store.store import READ_BYTES
-from .activations import activation_bytes, prefill_tokens
+from .activations import activation_bytes
 from .opening import OpenedCheckpoint
 from .options import LoadOptions
+from .pieces import piece_tokens
 
 
 def memory_needs(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:
     """The parts of a budget that are not expert slots, with `options.context` tokens of KV cache."""
     config, model = opened.config, opened.model
     dtype: torch.dtype = model.dtype
-    tokens = prefill_tokens(config, options.context)
+    tokens = piece_tokens(model, options.context)
     activations = activation_bytes(config, tokens, options.context, opened.top_k, dtype.itemsize)
     expanded = 0 if opened.linears is None else expansion_bytes(model, opened.linears)
     return Needs(

@@ -83,13 +83,14 @@ class Offload:
         work = DecodeWork(
             num_layers=len(layers),
             experts_per_layer=top_k,
-            expert_bytes=sum(slots.expert_bytes for slots in layers) // len(layers),
+            expert_bytes=sum(slots.expert_bytes for slots in layers) // max(len(layers), 1),
             resident_bytes=weight_bytes(self._model) - embedding_bytes(self._model),
             hit_rate=hit_rate,
         )
         is_cached = not self._runtime.store.is_direct
         is_fast = self._runtime.matvecs.arithmetic != "exact"
-        rate = layers[0].form.token_rate(hardware, is_fast=is_fast)
+        first = layers[0].form if layers else None
+        rate = hardware.token_rate(is_fast=is_fast) if first is None else first.token_rate(hardware, is_fast=is_fast)
         return predict_decode(work, hardware, rate=rate, is_cached=is_cached)
 
     def _floor(self) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The text side of a model folder: its tokenizer, what is wrong with it, and whether a text fits the context."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from moe import ByteText, TokenizerText, text_of
+from moe import ByteText, TokenizerText, save_byte_tokenizer, text_of
+
+from ..checkpoint.gguf.head import has_config_file, is_gguf, read_gguf
 
 
 class ModelText:
@@ -61,7 +63,7 @@ class ModelText:
 
 
 def open_text(folder: Path) -> ModelText:
-    """The text of the model in `folder`.
+    """The text of the model in `folder`, or of a GGUF file.
 
     Raises:
         ValueError: if its tokenizer cannot be read, or it has none and too few tokens for bytes.
@@ -73,43 +75,41 @@ def open_text(folder: Path) -> ModelText:
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> ByteText | TokenizerText:
-    """The tokenizer of a folder, or bytes without one.
+    """The tokenizer of a folder, or bytes without one; of a GGUF file, that beside its config.json, or its own.
 
     Raises:
         ValueError: if there are tokenizer files and they cannot be read, or there are none and V is too small.
     """
-    _expect_no_code(folder)
-    try:
-        return text_of(folder, vocab_size)
-    except ValueError as error:
-        if str(error).startswith(f"model {folder}"):
-            raise
-        raise _unreadable(folder, error) from error
-    except Exception as error:  # tokenizers raises bare Exception, and its files raise whatever they contain
-        raise _unreadable(folder, error) from error
+    if is_gguf(folder) and has_config_file(folder) and _has_vocabulary(folder.parent):
+        folder = folder.parent
+    return _text_of_gguf(folder) if is_gguf(folder) else text_of(folder, vocab_size)
 
 
-def _unreadable(folder: Path, error: Exception) -> ValueError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ValueError(
-        f"model {folder}: its tokenizer cannot be read ({type(error).__name__}: {reason[:200]}); "
-        "copy the tokenizer's files again from where the model came from"
-    )
+def _has_vocabulary(folder: Path) -> bool:
+    """Whether a tokenizer lies beside a GGUF file."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
 
 
-def _expect_no_code(folder: Path) -> None:
-    """Refuse a tokenizer that is a program; transformers would ask at the terminal whether to run it."""
-    file = folder / "tokenizer_config.json"
-    try:
-        settings: Any = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not JSON ({error}); copy it again") from error
-    auto_map = settings.get("auto_map") if isinstance(settings, dict) else None
-    if auto_map and not (folder / "tokenizer.json").is_file():
-        raise ValueError(
-            f"model {folder}: its tokenizer is Python code in the folder, which is never run; "
-            "put a tokenizer.json there (a fast tokenizer's save_pretrained writes one)"
-        )
+def _text_of_gguf(file: Path) -> TokenizerText:
+    from ..checkpoint.gguf.text import tokenizer_of
+
+    return TokenizerText(tokenizer_of(read_gguf(file)))
+
+
+def open_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a folder, of transformers; one of bytes for a model of 256 tokens without one.
+
+    Raises:
+        ValueError: as `read_tokenizer`.
+    """
+    text = read_tokenizer(folder, vocab_size)
+    if isinstance(text, TokenizerText):
+        return text.tokenizer
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory() as place:
+        save_byte_tokenizer(Path(place))
+        return AutoTokenizer.from_pretrained(place)
 
 
 def expect_room(prompt_tokens: int, new_tokens: int, context: int) -> None:

@@ -1,6 +1,8 @@
 """The C compiler: a C file beside our Python is compiled on first use, once per processor and source, and cached."""
 
+import atexit
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -27,16 +29,37 @@ def compile_library(sources: Sequence[Path], *, headers: Sequence[Path] = (), fl
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
         raise OSError("no C compiler (cc) was found for a small C file")
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "expertier"
-    folder.mkdir(parents=True, exist_ok=True)
     text = b"".join(file.read_bytes() for file in (*sources, *headers))
     command, processor = [compiler, *FLAGS, *flags], processor_fact("flags") or platform.processor()
     key = hashlib.sha256(text + processor.encode() + " ".join(command).encode()).hexdigest()[:16]
-    target = folder / f"native-{key}.so"
+    name, folder = f"native-{key}.so", _kept_folder()
+    if folder is not None and (folder / name).is_file():
+        return ctypes.CDLL(str(folder / name))
+    if folder is None or not os.access(folder, os.W_OK):
+        folder = _own_folder()
+    target = folder / name
     if not target.is_file():
         with tempfile.TemporaryDirectory(dir=folder) as work:
             _compile(command, sources, Path(work)).replace(target)
     return ctypes.CDLL(str(target))
+
+
+def _kept_folder() -> Path | None:
+    """Where libraries are kept from process to process; None without a home folder, or where it is read-only."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertier"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
+        return None
+    return folder
+
+
+@functools.cache
+def _own_folder() -> Path:
+    """A folder of this process alone, removed at its end: anybody could have put a library into a common one."""
+    made = tempfile.TemporaryDirectory(prefix="expertier-")
+    atexit.register(made.cleanup)
+    return Path(made.name)
 
 
 def _compile(command: list[str], sources: Sequence[Path], work: Path) -> Path:

@@ -74,10 +74,15 @@ def bench_gpu(
     check_parity()
     wire, console, results = wire_bandwidth(lane), plain_console(), []
     console.print(f"the bus gives {wire / 1e9:.1f} GB/s from pinned memory", highlight=False)
-    for limit in limits:
-        for name in contestants:
-            results.append(_run(name, checkpoint, limit, prefill, decode, wire))
-            console.print(" ".join(str(results[-1][key]) for key in KEYS), highlight=False)
+    try:
+        for limit in limits:
+            for name in contestants:
+                results.append(_run(name, checkpoint, limit, prefill, decode, wire))
+                console.print(" ".join(str(results[-1][key]) for key in KEYS), highlight=False)
+    except KeyboardInterrupt:
+        if not results:
+            raise
+        console.print("interrupted; what was measured follows")
     _print(console, results)
     if json_file:
         write_json(json_file, results)

@@ -90,18 +90,22 @@ def expect_tokenizer(path: str | None) -> None:
 
 @lru_cache(maxsize=1)
 def _load(path: str) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
+
+    from moe import open_tokenizer
 
     expect_tokenizer(path)
-    try:
-        if Path(path).is_file():
-            beside = Path(path).parent
-            if Path(path).name == "tokenizer.json" and (beside / "tokenizer_config.json").is_file():
-                return AutoTokenizer.from_pretrained(beside)
+    file = Path(path)
+    if file.is_file() and not (file.name == "tokenizer.json" and (file.parent / "tokenizer_config.json").is_file()):
+        try:
             return PreTrainedTokenizerFast(tokenizer_file=path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # the library raises whatever its parsers do
-        raise ValueError(f"{path}: no tokenizer that transformers reads ({error})") from error
+        except Exception as error:  # the library raises whatever its parser does
+            raise ValueError(f"{path}: no tokenizer that transformers reads ({_first_line(error)})") from error
+    tokenizer = open_tokenizer(file.parent if file.is_file() else file)
     if not len(tokenizer):
         raise ValueError(f"{path}: the tokenizer has no tokens; give the folder that holds tokenizer.json")
     return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)

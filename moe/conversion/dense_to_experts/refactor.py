@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ...model.decoder import MoEForCausalLM
 from ...parts.text import carry_text_files, token_rows
 from ..families import config_of_dense
 from ..flags import flag
 from ..layer_by_layer import loss_of, mean_loss
+from ..opening import load_model, read_config
 from ..staging import staged_folder
 from .domain_masks import cluster, mean_activations, slice_layer
 from .slicing import sliced_model, storage
@@ -92,12 +92,10 @@ def refactor(folder: Path, out: Path, plan: RefactorPlan, advance: Callable[[], 
     Raises:
         ValueError: if the model cannot be expressed, or the texts do not suffice.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no checkpoint folder: it has no config.json")
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     config_of_dense(config)
     rows = _rows(folder, config.vocab_size, plan)
-    dense = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    dense = load_model(folder).requires_grad_(False)
     train, held_out, text_B = _split(rows)
     activation_BLF = mean_activations(dense, train)
     domain_B = text_B if plan.domains is None else cluster(activation_BLF, plan.domains, seed=plan.rounds.seed)

@@ -54,8 +54,15 @@ def chosen_tiles(device: torch.device, dtype: torch.dtype, num_rows: int, weight
 
 
 def tuned_file(device_name: str) -> Path:
-    """Where tuned tiles of a device are kept: `$XDG_CACHE_HOME/expertier/tiles/<device>.json`."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Where tuned tiles of a device are kept: `$XDG_CACHE_HOME/expertier/tiles/<device>.json`.
+
+    Raises:
+        ValueError: if neither that variable nor a home folder says where.
+    """
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise ValueError("there is no home folder to keep tuned tiles in; set XDG_CACHE_HOME") from error
     return cache / "expertier" / "tiles" / f"{device_name.replace(' ', '_').replace('/', '_')}.json"
 
 
@@ -90,7 +97,10 @@ def tuned_tiles(device_name: str) -> dict[TunedFor, LayerTiles]:
     Raises:
         ValueError: if the file is not what `tune.save_tuned` writes.
     """
-    path = tuned_file(device_name)
+    try:
+        path = tuned_file(device_name)
+    except ValueError:  # no home folder
+        return {}
     if not path.is_file():
         return {}
     try:

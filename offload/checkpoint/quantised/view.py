@@ -13,6 +13,7 @@ from .found import Found
 from .spellings import COMPANION_ENDINGS, IGNORED_ENDINGS, SPELLINGS, Spelling
 
 PART_ROLES = ("scales", "zeros", "global", "order")
+CODE_DTYPES = frozenset(dtype for spelling in SPELLINGS for dtype in spelling.dtypes)
 STORED_DTYPES = {name: stored for stored, name in TORCH_DTYPES.items()}
 
 
@@ -38,7 +39,7 @@ def plain_view(
     stored = STORED_DTYPES[str(dtype).removeprefix("torch.")]
     try:
         for key, codes in entries.items():
-            if (spelled := _spelled(codes, entries)) is None:
+            if codes.dtype not in CODE_DTYPES or (spelled := _spelled(codes, entries)) is None:
                 continue
             name, spelling, companions = spelled
             found = spelling.read(codes, companions, described)

@@ -20,7 +20,7 @@ static inline void nibble_table(const struct stored_matrix *m, int64_t down, int
     const float *values = NIBBLE_VALUES[m->parameter[CODE_KIND]];
     float scale = scale_at(m, down * m->across + across), factor = value_factor(m);
     float zero = zero_kind(m) == ZERO_NONE ? 0 : values[zero_code_at(m, down, across)];
-#ifdef __AVX512BW__
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
     __m512 value = _mm512_mul_ps(_mm512_loadu_ps(values), _mm512_set1_ps(factor));
     if (zero_kind(m) != ZERO_NONE) value = _mm512_sub_ps(value, _mm512_set1_ps(zero));
     _mm256_storeu_si256((__m256i *)table, round_products(m, _mm512_mul_ps(value, _mm512_set1_ps(scale))));
@@ -36,7 +36,7 @@ static inline void nibble_table(const struct stored_matrix *m, int64_t down, int
 static inline void look_up(const uint16_t table[16], const uint8_t *codes, int64_t begin, int64_t end, int high_first,
                            uint16_t *out) {
     int64_t c = begin;
-#ifdef __AVX512BW__
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
     __m256i entries = _mm256_loadu_si256((const __m256i *)table);
     for (; c % 2 == 0 && c + 16 <= end; c += 16) {
         __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + c / 2)));
