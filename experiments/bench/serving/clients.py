@@ -58,7 +58,8 @@ class Answer:
 
 def follow(rows: Sequence[int], new_tokens: int, vocab_size: int, owner: str = "") -> GenerationRequest:
     """A request whose prompt and answer are rows of a replay checkpoint; the last `new_tokens` are the answer."""
-    prompt, answer = rows[:-new_tokens], rows[-new_tokens:]
+    ids = [row % vocab_size for row in rows]
+    prompt, answer = ids[:-new_tokens], ids[-new_tokens:]
     return GenerationRequest(
         prompt_ids=tuple(prompt),
         max_new_tokens=new_tokens,
