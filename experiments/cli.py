@@ -21,6 +21,7 @@ from .bench.memory_layers import bench_memory_layers
 from .bench.offloading.bench import bench_offload
 from .bench.placement_solvers import bench_placement
 from .bench.routers import routers as bench_routers
+from .bench.serving.bench import bench_serve
 from .bench.training import bench_train
 from .compare.command import compare
 from .demo.command import demo
@@ -77,6 +78,7 @@ bench.command("memory-layers")(bench_memory_layers)
 bench.command("offload")(bench_offload)
 bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)
+bench.command("serve")(bench_serve)
 bench.command("train")(bench_train)
 app.add_typer(bench, name="bench")
 offload.cli.join_trace(routing.cli.trace_app)

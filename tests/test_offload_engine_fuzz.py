@@ -20,13 +20,13 @@ def folder(tmp_path_factory):
 class PoolModel:
     """What must hold at every moment, from outside: limits, and books that agree with what is open."""
 
-    def __init__(self, users, queued, capacity):
-        self.users, self.queued, self.capacity = users, queued, capacity
+    def __init__(self, users, queued):
+        self.users, self.queued = users, queued
         self.open = []
 
     def check(self, counters):
         assert counters.running <= self.users
-        assert counters.kv_reserved + counters.kv_kept <= self.capacity
+        assert counters.kv_reserved + counters.kv_kept <= counters.kv_capacity
         assert counters.kv_in_use <= counters.kv_reserved
         assert counters.running + counters.queued <= self.users + self.queued
 
@@ -44,7 +44,7 @@ def wait_until_idle(engine):
 def test_random_submits_and_cancels_leave_nothing_behind(folder, seed, schedule):
     chance = random.Random(seed)
     options = EngineOptions(most_users=3, most_queued=5, schedule=schedule, reuse="any", piece_tokens=16)
-    model = PoolModel(3, 5, 256)
+    model = PoolModel(3, 5)
     streams, refused = [], 0
     with serve(folder, options=options) as engine:
         for _ in range(120):

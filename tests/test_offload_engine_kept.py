@@ -120,7 +120,7 @@ def test_kept_prefixes_give_way_to_requests(folder):
             finished = collect(engine.submit(ask(prompt, 8, ignore_end=True, owner=str(first))))[1]
             assert finished.reason == "length"
             counters = engine.counters()
-            assert counters.kv_kept <= 128
+            assert 0 < counters.kv_kept <= counters.kv_capacity
             assert counters.kv_reserved == counters.kv_in_use == 0
         # all of the pool for one request
         assert collect(engine.submit(ask(range(2, 90), 40, ignore_end=True)))[1].reason == "length"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from ..compute.kv_cache import room_positions
 from .counters import Tally
 from .events import Reason
 from .kept.cached import CachedTokens
@@ -62,8 +63,11 @@ class Admission:
         for sequence in waiting:
             if self._is_being_read(sequence):
                 continue
-            reserved = sequence.request.num_reserved
-            return sequence if reserved <= self.pool.capacity - self.pool.reserved else None
+            return (
+                sequence
+                if places_of(sequence.request.num_reserved) <= self.pool.capacity - self.pool.reserved
+                else None
+            )
         return None
 
     def start(self, sequence: RunningSequence) -> None:
@@ -76,7 +80,7 @@ class Admission:
                 source, length = best([loaded], prompt_ids, self._piece_tokens)
         if source is not None:
             self._prefixes.use(source)
-        reserved = sequence.request.num_reserved
+        reserved = places_of(sequence.request.num_reserved)
         self._make_room(reserved)
         self.pool.take(sequence.key, reserved)
         cached = self._steps.empty() if source is None else source.fork(length)
@@ -134,6 +138,11 @@ class Admission:
         if self._piece_tokens is not None and ahead < len(prompt_ids):
             ahead = ahead // self._piece_tokens * self._piece_tokens
         return ahead >= WORTH_WAITING and ahead > self._source(sequence)[1] + WORTH_WAITING
+
+
+def places_of(tokens: int) -> int:
+    """Places that a sequence of so many tokens takes: caches that grow in place have some to spare."""
+    return room_positions(tokens)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -1,5 +1,6 @@
 """The parts of an engine put together for one model: what it can hold, and what its level of exactness allows."""
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from routing.ground.quantity import parse_size
 from ..compute.resident import embedding_bytes, weight_bytes
 from ..memory.budget import kv_bytes_per_token
 from ..runtime.activations import prefill_tokens
-from .admission import Admission
+from .admission import Admission, places_of
 from .counters import Tally
 from .kept.cached import is_plain
 from .kept.folder import PrefixFolder
@@ -64,7 +65,8 @@ def build_loop(model: Any, options: EngineOptions, tally: Tally) -> tuple[Loop, 
     can_pack = wants_to_pack and steps.can_pack
     reuse = options.reuse if options.reuse != "auto" else "any" if is_flexible else "aligned"
     capacity, token_bytes = _pool_tokens(model)
-    piece_tokens = min(options.piece_tokens or capacity, prefill_tokens(model.config, capacity))
+    context = _longest(capacity)
+    piece_tokens = min(options.piece_tokens or context, prefill_tokens(model.config, context))
     admission = Admission(
         steps,
         TokenPool(capacity),
@@ -85,7 +87,7 @@ def build_loop(model: Any, options: EngineOptions, tally: Tally) -> tuple[Loop, 
     )
     info = ModelInfo(
         vocab_size=steps.vocab_size,
-        context_tokens=min(capacity, _most_positions(model.config, capacity)),
+        context_tokens=min(context, _most_positions(model.config, capacity)),
         end_ids=_end_ids(model),
         arithmetic=arithmetic,
         can_pack=can_pack,
@@ -110,6 +112,11 @@ def _pool_tokens(model: Any) -> tuple[int, int]:
     if token_bytes == 0:  # nothing but states, which do not grow with the tokens
         return _most_positions(model.config, 1 << 20), 1
     return model.offload.plan.kv_bytes // token_bytes, token_bytes
+
+
+def _longest(capacity: int) -> int:
+    """Tokens of the longest sequence that the pool has places for."""
+    return bisect_right(range(capacity + 1), capacity, key=places_of) - 1
 
 
 def _most_positions(config: Any, otherwise: int) -> int:
