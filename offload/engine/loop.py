@@ -161,7 +161,7 @@ class Loop:
         if draft:
             self._take_draft(sequences[0], draft, logits[0], seconds)
             return
-        per_layer = (self._misses() - misses) / len(self._counters.layers)
+        per_layer = (self._misses() - misses) / max(len(self._counters.layers), 1)
         self.schedule.note_decoding(len(sequences), seconds, self._counters.stall_s - stall_s, per_layer)
         for sequence, logits_NV in zip(sequences, logits, strict=True):
             if len(sequences) == 1 and sequence.lookup is not None:
