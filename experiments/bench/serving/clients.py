@@ -20,8 +20,8 @@ class Follow:
     """A constraint that lets exactly these tokens come: rows of a replay checkpoint, whose routing is recorded.
 
     Args:
-        token_ids: the answer.
-        vocab_size: V.
+        token_ids: the answer, without the prompt.
+        vocab_size: V; ids are drawn below it.
     """
 
     def __init__(self, token_ids: Sequence[int], vocab_size: int) -> None:
