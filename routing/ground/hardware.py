@@ -6,7 +6,6 @@ from pathlib import Path
 
 from routing.ground.files import atomic_write
 
-
 COMPRESSED_BYTES = 11 / 8
 """Bytes of a compressed bfloat16 weight."""
 
