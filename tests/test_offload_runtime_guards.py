@@ -125,6 +125,15 @@ def test_tracers_are_refused(model, length):
     assert torch.equal(logits(model, length), expected)
 
 
+def test_a_closed_model_says_so(folder):
+    closed = offload.load(folder, cache_experts=2)
+    closed.offload.close()
+    closed.offload.close()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"this model was closed .* load it again"):
+        closed(IDS, use_cache=False)
+    assert closed.offload.report()["misses"] >= 0
+
+
 def test_gradients_through_experts_are_refused(folder):
     model = offload.load(folder, cache_experts=3)
     x = model.get_input_embeddings()(IDS).detach().requires_grad_(True)
