@@ -7,6 +7,7 @@ from .contract.certificate import Bound, Certificate
 from .contract.cluster import Cluster, load_cluster
 from .contract.plan import Plan
 from .contract.problem import Problem, Scenario
+from .contract.spec import ModelSpec
 from .data.generators import generate_loads, generate_trace
 from .data.loads import read_loads
 from .heuristics.eplb import eplb
@@ -25,6 +26,7 @@ __all__ = [
     "Certificate",
     "Cluster",
     "Migration",
+    "ModelSpec",
     "Objective",
     "Plan",
     "Problem",

@@ -72,8 +72,7 @@ def machines(model: dict[str, Any], layers: int, experts: int, nodes: int, gpus:
         nodes, gpus: equal nodes with so many GPUs each.
         settings: `on_gpu`, `in_host` (shares of all experts), `ssd` (bytes per second), and keys of `tiers`.
     """
-    from placement import Cluster
-    from placement.contract.spec import ModelSpec
+    from placement import Cluster, ModelSpec
 
     whole = layers * experts * (ModelSpec.model_validate(model).bytes_per_expert or 0)
     tiers = {key: value for key, value in settings.items() if key not in ("on_gpu", "in_host", "ssd")}
