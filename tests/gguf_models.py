@@ -19,7 +19,9 @@ NAMES = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "self_attn.sinks": "attn_sinks.weight",
     "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.router": "ffn_gate_inp",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -112,6 +114,8 @@ class TinyGguf:
 
     def _add(self, name, values):
         stored = gguf_name(name)
+        if self.architecture == "gpt-oss":
+            stored = stored.replace("ffn_norm", "post_attention_norm")
         heads = next((count for part, count in self.heads.items() if f".{part}." in stored), None)
         if self.architecture == "llama" and heads:
             found = self._store(stored, permuted(values, heads)).numpy()
@@ -123,7 +127,9 @@ class TinyGguf:
 
     def _add_experts(self, name, values):
         layer = name.split(".")[2]
-        if name.endswith("down_proj"):
+        if self.architecture == "gpt-oss":
+            self.state[name] = self._alternating(f"blk.{layer}.ffn_", name.rsplit(".", 1)[1], values)
+        elif name.endswith("down_proj"):
             self.state[name] = self._store(f"blk.{layer}.ffn_down_exps.weight", values)
         else:
             gate, up = np.split(values, 2, axis=1)
@@ -131,6 +137,21 @@ class TinyGguf:
                 self._store(f"blk.{layer}.ffn_{part}_exps.weight", half) for part, half in (("gate", gate), ("up", up))
             ]
             self.state[name] = torch.cat(halves, dim=1)
+
+    def _alternating(self, prefix, parameter, values):
+        """Experts of gpt-oss: inputs are rows, and outputs of gate and up alternate; files have neither."""
+        suffix = "bias" if parameter.endswith("_bias") else "weight"
+        values = values if suffix == "bias" else values.swapaxes(1, 2)
+        parts = {"gate": values[:, ::2], "up": values[:, 1::2]} if "gate_up" in parameter else {"down": values}
+        found = []
+        for part, one in parts.items():
+            stored, kind = f"{prefix}{part}_exps.{suffix}", "F32"
+            if suffix == "weight":
+                kind = self.kind_of(stored)
+            self.tensors[stored] = (kind, blocks(kind, np.ascontiguousarray(one), self.rng))
+            found.append(numbers(kind, self.tensors[stored][1]))
+        whole = found[0] if len(found) == 1 else torch.stack(found, dim=2).flatten(1, 2)
+        return whole if suffix == "bias" else whole.transpose(1, 2).contiguous()
 
     def write(self, path, metadata, **writing):
         """The file, or its parts if `split_max_tensors` says so."""
@@ -166,6 +187,13 @@ def metadata_of(config):
         "ARCH.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "ARCH.rope.freq_base": float(config.rope_parameters["rope_theta"]),
     }
+    if config.rope_parameters["rope_type"] == "yarn":
+        found["ARCH.rope.scaling.type"] = "yarn"
+        found["ARCH.rope.scaling.factor"] = float(config.rope_parameters["factor"])
+        original = config.rope_parameters["original_max_position_embeddings"]
+        found["ARCH.rope.scaling.original_context_length"] = original
+    if getattr(config, "sliding_window", None):
+        found["ARCH.attention.sliding_window"] = config.sliding_window
     for key, name in {
         "ARCH.attention.key_length": "head_dim",
         "ARCH.expert_count": "num_experts",

@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 600
-"""A launch takes some ten seconds, on a busy machine minutes; a collective that one never enters takes for ever."""
+"""A launch takes some ten seconds, on a busy machine minutes; a collective that one process never enters never ends."""
 
 
 def run_ranks(count: int, module: str, *arguments: str, limit_s: float = LIMIT_S) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 from experiments.train.corpus import BatchOrder, Corpus, windows
 from experiments.train.distributed.checkpoint import load_parts, save_parts
 from experiments.train.distributed.run import build_parts
-from experiments.train.distributed.step import Parts, _backward, distributed_evaluation, distributed_step
+from experiments.train.distributed.step import Parts, accumulate, distributed_evaluation, distributed_step
 from experiments.train.presets import TrainConfig
 from experiments.train.torch_run import build_model, seed_noise
 from experiments.variants.catalogue import model_overrides
@@ -96,7 +96,7 @@ def worst_difference(config: TrainConfig, layout: Layout, spoil: Callable[[Parts
     parts = build_parts(config, corpus_of(), layout, CPU)
     if spoil is not None:
         spoil(parts)
-    seen = _backward(parts, 0)
+    seen = accumulate(parts, 0)
     average_gradients(parts.split)
     loss, wanted = one_process(config)
     worst, where = 0.0, ""

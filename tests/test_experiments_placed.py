@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments.placed.forecast import forecast
@@ -78,6 +78,7 @@ def test_copies_take_turns_as_the_policy_says():
     assert not quota[copies == 0].any()
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(1, 5), st.integers(1, 9))
 def test_every_row_is_in_one_call_and_all_processes_make_equally_many(sequences, processes, rows_per_call):
     trace = RoutingTrace(

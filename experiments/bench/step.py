@@ -24,9 +24,9 @@ OURS, RESIDENT = "offload", "resident"
 WARM_UP_STEPS = 4  # the first steps try kernels and learn which linear layers share an input
 PIECE = 512  # positions of a prompt that are computed at once
 SEED = 0
-# of the model: heads of keys and values as in OLMoE (16 of 128), weights of 1 MB a layer outside experts
+# of the model: heads of keys and values as in OLMoE (16 of 128), weights of 4 MB a layer outside experts
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "head_dim": 128,
+    "hidden_size": 256, "intermediate_size": 64, "moe_intermediate_size": 64, "head_dim": 128,
     "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 256, "max_position_embeddings": 8192,
     "num_experts": 32, "num_local_experts": 32, "num_experts_per_tok": 4,
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,

@@ -33,7 +33,7 @@ def run_plans(
         plans: by name, for at most as many GPUs as there are processes.
         trace: what is routed.
         against: solvers whose plans of this trace are carried out as well, on the first plan's machines.
-        width: D.
+        width: D, floats of a token; bytes grow with it, rows do not.
         rows: `rank` or `pair`.
         then: where the first plan goes afterwards, in at least so many `forwards`; or None.
 

@@ -103,7 +103,7 @@ def dispatch(
         local_TK: int64 id of the expert on that process.
         weight_TK: combine weights, with gradient.
         compute: an experts forward of this process's experts: (rows, local ids, weights) -> weighted sums.
-        group: the processes.
+        group: the processes that exchange rows; G of them.
         empty_id: an id that contributes nothing on any process.
         traffic: counts what is moved, or None.
 

@@ -24,7 +24,7 @@ class PlacedExperts:
         experts: a whole experts module; it keeps the weights of this process's experts only.
         held: per process its experts in the order of their places; None for a free place.
         copies: of this process.
-        group: the processes.
+        group: the processes that the plan's GPUs stand for; `held` has an entry for each.
         rows: `rank` sends a token once to each process that holds some of its experts, `pair` once per expert.
     """
 
@@ -108,7 +108,7 @@ def place_experts(
     Args:
         model: of transformers or ours.
         held, copies: per MoE layer, first to last.
-        group: the processes.
+        group: the processes that the plan's GPUs stand for; `held` has an entry for each.
         settings: of `PlacedExperts`.
 
     Raises:

@@ -45,7 +45,7 @@ def expect_splittable(model: nn.Module, layout: Layout) -> None:
 
     Args:
         model: a `MoEForCausalLM`.
-        layout: the processes.
+        layout: how many processes there will be along each axis.
 
     Raises:
         ValueError: if the architecture or the router cannot be trained on several processes, or E does not divide.

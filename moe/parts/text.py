@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from routing.ground.files import write_json
+from routing.ground.plain_text import expect_plain_text
 
 from .tokenizer_files import open_tokenizer
 
@@ -142,7 +143,7 @@ def token_rows(folder: Path, vocab_size: int, files: list[Path], length: int, ma
         max_tokens: bound on B * S.
 
     Raises:
-        ValueError: if a text is missing or too short, or the model has neither a tokenizer nor a token per byte.
+        ValueError: if a text is missing, too short or none, or the model has neither a tokenizer nor a token per byte.
     """
     share = max_tokens // len(files)
     pieces = [_encode(folder, vocab_size, file, share) for file in files]
@@ -155,5 +156,6 @@ def token_rows(folder: Path, vocab_size: int, files: list[Path], length: int, ma
 def _encode(folder: Path, vocab_size: int, file: Path, most: int) -> list[int]:
     if not file.is_file():
         raise ValueError(f"text {file}: no such file")
-    with file.open(encoding="utf-8", errors="replace") as stream:
+    expect_plain_text(file)
+    with file.open(encoding="utf-8-sig", errors="replace") as stream:
         return text_of(folder, vocab_size).encode(stream.read(16 * most))[:most]

@@ -23,6 +23,7 @@ HELP = {
     "quit": "end; Ctrl-D does so too",
 }
 ORDERS = tuple(line.split()[0] for line in HELP)
+"""The first word of each line of the help."""
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Table:
     """What a conversation has before it: its state, and how it is shown.
 
     Args:
-        talk: the conversation.
+        talk: the conversation, which most orders change.
         partner: who answers.
         say: shows a line to the user.
         shows_reasoning: whether reasoning is shown.

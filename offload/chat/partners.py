@@ -15,7 +15,7 @@ class Piece:
 
     Args:
         channel: `content`, or `reasoning` before it.
-        text: the piece.
+        text: what came since the piece before.
     """
 
     channel: Literal["content", "reasoning"]

@@ -13,7 +13,9 @@ from ..engine.request import Sampling
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 SETTINGS = (*SAMPLING, "seed", "max_new_tokens")
 VERSION = 1
+"""Of the file that /save writes; a later form gets the next number."""
 LARGEST_SESSION = 64 << 20
+"""Bytes of a saved conversation that are read: some ten million words, more than any context holds."""
 
 
 @dataclass

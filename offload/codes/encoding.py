@@ -25,6 +25,7 @@ CODE_BITS = {
 (offset4, offset8), and the sixteen quantiles of QLoRA (nf4)."""
 ROLES = ("codes", "scales", "zeros", "global")
 WORD_BYTES = 4
+"""Of the int32 numbers that compressed-tensors, GPTQ and AWQ pack codes into."""
 
 
 @dataclass(frozen=True, kw_only=True)

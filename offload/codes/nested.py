@@ -13,6 +13,7 @@ import torch
 from .encoding import ITEM_BYTES, Encoding
 
 TABLE_CODES = 256
+"""Values that a byte can name."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from .decode import PRODUCT_DTYPES, SCALE_DTYPES
 from .encoding import ITEM_BYTES, WORD_BYTES, Encoding
 
 WORD_BITS = 8 * WORD_BYTES
+"""The same in bits."""
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word of AWQ the eight neighbouring outputs stand."""
 

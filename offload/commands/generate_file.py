@@ -20,7 +20,7 @@ class Prompts:
     """Token ids of what a user wrote, as raw text or by the model's chat template.
 
     Args:
-        folder: the model.
+        folder: of the model, or its GGUF file.
         text: encodes raw text.
         options: say whether a text is a user's message, and what stands before it.
     """

@@ -54,7 +54,7 @@ def find_gating(module: Any, width: int) -> Gating | None:
 
     Args:
         module: the experts module.
-        width: F.
+        width: F, the numbers that the gate gives for a row.
     """
     apply: Apply = module._apply_gate if module.has_gate else module.act_fn
     candidates = _gates(apply) if module.has_gate else iter([_activation(apply)])

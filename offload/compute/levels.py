@@ -1,8 +1,8 @@
 """Levels of exactness: what is promised of a model's bits, and the highest that is not slower than the resident model.
 
-exact   logits have the bits of transformers' own implementation on this machine
-fixed   logits have the bits of our own products over resident weights: the same at every budget, in every order of
-        arrival, at every number of threads, and for a sequence whatever is computed beside it
+exact   logits are bit-identical to those of transformers' own implementation on this machine
+fixed   logits are bit-identical at every budget, in every order of arrival, at every number of threads, and for a
+        sequence whatever is computed beside it
 fast    logits are close; nothing else is promised
 """
 

@@ -92,6 +92,12 @@ class Admission:
         self._tally.prompt_tokens_total += len(sequence.request.prompt_ids)
         self._tally.cached_tokens_total += length
 
+    def refuse(self, sequence: RunningSequence, message: str) -> None:
+        """End a request that could not be started."""
+        self.pool.give(sequence.key)
+        self._tally.finished_total["error"] += 1
+        sequence.finish("error", message)
+
     def end(self, sequence: RunningSequence, reason: Reason, message: str = "") -> None:
         """End a running request; what it computed is kept if there is room."""
         self.running.remove(sequence)

@@ -84,6 +84,7 @@ def build_loop(model: Any, options: EngineOptions, tally: Tally) -> tuple[Loop, 
         longest_wait_s=options.longest_wait_s,
         decode_share=options.decode_share,
         may_pack=can_pack,
+        piece_tokens=piece_tokens,
     )
     info = ModelInfo(
         vocab_size=steps.vocab_size,

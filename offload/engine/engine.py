@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from .assembly import ModelInfo, build_loop
 from .counters import EngineCounters, Tally
 from .events import NotReady, QueueFull
-from .loop import Loop
+from .loop import Loop, one_line
 from .options import EngineOptions
 from .planning.pool import Departures, FairQueue
 from .request import GenerationRequest
@@ -39,7 +39,7 @@ class Engine:
         self._loop: Loop | None = None
         self._info: ModelInfo | None = None
         self._tally = Tally()
-        self._refused = self._left_queue = 0
+        self._refused = self._left_queue = self._starting = 0
         self._departures = Departures(time.monotonic())
         self._thread = threading.Thread(target=self._serve, args=(open_model,), name="expertier-engine", daemon=True)
         self._thread.start()
@@ -101,7 +101,7 @@ class Engine:
             if self._state != "ready" or self._loop is None or self._info is None:
                 raise NotReady(self._why_not_ready())
             _expect_possible(request, self._info, self._options)
-            running = len(self._loop.admission.running)
+            running = len(self._loop.admission.running) + self._starting
             if len(self._waiting) + running >= self._options.most_users + self._options.most_queued:
                 self._refused += 1
                 retry_s = self._departures.expected_s(time.monotonic())
@@ -126,7 +126,7 @@ class Engine:
                 finished["cancelled"] = finished.get("cancelled", 0) + self._left_queue
             return EngineCounters(
                 state=self._state,
-                queued=len(self._waiting),
+                queued=len(self._waiting) + self._starting,
                 refused_total=self._refused,
                 finished_total=finished,
                 **grown,
@@ -200,8 +200,17 @@ class Engine:
                     self._changed.wait()
                     continue
                 self._waiting.serve(sequence)
-                # under the lock, so that it is always either waiting or running for those who count
-                loop.admission.start(sequence)
+                self._starting = 1
+            self._start(loop, sequence)
+            with self._changed:
+                self._starting = 0
+
+    def _start(self, loop: Loop, sequence: RunningSequence) -> None:
+        """Let one in; without the lock, because its prefix may have to be read from disk."""
+        try:
+            loop.admission.start(sequence)
+        except Exception as error:  # no memory, a bug: this request ends, the engine goes on
+            loop.admission.refuse(sequence, one_line(error))
 
     def _step(self, loop: Loop) -> None:
         before = self._tally.finished_total.total()

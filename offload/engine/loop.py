@@ -115,7 +115,7 @@ class Loop:
         self.schedule.note_reading(time.monotonic() - self._read_since_s, others_wait=others_wait)
         if logits is None:
             return
-        self.schedule.note_piece(seconds)
+        self.schedule.note_piece(len(token_ids), seconds)
         sequence.note_read(token_ids, self._piece_tokens)
         if not sequence.prompt_left:
             sequence.tokens.end_logits_V = logits[0][-1]
@@ -161,7 +161,7 @@ class Loop:
         if draft:
             self._take_draft(sequences[0], draft, logits[0], seconds)
             return
-        per_layer = (self._misses() - misses) / len(self._counters.layers)
+        per_layer = (self._misses() - misses) / max(len(self._counters.layers), 1)
         self.schedule.note_decoding(len(sequences), seconds, self._counters.stall_s - stall_s, per_layer)
         for sequence, logits_NV in zip(sequences, logits, strict=True):
             if len(sequences) == 1 and sequence.lookup is not None:
@@ -196,7 +196,7 @@ class Loop:
         except AbandonedPrefillError:
             self._fail(sequences, "cancelled", "")
         except Exception as error:  # a damaged file, no memory, a bug: these requests end, the engine goes on
-            self._fail(sequences, "error", _one_line(error))
+            self._fail(sequences, "error", one_line(error))
         return None
 
     def _fail(self, sequences: Sequence[RunningSequence], reason: Reason, message: str) -> None:
@@ -215,7 +215,7 @@ class Loop:
         try:
             reason = sequence.take_token(logits_V)
         except Exception as error:  # its constraint or `is_stop` may raise anything; others must not suffer
-            return "error", _one_line(error)
+            return "error", one_line(error)
         self.tally.completion_tokens_total += 1
         return None if reason is None else (reason, "")
 
@@ -228,6 +228,7 @@ def _token_of(sequence: RunningSequence) -> Piece:
     return Piece(cached=sequence.tokens, token_ids=[sequence.last_token], by_row=True)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error as one line for the one who asked; its class where the text alone may say nothing."""
     text = " ".join(str(error).split())
     return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"

@@ -134,8 +134,10 @@ class GgufForm:
                     expand_rows(matrix.entry.dtype, strip, target_FD)
 
     def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
-        """Matrices are expanded in memory, then multiplied: both move the bytes of the plain ones."""
+        """Blocks are expanded while they are multiplied, or before: that moves the bytes of the plain ones twice."""
         plain = self.layer.plain_bytes
+        if self.can_multiply(is_transposed=self.is_transposed):
+            return hardware.stored_rate(2 * self.expert_bytes / plain)
         return self.expert_bytes / (plain / hardware.token_rate(is_fast=is_fast) + plain / hardware.memory_bytes_per_s)
 
     @classmethod

@@ -170,8 +170,10 @@ class QuantisedForm:
                 matrix.expand(out, is_transposed=piece.is_transposed)
 
     def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
-        """A product reads the expanded matrices, which are larger than what is stored."""
-        return hardware.exact_bytes_per_s * self.expert_bytes / self.layer.plain_bytes
+        """Codes are expanded while they are multiplied, or before: then products read the larger plain matrices."""
+        share = self.expert_bytes / self.layer.plain_bytes
+        is_multiplied = self.can_multiply(is_transposed=False) or self.can_multiply(is_transposed=True)
+        return hardware.stored_rate(2 * share) if is_multiplied else hardware.exact_bytes_per_s * share
 
     @classmethod
     def suits(cls, layer: ExpertLayer, views: Mapping[str, Any]) -> bool:

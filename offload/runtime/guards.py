@@ -27,8 +27,13 @@ def expect_numbers_in_memory(*tensors: torch.Tensor) -> None:
     """Refuse tensors that stand for others: experts are read and multiplied by their addresses in memory.
 
     Raises:
-        RuntimeError: for fake tensors of exporters, and tensors that vmap or another transform has wrapped.
+        RuntimeError: for fake tensors of exporters, tensors that vmap or another transform has wrapped, and calls that
+            `torch.jit.trace` or `make_fx` records: what C writes would not be in the recording.
     """
+    if torch.jit.is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        raise RuntimeError(
+            "products of offloaded experts cannot be recorded by torch.jit.trace or make_fx; trace the resident model"
+        )
     for tensor in tensors:
         if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise RuntimeError(

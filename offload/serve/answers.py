@@ -38,7 +38,7 @@ class Called:
     Args:
         index: its place among the answer's calls, from 0.
         call_id: a fresh name for it.
-        name: of the tool.
+        name: of the tool that the model calls.
         arguments: a JSON object as text.
     """
 

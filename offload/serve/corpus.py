@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from routing.ground.plain_text import expect_plain_text
+
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
 PIECE_BYTES = 1 << 16
 """Read at a time: some 16,000 tokens. A whole file at once would need some hundred times its size."""
@@ -75,7 +77,8 @@ def _tokens(file: Path, text: Text) -> Iterator[list[int]]:
     """
     before, after = _marks(text)
     is_first = True
-    decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+    expect_plain_text(file)
+    decode = codecs.getincrementaldecoder("utf-8-sig")(errors="replace").decode
     rest = ""
     with file.open("rb") as stream:
         while data := stream.read(PIECE_BYTES):

@@ -60,9 +60,9 @@ def open_answering(
     """Load a model and start its engine; takes as long as reading all that is not experts.
 
     Args:
-        folder: the model.
+        folder: of the model, or its GGUF file.
         conversations: its template and tokenizer.
-        options: of the engine.
+        options: places, queue and memory of the engine.
         load_options: of `offload.load`.
         context: most tokens of one request, prompt and answer together.
 

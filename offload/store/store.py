@@ -161,6 +161,11 @@ class ExpertStore:
         for file in {file for form in self.forms for file in form.files}:
             self._files[file] = self._open(file)
 
+    def _descriptor(self, file: Path) -> int:
+        if not self._files:
+            raise RuntimeError("this model was closed (model.offload.close()); load it again")
+        return self._files[file]
+
     def _open(self, file: Path) -> int:
         flags = os.O_RDONLY | os.O_CLOEXEC
         # forms that convert read single tensors into memory that is not aligned, which O_DIRECT refuses
@@ -179,7 +184,7 @@ class ExpertStore:
         """One read per `read_bytes` of the extent."""
         if self.is_direct:
             return self._direct_jobs(extent, shifts, raw, read_bytes)
-        descriptor, jobs = self._files[extent.entry.file], []
+        descriptor, jobs = self._descriptor(extent.entry.file), []
         for start in range(0, extent.nbytes, read_bytes):
             count = min(read_bytes, extent.nbytes - start)
             target = raw[extent.target + start : extent.target + start + count]
@@ -194,7 +199,7 @@ class ExpertStore:
         An extent begins anywhere in its file. If the slot's region is shifted by the same remainder, whole blocks go
         straight to their place. Otherwise they go through a buffer, and the wanted part is copied.
         """
-        descriptor, jobs = self._files[extent.entry.file], []
+        descriptor, jobs = self._descriptor(extent.entry.file), []
         begin = extent.offset // BLOCK_BYTES * BLOCK_BYTES
         end = extent.offset + extent.nbytes
         is_shifted = shifts[extent.region] == extent.offset % BLOCK_BYTES and extent.target % BLOCK_BYTES == 0
@@ -225,7 +230,7 @@ class ExpertStore:
 
     def _part(self, entry: TensorEntry, offset: int, nbytes: int, shape: tuple[int, ...]) -> torch.Tensor:
         raw = torch.empty(nbytes, dtype=torch.uint8)
-        read_into(entry.file, self._files[entry.file], offset, memoryview(raw.numpy()))
+        read_into(entry.file, self._descriptor(entry.file), offset, memoryview(raw.numpy()))
         return raw.view(entry.torch_dtype()).view(shape)
 
 

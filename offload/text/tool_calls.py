@@ -18,7 +18,7 @@ class ToolCall:
     """One call.
 
     Args:
-        name: of the tool.
+        name: of the tool that the model calls.
         arguments: a JSON object as text.
     """
 

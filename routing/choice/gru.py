@@ -54,7 +54,7 @@ class _BlockwiseCell(torch.autograd.Function):
     ) -> Tensor:
         T = len(x_Tp)
         keeps = any(ctx.needs_input_grad)
-        gates = _Gates.empty(x_Tp, T if keeps else min(T, BLOCK_ROWS))
+        gates = Gates.empty(x_Tp, T if keeps else min(T, BLOCK_ROWS))
         weights = (weight_ih, weight_hh, bias_ih, bias_hh)
         after_Tp = torch.empty_like(x_Tp)
         for rows in _blocks(T):
@@ -68,31 +68,46 @@ class _BlockwiseCell(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_Tp: Tensor) -> tuple[Tensor | None, ...]:
         x_Tp, state_Tp, weight_ih, weight_hh, *saved = ctx.saved_tensors
-        gates = _Gates(*saved)
-        T, p = x_Tp.shape
-        grad_x, grad_state = torch.empty_like(x_Tp), torch.empty_like(x_Tp)
-        grad_ih, grad_hh = torch.zeros_like(weight_ih), torch.zeros_like(weight_hh)
-        grad_bias_ih, grad_bias_hh = weight_ih.new_zeros(3 * p), weight_hh.new_zeros(3 * p)
-        workspace = _Gates.empty(x_Tp, min(T, BLOCK_ROWS))
-        with torch.autocast("cpu", enabled=False):
-            for rows in _blocks(T):
-                block = workspace.rows(slice(0, rows.stop - rows.start))
-                before_Mp = None if state_Tp is None else state_Tp[rows]
-                _differentiate(block, grad_state[rows], grad_Tp[rows], before_Mp, gates.rows(rows))
-                bias_3p = block.all.sum(dim=0)
-                grad_bias_ih += bias_3p
-                grad_bias_hh += torch.cat([bias_3p[: 2 * p], block.of_state.sum(dim=0)])
-                grad_ih.addmm_(block.all.T, x_Tp[rows])
-                torch.mm(block.all, weight_ih, out=grad_x[rows])
-                if before_Mp is not None:
-                    grad_hh[: 2 * p].addmm_(block.reset_update.T, before_Mp)
-                    grad_hh[2 * p :].addmm_(block.of_state.T, before_Mp)
-                    grad_state[rows].addmm_(block.reset_update, weight_hh[: 2 * p])
-                    grad_state[rows].addmm_(block.of_state, weight_hh[2 * p :])
-        return grad_x, None if state_Tp is None else grad_state, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh
+        return cell_gradients(grad_Tp, x_Tp, state_Tp, (weight_ih, weight_hh), Gates(*saved))
 
 
-class _Gates(NamedTuple):
+def cell_gradients(
+    grad_Tp: Tensor, x_Tp: Tensor, state_Tp: Tensor | None, weights: Sequence[Tensor], gates: "Gates"
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a step's input, old state (None without one), two weights and two biases, block by block.
+
+    Args:
+        grad_Tp: gradient of the new state.
+        x_Tp: the input of the step.
+        state_Tp: the old state; None is zero.
+        weights: `weight_ih` and `weight_hh`.
+        gates: what the step computed on its way, for all rows.
+    """
+    weight_ih, weight_hh = weights
+    T, p = x_Tp.shape
+    grad_x, grad_state = torch.empty_like(x_Tp), torch.empty_like(x_Tp)
+    grad_ih, grad_hh = torch.zeros_like(weight_ih), torch.zeros_like(weight_hh)
+    grad_bias_ih, grad_bias_hh = weight_ih.new_zeros(3 * p), weight_hh.new_zeros(3 * p)
+    workspace = Gates.empty(x_Tp, min(T, BLOCK_ROWS))
+    with torch.autocast("cpu", enabled=False):
+        for rows in _blocks(T):
+            block = workspace.rows(slice(0, rows.stop - rows.start))
+            before_Mp = None if state_Tp is None else state_Tp[rows]
+            _differentiate(block, grad_state[rows], grad_Tp[rows], before_Mp, gates.rows(rows))
+            bias_3p = block.all.sum(dim=0)
+            grad_bias_ih += bias_3p
+            grad_bias_hh += torch.cat([bias_3p[: 2 * p], block.of_state.sum(dim=0)])
+            grad_ih.addmm_(block.all.T, x_Tp[rows])
+            torch.mm(block.all, weight_ih, out=grad_x[rows])
+            if before_Mp is not None:
+                grad_hh[: 2 * p].addmm_(block.reset_update.T, before_Mp)
+                grad_hh[2 * p :].addmm_(block.of_state.T, before_Mp)
+                grad_state[rows].addmm_(block.reset_update, weight_hh[: 2 * p])
+                grad_state[rows].addmm_(block.of_state, weight_hh[2 * p :])
+    return grad_x, None if state_Tp is None else grad_state, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh
+
+
+class Gates(NamedTuple):
     """Gates of some rows.
 
     Args:
@@ -131,7 +146,7 @@ class _Gates(NamedTuple):
         return self.all[:, 2 * self.of_state.shape[1] :]
 
 
-def _step(block: _Gates, x_Mp: Tensor, state_Mp: Tensor | None, weights: Sequence[Tensor], after_Mp: Tensor) -> None:
+def _step(block: Gates, x_Mp: Tensor, state_Mp: Tensor | None, weights: Sequence[Tensor], after_Mp: Tensor) -> None:
     """Compute the gates and the new state of one block, in place."""
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     p = x_Mp.shape[1]
@@ -149,7 +164,7 @@ def _step(block: _Gates, x_Mp: Tensor, state_Mp: Tensor | None, weights: Sequenc
         torch.lerp(block.new, state_Mp, block.update, out=after_Mp)
 
 
-def _differentiate(block: _Gates, through_Mp: Tensor, grad_Mp: Tensor, state_Mp: Tensor | None, gates: _Gates) -> None:
+def _differentiate(block: Gates, through_Mp: Tensor, grad_Mp: Tensor, state_Mp: Tensor | None, gates: Gates) -> None:
     """Write the pre-activation gradients of the gates to `block`, and what reaches the old state directly to `through`.
 
     The matrix products that lead further back are left to the caller.

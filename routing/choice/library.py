@@ -17,6 +17,6 @@ def routing_kernels() -> ctypes.CDLL | None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.expertier_top_experts.argtypes = [pointer, number, number, number, pointer]
-    found.expertier_scored_steps.argtypes = [pointer] * 10 + [number] * 4
+    found.expertier_scored_steps.argtypes = [pointer] * 13 + [number] * 4
     found.expertier_top_experts.restype = found.expertier_scored_steps.restype = ctypes.c_int
     return found

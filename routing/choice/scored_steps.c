@@ -110,7 +110,7 @@ struct gates {
     float *reset, *update, *inner, *of_state;
 };
 
-/* Biases come as [3, wide]: of the reset gate, the update gate and the new state. */
+/* Biases come as [3, wide]: of the reset gate, the update gate and the new state. The first three of `g` become gates. */
 static void step(struct gates g, const float *state, const float *bias_x, const float *bias_h, int64_t wide, float *after) {
     for (int64_t row = 0; row < BLOCK; row++)
         for (int64_t j = 0; j < wide; j += LANES) {
@@ -121,6 +121,8 @@ static void step(struct gates g, const float *state, const float *bias_x, const 
             lanes of_state = AT(g.of_state, here) + AT(bias_h, 2 * wide + j);
             lanes inner = hyperbolic_tangent(AT(g.inner, here) + AT(bias_x, 2 * wide + j) + reset * of_state);
             *(lanes *)(after + there) = inner + update * (AT(state, there) - inner);
+            *(lanes *)(g.reset + here) = reset, *(lanes *)(g.update + here) = update;
+            *(lanes *)(g.inner + here) = inner;
 #undef AT
         }
 }
@@ -150,11 +152,30 @@ static float *zeros(int64_t count) {
     return memory ? memset(memory, 0, count * sizeof(float)) : NULL;
 }
 
-/* x [T, D] and state [T, p], or NULL for zeros, give the state `after` [T, p] and `score` [T, R]. Weights are those of
-   torch.nn.Linear and torch.nn.GRUCell. 0, or 1 without memory. */
+/* What a backward pass needs of some rows, or NULL: the projected input and the old state's part of the candidate [T, p],
+   and the gates side by side [T, 3 p]. */
+struct kept {
+    float *projected, *of_state, *gates;
+};
+
+static void keep(struct kept kept, const float *projected, struct gates g, const float *bias, int64_t t, int64_t rows,
+                 int64_t p, int64_t wide) {
+    const float *of_gate[3] = {g.reset, g.update, g.inner};
+    for (int64_t row = 0; row < rows; row++) {
+        memcpy(kept.projected + (t + row) * p, projected + row * wide, p * sizeof(float));
+        for (int64_t j = 0; j < p; j++) kept.of_state[(t + row) * p + j] = g.of_state[row * wide + j] + bias[j];
+        for (int gate = 0; gate < 3; gate++)
+            memcpy(kept.gates + ((t + row) * 3 + gate) * p, of_gate[gate] + row * wide, p * sizeof(float));
+    }
+}
+
+/* x [T, D] and state [T, p], or NULL for zeros, give the state `after` [T, p] and `score` [T, R], and what a backward pass
+   needs unless `gates` is NULL. Weights are those of torch.nn.Linear and torch.nn.GRUCell. 0, or 1 without memory. */
 int expertier_scored_steps(const float *x, const float *state, const float *projection, const float *weight_x,
                            const float *weight_h, const float *bias_x, const float *bias_h, const float *weight_score,
-                           float *after, float *score, int64_t T, int64_t D, int64_t p, int64_t R) {
+                           float *after, float *score, float *projected_kept, float *of_state_kept, float *gates_kept,
+                           int64_t T, int64_t D, int64_t p, int64_t R) {
+    struct kept kept = {projected_kept, of_state_kept, gates_kept};
     int64_t wide = rounded_up(p, PANEL), wide_score = rounded_up(R, PANEL), deep = rounded_up(wide, DEPTH);
     struct weights w;
     float *packed = zeros(lay_out(&w, NULL, D, p, wide, wide_score));
@@ -195,6 +216,7 @@ int expertier_scored_steps(const float *x, const float *state, const float *proj
                 for (int gate = 0; gate < 3; gate++) multiply(before, w.of_state[gate], p, wide, of_state[gate], gate < 2);
             }
             step(g, before, w.bias_x, w.bias_h, wide, next);
+            if (gates_kept) keep(kept, flat, g, w.bias_h + 2 * wide, t, rows, p, wide);
             multiply(next, w.score, p, wide_score, scores, 0);
             unchunk(next, rows, p, after + t * p);
             for (int64_t row = 0; row < rows; row++)

@@ -1,4 +1,4 @@
-"""A projection, a GRU cell and scores of its states in one pass of C over blocks of tokens, without gradient.
+"""A projection, a GRU cell and scores of its states in one pass of C over blocks of tokens.
 
 Between torch's products of such narrow matrices the intermediate results go through memory. On processors other than
 Intel's, MKL also leaves half of the vector units idle.
@@ -7,12 +7,13 @@ Shapes: T tokens, D model width, p state width, R routable experts.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .gru import gru_cell
+from .gru import Gates, cell_gradients, gru_cell
 from .library import routing_kernels
 from .plain_tensors import has_plain_memory
 
@@ -47,28 +48,87 @@ def scored_steps(
         )
     given = (projection_pD, *weights, score_Rp)
     if _suits_c(x_TD, state_Tp, given) and (kernels := routing_kernels()) is not None:
-        return _by_c(kernels.expertier_scored_steps, x_TD, state_Tp, given)
+        kernel = kernels.expertier_scored_steps
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _there(x_TD, state_Tp, *given)):
+            return _LearningSteps.apply(kernel, x_TD, state_Tp, *given)
+        return _by_c(kernel, x_TD, state_Tp, given)
     after_Tp = gru_cell(linear(x_TD, projection_pD), state_Tp, weights)
     return linear(after_Tp, score_Rp), after_Tp
 
 
 def _suits_c(x_TD: Tensor, state_Tp: Tensor | None, weights: Sequence[Tensor]) -> bool:
-    """Whether the C takes these rows: many, all in float32 on a CPU, and no gradient asked for."""
-    if torch.is_grad_enabled() or len(x_TD) < FEWEST_ROWS:
+    """Whether the C takes these rows: many, and all in float32 on a CPU."""
+    if len(x_TD) < FEWEST_ROWS:
         return False
-    given = (x_TD, *([] if state_Tp is None else [state_Tp]), *weights)
+    given = _there(x_TD, state_Tp, *weights)
     return all(tensor.dtype == torch.float32 for tensor in given) and has_plain_memory(*given)
 
 
+def _there(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+class _LearningSteps(torch.autograd.Function):
+    """The forward pass by C, which keeps the gates; the backward pass by torch's products, block by block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: Callable[..., int],
+        x_TD: Tensor,
+        state_Tp: Tensor | None,
+        projection_pD: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor,
+        bias_hh: Tensor,
+        score_Rp: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        projected_Tp = x_TD.new_empty(len(x_TD), len(projection_pD))
+        gates = Gates.empty(projected_Tp, len(x_TD))
+        given = (projection_pD, weight_ih, weight_hh, bias_ih, bias_hh, score_Rp)
+        score_TR, after_Tp = _by_c(kernel, x_TD, state_Tp, given, (projected_Tp, gates.of_state, gates.all))
+        ctx.save_for_backward(
+            x_TD, state_Tp, projection_pD, weight_ih, weight_hh, score_Rp, after_Tp, projected_Tp, *gates
+        )
+        return score_TR, after_Tp
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TR: Tensor, grad_Tp: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, state_Tp, projection_pD, weight_ih, weight_hh, score_Rp, after_Tp, projected_Tp, *gates = (
+            ctx.saved_tensors
+        )
+        whole_Tp = torch.addmm(grad_Tp, grad_TR, score_Rp)
+        grad_projected_Tp, grad_state_Tp, *of_cell = cell_gradients(
+            whole_Tp, projected_Tp, state_Tp, (weight_ih, weight_hh), Gates(*gates)
+        )
+        assert grad_projected_Tp is not None
+        return (
+            None,
+            grad_projected_Tp @ projection_pD,
+            grad_state_Tp,
+            grad_projected_Tp.T @ x_TD,
+            *of_cell,
+            grad_TR.T @ after_Tp,
+        )
+
+
 def _by_c(
-    kernel: Callable[..., int], x_TD: Tensor, state_Tp: Tensor | None, weights: Sequence[Tensor]
+    kernel: Callable[..., int],
+    x_TD: Tensor,
+    state_Tp: Tensor | None,
+    weights: Sequence[Tensor],
+    kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
+    """Scores and states; `kept` receives projected inputs, the old state's part of the candidate, and the gates."""
     (T, D), p, R = x_TD.shape, len(weights[0]), len(weights[-1])
     after_Tp, score_TR = x_TD.new_empty(T, p), x_TD.new_empty(T, R)
     given = [x_TD.contiguous(), *(weight.contiguous() for weight in weights)]
     state = None if state_Tp is None else state_Tp.contiguous()
     x, *addresses = (tensor.data_ptr() for tensor in given)
     before = 0 if state is None else state.data_ptr()
-    if kernel(x, before, *addresses, after_Tp.data_ptr(), score_TR.data_ptr(), T, D, p, R):
+    into = [tensor.data_ptr() for tensor in kept] or [0, 0, 0]
+    if kernel(x, before, *addresses, after_Tp.data_ptr(), score_TR.data_ptr(), *into, T, D, p, R):
         raise MemoryError(f"no memory for the states of {T} tokens")
     return score_TR, after_Tp

@@ -79,10 +79,11 @@ def _rates(
                     row, answers = rates(engine, rows, new_tokens)
                 for number, answer in enumerate(answers):
                     alone.setdefault(number, answer.events)
-                is_same = all(alone[number] == answer.events for number, answer in enumerate(answers))
-                results.append(
-                    {"measure": "rates", "schedule": schedule, "repeat": repeat, "same_bits": is_same, **row}
-                )
+                same = all(alone[number] == answer.events for number, answer in enumerate(answers))
+                if load["arithmetic"] == "fixed" and not same:
+                    raise RuntimeError(f"{count} users, {schedule}: an answer differs from that of its user alone")
+                kind = {"measure": "rates", "schedule": schedule, "repeat": repeat, "same_bits": same}
+                results.append({**kind, **row})
                 _print(console, results[-1])
     return results
 

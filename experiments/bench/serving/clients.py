@@ -20,8 +20,8 @@ class Follow:
     """A constraint that lets exactly these tokens come: rows of a replay checkpoint, whose routing is recorded.
 
     Args:
-        token_ids: the answer.
-        vocab_size: V.
+        token_ids: the answer, without the prompt.
+        vocab_size: V; ids are drawn below it.
     """
 
     def __init__(self, token_ids: Sequence[int], vocab_size: int) -> None:
@@ -58,7 +58,8 @@ class Answer:
 
 def follow(rows: Sequence[int], new_tokens: int, vocab_size: int, owner: str = "") -> GenerationRequest:
     """A request whose prompt and answer are rows of a replay checkpoint; the last `new_tokens` are the answer."""
-    prompt, answer = rows[:-new_tokens], rows[-new_tokens:]
+    ids = [row % vocab_size for row in rows]
+    prompt, answer = ids[:-new_tokens], ids[-new_tokens:]
     return GenerationRequest(
         prompt_ids=tuple(prompt),
         max_new_tokens=new_tokens,

@@ -36,13 +36,21 @@ def rates(engine: Engine, rows: Sequence[Sequence[int]], new_tokens: int) -> tup
 
 
 def second_turn(engine: Engine, rows: Sequence[int], new_tokens: int, said: int = 16) -> Row:
-    """Bytes and seconds of a conversation's first turn, and of a second one with a few tokens more."""
+    """Bytes and seconds to the first token of a conversation's second turn: cold, and after the first one.
+
+    Args:
+        rows: the first turn's prompt and answer, and what is said then.
+        new_tokens: of the first turn's answer.
+        said: tokens of the second turn.
+    """
     vocab_size = engine.model_info.vocab_size
-    first = follow(rows[: -said - new_tokens], new_tokens, vocab_size)
-    found: Row = {"prompt_tokens": len(first.prompt_ids)}
-    for name, request in (("cold", first), ("second", follow(rows, new_tokens, vocab_size))):
+    found: Row = {"prompt_tokens": len(rows), "new_prompt_tokens": said}
+    second = [*rows, rows[-1] + 1]
+    for name, owner in (("cold", "nobody"), ("second", "somebody")):
+        if name == "second":
+            ask_all(engine, [follow(rows[:-said], new_tokens, vocab_size, owner=owner)])
         before = engine.counters()
-        (answer,) = ask_all(engine, [request])
+        (answer,) = ask_all(engine, [follow(second, 1, vocab_size, owner=owner)])
         after = engine.counters()
         assert answer.finished is not None
         found |= {

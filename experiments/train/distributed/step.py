@@ -62,7 +62,7 @@ def distributed_step(parts: Parts, step: int) -> dict[str, Any]:
         group["lr"] = rate
     for bank in parts.split.experts:
         bank.traffic.clear()
-    seen = _backward(parts, step)
+    seen = accumulate(parts, step)
     average_gradients(parts.split)
     norm = clip_gradients(parts.model.parameters(), config.clip_norm)
     if not (math.isfinite(seen.loss) and torch.isfinite(norm)):
@@ -87,7 +87,7 @@ def distributed_step(parts: Parts, step: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Seen:
+class Seen:
     """What all processes saw in a step, summed over micro-batches; the entropy is of the last one."""
 
     loss: float
@@ -98,8 +98,13 @@ class _Seen:
     loads: list[Tensor]
 
 
-def _backward(parts: Parts, step: int) -> _Seen:
-    """Gradients of this process's micro-batches, averaged over processes by FSDP2; routers' are left alone."""
+def accumulate(parts: Parts, step: int) -> Seen:
+    """Gradients of this process's micro-batches, averaged over processes where FSDP2 does it; what all saw in them.
+
+    Args:
+        parts: of this process; all processes call this together.
+        step: whose micro-batches they are.
+    """
     config, rank, W = parts.config, distributed.get_rank(), parts.split.layout.processes
     A = config.accumulation
     rounds = -(-A // W)
@@ -137,7 +142,7 @@ def _added(totals: list[Tensor], counts: list[Tensor]) -> list[Tensor]:
     return [total + count for total, count in zip(totals, counts, strict=True)] if totals else counts
 
 
-def _summed(parts: Parts, sums: Tensor, counts: list[Tensor], loads: list[Tensor]) -> _Seen:
+def _summed(parts: Parts, sums: Tensor, counts: list[Tensor], loads: list[Tensor]) -> Seen:
     """All processes' sums, by one all-reduce; float64 holds every count exactly."""
     moved = sum(bank.traffic.remote_bytes for bank in parts.split.experts)
     tables = [*counts, *loads]
@@ -146,7 +151,7 @@ def _summed(parts: Parts, sums: Tensor, counts: list[Tensor], loads: list[Tensor
     loss, lm_loss, entropy, moved = flat[:4].tolist()
     pieces = flat[4:].split([len(table) for table in tables]) if tables else ()
     found = [piece.to(table) for piece, table in zip(pieces, tables, strict=True)]
-    return _Seen(
+    return Seen(
         loss=loss,
         lm_loss=lm_loss,
         entropy=entropy,

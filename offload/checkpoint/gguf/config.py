@@ -4,6 +4,7 @@ transformers' own function for this reads the file with the reader of the `gguf`
 takes seconds for a large vocabulary. Its table also lacks the width of experts, which is read here.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from .architectures import MODEL_TYPES, expect_architecture
@@ -13,11 +14,18 @@ DTYPES = {("F32",): "float32", ("F16",): "float16", ("F16", "F32"): "float16"}
 """Kinds of matrices in a file -> the dtype to run in; all others run in bfloat16."""
 OWN_KEYS = {
     "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 """What transformers' table lacks; a value that the config class has no field for is left out."""
 ROPE_SCALINGS = ("linear", "yarn")
+READ_ELSEWHERE = (
+    *("vocab_size", "expert_count", "expert_used_count", "expert_gating_func", "feed_forward_length"),
+    *("rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+)
+CHANGES_NOTHING = ("attention.value_length", "rope.dimension_count", "expert_shared_count", "nextn_predict_layers")
+"""Keys that say again what the tensors or other keys say, for every architecture that transformers has a table of."""
 
 
 def config_of(head: GgufHead) -> Any:
@@ -38,6 +46,7 @@ def config_of(head: GgufHead) -> Any:
             f"{head.file}: transformers makes no config of a {head.architecture} file; "
             "put the model's config.json and tokenizer beside it"
         )
+    _expect_all_understood(head, keys)
     described = {ours: head.own(theirs) for theirs, ours in keys.items() if ours not in (None, -1)}
     described = {name: _plain(value) for name, value in described.items() if value is not None}
     try:
@@ -47,6 +56,18 @@ def config_of(head: GgufHead) -> Any:
     except Exception as error:  # each config class checks its own fields, and raises what it likes
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{head.file}: its metadata do not describe a {kind} ({reason[:300]})") from error
+
+
+def _expect_all_understood(head: GgufHead, keys: Mapping[str, Any]) -> None:
+    """Refuse a file that says something of the model that would not reach its config: a window, a scale, a cap."""
+    known = {*keys, *OWN_KEYS, *READ_ELSEWHERE, *CHANGES_NOTHING}
+    prefix = f"{head.architecture}."
+    for key in sorted(head.metadata):
+        if key.startswith(prefix) and key.removeprefix(prefix) not in known:
+            raise ValueError(
+                f"{head.file}: it says {key}, which transformers makes nothing of; "
+                "put the model's config.json and tokenizer beside it"
+            )
 
 
 def dtype_of(head: GgufHead) -> str:

@@ -28,6 +28,7 @@ COPY_BYTES = 64 << 20
 """Plain tensors are copied in pieces: larger ones save no time that was seen, smaller ones cost calls."""
 PLAN_NAME = "dequantise.json"
 ALIGNMENT_BYTES = 8
+"""Of the first tensor in a safetensors file, as its own writer aligns it."""
 NOT_COPIED = ("config.json", "hf_quant_config.json", PLAN_NAME)
 
 Shards = dict[str, list[TensorEntry]]

@@ -6,6 +6,7 @@ from .description import Quantisation
 from .found import Companions, Found, said, scale_name
 
 MX_COLUMNS = 32
+"""Columns of a group, by the OCP standard of microscaling formats."""
 USUAL_BLOCK = (128, 128)
 """Of FP8 weights whose description names no block: what transformers takes, too."""
 

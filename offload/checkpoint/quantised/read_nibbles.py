@@ -9,6 +9,7 @@ from .found import Companions, Found, expect_shape, said, scale_name
 from .read_bytes import scaled_bytes
 
 MX_COLUMNS, NV_COLUMNS = 32, 16
+"""Columns of a group: by the OCP standard of microscaling formats, and of NVFP4."""
 
 
 def fused_blocks(codes: TensorEntry, companions: Companions, described: Quantisation) -> Found:

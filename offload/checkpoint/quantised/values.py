@@ -10,7 +10,9 @@ from ...codes.decode import NF4
 from ..tensors import TensorEntry, read_tensor
 
 MAX_DIMENSIONS = 3
+"""Of a quantised tensor: experts, rows, columns."""
 MAX_STATE_BYTES = 4096
+"""Of the JSON in which bitsandbytes says how a matrix was quantised; it takes some 200."""
 PRODUCTS = {"bfloat16": "F32", "float32": "F32", "float16": "F16"}
 """To what bitsandbytes rounds products of float32, by the dtype it names, before the model's dtype."""
 

@@ -52,6 +52,7 @@ class Schedule:
         longest_wait_s: most seconds between two turns of a user, as far as turns of one token allow.
         decode_share: share of the time that answers keep while prompts are read.
         may_pack: whether several users' tokens may be computed in one step.
+        piece_tokens: P, most tokens of a prompt that are read at once.
     """
 
     def __init__(
@@ -62,12 +63,16 @@ class Schedule:
         longest_wait_s: float,
         decode_share: float,
         may_pack: bool,
+        piece_tokens: int,
     ) -> None:
         self.may_pack = may_pack
         self._mode, self._longest_wait_s, self._decode_share = mode, longest_wait_s, decode_share
+        self._piece_tokens = piece_tokens
         self.rates = StepRates(load)
         self._is_together = False
-        self._piece_s = self._debt_s = 0.0
+        self._debt_s = 0.0
+        self._piece = (0, 0.0)
+        """Tokens of the longest piece of a prompt so far, and seconds that such pieces take."""
         self._turn: tuple[int, int] | None = None
         """Whose turn it is, and his tokens in it."""
 
@@ -81,10 +86,10 @@ class Schedule:
         """Whether the last choice between turns and together was together."""
         return self._is_together
 
-    @property
-    def rides(self) -> bool:
-        """Whether answers join the pieces of prompts, which are short enough for that."""
-        return self.may_pack and self._piece_s < LONGEST_GAP_S
+    def rides(self, prompt_left: int) -> bool:
+        """Whether answers join a piece of a prompt: one so long was read before, in a short time."""
+        is_known = min(prompt_left, self._piece_tokens) <= self._piece[0]
+        return self.may_pack and is_known and self._piece[1] < LONGEST_GAP_S
 
     def choose(self, candidates: Sequence[Candidate], now_s: float) -> Plan:
         """The next step; nothing where nobody waits."""
@@ -93,8 +98,9 @@ class Schedule:
         if not (reading and decoding):
             self._debt_s = 0.0
         if reading and not (decoding and self.owes_decoding):
-            riders = tuple(one.key for one in decoding) if self.rides else ()
-            return Plan(prefill=self._next_prompt(reading, now_s), decode=riders)
+            prompt = self._next_prompt(reading, now_s)
+            riders = tuple(one.key for one in decoding) if self.rides(prompt.prompt_left) else ()
+            return Plan(prefill=prompt.key, decode=riders)
         return Plan(decode=self.choose_decoding(decoding)) if decoding else Plan()
 
     def choose_decoding(self, decoding: Sequence[Candidate]) -> tuple[int, ...]:
@@ -149,13 +155,16 @@ class Schedule:
         if others_wait:
             self._debt_s += seconds * self._decode_share / (1 - self._decode_share)
 
-    def note_piece(self, seconds: float) -> None:
-        """A whole piece of a prompt took so long."""
-        self._piece_s = (self._piece_s + seconds) / 2 if self._piece_s else seconds
+    def note_piece(self, tokens: int, seconds: float) -> None:
+        """A piece of so many tokens of a prompt took so long; short ones say nothing of long ones."""
+        if tokens > self._piece[0]:
+            self._piece = (tokens, seconds)
+        elif 2 * tokens > self._piece[0]:
+            self._piece = (self._piece[0], (self._piece[1] + seconds) / 2)
 
-    def _next_prompt(self, reading: Sequence[Candidate], now_s: float) -> int:
+    def _next_prompt(self, reading: Sequence[Candidate], now_s: float) -> Candidate:
         """The prompt with the least left to read, so that short requests need not wait for long ones; for a while."""
         oldest = min(reading, key=lambda one: one.since_s)
         if now_s - oldest.since_s > self._longest_wait_s:
-            return oldest.key
-        return min(reading, key=lambda one: (one.prompt_left, one.since_s)).key
+            return oldest
+        return min(reading, key=lambda one: (one.prompt_left, one.since_s))

@@ -8,6 +8,8 @@
 
 #pragma once
 
+#include <math.h>
+
 #include "../bfloat16.h"
 #include "../stored_matrix.h"
 

@@ -13,16 +13,10 @@ struct weight_table {
     __m512i low[2], high[2];
 };
 
-static float e4m3_values[128];
-
-static __attribute__((constructor)) void fill_e4m3_values(void) {
-    for (int code = 0; code < 128; code++) e4m3_values[code] = float_of_e4m3((uint8_t)code);
-}
-
 static inline int is_safe_scale(float scale) { return fabsf(scale) > 0x1p-100f && fabsf(scale) < 0x1p100f; }
 
 static inline __m512 e4m3_products(int place, float scale) {
-    return _mm512_mul_ps(_mm512_loadu_ps(e4m3_values + place), _mm512_set1_ps(scale));
+    return _mm512_mul_ps(_mm512_loadu_ps(e4m3_floats + place), _mm512_set1_ps(scale));
 }
 
 static inline struct weight_table weights_of_e4m3(float scale) {

@@ -48,12 +48,12 @@ static inline int exponent_chunk(const uint8_t *codes, const uint8_t *scales, __
 static inline int is_safe(float scale) { return fabsf(scale) > 0x1p-100f && fabsf(scale) < 0x1p100f; }
 
 static inline __m512 products(__m512 values, float zero, float scale) {
-    return _mm512_mul_ps(_mm512_sub_ps(values, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
+    /* taking away 0 changes no value, and the compiler may not leave it out */
+    return _mm512_mul_ps(zero == 0 ? values : _mm512_sub_ps(values, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
 }
 
-/* 32 columns whose halves have weights of two tables: those of `low` where `is_high` is 0, those of `high` where it is 16. */
-static inline void two_tables(const uint8_t *codes, __m512 low, __m512 high, __m512i is_high, int high_first, uint16_t *out) {
-    __m512i table = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+/* 32 columns; a code has the weights of `table` from 0 on, or from 16 on where `is_high` is 16. */
+static inline void look_up_words(const uint8_t *codes, __m512i table, __m512i is_high, int high_first, uint16_t *out) {
     __m512i code = _mm512_and_si512(code_words(codes, high_first), _mm512_set1_epi16(15));
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_or_si512(code, is_high), table));
 }
@@ -74,19 +74,22 @@ static inline __attribute__((always_inline)) int scaled_chunk(const struct store
                                                               const int global_of, int64_t down, const struct scale_places *places,
                                                               const uint8_t *codes, __m512 values, const float *code_values,
                                                               int high_first, uint16_t *out) {
+    const int step = places->of[0] == places->of[1] && places->of[2] == places->of[3] ? 2 : 1;
     __m512 product[4];
-    for (int k = 0; k < 4; k++) {
-        if (k && places->of[k] == places->of[k - 1]) {
-            product[k] = product[k - 1];
-            continue;
-        }
+    for (int k = 0; k < 4; k += step) {
         float scale = scale_as(m, scale_of, global_of, down * places->across + places->of[k]);
         if (!is_safe(scale)) return 0;
         product[k] = products(values, zero_of == ZERO_NONE ? 0 : code_values[zero_code_at(m, down, places->of[k])], scale);
     }
+    if (step == 2) { /* one table for both halves */
+        __m512i table = (__m512i)_mm512_cvtne2ps_pbh(product[2], product[0]);
+        look_up_words(codes, table, _mm512_setzero_si512(), high_first, out);
+        look_up_words(codes + 16, table, _mm512_set1_epi16(16), high_first, out + HALF_COLUMNS);
+        return 1;
+    }
     const __m512i second_half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-    two_tables(codes, product[0], product[1], second_half, high_first, out);
-    two_tables(codes + 16, product[2], product[3], second_half, high_first, out + HALF_COLUMNS);
+    look_up_words(codes, (__m512i)_mm512_cvtne2ps_pbh(product[1], product[0]), second_half, high_first, out);
+    look_up_words(codes + 16, (__m512i)_mm512_cvtne2ps_pbh(product[3], product[2]), second_half, high_first, out + HALF_COLUMNS);
     return 1;
 }
 

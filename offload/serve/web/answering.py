@@ -19,6 +19,7 @@ WORKERS = 2
 LONGEST_WORK_S = 30.0
 """Seconds that a template or a grammar may take. The longest prompts that were tried took below one."""
 LOADING_RETRY_S = 5.0
+"""What a client is told to wait while the model loads: small models take seconds, large ones minutes. Not tuned."""
 T = TypeVar("T")
 
 

@@ -24,7 +24,7 @@ def make_app(service: Service, gate: Gate) -> ASGIApp:
     """The application for one served model.
 
     Args:
-        service: the model.
+        service: the model, loaded or loading.
         gate: says who may ask.
     """
     app = FastAPI(title="expertier", docs_url=None, redoc_url=None, openapi_url="/openapi.json")

@@ -18,7 +18,9 @@ from ..wire.errors import ApiError, anthropic_error, openai_error
 LARGEST_BODY = 8 << 20
 """Bytes of a request. The longest prompts of agents have some 300,000."""
 SLOWEST_BODY_S = 60.0
+"""Seconds for a whole request to arrive: a client that sends a byte a minute must not hold a connection. Not tuned."""
 MOST_KEYS, LONGEST_KEY = 64, 512
+"""Keys of a file, and characters of one: each request is compared with all of them. Not tuned."""
 OPEN_PATHS = ("/health", "/", "/favicon.ico")
 """Need no key: whether the server lives, and a page that holds no numbers until a key is typed in."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")

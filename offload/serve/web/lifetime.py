@@ -14,9 +14,11 @@ from .service import Service
 
 logger = logging.getLogger("expertier.serve")
 KEEP_ALIVE_S = 30
+"""Seconds that an idle connection stays open; longer than clients wait between two turns of a tool. Not tuned."""
 BACKLOG = 256
 """Connections that the system holds until they are accepted; more than any queue of requests that is allowed."""
 HEADERS_BYTES = 1 << 16
+"""Bytes of the headers of a request, as much as other servers take."""
 LAST_WORDS_S = 5.0
 """Seconds for cancelled answers to send their last event. It is one message each."""
 
@@ -58,7 +60,7 @@ class Lifetime(uvicorn.Server):
     """A server whose first signal lets running answers end, and whose second cuts them off.
 
     Args:
-        app: the application.
+        app: the application that answers.
         service: the model; no request is taken once it is draining.
         grace_s: seconds that running answers have after the first signal.
     """

@@ -17,6 +17,7 @@ from ..answers import Ended
 SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
 """Borders of histograms: tokens of a model in memory take milliseconds, a cold prefill from a disk minutes."""
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+"""The same for tokens of a request, by factors of four."""
 TIMES = {
     "time_to_first_token_seconds": "from the request to its first token",
     "inter_token_latency_seconds": "between two tokens of an answer",

@@ -14,6 +14,7 @@ from .fields import MOST_ANSWERS, ResponseFormat, Sampled, StreamOptions
 from .usage import usage_of
 
 MOST_PROMPTS = 16
+"""Prompts of one request; each takes a place of its own in the queue. Not tuned."""
 Ids = Annotated[list[int], Field(min_length=1)]
 Spell = Callable[[TokenEvent], dict[str, Any]]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..asks import ContextFull
 
+# what the two interfaces call an error of each status, by their own documentation
 OPENAI_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -15,6 +16,7 @@ OPENAI_TYPES = {
     413: "invalid_request_error",
     429: "rate_limit_error",
 }
+# the same of the other one
 ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",

@@ -11,7 +11,9 @@ from ..asks import Grammar, Limits, ToolUse
 MOST_ANSWERS = 4
 """Answers to one prompt (`n`)."""
 MOST_STOPS, LONGEST_STOP = 16, 256
+"""Stop strings of a request, and characters of one: each new piece of text is searched for all of them. Not tuned."""
 MOST_TOOLS = 128
+"""Tools of a request; the hosted interfaces allow as many."""
 SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "typical_p"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
