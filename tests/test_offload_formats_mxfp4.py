@@ -82,3 +82,15 @@ def test_slots_of_a_budget_hold_stored_bytes(folders):
     model(TOKENS)
     assert model.offload.report()["bytes_read"] % form.expert_bytes == 0
     model.offload.close()
+
+
+def test_packing_by_command_in_a_named_form(folders, run, tmp_path, capsys):
+    assert run("pack", folders[0], "--out", tmp_path / "a.experts", "--form", "plain") == 0
+    model = offload.load(folders[0], cache_experts=2, pack=tmp_path / "a.experts")
+    assert [layer.form.name for layer in model.offload._runtime.layers] == ["plain"] * LAYERS
+    model.offload.close()
+    capsys.readouterr()
+    for wrong in (("--form", "mxfp8"), ("--form", "plain", "--compress"), ("--form", "mxfp")):
+        assert run("pack", folders[0], "--out", tmp_path / "b.experts", *wrong) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("b.experts*"))

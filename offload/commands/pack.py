@@ -19,6 +19,10 @@ def pack(
         bool,
         typer.Option("--compress", help="Lossless: bfloat16 weights take 30 % less on disk and in RAM."),
     ] = False,
+    form: Annotated[
+        str | None,
+        typer.Option("--form", help="plain expands quantised experts. Default: as the checkpoint stores them."),
+    ] = None,
 ) -> None:
     """Copy all experts of a model into one file of aligned, checksummed records; resumes if it was interrupted.
 
@@ -28,6 +32,8 @@ def pack(
     """
     expect_model(model)
     expect_folder(out)
+    if compress and form not in (None, "compressed"):
+        raise ValueError(f"--compress is short for --form compressed; got --form {form} as well, give one of them")
     from rich.progress import Progress
 
     console = plain_console(stderr=True)
@@ -40,6 +46,7 @@ def pack(
             model,
             out,
             is_compressed=compress,
+            form=form,
             progress=lambda done, total: progress.update(task, completed=done, total=total, description="packing"),
         )
     console.print(f"experts packed in {out}, {format_size(out.stat().st_size)}", soft_wrap=True)
