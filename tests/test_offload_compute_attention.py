@@ -18,6 +18,11 @@ from offload.compute.rotary import TokenRotary
 HALVES, SHARED_ANGLES = modeling_qwen3_moe.apply_rotary_pos_emb, modeling_gpt_oss.apply_rotary_pos_emb
 
 
+@pytest.fixture(autouse=True)
+def _one_module_is_enough(monkeypatch):
+    monkeypatch.setattr(attention, "LEAST_MODULES", 1)
+
+
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
@@ -137,6 +142,19 @@ def test_keys_of_a_token_are_not_repeated_and_those_of_a_prompt_are(monkeypatch)
     assert (len(together), len(repeats)) == (2, 0)
     attend(module, 70, "sinks", length=3)
     assert (len(together), len(repeats)) == (2, 0)
+
+
+def test_a_model_of_few_layers_repeats_keys_because_each_length_has_to_be_tried(monkeypatch):
+    monkeypatch.setattr(attention, "LEAST_MODULES", 3)
+    modules = [attention_of("sinks") for _ in range(5)]
+    quicken_attention(nn.ModuleList(modules[:2]))
+    quicken_attention(nn.ModuleList(modules[2:]))
+    tried = counted(monkeypatch, SharedProducts, "_try")
+    attend(modules[0], 70, "sinks")
+    assert not tried
+    for module in modules[2:]:
+        attend(module, 70, "sinks")
+    assert len(tried) == 2
 
 
 def test_another_order_of_sums_is_noticed(monkeypatch):

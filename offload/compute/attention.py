@@ -18,29 +18,34 @@ from .matvec import is_in_memory
 from .rebinding import ReboundForward, plain_function, rebound
 from .rotary import TokenRotary
 
+LEAST_MODULES = 8
+"""Attention modules that share a trial. One layer's trial takes longer than its repeated keys, so that at least two
+have to gain by it; half of GPT-OSS's layers attend to a window, whose length stays. Not tuned."""
 ROTARY, EAGER, REPEAT = "apply_rotary_pos_emb", "eager_attention_forward", "repeat_kv"
 
 
 def quicken_attention(model: nn.Module) -> None:
     """Let the attention modules of a model use our helpers for single tokens, where they name the usual ones."""
-    products = SharedProducts()
-    functions: dict[Any, FunctionType] = {}
-    for module in model.modules():
-        forward = plain_function(type(module).forward, {ROTARY, EAGER})
-        if forward is None or "forward" in vars(module):
-            continue
+    found = [
+        (module, forward)
+        for module in model.modules()
+        if (forward := plain_function(type(module).forward, {ROTARY, EAGER})) and "forward" not in vars(module)
+    ]
+    products = SharedProducts() if len(found) >= LEAST_MODULES else None
+    functions: dict[FunctionType, FunctionType] = {}
+    for module, forward in found:
         if forward not in functions:
             functions[forward] = rebound(forward, _helpers(forward, products))
         own = ReboundForward(module, functions[forward], module.forward)
         module.forward = own.forward  # type: ignore[method-assign]
 
 
-def _helpers(forward: FunctionType, products: "SharedProducts") -> dict[str, Any]:
+def _helpers(forward: FunctionType, products: "SharedProducts | None") -> dict[str, Any]:
     helpers: dict[str, Any] = {}
     if callable(rotary := forward.__globals__.get(ROTARY)):
         helpers[ROTARY] = TokenRotary(rotary)
     eager = plain_function(forward.__globals__.get(EAGER), {REPEAT})
-    if eager is not None:
+    if eager is not None and products is not None:
         shared = rebound(eager, {REPEAT: lambda states, times: Repeated(states, times, products)})
 
         def attend(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
