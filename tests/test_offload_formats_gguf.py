@@ -8,7 +8,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from offload.formats.gguf_expand import expand_rows
+from offload.formats.gguf_blocks.expand import expand_rows
 from offload.native.library import FOLDER, library
 from routing import compile_library
 

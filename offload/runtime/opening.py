@@ -15,8 +15,8 @@ from ..checkpoint.resident_weights import drop_expert_weights, load_resident
 from ..compute.resident import store_linears
 from ..formats.catalogue import form_in_place
 from ..formats.form import Form, MatrixForm
-from ..formats.gguf import gguf_forms
-from ..formats.gguf_expand import expand_tensor
+from ..formats.gguf_blocks.expand import expand_tensor
+from ..formats.gguf_blocks.form import gguf_forms
 from ..memory.budget import resident_bytes
 from ..store.packing import read_pack
 from .options import LoadOptions

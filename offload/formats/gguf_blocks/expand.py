@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint.gguf.library import gguf_library
-from ..checkpoint.tensors import TensorEntry, read_into
-from ..native.library import library
+from ...checkpoint.gguf.library import gguf_library
+from ...checkpoint.tensors import TensorEntry, read_into
+from ...native.library import library
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 """Types that hold numbers as they are."""

@@ -10,13 +10,13 @@ import torch
 
 from routing.ground.hardware import Hardware
 
-from ..checkpoint.experts import ExpertLayer, Parameter
-from ..checkpoint.gguf.model import GgufModel
-from ..checkpoint.gguf.names import ExpertMatrix
-from ..checkpoint.tensors import TensorEntry
-from ..native.kernel_matrix import GGUF, KernelMatrix
-from .form import BLOCK_BYTES, Extent, Form, MatrixForm, PartReader, Region
-from .gguf_expand import expand_rows, has_expander, kernel_parameter
+from ...checkpoint.experts import ExpertLayer, Parameter
+from ...checkpoint.gguf.model import GgufModel
+from ...checkpoint.gguf.names import ExpertMatrix
+from ...checkpoint.tensors import TensorEntry
+from ...native.kernel_matrix import GGUF, KernelMatrix
+from ..form import BLOCK_BYTES, Extent, Form, MatrixForm, PartReader, Region
+from .expand import expand_rows, has_expander, kernel_parameter
 
 STRIP_ROWS = 128
 """Rows that are expanded at a time where a parameter has inputs as rows: 128 of 4,096 columns take 1 MiB."""
