@@ -11,10 +11,15 @@ from .data.generators import generate_loads, generate_trace
 from .data.loads import read_loads
 from .heuristics.eplb import eplb
 from .heuristics.eplb_reference import eplb_layer_reference
+from .heuristics.first import first_LP
 from .objectives import OBJECTIVES, Objective, evaluate, weighted
+from .objectives.batches import batch_imbalance
 from .scoring.score import Score, score
+from .solving.cluster_tiers import solve_cluster_tiers
 from .solving.solve import solve
 from .solving.solvers import SOLVERS
+from .tiers.model import TierModel, tier_model
+from .tiers.replay import Replayed, replay
 
 __all__ = [
     "OBJECTIVES",
@@ -25,16 +30,23 @@ __all__ = [
     "Objective",
     "Plan",
     "Problem",
+    "Replayed",
     "Scenario",
     "Score",
+    "TierModel",
+    "batch_imbalance",
     "eplb",
     "eplb_layer_reference",
     "evaluate",
+    "first_LP",
     "generate_loads",
     "generate_trace",
     "load_cluster",
     "read_loads",
+    "replay",
     "score",
     "solve",
+    "solve_cluster_tiers",
+    "tier_model",
     "weighted",
 ]
