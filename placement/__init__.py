@@ -7,17 +7,21 @@ from .contract.certificate import Bound, Certificate
 from .contract.cluster import Cluster, load_cluster
 from .contract.plan import Plan
 from .contract.problem import Problem, Scenario
-from .contract.spec import ModelSpec
 from .data.generators import generate_loads, generate_trace
 from .data.loads import read_loads
 from .heuristics.eplb import eplb
 from .heuristics.eplb_reference import eplb_layer_reference
+from .heuristics.first import first_LP
 from .objectives import OBJECTIVES, Objective, evaluate, weighted
+from .objectives.batches import batch_imbalance
 from .objectives.dispatch import quota_share_EG
 from .scoring.score import Score, score
+from .solving.cluster_tiers import solve_cluster_tiers
 from .solving.elastic import Migration, Transfer, migrate_checked
 from .solving.solve import solve
 from .solving.solvers import SOLVERS
+from .tiers.model import TierModel, tier_model
+from .tiers.replay import Replayed, replay
 
 __all__ = [
     "OBJECTIVES",
@@ -26,23 +30,29 @@ __all__ = [
     "Certificate",
     "Cluster",
     "Migration",
-    "ModelSpec",
     "Objective",
     "Plan",
     "Problem",
+    "Replayed",
     "Scenario",
     "Score",
+    "TierModel",
     "Transfer",
+    "batch_imbalance",
     "eplb",
     "eplb_layer_reference",
     "evaluate",
+    "first_LP",
     "generate_loads",
     "generate_trace",
     "load_cluster",
     "migrate_checked",
     "quota_share_EG",
     "read_loads",
+    "replay",
     "score",
     "solve",
+    "solve_cluster_tiers",
+    "tier_model",
     "weighted",
 ]

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,6 @@ def redden_placement(monkeypatch):
 
 
 def redden_tiers(monkeypatch):
-    from dataclasses import replace
-
     from placement.solving import cluster_tiers
 
     right = cluster_tiers.tier_model

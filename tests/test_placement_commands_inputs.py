@@ -106,7 +106,7 @@ def test_other_files_are_one_clear_line(tmp_path, name, content):
 @pytest.mark.parametrize(
     "text",
     [
-        "{}", '{"logical_count": [[1], [1, 2]]}', '{"logical_count": [[-1]]}', "[", '{"logical_count": 3}',
+        "{}", '{"logical_count": [[1], [1, "x"]]}', '{"logical_count": [[-1]]}', "[", '{"logical_count": 3}',
         '{"logical_count": [[NaN]]}', '{"logical_count": [[1]], "layer_ids": [5, 3]}',
         '{"logical_count": [[1], [2]], "layer_ids": [7]}', '{"logical_count": [[1]], "layer_ids": ["a"]}',
     ],

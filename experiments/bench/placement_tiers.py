@@ -72,9 +72,9 @@ def machines(model: dict[str, Any], layers: int, experts: int, nodes: int, gpus:
         nodes, gpus: equal nodes with so many GPUs each.
         settings: `on_gpu`, `in_host` (shares of all experts), `ssd` (bytes per second), and keys of `tiers`.
     """
-    from placement import Cluster, ModelSpec
+    from placement import Cluster
 
-    whole = layers * experts * (ModelSpec.model_validate(model).bytes_per_expert or 0)
+    whole = layers * experts * (Cluster.grid(1, 1, model=model).model.bytes_per_expert or 0)
     tiers = {key: value for key, value in settings.items() if key not in ("on_gpu", "in_host", "ssd")}
     node = {
         **NODE,
@@ -110,7 +110,7 @@ def _solved_rows(planned: Any, loads: Path | None, time_limit: float) -> Iterato
 
 
 def _solved(case: str, problem: Any, time_limit: float) -> dict[str, Any]:
-    from placement.solving.cluster_tiers import solve_cluster_tiers
+    from placement import solve_cluster_tiers
 
     began = time.perf_counter()
     certificate = solve_cluster_tiers(problem, time_limit_s=time_limit).certificate
@@ -121,10 +121,7 @@ def _solved(case: str, problem: Any, time_limit: float) -> dict[str, Any]:
 
 def _predicted_rows(planned: Any, held: Any) -> Iterator[dict[str, Any]]:
     """Seconds per step replayed on the planning rows, against the same plan replayed on the others."""
-    from placement import Problem
-    from placement.solving.cluster_tiers import solve_cluster_tiers
-    from placement.tiers.model import tier_model
-    from placement.tiers.replay import replay
+    from placement import Problem, replay, solve_cluster_tiers, tier_model
 
     L, E = planned.num_layers, planned.num_experts
     for nodes, gpus, on_gpu, batch in itertools.product((1, 2), (2,), (0.2, 0.5), (4, 16, 64)):
@@ -140,8 +137,7 @@ def _predicted_rows(planned: Any, held: Any) -> Iterator[dict[str, Any]]:
 
 def _batch_rows(planned: Any, held: Any, time_limit: float) -> Iterator[dict[str, Any]]:
     """Imbalance of held-out batches of 4,096 tokens on 64 GPUs with 32 replicas, and on 8 GPUs with 8."""
-    from placement import Cluster, Problem, score, solve
-    from placement.objectives.batches import batch_imbalance
+    from placement import Cluster, Problem, batch_imbalance, score, solve
 
     contestants = {name: ("balance", name) for name in ("contiguous", "eplb-global", "biased", "search")}
     contestants["search, objective batches"] = ("batches", "search")
@@ -162,8 +158,7 @@ def _batch_rows(planned: Any, held: Any, time_limit: float) -> Iterator[dict[str
 
 def _first_plan_rows(loads: Path | None) -> Iterator[dict[str, Any]]:
     """How soon a first plan of 58 x 256 in 288 slots on 32 GPUs is there: medians of 60 alternating runs."""
-    from placement import Cluster, Problem, eplb, generate_loads, read_loads, score, solve
-    from placement.heuristics.first import first_LP
+    from placement import Cluster, Problem, eplb, first_LP, generate_loads, read_loads, score, solve
 
     table = generate_loads() if loads is None else read_loads(loads)
     load_LE = table[table.sum(axis=1) > 0]
@@ -189,9 +184,7 @@ def _timed(run: Callable[[], Any]) -> float:
 
 def _expect_best_of_all() -> None:
     """Raise RuntimeError unless the solver's plan of a tiny machine is the best of all placements."""
-    from placement import Problem, generate_trace
-    from placement.solving.cluster_tiers import solve_cluster_tiers
-    from placement.tiers.model import tier_model
+    from placement import Problem, generate_trace, solve_cluster_tiers, tier_model
 
     trace = generate_trace(tokens=200, layers=1, experts=4, top_k=2, blocks=2)
     problem = Problem.from_trace(trace, machines(GPT_OSS, 1, 4, 1, 1, on_gpu=0.25, in_host=0.5, batch=4))
