@@ -20,10 +20,15 @@ from .bench.leverage import leverage
 from .bench.memory_layers import bench_memory_layers
 from .bench.offloading.bench import bench_offload
 from .bench.placement_solvers import bench_placement
+from .bench.placement_tiers import bench_tiers
 from .bench.routers import routers as bench_routers
+from .bench.serving.bench import bench_serve
+from .bench.step import bench_step
 from .bench.training import bench_train
 from .compare.command import compare
 from .demo.command import demo
+from .placed.command import place_run
+from .placed.serving import PROCESSES
 from .train.command import train
 
 app = typer.Typer(
@@ -44,6 +49,7 @@ CLOSED_PIPE = 141
 EXTRAS = dict.fromkeys(("torch", "transformers", "safetensors", "pyarrow"), "torch") | dict.fromkeys(
     ("jax", "flax", "optax", "einops"), "jax"
 )
+EXTRAS |= dict.fromkeys(("fastapi", "uvicorn", "llguidance", "prometheus_client", "prompt_toolkit", "httpx"), "serve")
 
 
 def _print_version(wanted: bool) -> None:
@@ -76,11 +82,16 @@ bench.command("memory-layers")(bench_memory_layers)
 bench.command("offload")(bench_offload)
 bench.command("placement")(bench_placement)
 bench.command("routers")(bench_routers)
+bench.command("serve")(bench_serve)
+bench.command("tiers")(bench_tiers)
+bench.command("step")(bench_step)
 bench.command("train")(bench_train)
 app.add_typer(bench, name="bench")
+offload.cli.join_processes(PROCESSES)
 offload.cli.join_trace(routing.cli.trace_app)
 app.add_typer(routing.cli.trace_app, name="trace")
 app.add_typer(offload.cli.app)
+placement.cli.app.command("run")(place_run)
 app.add_typer(placement.cli.app, name="place")
 
 

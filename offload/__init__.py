@@ -12,6 +12,13 @@ from .cache.catalogue import CACHES, make_cache
 from .cache.simulate import Simulated, simulate
 
 if TYPE_CHECKING:
+    from .checkpoint.quantised.plain_copy import dequantise
+    from .engine.counters import EngineCounters
+    from .engine.engine import Engine
+    from .engine.events import Finished, NotReady, QueueFull, TokenEvent
+    from .engine.options import EngineOptions
+    from .engine.request import GenerationRequest, Sampling
+    from .engine.stream import Stream
     from .forecast.calibrate import disk_bandwidth
     from .forecast.calibrate_gpu import wire_bandwidth
     from .gpu.devices import open_lane
@@ -20,7 +27,18 @@ if TYPE_CHECKING:
     from .store.packing import write_pack
 
 _HOME = {
+    "Engine": ".engine.engine",
+    "EngineCounters": ".engine.counters",
+    "EngineOptions": ".engine.options",
+    "Finished": ".engine.events",
+    "GenerationRequest": ".engine.request",
+    "NotReady": ".engine.events",
     "Offload": ".runtime.report",
+    "QueueFull": ".engine.events",
+    "Sampling": ".engine.request",
+    "Stream": ".engine.stream",
+    "TokenEvent": ".engine.events",
+    "dequantise": ".checkpoint.quantised.plain_copy",
     "disk_bandwidth": ".forecast.calibrate",
     "load": ".runtime.loading",
     "open_lane": ".gpu.devices",
@@ -30,8 +48,19 @@ _HOME = {
 
 __all__ = [
     "CACHES",
+    "Engine",
+    "EngineCounters",
+    "EngineOptions",
+    "Finished",
+    "GenerationRequest",
+    "NotReady",
     "Offload",
+    "QueueFull",
+    "Sampling",
     "Simulated",
+    "Stream",
+    "TokenEvent",
+    "dequantise",
     "disk_bandwidth",
     "format_size",
     "load",

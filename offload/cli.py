@@ -1,15 +1,21 @@
-"""The commands of this package, joined: `generate`, `pack`, `fit`, `calibrate`, `simulate`, and three of `trace`."""
+"""The commands of this package: `generate`, `chat`, `serve`, `pack`, `fit` and others, and some of `trace`."""
 
 import typer
 
+from .commands.chat import chat
+from .commands.dequantise import dequantise
 from .commands.generate import generate
 from .commands.machine import calibrate, fit
 from .commands.pack import pack
+from .commands.processes import Processes, join_processes
+from .commands.serve import serve
 from .commands.simulate import simulate
 from .commands.traces import batches, predictor, record
 
+__all__ = ["Processes", "app", "join_processes", "join_trace"]
+
 app = typer.Typer()
-for command in (generate, pack, fit, calibrate, simulate):
+for command in (generate, chat, serve, pack, dequantise, fit, calibrate, simulate):
     app.command(command.__name__)(command)
 
 

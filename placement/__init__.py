@@ -12,7 +12,9 @@ from .data.loads import read_loads
 from .heuristics.eplb import eplb
 from .heuristics.eplb_reference import eplb_layer_reference
 from .objectives import OBJECTIVES, Objective, evaluate, weighted
+from .objectives.dispatch import quota_share_EG
 from .scoring.score import Score, score
+from .solving.elastic import Migration, Transfer, migrate_checked
 from .solving.solve import solve
 from .solving.solvers import SOLVERS
 
@@ -22,17 +24,21 @@ __all__ = [
     "Bound",
     "Certificate",
     "Cluster",
+    "Migration",
     "Objective",
     "Plan",
     "Problem",
     "Scenario",
     "Score",
+    "Transfer",
     "eplb",
     "eplb_layer_reference",
     "evaluate",
     "generate_loads",
     "generate_trace",
     "load_cluster",
+    "migrate_checked",
+    "quota_share_EG",
     "read_loads",
     "score",
     "solve",

@@ -4,7 +4,7 @@ import typer
 
 from .commands.engines import cluster_command, export_command, loads_command
 from .commands.migrate import migrate_command
-from .commands.one_machine import tiers_command
+from .commands.one_machine import part_command, tiers_command
 from .commands.score import report_command, score_command
 from .commands.solve import solve_command
 
@@ -16,4 +16,5 @@ app.command("export")(export_command)
 app.command("loads")(loads_command)
 app.command("migrate")(migrate_command)
 app.command("tiers")(tiers_command)
+app.command("part")(part_command)
 app.command("report")(report_command)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.main import get_command
 
-from experiments.bench import flax, leverage, memory_layers, routers, training
+from experiments.bench import flax, leverage, memory_layers, routers, step, training
 from experiments.bench.duo import bench as duo
 from experiments.bench.offloading import contestants
 from experiments.cli import app, bench
@@ -87,6 +87,20 @@ def redden_placement(monkeypatch):
     monkeypatch.setattr(placement, "eplb", lambda *given: right(*given)[:, ::-1])
 
 
+def redden_tiers(monkeypatch):
+    from dataclasses import replace
+
+    from placement.solving import cluster_tiers
+
+    right = cluster_tiers.tier_model
+
+    def wrong(*given):
+        model = right(*given)
+        return replace(model, cost_WLEC=1.1 * model.cost_WLEC)
+
+    monkeypatch.setattr(cluster_tiers, "tier_model", wrong)
+
+
 def redden_routers(monkeypatch):
     for name, size in (("TOKENS", 64), ("WIDTH", 16), ("EXPERTS", 8), ("TOP_K", 2), ("LAYERS", 2)):
         monkeypatch.setattr(routers, name, size)
@@ -100,6 +114,17 @@ def redden_routers(monkeypatch):
         return built
 
     monkeypatch.setattr(routers, "_build", wrong)
+
+
+def redden_step(monkeypatch):
+    models_of = step._models
+
+    def wrong(*given: Any) -> Any:
+        models = models_of(*given)
+        models[step.OURS].lm_head.weight.data.mul_(1.5)
+        return models
+
+    monkeypatch.setattr(step, "_models", wrong)
 
 
 def redden_train(monkeypatch):
@@ -165,6 +190,20 @@ BENCHES = {
         words="pyproject.toml is a file; give a folder",
         right=("--repeats", "5"),
         redden=redden_routers,
+    ),
+    "tiers": Bench(
+        command=("bench", "tiers"),
+        wrong=("--trace", "{folder}/missing.npz"),
+        words="missing.npz",
+        right=("--trace", "{file}", "--records", "{folder}"),
+        redden=redden_tiers,
+    ),
+    "step": Bench(
+        command=("bench", "step"),
+        wrong=("--family", "mixtrl"),
+        words="unknown family 'mixtrl' (did you mean 'mixtral'?)",
+        right=("--family", "mixtral", "--layers", "1", "--contexts", "4", "--records", "{folder}"),
+        redden=redden_step,
     ),
     "train": Bench(
         command=("bench", "train"),

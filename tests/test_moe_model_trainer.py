@@ -10,6 +10,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from moe import MoEForCausalLM
+from tests.rank_processes import run_ranks
+from tests.trainer_ranks import ROUTERS_OF_RANKS, steps_of
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 pytestmark = [
@@ -219,10 +221,14 @@ def test_what_would_train_otherwise_than_said_is_refused(tiny_config, tmp_path, 
         trained(MoEForCausalLM(tiny_config()), tmp_path, **changes)
 
 
-def test_balancing_by_counts_is_refused_in_several_processes(tiny_config, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    token_BS = rows()[0]["input_ids"][None]
-    with pytest.raises(ValueError, match="each of these 2 processes would count its own"):
-        MoEForCausalLM(tiny_config(router="loss_free")).train()(token_BS, labels=token_BS, num_items_in_batch=15)
-    MoEForCausalLM(tiny_config()).train()(token_BS, labels=token_BS, num_items_in_batch=15)
+def test_two_processes_of_the_trainer_make_the_steps_of_one(subtests, tmp_path):
+    """DistributedDataParallel as transformers starts it; each process takes every second micro-batch."""
+    both = run_ranks(2, "trainer_ranks", str(tmp_path))
+    for name in ROUTERS_OF_RANKS:
+        alone = steps_of(name, tmp_path, parts=2)
+        with subtests.test(f"weights of {name}"):
+            torch.testing.assert_close(torch.tensor(both[name]["weights"]), alone["weights"], rtol=1e-5, atol=1e-6)
+        with subtests.test(f"balancing state of {name}, on both processes"):
+            state = torch.tensor(both[name]["state"], dtype=torch.float64)
+            torch.testing.assert_close(state, alone["state"], rtol=1e-5, atol=1e-6)
+            assert both[name]["is_equal"]

@@ -141,3 +141,19 @@ def test_rank_orders_evictions():
             cache.access([key])
         ranked = sorted(cache.resident, key=cache.rank)
         assert [cache.evict() for _ in range(3)] == ranked
+
+
+def test_learning_keeps_to_one_thread_of_openblas_and_leaves_the_others_as_they_were(monkeypatch):
+    pools = pytest.importorskip("threadpoolctl").ThreadpoolController().select(internal_api="openblas")
+    before, during = [pool["num_threads"] for pool in pools.info()], []
+
+    def solve(left, right, solve=np.linalg.solve):
+        during.extend(pool["num_threads"] for pool in pools.info())
+        return solve(left, right)
+
+    monkeypatch.setattr(np.linalg, "solve", solve)
+    cache = make_cache("learned", 2, 8)
+    for key in range(170):
+        cache.access([key % 8])
+    assert during == [1] * len(before)
+    assert [pool["num_threads"] for pool in pools.info()] == before

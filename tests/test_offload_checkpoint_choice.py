@@ -134,7 +134,7 @@ EXPERT = "model.layers.0.mlp.experts.0.gate_proj.weight"
 
 
 @pytest.mark.parametrize("name", [EXPERT, "model.layers.1.self_attn.q_proj.weight"])
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.float8_e4m3fn, "weight_scale_inv"), (torch.int8, "SCB")])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float8_e4m3fn, "weight_rank"), (torch.int8, "SCB")])
 def test_quantised_weights_whose_config_is_lost(folder, name, dtype, scale):
     def quantise(tensors):
         scales = {f"{name.removesuffix('weight')}{scale}": torch.ones(1)}
@@ -155,15 +155,15 @@ def test_codes_in_place_of_a_weight(folder):
         return {other: tensor for other, tensor in tensors.items() if other != name} | codes
 
     _change_tensors(folder, quantise)
-    with pytest.raises(ValueError, match=r"q_proj\.weight is stored as U8, with .*_blocks beside it"):
+    with pytest.raises(ValueError, match=r"q_proj\.weight_blocks U8 \[4\]: expected \[\.\.\., rows, groups, 16\]"):
         offload.load(folder, cache_experts=2)
 
 
 @pytest.mark.parametrize("part", [None, "text_config"])
-def test_a_quantisation_config_is_one_clear_line(folder, part):
-    quantised = {"quantization_config": {"quant_method": "mxfp4"}}
+def test_an_unknown_method_of_quantisation_is_one_clear_line(folder, part):
+    quantised = {"quantization_config": {"quant_method": "aqlm"}}
     _change(folder / "config.json", **(quantised if part is None else {part: quantised}))
-    with pytest.raises(ValueError, match=r"its weights are quantised \(mxfp4\)"):
+    with pytest.raises(ValueError, match=r"its weights are quantised \(aqlm\); known are mxfp4, fp8"):
         read_config(folder)
 
 
@@ -255,8 +255,8 @@ def test_a_download_of_shards_takes_those_that_the_index_names(folder, hub):
     assert read_checkpoint(found).keys() == tensors.keys()
 
 
-def test_a_quantised_model_is_refused_before_its_weights_come(folder, hub):
-    _change(folder / "config.json", quantization_config={"quant_method": "fp8"})
+def test_a_model_quantised_in_an_unknown_way_is_refused_before_its_weights_come(folder, hub):
+    _change(folder / "config.json", quantization_config={"quant_method": "aqlm"})
     with pytest.raises(ValueError, match="quantised"):
         local_folder("owner/name")
     assert len(hub.asked) == 1

@@ -67,7 +67,7 @@ def test_generate_says_what_was_to_be_expected(model_folder, run, tmp_path, caps
 
 
 def test_a_live_line_says_how_it_goes(model_folder, run, monkeypatch, capsys):
-    monkeypatch.setattr("offload.serve.generation.STATUS_EVERY_S", 0.0)
+    monkeypatch.setattr("offload.serve.live_text.STATUS_EVERY_S", 0.0)
     assert run("generate", model_folder, "--prompt", "abc", "--max-new-tokens", 5, "--cache-experts", 2, "--live") == 0
     assert re.search(r"tok/s, hit rate 0\.\d+, read .*, disk busy \d+% of the time", capsys.readouterr().err)
 

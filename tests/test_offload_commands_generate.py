@@ -105,7 +105,7 @@ def test_status_and_text_share_a_terminal_without_loss(monkeypatch, is_live):
 
 
 def test_generate_live_on_a_pseudo_terminal(model, run, monkeypatch, tmp_path):
-    monkeypatch.setattr("offload.serve.generation.STATUS_EVERY_S", 0.0)
+    monkeypatch.setattr("offload.serve.live_text.STATUS_EVERY_S", 0.0)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     leader, follower = pty.openpty()

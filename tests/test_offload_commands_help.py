@@ -48,6 +48,7 @@ def test_help_of_the_groups(run, capsys):
 MISSING = {
     "generate": "nowhere --prompt a",
     "pack": "nowhere --out new.experts",
+    "dequantise": "nowhere --out new",
     "fit": "nowhere",
     "calibrate": "--folder nowhere --out new.toml",
     "simulate": "nowhere.npz --cache-experts 2",
@@ -61,6 +62,7 @@ MISSING = {
     "place report": "nowhere.json --trace nowhere.npz --out new.html",
     "place migrate": "nowhere.json other.json --out new.json",
     "place tiers": "--hardware nowhere.toml --expert-size 1MB --trace nowhere.npz --out new.json",
+    "place run": "nowhere.json --trace nowhere.npz",
     "place cluster": "nowhere.xml --out new.yaml",
     "place export": "nowhere.json --format sglang --out new.json",
     "place loads": "nowhere.pt --format sglang --out new.json",
@@ -76,7 +78,9 @@ MISSING = {
     "bench duo": "--data nowhere.txt --out new",
     "bench placement": "--loads nowhere.json",
 }
-READS_NOTHING = {"leverage", "bench flax", "bench kernels", "bench memory-layers", "bench routers", "bench train"}
+READS_NOTHING = {
+    "leverage", "bench flax", "bench kernels", "bench memory-layers", "bench routers", "bench step", "bench train",
+}  # fmt: skip
 
 
 def test_every_command_that_reads_a_file_is_in_the_table():
@@ -100,6 +104,7 @@ GARBAGE = {
     "trace batches": "FILE",
     "fit": "FOLDER",
     "pack": "FOLDER --out new",
+    "dequantise": "FOLDER --out new",
     "generate": "FOLDER --prompt a",
     "place score": "FILE --trace FILE",
     "place tiers": "--hardware FILE --expert-size 1MB --trace FILE --out new.json",

@@ -1,65 +1,84 @@
-"""Single-token products: close to float64 whatever the shape, and the bits of torch where they claim to have them."""
+"""Products of a few rows: close to float64 whatever the shape, with the bits that each level promises."""
 
 import pytest
 import torch
 from torch import nn
 
-from offload.compute.matvec import AMX_BLOCK, Matvecs, _kernels
+from offload.compute.matvec import Matvecs
+from offload.compute.orders import Order, orders
+from offload.native.kernel_matrix import plain_matrix
 
 SHAPES = [(1, 1), (3, 31), (5, 33), (64, 128), (17, 300), (96, 2048), (2688, 2048), (2048, 1344)]
 
 
-def operands(shape, seed=0):
+def operands(shape, seed=0, rows=1):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator).bfloat16()
-    x = torch.randn(1, shape[1], generator=generator).bfloat16()
-    return x, weight, torch.empty(1, shape[0], dtype=torch.bfloat16)
+    x = torch.randn(rows, shape[1], generator=generator).bfloat16()
+    return x, weight, torch.empty(rows, shape[0], dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [("dot", shape) for shape in SHAPES]
-    + [("amx", shape) for shape in SHAPES if shape[0] % AMX_BLOCK == shape[1] % AMX_BLOCK == 0],
-)
-def test_kernels_against_float64(name, shape):
-    if name not in _kernels():
-        pytest.skip("this processor has no AMX")
-    x, weight, out = operands(shape)
-    _kernels()[name](x, (weight,), (out,))
-    expected = x.double() @ weight.double().t()
+@pytest.mark.parametrize("rows", [1, 3, 16, 37])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("order", orders(), ids=lambda order: order.name)
+def test_orders_against_float64(order, shape, rows):
+    if not order.fits(shape):
+        pytest.skip("AMX takes 32 rows and columns at a time")
+    x, weight, out = operands(shape, rows=rows)
+    bias = torch.randn(shape[0]).bfloat16()
+    order.multiply(x, (plain_matrix(weight),), (out,), biases=(bias,))
+    expected = x.double() @ weight.double().t() + bias.double()
     error = (out.double() - expected).abs()
     assert (error <= 2**-8 * expected.abs() + 1e-5 * shape[1]).all()
 
 
+@pytest.mark.parametrize("shape", [(33, 65), (96, 2048), (576, 2880)])
+@pytest.mark.parametrize("order", orders(), ids=lambda order: order.name)
+def test_a_row_has_the_same_bits_however_many_are_computed_with_it(order, shape):
+    if not order.fits(shape):
+        pytest.skip("AMX takes 32 rows and columns at a time")
+    x, weight, together = operands(shape, rows=67)
+    order.multiply(x, (plain_matrix(weight),), (together,))
+    for start, rows in ((0, 1), (5, 2), (7, 3), (1, 4), (20, 7), (9, 15), (30, 16), (11, 17), (34, 33)):
+        alone = torch.empty(rows, shape[0], dtype=torch.bfloat16)
+        order.multiply(x[start : start + rows], (plain_matrix(weight),), (alone,))
+        assert torch.equal(alone, together[start : start + rows])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16])
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_exact_products_have_the_bits_of_torch(shape):
+def test_exact_products_have_the_bits_of_torch(shape, has_bias, rows):
     matvecs = Matvecs("exact")
-    for seed in range(20):
-        x, weight, out = operands(shape, seed)
-        if matvecs.multiply(x, (weight,), (out,)):
-            assert torch.equal(out, x @ weight.t())
-            assert torch.equal(out, nn.functional.linear(x, weight))
+    for seed in range(5):
+        x, weight, out = operands(shape, seed, rows)
+        bias = torch.randn(shape[0]).bfloat16() if has_bias else None
+        if matvecs.multiply(x, (weight,), (out,), (bias,)):
+            assert torch.equal(out, nn.functional.linear(x, weight, bias))
+            assert has_bias or torch.equal(out, x @ weight.t())
 
 
 def test_several_products_at_once_are_those_one_by_one():
     weights = [operands((64, 128), seed)[1] for seed in range(5)]
     x_ND, together, alone = torch.randn(5, 128).bfloat16(), torch.empty(5, 64).bfloat16(), torch.empty(5, 64).bfloat16()
     matvecs = Matvecs("fast")
-    assert matvecs.multiply(x_ND, weights, list(together))
+    assert matvecs.multiply_each(x_ND, weights, list(together))
     for n, weight in enumerate(weights):
         assert matvecs.multiply(x_ND[n], (weight,), (alone[n],))
     assert torch.equal(together, alone)
 
 
 def test_a_kernel_with_other_bits_is_not_used_when_exact():
-    def off_by_a_bit(x, weights, outs):
-        (out,) = outs
-        torch.mm(x, weights[0].t(), out=out)
-        out[0, 0] = torch.nextafter(out[0, 0], torch.tensor(torch.inf, dtype=torch.bfloat16))
+    class OffByABit(Order):
+        def multiply(self, x, matrices, outs, **kwargs):
+            super().multiply(x, matrices, outs, **kwargs)
+            (out,) = outs
+            out[0, 0] = torch.nextafter(out[0, 0], torch.tensor(torch.inf, dtype=torch.bfloat16))
 
     x, weight, out = operands((64, 128))
     exact, fast = Matvecs("exact"), Matvecs("fast")
-    exact._kernels = fast._kernels = {"wrong": off_by_a_bit}
+    best = orders()[0]
+    exact._orders = fast._orders = (OffByABit(best.name, best.number, best.alignment),)
     assert not exact.multiply(x, (weight,), (out,))
     assert fast.multiply(x, (weight,), (out,))
 
@@ -70,6 +89,7 @@ def test_what_does_not_fit_is_left_to_torch():
     assert not matvecs.multiply(x.float(), (weight.float(),), (out.float(),))
     assert not matvecs.multiply(x[:, :64], (weight[:, :64],), (out,))
     assert not matvecs.multiply(x.expand(2, -1), (weight,), (out.expand(2, -1),))
+    assert not matvecs.multiply(torch.randn(17, 128).bfloat16(), (weight,), (torch.empty(17, 64).bfloat16(),))
 
 
 def test_two_threads_give_the_bits_of_one():
@@ -90,7 +110,7 @@ def test_one_row_times_matrices_of_different_heights():
     weights = [operands((rows, 128), rows)[1] for rows in (5, 64, 33, 1)]
     together = [torch.empty(1, len(weight), dtype=torch.bfloat16) for weight in weights]
     matvecs = Matvecs("fast")
-    matvecs._kernels = {"dot": _kernels()["dot"]}
+    matvecs._orders = orders()[-1:]
     assert matvecs.multiply(x, weights, together)
     for weight, out in zip(weights, together, strict=True):
         alone = torch.empty_like(out)
@@ -102,10 +122,21 @@ def test_without_a_compiler_exact_is_torch_and_fast_is_refused(monkeypatch):
     def none():
         raise OSError("no C compiler (cc) was found for a small C file")
 
-    monkeypatch.setattr("offload.compute.matvec._kernels", none)
+    monkeypatch.setattr("offload.compute.matvec.orders", none)
     x, weight, out = operands((64, 128))
     assert not Matvecs("exact").multiply(x, (weight,), (out,))
     with pytest.raises(ValueError, match="no C compiler"):
         Matvecs("fast")
-    with pytest.raises(ValueError, match="one of exact, fast"):
+    with pytest.raises(ValueError, match="one of exact, fixed, fast"):
         Matvecs("quick")
+
+
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_fixed_products_take_any_number_of_rows(rows):
+    matvecs = Matvecs("fixed")
+    x, weight, out = operands((576, 320), rows=rows)
+    assert matvecs.multiply(x, (weight,), (out,))
+    one = torch.empty(1, 576, dtype=torch.bfloat16)
+    assert matvecs.multiply(x[-1], (weight,), (one,))
+    assert torch.equal(out[-1], one[0])
+    assert matvecs.names == {"576x320": orders()[0].name}

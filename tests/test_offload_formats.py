@@ -15,6 +15,7 @@ from offload.formats.catalogue import FORMS
 from offload.formats.form import BLOCK_BYTES
 from offload.formats.packed import PackedForm
 from offload.formats.plain import PlainForm
+from offload.formats.quantised_forms import QUANTISED_FORMS
 from offload.store.packing import read_pack
 
 TOKENS = torch.tensor([[1, 5, 9, 3, 7]])
@@ -25,7 +26,6 @@ class InvertedForm(PackedForm):
     """Every byte inverted: the least that a form can be."""
 
     name: ClassVar[str] = "inverted"
-    kernel: ClassVar[int | None] = None
     linears: ClassVar[None] = None
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True
@@ -74,7 +74,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture(params=[*FORMS, "inverted"])
+@pytest.fixture(params=[*(name for name in FORMS if name not in QUANTISED_FORMS), "inverted"])
 def form_name(request, monkeypatch):
     monkeypatch.setitem(FORMS, "inverted", InvertedForm)
     return request.param
@@ -111,6 +111,13 @@ def test_what_a_form_says_of_its_bytes_fits_together(form_name, folder, tmp_path
                 assert extent.target + extent.nbytes <= region.start + region.nbytes
         slot = torch.zeros(form.slot_bytes + form.guard_bytes, dtype=torch.uint8)
         assert set(form.views(slot, (0,) * len(form.regions))) == {p.name for p in form.layer.parameters}
+
+
+def test_packing_never_quantises(folder, tmp_path):
+    for name in QUANTISED_FORMS:
+        with pytest.raises(ValueError, match=rf"stores no experts as {name} \(its experts are plain\)"):
+            offload.write_pack(folder, tmp_path / "experts", form=name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_form_is_refused_by_name(folder, tmp_path):

@@ -12,12 +12,13 @@ from xxhash import xxh3_64_hexdigest
 
 import offload
 from offload.compute import norms
-from offload.compute.matvec import Matvecs
+from offload.compute.orders import orders
 from offload.forecast.fit import fit
 from offload.formats import compression
-from offload.formats.compression import CompressedShape, can_compress, compress, expand
+from offload.formats.compression import CompressedMatrix, CompressedShape, can_compress, compress, expand
 from offload.formats.pack_index import PackIndex
 from offload.native import library as native
+from offload.native.kernel_matrix import plain_matrix
 from offload.store import packing
 
 SIZES = {
@@ -107,38 +108,19 @@ def test_what_can_be_compressed(shape, dtype, expected):
     assert can_compress(shape, dtype) is expected
 
 
-@pytest.mark.parametrize("kernel", ["amx", "dot"])
-@pytest.mark.parametrize("is_gated", [True, False])
-@pytest.mark.parametrize(("width", "model_width"), [(64, 128), (192, 64), (1344, 256)])
-def test_experts_of_one_token_have_the_bits_of_the_plain_kernel(kernel, is_gated, width, model_width):
-    from offload.compute import matvec
-
-    Matvecs("exact")
-    try:
-        kernels = matvec._experts_kernels()
-    except OSError as error:
-        pytest.skip(str(error))
-    if kernel not in kernels:
-        pytest.skip("this processor has no AMX")
+@pytest.mark.parametrize("order", orders(), ids=lambda order: order.name)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("shape", [(64, 128), (192, 64), (1344, 256)])
+def test_products_have_the_bits_of_the_plain_matrix(order, rows, shape):
     generator = torch.Generator().manual_seed(0)
-    ups = [torch.randn((1 + is_gated) * width, model_width, generator=generator).bfloat16() for _ in range(3)]
-    downs = [torch.randn(model_width, width, generator=generator).bfloat16() for _ in range(3)]
-    x = torch.randn(1, model_width, generator=generator).bfloat16()
-    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    table = torch.nn.functional.silu(every)
-
-    def run(form, ups, downs):
-        hidden, out = torch.empty(3, width, dtype=torch.bfloat16), torch.empty(3, model_width, dtype=torch.bfloat16)
-        place = [matvec.pointers(tensors) for tensors in (ups, downs, list(out))]
-        kernels[kernel](
-            form, 3, place[0], place[1], x.data_ptr(), table.data_ptr(), is_gated, hidden.data_ptr(), place[2], width,
-            model_width,
-        )  # fmt: skip
-        return out
-
-    expected = run(False, ups, downs)
-    assert expected.float().abs().sum() > 0
-    assert torch.equal(run(True, [_record(up) for up in ups], [_record(down) for down in downs]), expected)
+    weight = torch.randn(shape, generator=generator).bfloat16()
+    x = torch.randn(rows, shape[1], generator=generator).bfloat16()
+    plain, found = torch.empty(rows, shape[0]).bfloat16(), torch.empty(rows, shape[0]).bfloat16()
+    stored = _record(weight)
+    order.multiply(x, (plain_matrix(weight),), (plain,))
+    order.multiply(x, (CompressedMatrix().kernel_matrix(stored, shape),), (found,))
+    assert plain.float().abs().sum() > 0
+    assert torch.equal(plain, found)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +173,7 @@ def no_compiler(monkeypatch):
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(native, "library", none)
-    monkeypatch.setattr("offload.compute.matvec._kernels", none)
+    monkeypatch.setattr("offload.compute.matvec.orders", none)
     yield
     for cache in caches:
         cache.cache_clear()

@@ -38,7 +38,7 @@ def _models(annotation):
 def test_every_key_of_a_cluster_file_is_in_the_table():
     words = {word for row in rows("The cluster file") for word in re.findall(r"`([^`]+)`", row[0])}
     last = {word.rpartition(".")[2] for word in words}
-    whole = {"gpus": {"type", "count"}, "nic": {"count", "bandwidth"}, "dram": {"size", "bandwidth"}}
+    whole = {"gpus": {"type", "count"}, "nic": {"count", "bandwidth"}, "dram": {"size", "bandwidth", "reserve"}}
     whole["ssd"] = whole["dram"]
     missing = []
     for key in leaves(ClusterSpec):

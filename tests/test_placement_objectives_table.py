@@ -70,6 +70,26 @@ def balance(plan, scenario, layer, problem):
     return max(one / s for one, s in zip(load, speed, strict=True)) / (sum(load) / sum(speed))
 
 
+def batches(plan, scenario, layer, problem):
+    """Worst tenth of the batches of consecutive tokens, copies sharing evenly; eight batches in a short trace."""
+    tokens = scenario.trace.expert_TLK[:, layer].tolist()
+    size, values = min(4096, len(tokens) // 8), []
+    for start in range(0, len(tokens) // size * size, size):
+        load = [0.0] * problem.num_experts
+        for expert in itertools.chain(*tokens[start : start + size]):
+            load[expert] += 1
+        rows, gpu_load = holders(plan, layer), [0.0] * problem.num_gpus
+        for expert, places in rows.items():
+            for gpu in places:
+                gpu_load[gpu] += load[expert] / len(places)
+        speed = problem.cluster.speed_G.tolist()
+        mean = sum(gpu_load) / sum(speed)
+        values.append(max(one / s for one, s in zip(gpu_load, speed, strict=True)) / mean)
+    assert problem.cluster.ep.dispatch == plan.dispatch
+    worst = sorted(values)[-max(1, round(len(values) / 10)) :]
+    return sum(worst) / len(worst)
+
+
 def activated(plan, scenario, layer, problem):
     routes = problem.cluster.ep.tokens_per_gpu * problem.num_gpus * 2
     gpus, loads = holders(plan, layer), scenario.load_LE[layer].tolist()
@@ -163,6 +183,7 @@ def of_sum(*parts):
 
 BY_LOOPS = {
     "balance": balance,
+    "batches": batches,
     "activated": activated,
     "gpu-fanout": gpu_fanout,
     "node-fanout": node_fanout,
@@ -314,7 +335,7 @@ def test_weights_are_the_objective(text, case):
     objective, plan = find_objective(text), solve(problem, solver="random", seed=2)
     weights = objective.weights(problem.cluster)
     if weights == PartWeights():
-        assert text in ("activated", "latency")
+        assert text in ("activated", "batches", "latency")
         return
     part = {name: evaluate_L(OBJECTIVES[name], plan, problem) for name in OBJECTIVES}
     first = np.maximum(part["balance"] - weights.goal, 0) if weights.goal else part["balance"]

@@ -159,14 +159,6 @@ def test_gpu_types_that_differ_are_told_of_unless_speeds_say_so():
     assert cluster_notes(spec(nodes=[{"type": "h"}, {"type": "a", "speed": 0.6}])) == []
 
 
-def test_keys_that_no_solver_reads_are_told_of():
-    node = {"h": {"gpus": {"type": "h", "count": 2}, "dram": {"size": "1TiB", "bandwidth": "200GB/s"}}}
-    for changes in ({"tiers": {"cpu": {}}}, {"node_types": node}):
-        cluster = spec(nodes=[{"type": "h"}], **changes)
-        assert any("not solved yet" in note for note in cluster_notes(cluster))
-    assert cluster_notes(spec(nodes=[{"type": "h"}])) == []
-
-
 def test_unknown_sizes_are_told_of():
     assert any("memory not checked; give model.expert_bytes" in note for note in cluster_notes(spec(model={})))
     assert any(

@@ -62,6 +62,7 @@ PROBLEMS = {
         lambda: Problem.from_trace(small_trace(), Cluster.from_mapping(UNEQUAL)),
         "node-fanout",
     ),
+    "batches": (lambda: Problem.from_trace(small_trace(), Cluster.grid(1, 4), replicas=4), "batches"),
     "goal": (lambda: Problem.from_trace(small_trace(), Cluster.grid(1, 4)), "balance<=1.2,gpu-fanout"),
     "hops": (lambda: Problem.from_trace(small_trace(), Cluster.grid(1, 4)), "hops+balance"),
     "one GPU": (lambda: Problem.from_loads(random_loads(), Cluster.grid(1, 1)), "balance"),
@@ -75,6 +76,7 @@ ONLY_TOKENS = {
     "two hot experts": NO_COPIES,
     "activated": NO_COPIES,
     "tokens and copies": NO_COPIES,
+    "batches": NO_COPIES,
     "one GPU": NO_TOKENS,
 }
 REFUSALS: dict[str, dict[str, str]] = {
@@ -84,11 +86,14 @@ REFUSALS: dict[str, dict[str, str]] = {
     "random": {},
     "eplb": {},
     "eplb-global": {},
+    "first": {},
+    "biased": {},
     "lpt": {},
     "search": {},
     "ilp": {
         "activated": "needs --solver search",
         "tokens and copies": "fan-out without replicas only",
+        "batches": "needs --solver search",
         "goal": "needs --solver search",
         "hops": "needs --solver search",
     },

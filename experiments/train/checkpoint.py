@@ -86,10 +86,17 @@ def restore(folder: Path, model: MoEForCausalLM, optimizer: Optimizer) -> int:
     saved = MoEForCausalLM.from_pretrained(folder).state_dict()
     try:
         model.load_state_dict(saved)
-        optimizer.load_state_dict(state["optimizer"])
+        if state["optimizer"] is None:  # of a run on several processes
+            from .distributed.checkpoint import load_optimizer
+
+            load_optimizer(folder, model, optimizer)
+        else:
+            optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{folder} does not fit this model: {error}") from error
     model.model.optimizer_step = state["step"]
+    if state["random"] is None:
+        return state["step"]
     torch.set_rng_state(state["random"]["cpu"])
     if torch.cuda.is_available() and state["random"]["cuda"]:
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
@@ -114,6 +121,7 @@ def _random_state() -> dict[str, Any]:
 
 def _sync(folder: Path) -> None:
     """Force files to the disk before the folder gets its final name."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

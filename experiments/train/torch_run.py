@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import AdamW
@@ -93,6 +94,7 @@ def train_step(
     loads: list[Tensor] = []
     for micro in range(config.accumulation):
         token_BS = torch.from_numpy(order.batch(step * config.accumulation + micro)).to(device)
+        seed_noise(config.seed, step, micro)
         with autocast(config.precision, device):
             output: MoEOutput = model(token_BS, labels=token_BS, use_cache=False)
         (output.loss / config.accumulation).backward()
@@ -118,6 +120,12 @@ def train_step(
     }
 
 
+def seed_noise(seed: int, step: int, micro: int) -> None:
+    """Make the noise of a micro-batch its own: the same in whatever process, and after whatever, it is computed."""
+    (word,) = np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)
+    torch.manual_seed(int(word))
+
+
 def _added(totals: list[Tensor], counts: list[Tensor]) -> list[Tensor]:
     return [total + count for total, count in zip(totals, counts, strict=True)] if totals else counts
 
@@ -141,10 +149,15 @@ def evaluate(model: MoEForCausalLM, corpus: Corpus, config: TrainConfig) -> floa
 
 def build(config: TrainConfig, corpus: Corpus, device: torch.device) -> tuple[MoEForCausalLM, AdamW, BatchOrder]:
     """The model as its seed initialises it, its optimiser, and the order of its batches."""
-    torch.manual_seed(config.seed)
-    model = MoEForCausalLM(MoEConfig(**(corpus.model_settings | config.model))).to(device).train()
+    model = build_model(config, corpus, device)
     order = BatchOrder(windows(corpus.train, config.sequence_length), config.batch_size, config.seed)
     return model, build_optimizer(model, config), order
+
+
+def build_model(config: TrainConfig, corpus: Corpus, device: torch.device) -> MoEForCausalLM:
+    """The model as its seed initialises it."""
+    torch.manual_seed(config.seed)
+    return MoEForCausalLM(MoEConfig(**(corpus.model_settings | config.model))).to(device).train()
 
 
 def build_optimizer(model: MoEForCausalLM, config: TrainConfig) -> AdamW:

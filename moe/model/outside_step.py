@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from routing import Router, RouterStats
+from routing import RouterStats
 
 ANSWERS = {
     "output_router_logits": "`output.router_stats[i].logit_TR` always has them, and the balance loss is in the loss",
@@ -33,13 +33,8 @@ _WATCHED: weakref.WeakKeyDictionary[nn.Module, "OutsideSteps"] = weakref.WeakKey
 
 
 def outside_steps(model: nn.Module) -> "OutsideSteps":
-    """The one watch of a model, made at its first training pass.
-
-    Raises:
-        ValueError: if routers would be balanced by what one of several processes saw.
-    """
+    """The one watch of a model, made at its first training pass."""
     if model not in _WATCHED:
-        expect_one_process(model.routers)
         _WATCHED[model] = OutsideSteps(model)
     return _WATCHED[model]
 
@@ -82,21 +77,26 @@ class OutsideSteps:
         counts, num_tokens = self._counts, self._num_tokens
         self._counts, self._num_tokens = [], 0
         if any(parameter.requires_grad for router in model.routers for parameter in router.parameters()):
-            model.post_step(counts, num_tokens)
+            model.post_step(*over_processes(model.routers, counts, num_tokens))
         else:
             model.optimizer_step += 1
 
 
-def expect_one_process(routers: Sequence[nn.Module]) -> None:
-    """Raises ValueError if routers would be balanced by what one of several processes saw."""
+def over_processes(routers: Sequence[nn.Module], counts: list[Tensor], num_tokens: int) -> tuple[list[Tensor], int]:
+    """What all processes of `torch.distributed` counted in a step; routers without state need no exchange.
+
+    Tensors that routers noted of the last micro-batch are taken from the last process, which has that micro-batch when
+    processes take turns.
+    """
     parallel = torch.distributed
     if not (parallel.is_available() and parallel.is_initialized() and parallel.get_world_size() > 1):
-        return
+        return counts, num_tokens
+    if not any(buffer.is_floating_point() for router in routers for buffer in router.buffers()):
+        return counts, num_tokens
+    flat = torch.cat([counts[0].new_tensor([num_tokens]), *counts])
+    parallel.all_reduce(flat)
     for router in routers:
-        has_state = any(buffer.is_floating_point() for buffer in router.buffers())
-        if has_state and type(router).post_step is not Router.post_step:
-            raise ValueError(
-                f"{type(router).__name__} is balanced by counting tokens, and each of these "
-                f"{parallel.get_world_size()} processes would count its own; train it in one process, or take a router "
-                "that is balanced by its loss alone"
-            )
+        for note in router.notes():
+            parallel.broadcast(note, src=parallel.get_world_size() - 1)
+    pieces = flat[1:].split([len(count_R) for count_R in counts])
+    return list(pieces), int(flat[0])

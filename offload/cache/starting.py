@@ -93,10 +93,15 @@ def _read_plan(path: Path, experts_L: Sequence[int]) -> StartingPlan:
         raise ValueError(f"plan {path}: no such file; make one with `expertier place tiers`")
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"plan {path}: larger than {MOST_BYTES} bytes, so not a plan of one machine")
-    tier_LE = Plan.load(path).tier_LE
+    plan = Plan.load(path)
+    tier_LE = plan.tier_LE
+    if tier_LE is None and plan.homes is not None:
+        raise ValueError(
+            f"plan {path}: it is of {plan.cluster.num_nodes} nodes; take this node's part with `expertier place part`"
+        )
     if tier_LE is None:
         raise ValueError(f"plan {path}: it says nothing about tiers; make one with `expertier place tiers`")
-    if [tier_LE.shape[1]] * len(tier_LE) != list(experts_L):
+    if plan.experts_L.tolist() != list(experts_L):
         raise ValueError(
             f"plan {path}: tiers of {len(tier_LE)} layers of {tier_LE.shape[1]} experts do not fit the model's "
             f"{_layers(experts_L)}"
@@ -104,7 +109,8 @@ def _read_plan(path: Path, experts_L: Sequence[int]) -> StartingPlan:
     if ((tier_LE < 0) | (tier_LE >= len(TIERS))).any():
         known = " or ".join(f"{number} ({name})" for number, name in enumerate(TIERS))
         raise ValueError(f"plan {path}: a tier must be {known}; got {tier_LE.min()} to {tier_LE.max()}")
-    is_in_memory_LE = tier_LE != TIERS.index("ssd")
+    real_LE = np.arange(tier_LE.shape[1]) < plan.experts_L[:, None]
+    is_in_memory_LE = (tier_LE != TIERS.index("ssd")) & real_LE
     return StartingPlan(tuple(tuple(row.nonzero()[0].tolist()) for row in is_in_memory_LE))
 
 

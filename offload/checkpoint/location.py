@@ -3,12 +3,15 @@
 Without torch.
 """
 
-import glob
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from .weight_files import INDEX_NAME, ONLY_NAME, shard_names
+from .gguf.head import gguf_in, is_gguf
+from .hub import Announce, HubName, download_weights, heads_from_hub, hub_name, is_hub_name, say_on_stderr
+from .weight_files import INDEX_NAME, ONLY_NAME
 
 # a tokenizer.json has up to some 30 MB, an index of a checkpoint of 100,000 tensors 10 MB
 MAX_JSON_BYTES = 64 << 20
@@ -20,9 +23,15 @@ SMALL_FILES = (
 )
 """What describes a model; a few MB at most."""
 
+QUANTISATION_METHODS = (
+    *("mxfp4", "fp8", "mxfp8", "compressed-tensors", "modelopt", "nvfp4", "fbgemm_fp8", "fp4"),
+    *("gptq", "awq", "bitsandbytes"),
+)
+"""Values of `quant_method` whose tensors are known by their names."""
+
 
 def local_name(path_or_id: str | Path) -> Path | None:
-    """The folder, if there is one; None for a model id `owner/name`, perhaps with `@revision`.
+    """The folder or GGUF file, if there is one; None for a model id `owner/name`, perhaps with `@revision`.
 
     Raises:
         ValueError: if it is neither.
@@ -30,11 +39,14 @@ def local_name(path_or_id: str | Path) -> Path | None:
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder
+    if folder.is_file() and is_gguf(folder):
+        return folder
     if folder.is_file():
-        raise ValueError(f"model {path_or_id}: a file; give the folder that holds config.json and the weights")
-    text = str(path_or_id)
-    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or text.endswith("/"):
-        raise ValueError(f"model {path_or_id}: no such folder")
+        raise ValueError(
+            f"model {path_or_id}: a file, but no GGUF file; give the folder that holds config.json and the weights"
+        )
+    if folder.is_absolute() or not is_hub_name(str(path_or_id)):
+        raise ValueError(f"model {path_or_id}: no such {'file' if is_gguf(folder) else 'folder'}")
     return None
 
 
@@ -44,27 +56,30 @@ def local_folder(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    announce: Announce = say_on_stderr,
 ) -> Path:
-    """A folder with the model's files; a model id is downloaded into huggingface_hub's cache first.
+    """A folder with the model's files, or a GGUF file; a model id is downloaded into huggingface_hub's cache first.
 
     The description comes first and is checked, then exactly the files that hold the weights, all of one commit.
 
     Args:
-        path_or_id: a folder, or `owner/name` or `owner/name@revision` of the hub.
+        path_or_id: a folder, a GGUF file, or `owner/name`, `owner/name@revision` or `owner/name/file.gguf` of the hub.
+            Of a folder without safetensors files it is the GGUF file in it.
         revision: branch, tag or commit; default: the main branch.
         token: of the hub; default: what huggingface_hub finds (`HF_TOKEN`, or its login).
         local_files_only: use what is in the cache.
+        announce: told how many files and bytes will be downloaded, before that begins.
 
     Raises:
         ValueError: if there is no such folder, the download fails, or the model cannot be offloaded.
     """
     folder = local_name(path_or_id)
     if folder is not None:
-        return folder
-    name, _, named_revision = str(path_or_id).partition("@")
+        has_weights = is_gguf(folder) or any((folder / name).is_file() for name in (ONLY_NAME, INDEX_NAME))
+        return folder if has_weights else gguf_in(folder) or folder
     how: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
     try:
-        return _download(name, revision or named_revision or None, how)
+        return _download(hub_name(str(path_or_id), revision), how, announce)
     except ValueError as error:
         if str(error).startswith("model "):
             raise
@@ -73,20 +88,35 @@ def local_folder(
         raise _not_downloaded(path_or_id, error) from error
 
 
-def _download(name: str, revision: str | None, how: dict[str, Any]) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
+@contextmanager
+def heads_of(path_or_id: str | Path) -> Iterator[Path]:
+    """A model that can be looked at: as it is here, or with nothing of its files but their heads.
 
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(SMALL_FILES), **how))
-    check_config_file(folder)
-    commit = folder.name
-    try:
-        hf_hub_download(name, ONLY_NAME, revision=commit, **how)
-    except EntryNotFoundError:
-        if (folder / INDEX_NAME).is_file():
-            shards = [glob.escape(shard) for shard in shard_names(folder)]
-            snapshot_download(name, revision=commit, allow_patterns=shards, **how)
-    return folder
+    Yields:
+        A folder, or a GGUF file.
+
+    Raises:
+        ValueError: if there is no such model, or the hub cannot be reached.
+    """
+    folder = local_name(path_or_id)
+    if folder is not None:
+        yield local_folder(folder)
+        return
+    with ExitStack() as stack:
+        try:
+            place = stack.enter_context(heads_from_hub(hub_name(str(path_or_id))))
+        except Exception as error:  # whatever the network, the hub or the disk has to say
+            raise _not_downloaded(path_or_id, error) from error
+        yield place
+
+
+def _download(hub: HubName, how: dict[str, Any], announce: Announce) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=list(SMALL_FILES), **how))
+    if hub.gguf is None:
+        check_config_file(folder)
+    return download_weights(hub, folder, how, announce)
 
 
 def _not_downloaded(path_or_id: str | Path, error: Exception) -> ValueError:
@@ -101,15 +131,15 @@ def check_config_file(folder: Path) -> None:
     """Refuse a model by its config.json alone, before anything large is read.
 
     Raises:
-        ValueError: if it is missing, is not JSON, or says that the weights are quantised.
+        ValueError: if it is missing, is not JSON, or names a method of quantisation that is not known.
     """
     config = read_json(folder / "config.json", f"model {folder}: config.json")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         quantised = part.get("quantization_config")
-        if isinstance(quantised, dict):
-            method = quantised.get("quant_method", "unknown")
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        if method is not None and method not in QUANTISATION_METHODS:
             raise ValueError(
-                f"model {folder}: its weights are quantised ({method}); offloading reads plain float weights, "
+                f"model {folder}: its weights are quantised ({method}); known are {', '.join(QUANTISATION_METHODS)}, "
                 "so save a dequantised copy first"
             )
 

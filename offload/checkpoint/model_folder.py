@@ -12,11 +12,17 @@ from transformers.models.auto.auto_factory import _get_model_class
 import moe  # noqa: F401  registers our own model type with transformers
 
 from .experts import ExpertLayer, experts_modules, locate_experts, match_checkpoint
+from .gguf.architectures import expect_architecture
+from .gguf.config import config_of, dtype_of
+from .gguf.head import has_config_file, is_gguf, read_gguf
 from .location import check_config_file, local_folder, read_json
 from .plain_weights import expect_plain_weights
+from .quantised.description import find_quantisation, without_quantisation
+from .quantised.spellings import COMPANION_ENDINGS
+from .quantised.view import plain_view
 from .tensors import PLAIN_DTYPES, TensorEntry, read_checkpoint
 
-__all__ = ["local_folder", "model_class_of", "read_config", "running_dtype_of", "skeleton_of"]
+__all__ = ["local_folder", "model_class_of", "read_config", "read_weights", "skeleton_of"]
 
 
 def skeleton_of(path_or_id: str | Path) -> tuple[Any, dict[str, TensorEntry], list[ExpertLayer]]:
@@ -26,14 +32,33 @@ def skeleton_of(path_or_id: str | Path) -> tuple[Any, dict[str, TensorEntry], li
         ValueError: if the checkpoint is damaged or its experts cannot be offloaded.
     """
     folder = local_folder(path_or_id)
+    if is_gguf(folder):
+        raise ValueError(f"model {folder}: experts of a GGUF file lie in one piece each; they are not packed again")
     config = read_config(folder)
-    entries = read_checkpoint(folder)
-    dtype = running_dtype_of("auto", config, entries)
+    entries, dtype = read_weights(folder, config, "auto")
     skeleton = empty_model(folder, config, dtype)
     _keep_wide(skeleton, dtype)
-    expect_plain_weights(folder, skeleton, entries, match_checkpoint(skeleton, entries))
+    found = match_checkpoint(skeleton, entries)
+    expect_plain_weights(folder, skeleton, entries, found)
     dtypes = {name: parameter.dtype for name, parameter in skeleton.state_dict().items()}
-    return skeleton, entries, locate_experts(skeleton, entries, dtypes)
+    return skeleton, entries, locate_experts(skeleton, entries, dtypes, found)
+
+
+def read_weights(folder: Path, config: Any, dtype: str | torch.dtype) -> tuple[dict[str, TensorEntry], torch.dtype]:
+    """Every tensor of a checkpoint as if it were plain, and the dtype that its model runs in.
+
+    Args:
+        config: of `read_config`.
+        dtype: see `running_dtype_of`.
+
+    Raises:
+        ValueError: if files are missing or damaged, or codes lack a companion.
+    """
+    entries = read_checkpoint(folder)
+    # scales are float32 beside weights that are not
+    weights = {name: entry for name, entry in entries.items() if not name.endswith(COMPANION_ENDINGS)}
+    running = running_dtype_of(dtype, config, weights)
+    return plain_view(folder, entries, find_quantisation(folder), running), running
 
 
 def _keep_wide(skeleton: Any, dtype: torch.dtype) -> None:
@@ -47,8 +72,14 @@ def _keep_wide(skeleton: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(kept[names_of_groups[str(found.lastgroup)]])
 
 
-def empty_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
+def empty_model(folder: Path, config: Any, dtype: torch.dtype | None, *, needs_experts: bool = True) -> Any:
     """The model on the meta device.
+
+    Args:
+        folder: of the model, for messages.
+        config: names the class and its sizes.
+        dtype: of its parameters; None is that of the config.
+        needs_experts: whether a model without experts is refused.
 
     Raises:
         ValueError: if it cannot be built, or has no experts that can be offloaded.
@@ -61,7 +92,7 @@ def empty_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
         raise ValueError(
             f"model {folder}: its config.json does not describe a {model_class.__name__} ({_first_line(error)})"
         ) from error
-    if not experts_modules(skeleton):
+    if needs_experts and not experts_modules(skeleton):
         raise ValueError(
             f"model {folder}: {model_class.__name__} does not compute its experts through transformers' experts "
             "interface (or has none), so they cannot be offloaded"
@@ -73,8 +104,10 @@ def read_config(folder: Path) -> Any:
     """The config of the model that `AutoModelForCausalLM` makes of a folder: of a composite one, the part for text.
 
     Raises:
-        ValueError: if there is none, it cannot be read, needs code of its own, or the weights are quantised.
+        ValueError: if there is none, it cannot be read or needs code of its own.
     """
+    if is_gguf(folder):
+        return _config_of_gguf(folder)
     check_config_file(folder)
     described = read_json(folder / "config.json", f"model {folder}: config.json")
     try:
@@ -91,7 +124,17 @@ def read_config(folder: Path) -> Any:
                 f"model {folder}: transformers does not know model type {kind!r}; it may be newer than this version"
             ) from error
         raise ValueError(f"model {folder}: config.json cannot be read: {_first_line(error)}") from error
-    return _text_part(config)
+    return _text_part(without_quantisation(config))
+
+
+def _config_of_gguf(file: Path) -> Any:
+    """The config.json beside a GGUF file; without one, what the file itself says."""
+    head = read_gguf(file)
+    expect_architecture(file, head.architecture)
+    config = read_config(file.parent) if has_config_file(file) else config_of(head)
+    if getattr(config, "dtype", None) is None:
+        config.dtype = getattr(torch, dtype_of(head))
+    return config
 
 
 def _text_part(config: Any) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .quantised.view import unused_companion
 from .tensors import PLAIN_DTYPES, TensorEntry
 
 Matches = Mapping[str, Sequence[tuple[str, str | None]]]
@@ -35,6 +36,12 @@ def expect_plain_weights(folder: Path, model: Any, entries: Mapping[str, TensorE
             beside = [other for other in unused if other.startswith(_module_of(key))]
             if beside or not entries[key].dtype.startswith("F8"):
                 raise _quantised(folder, key, entries[key].dtype, beside)
+    used = {key: name for name, keys in found.items() if name in expected for key, _ in keys}
+    if surplus := unused_companion(unused, used):
+        raise ValueError(
+            f"model {folder}: {surplus} {entries[surplus].dtype} {list(entries[surplus].shape)} stands beside a tensor "
+            "that is read without it; the checkpoint is damaged, or stored in a form that is not known"
+        )
     for name in expected.keys() - found.keys():
         if beside := [other for other in unused if other.startswith((f"{name}_", f"{name}."))]:
             raise _quantised(folder, name, entries[beside[0]].dtype, beside)
@@ -47,6 +54,6 @@ def _module_of(key: str) -> str:
 def _quantised(folder: Path, key: str, dtype: str, beside: list[str]) -> ValueError:
     more = f", with {beside[0]} beside it" if beside else ""
     return ValueError(
-        f"model {folder}: {key} is stored as {dtype}{more}, so the weights are quantised, but config.json has no "
-        "quantization_config; offloading reads plain float weights, so save a dequantised copy first"
+        f"model {folder}: {key} is stored as {dtype}{more}, so the weights are quantised in a "
+        "form that is not known; save a dequantised copy first"
     )

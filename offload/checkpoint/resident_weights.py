@@ -10,7 +10,8 @@ from transformers import GenerationConfig
 from .experts import experts_modules, match_checkpoint, weight_names
 from .model_folder import empty_model, model_class_of
 from .plain_weights import expect_plain_weights
-from .tensors import TORCH_DTYPES, StoredTensor, TensorEntry
+from .quantised.entry import lazy_tensor
+from .tensors import TORCH_DTYPES, TensorEntry
 
 
 class _Hollow:
@@ -47,7 +48,7 @@ def load_resident(
         if name not in hollow:
             # an unused tensor of a dtype that torch cannot name says nothing about the model; a used one is an error
             readable = [key for key, _ in keys if name in shapes or entries[key].dtype in TORCH_DTYPES]
-            state.update({key: StoredTensor(entries[key]) for key in readable})
+            state.update({key: lazy_tensor(entries[key]) for key in readable})
     for name in hollow & shapes.keys():
         if name not in found and name in (getattr(skeleton, "all_tied_weights_keys", None) or {}):
             raise ValueError(
@@ -56,22 +57,42 @@ def load_resident(
         if name not in found:
             raise ValueError(f"model {folder}: the checkpoint has no tensor for {name}; is a shard missing?")
         state[name] = _Hollow(shapes[name], dtype)
+    model = model_of_state(folder, config, state, dtype, implementation)
+    model.generation_config = generation_config_of(folder)
+    return model
+
+
+def hollow_weight(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """What stands for an experts weight in the state that `model_of_state` loads."""
+    return _Hollow(shape, dtype)
+
+
+def model_of_state(
+    source: Path, config: Any, state: Mapping[str, Any], dtype: torch.dtype, implementation: str | None
+) -> Any:
+    """Let transformers load a model from tensors by name, and refuse what is missing or has another shape.
+
+    Args:
+        source: folder or file of the model, for messages.
+        state: tensors, or what is read when it is indexed.
+        dtype: of the running model.
+        implementation: name of the experts implementation; None leaves a model without experts as it is.
+    """
     model, info = model_class_of(config).from_pretrained(
         None,
         config=config,
-        state_dict=state,
+        state_dict=dict(state),
         dtype=dtype,
         experts_implementation=implementation,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are refused below, by name
     )
-    _check_loaded(folder, info)
-    model.name_or_path = model.config.name_or_path = str(folder)
-    model.generation_config = _generation_config(folder)
+    _check_loaded(source, info)
+    model.name_or_path = model.config.name_or_path = str(source)
     return model.requires_grad_(False)
 
 
-def _generation_config(folder: Path) -> GenerationConfig:
+def generation_config_of(folder: Path) -> GenerationConfig:
     """End tokens and other defaults of `generate`: from their own file, else from config.json, as in transformers."""
     try:
         if (folder / "generation_config.json").is_file():

@@ -37,6 +37,7 @@ ITEM_BYTES = {
     "BOOL": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E8M0": 1,
 }
 TORCH_DTYPES = {
     "F64": "float64",
@@ -51,6 +52,7 @@ TORCH_DTYPES = {
     "BOOL": "bool",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
 }
 
 
@@ -64,6 +66,16 @@ class TensorEntry:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that holds some of it."""
+        return (self.file,)
+
+    @property
+    def layout(self) -> Any:
+        """How its bytes lie, beside dtype and shape; None if row-major."""
+        return None
 
     def torch_dtype(self) -> "torch.dtype":
         import torch

@@ -57,6 +57,15 @@ def _is_inside(name: str) -> bool:
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
+def index_bytes(folder: Path) -> int | None:
+    """Bytes of all weights, as the index in `folder` says; None if it does not."""
+    try:
+        total = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["metadata"]["total_size"]
+        return int(total)
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
 def shard_names(folder: Path) -> list[str]:
     """The files that the index in `folder` names, sorted.
 

@@ -12,25 +12,35 @@ from routing.ground.hardware import Hardware as Rates
 from routing.ground.quantity import format_size
 from routing.ground.terminal import plain_console
 
-from .options import Hardware, JsonFile, LoadOptions, Model, expect_model, quiet_transformers, with_options
+from .generate_file import Prompts, answer_file
+from .generate_options import GenerateOptions
+from .options import Hardware, JsonFile, Model, expect_model, quiet_transformers, with_options
+from .processes import Processes, ProcessesOption, processes_of
 from .screen import Screen
 
 
-@with_options(LoadOptions)
+@with_options(GenerateOptions)
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads it from stdin.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Text to continue; - reads it from stdin.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to generate.")] = 64,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="A file of prompts instead: JSON lines with prompt or messages.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where answers to --prompts go, as JSON lines; a later run goes on.")
+    ] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Record the routing into this .npz file.")] = None,
     hardware: Hardware = None,
     live: Annotated[
         bool, typer.Option("--live", help="Print speed, hit rate and bytes read while generating, on stderr.")
     ] = False,
     json_file: JsonFile = None,
+    processes: ProcessesOption = None,
     *,
-    options: LoadOptions,
+    options: GenerateOptions,
 ) -> None:
-    """Continue a text greedily with the experts on disk and in a bounded part of RAM.
+    """Continue a text with the experts on disk and in a bounded part of RAM; greedily, unless --temperature is given.
 
     The last lines, on stderr, say how it went. Prefill is the time to the first token. The hit rate is the share of
     experts that were in memory when a layer asked for them. Read counts the bytes of experts that came from the disk.
@@ -38,27 +48,50 @@ def generate(
 
     Example: `expertier generate my-model --prompt "def main():" --cpu-memory 6GiB --json report.json`
 
+    As a chat: `expertier generate my-model --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1`
+
+    Many prompts: `expertier generate my-model --prompts questions.jsonl --out answers.jsonl`
+
     With a GPU: `expertier generate my-model --prompt "def main():" --device cuda --gpu-memory 8GiB --cpu-memory 32GiB`
+
+    On two processes, each with a part of the experts: `--processes 2 --cpu-memory 3GiB`; --plan is then one of
+    `place solve`.
     """
     expect_model(model)
-    expect_outputs(trace, json_file, inputs=[model, hardware, *options.files, "/dev/stdin" if prompt == "-" else None])
+    stdin = "/dev/stdin" if prompt == "-" else None
+    inputs = [model, hardware, prompts, *options.files, options.chat_template, stdin]
+    expect_outputs(trace, json_file, out, inputs=inputs)
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give either --prompt TEXT or --prompts FILE")
+    if prompts is not None:
+        if any(given is not None for given in (trace, hardware, json_file, processes)):
+            raise ValueError(
+                "--trace, --hardware, --processes and --json are of one prompt; leave them out with --prompts"
+            )
+        answer_file(model, prompts, out, max_new_tokens, options)
+        return
     rates = None if hardware is None else Rates.load(hardware)
-    prompt = _read_stdin() if prompt == "-" else prompt
+    several = None if processes is None else processes_of(options.cpu_memory, trace)
+    if several is not None and not several.are_started():
+        raise typer.Exit(several.start(processes or 1))
+    is_speaking = several is None or several.join()
+    text = _read_stdin() if prompt == "-" else prompt or ""
     with Screen(is_live=live) as screen:
-        result = _continue(model, prompt, max_new_tokens, options, screen, trace, rates)
+        result = _continue(model, text, max_new_tokens, options, screen, trace, rates, several)
     show(result)
-    if json_file:
-        write_json(json_file, {"model": model, "prompt": prompt, **result})
+    if json_file and is_speaking:
+        write_json(json_file, {"model": model, "prompt": text, **result})
 
 
 def _continue(
     model: str,
     prompt: str,
     max_new_tokens: int,
-    options: LoadOptions,
+    options: GenerateOptions,
     screen: Screen,
     trace: Path | None,
     rates: Rates | None,
+    several: Processes | None,
 ) -> dict[str, Any]:
     from ..checkpoint.location import local_folder, local_name
 
@@ -68,12 +101,17 @@ def _continue(
     from ..serve.text import expect_room, open_text
 
     quiet_transformers()
-    folder = local_folder(model)
+    folder = local_folder(model, announce=screen.stage)
     text = open_text(folder)
-    prompt_ids = text.encode_prompt(prompt)
+    prompt_ids = Prompts(folder, text, options).ids(prompt)
     expect_room(len(prompt_ids), max_new_tokens, options.context)
     screen.stage(f"loading {model}")
-    loaded = load(folder, **vars(options), record_trace=trace is not None)
+    if several is None:
+        loaded = load(folder, **options.for_loading, record_trace=trace is not None)
+    else:
+        # a predictor would read experts that are other processes'
+        loaded = load(folder, **options.for_loading | {"plan": None, "prefetch": "off"})
+        several.spread(loaded, options.plan)
     result = generate_text(
         loaded,
         text,
@@ -84,6 +122,7 @@ def _continue(
         say=screen.status,
         trace_file=trace,
         hardware=rates,
+        choice=options.choice,
     )
     return {**result, "note": text.note}
 

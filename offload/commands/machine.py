@@ -12,10 +12,23 @@ from routing.ground.hardware import Hardware as Rates
 from routing.ground.quantity import format_size, parse_size
 from routing.ground.terminal import plain_console
 
-from .options import Arithmetic, Context, CpuMemory, Hardware, JsonFile, Model, Pack, expect_model, quiet_transformers
+from .options import (
+    ARITHMETICS,
+    Arithmetic,
+    Context,
+    CpuMemory,
+    Hardware,
+    JsonFile,
+    Model,
+    Pack,
+    expect_model,
+    quiet_transformers,
+)
 
 # exit code of `fit`: bad input is 2
 DOES_NOT_FIT = 1
+SLOWER = 0.75
+"""Where exact products reach less of ours than this, torch computed them: its own reach about half. Not tuned."""
 WORDS = {
     "disk_bytes_per_s": "reads of the disk, past the page cache",
     "cached_bytes_per_s": "reads out of the page cache",
@@ -37,7 +50,7 @@ def fit(
     ] = None,
     context: Context = 2048,
     hardware: Hardware = None,
-    arithmetic: Arithmetic = "exact",
+    arithmetic: Arithmetic = "auto",
     packed: Pack = None,
     hit_rate: Annotated[
         float | None,
@@ -47,13 +60,16 @@ def fit(
 ) -> None:
     """Say whether a model fits a memory budget, and how many of its experts stay in memory.
 
+    Of a model on the hub, a few MB are downloaded: the config, the index, and the head of each file. With --hardware
+    it also says how fast each way of running the model would be, as a range, and which one is quickest.
+
     The exit code is 0 if it fits and 1 if it does not.
 
     Example: `expertier fit my-model --cpu-memory 6GiB`
     """
     expect_model(model)
     expect_outputs(json_file, inputs=[model, hardware, packed])
-    expect_name(arithmetic, ("exact", "fast"), "arithmetic")
+    expect_name(arithmetic, ARITHMETICS, "arithmetic")
     for size in (cpu_memory, gpu_memory):
         if size not in (None, "auto"):
             parse_size(size)
@@ -67,24 +83,24 @@ def fit(
         fitted = fit_model(model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, context=context, pack=packed)
     _show_fit(fitted, cpu_memory)
     predicted: dict[str, Any] = {}
+    variants: list[Any] = []
     if fitted.gpu_plan is not None:
         predicted = _gpu_fit(fitted, rates)
     elif rates is not None and fitted.plan is not None:
         predicted = _predict(fitted, rates, arithmetic, hit_rate)
+        variants = _show_variants(fitted, rates)
+    elif fitted.plan is not None:
+        plain_console(soft_wrap=True).print("for speeds, add --hardware FILE of `expertier calibrate`")
     if json_file:
-        write_json(json_file, {"model": model, **fitted.as_json(), "predicted": predicted or None})
+        told = {"predicted": predicted or None, "variants": [variant.as_json() for variant in variants]}
+        write_json(json_file, {"model": model, **fitted.as_json(), **told})
     if fitted.plan is None:
         raise typer.Exit(DOES_NOT_FIT)
 
 
 def _show_fit(fitted: Any, cpu_memory: str) -> None:
     console = plain_console(soft_wrap=True)
-    first = fitted.forms[0]
-    console.print(
-        f"{len(fitted.forms)} MoE layers x {first.layer.num_experts} experts of {format_size(first.expert_bytes)}, "
-        f"top-{fitted.top_k}: {format_size(fitted.expert_bytes)} of experts, "
-        f"{format_size(fitted.active_bytes)} used by each token"
-    )
+    console.print(_consists_of(fitted))
     if fitted.gpu_plan is None:
         _show_budgets(fitted.budgets)
     if fitted.plan is None:
@@ -94,11 +110,33 @@ def _show_fit(fitted: Any, cpu_memory: str) -> None:
     for name, size in fitted.plan.table():
         table.add_row(name, format_size(size))
     console.print(table)
-    slots = fitted.plan.num_slots
-    held = f"{min(slots)}" if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
-    held = "all" if min(slots) >= first.layer.num_experts else f"{held} of {first.layer.num_experts}"
-    console.print(f"fits {format_size(fitted.plan.limit_bytes)} with {held} experts of each layer in memory")
+    console.print(f"fits {format_size(fitted.plan.limit_bytes)} with {_held_by(fitted)} in memory")
+    if fitted.forms:
+        held = sum(count * form.expert_bytes for count, form in zip(fitted.plan.num_slots, fitted.forms, strict=True))
+        on_disk = format_size(max(fitted.expert_bytes - held, 0))
+        console.print(f"of the experts, {format_size(held)} stay in RAM and {on_disk} on the disk")
     _warn_of_size(cpu_memory)
+
+
+def _consists_of(fitted: Any) -> str:
+    if not fitted.forms:
+        return f"a dense model of {format_size(fitted.needs.weight_bytes)}, all of which stays in memory"
+    sizes = {form.expert_bytes for form in fitted.forms}
+    size = format_size(max(sizes)) if len(sizes) == 1 else f"{format_size(min(sizes))} to {format_size(max(sizes))}"
+    return (
+        f"{len(fitted.forms)} MoE layers x {fitted.forms[0].layer.num_experts} experts of {size}, "
+        f"top-{fitted.top_k}: {format_size(fitted.expert_bytes)} of experts, "
+        f"{format_size(fitted.active_bytes)} used by each token"
+    )
+
+
+def _held_by(fitted: Any) -> str:
+    """How much of a model that fits is in memory."""
+    if not fitted.forms:
+        return "all layers"
+    slots, count = fitted.plan.num_slots, fitted.forms[0].layer.num_experts
+    held = f"{min(slots)}" if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
+    return f"{'all' if min(slots) >= count else f'{held} of {count}'} experts of each layer"
 
 
 def _show_budgets(budgets: Any) -> None:
@@ -120,13 +158,35 @@ def _warn_of_size(cpu_memory: str) -> None:
         )
 
 
+def _is_ours(arithmetic: str, rates: Rates) -> bool:
+    """Whether products will be ours whatever their bits; `auto` takes them where exact ones would be slower."""
+    return arithmetic in ("fixed", "fast") or (
+        arithmetic == "auto" and rates.exact_bytes_per_s < SLOWER * rates.fast_bytes_per_s
+    )
+
+
 def _predict(fitted: Any, rates: Rates, arithmetic: str, hit_rate: float | None) -> dict[str, Any]:
-    found = fitted.predict(rates, is_fast=arithmetic == "fast", hit_rate=hit_rate)
+    found = fitted.predict(rates, is_fast=_is_ours(arithmetic, rates), hit_rate=hit_rate)
     plain_console(soft_wrap=True).print(
         f"expected {1 / found.token_s:.2f} tok/s (at best {1 / found.floor_s:.2f}); "
         f"{found.binds} binds: disk {found.disk_s:.3f} s, memory {found.compute_s:.3f} s per token"
     )
     return {"tokens_per_second": 1 / found.token_s, "binds": found.binds, **vars(found)}
+
+
+def _show_variants(fitted: Any, rates: Rates) -> list[Any]:
+    """A line for each way to run the model; gives them."""
+    from ..forecast.variants import variants_of
+
+    found, console = variants_of(fitted, rates), plain_console(soft_wrap=True)
+    for each in found:
+        options = f" ({each.options})" if each.options else ""
+        console.print(
+            f"{each.what}{options}: {format_size(each.expert_bytes)} of experts, {each.share:.0%} in memory; "
+            f"{each.least:.2f} to {each.most:.2f} tok/s, {each.expected:.2f} expected, {each.binds} binds"
+        )
+    console.print(f"quickest within {format_size(fitted.plan.limit_bytes)}: {found[0].what}")
+    return found
 
 
 def _gpu_fit(fitted: Any, rates: Rates | None) -> dict[str, Any]:

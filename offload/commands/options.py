@@ -37,8 +37,13 @@ Context = Annotated[
 ]
 Arithmetic = Annotated[
     str,
-    typer.Option("--arithmetic", help="exact: bit-identical to the resident model. fast: quicker, other last bits."),
+    typer.Option(
+        "--arithmetic",
+        help="exact: the resident model's bits. fixed: the same bits at every budget, batch and number of threads. "
+        "fast: no promise. auto: the first of them that is not slower than the resident model.",
+    ),
 ]
+ARITHMETICS = ("auto", "exact", "fixed", "fast")
 Pack = Annotated[Path | None, typer.Option("--pack", help="Read experts from this file of `expertier pack`.")]
 
 
@@ -52,7 +57,7 @@ class LoadOptions:
     policy: Annotated[
         str, typer.Option("--policy", help=f"Eviction policy: auto, {', '.join(sorted(CACHES.keys() - NEEDS_FUTURE))}.")
     ] = "auto"
-    arithmetic: Arithmetic = "exact"
+    arithmetic: Arithmetic = "auto"
     io: Annotated[
         str, typer.Option("--io", help="direct: past the page cache. cached: through it. auto: by size and memory.")
     ] = "auto"
@@ -76,7 +81,7 @@ class LoadOptions:
             ValueError: for an unknown name, a size without a unit, or options that exclude each other.
         """
         expect_name(self.policy, ["auto", *CACHES.keys() - NEEDS_FUTURE], "cache policy")
-        expect_name(self.arithmetic, ("exact", "fast"), "arithmetic")
+        expect_name(self.arithmetic, ARITHMETICS, "arithmetic")
         expect_name(self.io, ("auto", "direct", "cached"), "way of reading")
         expect_name(self.device, ("auto", "cpu", "cuda"), "device")
         for size in (self.cpu_memory, self.gpu_memory):
@@ -91,6 +96,11 @@ class LoadOptions:
             raise ValueError("--plan and --cache-experts both say how many slots a layer has; give one of them")
         if self.device == "cpu" and self.gpu_memory not in ("auto", "0"):
             raise ValueError(f"--device cpu has no GPU memory; leave out --gpu-memory {self.gpu_memory}")
+
+    @property
+    def for_loading(self) -> dict[str, Any]:
+        """Arguments of `offload.load`; commands with more options subclass this."""
+        return {field.name: getattr(self, field.name) for field in fields(LoadOptions)}
 
     @property
     def predictor(self) -> Path | None:

@@ -29,7 +29,7 @@ def quicken_linears(model: nn.Module, matvecs: Matvecs) -> None:
     for parent in list(model.modules()):
         siblings = defaultdict(list)
         for child in parent.children():
-            if type(child) in PLAIN_LINEARS and child.weight.dtype == torch.bfloat16 and child.bias is None:
+            if type(child) in PLAIN_LINEARS and child.weight.dtype == torch.bfloat16:
                 siblings[child.in_features].append(child)
         for linears in siblings.values():
             group = SiblingLinears(linears, matvecs)
@@ -57,8 +57,8 @@ class TokenWeight(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             if func is nn.functional.linear and len(args) == 2 and not kwargs and isinstance(args[1], TokenWeight):
                 x, weight_FD = args
-                is_token = isinstance(x, torch.Tensor) and x.numel() == weight_FD.shape[1] and not x.requires_grad
-                if is_token and not torch.compiler.is_compiling():
+                is_usable = isinstance(x, torch.Tensor) and x.shape[-1:] == weight_FD.shape[1:] and not x.requires_grad
+                if is_usable and not torch.compiler.is_compiling():
                     out = x.new_empty(*x.shape[:-1], len(weight_FD))
                     if weight_FD.matvecs.multiply(x, (weight_FD.data,), (out,)):
                         return out
@@ -114,7 +114,7 @@ class SiblingLinears:
     A follower that is ready and not asked for before the next input is unlearnt.
 
     Args:
-        linears: without biases, in bfloat16, all of one input width.
+        linears: in bfloat16, all of one input width.
         matvecs: chooses the kernel; where it has none, each layer computes itself.
     """
 
@@ -125,16 +125,18 @@ class SiblingLinears:
 
     def __call__(self, number: int, otherwise: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """What the linear layer of this number gives for `x`; `otherwise` for anything but a single token."""
-        if not self._is_token(self._linears[number], x):
+        if not self._may_multiply(self._linears[number], x):
             return otherwise(x)
         # read once: another thread may begin a round between two looks
         current = self._round
         found = self._follow(current, number, x) if current is not None and current.has(x) else self._lead(number, x)
         return otherwise(x) if found is None else found
 
-    def _is_token(self, linear: nn.Linear, x: torch.Tensor) -> bool:
+    def _may_multiply(self, linear: nn.Linear, x: torch.Tensor) -> bool:
         needs_gradient = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
-        return x.numel() == linear.in_features and x.dtype == torch.bfloat16 and not needs_gradient
+        if needs_gradient or x.dtype != torch.bfloat16 or x.shape[-1:] != (linear.in_features,):
+            return False
+        return self._matvecs.accepts(x.numel() // linear.in_features)
 
     def _lead(self, number: int, x: torch.Tensor) -> torch.Tensor | None:
         """A new input: this layer, and the followers of its latest round with it."""
@@ -163,4 +165,5 @@ class SiblingLinears:
         """The results; none if no single kernel fits all."""
         linears = [self._linears[number] for number in numbers]
         outs = [x.new_empty(*x.shape[:-1], linear.out_features) for linear in linears]
-        return outs if self._matvecs.multiply(x, [linear.weight for linear in linears], outs) else []
+        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        return outs if self._matvecs.multiply(x, weights, outs, biases) else []

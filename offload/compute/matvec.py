@@ -1,113 +1,168 @@
-"""One token's bfloat16 matrix-vector products at the speed of memory: a small C file, compiled when it is first needed.
+"""Products of a few bfloat16 rows at the speed of memory: which order of summation computes which shape.
 
-torch's own products of one row read weights at about half the speed of memory. A kernel of ours takes their place where
-its results are the same, bit for bit: each shape is tried against torch's product when it first occurs, with the number
-of threads then in use. `arithmetic="fast"` uses it also where the last bits differ.
+torch's own products of a few rows read weights at about half the speed of memory. Our C takes their place, under one of
+three promises:
+
+    exact   the bits of torch: each shape is tried against torch's product when it first occurs, with the number of rows
+            and threads then in use; a shape that fails is left to torch
+    fixed   the bits of our own C: one order of summation for each shape, whatever else is computed beside it
+    fast    no promise; what is quickest
 """
 
-import ctypes
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..formats.stored_weight import expanded, kernel_of, stored_bytes
-from ..native import library as native
+from ..formats.stored_weight import expanded, kernel_matrix, stored_bytes
+from ..native.kernel_matrix import KernelMatrix
+from .orders import BLOCKS, Order, Shape, any_given, orders
 
-AMX_BLOCK = 32
-"""Rows and columns that the AMX kernel takes at a time: two tiles of 16 rows, a tile row holds 32 bfloat16 numbers."""
 TRIALS = 4
-"""Random inputs, 0.01 to 10 in size, that a kernel is tried on with the given weight. They need not be many: the sums
+"""Random inputs, 0.01 to 10 in size, that an order is tried on with the given weight. They need not be many: the sums
 of `_cancelling` tell two orders of summation apart by themselves."""
 MOST_TRIED_ROWS = 4096
 """Rows of the trial that needs a weight of its own: that of a vocabulary would take 0.9 to 5 GB. With more rows than
 that the given weight shows another order of summation by itself: one output in thousands differs, in each trial."""
-ARITHMETICS = ("exact", "fast")
+MOST_ROWS = 16
+"""Rows of x from which on torch's products, which compute blocks of many rows, are at least as quick as ours."""
+ARITHMETICS = ("auto", "exact", "fixed", "fast")
+SMALL_WEIGHTS = 1 << 18
+"""Weights of a matrix whose product takes so little time (a quarter of a megabyte's reading at most) that it does not
+matter who computes it; not tuned."""
 MEMORY_TYPES = (torch.Tensor, nn.Parameter)
 """`TokenWeight` is stripped of its type where it is multiplied."""
 
-Kernel = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
-ExpertsKernel = Callable[..., None]
-
 
 class Matvecs:
-    """Chooses a kernel for each shape.
+    """Chooses an order of summation for each shape.
 
     Args:
-        arithmetic: `exact` or `fast`.
+        arithmetic: `exact`, `fixed` or `fast`.
 
     Raises:
-        ValueError: if the arithmetic is unknown, or `fast` and there is no C compiler.
+        ValueError: if the arithmetic is unknown, or is not `exact` and there is no C compiler.
     """
 
     def __init__(self, arithmetic: str) -> None:
-        if arithmetic not in ARITHMETICS:
-            raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}; got {arithmetic!r}")
+        if arithmetic not in ARITHMETICS[1:]:
+            raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS[1:])}; got {arithmetic!r}")
         self.arithmetic = arithmetic
-        self._chosen: dict[tuple[int, int, int], Kernel | None] = {}
+        self._chosen: dict[tuple[int, int, int, int, bool], Order | None] = {}
         try:
-            self._kernels = _kernels()
+            self._orders = orders()
         except OSError as error:
-            if arithmetic == "fast":
-                raise ValueError(f'arithmetic="fast": {error}; use "exact"') from error
-            self._kernels = {}
+            if arithmetic != "exact":
+                raise ValueError(f'arithmetic="{arithmetic}": {error}; use "exact"') from error
+            self._orders = ()
 
-    def multiply(self, x_ND: torch.Tensor, weights_FD: Sequence[torch.Tensor], outs_F: Sequence[torch.Tensor]) -> bool:
-        """`outs[n] = weights[n] @ x[n]`, if one kernel fits all; otherwise nothing happens and the result is False.
+    def multiply(
+        self,
+        x_nD: torch.Tensor,
+        weights_FD: Sequence[torch.Tensor],
+        outs_nF: Sequence[torch.Tensor],
+        biases_F: Sequence[torch.Tensor | None] = (),
+    ) -> bool:
+        """`outs[m] = x @ weights[m].t() + biases[m]`, if one order fits all; otherwise nothing is done: False.
 
         Args:
-            x_ND: one row for each product, or one row for all.
-            weights_FD: N matrices of the same width, all in one stored form; their numbers of rows may differ.
-            outs_F: where the results go, each contiguous.
+            x_nD: n rows, in any leading dimensions.
+            weights_FD: matrices of the same width, all in one stored form; their numbers of rows may differ.
+            outs_nF: where the results go, each contiguous.
+            biases_F: a vector for each matrix, or None; none at all by default.
         """
-        if not (self._kernels and _fits(x_ND, weights_FD)):
+        columns = weights_FD[0].shape[-1]
+        rows = x_nD.numel() // columns if columns else 0
+        if not (self._accepts(x_nD, rows, columns) and _are_usable(biases_F)):
             return False
-        first, *others = {self._kernel((len(weight_FD), weight_FD.shape[1]), weight_FD) for weight_FD in weights_FD}
-        if first is None or others:
+        has_bias = any_given(biases_F)
+        if (matrices := _matrices(weights_FD)) is None or (order := self._common(weights_FD, rows, has_bias)) is None:
             return False
-        first(x_ND, weights_FD, outs_F)
+        order.multiply(x_nD, matrices, outs_nF, biases=biases_F)
         return True
 
-    def experts_kernel(self, shapes: Sequence[tuple[int, int]]) -> ExpertsKernel | None:
-        """The kernel of whole experts, if all of their products are computed by the same one.
+    def multiply_each(
+        self, x_ND: torch.Tensor, weights_FD: Sequence[torch.Tensor], outs_F: Sequence[torch.Tensor]
+    ) -> bool:
+        """`outs[m] = weights[m] @ x[m]`: one row for each of N matrices; otherwise as `multiply`."""
+        if not self._accepts(x_ND, len(weights_FD), weights_FD[0].shape[-1]):
+            return False
+        if (matrices := _matrices(weights_FD)) is None or (order := self._common(weights_FD, 1)) is None:
+            return False
+        order.multiply(x_ND, matrices, outs_F, is_row_each=True)
+        return True
+
+    def experts_orders(self, shapes: Sequence[Shape]) -> list[Order] | None:
+        """The order of each product of a whole expert, if our C computes them all by the same rule; else None.
 
         Args:
             shapes: rows and columns of each weight of an expert.
         """
-        if not self._kernels:
+        chosen = [self._order(shape, 1) for shape in shapes] if self._orders else [None]
+        if any(order is None for order in chosen):
             return None
-        kernel, *others = {self._kernel(shape) for shape in shapes}
-        return None if others or kernel is None else _experts_kernels()[_name(kernel)]
+        found = [order for order in chosen if order is not None]
+        return found if len({order.number for order in found}) == 1 else None
+
+    def has_order(self, shape: Shape) -> bool:
+        """Whether our C computes a row times a matrix of this shape as promised; small matrices are not tried."""
+        if shape[0] * shape[1] <= SMALL_WEIGHTS:
+            return True
+        return self._choose((min(shape[0], MOST_TRIED_ROWS), shape[1]), 1, None) is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Matvecs":
-        """Copies of a model share it: it holds nothing but which kernel was chosen."""
+        """Copies of a model share it: it holds nothing but which order was chosen."""
         return self
 
     @property
-    def names(self) -> dict[str, str]:
-        """What computes each shape met so far, for the report."""
-        return {f"{rows}x{columns}": _name(kernel) for (rows, columns, _), kernel in self._chosen.items()}
+    def is_row_alone(self) -> bool:
+        """Whether a row's result is promised to be the same whatever other rows are computed with it."""
+        return self.arithmetic == "fixed"
 
-    def _kernel(self, shape: tuple[int, int], weight_FD: torch.Tensor | None = None) -> Kernel | None:
-        """What computes this shape; tried on the given weight, or on a random one."""
-        key = (*shape, torch.get_num_threads())
+    @property
+    def names(self) -> dict[str, str]:
+        """What computes each shape met so far, for the report; shapes of several rows of x say how many."""
+        return {
+            f"{rows}x{columns}" + (f" times {n}" if n > 1 else ""): "torch" if order is None else order.name
+            for (rows, columns, n, _, _), order in self._chosen.items()
+        }
+
+    def accepts(self, rows: int) -> bool:
+        """Whether products of so many rows may be ours."""
+        return bool(self._orders) and rows > 0 and (rows <= MOST_ROWS or self.is_row_alone)
+
+    def _accepts(self, x: torch.Tensor, rows: int, columns: int) -> bool:
+        return (
+            self.accepts(rows)
+            and is_in_memory(x)
+            and x.dtype == torch.bfloat16
+            and x.numel() == rows * columns
+            and x.is_contiguous()
+        )
+
+    def _common(self, weights_FD: Sequence[torch.Tensor], rows: int, has_bias: bool = False) -> Order | None:
+        first, *others = {self._order((len(weight), weight.shape[1]), rows, weight, has_bias) for weight in weights_FD}
+        return None if others else first
+
+    def _order(
+        self, shape: Shape, rows: int, weight_FD: torch.Tensor | None = None, has_bias: bool = False
+    ) -> Order | None:
+        """What computes `rows` rows times this shape; tried on the given weight, or on a random one."""
+        # only torch's products depend on how many rows and threads there are, and on whether there is a bias
+        is_exact = self.arithmetic == "exact"
+        key = (*shape, rows, torch.get_num_threads(), has_bias) if is_exact else (*shape, 1, 1, False)
         if key not in self._chosen:
-            tried = torch.randn(shape).bfloat16() if weight_FD is None else weight_FD
-            self._chosen[key] = self._choose(expanded(tried))
+            self._chosen[key] = self._choose(shape, rows, weight_FD, has_bias)
         return self._chosen[key]
 
-    def _choose(self, weight_FD: torch.Tensor) -> Kernel | None:
-        rows, columns = weight_FD.shape
-        candidates = [
-            kernel
-            for name, kernel in self._kernels.items()
-            if name != "amx" or rows % AMX_BLOCK == columns % AMX_BLOCK == 0
-        ]
-        if self.arithmetic == "exact":
-            candidates = [kernel for kernel in candidates if _equals_torch(kernel, weight_FD)]
-        return next(iter(candidates), None)
+    def _choose(self, shape: Shape, rows: int, weight_FD: torch.Tensor | None, has_bias: bool = False) -> Order | None:
+        candidates = [order for order in self._orders if order.fits(shape)]
+        if self.arithmetic != "exact":
+            return next(iter(candidates), None)
+        tried = torch.randn(shape).bfloat16() if weight_FD is None else expanded(weight_FD)
+        blocks = [varied for order in candidates for varied in _with_blocks(order, shape[1])]
+        return next((order for order in blocks if _equals_torch(order, tried, rows, has_bias)), None)
 
 
 def is_in_memory(tensor: torch.Tensor) -> bool:
@@ -123,46 +178,65 @@ def is_in_memory(tensor: torch.Tensor) -> bool:
     )
 
 
-def _fits(x: torch.Tensor, weights_FD: Sequence[torch.Tensor]) -> bool:
-    return (
-        is_in_memory(x)
-        and x.numel() in (weights_FD[0].shape[-1], len(weights_FD) * weights_FD[0].shape[-1])
-        and x.dtype == torch.bfloat16
-        and x.is_contiguous()
-        and all(
-            weight.dtype == torch.bfloat16
-            and is_in_memory(stored_bytes(weight))
-            and weight.is_contiguous()
-            and weight.shape[-1] == weights_FD[0].shape[-1]
-            and kernel_of(weight) is not None
-            and kernel_of(weight) == kernel_of(weights_FD[0])
-            for weight in weights_FD
-        )
-    )
+def _matrices(weights_FD: Sequence[torch.Tensor]) -> list[KernelMatrix] | None:
+    """As our C reads them; None if they are not all in memory, in one form and of one width."""
+    matrices = []
+    for weight in weights_FD:
+        if weight.dtype != torch.bfloat16 or not is_in_memory(stored_bytes(weight)) or not weight.is_contiguous():
+            return None
+        matrix = kernel_matrix(weight)
+        if matrix is None or matrix.columns != weights_FD[0].shape[-1]:
+            return None
+        matrices.append(matrix)
+    first = matrices[0]
+    is_one_form = all(matrix.form == first.form and matrix.parameter is first.parameter for matrix in matrices)
+    return matrices if is_one_form else None
 
 
-def _equals_torch(kernel: Kernel, weight_FD: torch.Tensor) -> bool:
-    """Whether a kernel is bit-identical to torch on the given weight, and on products that are rounding errors alone.
+def _with_blocks(order: Order, columns: int) -> list[Order]:
+    """An order with each block that makes a difference for so many columns."""
+    if not order.block:
+        return [order]
+    blocks = [block for block in BLOCKS if block < columns]
+    return [Order(order.name, order.number, order.alignment, block) for block in blocks]
+
+
+def _equals_torch(order: Order, weight_FD: torch.Tensor, rows: int, has_bias: bool) -> bool:
+    """Whether an order is bit-identical to torch on the given weight, and on products that are rounding errors alone.
 
     The latter tell any two orders of summation apart. Of ordinary sums, rounded to bfloat16, only one in thousands
     differs.
     """
     generator = torch.Generator().manual_seed(0)
-    rows, columns = weight_FD.shape
-    given = [
-        (torch.randn(1, columns, generator=generator).mul_(10.0 ** (trial - 2)).bfloat16(), weight_FD)
-        for trial in range(TRIALS)
-    ]
-    few_rows = min(rows, MOST_TRIED_ROWS)
-    return all(_agree(kernel, *operands) for operands in (*given, _cancelling(few_rows, columns, generator)))
+    x_1D, tried_FD = _cancelling(min(len(weight_FD), MOST_TRIED_ROWS), weight_FD.shape[1], generator)
+    if not _agree(order, _several(x_1D, rows), tried_FD, has_bias):
+        return False
+    shape = (rows, weight_FD.shape[1])
+    given = [torch.randn(shape, generator=generator).mul_(10.0 ** (trial - 2)).bfloat16() for trial in range(TRIALS)]
+    return all(_agree(order, x_nD, weight_FD, has_bias) for x_nD in given)
 
 
-def _agree(kernel: Kernel, x_1D: torch.Tensor, weight_FD: torch.Tensor) -> bool:
-    expected_1F, found_1F = (weight_FD.new_empty(1, len(weight_FD)) for _ in range(2))
-    torch.mm(x_1D, weight_FD.t(), out=expected_1F)
-    kernel(x_1D, (weight_FD,), (found_1F,))
-    linear_1F = nn.functional.linear(x_1D[None], weight_FD)[0]
-    return torch.equal(expected_1F, found_1F) and torch.equal(linear_1F, found_1F)
+def _agree(order: Order, x_nD: torch.Tensor, weight_FD: torch.Tensor, has_bias: bool) -> bool:
+    matrix, found_nF = kernel_matrix(weight_FD), weight_FD.new_empty(len(x_nD), len(weight_FD))
+    assert matrix is not None
+    # a bias as small as the rounding errors shows whether it is added before or after rounding
+    bias_F = torch.linspace(-1, 1, len(weight_FD)).bfloat16() if has_bias else None
+    order.multiply(x_nD, (matrix,), (found_nF,), biases=(bias_F,))
+    linear_nF = nn.functional.linear(x_nD[None], weight_FD, bias_F)[0]
+    is_mm = has_bias or torch.equal(torch.mm(x_nD, weight_FD.t()), found_nF)
+    return is_mm and torch.equal(linear_nF, found_nF)
+
+
+def _are_usable(biases_F: Sequence[torch.Tensor | None]) -> bool:
+    return all(
+        bias is None or (is_in_memory(bias) and bias.dtype == torch.bfloat16 and bias.is_contiguous())
+        for bias in biases_F
+    )
+
+
+def _several(x_1D: torch.Tensor, rows: int) -> torch.Tensor:
+    """The row and multiples of it, whose sums of rounding errors differ."""
+    return torch.cat([x_1D * (1 + 0.5 * row) for row in range(rows)])
 
 
 def _cancelling(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,63 +249,3 @@ def _cancelling(rows: int, columns: int, generator: torch.Generator) -> tuple[to
     for places, sign in ((place_D[:half], 1), (place_D[half : 2 * half], -1)):
         x_1D[:, places], weight_FD[:, places] = x_1H, sign * weight_FH
     return x_1D, weight_FD
-
-
-def _name(kernel: Kernel | None) -> str:
-    return "torch" if kernel is None else next(name for name, ours in _kernels().items() if ours is kernel)
-
-
-@functools.cache
-def _kernels() -> dict[str, Kernel]:
-    """Our kernels that this processor runs, best first. Raises OSError if there is no C compiler or it fails."""
-    library = native.library()
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.expertier_matvec.argtypes = [
-        ctypes.c_int,
-        ctypes.c_int,
-        number,
-        pointer,
-        pointer,
-        number,
-        pointer,
-        pointer,
-        number,
-    ]
-    library.expertier_matvec.restype = None
-    return {name: _matvec(library.expertier_matvec, is_amx) for name, is_amx in _arithmetics(library).items()}
-
-
-@functools.cache
-def _experts_kernels() -> dict[str, ExpertsKernel]:
-    """Whole experts, by the same names."""
-    library = native.library()
-    function = library.expertier_experts
-    function.argtypes = (
-        [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-        + [ctypes.c_void_p] * 4
-        + [ctypes.c_int]
-        + [ctypes.c_void_p] * 2
-        + [ctypes.c_int64] * 2
-    )
-    function.restype = None
-    return {name: functools.partial(function, is_amx) for name, is_amx in _arithmetics(library).items()}
-
-
-def _arithmetics(library: ctypes.CDLL) -> dict[str, bool]:
-    return ({"amx": True} if library.expertier_has_amx() else {}) | {"dot": False}
-
-
-def _matvec(function: Any, is_amx: bool) -> Kernel:
-    def call(x_ND: torch.Tensor, weights_FD: Sequence[torch.Tensor], outs_F: Sequence[torch.Tensor]) -> None:
-        num, columns = len(weights_FD), weights_FD[0].shape[1]
-        rows = (ctypes.c_int64 * num)(*[weight.shape[0] for weight in weights_FD])
-        x_step = columns if x_ND.numel() > columns else 0
-        place = pointers([stored_bytes(weight) for weight in weights_FD])
-        function(is_amx, kernel_of(weights_FD[0]), num, place, x_ND.data_ptr(), x_step, pointers(outs_F), rows, columns)
-
-    return call
-
-
-def pointers(tensors: Sequence[torch.Tensor]) -> Any:
-    """Where tensors lie, as C takes it."""
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

@@ -64,8 +64,8 @@ class TokenNorm:
         fits = x.dtype == weight_D.dtype == torch.bfloat16 and x.numel() <= MOST_ELEMENTS and x.is_contiguous()
         if kernels is None or learns or not fits or x.shape[-1] != width:
             return self.otherwise(x)
-        out, square_D = torch.empty_like(x), torch.empty(width)
-        addresses = (x.data_ptr(), weight_D.data_ptr(), self.epsilon, square_D.data_ptr(), out.data_ptr())
+        out = torch.empty_like(x)
+        addresses = (x.data_ptr(), weight_D.data_ptr(), self.epsilon, out.data_ptr())
         kernels.expertier_rms_norm(self.rounds_first, *addresses, x.numel() // width, width)
         return out
 
@@ -114,7 +114,7 @@ def _kernels() -> ctypes.CDLL | None:
     library.expertier_sum.argtypes = [pointer, number]
     library.expertier_sum.restype = ctypes.c_float
     library.expertier_rms_norm.argtypes = [
-        ctypes.c_int, pointer, pointer, ctypes.c_float, pointer, pointer, number, number,
+        ctypes.c_int, pointer, pointer, ctypes.c_float, pointer, number, number,
     ]  # fmt: skip
     library.expertier_rms_norm.restype = None
     return library

@@ -22,6 +22,52 @@ VECTOR_ELEMENTS = 64
 goes through another routine, whose last bits can differ; so shapes with a remainder are not computed piece by piece."""
 
 
+class ExpertSpans:
+    """Which rows of one call belong to which expert, one expert after the other, and how their outputs go to tokens.
+
+    Rows are sorted by expert; those of a single token whose experts all differ may stay as they are, which is quicker.
+
+    Args:
+        expert_TK: expert ids.
+        num_experts: E; ids outside 0..E-1 are left out.
+        is_sorted: whether the rows of a single token are to be sorted too.
+    """
+
+    def __init__(self, expert_TK: torch.Tensor, num_experts: int, *, is_sorted: bool = True) -> None:
+        self.num_tokens, self.top_k = expert_TK.shape
+        self._order_N: torch.Tensor | None = None
+        experts = expert_TK[0].tolist() if self.num_tokens == 1 and not is_sorted else []
+        if experts and len(set(experts)) == len(experts):
+            self.token_N = torch.zeros(self.top_k, dtype=torch.int64)
+            self.of = {expert: (k, k + 1) for k, expert in enumerate(experts) if 0 <= expert < num_experts}
+        else:
+            expert_N, self._order_N = torch.sort(expert_TK.reshape(-1))
+            self.token_N = self._order_N // self.top_k
+            self.of = _spans(expert_N.tolist(), num_experts)
+
+    @property
+    def num_rows(self) -> dict[int, int]:
+        """Rows of each expert that has any."""
+        return {expert: stop - start for expert, (start, stop) in self.of.items()}
+
+    def tokens_of(self, experts: Sequence[int]) -> torch.Tensor:
+        """The token of each row of some experts, one expert after the other."""
+        if self._order_N is None:
+            return self.token_N[: len(experts)]
+        spans = [self.of[expert] for expert in experts]
+        return torch.cat([self.token_N[start:stop] for start, stop in spans])
+
+    def combine(self, out_ND: torch.Tensor, weight_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The weighted sum over each token's experts, `[T, D]`, as transformers adds it."""
+        weight_N, order_N = weight_TK.reshape(-1), self._order_N
+        if order_N is None:
+            return (out_ND * weight_N.unsqueeze(-1))[None].sum(dim=1).to(dtype)
+        weighted_ND = out_ND * weight_N[order_N].unsqueeze(-1)
+        place_N = torch.empty_like(order_N)
+        place_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+        return weighted_ND[place_N].view(self.num_tokens, self.top_k, -1).sum(dim=1).to(dtype)
+
+
 class RoutedRows:
     """The rows of one call, sorted by expert, and the weighted sum of their outputs.
 
@@ -33,7 +79,7 @@ class RoutedRows:
         x_TD: hidden states.
         expert_TK: expert ids; ids >= E are left out (they contribute nothing).
         weight_TK: combine weights.
-        matvecs: products for experts with one row.
+        matvecs: products for experts with a few rows.
     """
 
     def __init__(
@@ -48,10 +94,9 @@ class RoutedRows:
         self._module, self._matvecs = module, matvecs
         self._up_name = "gate_up_proj" if module.has_gate else "up_proj"
         self._x_TD, self._weight_TK = x_TD, weight_TK
-        self.num_tokens, self.top_k = expert_TK.shape
-        expert_N, self._order_N = torch.sort(expert_TK.reshape(-1))
-        self._x_ND = x_TD[self._order_N // self.top_k]
-        self.span: dict[int, tuple[int, int]] = _spans(expert_N.tolist(), num_experts)
+        self._spans = ExpertSpans(expert_TK, num_experts)
+        self._x_ND = x_TD[self._spans.token_N]
+        self.span = self._spans.of
         self._up: torch.Tensor | None = None
         self._gated: torch.Tensor | None = None
         self._out: torch.Tensor | None = None
@@ -59,7 +104,7 @@ class RoutedRows:
     @property
     def num_rows(self) -> dict[int, int]:
         """Rows of each expert that has any."""
-        return {expert: stop - start for expert, (start, stop) in self.span.items()}
+        return self._spans.num_rows
 
     def start(self, expert: int, weights: Mapping[str, torch.Tensor]) -> None:
         """Compute as much of one expert as needs no other expert; all of them stay until `finish`.
@@ -68,14 +113,14 @@ class RoutedRows:
         remainder round differently. Where no remainder can occur, the expert is computed to its end; otherwise its gate
         has to wait for all rows.
         """
-        if self.compute_singles((expert,), (weights,)):
+        if self.compute_several((expert,), (weights,)):
             return
         if self._can_gate_alone(weights):
             self.compute(expert, weights)
         else:
             self._first_product(expert, weights)
 
-    def compute_singles(self, experts: Sequence[int], weights: Sequence[Mapping[str, torch.Tensor]]) -> bool:
+    def compute_several(self, experts: Sequence[int], weights: Sequence[Mapping[str, torch.Tensor]]) -> bool:
         """All of several experts with one row each, in two products; False, and nothing done, if that cannot be."""
         first = weights[0]
         if self._module.has_bias or self._module.is_transposed or not self._can_gate_alone(first):
@@ -85,11 +130,11 @@ class RoutedRows:
         row_n = torch.tensor([self.span[expert][0] for expert in experts])
         up_weights = [weight[self._up_name] for weight in weights]
         up_nF = self._x_ND.new_empty(len(experts), up_weights[0].shape[0])
-        if not self._matvecs.multiply(self._x_ND[row_n], up_weights, list(up_nF)):
+        if not self._matvecs.multiply_each(self._x_ND[row_n], up_weights, list(up_nF)):
             return False
         gated_nF = self._apply_gate(up_nF)
         down_nD = self._x_ND.new_empty(len(experts), first["down_proj"].shape[0])
-        if not self._matvecs.multiply(gated_nF, [weight["down_proj"] for weight in weights], list(down_nD)):
+        if not self._matvecs.multiply_each(gated_nF, [weight["down_proj"] for weight in weights], list(down_nD)):
             return False
         if self._out is None:
             self._out = torch.zeros(self._x_ND.shape[0], down_nD.shape[1], dtype=down_nD.dtype)
@@ -128,14 +173,10 @@ class RoutedRows:
         """The weighted sum over each token's experts, `[T, D]`."""
         if self._out is None:
             return torch.zeros_like(self._x_TD)
-        out_ND, order_N = self._out, self._order_N
+        out_ND = self._out
         if getattr(self._module, "has_post_expert_norm", False):
             out_ND = self._module.post_expert_norm(out_ND)
-        weighted_ND = out_ND * self._weight_TK.reshape(-1)[order_N].unsqueeze(-1)
-        place_N = torch.empty_like(order_N)
-        place_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-        summed_TD = weighted_ND[place_N].view(self.num_tokens, self.top_k, -1).sum(dim=1)
-        return summed_TD.to(self._x_TD.dtype)
+        return self._spans.combine(out_ND, self._weight_TK, self._x_TD.dtype)
 
     def _can_gate_alone(self, weights: Mapping[str, torch.Tensor]) -> bool:
         """Whether the gate has the same bits on one expert's rows as on all: no remainder in any thread's share."""
@@ -164,7 +205,7 @@ class RoutedRows:
             out = torch.zeros(rows.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
         start, stop = self.span[expert]
         mine = rows[start:stop].to(weight.dtype)
-        if not (stop - start == 1 and self._matvecs.multiply(mine, (weight.t(),), (out[start:stop],))):
+        if not self._matvecs.multiply(mine, (weight.t(),), (out[start:stop],)):
             torch.mm(mine, weight, out=out[start:stop])
         if self._module.has_bias:
             out[start:stop].add_(getattr(self._module, f"{name}_bias")[expert])

@@ -6,6 +6,7 @@ from typing import Any
 
 from routing.ground.hardware import Hardware
 
+from ..checkpoint.location import heads_of
 from ..compute.resident import embedding_bytes
 from ..formats.form import Form
 from ..gpu.cost import GpuPrediction, predict_gpu_decode
@@ -48,17 +49,21 @@ class Fit:
         if self.plan is None:
             raise ValueError(f"nothing to predict: {self.shortfall}")
         experts = sum(form.layer.num_experts for form in self.forms)
+        if hit_rate is None and not self.forms:
+            hit_rate = 1.0
         if hit_rate is None:
             share = sum(self.plan.num_slots) / experts
             hit_rate = expected_hit_rate(share, self.top_k, self.forms[0].layer.num_experts)
         work = DecodeWork(
             num_layers=len(self.forms),
             experts_per_layer=self.top_k,
-            expert_bytes=self.expert_bytes // experts,
+            expert_bytes=self.expert_bytes // max(experts, 1),
             resident_bytes=self.needs.weight_bytes - self.unread_bytes,
             hit_rate=hit_rate,
         )
-        return predict_decode(work, hardware, rate=self.forms[0].token_rate(hardware, is_fast=is_fast))
+        first = self.forms[0] if self.forms else None
+        rate = hardware.token_rate(is_fast=is_fast) if first is None else first.token_rate(hardware, is_fast=is_fast)
+        return predict_decode(work, hardware, rate=rate)
 
     def predict_gpu(self, hardware: Hardware) -> GpuPrediction:
         """Seconds per decoded token with the GPU tier, at hit rates that are typical for the shares of experts.
@@ -104,7 +109,7 @@ class Fit:
             "gpu_slots_per_layer": None if self.gpu_plan is None else list(self.gpu_plan.num_slots),
             "share_of_experts_in_memory": None
             if slots is None
-            else sum(slots) / sum(form.layer.num_experts for form in self.forms),
+            else sum(slots) / max(sum(form.layer.num_experts for form in self.forms), 1),
         }
 
 
@@ -120,7 +125,7 @@ def fit(
     """What `load` would do with these budgets and this packed copy; no GPU has to be there for `gpu_memory`.
 
     Args:
-        path_or_id: a Hugging Face model folder with safetensors weights, or a model id.
+        path_or_id: a Hugging Face model folder, a GGUF file, or a model id, of which only heads are downloaded.
         cpu_memory: the whole budget of the process, or `"auto"`.
         gpu_memory: the whole budget on a GPU; None plans without one.
         context: tokens, prompt and answer together, to keep room for.
@@ -138,7 +143,8 @@ def fit(
         io_threads=io_threads,
         pack=pack,
     )
-    opened = open_headers(path_or_id, pack)
+    with heads_of(path_or_id) as place:
+        opened = open_headers(place, pack)
     if gpu_memory is not None:
         expect_forms_on_gpu(opened.forms)
     division, shortfall = None, None

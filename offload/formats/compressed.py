@@ -15,6 +15,7 @@ import torch
 from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer
+from ..native.kernel_matrix import COMPRESSED, KernelMatrix
 from .compression import (
     BLOCK_ROWS,
     GUARD_BYTES,
@@ -34,7 +35,6 @@ class CompressedForm(PackedForm):
     """The experts of one layer, compressed."""
 
     name: ClassVar[str] = CompressedMatrix.name
-    kernel: ClassVar[int | None] = CompressedMatrix.kernel
     linears: ClassVar[MatrixForm | None] = CompressedMatrix()
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True
@@ -47,6 +47,16 @@ class CompressedForm(PackedForm):
     def views(self, slot: torch.Tensor, shifts: Sequence[int]) -> dict[str, torch.Tensor]:
         """Each compressed matrix from its first head on (uint8), to the end of the slot."""
         return {name: slot[shifts[0] + place :] for name, place in _places(self.layer).items()}
+
+    def can_multiply(self, *, is_transposed: bool) -> bool:
+        return not is_transposed
+
+    def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
+        shapes = _shapes(self.layer)
+        return {
+            name: (KernelMatrix(COMPRESSED, shapes[name].rows, shapes[name].columns, (view.data_ptr(), 0, 0, 0)),)
+            for name, view in views.items()
+        }
 
     def check(self, expert: int, slot: torch.Tensor) -> None:
         """Refuse heads that point outside the record.

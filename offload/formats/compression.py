@@ -22,6 +22,7 @@ from math import prod
 
 import torch
 
+from ..native.kernel_matrix import COMPRESSED, KernelMatrix
 from ..native.library import compression_kernels
 
 # the format, as drawn above: other numbers are another format, and the C code has the same ones
@@ -105,7 +106,6 @@ class CompressedMatrix:
     """One resident matrix, compressed."""
 
     name = "compressed"
-    kernel: int | None = 1
     NORMAL_OTHERS = 0.025
     """Share of normally distributed weights whose exponent has no code: 0.021 to 0.030, depending on their scale."""
 
@@ -122,6 +122,9 @@ class CompressedMatrix:
 
     def expand(self, stored: torch.Tensor, out_FD: torch.Tensor) -> None:
         expand(stored, out_FD)
+
+    def kernel_matrix(self, stored: torch.Tensor, shape: tuple[int, int]) -> KernelMatrix | None:
+        return KernelMatrix(COMPRESSED, *shape, (stored.data_ptr(), 0, 0, 0))
 
 
 def others_end(compressed: torch.Tensor, shape: CompressedShape) -> int:

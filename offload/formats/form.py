@@ -15,6 +15,7 @@ from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.tensors import TensorEntry
+from ..native.kernel_matrix import KernelMatrix
 
 BLOCK_BYTES = 4096
 """What O_DIRECT reads in: offsets, lengths and memory are multiples of it on every file system that was tried."""
@@ -46,8 +47,6 @@ class MatrixForm(Protocol):
     """One resident matrix in a stored form: what linear layers are held in."""
 
     name: str
-    kernel: int | None
-    """Number by which our C multiplies matrices of this form; None if they are expanded for every product."""
 
     def accepts(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         """Whether a matrix of this shape and dtype can be stored so."""
@@ -65,14 +64,16 @@ class MatrixForm(Protocol):
         """Write the matrix as the model computes with it."""
         ...
 
+    def kernel_matrix(self, stored: torch.Tensor, shape: tuple[int, int]) -> KernelMatrix | None:
+        """The stored bytes as our C multiplies them; None if they are expanded for every product."""
+        ...
+
 
 class Form(Protocol):
     """How the experts of one layer are stored."""
 
     name: ClassVar[str]
     """Its key in FORMS, and what the index of a packed copy calls it."""
-    kernel: ClassVar[int | None]
-    """Number by which our C multiplies single tokens with stored experts; None if they are expanded first."""
     linears: ClassVar[MatrixForm | None]
     """How the model's linear layers are held beside experts of this form; None leaves them as they are."""
     reaches_gpu: ClassVar[bool]
@@ -146,6 +147,18 @@ class Form(Protocol):
 
     def views(self, slot: torch.Tensor, shifts: Sequence[int]) -> dict[str, torch.Tensor]:
         """The stored matrices of the expert in `slot` (uint8), by parameter name."""
+        ...
+
+    def can_multiply(self, *, is_transposed: bool) -> bool:
+        """Whether our C multiplies single tokens with the stored bytes, row by row; `expand` comes first otherwise.
+
+        Args:
+            is_transposed: whether the model's parameters have inputs as rows and outputs as columns.
+        """
+        ...
+
+    def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
+        """Each parameter as our C multiplies it, in pieces from the first row to the last; empty if it does not."""
         ...
 
     def check(self, expert: int, slot: torch.Tensor) -> None:

@@ -97,7 +97,7 @@ class PackIndex(BaseModel):
     @classmethod
     def of(cls, entries: Mapping[str, TensorEntry], form: str = "plain") -> "PackIndex":
         """The index of a checkpoint of which nothing is packed yet."""
-        files = sorted({entry.file for entry in entries.values()})
+        files = sorted({file for entry in entries.values() for file in entry.files})
         stats = [file.stat() for file in files]
         source = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in zip(_names_apart(files), stats, strict=True)}
         is_named = form not in ("plain", "compressed")

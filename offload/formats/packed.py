@@ -1,6 +1,6 @@
 """What forms have in common whose experts are records of a packed copy: one contiguous, block-aligned record each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.tensors import TensorEntry
+from ..native.kernel_matrix import KernelMatrix
 from .form import BLOCK_BYTES, Extent, PartReader, Region
 
 
@@ -69,6 +70,14 @@ class PackedForm:
     def shifts(self, extents: Sequence[Extent]) -> tuple[int, ...]:
         """Records begin with a block of the file, so none."""
         return (0,)
+
+    def can_multiply(self, *, is_transposed: bool) -> bool:
+        """Not, unless a form says otherwise."""
+        return False
+
+    def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
+        """None, unless a form says otherwise."""
+        return {}
 
     def convert(self, expert: int, slot: torch.Tensor, model: Any, read: PartReader) -> None:
         raise NotImplementedError("records are read straight into slots")

@@ -14,6 +14,7 @@ from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer, Parameter, Source, convert_expert
 from ..checkpoint.tensors import TORCH_DTYPES, TensorEntry
+from ..native.kernel_matrix import KernelMatrix, plain_matrix
 from .form import BLOCK_BYTES, Extent, MatrixForm, PartReader, Region
 
 DTYPE_NAMES = {name: stored for stored, name in TORCH_DTYPES.items()}
@@ -30,7 +31,6 @@ class PlainForm:
     layer: ExpertLayer
 
     name: ClassVar[str] = "plain"
-    kernel: ClassVar[int | None] = 0
     linears: ClassVar[MatrixForm | None] = None
     reaches_gpu: ClassVar[bool] = True
     is_expanded: ClassVar[bool] = False
@@ -65,11 +65,19 @@ class PlainForm:
     def check(self, expert: int, slot: torch.Tensor) -> None:
         """Nothing that plain weights hold can do harm."""
 
+    def can_multiply(self, *, is_transposed: bool) -> bool:
+        return not is_transposed
+
+    def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
+        if any(view.dtype != torch.bfloat16 or view.dim() != 2 for view in views.values()):
+            return {}
+        return {name: (plain_matrix(view),) for name, view in views.items()}
+
     def expand(self, views: Mapping[str, torch.Tensor], room: Mapping[str, torch.Tensor]) -> None:
         """Nothing to do: the views are the matrices."""
 
     def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
-        return hardware.fast_bytes_per_s if is_fast and hardware.fast_bytes_per_s else hardware.exact_bytes_per_s
+        return hardware.token_rate(is_fast=is_fast)
 
     @property
     def is_straight(self) -> bool:

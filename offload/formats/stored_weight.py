@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from ..native.kernel_matrix import KernelMatrix, plain_matrix
 from .form import MatrixForm
-
-PLAIN_KERNEL = 0  # the C counts stored forms from plain, which is 0
 
 
 class StoredWeight(torch.Tensor):
@@ -63,9 +62,11 @@ class StoredWeight(torch.Tensor):
         return func(*plain_args, **plain_kwargs)
 
 
-def kernel_of(weight: torch.Tensor) -> int | None:
-    """Number by which our C multiplies a matrix; None if it has to be expanded first."""
-    return weight.form.kernel if isinstance(weight, StoredWeight) else PLAIN_KERNEL
+def kernel_matrix(weight: torch.Tensor) -> KernelMatrix | None:
+    """A contiguous bfloat16 matrix as our C multiplies it; None if it has to be expanded first."""
+    if isinstance(weight, StoredWeight):
+        return weight.form.kernel_matrix(weight.stored, (weight.shape[0], weight.shape[1]))
+    return plain_matrix(weight)
 
 
 def stored_bytes(weight: torch.Tensor) -> torch.Tensor:

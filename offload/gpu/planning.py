@@ -26,8 +26,8 @@ def expect_forms_on_gpu(forms: Sequence[Form]) -> None:
     for form in forms:
         if not form.reaches_gpu:
             raise ValueError(
-                f"the GPU tier does not read {form.name} experts yet; pack without --compress for it, "
-                "or leave the packed copy out"
+                f"the GPU tier does not read {form.name} experts yet; pack without --compress for it, or leave the "
+                'packed copy out; quantised experts need `write_pack(form="plain")`'
             )
 
 

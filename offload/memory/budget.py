@@ -207,6 +207,11 @@ def plan_memory(
     if num_slots is None:
         if fixed + floor > limit_bytes:
             enough = expect_budgets(needs, slot_bytes_L, experts_L, top_k, loading_bytes).least_bytes
+            if not experts_L:
+                raise ValueError(
+                    f"{format_size(limit_bytes)} is too small: {format_size(fixed)} are needed, because all layers of "
+                    f"a dense model stay in memory; give at least {sufficient_size(enough)}"
+                )
             raise ValueError(
                 f"{format_size(limit_bytes)} is too small for one token's experts: {format_size(fixed)} are needed "
                 f"besides experts and {format_size(floor)} for {top_k} experts in each of {len(experts_L)} layers; "

@@ -17,3 +17,14 @@ def return_large_blocks() -> None:
     choose = getattr(ctypes.CDLL(None), "mallopt", None)
     if choose is not None:
         choose(MMAP_THRESHOLD, LARGE_BYTES)
+
+
+def return_free_blocks() -> None:
+    """Give back what is free now, below the bound as well; nothing with other allocators.
+
+    While a model is loaded, tables of its tensors and the first copies of its small weights come and go: 350 MB stayed
+    behind, of 70,000 tensors and 420 MB of weights.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

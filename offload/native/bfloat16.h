@@ -1,5 +1,7 @@
 /* bfloat16 numbers as their 16 bits, to and from float32; rounded to nearest, ties to even. */
 
+#pragma once
+
 #include <stdint.h>
 #include <string.h>
 

@@ -1,6 +1,6 @@
 /* Compressing weights of bfloat16; compression.py says how they lie in memory. */
 
-#include "compressed.h"
+#include "forms/compressed.h"
 
 enum { EXPONENTS = 256, UNKNOWN = 255 };
 

@@ -1,14 +1,28 @@
-"""The C of this package, compiled when it is first needed."""
+"""The C of this package, compiled when it is first needed, for the instruction sets of this processor."""
 
 import ctypes
 import functools
+import os
+import platform
 from pathlib import Path
 
 from routing import compile_library
+from routing.ground.expect import expect_name
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "matvec.c", FOLDER / "compress.c", FOLDER / "norms.c")
-HEADERS = (FOLDER / "bfloat16.h", FOLDER / "compressed.h")
+SOURCES = tuple(FOLDER / name for name in ("products.c", "compress.c", "norms.c", "expand.c", "gguf.c"))
+HEADERS = tuple(sorted(FOLDER.rglob("*.h")))
+
+FORBIDDING = "EXPERTIER_WITHOUT"
+"""Environment variable: instruction sets, separated by commas, that our C must not use."""
+WITHOUT: dict[str, tuple[str, ...]] = {
+    "amx": ("-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8"),
+    "avx512_bf16": ("-mno-avx512bf16",),
+    "avx512_vbmi": ("-mno-avx512vbmi", "-mno-avx512vbmi2"),
+    "avx512": ("-mno-avx512f",),
+    "avx2": ("-mno-avx2", "-mno-fma"),
+}
+"""What the compiler is told for each; it forbids what depends on a set together with it."""
 
 
 @functools.cache
@@ -18,8 +32,17 @@ def library() -> ctypes.CDLL:
 
     Raises:
         OSError: if there is no C compiler, or it fails.
+        ValueError: if an instruction set is forbidden that is not known.
     """
-    return compile_library(SOURCES, headers=HEADERS, flags=["-ffp-contract=off"])
+    return compile_library(SOURCES, headers=HEADERS, flags=["-ffp-contract=off", *_forbidden_flags()])
+
+
+def _forbidden_flags() -> list[str]:
+    names = [name for name in os.environ.get(FORBIDDING, "").split(",") if name]
+    for name in names:
+        expect_name(name, WITHOUT, "instruction set")
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    return [flag for name in names for flag in WITHOUT[name] if is_x86]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-/* Root-mean-square norms of few rows in bfloat16, with the bits of torch's operations one after the other.
+/* Root-mean-square norms and rotary positions of few rows in bfloat16, with the bits of torch's operations one after the other.
 
    Source of the order of summation: aten/src/ATen/native/cpu/SumKernel.cpp of PyTorch. This file must be compiled without
    contraction of products and sums. */
@@ -53,9 +53,10 @@ float expertier_sum(const float *value, int64_t count) {
 }
 
 /* y = w * (x / sqrt(mean(x^2) + eps)) for each row; rounded before the product with w as well if `rounds_first`.
-   `square` is room for one row. */
-void expertier_rms_norm(int rounds_first, const uint16_t *x, const uint16_t *w, float eps, float *square, uint16_t *y,
-                        int64_t rows, int64_t columns) {
+   The caller sees to it that a row in float32 fits on the stack. */
+void expertier_rms_norm(int rounds_first, const uint16_t *x, const uint16_t *w, float eps, uint16_t *y, int64_t rows,
+                        int64_t columns) {
+    float square[columns];
     for (int64_t row = 0; row < rows; row++, x += columns, y += columns) {
         for (int64_t i = 0; i < columns; i++) square[i] = load_bf16(x[i]) * load_bf16(x[i]);
         float scale = 1.0f / sqrtf(expertier_sum(square, columns) / (float)columns + eps);
@@ -65,4 +66,21 @@ void expertier_rms_norm(int rounds_first, const uint16_t *x, const uint16_t *w, 
             y[i] = round_bf16(load_bf16(w[i]) * normed);
         }
     }
+}
+
+/* y = x * cos + (-second half of x, first half of x) * sin for each row, each product and the sum rounded.
+   Both halves of a row share the angles if there are only `columns` / 2 of them. */
+void expertier_rotate(const uint16_t *x, uint16_t *y, int64_t rows, int64_t columns, const uint16_t *cos, const uint16_t *sin,
+                      int64_t angles) {
+    int64_t half = columns / 2, second = angles == columns ? half : 0;
+    for (int64_t row = 0; row < rows; row++, x += columns, y += columns)
+        for (int64_t i = 0; i < half; i++) {
+            float low = load_bf16(x[i]), high = load_bf16(x[half + i]);
+            float low_cos = load_bf16(round_bf16(low * load_bf16(cos[i])));
+            float high_sin = load_bf16(round_bf16(-high * load_bf16(sin[i])));
+            float high_cos = load_bf16(round_bf16(high * load_bf16(cos[second + i])));
+            float low_sin = load_bf16(round_bf16(low * load_bf16(sin[second + i])));
+            y[i] = round_bf16(low_cos + high_sin);
+            y[half + i] = round_bf16(high_cos + low_sin);
+        }
 }

@@ -8,6 +8,7 @@ import torch
 
 from ..cache.catalogue import Cache, make_cache
 from ..compute.routed_rows import can_group
+from ..native.kernel_matrix import KernelMatrix
 from ..store.reading import Ticket
 from ..store.store import ExpertStore, Slots
 from .counters import AheadCounters
@@ -19,6 +20,8 @@ class Resident:
 
     slot: int
     weights: dict[str, torch.Tensor]
+    matrices: dict[str, tuple[KernelMatrix, ...]]
+    """The same as our C reads them; empty if it does not."""
 
 
 class LayerSlots:
@@ -66,6 +69,22 @@ class LayerSlots:
     def __getitem__(self, expert: int) -> dict[str, torch.Tensor]:
         """An expert's weights, as they are stored."""
         return self._resident[expert].weights
+
+    def matrices(self, expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
+        """An expert's weights as our C reads them from where they are stored."""
+        return self._resident[expert].matrices
+
+    @property
+    def has_all(self) -> bool:
+        """Whether there is a slot for every expert, so that none ever has to go."""
+        return self.num_slots >= self.num_experts
+
+    def all_of(self, experts: Collection[int]) -> list[dict[str, tuple[KernelMatrix, ...]]] | None:
+        """Weights of several experts as our C reads them; None if one is missing, or reads ahead are to be settled."""
+        if self._ahead or not self._unproven.isdisjoint(experts):
+            return None
+        found = [self._resident.get(expert) for expert in experts]
+        return None if None in found else [resident.matrices for resident in found if resident is not None]
 
     @property
     def num_free(self) -> int:
@@ -129,7 +148,8 @@ class LayerSlots:
         # The views are of memory that is still being written. Nobody computes with them before the ticket has landed.
         slot = self._take_slot(pinned)
         ticket, shifts = self._store.read(self.layer, expert, slot, self._slots, landed, is_demand=is_demand)
-        self._resident[expert] = Resident(slot, self.form.views(self._slots.slot(slot), shifts))
+        views = self.form.views(self._slots.slot(slot), shifts)
+        self._resident[expert] = Resident(slot, views, self.form.kernel_matrices(views))
         self.cache.insert(expert)
         return ticket
 
@@ -167,3 +187,19 @@ class LayerSlots:
             self._unproven.discard(expert)
             self.ahead_counters.wasted += 1
         return slot
+
+
+class KernelSlots:
+    """The experts in a layer's slots by id, as our C reads them.
+
+    Args:
+        slots: the layer's slots.
+    """
+
+    holds_several = True
+
+    def __init__(self, slots: LayerSlots) -> None:
+        self._slots = slots
+
+    def __getitem__(self, expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
+        return self._slots.matrices(expert)

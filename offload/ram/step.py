@@ -8,20 +8,21 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 
+from ..compute.fused_experts import FusedRows
 from ..compute.routed_rows import RoutedRows
-from ..compute.single_token import TokenRows
 from ..store.reading import Ticket, next_landed
 from .counters import Counters
 from .expanded import ExpandedWeights
-from .slots import LayerSlots
+from .slots import KernelSlots, LayerSlots
 
 LEARN_FROM_TOKENS = 512
 """Tokens of a prefill that the cache policy sees, from the end: decoding goes on from these."""
 
-Rows = RoutedRows | TokenRows
+Rows = RoutedRows | FusedRows
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,31 @@ class Found:
     misses: list[int]
 
 
+def compute_hits(slots: LayerSlots, counters: Counters, rows: FusedRows, expert_TK: torch.Tensor) -> bool:
+    """What `ExpertStep` does for fused rows, if all of their experts are in slots; else False, and nothing is done.
+
+    Without misses there is nothing to order or to wait for, and that saves most of what surrounds the products.
+    """
+    started = time.perf_counter()
+    experts = list(rows.num_rows)
+    matrices = slots.all_of(experts)
+    if not matrices:
+        return False
+    _learn(slots, expert_TK)
+    counters.layers[slots.layer].hits += len(experts)
+    rows.compute_several(experts, matrices)
+    counters.compute_s += time.perf_counter() - started
+    return True
+
+
+def _learn(slots: LayerSlots, expert_TK: torch.Tensor) -> None:
+    """Tell the cache policy of the last tokens; nothing where no expert ever has to go."""
+    if slots.has_all:
+        return
+    for experts in expert_TK[-LEARN_FROM_TOKENS:].tolist():
+        slots.cache.demand([expert for expert in dict.fromkeys(experts) if 0 <= expert < slots.num_experts])
+
+
 class ExpertStep:
     """One call of one layer: which experts it needs, and how many rows each of them has.
 
@@ -40,7 +66,7 @@ class ExpertStep:
 
     Args:
         slots: the layer's RAM slots.
-        weights: what to compute with: the slots themselves, or what is in them, expanded.
+        weights: what to compute with: what is in the slots, as tensors, as our C reads it, or expanded.
         counters: receives hits, misses and seconds.
         num_rows: rows of each expert that is needed.
         expert_TK: the experts of each token; ids outside 0..E-1 are left out.
@@ -49,7 +75,7 @@ class ExpertStep:
     def __init__(
         self,
         slots: LayerSlots,
-        weights: LayerSlots | ExpandedWeights,
+        weights: LayerSlots | KernelSlots | ExpandedWeights,
         counters: Counters,
         num_rows: Mapping[int, int],
         expert_TK: torch.Tensor,
@@ -94,7 +120,7 @@ class ExpertStep:
             for expert in found.misses:
                 self._read(expert, pinned=self._num_rows)
 
-    def fetch(self, expert: int) -> Mapping[str, torch.Tensor]:
+    def fetch(self, expert: int) -> Mapping[str, Any]:
         """The weights of one needed expert; they stay until another is fetched."""
         if expert not in self._slots:
             # a read ahead that has turned out to be needed still writes to its slot, which must not go to this expert
@@ -125,7 +151,7 @@ class ExpertStep:
     def _start_hits(self, rows: Rows, hits: list[int]) -> None:
         started = time.perf_counter()
         several = [self._weights[expert] for expert in hits] if self._weights.holds_several else []
-        if not (several and rows.compute_singles(hits, several)):
+        if not (several and rows.compute_several(hits, several)):
             for expert in hits:
                 rows.start(expert, self._weights[expert])
         self._counters.compute_s += time.perf_counter() - started
@@ -140,8 +166,7 @@ class ExpertStep:
         self._in_flight.update(self._slots.settle_ahead(self._num_rows, self._landed))
         hits = [expert for expert in self._num_rows if expert in self._slots and expert not in self._in_flight]
         misses = [expert for expert in self._num_rows if expert not in self._slots]
-        for experts in self._expert_TK[-LEARN_FROM_TOKENS:].tolist():
-            cache.demand([expert for expert in dict.fromkeys(experts) if 0 <= expert < self._slots.num_experts])
+        _learn(self._slots, self._expert_TK)
         if len(misses) > 1:
             misses.sort(key=cache.rank)
         counters = self._counters.layers[self._slots.layer]
@@ -161,7 +186,7 @@ class ExpertStep:
     def _read(self, expert: int, pinned: Collection[int]) -> None:
         self._in_flight[expert] = self._slots.start_read(expert, pinned, self._landed)
 
-    def _timed(self, compute: Callable[[int, Mapping[str, torch.Tensor]], None], expert: int) -> None:
+    def _timed(self, compute: Callable[[int, Mapping[str, Any]], None], expert: int) -> None:
         started = time.perf_counter()
         compute(expert, self._weights[expert])
         self._counters.compute_s += time.perf_counter() - started

@@ -1,10 +1,13 @@
 """The parts of an offloaded model put together, once it is known who gets which memory."""
 
+from types import MethodType
 from typing import Any
 
 from routing.ground.model_config import text_config
 
 from ..checkpoint.experts import experts_modules
+from ..compute.attention import quicken_attention
+from ..compute.levels import best_arithmetic
 from ..compute.linears import quicken_linears
 from ..compute.matvec import Matvecs
 from ..compute.norms import quicken_norms
@@ -20,7 +23,7 @@ from .options import LoadOptions
 from .pieces import read_prompts_in_pieces
 from .recorder import TraceRecorder
 from .report import Offload
-from .runtime import IMPLEMENTATION, OffloadRuntime
+from .runtime import IMPLEMENTATION, OffloadRuntime, offloaded_experts_forward
 
 
 def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions, lane: Lane | None) -> Any:
@@ -33,7 +36,7 @@ def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions,
         lane: the GPU, or None.
     """
     model, forms = opened.model, opened.forms
-    matvecs = Matvecs(options.arithmetic)
+    matvecs = Matvecs(_arithmetic(opened, options, lane))
     store = ExpertStore(
         model,
         forms,
@@ -47,15 +50,24 @@ def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions,
     if lane is None:
         quicken_linears(model, matvecs)
         quicken_norms(model)
+        quicken_attention(model)
     else:
         _add_gpu_tier(opened, division, lane, running)
     if division.starting is not None:
         running.fill(division.starting.experts_L)
     _attach(model, running)
     read_prompts_in_pieces(model, options.context)
-    guard_model(model, forms)
+    if forms:
+        guard_model(model, forms)
     model.offload = Offload(model, running, division.ram, options.policy_name)
     return model
+
+
+def _arithmetic(opened: OpenedCheckpoint, options: LoadOptions, lane: Lane | None) -> str:
+    """The level of exactness that was asked for; with a GPU, where ours are the kernels, `auto` is exact on the CPU."""
+    if options.arithmetic != "auto":
+        return options.arithmetic
+    return "exact" if lane is not None else best_arithmetic(opened.model, [form.layer for form in opened.forms])
 
 
 def _recorder(opened: OpenedCheckpoint, options: LoadOptions) -> TraceRecorder:
@@ -87,6 +99,8 @@ def _attach(model: Any, running: OffloadRuntime) -> None:
     for layer, module in enumerate(experts_modules(model).values()):
         module._expertier_place = (running, layer)
         module.config._experts_implementation = IMPLEMENTATION
+        # what transformers would look up by that name, at every call
+        module.forward = MethodType(offloaded_experts_forward, module)
         if getattr(module, "is_own_loop", False):
             running.layers[layer].is_grouped = False
     if running.prefetcher is not None:

@@ -1,4 +1,4 @@
-"""Follows the calls of an offloaded model: a clock, the recorder's positions, the judgement of the prefetcher.
+"""Follows the calls of an offloaded model: a clock, the recorder's positions, the KV cache, the prefetcher's judgement.
 
 Shapes: B sequences in a call, S positions of each.
 """
@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 
+from ..compute.kv_cache import grow_in_place
 from ..ram.counters import total_ahead
 from .runtime import OffloadRuntime
+
+MOST_NESTED = 2
+"""Calls within calls that are remembered. The engine makes one within another; what exceptions left behind goes."""
 
 
 def follow_calls(model: Any, runtime: OffloadRuntime) -> None:
@@ -32,20 +36,24 @@ class _Calls:
 
     def __init__(self, runtime: OffloadRuntime) -> None:
         self._runtime = runtime
-        self._started_s, self._num_tokens = 0.0, 0
+        self._begun: list[tuple[float, int]] = []
+        """When each call began that is going on, and its S: the engine makes calls between two layers of another."""
 
     # torch.compile would break the graph at the clock and trace the recorder's NumPy; so it leaves both hooks alone
     @torch.compiler.disable
     def begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        batch, self._num_tokens = _shape_of(args, kwargs)
+        batch, num_tokens = _shape_of(args, kwargs)
+        if self._runtime.gpu is None:
+            grow_in_place(kwargs.get("past_key_values"))
         if self._runtime.recorder is not None:
             mask_BS = kwargs.get("attention_mask")
             # masks of more dimensions say which token may see which, not which token is padding
             is_padding = isinstance(mask_BS, torch.Tensor) and mask_BS.dim() == 2
             self._runtime.recorder.begin_call(
-                batch, self._num_tokens, _cached_tokens(kwargs), mask_BS.bool().cpu().numpy() if is_padding else None
+                batch, num_tokens, _cached_tokens(kwargs), mask_BS.bool().cpu().numpy() if is_padding else None
             )
-        self._started_s = time.perf_counter()
+        del self._begun[:-MOST_NESTED]
+        self._begun.append((time.perf_counter(), num_tokens))
 
     @torch.compiler.disable
     def end(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -55,8 +63,9 @@ class _Calls:
         if runtime.prefetcher is not None:
             tried = total_ahead(slots.ahead_counters for slots in runtime.layers)
             runtime.prefetcher.judge(tried.issued, tried.useful, tried.late)
-        runtime.counters.step_s.append(time.perf_counter() - self._started_s)
-        runtime.counters.step_tokens.append(self._num_tokens)
+        started_s, num_tokens = self._begun.pop()
+        runtime.counters.step_s.append(time.perf_counter() - started_s)
+        runtime.counters.step_tokens.append(num_tokens)
 
 
 def _shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:

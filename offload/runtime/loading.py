@@ -10,7 +10,7 @@ import moe  # noqa: F401  registers our own model type with transformers
 from ..compute.resident import move_to_huge_pages
 from ..gpu.devices import open_lane
 from ..memory.budget import resident_bytes
-from ..memory.heap import return_large_blocks
+from ..memory.heap import return_free_blocks, return_large_blocks
 from .assembly import assemble
 from .division import divide_memory, expect_machine_has
 from .opening import open_checkpoint
@@ -30,7 +30,7 @@ def load(
     io_threads: int = 4,
     dtype: str | torch.dtype = "auto",
     context: int = 2048,
-    arithmetic: str = "exact",
+    arithmetic: str = "auto",
     pack: str | Path | None = None,
     prefetch: str | Path = "auto",
     plan: str | Path | None = None,
@@ -55,9 +55,10 @@ def load(
             holds while a prompt passes. A batch counts with the tokens of all its sequences. Longer ones run, above
             the budget. `generate` keeps the logits of the last position only; a direct call keeps those of all, which
             the budget does not count: pass `logits_to_keep=1`.
-        arithmetic: `"exact"` gives the bits of the resident model; `"fast"` computes single bfloat16 tokens with a
-            kernel of our own, which is quicker and differs in the last bits; with a GPU it lets the CPU compute a share
-            of the experts that are not there.
+        arithmetic: what is promised of the model's bits. `"exact"`: those of the resident model. `"fixed"`: the same at
+            every budget, batch and number of threads, of our own products. `"fast"`: nothing; with a GPU the CPU then
+            computes a share of the experts that are not there. `"auto"`: exact where that is not slower than the
+            resident model on this processor, else fixed; `model.offload.report()["arithmetic"]` says which.
         pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files.
         prefetch: `"gate"`, `"transitions"` or a predictor file (.npz, `expertier trace predictor`) reads what the next
             layers will probably need while the disk is idle, and stops when it does not pay; `"plan"` reads what the
@@ -101,6 +102,7 @@ def load(
         """Move the resident weights to where they stay; what the process has then, without them on the CPU."""
         if lane is None:
             move_to_huge_pages(opened.model)
+            return_free_blocks()
             return opened.process_bytes
         opened.model.to(lane.device)
         return resident_bytes()

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..compute.kv_cache import room_positions
 from ..compute.resident import expansion_bytes, weight_bytes
 from ..memory.budget import Needs, kv_bytes_per_token
 from ..ram.expanded import room_bytes
@@ -22,7 +23,7 @@ def memory_needs(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:
     return Needs(
         process_bytes=opened.process_bytes,
         weight_bytes=weight_bytes(model),
-        kv_bytes=options.context * kv_bytes_per_token(config, dtype.itemsize),
+        kv_bytes=room_positions(options.context) * kv_bytes_per_token(config, dtype.itemsize),
         activation_bytes=activations + expanded,
         staging_bytes=options.io_threads * READ_BYTES + room_bytes(opened.forms),
     )

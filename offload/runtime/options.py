@@ -37,7 +37,7 @@ class LoadOptions:
     io_threads: int = 4
     dtype: str | torch.dtype = "auto"
     context: int = 2048
-    arithmetic: str = "exact"
+    arithmetic: str = "auto"
     pack: str | Path | None = None
     prefetch: str | Path = "auto"
     plan: str | Path | None = None

@@ -6,6 +6,7 @@ from typing import Any
 from routing.ground.hardware import Hardware
 from routing.traces import RoutingTrace
 
+from ..compute.levels import described
 from ..compute.resident import embedding_bytes, weight_bytes
 from ..memory.budget import MemoryPlan, describe, peak_bytes
 from ..memory.cost import DecodeWork, Prediction, predict_decode
@@ -35,6 +36,11 @@ class Offload:
         return self.plan.num_slots
 
     @property
+    def runtime(self) -> OffloadRuntime:
+        """What computes the experts: slots, counters, store."""
+        return self._runtime
+
+    @property
     def lane(self) -> Any:
         """The GPU's streams; None on the CPU."""
         return None if self._runtime.gpu is None else self._runtime.gpu.lane
@@ -52,6 +58,7 @@ class Offload:
             ),
             **self._floor(),
             "policy": self.policy,
+            "arithmetic": described(self._runtime.matvecs),
             "slots_per_layer": list(self.plan.num_slots),
             "is_direct": self._runtime.store.is_direct,
             "peak_memory_bytes": peak_bytes(),
@@ -76,13 +83,14 @@ class Offload:
         work = DecodeWork(
             num_layers=len(layers),
             experts_per_layer=top_k,
-            expert_bytes=sum(slots.expert_bytes for slots in layers) // len(layers),
+            expert_bytes=sum(slots.expert_bytes for slots in layers) // max(len(layers), 1),
             resident_bytes=weight_bytes(self._model) - embedding_bytes(self._model),
             hit_rate=hit_rate,
         )
         is_cached = not self._runtime.store.is_direct
-        is_fast = self._runtime.matvecs.arithmetic == "fast"
-        rate = layers[0].form.token_rate(hardware, is_fast=is_fast)
+        is_fast = self._runtime.matvecs.arithmetic != "exact"
+        first = layers[0].form if layers else None
+        rate = hardware.token_rate(is_fast=is_fast) if first is None else first.token_rate(hardware, is_fast=is_fast)
         return predict_decode(work, hardware, rate=rate, is_cached=is_cached)
 
     def _floor(self) -> dict[str, Any]:

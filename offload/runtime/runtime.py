@@ -10,8 +10,7 @@ the first change of a call to the last. A call that finds it false clears every 
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -19,15 +18,15 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..compute.fused_experts import FusedExperts, FusedRows, fuse_experts
 from ..compute.matvec import Matvecs
 from ..compute.routed_rows import RoutedRows, eager_forward
-from ..compute.single_token import FusedExperts, TokenRows, fuse_experts
 from ..gpu.tier import GpuTier
 from ..prefetch.prefetch import Prefetcher
 from ..ram.counters import Counters, LayerCounters
 from ..ram.expanded import ExpandedWeights, make_rooms
-from ..ram.slots import LayerSlots
-from ..ram.step import ExpertStep
+from ..ram.slots import KernelSlots, LayerSlots
+from ..ram.step import ExpertStep, compute_hits
 from ..store.reading import Ticket, next_landed
 from ..store.store import ExpertStore
 from .guards import expect_no_gradient, expect_numbers_in_memory
@@ -47,7 +46,7 @@ class OffloadRuntime:
         num_slots: RAM slots of each layer, at least 1.
         policy: name in CACHES.
         recorder: records the routing of every call; None records nothing.
-        matvecs: products for experts with one row.
+        matvecs: products for experts with a few rows.
     """
 
     def __init__(
@@ -82,35 +81,53 @@ class OffloadRuntime:
         self, layer: int, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> torch.Tensor:
         """The experts' output for one layer, `[T, D]`."""
-        with self._changes(), torch.no_grad():
-            if self.recorder is not None:
-                self.recorder.note(layer, expert_TK, weight_TK)
-            if self.gpu is not None:
-                look_ahead = partial(self._look_ahead, layer, x_TD)
-                return self.gpu.forward(layer, x_TD, expert_TK, weight_TK, look_ahead)
-            slots = self.layers[layer]
-            if not slots.is_grouped:
-                return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
-            rows = self._rows(slots, module, x_TD, expert_TK, weight_TK)
-            weights = slots if isinstance(rows, TokenRows) else self._plain_weights(slots)
-            step = ExpertStep(slots, weights, self.counters, rows.num_rows, expert_TK)
-            step.begin(rows)
-            self._look_ahead(layer, x_TD, expert_TK)
-            step.finish(rows)
-            return rows.combine()
-
-    @contextmanager
-    def _changes(self) -> Iterator[None]:
-        """Hold the bookkeeping for one call; what an earlier call left half changed is cleared first."""
-        if self._process != os.getpid():
-            self._enter_child()
+        self._enter_process()
         with self._lock:
-            if not self._is_whole:
-                self._clear()
-            self._is_whole = False
-            yield
+            self._begin_changes()
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    result = self._forward(layer, module, x_TD, expert_TK, weight_TK)
+            else:
+                result = self._forward(layer, module, x_TD, expert_TK, weight_TK)
             # not in a `finally`: after an exception it has to stay false
             self._is_whole = True
+            return result
+
+    def _forward(
+        self, layer: int, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> torch.Tensor:
+        if self.recorder is not None:
+            self.recorder.note(layer, expert_TK, weight_TK)
+        if self.gpu is not None:
+            look_ahead = partial(self._look_ahead, layer, x_TD)
+            return self.gpu.forward(layer, x_TD, expert_TK, weight_TK, look_ahead)
+        slots = self.layers[layer]
+        if not slots.is_grouped:
+            return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
+        rows = self._rows(slots, module, x_TD, expert_TK, weight_TK)
+        is_fused = isinstance(rows, FusedRows)
+        if is_fused and self.prefetcher is None and compute_hits(slots, self.counters, rows, expert_TK):
+            return rows.combine()
+        weights = KernelSlots(slots) if is_fused else self._plain_weights(slots)
+        step = ExpertStep(slots, weights, self.counters, rows.num_rows, expert_TK)
+        step.begin(rows)
+        self._look_ahead(layer, x_TD, expert_TK)
+        step.finish(rows)
+        return rows.combine()
+
+    def _enter_process(self) -> None:
+        """In a child of fork(): the lock may be held by a thread that is not here, and no thread reads."""
+        if self._process == os.getpid():
+            return
+        if self.gpu is not None:
+            raise RuntimeError("CUDA does not work in a forked process; start processes by spawn and load there")
+        self._lock, self._process, self._is_whole = threading.RLock(), os.getpid(), False
+
+    def _begin_changes(self) -> None:
+        """Start to change the bookkeeping, which the lock guards; what an earlier call left half changed goes first."""
+        if not self._is_whole:
+            self._clear()
+        self._is_whole = False
 
     def _clear(self) -> None:
         """Forget all experts. Whoever interrupts this leaves `_is_whole` false, so it is done again."""
@@ -119,12 +136,6 @@ class OffloadRuntime:
             slots.clear()
         if self.gpu is not None:
             self.gpu.clear()
-
-    def _enter_child(self) -> None:
-        """In a child of fork(): the lock may be held by a thread that is not here, and no thread reads."""
-        if self.gpu is not None:
-            raise RuntimeError("CUDA does not work in a forked process; start processes by spawn and load there")
-        self._lock, self._process, self._is_whole = threading.RLock(), os.getpid(), False
 
     def fill(self, experts_L: Sequence[Sequence[int]]) -> None:
         """Read experts into free slots before anything asks for them; gives up none that is there.
@@ -147,23 +158,26 @@ class OffloadRuntime:
         Args:
             plan: layer -> its experts in this pass, most used first.
         """
-        with self._changes():
+        self._enter_process()
+        with self._lock:
+            self._begin_changes()
             for layer, experts in sorted(plan.items()):
                 slots = self.layers[layer]
                 waiting = [expert for expert in experts if 0 <= expert < slots.num_experts and expert not in slots]
                 present = [expert for expert in experts if expert in slots]
                 for expert in waiting:
                     slots.read_ahead(expert, present, len(waiting))
+            self._is_whole = True
 
     def _rows(
         self, slots: LayerSlots, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
-    ) -> RoutedRows | TokenRows:
+    ) -> RoutedRows | FusedRows:
         num_tokens, top_k = expert_TK.shape
-        if num_tokens == 1 and x_TD.dtype == torch.bfloat16 and x_TD.is_contiguous():
-            experts = expert_TK[0].tolist()
+        may_fuse = num_tokens == 1 or self.matvecs.is_row_alone
+        if may_fuse and x_TD.dtype == torch.bfloat16 and x_TD.is_contiguous():
             fused = self._fused_experts(slots.layer, module, top_k)
-            if fused is not None and len(set(experts)) == top_k:
-                return TokenRows(fused, experts, slots.num_experts, x_TD, weight_TK)
+            if fused is not None:
+                return FusedRows(fused, slots.num_experts, x_TD, expert_TK, weight_TK)
         return RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK, self.matvecs)
 
     def _plain_weights(self, slots: LayerSlots) -> LayerSlots | ExpandedWeights:

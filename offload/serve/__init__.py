@@ -1,1 +1,1 @@
-"""Generates text with an offloaded model, alone or in batches of prompts."""
+"""Generates text with an offloaded model: for one prompt, for many, and for clients over HTTP."""

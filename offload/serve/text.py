@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from moe import ByteText, TokenizerText, text_of
+from moe import ByteText, TokenizerText, save_byte_tokenizer, text_of
+
+from ..checkpoint.gguf.head import has_config_file, is_gguf, read_gguf
 
 
 class ModelText:
@@ -59,7 +63,7 @@ class ModelText:
 
 
 def open_text(folder: Path) -> ModelText:
-    """The text of the model in `folder`.
+    """The text of the model in `folder`, or of a GGUF file.
 
     Raises:
         ValueError: if its tokenizer cannot be read, or it has none and too few tokens for bytes.
@@ -67,7 +71,45 @@ def open_text(folder: Path) -> ModelText:
     from ..checkpoint.model_folder import read_config
 
     vocab_size = int(read_config(folder).get_text_config().vocab_size)
-    return ModelText(folder, text_of(folder, vocab_size), vocab_size)
+    return ModelText(folder, read_tokenizer(folder, vocab_size), vocab_size)
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> ByteText | TokenizerText:
+    """The tokenizer of a folder, or bytes without one; of a GGUF file, that beside its config.json, or its own.
+
+    Raises:
+        ValueError: if there are tokenizer files and they cannot be read, or there are none and V is too small.
+    """
+    if is_gguf(folder) and has_config_file(folder) and _has_vocabulary(folder.parent):
+        folder = folder.parent
+    return _text_of_gguf(folder) if is_gguf(folder) else text_of(folder, vocab_size)
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    """Whether a tokenizer lies beside a GGUF file."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+
+
+def _text_of_gguf(file: Path) -> TokenizerText:
+    from ..checkpoint.gguf.text import tokenizer_of
+
+    return TokenizerText(tokenizer_of(read_gguf(file)))
+
+
+def open_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a folder, of transformers; one of bytes for a model of 256 tokens without one.
+
+    Raises:
+        ValueError: as `read_tokenizer`.
+    """
+    text = read_tokenizer(folder, vocab_size)
+    if isinstance(text, TokenizerText):
+        return text.tokenizer
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory() as place:
+        save_byte_tokenizer(Path(place))
+        return AutoTokenizer.from_pretrained(place)
 
 
 def expect_room(prompt_tokens: int, new_tokens: int, context: int) -> None:

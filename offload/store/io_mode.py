@@ -36,7 +36,7 @@ def wants_direct(io: str, plan: MemoryPlan, forms: Sequence[Form]) -> bool:
         raise ValueError(f"io must be one of {', '.join(IO_MODES)}; got {io!r}")
     if io != "auto":
         return io == "direct"
-    if not _reads_direct(forms[0]):
+    if not forms or not _reads_direct(forms[0]):
         return False
     num_experts = sum(form.layer.num_experts for form in forms)
     nbytes = sum(form.layer.num_experts * form.expert_bytes for form in forms)

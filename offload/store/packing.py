@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import torch
 from xxhash import xxh3_64_hexdigest
 
 from routing.ground.expect import expect_folder, expect_name, expect_not_an_input
@@ -20,7 +21,7 @@ from routing.ground.expect import expect_folder, expect_name, expect_not_an_inpu
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.model_folder import skeleton_of
 from ..checkpoint.tensors import TensorEntry
-from ..formats.catalogue import FORMS
+from ..formats.catalogue import FORMS, form_in_place
 from ..formats.form import Form
 from ..formats.pack_index import (
     MAX_INDEX_BYTES,
@@ -31,6 +32,8 @@ from ..formats.pack_index import (
     rounded_up,
 )
 from ..formats.plain import PlainForm
+from ..formats.quantised import packed_name
+from ..formats.quantised_forms import QUANTISED_FORMS
 from .reading import Ticket
 from .store import ExpertStore, Slots
 
@@ -57,7 +60,8 @@ def write_pack(
         path_or_id: a Hugging Face model folder with safetensors weights, or a model id.
         target: the file to write; its index is written beside it when everything is on disk.
         is_compressed: compress the layers that can be, without loss; short for `form="compressed"`.
-        form: name in FORMS; layers that it does not suit are stored plainly.
+        form: name in FORMS; layers that it does not suit are stored plainly. Default: plain experts are stored plainly,
+            and quantised ones as the checkpoint stores them.
         progress: told after each expert how many bytes of the checkpoint's experts are done, and how many there are.
 
     Returns:
@@ -68,10 +72,14 @@ def write_pack(
             earlier packed copy of this model.
     """
     expect_folder(target)
-    wanted = expect_name(form or ("compressed" if is_compressed else "plain"), FORMS, "stored form")
+    wanted = form or ("compressed" if is_compressed else None)
+    if wanted is not None:
+        expect_name(wanted, FORMS, "stored form")
     model, entries, layers = skeleton_of(path_or_id)
+    sources = [form_in_place(layer) for layer in layers]
+    wanted = _expect_stored(wanted, sources, str(path_or_id))
     _expect_own(target, layers, entries)
-    done, total = 0, sum(layer.num_experts * layer.plain_bytes for layer in layers)
+    done, total = 0, sum(source.layer.num_experts * source.expert_bytes for source in sources)
 
     def advance(nbytes: int) -> None:
         nonlocal done
@@ -80,11 +88,11 @@ def write_pack(
 
     part, state_file = _beside(target, ".part"), _beside(target, ".part.json")
     index = _resume(state_file, part, PackIndex.of(entries, wanted), layers)
-    store = ExpertStore(model, [PlainForm(layer) for layer in layers], num_threads=2)
+    store = ExpertStore(model, sources, num_threads=2)
     try:
         with part.open("r+b" if index.layers else "wb") as file:
-            for layer in layers[: len(index.layers)]:
-                advance(layer.num_experts * layer.plain_bytes)
+            for source in sources[: len(index.layers)]:
+                advance(source.layer.num_experts * source.expert_bytes)
             for number in range(len(index.layers), len(layers)):
                 file.seek(index.end)
                 index.layers.append(_write_layer(store, number, file, advance, FORMS[wanted]))
@@ -135,7 +143,7 @@ def _expect_own(target: Path, layers: Sequence[ExpertLayer], entries: Mapping[st
     """Refuse a target that replaces a file of the checkpoint, or anything but a packed copy of the same model."""
     index_file, state_file = _beside(target, ".json"), _beside(target, ".part.json")
     for file in (target, index_file, _beside(target, ".part"), state_file):
-        expect_not_an_input(file, *{entry.file for entry in entries.values()})
+        expect_not_an_input(file, *{shard for entry in entries.values() for shard in entry.files})
         expect_folder(file)
     if (target.exists() or index_file.exists()) and not _is_pack_of(index_file, layers):
         raise ValueError(
@@ -161,6 +169,28 @@ def _is_pack_of(index_file: Path, layers: Sequence[ExpertLayer]) -> bool:
     return index.get("format") == "expertier-pack" and packed == names[: len(packed)]
 
 
+def _expect_stored(wanted: str | None, sources: Sequence[Form], model: str) -> str:
+    """The form to write: as the checkpoint stores its first quantised layer, if none is wanted.
+
+    Raises:
+        ValueError: if a quantised form is wanted in which nothing is stored: packing never quantises.
+    """
+    stored = list(dict.fromkeys(source.name for source in sources if source.name in QUANTISED_FORMS))
+    if wanted is None:
+        return stored[0] if stored else "plain"
+    if wanted in QUANTISED_FORMS and wanted not in stored:
+        has = f"its experts are {', '.join(stored)}" if stored else "its experts are plain"
+        raise ValueError(f"{model} stores no experts as {wanted} ({has}), and packing does not quantise")
+    return wanted
+
+
+def _chosen(source: Form, wanted: type[Form], views: Mapping[str, Any]) -> type[Form]:
+    """The form of a layer: what is wanted, if that suits it; quantised layers are expanded only if that is wanted."""
+    if wanted.name in QUANTISED_FORMS:
+        return QUANTISED_FORMS[packed_name(source.layer)] if source.name in QUANTISED_FORMS else PlainForm
+    return wanted if wanted.suits(source.layer, views) else PlainForm
+
+
 def _write_layer(
     store: ExpertStore, number: int, file: BinaryIO, progress: Callable[[int], None], wanted: type[Form]
 ) -> PackedLayer:
@@ -168,21 +198,30 @@ def _write_layer(
     source, landed = store.forms[number], SimpleQueue[Ticket]()
     layer, records, chosen = source.layer, list[PackedRecord](), wanted
     slots = Slots(1, source.slot_bytes)
+    room = None if wanted.name in QUANTISED_FORMS or not source.is_expanded else _room(layer)
     for expert in range(layer.num_experts):
         _, shifts = store.read(number, expert, 0, slots, landed)
         ticket = landed.get()
         if ticket.error is not None:
             raise OSError(f"reading expert {expert} of MoE layer {number} failed: {ticket.error}") from ticket.error
-        views = source.views(slots.slot(0), shifts)
-        if expert == 0 and not wanted.suits(layer, views):
-            chosen = PlainForm
+        views: Mapping[str, Any] = source.views(slots.slot(0), shifts)
+        if room is not None:
+            source.expand(views, room)
+            views = room
+        if expert == 0:
+            chosen = _chosen(source, wanted, views)
         data = b"".join(chosen.encode(layer, views))
         records.append(PackedRecord(offset=file.tell(), nbytes=len(data), xxh3=xxh3_64_hexdigest(data)))
         file.write(data.ljust(rounded_up(len(data)), b"\0"))
-        progress(layer.plain_bytes)
+        progress(source.expert_bytes)
     return PackedLayer(
         module=layer.module_name, parameters=describe_parameters(layer), encoding=chosen.name, records=tuple(records)
     )
+
+
+def _room(layer: ExpertLayer) -> dict[str, torch.Tensor]:
+    """A matrix for each parameter of one expert."""
+    return {parameter.name: torch.empty(parameter.shape, dtype=parameter.dtype) for parameter in layer.parameters}
 
 
 def _resume(state_file: Path, part: Path, fresh: PackIndex, layers: Sequence[ExpertLayer]) -> PackIndex:

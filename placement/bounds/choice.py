@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from ..contract.certificate import Bound
 from ..contract.plan import Plan
 from ..contract.problem import Problem, Scenario
+from ..data.batches import count_rows_AE, spread, traffic_batches
 from ..objectives import OBJECTIVES, Objective, Robustness, flat_terms, join_scenarios
 from ..objectives.activated import activation_weight_LE
+from ..objectives.batches import MOST_BATCHES, batch_size, tail_mean_L
 from ..objectives.prices import imbalance_price
 from .fanout import fanout_bound_L
 from .imbalance import imbalance_bound_L
@@ -39,6 +41,9 @@ def objective_bound(objective: Objective, problem: Problem, plan: Plan, robustne
     names = []
     for term in terms:
         for index, scenario in enumerate(problem.scenarios):
+            if plan.experts_per_layer is not None and term.part.needs_tokens:
+                names.append("none")  # the bounds of tokens' sets count the slots that hold no copy
+                continue
             bound_L, name = BOUNDS[term.part.name](scenario, problem, plan)
             total_WL[index] += term.above_goal(bound_L)
             names.append(name)
@@ -62,7 +67,27 @@ def _balance(scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, s
     total_L1 = scenario.load_LE.sum(axis=1, keepdims=True)
     weight_LE = np.divide(scenario.load_LE, total_L1, out=np.zeros_like(scenario.load_LE), where=total_L1 > 0)
     is_uniform = plan.dispatch == "uniform"
-    return imbalance_bound_L(weight_LE, plan.num_slots, plan.cluster.speed_G, equal_shares=is_uniform)
+    slots = plan.num_slots
+    if plan.experts_per_layer is not None:  # slots of ids that a layer does not have are free for copies
+        slots += plan.num_experts - min(plan.experts_per_layer)
+    return imbalance_bound_L(weight_LE, slots, plan.cluster.speed_G, equal_shares=is_uniform)
+
+
+def _batches(scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, str]:
+    """The bound of every batch on its own; the tail of bounds is below the tail of values."""
+    trace = scenario.trace
+    assert trace is not None
+    batch_AT = spread(traffic_batches(trace, batch_size(trace, plan.cluster.ep.batch_tokens)), MOST_BATCHES)
+    bound_AL, name = np.ones((len(batch_AT), problem.num_layers)), "fluid"
+    for layer in range(problem.num_layers):
+        rows_AE = np.zeros((len(batch_AT), problem.num_experts))
+        rows_AE[:, : trace.num_experts] = count_rows_AE(trace, batch_AT, layer)
+        weight_AE = rows_AE / np.maximum(rows_AE.sum(axis=1, keepdims=True), 1)
+        is_uniform = plan.dispatch == "uniform"
+        bound_AL[:, layer], name = imbalance_bound_L(
+            weight_AE, plan.num_slots, plan.cluster.speed_G, equal_shares=is_uniform
+        )
+    return tail_mean_L(bound_AL), f"{name}, batch by batch"
 
 
 def _imbalance_price(scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, str]:
@@ -98,6 +123,7 @@ def _zero(scenario: Scenario, problem: Problem, plan: Plan) -> tuple[Float, str]
 
 BOUNDS: dict[str, PartBound] = {
     "balance": _balance,
+    "batches": _batches,
     "imbalance-price": _imbalance_price,
     "activated": _activated,
     "gpu-fanout": _gpu_fanout,

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.optimize import linprog
 
 from routing.traces import RoutingTrace
 
@@ -76,6 +74,9 @@ def _pair_bounds_L(trace: RoutingTrace, experts: int, sizes: tuple[int, int]) ->
 
 def most_pairs_together(pair_EE: Float, slots: int) -> float:
     """Upper bound on the pairs per token that share a part, any parts of `slots` experts each."""
+    from scipy import sparse
+    from scipy.optimize import linprog
+
     E = len(pair_EE)
     if slots >= E:
         return float(pair_EE.sum()) / 2

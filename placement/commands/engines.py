@@ -10,8 +10,13 @@ from routing.ground.terminal import plain_console
 
 
 def cluster_command(
-    file: Annotated[Path, typer.Argument(help="Text of `nvidia-smi topo -m`, or the XML of NCCL_TOPO_DUMP_FILE.")],
     out: Annotated[Path, typer.Option("--out", help="Where the cluster file goes (YAML).")],
+    file: Annotated[
+        Path | None, typer.Argument(help="Text of `nvidia-smi topo -m`, or the XML of NCCL_TOPO_DUMP_FILE.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A known machine: hgx-h100, gb200-nvl72, gb300, mi355x.")
+    ] = None,
     nodes: Annotated[int, typer.Option(help="How many such nodes there are.")] = 1,
     nvlink: Annotated[
         str | None, typer.Option(metavar="RATE", help="All NVLinks of one GPU, one direction, such as 900GB/s.")
@@ -33,15 +38,24 @@ def cluster_command(
     from routing.ground.quantity import parse_bytes_per_s
 
     from ..contract.cluster import Cluster
+    from ..data.presets import preset_cluster
     from ..data.topology import TopologyOptions, read_topology
 
+    if (file is None) == (preset is None):
+        raise ValueError("give either a FILE that describes a node, or --preset NAME")
     expect_outputs(out, inputs=[file])
     rates = {"nvlink": nvlink, "nic": nic}
     given = {f"{name}_bytes_per_s": parse_bytes_per_s(rate) for name, rate in rates.items() if rate is not None}
     if bad := [name for name, rate in given.items() if rate < 1e6]:
         raise ValueError(f"--{bad[0].partition('_')[0]} needs a unit, such as 400Gb/s or 900GB/s")
-    found = read_topology(file, TopologyOptions(nodes=nodes, domain_gpus=nvlink_domain, **given))
-    cluster = Cluster.from_mapping(found, str(file))
+    if file is not None:
+        found = read_topology(file, TopologyOptions(nodes=nodes, domain_gpus=nvlink_domain, **given))
+    else:
+        assert preset is not None
+        if nvlink_domain is not None:
+            raise ValueError("--nvlink-domain is of a FILE; in a preset every domain is one of the --nodes")
+        found = preset_cluster(preset, nodes, **given)
+    cluster = Cluster.from_mapping(found, str(file or preset))
     with atomic_write(out) as target:
         yaml.safe_dump(found, target, sort_keys=False, width=120)
     console = plain_console(soft_wrap=True)

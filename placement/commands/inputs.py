@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from ..contract.cluster import Cluster
     from ..contract.plan import Plan
     from ..contract.problem import Problem
+    from ..data.model_folder import ModelExperts
 
 
 def read_problem(
@@ -17,6 +18,8 @@ def read_problem(
     cluster: "Cluster",
     replicas: int | None,
     plan: "Plan | None" = None,
+    *,
+    spare_slots: bool = False,
 ) -> "Problem":
     """The problem that the data options pose.
 
@@ -27,6 +30,7 @@ def read_problem(
         cluster: the machines, with the slots per GPU if the file gives them.
         replicas: slots per layer beyond one per expert; None takes the cluster's.
         plan: a plan that shall be judged, or None: then all-zero layers count as dense.
+        spare_slots: round the slots up where experts do not divide over the GPUs: in tiers, slots may stay empty.
 
     Raises:
         ValueError: for both or none of trace and loads, unreadable files, and data that does not fit the cluster.
@@ -44,14 +48,44 @@ def read_problem(
         files = {str(path): read_load_file(path) for path in loads}
         ids = plan.layer_ids if plan is not None and _has_layers_of(plan, files) else _common_layers(files)
         tables = {name: file.load_LE for name, file in files.items()}
-        return Problem.from_loads(tables, cluster, replicas=replicas, layer_ids=ids)
+        if spare_slots:
+            replicas = -next(iter(tables.values())).shape[1] % cluster.num_gpus
+        widths = {file.experts_per_row for file in files.values()}
+        if len(widths) > 1:
+            raise ValueError(f"the loads files differ in the experts of their rows: {', '.join(files)}")
+        counts = widths.pop()
+        return Problem.from_loads(tables, cluster, replicas=replicas, layer_ids=ids, experts_per_row=counts)
     assert trace is not None
     data = RoutingTrace.load(trace)
     if plan is not None and data.layer_ids is not None and data.layer_ids != plan.layer_ids:
         raise ValueError(
             f"{trace}: recorded at decoder layers {list(data.layer_ids)}, the plan is for {list(plan.layer_ids)}"
         )
+    if spare_slots:
+        replicas = -data.num_experts % cluster.num_gpus
     return Problem.from_trace(_select_rows(data, rows), cluster, replicas=replicas)
+
+
+def even_problem(cluster: "Cluster", found: "ModelExperts") -> "Problem":
+    """The problem of a model of which only sizes are known: every expert of a layer is used as often."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from ..contract.problem import Problem, Scenario
+
+    counts = np.array(found.experts_per_layer)
+    E = int(counts.max())
+    load_LE = (np.arange(E) < counts[:, None]).astype(np.float64)
+    model = cluster.model.model_copy(update={"top_k": found.top_k or cluster.model.top_k})
+    return Problem(
+        cluster=replace(cluster, model=model),
+        scenarios=(Scenario(name="every expert alike", load_LE=load_LE),),
+        slots_per_gpu=-(-E // cluster.num_gpus),
+        layer_ids=found.layer_ids,
+        hidden_layers=max(found.hidden_layers or 0, found.layer_ids[-1] + 1),
+        experts_per_layer=found.experts_per_layer if np.ptp(counts) else None,
+    )
 
 
 def judging_problem(plan: "Plan", trace: Path | None, loads: list[Path] | None, rows: str | None) -> "Problem":

@@ -17,6 +17,12 @@ def score_command(
     loads: LoadsOption = None,
     rows: RowsOption = None,
     objective: Annotated[str | None, typer.Option(help="Default: each plan's own.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Also judge batches of so many tokens, by every way to choose copies.")
+    ] = None,
+    shared_experts: Annotated[
+        int, typer.Option(min=0, help="With --batch-tokens: rows of each token that fill up.")
+    ] = 0,
     json_file: JsonOption = None,
 ) -> None:
     """Score plans on data, for instance on data that they were not made from.
@@ -28,15 +34,25 @@ def score_command(
     from ..contract.plan import Plan
     from ..objectives import find_objective
     from ..scoring.score import ordered_report, score
+    from .batch_report import judge_batches, print_batches
     from .terminal import print_score, print_scores
+    from .tier_report import score_plans_with_tiers
 
     expect_outputs(json_file, inputs=[*plan_files, trace, *(loads or ())])
     chosen = None if objective is None else find_objective(objective)
+    plans = {file: Plan.load(file) for file in plan_files}
+    if any(plan.homes is not None for plan in plans.values()):
+        score_plans_with_tiers(plans, trace, loads, rows, objective, json_file)
+        return
     found = {}
-    for file in plan_files:
-        plan = Plan.load(file)
+    for file, plan in plans.items():
         found[str(file)] = score(judging_problem(plan, trace, loads, rows), plan, chosen)
     reports = {name: ordered_report(one.to_json()) for name, one in found.items()}
+    if batch_tokens is not None:
+        for file, plan in plans.items():
+            batches = judge_batches(plan, judging_problem(plan, trace, loads, rows), batch_tokens, shared_experts)
+            print_batches(str(file), batches)
+            reports[str(file)]["batches"] = batches
     if len(found) == 1:
         print_score(next(iter(found.values())))
     else:
@@ -64,5 +80,7 @@ def report_command(
 
     expect_outputs(out, inputs=[plan_file, trace, *(loads or ())])
     plan = Plan.load(plan_file)
+    if plan.homes is not None:
+        raise ValueError(f"{plan_file}: a plan with tiers has no page yet; `expertier place score` prints its table")
     write_report(judging_problem(plan, trace, loads, rows), plan, out, with_pareto=pareto)
     plain_console().print(f"wrote {out}", highlight=False)

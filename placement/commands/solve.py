@@ -60,9 +60,22 @@ def solve_command(
     from ..contract.cluster import load_cluster
     from ..contract.plan import Plan
     from ..solving.request import SolveRequest
+    from .one_machine import solve_in_tiers
 
     expect_outputs(out, json_file, inputs=[cluster, trace, *(loads or ()), *(validate or ()), current])
-    problem = read_problem(trace, loads, rows, load_cluster(cluster), replicas)
+    machines = load_cluster(cluster)
+    problem = read_problem(
+        trace, loads, rows, machines, replicas, spare_slots=machines.has_lower_tiers and not replicas
+    )
+    if not problem.fits_gpus:
+        chosen = {
+            "objective": objective,
+            "current": current,
+            "balance_floor": balance_floor,
+            "holdout": holdout or None,
+        }
+        solve_in_tiers(problem, chosen, time_limit, seed, out, json_file)
+        return
     request = SolveRequest(
         problem=replace(problem, current=None if current is None else Plan.load(current)),
         objective=objective,

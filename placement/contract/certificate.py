@@ -38,6 +38,7 @@ class Certificate:
         in_sample: metrics on the planning data.
         out_of_sample: metrics on held-out data, by name of the data.
         seconds: wall time of solving, certificate included.
+        dual: multipliers from which the bound can be computed again, by name of what they price; empty if none.
     """
 
     objective_name: str
@@ -48,6 +49,7 @@ class Certificate:
     in_sample: dict[str, float | None] = field(default_factory=dict)
     out_of_sample: dict[str, dict[str, float | None]] = field(default_factory=dict)
     seconds: float = 0.0
+    dual: dict[str, Any] = field(default_factory=dict)
 
     @property
     def gap(self) -> float | None:

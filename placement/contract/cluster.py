@@ -10,9 +10,9 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from routing.ground.quantity import format_size
-
-from .spec import ClusterSpec, ExpertParallel, GpuType, ModelSpec, NodeGroup, NodeType, Tiers
+from .cluster_rows import Curve, arrays_from_json, finite, gpu_rows, node_row
+from .spec import ClusterSpec, ExpertParallel, ModelSpec
+from .tier_spec import Tiers
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
@@ -20,6 +20,10 @@ Integer = NDArray[np.int64]
 MAX_SPEC_BYTES = 64 << 20
 MAX_GPUS = 1_000_000
 Dispatch = Literal["uniform", "nearest", "quota"]
+MACHINE_ARRAYS = (
+    *("rack_M", "dram_bytes_M", "ssd_bytes_M", "dram_bytes_per_s_M", "ssd_bytes_per_s_M", "pcie_bytes_per_s_M"),
+    *("cpu_bytes_per_s_M", "cpu_flops_M"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,8 +38,12 @@ class Cluster:
         hbm_bytes_per_s_G, flops_G, nvlink_bytes_per_s_G, nic_bytes_per_s_G: rates; `nic` is the GPU's share.
         node_latency_s, rack_latency_s: extra time of a message that leaves the node, the rack.
         rack_bytes_per_s: a GPU's share of the bandwidth between racks; inf if racks do not matter.
-        dram_bytes_M, ssd_bytes_M, dram_bytes_per_s, ssd_bytes_per_s, pcie_bytes_per_s: lower tiers, 0 if there are
-            none; no solver reads them yet.
+        dram_bytes_M, ssd_bytes_M, dram_bytes_per_s_M, ssd_bytes_per_s_M: lower tiers after what is reserved, 0 if
+            there are none.
+        pcie_bytes_per_s_M: copies from host memory to one GPU of the node; 0 if nothing is copied.
+        cpu_bytes_per_s_M, cpu_flops_M: weights that the node's CPUs read in products per second, and arithmetic.
+        curves: of each GPU, measured seconds of one expert by its rows, rising; () where the rates count. Empty means
+            that no GPU has a curve.
         rank_cost_GG: relative cost per byte between GPUs, or None.
         model, ep, tiers: the sections of the cluster file that are not hardware.
     """
@@ -53,9 +61,12 @@ class Cluster:
     rack_bytes_per_s: float = float("inf")
     dram_bytes_M: Float
     ssd_bytes_M: Float
-    dram_bytes_per_s: float = 0.0
-    ssd_bytes_per_s: float = 0.0
-    pcie_bytes_per_s: float = 64e9
+    dram_bytes_per_s_M: Float
+    ssd_bytes_per_s_M: Float
+    pcie_bytes_per_s_M: Float
+    cpu_bytes_per_s_M: Float = field(default_factory=lambda: np.zeros(0))
+    cpu_flops_M: Float = field(default_factory=lambda: np.zeros(0))
+    curves: tuple[Curve, ...] = ()
     rank_cost_GG: Float | None = None
     model: ModelSpec = field(default_factory=ModelSpec)
     ep: ExpertParallel = field(default_factory=ExpertParallel)
@@ -70,6 +81,14 @@ class Cluster:
                 raise ValueError(f"{name} must have one entry per GPU ({G}); got {len(getattr(self, name))}")
         if not np.all(self.speed_G > 0):
             raise ValueError(f"speed_G must be positive; got {self.speed_G.min()}")
+        if not len(self.cpu_bytes_per_s_M):  # plans of before: the processor keeps up with its memory
+            object.__setattr__(self, "cpu_bytes_per_s_M", self.dram_bytes_per_s_M)
+            object.__setattr__(self, "cpu_flops_M", np.full(self.num_nodes, np.inf))
+        for name in MACHINE_ARRAYS:
+            if len(getattr(self, name)) != self.num_nodes:
+                raise ValueError(f"{name} must have one entry per node ({self.num_nodes})")
+        if len(self.curves) not in (0, G):
+            raise ValueError(f"curves must be one per GPU ({G}); got {len(self.curves)}")
         if self.rank_cost_GG is not None and self.rank_cost_GG.shape != (G, G):
             raise ValueError(f"rank_cost_matrix must be {G} x {G}; got {self.rank_cost_GG.shape}")
 
@@ -88,6 +107,11 @@ class Cluster:
         """GPUs of each node, or None if nodes differ."""
         counts = np.bincount(self.node_G)
         return int(counts[0]) if np.all(counts == counts[0]) else None
+
+    @property
+    def has_lower_tiers(self) -> bool:
+        """Whether experts may live in host memory or on an SSD of some node."""
+        return self.tiers.gpu == "optional" and bool(self.dram_bytes_M.any() or self.ssd_bytes_M.any())
 
     @property
     def node_link_ratio(self) -> float:
@@ -139,8 +163,11 @@ class Cluster:
             raise ValueError(f"{total} GPUs; at most {MAX_GPUS} are supported")
         if size > total:
             raise ValueError(f"ep.size is {size} but the nodes have only {total} GPUs; use at most {total}")
-        rows = [row for group, kind in groups for row in _gpu_rows(spec, group, kind)]
-        columns = {name: np.array([row[name] for row in rows[:size]], np.float64) for name in rows[0]}
+        rows = [row for group, kind in groups for row in gpu_rows(spec, group, kind)]
+        curves = tuple(row["curve"] for row in rows)[:size]
+        columns = {
+            name: np.array([row[name] for row in rows[:size]], np.float64) for name in rows[0] if name != "curve"
+        }
         node_G = np.repeat(
             np.arange(sum(g.count for g, _ in groups)), [k.gpus.count for g, k in groups for _ in range(g.count)]
         )
@@ -156,21 +183,20 @@ class Cluster:
             node_latency_s=spec.links.inter_node.latency,
             rack_latency_s=rack.latency if rack else 0.0,
             rack_bytes_per_s=rack.bandwidth / rack.oversubscription if rack else float("inf"),
-            dram_bytes_M=np.array([kind.dram.size if kind.dram else 0.0 for _, kind in nodes]),
-            ssd_bytes_M=np.array([kind.ssd.size if kind.ssd else 0.0 for _, kind in nodes]),
-            dram_bytes_per_s=min((kind.dram.bandwidth for _, kind in nodes if kind.dram), default=0.0),
-            ssd_bytes_per_s=min((kind.ssd.bandwidth for _, kind in nodes if kind.ssd), default=0.0),
-            pcie_bytes_per_s=min(kind.pcie for _, kind in nodes),
+            curves=curves if any(curves) else (),
             rank_cost_GG=None if matrix is None else np.array(matrix, np.float64),
             model=spec.model,
             ep=spec.ep,
             tiers=spec.tiers,
             **columns,
+            **{name: np.array([node_row(kind)[name] for _, kind in nodes]) for name in node_row(nodes[0][1])},
         )
 
     def to_json(self) -> dict[str, Any]:
         """Everything needed to build this cluster again, as JSON values."""
-        arrays = {name: _finite(value) for name, value in vars(self).items() if isinstance(value, np.ndarray | float)}
+        arrays = {name: finite(value) for name, value in vars(self).items() if isinstance(value, np.ndarray | float)}
+        if self.curves:
+            arrays["curves"] = [list(map(list, curve)) for curve in self.curves]
         sections = {"model": self.model, "ep": self.ep, "tiers": self.tiers}
         return arrays | {name: section.model_dump(exclude_defaults=True) for name, section in sections.items()}
 
@@ -178,18 +204,15 @@ class Cluster:
     def from_json(cls, value: dict[str, Any]) -> Self:
         """Inverse of `to_json`; the file may come from outside, so every key is checked."""
         try:
-            arrays: dict[str, Any] = {
-                name: _array(name, entry) if name.rpartition("_")[2] in ("G", "M", "GG") else _scalar(entry)
-                for name, entry in value.items()
-                if name not in ("model", "ep", "tiers")
-            }
+            sections = ("model", "ep", "tiers")
+            arrays = arrays_from_json({name: entry for name, entry in value.items() if name not in sections})
             return cls(
                 model=ModelSpec.model_validate(value.get("model", {})),
                 ep=ExpertParallel.model_validate(value.get("ep", {})),
                 tiers=Tiers.model_validate(value.get("tiers", {})),
                 **arrays,
             )
-        except (TypeError, ValidationError, OverflowError) as error:
+        except (KeyError, TypeError, ValidationError, OverflowError) as error:
             raise ValueError(f"cluster section: {error}") from error
 
 
@@ -213,32 +236,6 @@ def load_cluster(path: str | os.PathLike[str]) -> Cluster:
     return Cluster.from_mapping(value, f"cluster {path}")
 
 
-def _gpu_rows(spec: ClusterSpec, group: NodeGroup, kind: NodeType) -> list[dict[str, float]]:
-    gpu_type: GpuType = spec.gpu_types[kind.gpus.type] if kind.gpus.type else next(iter(spec.gpu_types.values()))
-    between = spec.links.inter_node.bandwidth
-    nic = kind.nic.bandwidth * (kind.nic.count or kind.gpus.count) / kind.gpus.count if between == "nic" else between
-    rows = []
-    for index in range(kind.gpus.count):
-        override = group.gpus.get(index)
-        reserve = group.reserve if override is None else override.reserve
-        memory = float("inf") if gpu_type.memory is None else gpu_type.memory - reserve
-        if memory <= 0:
-            raise ValueError(
-                f"GPU {index} of {group.type!r} reserves {format_size(reserve)} of {format_size(gpu_type.memory or 0)}"
-            )
-        rows.append(
-            {
-                "speed_G": group.speed if override is None else override.speed,
-                "memory_bytes_G": memory,
-                "hbm_bytes_per_s_G": gpu_type.hbm,
-                "flops_G": max(gpu_type.flops.values()) * gpu_type.efficiency,
-                "nvlink_bytes_per_s_G": kind.nvlink,
-                "nic_bytes_per_s_G": nic,
-            }
-        )
-    return rows * group.count
-
-
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors(include_url=False, include_context=False):
@@ -250,26 +247,3 @@ def _explain(error: ValidationError) -> str:
 
 def _is_short(value: Any) -> bool:
     return isinstance(value, str | int | float | None)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no inf: it is written as null."""
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
-    if value.ndim == 2:
-        return value.tolist()
-    return [entry if np.isfinite(entry) else None for entry in value.tolist()]
-
-
-def _array(name: str, entry: Any) -> NDArray[Any] | None:
-    if entry is None:
-        return None
-    if name in ("node_G", "rack_M"):
-        return np.array(entry, np.int64)
-    if name == "rank_cost_GG":
-        return np.array(entry, np.float64)
-    return np.array([np.inf if number is None else number for number in entry], np.float64)
-
-
-def _scalar(entry: Any) -> float:
-    return float("inf") if entry is None else float(entry)

@@ -3,7 +3,6 @@
 import numpy as np
 
 from .cluster import Cluster
-from .spec import Tiers
 
 
 def cluster_notes(cluster: Cluster) -> list[str]:
@@ -20,10 +19,5 @@ def cluster_notes(cluster: Cluster) -> list[str]:
         notes.append(
             f"GPU types differ, speed is {cluster.speed_G[0]:g} for all: balance takes them as equal; "
             "give nodes[].speed, for instance the ratio of their hbm (decode) or flops (prefill)"
-        )
-    if cluster.tiers != Tiers() or cluster.dram_bytes_M.any() or cluster.ssd_bytes_M.any():
-        notes.append(
-            "tiers, dram and ssd are not solved yet on a cluster: every expert has to fit on the GPUs "
-            "(`expertier place tiers` solves one machine)"
         )
     return notes

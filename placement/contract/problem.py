@@ -49,6 +49,7 @@ class Problem:
         hidden_layers: decoder layers in all.
         groups: expert groups of the router (DeepSeek), 1 if there are none.
         current: the plan that runs now, for objectives with churn.
+        experts_per_layer: real experts of each layer where layers differ; ids from there up to E have no load.
 
     Raises:
         ValueError: if shapes disagree, the slots do not fit the experts, or the memory does not fit the slots.
@@ -61,6 +62,7 @@ class Problem:
     hidden_layers: int
     groups: int = 1
     current: "Plan | None" = None
+    experts_per_layer: tuple[int, ...] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,10 +76,24 @@ class Problem:
                 raise ValueError(f"loads of {scenario.name} must be finite and not negative")
         if len(self.layer_ids) != self.num_layers:
             raise ValueError(f"layer_ids must name {self.num_layers} layers; got {len(self.layer_ids)}")
+        if self.experts_per_layer is not None:
+            self._check_experts_per_layer(self.experts_per_layer)
         if self.num_experts % self.groups:
             raise ValueError(f"{self.num_experts} experts do not split into {self.groups} groups")
         explain_slots(self.num_experts, self.num_slots, self.num_gpus, from_slots_per_gpu=True)
-        explain_memory(self.cluster, self.num_layers, self.slots_per_gpu, self.num_experts)
+        if not self.cluster.has_lower_tiers:
+            explain_memory(self.cluster, self.num_layers, self.slots_per_gpu, self.num_experts)
+
+    def _check_experts_per_layer(self, counts: tuple[int, ...]) -> None:
+        if len(counts) != self.num_layers or max(counts) > self.num_experts or min(counts) < 1:
+            raise ValueError(
+                f"experts_per_layer must give {self.num_layers} layers 1 to {self.num_experts} experts each; "
+                f"got {list(counts)[:16]}"
+            )
+        for scenario in self.scenarios:
+            for layer, count in enumerate(counts):
+                if scenario.load_LE[layer, count:].any():
+                    raise ValueError(f"{scenario.name}: layer {layer} has load on experts beyond its {count}")
 
     @property
     def num_layers(self) -> int:
@@ -88,6 +104,12 @@ class Problem:
     def num_experts(self) -> int:
         """E: experts of each layer."""
         return self.scenarios[0].load_LE.shape[1]
+
+    @property
+    def experts_L(self) -> NDArray[np.int64]:
+        """Experts of each layer: E, unless `experts_per_layer` says that layers differ."""
+        counts = self.experts_per_layer
+        return np.full(self.num_layers, self.num_experts) if counts is None else np.array(counts, np.int64)
 
     @property
     def num_gpus(self) -> int:
@@ -116,6 +138,14 @@ class Problem:
         return all(scenario.trace is not None for scenario in self.scenarios)
 
     @property
+    def fits_gpus(self) -> bool:
+        """Whether every GPU holds its slots; true where sizes are not known, or lower tiers are not allowed."""
+        size = self.cluster.model.bytes_per_expert
+        if size is None or not self.cluster.has_lower_tiers:
+            return True
+        return self.slots_per_gpu * self.num_layers * size <= float(np.min(self.cluster.memory_bytes_G))
+
+    @property
     def load_WLE(self) -> Float:
         """Routed tokens of each scenario, layer and expert."""
         return np.stack([scenario.load_LE for scenario in self.scenarios])
@@ -133,7 +163,14 @@ class Problem:
             Scenario(name=s.name, load_LE=s.load_LE[layers], trace=_trace_layers(s.trace, layers))
             for s in self.scenarios
         )
-        return replace(self, scenarios=chosen, layer_ids=tuple(self.layer_ids[i] for i in layers), current=None)
+        counts = self.experts_per_layer
+        return replace(
+            self,
+            scenarios=chosen,
+            layer_ids=tuple(self.layer_ids[i] for i in layers),
+            current=None,
+            experts_per_layer=None if counts is None else tuple(counts[i] for i in layers),
+        )
 
     def with_trace(self, trace: RoutingTrace) -> Self:
         """The same problem judged by another trace of the same layers and experts."""
@@ -170,6 +207,7 @@ class Problem:
         *,
         replicas: int | None = None,
         layer_ids: Sequence[int] | None = None,
+        experts_per_row: Sequence[int] | None = None,
     ) -> Self:
         """The problem that expert loads pose.
 
@@ -181,6 +219,7 @@ class Problem:
             cluster: the machines; `model` is checked against the loads.
             replicas: slots per layer beyond one per expert; None takes `ep.slots_per_gpu`, or else 0.
             layer_ids: decoder layers of all rows, or of the MoE layers among rows that are decoder layers.
+            experts_per_row: real experts of each row where rows differ; the others have no load.
         """
         named = dict(loads) if isinstance(loads, Mapping) else {"loads": loads}
         arrays = {name: np.asarray(load, np.float64) for name, load in named.items()}
@@ -191,6 +230,10 @@ class Problem:
             raise ValueError("every layer of the loads is all zero; there is nothing to place")
         numbers = layers_of_loads(used, layer_ids, cluster.model)
         scenarios = tuple(Scenario(name=name, load_LE=load[list(numbers.rows)]) for name, load in arrays.items())
+        if experts_per_row is not None:
+            counts = [int(experts_per_row[row]) for row in numbers.rows]
+            model = cluster.model.model_copy(update={"experts_per_layer": counts if len(set(counts)) > 1 else None})
+            cluster = replace(cluster, model=model)
         return cls._build(cluster, scenarios, replicas, numbers)
 
     @classmethod
@@ -226,6 +269,7 @@ class Problem:
             layer_ids=numbers.layer_ids,
             hidden_layers=numbers.hidden_layers,
             groups=model.expert_groups,
+            experts_per_layer=None if model.experts_per_layer is None else tuple(model.experts_per_layer),
         )
 
 

@@ -1,55 +1,15 @@
 """What a cluster file may say: pydantic models, unknown keys refused, quantities in SI units once read."""
 
-import re
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from routing.ground.quantity import parse_bytes, parse_bytes_per_s, parse_flops, parse_seconds
+from .tier_spec import Processor, Store, Tiers
+from .units import Bytes, BytesPerSecond, Count, DeviceBytes, Flops, Positive, Seconds, Share, Strict
 
-LEAST_BARE = 1e6  # no device holds less than 1 MB or moves less than 1 MB/s; 80 or 450 are meant as GiB and GB/s
+# bytes of one stored weight
 DTYPE_BYTES = {"fp4": 0.5, "fp8": 1.0, "int8": 1.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
-_BARE = re.compile(r"\s*[0-9.]+(?:[eE][+-]?[0-9]+)?\s*")
-_LETTER_ONLY = re.compile(r"\s*[0-9.]+(?:[eE][+-]?[0-9]+)?\s*([kKMGTP]i?)(?:/s|ps)?\s*")
-
-
-def _device_bytes(value: object) -> float:
-    """Memory of a device: a size with its unit, or whole bytes."""
-    size = parse_bytes(value)
-    if 0 < size < LEAST_BARE and _is_bare(value):
-        raise ValueError(f"{value} would be {size:g} bytes; write the unit, for instance {value}GiB")
-    return size
-
-
-def _rate(value: object) -> float:
-    """A bandwidth with its unit, or whole bytes per second."""
-    if isinstance(value, str) and (letter := _LETTER_ONLY.fullmatch(value)):
-        number, prefix = value[: letter.start(1)].strip(), letter[1]
-        raise ValueError(f"{value} is bytes or bits? write {number}{prefix}B/s or {number}{prefix}b/s (8 times less)")
-    rate = parse_bytes_per_s(value)
-    if 0 < rate < LEAST_BARE and _is_bare(value):
-        raise ValueError(f"{value} would be {rate:g} bytes per second; write the unit, for instance {value}GB/s")
-    return rate
-
-
-def _is_bare(value: object) -> bool:
-    return not isinstance(value, str) or _BARE.fullmatch(value) is not None
-
-
-Bytes = Annotated[float, BeforeValidator(parse_bytes), Field(ge=0, allow_inf_nan=False)]
-DeviceBytes = Annotated[float, BeforeValidator(_device_bytes), Field(ge=0, allow_inf_nan=False)]
-BytesPerSecond = Annotated[float, BeforeValidator(_rate), Field(gt=0, allow_inf_nan=False)]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(ge=0, allow_inf_nan=False)]
-Flops = Annotated[float, BeforeValidator(parse_flops), Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Strict(BaseModel):
-    """Base of all sections: unknown keys are errors, instances do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSpec(Strict):
@@ -60,6 +20,7 @@ class ModelSpec(Strict):
     first_moe_layer: Annotated[int, Field(ge=0)] = 0
     hidden_layers: Count | None = None
     experts: Count | None = None
+    experts_per_layer: list[Count] | None = None
     top_k: Count | None = None
     expert_groups: Count = 1
     topk_groups: Count | None = None
@@ -79,12 +40,25 @@ class ModelSpec(Strict):
 
 
 class GpuType(Strict):
-    """One kind of GPU."""
+    """One kind of GPU; `expert_seconds` are measured seconds of one expert by its rows, instead of rates."""
 
     memory: DeviceBytes | None = None
     hbm: BytesPerSecond = 3.35e12
     flops: dict[str, Flops] = Field(default_factory=lambda: {"bf16": 989e12})
     efficiency: Share = 0.6
+    expert_seconds: dict[Count, Seconds] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _more_rows_are_no_slower_each(self) -> Self:
+        """A curve that pays for splitting an expert's rows would make bounds of plans with copies invalid."""
+        points = sorted(self.expert_seconds.items())
+        for (rows, seconds), (more_rows, more_seconds) in pairwise(points):
+            if more_seconds < seconds or more_seconds / more_rows > seconds / rows:
+                raise ValueError(
+                    f"expert_seconds must not fall with rows, and seconds per row must not rise; got {seconds:g} s for "
+                    f"{rows} rows and {more_seconds:g} s for {more_rows}"
+                )
+        return self
 
 
 class GpusOfNode(Strict):
@@ -101,13 +75,6 @@ class Nic(Strict):
     bandwidth: BytesPerSecond = 50e9
 
 
-class Store(Strict):
-    """A memory tier of one node."""
-
-    size: DeviceBytes
-    bandwidth: BytesPerSecond
-
-
 class NodeType(Strict):
     """One kind of node."""
 
@@ -115,13 +82,15 @@ class NodeType(Strict):
     nvlink: BytesPerSecond = 450e9
     nic: Nic = Nic()
     pcie: BytesPerSecond = 64e9
+    cpu: Processor = Processor()
     dram: Store | None = None
     ssd: Store | None = None
 
 
 class GpuOverride(Strict):
-    """What differs for one GPU of a node: relative speed, memory kept for other uses."""
+    """What differs for one GPU of a node: its type, its relative speed, memory kept for other uses."""
 
+    type: str | None = None
     speed: Positive = 1.0
     reserve: DeviceBytes = 0.0
 
@@ -170,24 +139,7 @@ class ExpertParallel(Strict):
     dedup: Literal["node", "gpu", "none"] = "node"
     dispatch: Literal["nearest", "uniform", "quota"] = "uniform"
     tokens_per_gpu: Count = 4096
-
-
-class CpuTier(Strict):
-    """Experts in host memory, computed there if `compute`."""
-
-    compute: bool = True
-
-
-class SsdTier(Strict):
-    """Experts on the node's SSD."""
-
-
-class Tiers(Strict):
-    """Which tiers may hold experts."""
-
-    gpu: Literal["required", "optional"] = "required"
-    cpu: CpuTier | None = None
-    ssd: SsdTier | None = None
+    batch_tokens: Count = 4096
 
 
 class ClusterSpec(Strict):
@@ -217,6 +169,9 @@ class ClusterSpec(Strict):
                 raise ValueError(
                     f"node type {group.type!r}: say which GPU type; gpu_types has {sorted(self.gpu_types)}"
                 )
+            for override in group.gpus.values():
+                if override.type is not None and override.type not in self.gpu_types:
+                    raise ValueError(f"nodes: unknown GPU type {override.type!r}; there are {sorted(self.gpu_types)}")
             if outside := [index for index in group.gpus if not 0 <= index < wanted.count]:
                 raise ValueError(f"nodes: GPU index {outside[0]} is outside 0..{wanted.count - 1} of {group.type!r}")
         return self

@@ -4,11 +4,13 @@ Shapes: B bundles, K experts per token, E experts, X items (experts, or copies o
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
@@ -34,13 +36,17 @@ class Bundles:
     def size_B(self) -> Integer:
         return np.asarray((self.item_BK >= 0).sum(axis=1))
 
-    def incidence(self, items: int) -> sparse.csr_array:
+    def incidence(self, items: int) -> "sparse.csr_array":
         """0/1 matrix [B, items]."""
+        from scipy import sparse
+
         row, k = np.nonzero(self.item_BK >= 0)
         return sparse.csr_array((np.ones(len(row)), (row, self.item_BK[row, k])), shape=(len(self.count_B), items))
 
     def coactivation(self, items: int) -> Float:
         """[items, items] tokens that use both; the diagonal is 0."""
+        from scipy import sparse
+
         used = self.incidence(items)
         both = np.asarray((used.T @ sparse.diags_array(self.count_B) @ used).todense(), np.float64)
         np.fill_diagonal(both, 0)

@@ -26,10 +26,12 @@ class LoadFile:
         load_LE: routed tokens per row and expert, summed over steps.
         layer_ids: decoder layers of all rows, or of the MoE layers among rows that are decoder layers; None if the file
             does not say.
+        experts_per_row: entries of each row where rows differ; shorter ones are filled up with 0. None if all agree.
     """
 
     load_LE: Float
     layer_ids: tuple[int, ...] | None = None
+    experts_per_row: tuple[int, ...] | None = None
 
 
 def read_loads(path: str | os.PathLike[str]) -> Float:
@@ -56,8 +58,10 @@ def read_load_file(path: str | os.PathLike[str]) -> LoadFile:
     if not isinstance(value, dict) or "logical_count" not in value:
         found = f"the keys {list(value)[:8]}" if isinstance(value, dict) else type(value).__name__
         raise ValueError(f'loads {path}: expected {{"logical_count": [[...]]}} with one row per layer; got {found}')
-    load_LE = _table(file, value["logical_count"])
-    return LoadFile(load_LE=load_LE, layer_ids=_layer_ids(file, value.get("layer_ids"), len(load_LE)))
+    rows, counts = _filled_up(value["logical_count"])
+    load_LE = _table(file, rows)
+    ids = _layer_ids(file, value.get("layer_ids"), len(load_LE))
+    return LoadFile(load_LE=load_LE, layer_ids=ids, experts_per_row=counts)
 
 
 def checked_loads(load: Float, where: str) -> Float:
@@ -93,14 +97,24 @@ def _parsed(file: Path) -> Any:
         raise ValueError(f"loads {file}: not readable as JSON: {error}") from None
 
 
+def _filled_up(rows: Any) -> tuple[Any, tuple[int, ...] | None]:
+    """Rows of numbers made equally long with 0, and how long they were if they differed."""
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
+        return rows, None
+    widths = tuple(len(row) for row in rows)
+    if len(set(widths)) == 1 or any(isinstance(row[0], list) for row in rows):
+        return rows, None
+    return [row + [0] * (max(widths) - len(row)) for row in rows], widths
+
+
 def _table(file: Path, rows: Any) -> Float:
     try:
         load = np.array(rows, np.float64)
     except (TypeError, ValueError):
         widths = sorted({len(row) if isinstance(row, list) else -1 for row in rows} if isinstance(rows, list) else [])
         raise ValueError(
-            f"loads {file}: logical_count must be a rectangular table of numbers; the rows have {widths[:6]} entries "
-            "(layers with fewer experts: pad them with 0)"
+            f"loads {file}: logical_count must be a table of numbers, one row per layer; the rows have {widths[:6]} "
+            "entries"
         ) from None
     return checked_loads(load, f"loads {file}: logical_count")
 

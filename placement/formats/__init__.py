@@ -79,6 +79,8 @@ FORMATS: dict[str, Format] = {
         checked="KTransformers of 2026 (kt-kernel)",
     ),
 }
+# formats that know of experts off the GPUs; they take plans of one machine
+WITH_TIERS = ("ktransformers",)
 # the other file that `vllm` writes, for names that end in .placement.json
 ONE_MAP = Format(
     export=export_vllm,
@@ -104,6 +106,12 @@ def export_plan(plan: Plan, format_name: str, path: Path, *, extra_layers: int =
         ValueError: if there is no such format or the engine cannot express the plan.
     """
     expect_name(format_name, FORMATS, "format")
+    if plan.homes is not None and format_name not in WITH_TIERS:
+        raise ValueError(
+            f"{format_name} keeps every expert on GPUs, in equal numbers of slots; this plan uses host memory or SSDs: "
+            f"export one node of it as {WITH_TIERS[0]} (`expertier place part`), or run it with `expertier generate "
+            "--plan`"
+        )
     written = with_extra_layers(plan, extra_layers)
     trial = path.with_name(f".{path.name}.{os.getpid()}{_suffix(path)}")
     try:

@@ -24,6 +24,8 @@ def with_extra_layers(plan: Plan, extra_layers: int) -> Plan:
         raise ValueError(f"extra layers must be 0 or more; got {extra_layers}")
     if extra_layers == 0:
         return plan
+    if plan.homes is not None:
+        raise ValueError("a plan with host memory and SSDs has no initial layout for draft layers; use 0 extra layers")
     initial_P = np.arange(plan.num_slots) % plan.num_experts
     metadata = dict(plan.metadata)
     if metadata.get("load") is not None:

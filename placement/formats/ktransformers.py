@@ -68,6 +68,8 @@ def _expect_distinct(path: Path, count: NDArray[np.float64], plan: Plan) -> None
 
 
 def _counts(plan: Plan) -> list[list[float]]:
+    if plan.homes is not None and plan.tier_LE is None:
+        raise ValueError("KTransformers runs on one node; take that node's part with `expertier place part` first")
     load = plan.metadata.get("load")
     if load is None:
         if plan.tier_LE is None:

@@ -9,8 +9,6 @@ Shapes: E experts, G GPUs, M nodes.
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.optimize import linprog
 
 from ..contract.cluster import Cluster, Dispatch
 
@@ -67,6 +65,9 @@ def quota_share_EG(copies_EG: NDArray[np.int16], load_E: Float, speed_G: Float) 
 
     Source: DeepSeek LPLB; SGLang `--ep-dispatch-algorithm lp`.
     """
+    from scipy import sparse
+    from scipy.optimize import linprog
+
     expert_N, gpu_N = np.nonzero(copies_EG)
     N, E, G = len(expert_N), *copies_EG.shape
     total = float(load_E.sum())

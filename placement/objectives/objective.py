@@ -156,6 +156,11 @@ def evaluate_L(objective: Objective, plan: Plan, problem: Problem, robustness: R
     """
     if objective.needs_tokens and not problem.has_tokens:
         raise ValueError(f"objective {objective.name} needs a routing trace (--trace); loads only tell balance")
+    if plan.homes is not None:
+        raise ValueError(
+            f"objective {objective.name} is of plans that keep every expert on GPUs; this one uses host memory or SSDs "
+            "and is judged by seconds: `expertier place score PLAN --trace FILE` without --objective"
+        )
     value_WL = np.stack([objective.layers(plan, scenario, problem) for scenario in problem.scenarios])
     return join_scenarios(value_WL, robustness)
 

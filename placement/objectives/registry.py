@@ -11,6 +11,7 @@ from ..contract.plan import Plan
 from ..contract.problem import Problem, Scenario
 from .activated import activated_L
 from .balance import imbalance_L
+from .batches import tail_L
 from .churn import moved_bytes_L
 from .fanout import gpu_fanout_L, node_fanout_L
 from .hops import hops_L
@@ -27,6 +28,11 @@ def _balance(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
 
 def _imbalance_price(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
     return imbalance_price(problem.cluster) * imbalance_L(plan, scenario.load_LE)
+
+
+def _batches(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
+    assert scenario.trace is not None
+    return tail_L(plan, scenario.trace, plan.cluster.ep.batch_tokens)
 
 
 def _activated(plan: Plan, scenario: Scenario, problem: Problem) -> Float:
@@ -102,6 +108,7 @@ CHURN = Objective("churn", _churn, needs_tokens=False, unit_weights=_churn_weigh
 # numbers in the rows are weights of parts; docs/placement.md says where each comes from
 OBJECTIVES: dict[str, Objective] = {
     "balance": BALANCE,
+    "batches": Objective("batches", _batches, needs_tokens=True),
     "activated": Objective("activated", _activated, needs_tokens=False),
     "gpu-fanout": Objective("gpu-fanout", _gpu_fanout, needs_tokens=True, unit_weights=_gpu_weights),
     "node-fanout": Objective("node-fanout", _node_fanout, needs_tokens=True, unit_weights=_node_weights),

@@ -57,7 +57,7 @@ def first_gpus(cluster: Cluster, size: int) -> Cluster:
     nodes = int(cluster.node_G[size - 1]) + 1
     ends = {"_G": size, "_M": nodes}
     cut = {name: value[: ends[name[-2:]]] for name, value in vars(cluster).items() if name.endswith(("_G", "_M"))}
-    return replace(cluster, **cut)
+    return replace(cluster, curves=cluster.curves[:size], **cut)
 
 
 def _explanation(problem: Problem, most: int, has_sizes: bool) -> str:

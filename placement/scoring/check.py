@@ -3,12 +3,15 @@
 Shares no code with solvers and objectives on purpose.
 """
 
-from collections import Counter
+import numpy as np
 
 from routing.ground.quantity import format_size
 
+from ..contract.certificate import Certificate
 from ..contract.plan import Plan
 from ..contract.problem import Problem
+from .check_metrics import least_imbalance, metrics_again, objective_again
+from .check_tiers import tier_faults
 
 TOLERANCE = 1e-6  # sums of float64 in another order differ by less
 
@@ -24,6 +27,8 @@ def check_plan(plan: Plan, data: Problem | None = None, *, made_from: Problem | 
     Returns:
         One sentence per fault.
     """
+    if plan.homes is not None:
+        return tier_faults(plan, made_from)
     faults = _coverage_faults(plan)
     fits = data or made_from
     if fits is not None and not faults:
@@ -55,10 +60,11 @@ def _coverage_faults(plan: Plan) -> list[str]:
         seen = set(row)
         if plan.tier_LE is not None:
             seen |= {expert for expert, tier in enumerate(plan.tier_LE[index].tolist()) if tier > 0}
-        if missing := [expert for expert in range(plan.num_experts) if expert not in seen]:
+        real = plan.num_experts if plan.experts_per_layer is None else plan.experts_per_layer[index]
+        if missing := [expert for expert in range(real) if expert not in seen]:
             faults.append(f"layer {plan.layer_ids[index]}: experts {missing[:8]} have no copy")
-        if outside := [expert for expert in row if not 0 <= expert < plan.num_experts]:
-            faults.append(f"layer {plan.layer_ids[index]}: slots name experts {outside[:8]} of {plan.num_experts}")
+        if outside := [expert for expert in row if not 0 <= expert < real]:
+            faults.append(f"layer {plan.layer_ids[index]}: slots name experts {outside[:8]} of {real}")
     return faults
 
 
@@ -86,22 +92,31 @@ def _claim_faults(plan: Plan, problem: Problem) -> list[str]:
     faults = []
     if certificate.bound is not None and certificate.bound > certificate.objective * (1 + TOLERANCE) + TOLERANCE:
         faults.append(f"the bound {certificate.bound} lies above the objective {certificate.objective}")
-    claimed = certificate.in_sample.get("balancedness")
-    if claimed is not None and plan.dispatch == "uniform" and plan.tier_LE is None:
-        found = min(_balancedness(plan, scenario.load_LE.tolist()) for scenario in problem.scenarios)
-        if abs(found - claimed) > TOLERANCE:
-            faults.append(f"balancedness is {found}, the certificate claims {claimed}")
+    if plan.dispatch == "uniform" and plan.tier_LE is None:
+        faults += _metric_faults(plan, problem, certificate)
     return faults
 
 
-def _balancedness(plan: Plan, loads: list[list[float]]) -> float:
-    speeds, per_gpu = plan.cluster.speed_G.tolist(), plan.slots_per_gpu
-    total = 0.0
-    for row, load in zip(plan.physical_to_logical_LP.tolist(), loads, strict=True):
-        copies = Counter(row)
-        gpu_load = [0.0] * len(speeds)
-        for slot, expert in enumerate(row):
-            gpu_load[slot // per_gpu] += load[expert] / copies[expert]
-        mean = sum(gpu_load) / sum(speeds)
-        total += mean / max(one / speed for one, speed in zip(gpu_load, speeds, strict=True)) if mean else 1.0
-    return total / len(loads)
+def _metric_faults(plan: Plan, problem: Problem, certificate: Certificate) -> list[str]:
+    """Metrics, objective and bound of a certificate against what the slots and the data say."""
+    faults = []
+    found = [metrics_again(plan, scenario) for scenario in problem.scenarios]
+    for name in found[0]:
+        value = (min if name == "balancedness" else max)(one.get(name, np.nan) for one in found)
+        claimed = certificate.in_sample.get(name)
+        if np.isfinite(value) and (claimed is None or abs(value - claimed) > TOLERANCE * max(1.0, abs(value))):
+            faults.append(f"{name} is {value}, the certificate claims {claimed}")
+    own = objective_again(plan, problem)
+    if own is not None and abs(own - certificate.objective) > TOLERANCE * max(1.0, abs(own)):
+        faults.append(f"the objective {plan.objective_name} is {own}, the certificate claims {certificate.objective}")
+    is_own = (
+        plan.objective_name == "balance"
+        and certificate.bound_name == "copies"
+        and plan.experts_per_layer is None
+        and len(problem.scenarios) == 1
+    )
+    if is_own and certificate.bound is not None:
+        least = least_imbalance(plan, problem)
+        if certificate.bound > least * (1 + TOLERANCE):
+            faults.append(f"the bound is {least}, the certificate claims {certificate.bound}")
+    return faults

@@ -9,11 +9,13 @@ After a swap only the bundles with one of the two items are counted anew.
 Shapes: B bundles, X items, A groups.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 Single = NDArray[np.float32]
 Integer = NDArray[np.int64]
@@ -32,7 +34,7 @@ class GroupState:
     """
 
     def __init__(
-        self, used_BX: sparse.csr_array, count_B: NDArray[np.float64], group_X: Integer, num_groups: int
+        self, used_BX: "sparse.csr_array", count_B: NDArray[np.float64], group_X: Integer, num_groups: int
     ) -> None:
         self.is_dense = used_BX.shape[0] * used_BX.shape[1] <= DENSE_CELLS
         used_BX = used_BX.astype(np.float32)
@@ -89,6 +91,8 @@ class GroupState:
 
     def _count(self, rows: Integer, sign: int) -> None:
         """Add (or take away) what these bundles contribute to add, lone and both."""
+        from scipy import sparse
+
         if not len(rows):
             return
         is_dense = self.is_dense and len(rows) < len(self.count_B)

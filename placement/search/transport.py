@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
@@ -53,6 +52,8 @@ def transport_starts(
 def _alternate(
     pair_XX: Float, weight_X: Float, group_X: Integer, groups: int, price: float, deadline: float
 ) -> tuple[float, Integer]:
+    from scipy.optimize import linear_sum_assignment
+
     size = len(weight_X) // groups
     column_group = np.repeat(np.arange(groups), size)
     best_value, best_X = _value(pair_XX, weight_X, group_X, groups, price), group_X

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from ..contract.plan import Plan
 from ..objectives.churn import require_same_model
@@ -74,6 +73,8 @@ def migrate(current: Plan, target: Plan, expert_bytes: float | None = None) -> M
         ValueError: if the plans are of different models.
     """
     require_same_model(current, target)
+    if current.homes is not None or target.homes is not None:
+        raise ValueError("transfers are ordered between plans that keep every expert on GPUs; a plan here has tiers")
     size = expert_bytes if expert_bytes is not None else target.cluster.model.bytes_per_expert or 1.0
     renumbered = match_gpus(current, target)
     steps: list[Transfer | Drop] = []
@@ -113,6 +114,8 @@ def match_gpus(current: Plan, target: Plan) -> Plan:
 
     Only alike machines change places: equal nodes, and equal speeds within a node.
     """
+    from scipy.optimize import linear_sum_assignment
+
     G, M = target.cluster.num_gpus, target.cluster.num_nodes
     size = target.cluster.gpus_per_node
     if size is None or np.any(target.cluster.speed_G != target.cluster.speed_G[0]):

@@ -14,6 +14,7 @@ from routing.ground.expect import expect_name
 from ..contract.notes import cluster_notes
 from ..contract.plan import Plan
 from ..contract.problem import Problem
+from ..data.suspicion import planning_notes
 from ..objectives import Objective, Robustness, find_objective, with_churn
 from ..objectives.churn import Churn, churn
 from ..run.budget import Progress
@@ -112,7 +113,9 @@ def run_request(request: SolveRequest, progress: Progress | None = None) -> Solv
     if problem.current is not None:
         plan = plan if request.churn_weight else match_gpus(problem.current, plan)
         moved = churn(problem.current, plan, plan.cluster.model.bytes_per_expert or 1.0)
-    return SolveResult(plan=plan, churn=moved, notes=cluster_notes(plan.cluster))
+    loads = {scenario.name: scenario.load_LE for scenario in problem.scenarios}
+    notes = planning_notes(loads, has_domains=len(loads) > 1 or problem.has_tokens or bool(held))
+    return SolveResult(plan=plan, churn=moved, notes=cluster_notes(plan.cluster) + notes)
 
 
 def split_by_sequence(problem: Problem, share: float, seed: int) -> tuple[Problem, Problem]:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from routing.ground.expect import expect_name
 
+from ..contract.feasibility import explain_memory
 from ..contract.plan import Plan
 from ..contract.problem import Problem
 from ..objectives import Objective, Robustness, find_objective
@@ -16,7 +17,7 @@ from .certify import certify, make_plan
 from .solvers import SOLVERS, Solver
 
 Integer = NDArray[np.int64]
-SCORING_S = 2e-6  # kept for the certificate per token and layer; too much takes time from the search
+SCORING_S = 3e-6  # kept for the certificate and its check per token and layer; more takes time from the search
 MOST_SCORING = 0.3  # of the time limit: a search that gets less than the rest is not worth its certificate
 
 
@@ -88,6 +89,11 @@ def _run(run: Solver, problem: Problem, objective: Objective, budget: Budget) ->
 def _expect_solvable(problem: Problem, objective: Objective, time_limit_s: float, balance_floor: float | None) -> None:
     if objective.needs_tokens and not problem.has_tokens:
         raise ValueError(f"objective {objective.name} needs a routing trace (--trace); loads only tell balance")
+    if problem.cluster.has_lower_tiers:
+        try:
+            explain_memory(problem.cluster, problem.num_layers, problem.slots_per_gpu, problem.num_experts)
+        except ValueError as error:
+            raise ValueError(f"{error}; `expertier place tiers --cluster` uses host memory and SSDs too") from error
     if not time_limit_s > 0:
         raise ValueError(f"the time limit must be positive; got {time_limit_s} s")
     if balance_floor is not None and not 0 < balance_floor < 1:

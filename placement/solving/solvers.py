@@ -10,14 +10,18 @@ from numpy.typing import NDArray
 
 from ..contract.certificate import PROVEN
 from ..contract.problem import Problem
-from ..heuristics.baselines import contiguous_LP, random_LP, round_robin_LP
+from ..heuristics.baselines import biased_counts_LE, contiguous_LP, random_LP, round_robin_LP
 from ..heuristics.eplb import eplb
+from ..heuristics.first import first_LP
+from ..heuristics.lpt import lpt_LP
+from ..heuristics.replication import slots_of
 from ..objectives import Objective, PartWeights
 from ..run.blocks import one_block
 from ..run.budget import Budget
 from ..scoring.score import score
 from ..search.affinity import running_LP, search_affinity
 from ..search.balance import kick_and_swap, lpt_start_LP, lpt_swap_LP, robust_weights
+from ..search.batches import search_batches
 from ..search.hops.search import search_hops
 from ..search.latency import search_latency
 from ..search.layer import Effort
@@ -64,6 +68,16 @@ def _eplb_map(problem: Problem, groups: int) -> Integer:
     return eplb(problem.load_WLE.sum(axis=0), problem.num_slots, groups, nodes, problem.num_gpus)
 
 
+def _first(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    return first_LP(problem.load_WLE.sum(axis=0), problem.num_slots, problem.num_gpus)
+
+
+def _biased(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    load_LE = problem.load_WLE.sum(axis=0)
+    count_LE = biased_counts_LE(load_LE, problem.num_slots, problem.num_gpus)
+    return lpt_LP((load_LE / count_LE)[None], slots_of(count_LE), problem.cluster.speed_G)
+
+
 def _lpt(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     block, blocks = one_block(problem, pairs=False)
     return np.tile(lpt_swap_LP(block, block.weight_WLE, budget.deadline), (1, blocks))
@@ -99,6 +113,8 @@ def _search_block(problem: Problem, objective: Objective, budget: Budget, weight
         weights = choose_price(problem, weights, budget)
     if weights.fan or weights.node or weights.churn:
         return search_affinity(problem, map_LP, budget, weights, effort=Effort())
+    if objective.name == "batches":
+        return search_batches(problem, map_LP, budget)
     if objective.name == "latency":
         start = make_plan(problem, map_LP, solver="search", objective=objective)
         return search_latency(problem, start, objective, budget)
@@ -156,6 +172,8 @@ SOLVERS: dict[str, Solver] = {
     "random": _random,
     "eplb": _eplb,
     "eplb-global": _eplb_global,
+    "first": _first,
+    "biased": _biased,
     "lpt": _lpt,
     "search": _search,
     "ilp": _ilp,

@@ -10,99 +10,27 @@ expert instead of the mean. Sizes per layer may differ: then it is a knapsack, t
 Shapes: L layers, E experts.
 """
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from routing.ground.hardware import Hardware
-from routing.ground.quantity import format_size, parse_bytes
-
+from ..contract.certificate import Certificate
 from ..contract.plan import Plan
 from ..contract.problem import Problem
-from ..objectives import find_objective
+from ..tiers.layout import OBJECTIVE, named_multipliers, plan_of, scenario_seconds
+from ..tiers.model import tier_model
+from ..tiers.relaxation import relax
+from .machine import Machine, load_machine, machine_cluster
+
+__all__ = ["Machine", "choose_tiers", "load_machine", "place_tiers", "tier_counts", "tier_seconds"]
 
 Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
 # codes of the plan file, fastest first
 GPU, CPU, SSD = 0, 1, 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Budgets for experts in bytes, bandwidths in bytes per second.
-
-    Args:
-        gpu_bytes, cpu_bytes: room for experts; 0 puts none there.
-        hbm_bytes_per_s: reads of the GPU's memory; 0 means that the machine has no GPU.
-        dram_bytes_per_s: reads of host memory, and so of experts that the CPU computes.
-        pcie_bytes_per_s: copies from host memory to the GPU; 0 means that nothing is fetched.
-        ssd_bytes_per_s: reads from the SSD.
-        cpu_computes: whether experts in host memory may be computed there; else they are fetched.
-
-    Raises:
-        ValueError: if a needed rate is not positive, a budget is negative, or GPU memory is given without a GPU.
-    """
-
-    gpu_bytes: float
-    cpu_bytes: float
-    dram_bytes_per_s: float
-    ssd_bytes_per_s: float
-    hbm_bytes_per_s: float = 0.0
-    pcie_bytes_per_s: float = 0.0
-    cpu_computes: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("dram_bytes_per_s", "ssd_bytes_per_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        if self.hbm_bytes_per_s < 0 or self.pcie_bytes_per_s < 0:
-            raise ValueError(f"rates must not be negative; got {self.hbm_bytes_per_s} and {self.pcie_bytes_per_s}")
-        if self.gpu_bytes < 0 or self.cpu_bytes < 0:
-            raise ValueError(f"budgets must not be negative; got {self.gpu_bytes} and {self.cpu_bytes} bytes")
-        if self.gpu_bytes and not self.has_gpu:
-            raise ValueError(
-                f"{format_size(self.gpu_bytes)} of GPU memory were asked for, and the hardware file has no GPU "
-                "(gpu_bytes_per_s is 0); use --gpu-memory 0, or calibrate on the machine with the GPU"
-            )
-        if not self.cpu_computes and not (self.has_gpu and self.pcie_bytes_per_s):
-            raise ValueError("experts must be computed on the CPU where there is no GPU that they could be fetched to")
-
-    @property
-    def has_gpu(self) -> bool:
-        """Whether there is a GPU at all."""
-        return self.hbm_bytes_per_s > 0
-
-    def seconds_per_byte(self) -> tuple[float, float, float]:
-        """Cost of one use of one byte in each tier; infinite for a GPU that is not there."""
-        gpu = 1 / self.hbm_bytes_per_s if self.has_gpu else float("inf")
-        ways = [1 / self.dram_bytes_per_s] if self.cpu_computes else []
-        if self.has_gpu and self.pcie_bytes_per_s:
-            ways.append(1 / self.pcie_bytes_per_s)
-        return gpu, min(ways), 1 / self.ssd_bytes_per_s + min(ways)
-
-
-def load_machine(path: str | os.PathLike[str], *, gpu_memory: object = 0, cpu_memory: object = 0) -> Machine:
-    """Bandwidths from a `hardware.toml`, budgets from the caller.
-
-    Args:
-        path: TOML as `expertier calibrate` writes it; other keys are refused.
-        gpu_memory, cpu_memory: bytes for experts, or text such as 8GiB (8G is the same).
-
-    Raises:
-        ValueError: if the file is not such a file, or GPU memory is asked for on a machine without a GPU.
-    """
-    rates = Hardware.load(Path(path))
-    return Machine(
-        gpu_bytes=parse_bytes(gpu_memory),
-        cpu_bytes=parse_bytes(cpu_memory),
-        hbm_bytes_per_s=rates.gpu_bytes_per_s,
-        dram_bytes_per_s=rates.memory_bytes_per_s,
-        pcie_bytes_per_s=rates.pcie_bytes_per_s,
-        ssd_bytes_per_s=rates.disk_bytes_per_s,
-    )
+CERTIFICATE_S = 30.0  # at most, for the bound; 58 x 256 took 3 s
 
 
 def place_tiers(problem: Problem, machine: Machine, expert_bytes: float | Float, *, robust: bool = False) -> Plan:
@@ -131,18 +59,30 @@ def place_tiers(problem: Problem, machine: Machine, expert_bytes: float | Float,
     use_LE = weight_WLE.max(axis=0) if robust else weight_WLE.mean(axis=0)
     tier_LE = choose_tiers(use_LE, machine, expert_bytes_L)
     seconds = tier_seconds(weight_WLE.mean(axis=0), tier_LE, machine, expert_bytes_L)
-    everything = np.tile(np.arange(problem.num_experts), (problem.num_layers, 1))
-    return Plan(
-        physical_to_logical_LP=everything,
-        num_experts=problem.num_experts,
-        cluster=problem.cluster,
-        layer_ids=problem.layer_ids,
-        hidden_layers=problem.hidden_layers,
-        solver="tiers",
-        objective_name=find_objective("balance").name,
-        tier_LE=tier_LE,
-        metadata={"seconds_per_token": seconds, "load": problem.load_WLE.mean(axis=0).tolist()},
+    on_machine = replace(problem, cluster=machine_cluster(machine, problem.cluster))
+    plan = _certified(on_machine, tier_LE, expert_bytes_L)
+    return replace(plan, metadata={**plan.metadata, "seconds_per_token": seconds})
+
+
+def _certified(problem: Problem, tier_LE: Integer, expert_bytes_L: Float) -> Plan:
+    """The plan of the tiers, each served in the quicker way, with the bound of the relaxation."""
+    began = time.perf_counter()
+    model = tier_model(problem, expert_bytes_L)
+    cost_LEY = np.stack([model.chain_costs_WEYH(layer).max(axis=3).sum(axis=0) for layer in range(len(tier_LE))])
+    places = np.array([("gpu", "host", "ssd").index(way.place) for way in model.ways.ways])
+    way_LE = np.where(tier_LE[:, :, None] == places, cost_LEY, np.inf).argmin(axis=2)
+    relaxed = relax(model, CERTIFICATE_S)
+    seconds = model.seconds(way_LE)
+    certificate = Certificate(
+        objective_name=OBJECTIVE,
+        objective=seconds,
+        bound=min(relaxed.bound, seconds),
+        bound_name="relaxation",
+        in_sample=dict(scenario_seconds(model, way_LE)),
+        seconds=time.perf_counter() - began,
+        dual=named_multipliers(model, relaxed.multipliers),
     )
+    return plan_of(problem, model, way_LE, certificate, "tiers")
 
 
 def choose_tiers(use_LE: Float, machine: Machine, expert_bytes_L: Float) -> Integer:

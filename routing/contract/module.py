@@ -75,6 +75,10 @@ class RouterModule(ExactBuffers):
     def post_step(self, count_R: Tensor, num_tokens: int) -> None:
         """Stateless routers have nothing to update."""
 
+    def notes(self) -> list[Tensor]:
+        """Most routers read nothing else after a step."""
+        return []
+
     @staticmethod
     def expect_counts(count_R: Tensor) -> Tensor:
         """The counts of a step. Raises ValueError if one is negative or no finite number."""

@@ -39,6 +39,10 @@ class Router(Protocol):
         """After an optimiser step, with its counts and valid tokens over all micro-batches and ranks; no gradient."""
         ...
 
+    def notes(self) -> list[Tensor]:
+        """What `post_step` reads besides its arguments: tensors of the step's last micro-batch, to be set in place."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSizes:

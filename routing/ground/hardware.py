@@ -6,6 +6,9 @@ from pathlib import Path
 
 from routing.ground.files import atomic_write
 
+COMPRESSED_BYTES = 11 / 8
+"""Bytes of a compressed bfloat16 weight."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -37,6 +40,25 @@ class Hardware:
         for name, value in asdict(self).items():
             if not isinstance(value, int | float) or value < 0:
                 raise ValueError(f"{name} must be a number that is not negative; got {value!r}")
+
+    def token_rate(self, *, is_fast: bool) -> float:
+        """Bytes per second of plain weights that the products of one token read.
+
+        Args:
+            is_fast: whether products may differ from torch's in the last bits.
+        """
+        return self.fast_bytes_per_s if is_fast and self.fast_bytes_per_s else self.exact_bytes_per_s
+
+    def stored_rate(self, bytes_per_weight: float) -> float:
+        """Stored bytes per second that the products of one token read where codes are expanded on the way.
+
+        Taken to expand as many weights per second as compressed ones, and to read no faster than plain products do.
+
+        Args:
+            bytes_per_weight: stored bytes per weight, scales included.
+        """
+        most = max(self.exact_bytes_per_s, self.fast_bytes_per_s)
+        return min(most, self.compressed_bytes_per_s / COMPRESSED_BYTES * bytes_per_weight or most)
 
     def save(self, file: Path) -> None:
         """Write the TOML file, atomically."""

@@ -3,11 +3,15 @@
 Shapes: T tokens, L MoE layers, K experts per token, E experts.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
 from .routing_trace import RoutingTrace
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 Integer = NDArray[np.int64]
 
@@ -28,8 +32,10 @@ def transition_EE(trace: RoutingTrace, layer: int) -> Integer:
     return np.asarray((used_TE(trace, layer).T @ used_TE(trace, layer + 1)).todense(), dtype=np.int64)
 
 
-def used_TE(trace: RoutingTrace, layer: int) -> sparse.csr_array:
+def used_TE(trace: RoutingTrace, layer: int) -> "sparse.csr_array":
     """0/1 matrix: which experts a token uses at `layer` (an expert named twice by a token counts once)."""
+    from scipy import sparse
+
     expert_TK = trace.expert_TLK[:, layer]
     token_id, slot = np.nonzero(expert_TK >= 0)
     shape = (trace.num_tokens, trace.num_experts)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ...parts.config import MoEConfig
+from ..parts.processes import is_writing, whole_array
 from .decoder import MoEForCausalLM
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,10 +43,15 @@ def load_pretrained(folder: str | Path, *, product: str | None = None) -> MoEFor
 
 
 def save_pretrained(model: MoEForCausalLM, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`; the config last, so that a folder with one is whole."""
+    """Write `config.json` and `model.safetensors`; the config last, so that a folder with one is whole.
+
+    Of several processes all call this together, and the first one writes.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = hugging_face_tensors(model)
+    if not is_writing():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     config = model.config
     config.architectures = [MoEForCausalLM.__name__]
     config.dtype = str(tensors["model.embed_tokens.weight"].dtype)
@@ -59,7 +65,7 @@ def hugging_face_tensors(model: nnx.Module) -> dict[str, np.ndarray]:
     """Every parameter and buffer by its key in a checkpoint, in the layout of a checkpoint."""
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        key, array = _outwards(path, np.asarray(variable[...]))
+        key, array = _outwards(path, whole_array(variable[...]))
         tensors[key] = np.ascontiguousarray(array)
     return tensors
 

@@ -24,6 +24,7 @@ from ...parts.config import MoEConfig
 from ..model.checkpoint import read_tensors, save_pretrained, set_tensors
 from ..model.decoder import MoEForCausalLM
 from ..parts.mesh import place_batch
+from ..parts.processes import is_writing, whole_array
 from .distribute import distribute
 
 STATE_FILE = "training_state.safetensors"
@@ -126,10 +127,14 @@ class Trainer:
         return float(self._evaluate(self._state.params, self._state.variables, token_BS))
 
     def save(self, folder: Path) -> None:
-        """Write the model as a Hugging Face folder, and the optimiser's state beside it."""
+        """Write the model as a Hugging Face folder, and the optimiser's state beside it.
+
+        Of several processes all call this together, and the first one writes.
+        """
         save_pretrained(self.model, folder)
-        moments = {name: np.asarray(leaf) for name, leaf in _named_leaves(self._state.moments)}
-        save_file(moments, folder / STATE_FILE)
+        moments = {name: whole_array(leaf) for name, leaf in _named_leaves(self._state.moments)}
+        if is_writing():
+            save_file(moments, folder / STATE_FILE)
 
     def start_from(self, folder: Path) -> None:
         """Take over the weights of a Hugging Face folder, with fresh moments.

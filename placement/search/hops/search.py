@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from ...contract.problem import Problem
 from ...objectives import PartWeights
@@ -203,6 +202,8 @@ def _members(gpu_X: Integer, gpus: int) -> Float:
 
 def _transport(linear_XG: Float) -> Integer:
     """Exact assignment of items to GPUs for a linear cost."""
+    from scipy.optimize import linear_sum_assignment
+
     X, G = linear_XG.shape
     column_G = np.repeat(np.arange(G), X // G)
     _, column = linear_sum_assignment(linear_XG[:, column_G])

@@ -90,6 +90,9 @@ class PreGate(nn.Module):
         """The counts of this block concern the gate that decided for it."""
         self._deciding[0].post_step(count_R, num_tokens)
 
+    def notes(self) -> list[Tensor]:
+        return self._deciding[0].notes()
+
     def _put_plan(self, carry: Carry, layer: int, plan: Routing, stats: RouterStats, context: RoutingContext) -> Carry:
         """Everything that block `layer` needs, one row per token, padding included."""
         facts = {

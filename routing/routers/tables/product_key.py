@@ -83,6 +83,9 @@ class ProductKeyRouter(GridRouter):
     def second_stage(self, row: Tensor, column: Tensor) -> Tensor:
         return row[:, :, 0, :, None] + column[:, :, 0, None, :]
 
+    def notes(self) -> list[Tensor]:
+        return list(self._seen or ())
+
     @torch.no_grad()
     def post_step(self, count_R: Tensor, num_tokens: int) -> None:
         """Move the running statistics of queries towards those of the step's last micro-batch."""

@@ -1,0 +1,1 @@
+"""`expertier bench serve`: the engine under several users, long prompts, second turns, overload and cancels."""

@@ -1,0 +1,218 @@
+"""A training run on several processes: process 0 does what a run in one process does, the others follow it.
+
+Process 0 runs the ordinary loop: folder, metrics, progress, Ctrl-C. Before every step, evaluation and checkpoint it
+tells the others what comes, so that all do the same and stop together; the others write nothing but their parts of
+checkpoints.
+"""
+
+import logging
+import os
+import signal
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import AdamW
+
+from moe.parallel import Layout, split
+
+from ..checkpoint import CheckpointPlace, write_checkpoint
+from ..corpus import BatchOrder, Corpus, windows
+from ..loop import TrainResult, precision_of, prepare, run_steps
+from ..precision import resolve_precision
+from ..presets import TrainConfig
+from ..torch_run import build_model
+from .checkpoint import load_parts, save_parts
+from .launch import is_resumed
+from .step import Parts, distributed_evaluation, distributed_step
+
+# what process 0 says to the others
+STEP, EVALUATE, SAVE, STOP = range(4)
+WAIT = timedelta(minutes=30)
+"""How long a process waits for another that is alive: the slowest thing between two exchanges is reading a corpus."""
+
+
+def train(
+    config: TrainConfig,
+    corpus: Corpus,
+    run: Path,
+    *,
+    parallel: str | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> TrainResult | None:
+    """Train a model on all processes that torchrun started; everything it leaves behind is under `run`.
+
+    Args:
+        config: settings, such as a preset.
+        corpus: from `load_corpus`, the same on every process.
+        run: folder for checkpoints, `metrics.jsonl`, and at the end the model with its tokenizer.
+        parallel: axes such as `data=2,expert=2`; None splits no experts.
+        resume: continue after the last finished checkpoint, of any number of processes.
+        quiet: no progress bar.
+
+    Returns:
+        On process 0 how it ended; None on the others.
+
+    Raises:
+        ValueError: if `run` holds another run, the model cannot be split so, or the corpus is too short.
+        FloatingPointError: if the loss or its gradient is no longer finite; the last checkpoint is from before.
+        KeyboardInterrupt: on process 0 after Ctrl-C or SIGTERM, once the step that it came in is done and saved.
+    """
+    with process_group() as device:
+        rank = distributed.get_rank()
+        found, config = _agreed(run, config, corpus, device, resume=is_resumed(run, asked=resume))
+        parts = build_parts(config, corpus, Layout.parse(parallel, distributed.get_world_size()), device)
+        done = load_parts(found, parts.model, parts.optimizer) if found else 0
+        if rank:
+            _follow(parts)
+            return None
+        leader = _Leader(parts, run)
+        try:
+            result = run_steps(leader, config, corpus, run, done, quiet=quiet)
+        except KeyboardInterrupt:
+            leader.stop()
+            raise
+        leader.stop()
+        return result
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """The processes that torchrun started, joined while this is open; gives this process's device.
+
+    After an error the group is left as it is: the others may be waiting in it, and the end of this process tells them.
+    """
+    yield join_group()
+    distributed.destroy_process_group()
+
+
+def join_group() -> torch.device:
+    """Meet the processes that torchrun started; gives this process's device."""
+    # it warns of every tensor that is split twice, as experts are
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    distributed.init_process_group(backend, timeout=WAIT)
+    return device
+
+
+def build_parts(config: TrainConfig, corpus: Corpus, layout: Layout, device: torch.device) -> Parts:
+    """A run before its first step: every process draws the whole model from the seed, and keeps its part."""
+    model = build_model(config, corpus, device)
+    pieces = split(model, layout, device.type)
+    order = BatchOrder(windows(corpus.train, config.sequence_length), config.batch_size, config.seed)
+    return Parts(
+        model=model,
+        split=pieces,
+        optimizer=split_optimizer(model, config),
+        order=order,
+        corpus=corpus,
+        config=config,
+    )
+
+
+def split_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW over this process's parts; matrices decay, norms and biases do not."""
+    groups: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = defaultdict(list)
+    for parameter in model.parameters():
+        # the fused kernel takes parameters of one mesh at a time, or whole ones
+        groups[parameter.ndim >= 2, getattr(parameter, "device_mesh", None)].append(parameter)
+    return AdamW(
+        [
+            {"params": members, "weight_decay": config.weight_decay if is_matrix else 0.0}
+            for (is_matrix, _), members in groups.items()
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        fused=True,
+    )
+
+
+def _agreed(
+    run: Path, config: TrainConfig, corpus: Corpus, device: torch.device, *, resume: bool
+) -> tuple[Path | None, TrainConfig]:
+    """The checkpoint to continue from and the run's settings, as process 0 finds them."""
+    facts: list[Any] = [None, None]
+    if distributed.get_rank() == 0:
+        found = prepare(run, config, corpus, resume=resume)
+        facts = [found[-1], precision_of(found[-1])] if found else [None, resolve_precision(config, device)]
+    distributed.broadcast_object_list(facts, src=0)
+    return facts[0], replace(config, precision=facts[1])
+
+
+class _Leader:
+    """The run as process 0 has it; see `loop.Trainable`.
+
+    Args:
+        parts: of process 0.
+        run: folder of the run.
+    """
+
+    def __init__(self, parts: Parts, run: Path) -> None:
+        self._parts, self._run, self._is_busy = parts, run, False
+
+    def step(self, number: int) -> dict[str, Any]:
+        with self._told(STEP, number):
+            return distributed_step(self._parts, number)
+
+    def evaluate(self) -> float:
+        with self._told(EVALUATE):
+            return distributed_evaluation(self._parts)
+
+    def save(self, done: int) -> Path:
+        parts = self._parts
+
+        def write(folder: Path) -> None:
+            folder.mkdir()
+            with self._told(SAVE, done):
+                distributed.broadcast_object_list([folder], src=0)
+                save_parts(folder, done, parts.model, parts.optimizer)
+
+        return write_checkpoint(CheckpointPlace(self._run, parts.config, parts.corpus), done, write)
+
+    def stop(self) -> None:
+        """End the others, unless an interrupt tore this process out of what it does with them: then they find out."""
+        if not self._is_busy:
+            _tell(STOP)
+
+    @contextmanager
+    def _told(self, command: int, number: int = 0) -> Iterator[None]:
+        self._is_busy = True
+        _tell(command, number)
+        yield
+        self._is_busy = False
+
+
+def _tell(command: int, number: int = 0) -> None:
+    """Say to all other processes what comes next."""
+    distributed.broadcast(torch.tensor([command, number]), src=0)
+
+
+def _follow(parts: Parts) -> None:
+    """Do what process 0 says until it says stop; only it is asked to end, and it ends the others."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    told = torch.zeros(2, dtype=torch.int64)
+    while True:
+        distributed.broadcast(told, src=0)
+        command, number = told.tolist()
+        if command == STOP:
+            return
+        if command == STEP:
+            distributed_step(parts, number)
+        elif command == EVALUATE:
+            distributed_evaluation(parts)
+        else:
+            folder: list[Any] = [None]
+            distributed.broadcast_object_list(folder, src=0)
+            save_parts(folder[0], number, parts.model, parts.optimizer)

@@ -1,0 +1,38 @@
+"""Experts on several processes: how a model is split, how tokens reach their experts, and what that moves.
+
+Everything here stands on `torch.distributed`, FSDP2 and the expert parallelism of transformers; a process group is the
+caller's to start.
+"""
+
+from ..inference.logit_offsets import experts_modules
+from .copies import Copies
+from .dispatch import DISPATCHES, dispatch
+from .floors import StepFloor, step_floor
+from .gradients import average_gradients, clip_gradients
+from .layout import Layout
+from .moving import Move, MovingLayer
+from .placed import PlacedExperts, place_experts
+from .shard import Split, expect_splittable, split
+from .shared import SharedBatchExperts
+from .traffic import Traffic
+
+__all__ = [
+    "DISPATCHES",
+    "Copies",
+    "Layout",
+    "Move",
+    "MovingLayer",
+    "PlacedExperts",
+    "SharedBatchExperts",
+    "Split",
+    "StepFloor",
+    "Traffic",
+    "average_gradients",
+    "clip_gradients",
+    "dispatch",
+    "expect_splittable",
+    "experts_modules",
+    "place_experts",
+    "split",
+    "step_floor",
+]

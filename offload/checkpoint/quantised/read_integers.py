@@ -1,0 +1,100 @@
+"""Integers in words of 32 bits, and the quantiles of bitsandbytes."""
+
+from dataclasses import replace
+from math import prod
+
+from ...codes.encoding import Encoding
+from ...codes.nested import NestedEncoding
+from ...codes.stored_matrix import AnyEncoding
+from ...codes.turned import WORD_BITS, TurnedEncoding
+from ..tensors import TensorEntry
+from .description import Quantisation
+from .found import Companions, Found, expect_shape, said, scale_name
+from .values import expect_quantiles, expect_usual_order, nf4_state, shape_in
+
+
+def packed_integers(codes: TensorEntry, companions: Companions, described: Quantisation) -> Found:
+    """compressed-tensors: words of 32 bits along the columns, half of the range added to each code."""
+    shape = shape_in(companions["shape"])
+    lead, (rows, columns) = shape[:-2], shape[-2:]
+    bits = next((bits for bits in (4, 8) if codes.shape == (*lead, rows, -(-columns * bits // WORD_BITS))), 0)
+    if not bits:
+        raise ValueError(
+            f"{said(codes)}: not {list(shape)} in codes of 4 or 8 bits, which {companions['shape'].name} names"
+        )
+    scales = companions["scales"]
+    across = scales.shape[-1] if scales.shape else 1
+    size = columns // across if across > 1 and columns % across == 0 else 0
+    if size and described.groups and size not in described.groups:
+        raise ValueError(f"{said(scales)}: groups of {size} columns; the config names {described.groups}")
+    encoding = Encoding(
+        codes=f"offset{bits}",
+        group_rows=1,
+        group_columns=size,
+        scale=scale_name(scales, ("F32", "BF16", "F16")),
+        product=scale_name(scales, ("F32", "BF16", "F16")),
+        zero="packed" if "zeros" in companions else "none",
+        is_word_aligned=True,
+    )
+    if prod(scales.shape) == prod(lead):
+        encoding = replace(encoding, group_rows=0)
+    if "order" in companions:
+        expect_usual_order(companions["order"], encoding.group_columns or columns)
+    return Found(encoding=encoding, shape=shape, rows=rows, columns=columns)
+
+
+def turned_integers(codes: TensorEntry, companions: Companions, described: Quantisation) -> Found:
+    """GPTQ, whose words hold 32 bits of inputs, or AWQ, whose words hold eight outputs."""
+    scales, zeros = companions["scales"], companions["zeros"]
+    if not len(codes.shape) == len(scales.shape) == len(zeros.shape) == 2 or 0 in (*zeros.shape, *scales.shape):
+        raise ValueError(f"{said(codes)}: expected matrices of codes, scales and zeros")
+    groups, rows = scales.shape
+    bits = zeros.shape[1] * WORD_BITS // rows
+    is_awq = codes.shape[1] != rows
+    if bits not in ((4,) if is_awq else (4, 8)) or (described.bits and bits not in described.bits):
+        raise ValueError(f"{said(zeros)}: {bits} bits for each of {rows} outputs; 4 are known, and 8 of GPTQ")
+    columns = codes.shape[0] if is_awq else codes.shape[0] * WORD_BITS // bits
+    if is_awq and str(described.settings.get("version", "gemm")).lower() != "gemm":
+        raise ValueError(f"{codes.name}: AWQ is known in the version gemm only")
+    expect_shape(codes, (columns, rows * bits // WORD_BITS) if is_awq else (columns * bits // WORD_BITS, rows), scales)
+    expect_shape(zeros, (groups, rows * bits // WORD_BITS), scales)
+    size = columns // groups
+    if columns % groups or (described.groups and size not in described.groups and groups > 1):
+        raise ValueError(f"{said(scales)}: groups of {columns}/{groups} inputs; the config names {described.groups}")
+    if "order" in companions:
+        expect_shape(companions["order"], (columns,), codes)
+    older = not is_awq and described.settings.get("checkpoint_format", "gptq") == "gptq"
+    encoding = TurnedEncoding(
+        form="awq" if is_awq else "gptq",
+        bits=bits,
+        group_columns=size,
+        scale=scale_name(scales, ("F16", "BF16")),
+        zero_offset=int(older),
+        has_order="order" in companions,
+    )
+    return Found(encoding=encoding, shape=(rows, columns), rows=rows, columns=columns)
+
+
+def quantiles(codes: TensorEntry, companions: Companions, described: Quantisation) -> Found:
+    """bitsandbytes: nf4 over the rows one after the other, the high half of a byte first."""
+    expect_quantiles(companions["map"])
+    state = nf4_state(companions["state"])
+    rows, columns = state.shape
+    is_nested = state.block_groups > 0
+    if columns % state.group_columns or companions["scales"].dtype != ("U8" if is_nested else "F32"):
+        raise ValueError(
+            f"{said(companions['scales'])}: not a scale for each {state.group_columns} columns of {codes.name} "
+            f"[{rows}, {columns}], none of which crosses a row"
+        )
+    encoding: AnyEncoding = NestedEncoding(
+        group_columns=state.group_columns,
+        block_groups=state.block_groups,
+        offset=state.offset,
+        product=state.product,
+    )
+    if not is_nested:
+        encoding = encoding.packed
+    for role in ("nested", "table") if is_nested else ():
+        if role not in companions or companions[role].dtype != "F32":
+            raise ValueError(f"{codes.name}: has no {role} scales of F32 beside it, which its state names")
+    return Found(encoding=encoding, shape=(rows, columns), rows=rows, columns=columns)

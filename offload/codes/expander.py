@@ -1,0 +1,105 @@
+"""Stored matrices in C: the struct that kernels read, and the expansion of a whole matrix."""
+
+import ctypes
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+
+from ..native.library import library
+from .encoding import CODE_BITS, ITEM_BYTES, ROLES, Encoding
+
+NIBBLES, BYTES = 2, 3
+"""Numbers of stored forms in C; `stored_matrix.h` has the same ones, and the orders of the names below."""
+CODE_KINDS = ("e2m1", "offset4", "uint4", "nf4", "e4m3", "int8", "offset8", "uint8")
+SCALE_KINDS = ("F32", "BF16", "F16", "E4M3", "E8M0", "EXP2", "LDEXP")
+PRODUCT_KINDS = ("F32", "BF16", "F16", "F64")
+ZERO_KINDS = ("none", "packed", "bytes")
+GLOBAL_KINDS = ("none", "multiplies", "divides")
+
+Parts = ctypes.c_void_p * len(ROLES)
+Parameters = ctypes.c_int32 * 4
+
+
+def kernel_number(encoding: Encoding) -> int:
+    """Number by which the C knows matrices of an encoding."""
+    return NIBBLES if CODE_BITS[encoding.codes] == 4 else BYTES
+
+
+@cache
+def kernel_parameters(encoding: Encoding, rows: int, columns: int) -> "ctypes.Array[ctypes.c_int32]":
+    """Group rows, group columns, kind of codes and everything else: `parameter` of `struct stored_matrix`."""
+    details = (
+        SCALE_KINDS.index(encoding.scale)
+        | PRODUCT_KINDS.index(encoding.product) << 4
+        | ZERO_KINDS.index(encoding.zero) << 8
+        | GLOBAL_KINDS.index(encoding.scale_of_scales) << 12
+        | encoding.is_high_first << 16
+        | encoding.is_word_aligned << 17
+    )
+    group_rows, group_columns = encoding.group_rows or rows, encoding.group_columns or columns
+    return Parameters(group_rows, group_columns, CODE_KINDS.index(encoding.codes), details)
+
+
+def kernel_parts(parts: Mapping[str, torch.Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
+    """Addresses of the parts in the order of ROLES: `part` of `struct stored_matrix`."""
+    return Parts(*(parts[role].data_ptr() if role in parts else None for role in ROLES))
+
+
+def expand(
+    encoding: Encoding,
+    parts: Mapping[str, torch.Tensor],
+    rows: int,
+    columns: int,
+    out: torch.Tensor,
+    *,
+    is_transposed: bool,
+) -> bool:
+    """Write a stored matrix as bfloat16.
+
+    Args:
+        encoding: what the parts mean.
+        parts: uint8, contiguous, by role.
+        rows: of the stored matrix.
+        columns: of the stored matrix.
+        out: bfloat16 and contiguous; `[columns, rows]` if `is_transposed`, else `[rows, columns]`.
+        is_transposed: write the transpose.
+
+    Returns:
+        Whether it was done; not where there is no C compiler.
+    """
+    if not has_exact_kernel(encoding) or (function := _function()) is None:
+        return False
+    function(
+        kernel_number(encoding),
+        kernel_parts(parts),
+        kernel_parameters(encoding, rows, columns),
+        rows,
+        columns,
+        out.data_ptr(),
+        is_transposed,
+    )
+    return True
+
+
+def has_exact_kernel(encoding: Encoding) -> bool:
+    """Whether C expands to the bits of the definition.
+
+    It rounds products of float32; those of float64 are the same if a factor is a power of two.
+    """
+    return encoding.product != "F64" or encoding.scale == "LDEXP"
+
+
+@cache
+def _function() -> "ctypes._NamedFuncPointer | None":
+    try:
+        found = library()
+    except OSError:
+        return None
+    function = found.expertier_expand_stored
+    function.argtypes = [ctypes.c_int, Parts, Parameters, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
+    function.restype = None
+    return function
+
+
+assert set(SCALE_KINDS) < set(ITEM_BYTES)

@@ -1,0 +1,74 @@
+"""A quantised matrix in memory: its stored parts, and what expands them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .decode import decode
+from .encoding import Encoding
+from .expander import expand
+from .nested import NestedEncoding
+from .turned import TurnedEncoding
+
+AnyEncoding = Encoding | TurnedEncoding | NestedEncoding
+"""The last two become the first when they are expanded or packed."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredMatrix:
+    """Rows of a matrix, as they are stored.
+
+    Args:
+        encoding: what the bytes mean.
+        rows: of the stored matrix, outputs of the product.
+        columns: of the stored matrix, inputs of the product.
+        parts: uint8 and contiguous, by role.
+    """
+
+    encoding: AnyEncoding
+    rows: int
+    columns: int
+    parts: Mapping[str, torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def expand(self, out: torch.Tensor, *, is_transposed: bool = False) -> None:
+        """Write the matrix as the owner of the format would, rounded to the dtype of `out`.
+
+        Args:
+            out: contiguous; `[columns, rows]` if `is_transposed`, else `[rows, columns]`.
+            is_transposed: write the transpose.
+        """
+        shape, encoding, parts = (self.rows, self.columns), self.encoding, self.parts
+        if not isinstance(encoding, Encoding) and encoding.is_in_order(parts, self.columns):
+            self.packed().expand(out, is_transposed=is_transposed)
+            return
+        if isinstance(encoding, TurnedEncoding):
+            plain = encoding.decode(parts, *shape, out.dtype)
+        elif isinstance(encoding, NestedEncoding):
+            raise AssertionError("scales of scales are always in order")
+        elif out.dtype == torch.bfloat16 and expand(encoding, parts, *shape, out, is_transposed=is_transposed):
+            return
+        else:
+            plain = decode(encoding, parts, *shape, out.dtype)
+        out.copy_(plain.t() if is_transposed else plain)
+
+    def packed(self) -> "StoredMatrix":
+        """The matrix as a packed copy stores it.
+
+        Raises:
+            ValueError: if its columns are sorted by activation, so that groups are not neighbours.
+        """
+        if isinstance(self.encoding, Encoding):
+            return self
+        if not self.encoding.is_in_order(self.parts, self.columns):
+            raise ValueError(
+                "columns are sorted by activation (desc_act), which a packed copy does not store; load the checkpoint "
+                "without one"
+            )
+        parts = self.encoding.turn(self.parts, self.rows, self.columns)
+        return StoredMatrix(encoding=self.encoding.packed, rows=self.rows, columns=self.columns, parts=parts)

@@ -1,0 +1,205 @@
+"""Experts computed from their inputs to their outputs by one call of C, from the bytes in their slots.
+
+The products are in an order of summation that `Matvecs` allows, the gate is tables. For a single token in `exact`, and
+for any number of tokens in `fixed`.
+
+Shapes: T tokens, K experts of the token, N = T * K routed rows sorted by expert, D model width, F expert width.
+"""
+
+import ctypes
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..checkpoint.experts import weight_names
+from ..formats.form import Form
+from ..native.kernel_matrix import KernelMatrix
+from .gating import Gating, find_gating
+from .matvec import Matvecs
+from .orders import ExpertWeights, GatingTables, Matrices, Order, addresses, experts_function, pointers
+from .routed_rows import VECTOR_ELEMENTS, ExpertSpans
+
+KernelMatrices = Mapping[str, tuple[KernelMatrix, ...]]
+"""An expert as our C reads it: the pieces of each parameter."""
+
+
+class FusedExperts:
+    """The kernel of one layer's experts.
+
+    Args:
+        orders: of the first and of the second product.
+        module: the experts module.
+        gating: its gate.
+        width: F, columns of the second product.
+    """
+
+    def __init__(self, orders: Sequence[Order], module: Any, gating: Gating, width: int) -> None:
+        self._up_order, self._down_order = orders
+        self._gating, self._width = gating, width
+        tables = (gating.gate.data_ptr(), None if gating.linear is None else gating.linear.data_ptr())
+        self._tables = GatingTables(*tables, gating.is_gated, gating.is_interleaved)
+        self._up_name, self._down_name = weight_names(module)
+        names = (f"{name}_bias" if module.has_bias else None for name in (self._up_name, self._down_name))
+        self._module, (self._up_bias, self._down_bias) = module, names
+
+    def __call__(
+        self,
+        x_TD: torch.Tensor,
+        token_N: torch.Tensor,
+        rows: Mapping[int, int],
+        matrices: Sequence[KernelMatrices],
+        out: Sequence[torch.Tensor],
+    ) -> None:
+        """Compute several experts.
+
+        Args:
+            x_TD: hidden states, bfloat16 and contiguous.
+            token_N: which row of x each row of each expert is, one expert after the other; int64.
+            rows: how many rows each expert has, in their order.
+            matrices: of each expert.
+            out: rows `[n, D]` for each expert; written.
+        """
+        hidden_NF = x_TD.new_empty(token_N.numel(), self._width)
+        starts = [0]
+        for count in rows.values():
+            starts.append(starts[-1] + count)
+        weights = self._weights(list(rows), matrices, x_TD.shape[1])
+        experts_function()(
+            *(self._up_order.number, self._up_order.block, self._down_order.block, weights, self._tables, len(rows)),
+            *(x_TD.data_ptr(), token_N.data_ptr(), (ctypes.c_int64 * len(starts))(*starts)),
+            *(hidden_NF.data_ptr(), addresses(out)),
+        )
+
+    def _weights(self, experts: Sequence[int], matrices: Sequence[KernelMatrices], model_width: int) -> ExpertWeights:
+        pieces = [matrix[self._up_name] for matrix in matrices]
+        firsts, width = [piece[0] for piece in pieces], self._width
+        if self._gating.is_interleaved or not self._gating.is_gated:
+            gate = linear = _matrices(firsts, 0, firsts[0].rows)
+        elif len(pieces[0]) == 1:
+            gate, linear = _matrices(firsts, 0, width), _matrices(firsts, width, width)
+        else:
+            gate, linear = _matrices(firsts, 0, width), _matrices([piece[1] for piece in pieces], 0, width)
+        down = _matrices([matrix[self._down_name][0] for matrix in matrices], 0, model_width)
+        up_bias, down_bias = self._biases(self._up_bias, experts), self._biases(self._down_bias, experts)
+        found = ExpertWeights(gate, linear, down, _address(up_bias), _address(down_bias))
+        found.keeps = (gate, linear, down, up_bias, down_bias)  # addresses alone do not keep what they point to
+        return found
+
+    def _biases(self, name: str | None, experts: Sequence[int]) -> Any:
+        if name is None:
+            return None
+        bias_EF = getattr(self._module, name)
+        return pointers([bias_EF.data_ptr() + expert * bias_EF.stride(0) * bias_EF.itemsize for expert in experts])
+
+
+def _matrices(matrices: Sequence[KernelMatrix], first: int, count: int) -> Matrices:
+    """Some rows of matrices of one form and shape, as C takes them."""
+    one = matrices[0]
+    parts = pointers([part for matrix in matrices for part in matrix.parts])
+    found = Matrices(one.form, ctypes.addressof(parts), _address(one.parameter), one.rows, one.columns, first, count)
+    found.keeps = (parts, one.parameter)
+    return found
+
+
+def _address(array: Any) -> int | None:
+    return None if array is None else ctypes.addressof(array)
+
+
+class FusedRows:
+    """What `RoutedRows` is, where the experts are `FusedExperts`.
+
+    Args:
+        fused: the layer's kernel.
+        num_experts: E; ids outside 0..E-1 are left out.
+        x_TD: hidden states, bfloat16 and contiguous.
+        expert_TK: expert ids.
+        weight_TK: combine weights.
+    """
+
+    def __init__(
+        self,
+        fused: FusedExperts,
+        num_experts: int,
+        x_TD: torch.Tensor,
+        expert_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+    ) -> None:
+        self._fused, self._x_TD, self._weight_TK = fused, x_TD, weight_TK
+        self._spans = ExpertSpans(expert_TK, num_experts, is_sorted=False)
+        is_whole = sum(self.num_rows.values()) == expert_TK.numel()
+        make = x_TD.new_empty if is_whole else x_TD.new_zeros
+        self._out_ND = make(expert_TK.numel(), x_TD.shape[1])
+
+    @property
+    def num_rows(self) -> dict[int, int]:
+        """Rows of each expert that has any."""
+        return self._spans.num_rows
+
+    def compute_several(self, experts: Sequence[int], matrices: Sequence[KernelMatrices]) -> bool:
+        """All of several experts; always done."""
+        spans = {expert: self._spans.of[expert] for expert in experts}
+        rows = {expert: stop - start for expert, (start, stop) in spans.items()}
+        outs = [self._out_ND[slice(*span)] for span in spans.values()]
+        self._fused(self._x_TD, self._spans.tokens_of(experts), rows, matrices, outs)
+        return True
+
+    def compute(self, expert: int, matrices: KernelMatrices) -> None:
+        """All of one expert."""
+        self.compute_several((expert,), (matrices,))
+
+    start = compute
+
+    def gate(self) -> None:
+        """Nothing is left to do: each expert was computed to its end."""
+
+    def finish(self, expert: int, matrices: KernelMatrices) -> None:
+        """Nothing is left to do."""
+
+    def combine(self) -> torch.Tensor:
+        """The weighted sum over each token's experts, `[T, D]`."""
+        return self._spans.combine(self._out_ND, self._weight_TK, self._x_TD.dtype)
+
+
+def fuse_experts(module: Any, form: Form, top_k: int, matvecs: Matvecs) -> FusedExperts | None:
+    """The kernel of a layer's experts; None if none keeps what `matvecs` promises.
+
+    Args:
+        module: the experts module.
+        form: how the layer's experts are stored.
+        top_k: K; torch's activation runs over the rows of all K experts, and is vectorised to the last element only if
+            those divide.
+        matvecs: chooses the orders.
+    """
+    if getattr(module, "has_post_expert_norm", False) or not _has_usual_weights(module, form):
+        return None
+    up_name, down_name = weight_names(module)
+    shape = {parameter.name: parameter.shape for parameter in form.layer.parameters}
+    model_width, width = shape[down_name] if not module.is_transposed else shape[down_name][::-1]
+    up_rows = (2 if module.has_gate else 1) * width
+    if math.prod(shape[up_name]) != up_rows * model_width:
+        return None
+    if matvecs.arithmetic == "exact" and not _is_vectorised(width, top_k):
+        return None
+    orders = matvecs.experts_orders([(up_rows, model_width), (model_width, width)])
+    if orders is None or width % orders[0].alignment:
+        return None
+    gating = find_gating(module, width)
+    return None if gating is None else FusedExperts(orders, module, gating, width)
+
+
+def _has_usual_weights(module: Any, form: Form) -> bool:
+    """Whether our C multiplies both weights from where they are stored, and adds the biases that there are."""
+    names, parameters = weight_names(module), form.layer.parameters
+    is_known = {parameter.name for parameter in parameters} == set(names) and all(
+        parameter.dtype == torch.bfloat16 and len(parameter.shape) == 2 for parameter in parameters
+    )
+    biases = [getattr(module, f"{name}_bias") for name in names] if module.has_bias else []
+    are_usable = all(bias.dtype == torch.bfloat16 and bias.stride(-1) == 1 and bias.dim() == 2 for bias in biases)
+    return is_known and are_usable and form.can_multiply(is_transposed=module.is_transposed)
+
+
+def _is_vectorised(width: int, top_k: int) -> bool:
+    """Whether torch's activation of a token's experts has no remainder in any thread's share."""
+    return width % VECTOR_ELEMENTS == 0 and top_k * width % (VECTOR_ELEMENTS * torch.get_num_threads()) == 0

@@ -1,0 +1,169 @@
+"""Orders of summation: how our C adds the terms of a product, each the same whatever else is computed.
+
+    amx           tiles of 32 columns, from left to right: the order of oneDNN where there is AMX
+    avx512_bf16   pairs of columns from left to right, a fresh sum every `block` columns: that of oneDNN without AMX
+    avx512, avx2, neon, c
+                  16 sums, column c in sum c % 16: our own, for every other processor
+
+Shapes: n rows of x, D model width, F hidden width.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..native.kernel_matrix import KernelMatrix
+from ..native.library import library
+
+AMX_BLOCK = 32
+"""Rows and columns that AMX takes at a time: two tiles of 16 rows, a tile row holds 32 bfloat16 numbers."""
+ONE_ROW_BLOCK = 512
+"""Columns after which oneDNN begins a fresh sum for one row of x; our own sums do as it does."""
+BLOCKS = (ONE_ROW_BLOCK, 1024, 0, 256, 384, 768, 2048)
+"""What is tried where oneDNN's blocks are not known; 1,024 is what it takes for several rows. All are multiples of the
+64 columns that our C adds before it may begin afresh; 0 is one block for all."""
+
+Shape = tuple[int, int]
+
+
+class Matrices(ctypes.Structure):
+    """`struct matrices` of products.c: matrices of one form and shape, and which of their rows are meant."""
+
+    _fields_ = (
+        ("form", ctypes.c_int),
+        ("part", ctypes.c_void_p),
+        ("parameter", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+    )
+
+
+class GatingTables(ctypes.Structure):
+    """`struct gating` of products.c."""
+
+    _fields_ = (
+        ("gate", ctypes.c_void_p),
+        ("linear", ctypes.c_void_p),
+        ("is_gated", ctypes.c_int),
+        ("is_interleaved", ctypes.c_int),
+    )
+
+
+class ExpertWeights(ctypes.Structure):
+    """`struct expert_weights` of products.c: the matrices of several experts, and their biases."""
+
+    _fields_ = (
+        ("gate", Matrices),
+        ("linear", Matrices),
+        ("down", Matrices),
+        ("up_bias", ctypes.c_void_p),
+        ("down_bias", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class Order:
+    """One order of summation.
+
+    Args:
+        name: as above.
+        number: its place in `enum order` of products.c.
+        alignment: what rows and columns of a matrix have to be multiples of.
+        block: columns of a block, for those that have blocks.
+    """
+
+    name: str
+    number: int
+    alignment: int = 1
+    block: int = 0
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether a matrix of this shape can be multiplied so."""
+        return shape[0] % self.alignment == shape[1] % self.alignment == 0
+
+    def multiply(
+        self,
+        x: torch.Tensor,
+        matrices: Sequence[KernelMatrix],
+        outs: Sequence[torch.Tensor],
+        *,
+        biases: Sequence[torch.Tensor | None] = (),
+        is_row_each: bool = False,
+    ) -> None:
+        """`outs[m] = x @ matrices[m].t() + biases[m]`, rounded once.
+
+        Args:
+            x: bfloat16 `[n, D]`, contiguous.
+            matrices: of one form and one width; their rows may differ.
+            outs: bfloat16 `[n, F]` for each matrix, contiguous; written.
+            biases: bfloat16 `[F]` for each matrix, or None; none at all by default.
+            is_row_each: matrix m is multiplied with row m of x alone, and `outs[m]` is one row.
+        """
+        first = matrices[0]
+        columns, num = first.columns, len(matrices)
+        rows = (ctypes.c_int64 * num)(*[matrix.rows for matrix in matrices])
+        parts = pointers([part for matrix in matrices for part in matrix.parts])
+        bias = pointers([0 if bias is None else bias.data_ptr() for bias in biases]) if any_given(biases) else None
+        x_rows, step = (1, columns) if is_row_each else (x.numel() // columns, 0)
+        _multiply()(
+            *(self.number, self.block, first.form, parts, first.parameter, num),
+            *(bias, x.data_ptr(), x_rows, step, addresses(outs), rows, columns),
+        )
+
+
+def any_given(biases: Sequence[torch.Tensor | None]) -> bool:
+    """Whether any matrix has a bias."""
+    return any(bias is not None for bias in biases)
+
+
+@functools.cache
+def orders() -> tuple[Order, ...]:
+    """What this processor has, best first.
+
+    Raises:
+        OSError: if there is no C compiler, or it fails.
+    """
+    found = library()
+    found.expertier_lanes.restype = ctypes.c_char_p
+    amx = (Order("amx", 0, alignment=AMX_BLOCK),) if found.expertier_has_amx() else ()
+    pairs = (Order("avx512_bf16", 1, block=ONE_ROW_BLOCK),) if found.expertier_has_pairs() else ()
+    return (*amx, *pairs, Order(found.expertier_lanes().decode(), 2))
+
+
+@functools.cache
+def _multiply() -> Any:
+    function = library().expertier_multiply
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [
+        *(ctypes.c_int, number, ctypes.c_int, pointer, pointer, number),
+        *(pointer, pointer, number, number, pointer, pointer, number),
+    ]
+    function.restype = None
+    return function
+
+
+@functools.cache
+def experts_function() -> Any:
+    """`expertier_experts` of products.c."""
+    function = library().expertier_experts
+    weights, tables = ctypes.POINTER(ExpertWeights), ctypes.POINTER(GatingTables)
+    number = ctypes.c_int64
+    function.argtypes = [ctypes.c_int, number, number, weights, tables, number, *([ctypes.c_void_p] * 5)]
+    function.restype = None
+    return function
+
+
+def pointers(numbers: Sequence[int]) -> Any:
+    """Addresses as C takes them."""
+    return (ctypes.c_void_p * len(numbers))(*numbers)
+
+
+def addresses(tensors: Sequence[torch.Tensor]) -> Any:
+    """Where tensors lie, as C takes it."""
+    return pointers([tensor.data_ptr() for tensor in tensors])

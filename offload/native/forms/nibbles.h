@@ -1,0 +1,79 @@
+/* Codes of four bits: each group of weights has a table of sixteen bfloat16 numbers, which its codes look up. */
+
+#pragma once
+
+#include "quick_nibbles.h"
+#include "scales.h"
+
+static const float NIBBLE_VALUES[4][16] = {
+    [E2M1] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6},
+    [OFFSET4] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},
+    [UINT4] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+    [NF4] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+             -0.18477343022823334f, -0.09105003625154495f, 0, 0.07958029955625534f, 0.16093020141124725f,
+             0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
+             0.7229568362236023f, 1},
+};
+
+/* The sixteen weights that codes of the group at (down, across) of the grid can have. */
+static inline void nibble_table(const struct stored_matrix *m, int64_t down, int64_t across, uint16_t table[16]) {
+    const float *values = NIBBLE_VALUES[m->parameter[CODE_KIND]];
+    float scale = scale_at(m, down * m->across + across), factor = value_factor(m);
+    float zero = zero_kind(m) == ZERO_NONE ? 0 : values[zero_code_at(m, down, across)];
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    __m512 value = _mm512_mul_ps(_mm512_loadu_ps(values), _mm512_set1_ps(factor));
+    if (zero_kind(m) != ZERO_NONE) value = _mm512_sub_ps(value, _mm512_set1_ps(zero));
+    _mm256_storeu_si256((__m256i *)table, round_products(m, _mm512_mul_ps(value, _mm512_set1_ps(scale))));
+#else
+    for (int k = 0; k < 16; k++) {
+        float value = values[k] * factor;
+        table[k] = round_product(m, (zero_kind(m) == ZERO_NONE ? value : value - zero) * scale);
+    }
+#endif
+}
+
+/* Columns `begin` to `end` of one row, all of one group. */
+static inline void look_up(const uint16_t table[16], const uint8_t *codes, int64_t begin, int64_t end, int high_first,
+                           uint16_t *out) {
+    int64_t c = begin;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    __m256i entries = _mm256_loadu_si256((const __m256i *)table);
+    for (; c % 2 == 0 && c + 16 <= end; c += 16) {
+        __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + c / 2)));
+        __m256i index = high_first ? _mm256_or_si256(_mm256_srli_epi32(byte, 4), _mm256_slli_epi32(byte, 16))
+                                   : _mm256_or_si256(byte, _mm256_slli_epi32(byte, 12));
+        index = _mm256_and_si256(index, _mm256_set1_epi32(0x000f000f));
+        _mm256_storeu_si256((__m256i *)(out + c - begin), _mm256_permutexvar_epi16(index, entries));
+    }
+#endif
+    for (; c < end; c++) out[c - begin] = table[codes[c / 2] >> ((c % 2 != high_first) ? 4 : 0) & 15];
+}
+
+static void look_up_rows(const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns, uint16_t *out,
+                         int64_t stride) {
+    int64_t group = m->parameter[GROUP_COLUMNS], end = column + columns;
+    for (int64_t r = row; r < row + rows; r++, out += stride) {
+        const uint8_t *codes = m->part[CODES] + r * m->row_bytes;
+        for (int64_t begin = column, stop; begin < end; begin = stop) {
+            uint16_t table[16];
+            stop = (begin / group + 1) * group < end ? (begin / group + 1) * group : end;
+            nibble_table(m, down_of(m, r), begin / group, table);
+            look_up(table, codes, begin, stop, is_high_first(m), out + begin - column);
+        }
+    }
+}
+
+/* Rows row .. row + rows - 1, columns column .. column + columns - 1 as bfloat16, rows `stride` elements apart. */
+static void expand_nibbles(const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                           uint16_t *out, int64_t stride) {
+#ifdef HAS_QUICK_NIBBLES
+    for (; columns >= QUICK_COLUMNS && column % QUICK_COLUMNS == 0; column += QUICK_COLUMNS, columns -= QUICK_COLUMNS, out += QUICK_COLUMNS) {
+        const float *values = NIBBLE_VALUES[m->parameter[CODE_KIND]];
+        int64_t done = quick_nibbles(m, values, row, rows, column, out, stride);
+        /* the row that could not be done, and what is below it */
+        for (; done < rows; done += 1 + quick_nibbles(m, values, row + done + 1, rows - done - 1, column, out + (done + 1) * stride, stride))
+            look_up_rows(m, row + done, 1, column, QUICK_COLUMNS, out + done * stride, stride);
+    }
+#endif
+    if (columns) look_up_rows(m, row, rows, column, columns, out, stride);
+}

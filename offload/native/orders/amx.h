@@ -1,0 +1,165 @@
+/* The order of summation of AMX tiles, which is that of oneDNN's products there: 32 columns at a time, from left to right.
+
+   Rows and columns of the matrix are multiples of 32. A row of x has the same sums however many others are multiplied with it. */
+
+#pragma once
+
+#include "inputs.h"
+#include "../strips.h"
+
+struct tile_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} __attribute__((packed));
+
+struct amx {
+    struct tile_config before; /* each thread gets its own back: oneDNN keeps one */
+    int64_t width;             /* rows of x that the tiles are configured for; 0 at first */
+};
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Tiles are named by literals: the intrinsics paste them into register names. Sums of rows 0-15 and 16-31 of the strip, each
+   with two groups of rows of x. */
+#define SUM_0 0
+#define SUM_1 1
+#define SUM_2 2
+#define SUM_3 3
+#define W_0 4
+#define W_1 5
+#define X_0 6
+#define X_1 7
+enum { TILE_ROWS = 16, TILE_COLUMNS = 32, TILES = 8, QUARTER = STRIP_ROWS / 4 };
+
+/* Linux lets a process use AMX only when it asks. */
+int expertier_has_amx(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* TILEDATA */) == 0; }
+
+static void begin_amx(struct amx *amx) {
+    _tile_storeconfig(&amx->before);
+    amx->width = 0;
+}
+
+static void end_amx(const struct amx *amx) {
+    if (amx->before.palette)
+        _tile_loadconfig(&amx->before);
+    else
+        _tile_release();
+}
+
+static void configure(struct amx *amx, int64_t width) {
+    if (amx->width == width) return;
+    struct tile_config config = {.palette = 1};
+    for (int tile = 0; tile < TILES; tile++) {
+        config.rows[tile] = TILE_ROWS;
+        config.row_bytes[tile] = tile == W_0 || tile == W_1 ? 2 * TILE_COLUMNS : (uint16_t)(width * (int64_t)sizeof(float));
+    }
+    _tile_loadconfig(&config);
+    amx->width = width;
+}
+
+static inline void zero_sums(int is_pair) {
+    _tile_zero(SUM_0);
+    _tile_zero(SUM_1);
+    if (is_pair) {
+        _tile_zero(SUM_2);
+        _tile_zero(SUM_3);
+    }
+}
+
+/* One tile of columns: `w` has 32 rows, `x` one group of rows, or two that are `next` apart. */
+static inline void add_tile(const uint16_t *w, int64_t stride, const uint32_t *x, int64_t width, int64_t next, int is_pair) {
+    _tile_loadd(X_0, x, width * sizeof(float));
+    _tile_loadd(W_0, w, 2 * stride);
+    _tile_dpbf16ps(SUM_0, W_0, X_0);
+    _tile_loadd(W_1, w + TILE_ROWS * stride, 2 * stride);
+    _tile_dpbf16ps(SUM_1, W_1, X_0);
+    if (is_pair) {
+        _tile_loadd(X_1, x + next, width * sizeof(float));
+        _tile_dpbf16ps(SUM_2, W_0, X_1);
+        _tile_dpbf16ps(SUM_3, W_1, X_1);
+    }
+}
+
+static inline void store_group(const struct strip *s, const float *low, const float *high, const struct inputs *x, int64_t group,
+                               uint16_t *y, int64_t y_stride) {
+    int64_t width = group_width(x);
+    for (int64_t i = 0; i < width && group * X_ROWS + i < x->rows; i++)
+        for (int64_t row = 0; row < STRIP_ROWS; row++) {
+            float sum = (row < TILE_ROWS ? low : high)[row % TILE_ROWS * width + i];
+            y[(group * X_ROWS + i) * y_stride + row] = finish(s, row, sum);
+        }
+}
+
+static inline void store_sums(const struct strip *s, const struct inputs *x, int64_t group, int is_pair, uint16_t *y, int64_t y_stride) {
+    float sums[4][TILE_ROWS * X_ROWS] __attribute__((aligned(64)));
+    int64_t bytes = group_width(x) * (int64_t)sizeof(float);
+    _tile_stored(SUM_0, sums[0], bytes);
+    _tile_stored(SUM_1, sums[1], bytes);
+    store_group(s, sums[0], sums[1], x, group, y, y_stride);
+    if (!is_pair) return;
+    _tile_stored(SUM_2, sums[2], bytes);
+    _tile_stored(SUM_3, sums[3], bytes);
+    store_group(s, sums[2], sums[3], x, group + 1, y, y_stride);
+}
+
+/* A strip whose rows lie `stride` apart, times groups of x from `group` on, one or two. */
+static inline void multiply_tiles(const struct strip *s, const uint16_t *w, int64_t stride, const struct inputs *x, int64_t group,
+                                  int is_pair, uint16_t *y, int64_t y_stride) {
+    int64_t width = group_width(x), next = width * padded(x->columns) / 2;
+    const uint32_t *pairs = pairs_of(x, group);
+    zero_sums(is_pair);
+    for (int64_t c = 0; c < x->columns; c += TILE_COLUMNS) add_tile(w + c, stride, pairs + c / 2 * width, width, next, is_pair);
+    store_sums(s, x, group, is_pair, y, y_stride);
+}
+
+/* A strip that is expanded while it is multiplied with one group: between the tile products of a chunk, the next chunk is
+   expanded, a quarter of its rows each time, so that both units of the processor are busy. */
+static void multiply_while_expanding(struct strip *s, const struct inputs *x, struct room *room, uint16_t *y, int64_t y_stride) {
+    int64_t width = group_width(x), columns = x->columns;
+    const uint32_t *pairs = pairs_of(x, 0);
+    expand_chunk(s, 0, 0, STRIP_ROWS, room->chunk[0], CHUNK);
+    zero_sums(0);
+    for (int64_t c = 0; c < columns; c += CHUNK) {
+        const uint16_t *now = room->chunk[c / CHUNK % 2];
+        uint16_t *next = room->chunk[(c / CHUNK + 1) % 2];
+        for (int quarter = 0; quarter < 4; quarter++) {
+            const uint16_t *w = now + quarter / 2 * TILE_COLUMNS;
+            if (quarter % 2 == 0) {
+                _tile_loadd(X_0, pairs + (c + quarter / 2 * TILE_COLUMNS) / 2 * width, width * sizeof(float));
+                _tile_loadd(W_0, w, 2 * CHUNK);
+                _tile_dpbf16ps(SUM_0, W_0, X_0);
+            } else {
+                _tile_loadd(W_1, w + TILE_ROWS * CHUNK, 2 * CHUNK);
+                _tile_dpbf16ps(SUM_1, W_1, X_0);
+            }
+            if (c + CHUNK < columns) expand_chunk(s, c + CHUNK, quarter * QUARTER, (quarter + 1) * QUARTER, next, CHUNK);
+        }
+    }
+    store_sums(s, x, 0, 0, y, y_stride);
+}
+
+/* y[i][row] for all rows i of x and the rows of one strip. */
+static void amx_strip(struct amx *amx, struct strip *s, const struct inputs *x, struct room *room, uint16_t *y, int64_t y_stride) {
+    configure(amx, group_width(x));
+    if (s->m->form != PLAIN && !is_wide(s) && num_groups(x) == 1 && x->columns % CHUNK == 0) {
+        multiply_while_expanding(s, x, room, y, y_stride);
+        return;
+    }
+    const uint16_t *w = plain_row(s, 0);
+    if (s->m->form != PLAIN) {
+        expand_strip(s, room->strip, padded(x->columns));
+        w = room->strip;
+    }
+    int64_t stride = s->m->form == PLAIN ? x->columns : padded(x->columns), group = 0;
+    for (; group + 2 <= num_groups(x); group += 2) multiply_tiles(s, w, stride, x, group, 1, y, y_stride);
+    if (group < num_groups(x)) multiply_tiles(s, w, stride, x, group, 0, y, y_stride);
+}
+#else
+int expertier_has_amx(void) { return 0; }
+static void begin_amx(struct amx *amx) {}
+static void end_amx(const struct amx *amx) {}
+static void amx_strip(struct amx *amx, struct strip *s, const struct inputs *x, struct room *room, uint16_t *y, int64_t y_stride) {}
+#endif

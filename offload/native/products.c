@@ -1,0 +1,233 @@
+/* Products of a few rows of x with matrices in any stored form, and whole experts, at the speed of memory.
+
+   y[i][r] = sum_c w[r][c] * x[i][c], accumulated in float32, rounded to bfloat16 once. The order of a sum depends on the order
+   that was asked for and on the number of columns. It does not depend on threads, on the rows beside, or on the stored form. */
+
+#include "orders/amx.h"
+#include "orders/lanes.h"
+#include "orders/pairs.h"
+
+enum order { ORDER_AMX, ORDER_PAIRS, ORDER_LANES };
+enum { STRIPS_AT_ONCE = 4 };
+
+/* An order of summation; `block` is that of `pairs_strip`. */
+struct summation {
+    enum order order;
+    int64_t block;
+};
+
+struct worker {
+    struct amx amx;
+    struct room room;
+};
+
+/* Rooms for products with at most `rows` rows of x and `columns` columns. */
+static void begin_work(struct worker *worker, const struct summation *by, int64_t rows, int64_t columns) {
+    size_t sums = by->order == ORDER_PAIRS ? pairs_sums(rows) : by->order == ORDER_LANES ? lanes_sums() : 1;
+    worker->room.sums = aligned_alloc(64, (sums * sizeof(float) + 63) / 64 * 64);
+    worker->room.strip = by->order == ORDER_AMX ? aligned_alloc(64, STRIP_ROWS * (size_t)padded(columns) * sizeof(uint16_t)) : NULL;
+    if (by->order == ORDER_AMX) begin_amx(&worker->amx);
+}
+
+static void end_work(struct worker *worker, const struct summation *by) {
+    if (by->order == ORDER_AMX) end_amx(&worker->amx);
+    free(worker->room.sums);
+    free(worker->room.strip);
+}
+
+static inline void pack(const struct summation *by, const struct inputs *x, int64_t group) {
+    if (by->order == ORDER_LANES)
+        pack_lanes(x, group);
+    else
+        pack_pairs(x, group);
+}
+
+static inline void multiply_strip(struct worker *worker, const struct summation *by, const struct stored_matrix *m, int64_t row,
+                                  const uint16_t *bias, const struct inputs *x, uint16_t *y, int64_t y_stride) {
+    struct strip s = begin_strip(m, row, bias);
+    if (by->order == ORDER_AMX)
+        amx_strip(&worker->amx, &s, x, &worker->room, y, y_stride);
+    else if (by->order == ORDER_PAIRS)
+        pairs_strip(by->block, &s, x, &worker->room, y, y_stride);
+    else
+        lanes_strip(&s, x, &worker->room, y, y_stride);
+}
+
+static inline int64_t num_strips(int64_t rows) { return (rows + STRIP_ROWS - 1) / STRIP_ROWS; }
+
+/* Several matrices of one form and shape, of which rows `first` to `first` + `rows` - 1 are meant; `part` has PARTS pointers each. */
+struct matrices {
+    int form;
+    const void *const *part;
+    const int32_t *parameter; /* NULL if the form has none */
+    int64_t rows, columns, first, count;
+};
+
+static struct stored_matrix matrix_of(const struct matrices *of, int64_t n) {
+    struct stored_matrix m = {.form = of->form, .rows = of->rows, .columns = of->columns};
+    for (int p = 0; p < PARTS; p++) m.part[p] = of->part[n * PARTS + p];
+    if (of->parameter) memcpy(m.parameter, of->parameter, sizeof m.parameter);
+    measure(&m);
+    return m;
+}
+
+/* y[n] = x[n] w[n]^T for n = 0 .. num - 1: w[n] has rows[n] rows, x[n] has `x_rows` rows and begins x_step numbers after x[n - 1]
+   (0: all are one), y[n] is [x_rows, rows[n]]. A bias is added to each sum before it is rounded; `bias` or one of its elements may
+   be NULL. For AMX, rows and columns are multiples of 32. */
+void expertier_multiply(enum order order, int64_t block, int form, const void *const *part, const int32_t *parameter, int64_t num,
+                        const uint16_t *const *bias, const uint16_t *x, int64_t x_rows, int64_t x_step, uint16_t *const *y,
+                        const int64_t *rows, int64_t columns) {
+    const struct summation by = {order, block};
+    struct inputs input[num];
+    int64_t inputs = x_step ? num : 1, strips = 0;
+    for (int64_t n = 0; n < num; n++) strips += num_strips(rows[n]);
+    for (int64_t n = 0; n < inputs; n++) {
+        input[n] = (struct inputs){x + n * x_step, NULL, x_rows, columns, NULL};
+        input[n].packed = aligned_alloc(64, packed_bytes(&input[n]));
+    }
+    int64_t groups = num_groups(&input[0]);
+#pragma omp parallel
+    {
+        struct worker worker;
+        begin_work(&worker, &by, x_rows, columns);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < inputs * groups; i++) pack(&by, &input[i / groups], i % groups);
+#pragma omp for schedule(dynamic, STRIPS_AT_ONCE)
+        for (int64_t i = 0; i < strips; i++) {
+            int64_t n = 0, row = i * STRIP_ROWS;
+            for (; row >= rows[n]; n++) row -= num_strips(rows[n]) * STRIP_ROWS;
+            const struct matrices of = {form, part, parameter, rows[n], columns, 0, rows[n]};
+            struct stored_matrix m = matrix_of(&of, n);
+            multiply_strip(&worker, &by, &m, row, bias ? bias[n] : NULL, &input[x_step ? n : 0], y[n] + row, rows[n]);
+        }
+        end_work(&worker, &by);
+    }
+    for (int64_t n = 0; n < inputs; n++) free(input[n].packed);
+}
+
+/* --- whole experts ------------------------------------------------------------------------------------------------ */
+
+/* The rows of each expert are `token[start[n]]` to `token[start[n + 1] - 1]`; its inputs, packed one after the other. */
+static void expert_inputs(struct inputs *input, int64_t num, const uint16_t *x, const int64_t *token, const int64_t *start,
+                          int64_t columns, uint8_t *packed) {
+    for (int64_t n = 0; n < num; n++) {
+        const uint16_t *from = token ? x : x + start[n] * columns;
+        input[n] = (struct inputs){from, token ? token + start[n] : NULL, start[n + 1] - start[n], columns, packed};
+        packed += packed_bytes(&input[n]);
+    }
+}
+
+static size_t experts_packed_bytes(int64_t num, const int64_t *start, int64_t columns) {
+    size_t bytes = 0;
+    for (int64_t n = 0; n < num; n++) {
+        const struct inputs x = {.rows = start[n + 1] - start[n], .columns = columns};
+        bytes += packed_bytes(&x);
+    }
+    return bytes;
+}
+
+/* What becomes of the sums of the first product. Tables have the result for each of the 65536 bfloat16 numbers. */
+struct gating {
+    const uint16_t *gate, *linear; /* hidden = gate[g] * linear[u]; u itself if `linear` is NULL */
+    int is_gated;                  /* else hidden = gate[g] */
+    int is_interleaved;            /* g and u are rows 2 j and 2 j + 1 of one matrix */
+};
+
+static inline uint16_t gated(const struct gating *by, uint16_t g, uint16_t u) {
+    uint16_t value = by->gate[g];
+    if (!by->is_gated) return value;
+    return round_bf16(load_bf16(value) * load_bf16(by->linear ? by->linear[u] : u));
+}
+
+/* A bias is added to what has been rounded, as transformers does for experts. */
+static inline void add_bias(const uint16_t *bias, int64_t rows, int64_t count, uint16_t *y, int64_t y_stride) {
+    if (!bias) return;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < count; j++) y[i * y_stride + j] = round_bf16(load_bf16(y[i * y_stride + j]) + load_bf16(bias[j]));
+}
+
+/* The hidden numbers that come of one strip, for all rows of x. */
+static inline void gate_strip(const struct gating *by, const uint16_t *g, const uint16_t *u, int64_t rows, int64_t count,
+                              uint16_t *hidden, int64_t width) {
+    for (int64_t i = 0; i < rows; i++, g += STRIP_ROWS, u += STRIP_ROWS)
+        for (int64_t j = 0; j < count; j++)
+            hidden[i * width + j] = by->is_interleaved ? gated(by, g[2 * j], g[2 * j + 1]) : gated(by, g[j], u[j]);
+}
+
+/* One expert's matrices: where gates and linear parts come from, and biases of the two products, which may be NULL. */
+struct expert_weights {
+    struct matrices gate, linear, down;
+    const uint16_t *const *up_bias, *const *down_bias;
+};
+
+/* Hidden numbers of expert n that come of the strip that begins at `row` of its gates. */
+static void up_strip(struct worker *worker, const struct summation *by, const struct expert_weights *w, const struct gating *gating,
+                     int64_t n, int64_t row, const struct inputs *x, uint16_t *sums, uint16_t *hidden, int64_t width) {
+    uint16_t *gates = sums, *linears = sums + x->rows * STRIP_ROWS;
+    const uint16_t *bias = w->up_bias ? w->up_bias[n] : NULL;
+    int64_t left = w->gate.count - row, count = left < STRIP_ROWS ? left : STRIP_ROWS;
+    struct stored_matrix m = matrix_of(&w->gate, n);
+    multiply_strip(worker, by, &m, w->gate.first + row, NULL, x, gates, STRIP_ROWS);
+    add_bias(bias ? bias + row : NULL, x->rows, count, gates, STRIP_ROWS);
+    if (gating->is_gated && !gating->is_interleaved) {
+        m = matrix_of(&w->linear, n);
+        multiply_strip(worker, by, &m, w->linear.first + row, NULL, x, linears, STRIP_ROWS);
+        add_bias(bias ? bias + w->gate.count + row : NULL, x->rows, count, linears, STRIP_ROWS);
+    }
+    int64_t step = gating->is_interleaved ? 2 : 1;
+    gate_strip(gating, gates, linears, x->rows, count / step, hidden + row / step, width);
+}
+
+/* y[n] = gating(x gate[n]^T, x linear[n]^T) down[n]^T for the rows of x that each of the `num` experts has; see expert_inputs.
+   `hidden` is room for [rows of all experts, width of an expert]; y[n] is [rows of the expert, width of the model]. */
+void expertier_experts(enum order order, int64_t up_block, int64_t down_block, const struct expert_weights *w,
+                       const struct gating *gating, int64_t num, const uint16_t *x, const int64_t *token, const int64_t *start,
+                       uint16_t *hidden, uint16_t *const *y) {
+    const struct summation up_by = {order, up_block}, down_by = {order, down_block};
+    int64_t width = w->down.columns, model_width = w->down.count, most = 1;
+    int64_t up_strips = num_strips(w->gate.count), down_strips = num_strips(model_width);
+    for (int64_t n = 0; n < num; n++) most = start[n + 1] - start[n] > most ? start[n + 1] - start[n] : most;
+    int64_t groups = (most + X_ROWS - 1) / X_ROWS, widest = width > model_width ? width : model_width;
+    struct inputs input[num], inner[num];
+    size_t input_bytes = experts_packed_bytes(num, start, model_width);
+    uint8_t *packed = aligned_alloc(64, input_bytes + experts_packed_bytes(num, start, width));
+    expert_inputs(input, num, x, token, start, model_width, packed);
+    expert_inputs(inner, num, hidden, NULL, start, width, packed + input_bytes);
+#pragma omp parallel
+    {
+        struct worker worker;
+        begin_work(&worker, &up_by, most, widest);
+        uint16_t *sums = aligned_alloc(64, 2 * (size_t)most * STRIP_ROWS * sizeof(uint16_t));
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < num * groups; i++)
+            if (i % groups < num_groups(&input[i / groups])) pack(&up_by, &input[i / groups], i % groups);
+#pragma omp for schedule(dynamic, STRIPS_AT_ONCE / 2)
+        for (int64_t i = 0; i < num * up_strips; i++) {
+            int64_t n = i / up_strips;
+            up_strip(&worker, &up_by, w, gating, n, i % up_strips * STRIP_ROWS, &input[n], sums, hidden + start[n] * width, width);
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < num * groups; i++)
+            if (i % groups < num_groups(&inner[i / groups])) pack(&down_by, &inner[i / groups], i % groups);
+#pragma omp for schedule(dynamic, STRIPS_AT_ONCE)
+        for (int64_t i = 0; i < num * down_strips; i++) {
+            int64_t n = i / down_strips, row = i % down_strips * STRIP_ROWS, left = model_width - row;
+            struct stored_matrix m = matrix_of(&w->down, n);
+            multiply_strip(&worker, &down_by, &m, w->down.first + row, NULL, &inner[n], y[n] + row, model_width);
+            const uint16_t *bias = w->down_bias ? w->down_bias[n] + row : NULL;
+            add_bias(bias, inner[n].rows, left < STRIP_ROWS ? left : STRIP_ROWS, y[n] + row, model_width);
+        }
+        free(sums);
+        end_work(&worker, &up_by);
+    }
+    free(packed);
+}
+
+/* All of a compressed matrix, row-major. */
+void expertier_expand(const void *w, int64_t rows, int64_t columns, uint16_t *out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < rows / BLOCK_ROWS; i++) {
+        struct compressed_block at = compressed_block(w, rows, columns, i);
+        expand_block(&at, out + i * BLOCK_ROWS * columns, columns);
+    }
+}

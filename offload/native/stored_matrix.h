@@ -1,0 +1,56 @@
+/* A quantised matrix as it lies in memory, and what its numbers mean. codes/expander.py fills the struct;
+   codes/encoding.py and codes/decode.py define every field. */
+
+#pragma once
+
+#include <stdint.h>
+
+enum stored_form { PLAIN, COMPRESSED, NIBBLES, BYTES, GGUF };
+
+enum { PARTS = 4, PARAMETERS = 4 };
+
+enum { CODES, SCALES, ZEROS, GLOBAL };
+
+/* `parameter` of GGUF is the number of its type. Of the others it is group rows, group columns (both at least 1), the kind of codes, and the fields of `enum detail`. */
+enum { GROUP_ROWS, GROUP_COLUMNS, CODE_KIND, DETAILS };
+
+enum code_kind { E2M1, OFFSET4, UINT4, NF4, E4M3, INT8, OFFSET8, UINT8 };
+enum scale_kind { SCALE_F32, SCALE_BF16, SCALE_F16, SCALE_E4M3, SCALE_E8M0, SCALE_EXP2, SCALE_LDEXP };
+enum product_kind { PRODUCT_F32, PRODUCT_BF16, PRODUCT_F16, PRODUCT_F64 };
+enum zero_kind { ZERO_NONE, ZERO_PACKED, ZERO_BYTES };
+enum global_kind { GLOBAL_NONE, GLOBAL_MULTIPLIES, GLOBAL_DIVIDES };
+
+struct stored_matrix {
+    int form;
+    int64_t rows, columns;
+    const uint8_t *part[PARTS]; /* codes, scales, zeros, scale of scales; 0 where there is none */
+    int32_t parameter[PARAMETERS];
+    /* what `measure` finds, because divisions are slow: */
+    int64_t row_bytes, across; /* bytes of a row of codes, scales of a row of groups */
+    int shift;                 /* a group has 2^shift columns; -1 if it has another number */
+};
+
+static inline int scale_kind(const struct stored_matrix *m) { return m->parameter[DETAILS] & 15; }
+static inline int product_kind(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 4 & 15; }
+static inline int zero_kind(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 8 & 15; }
+static inline int global_kind(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 12 & 15; }
+static inline int is_high_first(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 16 & 1; }
+static inline int is_word_aligned(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 17 & 1; }
+
+static inline void measure(struct stored_matrix *m) {
+    if (m->form != NIBBLES && m->form != BYTES) return;
+    int64_t group = m->parameter[GROUP_COLUMNS], bits = m->form == NIBBLES ? 4 : 8, unit = is_word_aligned(m) ? 4 : 1;
+    m->row_bytes = (m->columns * bits + 8 * unit - 1) / (8 * unit) * unit;
+    m->across = (m->columns + group - 1) / group;
+    m->shift = (group & (group - 1)) == 0 ? __builtin_ctzll((uint64_t)group) : -1;
+}
+
+/* In which group of columns a column is. */
+static inline int64_t group_of(const struct stored_matrix *m, int64_t column) {
+    return m->shift >= 0 ? column >> m->shift : column / m->parameter[GROUP_COLUMNS];
+}
+
+/* In which group of rows a row is. */
+static inline int64_t down_of(const struct stored_matrix *m, int64_t row) {
+    return m->parameter[GROUP_ROWS] == 1 ? row : row / m->parameter[GROUP_ROWS];
+}

@@ -1,0 +1,1 @@
+"""The HTTP server: who may ask, how an answer is sent while it grows, what the server says about itself."""

@@ -1,0 +1,55 @@
+"""A JAX trainer on several processes of two devices each; started by `run_ranks`, not collected by pytest."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+MESHES = ("data=2,expert=2", "expert=4")
+"""Experts inside each process, and over both."""
+
+
+def losses_of(mesh: str | None, folder: Path) -> list[float]:
+    """Losses of three steps; afterwards the state is in `folder`."""
+    from moe import MoEConfig
+    from moe.nnx import parse_mesh
+    from moe.nnx.training.training import Optimisation, Trainer
+
+    how = Optimisation(weight_decay=0.1, betas=(0.9, 0.95), clip_norm=1.0, precision="float32", seed=0)
+    trainer = Trainer(MoEConfig(**SIZES), how, mesh=None if mesh is None else parse_mesh(mesh))
+    token_ABS = np.random.default_rng(0).integers(0, 32, (2, 4, 10))
+    losses = [float(trainer.step(token_ABS, 1e-2, number).loss) for number in range(2)]
+    trainer.save(folder)
+    return [*losses, float(trainer.step(token_ABS, 1e-2, 2).loss)]
+
+
+def main() -> None:
+    place = Path(os.environ["RANKS_FOLDER"])
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    import jax
+
+    jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", num_processes=count, process_id=rank)
+    found: dict[str, Any] = {mesh: losses_of(mesh, Path(sys.argv[1]) / mesh) for mesh in MESHES}
+    if rank == 0:
+        (place / "found.json").write_text(json.dumps(found))
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""`expertier train --processes N`: the folders of any run, one-line refusals, interrupts and killed processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from experiments.train.metrics import read_log
+from experiments.train.run_folder import checkpoints
+from moe import MoEForCausalLM
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    return path
+
+
+def command(text, out, *options):
+    return [sys.executable, "-m", "experiments.cli", "train", "--data", str(text), "--out", str(out), *options]
+
+
+def start(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # of its own group, as a shell starts it; a Ctrl-C of the shell reaches all of the group
+    return subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def finish(process, limit_s=600):
+    try:
+        said, complained = process.communicate(timeout=limit_s)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said, complained
+
+
+def begin(text, out, *options):
+    return start(*command(text, out, "--preset", "smoke", "--router", "rmoe", *options))
+
+
+def test_two_processes_leave_the_folder_of_any_run_and_one_process_continues_it(run, text, tmp_path):
+    out = tmp_path / "a"
+    options = ("--steps", "4", "--processes", "2", "--parallel", "expert=2")
+    code, said, complained = finish(begin(text, out, *options))
+    assert code == 0, complained
+    assert "4 steps" in said
+    assert "Traceback" not in complained
+    rows = read_log(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["processes"] == 2 and row["dispatched_bytes"] > 0 for row in rows)
+    assert json.loads((out / "result.json").read_text())["steps"] == 4
+    model = MoEForCausalLM.from_pretrained(out)
+    assert model.config.router == "rmoe"
+    assert {path.name for path in checkpoints(out)[-1].iterdir()} >= {"training_optimizer", "tokenizer.json"}
+    assert run("train", "--resume", "--out", out) == 0
+    assert [row["step"] for row in read_log(out / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--processes", "3"), "3 processes cannot share out the 8 sequences of a step"),
+        (("--processes", "2", "--parallel", "expert=3"), "are 3 processes, but there are 2"),
+        (("--processes", "4", "--parallel", "tensor=4"), "reads like data=2,expert=2"),
+        (("--processes", "2", "--backend", "jax"), "are for --backend torch"),
+        (("--processes", "2", "--router", "moe-x"), "cannot be trained on several processes"),
+        (("--processes", "2", "--parallel", "expert=2", "--router", "latent"), "no bank of plain experts"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_before_any_process_starts(run, text, tmp_path, capfd, options, message):
+    assert run("train", "--preset", "smoke", "--data", text, "--out", tmp_path / "a", *options) == 2
+    assert message in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "a").exists()
+
+
+def wait_for(condition, process, limit_s=600):
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def steps_done(out):
+    log = out / "metrics.jsonl"
+    return len(read_log(log)) if log.is_file() else 0
+
+
+@pytest.mark.slow
+def test_an_interrupt_saves_the_step_that_it_came_in_and_the_run_goes_on(text, tmp_path):
+    out = tmp_path / "a"
+    process = begin(text, out, "--steps", "2000", "--processes", "2")
+    wait_for(lambda: steps_done(out) >= 3, process)
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, complained = finish(process)
+    assert code == 130
+    assert "Traceback" not in complained
+    (saved,) = checkpoints(out)
+    assert int(saved.name.removeprefix("step_")) == steps_done(out) >= 3
+
+
+@pytest.mark.slow
+def test_a_run_whose_processes_are_killed_ends_with_the_same_loss(text, tmp_path):
+    options = ("--steps", "60", "--processes", "2", "--parallel", "expert=2")
+    assert finish(begin(text, tmp_path / "calm", *options))[0] == 0
+    out = tmp_path / "killed"
+    process = begin(text, out, *options, "--max-restarts", "3")
+    for wanted in (24, 45):
+        wait_for(lambda wanted=wanted: steps_done(out) >= wanted, process)
+        workers = [child for child in psutil.Process(process.pid).children() if "experiments.cli" in child.cmdline()]
+        assert len(workers) == 2
+        workers[wanted % 2].send_signal(signal.SIGKILL)
+    code, _, complained = finish(process)
+    assert code == 0, complained
+    calm, killed = (read_log(tmp_path / name / "metrics.jsonl") for name in ("calm", "killed"))
+    assert [row["loss"] for row in killed] == [row["loss"] for row in calm]
+    assert not list((out / "checkpoints").glob(".*"))

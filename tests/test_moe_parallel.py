@@ -1,0 +1,54 @@
+"""Experts on several processes: dispatch against whole experts, copies that take turns, experts that move."""
+
+import pytest
+import torch
+
+from moe.parallel import Copies
+from tests.parallel_ranks import D, K, copies_of
+from tests.rank_processes import run_ranks
+
+
+def test_dispatch_placement_migration_and_counts_on_two_processes(subtests):
+    everyone = run_ranks(2, "parallel_ranks")
+    for rank, found in enumerate(everyone):
+        for name, errors in found["dispatched"].items():
+            with subtests.test(f"outputs and gradients, {name}, process {rank}"):
+                assert max(errors) < 1e-6
+        for name, errors in found["models"].items():
+            with subtests.test(f"logits of {name}, process {rank}"):
+                assert max(errors) < 2e-6
+        for name, is_equal in found["shared"].items():
+            with subtests.test(f"bits of tokens that all processes have, {name}, process {rank}"):
+                assert is_equal
+        with subtests.test(f"outputs while experts move, process {rank}"):
+            assert len(found["moved"]["errors"]) == 5
+            assert max(found["moved"]["errors"]) < 1e-6
+    with subtests.test("where experts are after they moved"):
+        first, second = (found["moved"] for found in everyone)
+        assert first["held"] == second["held"] == [[5, 1, 2, 4], [3, 4, None, 0]]
+        assert first["most_held"] == [4, 4]
+        assert (first["moved_bytes"], second["moved_bytes"]) == (first["expert_bytes"], 2 * first["expert_bytes"])
+    with subtests.test("counts by hand"):
+        first, second = (found["counted"] for found in everyone)
+        # a row is there D floats, K ids of 4 bytes and K weights of 4; back it is D floats
+        row_bytes = 2 * 4 * D + K * (4 + 4)
+        assert first["rows"] == second["rows"] == [2, 2]
+        assert first["pairs"] == [3, 3]
+        assert (first["remote_rows"], first["remote_bytes"]) == (2, 2 * row_bytes)
+        assert first["computed"] == second["computed"] == 6
+
+
+def test_copies_take_turns_by_their_shares():
+    held = [[0, 1], [1, None, 2]]
+    copies = Copies.of(held, torch.tensor([[1, 0], [1, 3], [0, 1]]))
+    rank_TK, local_TK = copies.place(torch.tensor([[1, 1], [1, 1], [0, 2], [3, 1]]))
+    assert rank_TK.tolist() == [[1, 0], [1, 1], [0, 1], [2, 1]]
+    assert local_TK.tolist() == [[0, 1], [0, 0], [0, 2], [3, 0]]
+
+
+def test_an_expert_without_a_turn_or_with_one_where_it_is_not_is_refused():
+    with pytest.raises(ValueError, match=r"without one: \[1\]"):
+        Copies.of([[0], []], torch.tensor([[1, 0], [0, 0]]))
+    with pytest.raises(ValueError, match="needs a turn on a process that holds it"):
+        Copies.of([[0], [1]], torch.tensor([[1, 1], [0, 1]]))
+    assert copies_of([[0, 1, 2], [3, 4, 5]]).slots == 3

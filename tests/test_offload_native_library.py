@@ -1,0 +1,94 @@
+"""Instruction sets that are forbidden: every order that is left computes the same products, and `exact` stays exact."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offload.native.library import FORBIDDING, WITHOUT
+
+ROOT = Path(__file__).parent.parent
+
+# prints the orders, and whether products of plain, compressed and MXFP4 weights are right and torch's where claimed
+PROGRAM = """
+import json, sys
+import torch
+from torch.nn.functional import linear
+from offload.codes.decode import decode
+from offload.codes.encoding import Encoding
+from offload.compute.matvec import Matvecs
+from offload.compute.orders import orders
+from offload.formats.compression import CompressedMatrix, compress
+from offload.formats.quantised import _kernel_matrix
+from offload.codes.stored_matrix import StoredMatrix
+from offload.native.kernel_matrix import plain_matrix
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+found = {"orders": [order.name for order in orders()], "wrong": []}
+for rows, shape in ((1, (96, 256)), (3, (64, 2880)), (17, (160, 128))):
+    x, weight = torch.randn(rows, shape[1]).bfloat16(), torch.randn(shape).bfloat16()
+    encoding = Encoding(codes="e2m1", group_rows=1, group_columns=32, scale="EXP2", product="F32")
+    sizes = encoding.part_bytes(*shape)
+    parts = {"codes": torch.randint(0, 256, (sizes["codes"],), dtype=torch.uint8)}
+    parts["scales"] = torch.randint(118, 130, (sizes["scales"],), dtype=torch.uint8)
+    four_bits = StoredMatrix(encoding=encoding, rows=shape[0], columns=shape[1], parts=parts)
+    plain_of_four = decode(encoding, parts, *shape, torch.bfloat16)
+    cases = [("plain", plain_matrix(weight), weight), ("mxfp4", _kernel_matrix(four_bits), plain_of_four)]
+    if shape[1] % 64 == 0:
+        stored = CompressedMatrix().encode(weight)
+        cases.append(("compressed", CompressedMatrix().kernel_matrix(stored, shape), weight))
+    for order in orders():
+        if not order.fits(shape):
+            continue
+        for name, matrix, plain in cases:
+            out, same = torch.empty(rows, shape[0]).bfloat16(), torch.empty(rows, shape[0]).bfloat16()
+            order.multiply(x, (matrix,), (out,))
+            order.multiply(x, (plain_matrix(plain),), (same,))
+            expected = x.double() @ plain.double().t()
+            most = 2**-8 * expected.abs() + 2e-5 * shape[1] * plain.abs().max()
+            close = ((out.double() - expected).abs() <= most).all()
+            if not (torch.equal(out, same) and close):
+                found["wrong"].append([order.name, name, rows, *shape])
+    exact = Matvecs("exact")
+    out = torch.empty(rows, shape[0]).bfloat16()
+    if exact.multiply(x, (weight,), (out,)) and not torch.equal(out, linear(x, weight)):
+        found["wrong"].append(["exact", rows, *shape])
+print(json.dumps(found))
+"""
+
+
+def run(forbidden, isa=None):
+    environment = os.environ | {FORBIDDING: forbidden, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {} if isa is None else {"ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("forbidden", "isa"),
+    [
+        ("amx", "AVX512_CORE_BF16"),
+        pytest.param("amx,avx512_bf16,avx512_vbmi", "AVX512_CORE", marks=pytest.mark.slow),
+        ("amx,avx512_bf16,avx512", "AVX2"),
+        pytest.param("amx,avx512_bf16,avx512,avx2", "AVX2", marks=pytest.mark.slow),
+    ],
+)
+def test_products_without_some_instruction_sets(forbidden, isa):
+    found = run(forbidden, isa)
+    assert found["wrong"] == []
+    assert not {"amx", "avx512_bf16", "avx512", "avx2"} & set(found["orders"]) & set(forbidden.split(","))
+
+
+def test_a_set_that_is_not_known_is_refused():
+    from offload.native import library
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FORBIDDING, "avx1024")
+        with pytest.raises(ValueError, match="avx1024"):
+            library._forbidden_flags()
+    assert set(WITHOUT) == {"amx", "avx512_bf16", "avx512_vbmi", "avx512", "avx2"}
