@@ -82,6 +82,8 @@ def _save(model_type: str, folder: Path) -> dict[str, Any]:
 
     families.MLA.update(LATENT)
     families.FULL["num_key_value_heads"] = HEADS
+    for part in families.OUTER.get(model_type, {}).values():
+        part["adapter_out_dim"] = SIZES["hidden_size"]
     config = families._small_config(model_type, SIZES | layers_of(model_type))
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return {}
