@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.model_folder import read_config
+from ..compute.orders import orders
 from ..engine.engine import Engine
 from ..engine.options import EngineOptions
 from ..memory.budget import MemoryPlan, describe
@@ -63,7 +64,8 @@ def open_answering(
         folder: of the model, or its GGUF file.
         conversations: its template and tokenizer.
         options: places, queue and memory of the engine.
-        load_options: of `offload.load`.
+        load_options: of `offload.load`; `auto` arithmetic becomes `fixed`, so that several users' tokens can be computed
+            together and each gets the answer that he would get alone.
         context: most tokens of one request, prompt and answer together.
 
     Raises:
@@ -72,7 +74,7 @@ def open_answering(
     found: dict[str, Any] = {}
 
     def open_model() -> Any:
-        model = load(folder, **load_options)
+        model = load(folder, **{**load_options, "arithmetic": _for_many(load_options.get("arithmetic", "auto"))})
         found.update(defaults=_recommended(model), budget=_parts(model.offload.plan))
         return model
 
@@ -90,6 +92,14 @@ def _parts(plan: MemoryPlan) -> dict[str, int]:
     """Bytes of a memory plan, by part."""
     sizes = {name: size for name, size in describe(plan).items() if name.endswith("_bytes") and isinstance(size, int)}
     return {name.removesuffix("_bytes"): size for name, size in sizes.items()}
+
+
+def _for_many(arithmetic: str) -> str:
+    try:
+        orders()
+    except OSError:  # without a C compiler torch computes, and its bits depend on how many rows there are
+        return arithmetic
+    return "fixed" if arithmetic == "auto" else arithmetic
 
 
 def _recommended(model: Any) -> dict[str, float]:
