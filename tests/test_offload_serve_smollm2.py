@@ -79,7 +79,7 @@ print(json.dumps({"greedy": greedy, "bits": bits, "tokens": [tokens(other) for o
 @pytest.fixture(scope="module")
 def peer(file):
     """What llama.cpp says, in a process of its own, which it may end: its build is for one kind of processor."""
-    if importlib.util.find_spec("llama_cpp") is None:
+    if any(importlib.util.find_spec(name) is None for name in ("llama_cpp", "diskcache")):
         pytest.skip("needs llama.cpp: pip install llama-cpp-python")
     asked = json.dumps([str(file), PROMPT, sample(), TEXTS])
     done = subprocess.run([sys.executable, "-c", PEER], input=asked, capture_output=True, text=True, check=False)
