@@ -21,6 +21,7 @@ from .bench.memory_layers import bench_memory_layers
 from .bench.offloading.bench import bench_offload
 from .bench.placement_solvers import bench_placement
 from .bench.placement_tiers import bench_tiers
+from .bench.products import bench_products
 from .bench.routers import routers as bench_routers
 from .bench.serving.bench import bench_serve
 from .bench.step import bench_step
@@ -81,6 +82,7 @@ bench.command("kernels")(bench_kernels)
 bench.command("memory-layers")(bench_memory_layers)
 bench.command("offload")(bench_offload)
 bench.command("placement")(bench_placement)
+bench.command("products")(bench_products)
 bench.command("routers")(bench_routers)
 bench.command("serve")(bench_serve)
 bench.command("tiers")(bench_tiers)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .engine.stream import Stream
     from .forecast.calibrate import disk_bandwidth
     from .forecast.calibrate_gpu import wire_bandwidth
+    from .forecast.product_rates import product_rates
     from .gpu.devices import open_lane
     from .runtime.loading import load
     from .runtime.report import Offload
@@ -42,6 +43,7 @@ _HOME = {
     "disk_bandwidth": ".forecast.calibrate",
     "load": ".runtime.loading",
     "open_lane": ".gpu.devices",
+    "product_rates": ".forecast.product_rates",
     "wire_bandwidth": ".forecast.calibrate_gpu",
     "write_pack": ".store.packing",
 }
@@ -67,6 +69,7 @@ __all__ = [
     "make_cache",
     "open_lane",
     "parse_size",
+    "product_rates",
     "simulate",
     "wire_bandwidth",
     "write_pack",

@@ -125,6 +125,20 @@ def redden_step(monkeypatch):
     monkeypatch.setattr(step, "_models", wrong)
 
 
+def redden_products(monkeypatch):
+    from offload.compute.orders import Order
+
+    right, calls = Order.multiply, []
+
+    def wrong(self, x, matrices, outs, **given):
+        right(self, x, matrices, outs, **given)
+        calls.append(outs)
+        if len(calls) % 2:
+            outs[0].add_(1.0)
+
+    monkeypatch.setattr(Order, "multiply", wrong)
+
+
 def redden_train(monkeypatch):
     as_mixtral = training._as_mixtral
 
@@ -195,6 +209,13 @@ BENCHES = {
         words="missing.npz",
         right=("--trace", "{file}", "--records", "{folder}"),
         redden=redden_tiers,
+    ),
+    "products": Bench(
+        command=("bench", "products"),
+        wrong=("--form", "mxfp5"),
+        words="unknown form 'mxfp5'",
+        right=("--form", "mxfp4", "--rows", "1", "--matrices", "1", "--repeats", "2", "--records", "{folder}"),
+        redden=redden_products,
     ),
     "step": Bench(
         command=("bench", "step"),

@@ -64,8 +64,8 @@ def open_answering(
         folder: of the model, or its GGUF file.
         conversations: its template and tokenizer.
         options: places, queue and memory of the engine.
-        load_options: of `offload.load`; `auto` arithmetic becomes `fixed`, so that several users' tokens can be computed
-            together and each gets the answer that he would get alone.
+        load_options: of `offload.load`; `auto` arithmetic becomes `fixed`: several users' tokens can then be computed
+            together, and each gets the answer that he would get alone.
         context: most tokens of one request, prompt and answer together.
 
     Raises:
