@@ -137,6 +137,11 @@ class FusedRows:
         """Rows of each expert that has any."""
         return self._spans.num_rows
 
+    @property
+    def is_one_each(self) -> bool:
+        """Whether no expert has several rows; torch's product of those may have other bits than of one."""
+        return all(stop - start == 1 for start, stop in self._spans.of.values())
+
     def compute_several(self, experts: Sequence[int], matrices: Sequence[KernelMatrices]) -> bool:
         """All of several experts; always done."""
         spans = {expert: self._spans.of[expert] for expert in experts}

@@ -177,7 +177,9 @@ class OffloadRuntime:
         if may_fuse and x_TD.dtype == torch.bfloat16 and x_TD.is_contiguous():
             fused = self._fused_experts(slots.layer, module, top_k)
             if fused is not None:
-                return FusedRows(fused, slots.num_experts, x_TD, expert_TK, weight_TK)
+                rows = FusedRows(fused, slots.num_experts, x_TD, expert_TK, weight_TK)
+                if self.matvecs.is_row_alone or rows.is_one_each:
+                    return rows
         return RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK, self.matvecs)
 
     def _plain_weights(self, slots: LayerSlots) -> LayerSlots | ExpandedWeights:
