@@ -2,10 +2,13 @@
 
 import importlib
 import inspect
+import itertools
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +18,8 @@ from typer.main import get_command
 from experiments.bench import flax, leverage, memory_layers, routers, step, training
 from experiments.bench.duo import bench as duo
 from experiments.bench.offloading import contestants
+from experiments.bench.serving import bench as serving
+from experiments.bench.serving import measures
 from experiments.cli import app, bench
 
 NO_GATE = "No parity gate:"
@@ -139,6 +144,16 @@ def redden_products(monkeypatch):
     monkeypatch.setattr(Order, "multiply", wrong)
 
 
+def redden_serve(monkeypatch):
+    numbers = itertools.count()
+
+    def answers(engine, rows, *given):
+        return {}, [SimpleNamespace(events=[next(numbers)]) for _ in rows]
+
+    monkeypatch.setattr(serving, "_open", lambda *given, **options: nullcontext())
+    monkeypatch.setattr(measures, "rates", answers)
+
+
 def redden_train(monkeypatch):
     as_mixtral = training._as_mixtral
 
@@ -202,6 +217,13 @@ BENCHES = {
         words="pyproject.toml is a file; give a folder",
         right=("--repeats", "5"),
         redden=redden_routers,
+    ),
+    "serve": Bench(
+        command=("bench", "serve"),
+        wrong=("{folder}", "--measure", "speed"),
+        words="unknown measure 'speed'",
+        right=("{folder}", "--measure", "rates"),
+        redden=redden_serve,
     ),
     "tiers": Bench(
         command=("bench", "tiers"),

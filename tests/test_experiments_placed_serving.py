@@ -52,6 +52,7 @@ def read(report):
     return found["token_ids"], found["bytes_read"]
 
 
+@pytest.mark.slow
 def test_processes_with_a_plan_generate_what_one_process_generates(run, folder, tmp_path):
     # process 0 has two experts of each layer, process 1 the other four and a copy
     plan_of([[0, 1, 0, 1, 2, 3, 4, 5]] * L, 2).save(tmp_path / "plan.json")

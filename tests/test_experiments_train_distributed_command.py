@@ -50,6 +50,7 @@ def begin(text, out, *options):
     return start(*command(text, out, "--preset", "smoke", "--router", "rmoe", *options))
 
 
+@pytest.mark.slow
 def test_two_processes_leave_the_folder_of_any_run_and_one_process_continues_it(run, text, tmp_path):
     out = tmp_path / "a"
     options = ("--steps", "4", "--processes", "2", "--parallel", "expert=2")

@@ -221,6 +221,7 @@ def test_what_would_train_otherwise_than_said_is_refused(tiny_config, tmp_path, 
         trained(MoEForCausalLM(tiny_config()), tmp_path, **changes)
 
 
+@pytest.mark.slow
 def test_two_processes_of_the_trainer_make_the_steps_of_one(subtests, tmp_path):
     """DistributedDataParallel as transformers starts it; each process takes every second micro-batch."""
     both = run_ranks(2, "trainer_ranks", str(tmp_path))

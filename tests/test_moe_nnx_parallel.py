@@ -108,6 +108,7 @@ def on_eight_devices(script):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_gradients_on_a_mesh_equal_those_of_one_device():
     overrides = [{"router": "deepseek_v3", "num_hidden_layers": 1}]
     meshes = [{"data": 2, "expert": 2, "tensor": 2}, {"expert": 8}]

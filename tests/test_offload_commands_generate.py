@@ -172,7 +172,7 @@ def test_a_model_without_a_tokenizer_says_so(model, run, capsys):
         (("--prefetch", "gates"), "did you mean 'gate'?"),
         (("--prefetch", "none.npz"), "predictor none.npz: no such file"),
         (("--io", "directly"), "unknown way of reading"),
-        (("--arithmetic", "quick"), "there are exact, fast"),
+        (("--arithmetic", "quick"), "there are auto, exact, fast, fixed"),
         (("--device", "cpu", "--gpu-memory", "8GiB"), "--device cpu has no GPU memory"),
         (("--plan", "/dev/null", "--cache-experts", "2"), "/dev/null: no such file"),
     ],

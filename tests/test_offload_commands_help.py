@@ -46,6 +46,8 @@ def test_help_of_the_groups(run, capsys):
 
 
 MISSING = {
+    "chat": "nowhere",
+    "serve": "nowhere",
     "generate": "nowhere --prompt a",
     "pack": "nowhere --out new.experts",
     "dequantise": "nowhere --out new",
@@ -63,6 +65,7 @@ MISSING = {
     "place migrate": "nowhere.json other.json --out new.json",
     "place tiers": "--hardware nowhere.toml --expert-size 1MB --trace nowhere.npz --out new.json",
     "place run": "nowhere.json --trace nowhere.npz",
+    "place part": "nowhere.json --node 0 --out new.json",
     "place cluster": "nowhere.xml --out new.yaml",
     "place export": "nowhere.json --format sglang --out new.json",
     "place loads": "nowhere.pt --format sglang --out new.json",
@@ -77,9 +80,12 @@ MISSING = {
     "bench offload": "nowhere",
     "bench duo": "--data nowhere.txt --out new",
     "bench placement": "--loads nowhere.json",
+    "bench serve": "nowhere",
+    "bench tiers": "--trace nowhere.npz",
 }
 READS_NOTHING = {
-    "leverage", "bench flax", "bench kernels", "bench memory-layers", "bench routers", "bench step", "bench train",
+    "leverage", "bench flax", "bench kernels", "bench memory-layers", "bench products", "bench routers", "bench step",
+    "bench train",
 }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def run(forbidden, isa=None):
     [
         ("amx", "AVX512_CORE_BF16"),
         pytest.param("amx,avx512_bf16,avx512_vbmi", "AVX512_CORE", marks=pytest.mark.slow),
-        ("amx,avx512_bf16,avx512", "AVX2"),
+        pytest.param("amx,avx512_bf16,avx512", "AVX2", marks=pytest.mark.slow),
         pytest.param("amx,avx512_bf16,avx512,avx2", "AVX2", marks=pytest.mark.slow),
     ],
 )

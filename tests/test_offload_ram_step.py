@@ -63,7 +63,7 @@ def test_reads_ahead_are_settled_before_a_token_takes_the_short_way(folder):
     with torch.no_grad():
         model(torch.tensor([[5]]))
     there = [expert for expert in range(EXPERTS) if expert in slots]
-    assert slots.all_of(there) == [slots[expert] for expert in there]
+    assert slots.all_of(there) == [slots.matrices(expert) for expert in there]
     missing = next(expert for expert in range(EXPERTS) if expert not in slots)
     assert slots.all_of([missing]) is None
     assert slots.read_ahead(missing, (), 2)

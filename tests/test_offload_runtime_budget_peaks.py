@@ -39,6 +39,7 @@ def test_the_peak_of_every_family_stays_below_the_budget():
     assert len(found) == len(_families()) > 50
 
 
+@pytest.mark.slow
 def test_a_budget_of_unfused_attention_in_one_family(tmp_path):
     """Values narrower than keys: torch's fused attention does not take them, and scores go to memory."""
     (found,) = measure_families(["deepseek_v3"], context=1024).values()

@@ -23,11 +23,13 @@ ENCODINGS = {
     "int4": Encoding(codes="offset4", group_rows=1, group_columns=32, scale="BF16", product="BF16"),
     "int8": Encoding(codes="int8", group_rows=1, group_columns=0, scale="F32"),
 }
+"""As the most used checkpoints have them: gpt-oss, DeepSeek, Kimi-K2, and int8 rows of llm-compressor."""
 USUAL_EXPONENTS = (110, 130)
 """Of scales that are powers of two: weights of 2^-17 to 2^5."""
 GGUF_TYPES = {"q4_0": 18, "q8_0": 34, "q4_k": 144, "q6_k": 210}
 """Bytes of a block."""
 BLOCK_COLUMNS = {"q4_0": 32, "q8_0": 32, "q4_k": 256, "q6_k": 256}
+"""Columns of a block, as ggml defines them."""
 HALVES = {"q4_0": (0,), "q8_0": (0,), "q4_k": (0, 2), "q6_k": (208,)}
 """Where in a block its scales of float16 stand."""
 FORMS = ("plain", "compressed", *ENCODINGS, *GGUF_TYPES)
