@@ -210,7 +210,7 @@ def _equals_torch(order: Order, weight_FD: torch.Tensor, rows: int, has_bias: bo
     generator = torch.Generator().manual_seed(0)
     x_1D, tried_FD = _cancelling(min(len(weight_FD), MOST_TRIED_ROWS), weight_FD.shape[1], generator)
     x_nD = _several(x_1D, rows)
-    # models that hold inputs as rows multiply the transpose, in memory of its own; ours stand for a single row of theirs
+    # models that hold inputs as rows multiply the transpose; ours stand for a single row of theirs
     turned_DF = tried_FD.t().contiguous()
     is_alike = rows > 1 or torch.equal(torch.mm(x_nD, turned_DF), torch.mm(x_nD, tried_FD.t()))
     if not (is_alike and _agree(order, x_nD, tried_FD, has_bias)):
