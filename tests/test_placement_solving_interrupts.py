@@ -2,15 +2,19 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
+import pulp
 import pytest
 
 from placement import Cluster, Plan, Problem, generate_trace, solve
+from placement.ilp.run import solve_milp
 from placement.scoring.check import check_plan
 
 CLUSTER = """
@@ -79,3 +83,23 @@ def test_the_time_limit_binds(solver, objective):
     began = time.monotonic()
     solve(problem, objective=objective, solver=solver, time_limit_s=2, processes=1)
     assert time.monotonic() - began < 4  # twice the limit, for a busy machine
+
+
+def test_programmes_of_several_threads_take_turns():
+    """highspy runs one programme per process, and refused a second."""
+    found = {}
+
+    def minimise(seed):
+        rng, model = random.Random(seed), pulp.LpProblem("model", pulp.LpMinimize)
+        choices = [pulp.LpVariable(f"x{i}", cat="Binary") for i in range(30)]
+        model += pulp.lpSum(-rng.random() * choice for choice in choices)
+        for _ in range(10):
+            model += pulp.lpSum(rng.random() * choice for choice in choices) <= 6
+        found[seed] = solve_milp(model, time_limit_s=20).is_optimal
+
+    threads = [threading.Thread(target=minimise, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(4), True)

@@ -6,6 +6,8 @@ PuLP calls a run that hit its time limit "Optimal"; here the solver's own primal
 import contextlib
 import math
 import shutil
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +17,8 @@ import pulp  # type: ignore[import-untyped]
 
 SolverName = Literal["highs", "cbc"]
 FEASIBLE_STATUS = 2  # highspy's kSolutionStatusFeasible
+# highspy runs one programme per process and refuses a second, that of another thread
+ONE_AT_A_TIME = threading.Lock()
 POLL_S = 0.1  # how soon Ctrl-C is seen; join returns at once when the programme ends
 
 
@@ -53,14 +57,22 @@ class _WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
             lp.solverModel.setSolution(solution)
         highs = lp.solverModel
         highs.HandleUserInterrupt = True
-        thread = highs.startSolve()
-        try:
-            while thread.is_alive():
-                thread.join(POLL_S)
-        except KeyboardInterrupt:
-            highs.cancelSolve()
-            thread.join()  # HiGHS must be out of the model before anybody frees it
-            raise
+        with ONE_AT_A_TIME:
+            # one that an exception left before it ended; its own time limit ends this wait
+            while highs.is_solver_running():
+                time.sleep(POLL_S)
+            _run_to_its_end(highs)
+
+
+def _run_to_its_end(highs: Any) -> None:
+    thread = highs.startSolve()
+    try:
+        while thread.is_alive():
+            thread.join(POLL_S)
+    except BaseException:  # Ctrl-C, or an alarm of whoever called
+        highs.cancelSolve()
+        thread.join()  # HiGHS must be out of the model before anybody frees it
+        raise
 
 
 def solve_milp(
