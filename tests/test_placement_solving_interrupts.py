@@ -91,7 +91,7 @@ def test_programmes_of_several_threads_take_turns():
 
     def minimise(seed):
         rng, model = random.Random(seed), pulp.LpProblem("model", pulp.LpMinimize)
-        choices = [pulp.LpVariable(f"x{i}", cat="Binary") for i in range(30)]
+        choices = [model.add_variable(f"x{i}", cat="Binary") for i in range(30)]
         model += pulp.lpSum(-rng.random() * choice for choice in choices)
         for _ in range(10):
             model += pulp.lpSum(rng.random() * choice for choice in choices) <= 6
