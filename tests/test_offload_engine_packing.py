@@ -5,7 +5,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from offload.compute.matvec import ARITHMETICS
 from offload.engine.options import EngineOptions
 from offload.engine.packing import Piece
 from offload.engine.request import Sampling
@@ -131,7 +130,6 @@ def test_users_together_have_the_tokens_of_each_alone(tmp_path):
         assert counters.steps_total < 5 * 12  # fewer calls of the model than tokens
 
 
-@pytest.mark.skipif("fixed" not in ARITHMETICS, reason="this version has no arithmetic with independent rows")
 @pytest.mark.parametrize("users", [2, 4, 8])
 def test_users_together_have_the_bits_of_each_alone_where_rows_are_independent(tmp_path, users):
     folder = write_model(tmp_path, torch.bfloat16)
