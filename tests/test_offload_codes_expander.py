@@ -11,7 +11,7 @@ from offload.codes.expander import Parameters, Parts, expand, kernel_number, ker
 from offload.native.library import FOLDER, HEADERS
 from routing import compile_library
 
-SHAPES = [(1, 32), (3, 48), (40, 64), (65, 200), (576, 96)]
+SHAPES = [(1, 32), (3, 48), (40, 64), (65, 200), (576, 96), (33, 320)]
 MX = {"group_rows": 1, "group_columns": 32}
 ENCODINGS = {
     "mxfp4": Encoding(codes="e2m1", scale="LDEXP", product="F64", **MX),
@@ -30,6 +30,10 @@ ENCODINGS = {
     "int4": Encoding(codes="offset4", scale="BF16", product="BF16", is_word_aligned=True, **MX),
     "int4 zeros": Encoding(codes="offset4", scale="BF16", product="BF16", zero="packed", is_word_aligned=True, **MX),
     "int4 float16": Encoding(codes="uint4", scale="F16", product="F16", zero="bytes", **MX),
+    "int4 of 64": Encoding(codes="offset4", group_rows=1, group_columns=64, scale="F32"),
+    "int4 of 128": Encoding(
+        codes="uint4", group_rows=1, group_columns=128, scale="F16", product="F16", zero="packed", is_word_aligned=True
+    ),
     "int8": Encoding(codes="int8", group_rows=1, group_columns=0, scale="F32"),
     "int8 packed": Encoding(codes="offset8", scale="F16", product="F16", zero="packed", is_word_aligned=True, **MX),
     "nf4": Encoding(codes="nf4", group_rows=1, group_columns=64, scale="F32", is_high_first=True),

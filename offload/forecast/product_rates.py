@@ -17,6 +17,8 @@ from ..native.kernel_matrix import GGUF, KernelMatrix, plain_matrix
 
 SHAPE = (1024, 2048)
 """Rows and columns of a matrix: 4 MiB of bfloat16, as an expert of common sizes has."""
+AT_ONCE = 4
+"""Matrices that one call multiplies, as those of a token's experts are."""
 ENCODINGS = {
     "mxfp4": Encoding(codes="e2m1", group_rows=1, group_columns=32, scale="EXP2"),
     "fp8": Encoding(codes="e4m3", group_rows=128, group_columns=128, scale="F32"),
@@ -77,9 +79,13 @@ def product_rates(
 
 
 def _run(order: Order, made: Sequence[Made], x_nD: torch.Tensor, out_nF: torch.Tensor) -> Callable[[], None]:
+    matrices = [matrix for matrix, *_ in made]
+    groups = [tuple(matrices[at : at + AT_ONCE]) for at in range(0, len(matrices), AT_ONCE)]
+    outs = tuple(torch.empty_like(out_nF) for _ in range(AT_ONCE))
+
     def run() -> None:
-        for matrix, *_ in made:
-            order.multiply(x_nD, (matrix,), (out_nF,))
+        for group in groups:
+            order.multiply(x_nD, group, outs[: len(group)])
 
     return run
 

@@ -14,6 +14,6 @@ void expertier_expand_gguf(int type, const uint8_t *blocks, int64_t rows, int64_
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row += STRIP_ROWS) {
         int64_t count = rows - row < STRIP_ROWS ? rows - row : STRIP_ROWS;
-        expand(&m, row, count, 0, columns, out + row * stride, stride);
+        expand(&m, row, count, 0, columns, out + row * stride, stride, nothing_ahead(blocks));
     }
 }

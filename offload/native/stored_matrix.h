@@ -27,22 +27,28 @@ struct stored_matrix {
     int32_t parameter[PARAMETERS];
     /* what `measure` finds, because divisions are slow: */
     int64_t row_bytes, across; /* bytes of a row of codes, scales of a row of groups */
-    int shift;                 /* a group has 2^shift columns; -1 if it has another number */
+    int shift, down_shift;     /* a group has 2^shift columns and 2^down_shift rows; -1 if it has another number */
 };
 
 static inline int scale_kind(const struct stored_matrix *m) { return m->parameter[DETAILS] & 15; }
+static inline int scale_size(const struct stored_matrix *m) {
+    return scale_kind(m) == SCALE_F32 ? 4 : scale_kind(m) == SCALE_BF16 || scale_kind(m) == SCALE_F16 ? 2 : 1;
+}
 static inline int product_kind(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 4 & 15; }
 static inline int zero_kind(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 8 & 15; }
 static inline int global_kind(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 12 & 15; }
 static inline int is_high_first(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 16 & 1; }
 static inline int is_word_aligned(const struct stored_matrix *m) { return m->parameter[DETAILS] >> 17 & 1; }
 
+static inline int shift_of(int64_t count) { return (count & (count - 1)) == 0 ? __builtin_ctzll((uint64_t)count) : -1; }
+
 static inline void measure(struct stored_matrix *m) {
     if (m->form != NIBBLES && m->form != BYTES) return;
     int64_t group = m->parameter[GROUP_COLUMNS], bits = m->form == NIBBLES ? 4 : 8, unit = is_word_aligned(m) ? 4 : 1;
     m->row_bytes = (m->columns * bits + 8 * unit - 1) / (8 * unit) * unit;
     m->across = (m->columns + group - 1) / group;
-    m->shift = (group & (group - 1)) == 0 ? __builtin_ctzll((uint64_t)group) : -1;
+    m->shift = shift_of(group);
+    m->down_shift = shift_of(m->parameter[GROUP_ROWS]);
 }
 
 /* In which group of columns a column is. */
@@ -52,5 +58,5 @@ static inline int64_t group_of(const struct stored_matrix *m, int64_t column) {
 
 /* In which group of rows a row is. */
 static inline int64_t down_of(const struct stored_matrix *m, int64_t row) {
-    return m->parameter[GROUP_ROWS] == 1 ? row : row / m->parameter[GROUP_ROWS];
+    return m->down_shift >= 0 ? row >> m->down_shift : row / m->parameter[GROUP_ROWS];
 }

@@ -1,9 +1,10 @@
-/* Strips of a matrix: up to 32 rows of it, made bfloat16 from left to right, 64 columns at a time.
+/* Strips of a matrix: up to 32 rows of it, made bfloat16 from left to right, a span of columns at a time.
 
    Every order of summation reads strips, so a stored form is known here and nowhere else. */
 
 #pragma once
 
+#include "ahead.h"
 #include "bfloat16.h"
 #include "forms/compressed.h"
 #include "forms/bytes.h"
@@ -13,18 +14,45 @@
 
 #include <stdlib.h>
 
-enum { STRIP_ROWS = BLOCK_ROWS, CHUNK = SEGMENT_COLUMNS, CHUNK_WEIGHTS = STRIP_ROWS * CHUNK };
+enum { STRIP_ROWS = BLOCK_ROWS, CHUNK = SEGMENT_COLUMNS, MOST_SPAN = GGUF_LARGE };
 
 struct strip {
     const struct stored_matrix *m;
     int64_t row, rows;
     const uint16_t *bias;          /* of these rows, added before a sum is rounded; NULL for none */
     struct compressed_block block; /* of a compressed matrix; its other exponents are used up from left to right */
+    const uint8_t *codes;          /* of a quantised matrix: those of the first row */
+    int64_t row_bytes, span_bytes; /* of codes, of one row */
+    const uint8_t *next_scales;    /* of the next strip */
+    int64_t scale_bytes;           /* of one row of a span */
+#ifdef HAS_QUICK_BYTES
+    struct byte_span bytes; /* the span that is being expanded */
+#endif
+#ifdef HAS_QUICK_NIBBLES
+    const struct byte_table *tables; /* of nibbles with exponents, else NULL */
+    struct nibble_span nibbles;      /* of others: the span that is being expanded */
+#endif
 };
 
+/* Columns that are expanded at a time: a segment of compressed weights, a line of the cache of codes of four bits, two of codes of
+   eight bits, the largest block of GGUF. */
+static inline int64_t span_of(int form) { return form == GGUF ? MOST_SPAN : form == NIBBLES || form == BYTES ? 2 * CHUNK : CHUNK; }
+
 static inline struct strip begin_strip(const struct stored_matrix *m, int64_t row, const uint16_t *bias) {
-    struct strip s = {m, row, m->rows - row < STRIP_ROWS ? m->rows - row : STRIP_ROWS, bias ? bias + row : NULL, {0}};
+    struct strip s = {m, row, m->rows - row < STRIP_ROWS ? m->rows - row : STRIP_ROWS, bias ? bias + row : NULL};
     if (m->form == COMPRESSED) s.block = compressed_block(m->part[0], m->rows, m->columns, row / STRIP_ROWS);
+    if (m->form == COMPRESSED || m->form == PLAIN) return s;
+    s.row_bytes = m->form == GGUF ? gguf_row_bytes(m->parameter[0], m->columns) : m->row_bytes;
+    s.span_bytes = m->form == GGUF ? gguf_row_bytes(m->parameter[0], MOST_SPAN) : m->form == NIBBLES ? CHUNK : 2 * CHUNK;
+    s.codes = m->part[CODES] + row * s.row_bytes;
+    s.next_scales = s.codes;
+    if (m->form != GGUF && m->parameter[GROUP_ROWS] == 1 && m->parameter[GROUP_COLUMNS] <= span_of(m->form)) {
+        s.next_scales = m->part[SCALES] + (row + STRIP_ROWS) * m->across * scale_size(m);
+        s.scale_bytes = span_of(m->form) / m->parameter[GROUP_COLUMNS] * scale_size(m);
+    }
+#ifdef HAS_QUICK_NIBBLES
+    if (m->form == NIBBLES) s.tables = exponent_tables(m);
+#endif
     return s;
 }
 
@@ -37,73 +65,111 @@ static inline uint16_t finish(const struct strip *s, int64_t row, float sum) {
     return round_bf16(s->bias ? sum + load_bf16(s->bias[row]) : sum);
 }
 
-static inline int64_t chunk_columns(const struct strip *s, int64_t column) {
-    return s->m->columns - column < CHUNK ? s->m->columns - column : CHUNK;
+/* --- spans --------------------------------------------------------------------------------------------------------- */
+
+static inline struct ahead ahead_of(const struct strip *s, const int form, int64_t column, int begin) {
+    int64_t bytes = form == GGUF ? s->span_bytes : form == NIBBLES ? CHUNK : 2 * CHUNK, piece = column / span_of(form) * STRIP_ROWS + begin;
+    const uint8_t *next_strip = s->codes + STRIP_ROWS * s->row_bytes;
+    return (struct ahead){next_strip + piece * bytes, s->next_scales + piece * s->scale_bytes, bytes, s->scale_bytes};
 }
 
-/* Rows `begin` to `end` - 1 of the chunk that begins at `column`, with zeros beyond the matrix. Chunks are asked for from left
-   to right, and the rows of a chunk from top to bottom. */
-static inline void expand_chunk(struct strip *s, int64_t column, int begin, int end, uint16_t *room, int64_t stride) {
-    if (s->m->form == COMPRESSED) {
+/* Fill what a span has beyond the matrix with zeros: rows from `rows` to `end` - 1, columns up to a multiple of CHUNK. */
+static inline void fill_span(uint16_t *room, int64_t stride, int64_t columns, int64_t begin, int64_t rows, int64_t end) {
+    int64_t padded = (columns + CHUNK - 1) / CHUNK * CHUNK;
+    for (int64_t row = begin; row < end; row++) {
+        int64_t from = row < rows ? columns : 0;
+        memset(room + row * stride + from, 0, (size_t)(padded - from) * sizeof *room);
+    }
+}
+
+/* What is the same for all rows of a span is found with its first row. */
+static inline __attribute__((always_inline)) void expand_nibbles_of(struct strip *s, int begin, int64_t rows, int64_t column, int64_t columns,
+                                                                    uint16_t *out, int64_t stride, struct ahead ahead) {
+#ifdef HAS_QUICK_NIBBLES
+    if (s->tables && columns == QUICK_COLUMNS) {
+        exponent_rows(s->m, s->tables, s->row + begin, rows, column, QUICK_COLUMNS / WORDS, out, stride, ahead);
+        return;
+    }
+    if (!s->tables && begin == 0) s->nibbles = nibble_span(s->m, column, columns);
+    if (!s->tables && s->nibbles.per && s->nibbles.count * WORDS == columns) {
+        expand_nibble_span(s->m, &s->nibbles, s->row + begin, rows, out, stride, ahead);
+        return;
+    }
+#endif
+    expand_nibbles(s->m, s->row + begin, rows, column, columns, out, stride);
+}
+
+static inline __attribute__((always_inline)) void expand_bytes_of(struct strip *s, int begin, int64_t rows, int64_t column, int64_t columns,
+                                                                  uint16_t *out, int64_t stride, struct ahead ahead) {
+#ifdef HAS_QUICK_BYTES
+    if (begin == 0) s->bytes = byte_span(s->m, column, columns);
+    if (s->bytes.columns == columns) {
+        expand_byte_span(s->m, &s->bytes, s->row + begin, rows, out, stride, ahead);
+        return;
+    }
+#endif
+    expand_bytes(s->m, s->row + begin, rows, column, columns, out, stride);
+}
+
+/* Rows `begin` to `end` - 1 of the span that begins at `column`, of a matrix of one `form`. Spans are asked for from left to right, and
+   the rows of a span from top to bottom. */
+static inline __attribute__((always_inline)) void expand_span_of(struct strip *s, const int form, int64_t column, int begin, int end,
+                                                                 uint16_t *room, int64_t stride) {
+    if (form == COMPRESSED) {
         const uint8_t *segment = s->block.segments + column / SEGMENT_COLUMNS * SEGMENT_BYTES;
         s->block.others = expand_rows(segment, s->block.head, s->block.others, begin, end, room, stride);
         return;
     }
-    int64_t columns = chunk_columns(s, column), rows = (s->rows < end ? s->rows : end) - begin;
-    if (s->m->form == NIBBLES && rows > 0)
-        expand_nibbles(s->m, s->row + begin, rows, column, columns, room + begin * stride, stride);
-    else if (s->m->form == BYTES && rows > 0)
-        expand_bytes(s->m, s->row + begin, rows, column, columns, room + begin * stride, stride);
-    if (s->m->form != PLAIN && columns == CHUNK && rows == end - begin) return;
-    size_t bytes = (size_t)columns * sizeof(uint16_t);
-    for (int64_t row = begin; row < end; row++) {
-        uint8_t *target = (uint8_t *)(room + row * stride);
-        size_t found = row < s->rows ? bytes : 0;
-        if (found && s->m->form == PLAIN) memcpy(target, plain_row(s, row) + column, found);
-        memset(target + found, 0, CHUNK * sizeof(uint16_t) - found);
+    int64_t span = span_of(form), left = s->m->columns - column, columns = left < span ? left : span;
+    int64_t rows = (s->rows < end ? s->rows : end) - begin;
+    if (rows > 0) {
+        uint16_t *out = room + begin * stride;
+        struct ahead ahead = ahead_of(s, form, column, begin);
+        if (form == NIBBLES)
+            expand_nibbles_of(s, begin, rows, column, columns, out, stride, ahead);
+        else if (form == BYTES)
+            expand_bytes_of(s, begin, rows, column, columns, out, stride, ahead);
+        else if (form == GGUF)
+            gguf_expander_of(s->m->parameter[0])(s->m, s->row + begin, rows, column, columns, out, stride, ahead);
+        else
+            for (int64_t row = 0; row < rows; row++)
+                memcpy(out + row * stride, plain_row(s, begin + row) + column, (size_t)columns * sizeof *out);
     }
+    if (columns % CHUNK || rows < end - begin) fill_span(room, stride, columns, begin, s->rows, end);
 }
 
-/* Blocks of GGUF have up to 256 columns, and are expanded as a whole: four chunks at a time. */
-enum { WIDE = GGUF_LARGE };
-
-static inline int is_wide(const struct strip *s) { return s->m->form == GGUF; }
-
-/* All rows of the columns from `column` on, at most WIDE. */
-static inline void expand_wide(struct strip *s, int64_t column, uint16_t *room, int64_t stride) {
-    int64_t columns = s->m->columns - column < WIDE ? s->m->columns - column : WIDE;
-    gguf_expander_of(s->m->parameter[0])(s->m, s->row, s->rows, column, columns, room, stride);
-    for (int64_t row = 0; row < STRIP_ROWS; row++)
-        for (int64_t c = row < s->rows ? columns : 0; c < (columns + CHUNK - 1) / CHUNK * CHUNK; c++) room[row * stride + c] = 0;
+/* A whole span, whatever its form. */
+static void expand_span(struct strip *s, int64_t column, uint16_t *room, int64_t stride) {
+    switch (s->m->form) {
+    case PLAIN: expand_span_of(s, PLAIN, column, 0, STRIP_ROWS, room, stride); break;
+    case COMPRESSED: expand_span_of(s, COMPRESSED, column, 0, STRIP_ROWS, room, stride); break;
+    case NIBBLES: expand_span_of(s, NIBBLES, column, 0, STRIP_ROWS, room, stride); break;
+    case BYTES: expand_span_of(s, BYTES, column, 0, STRIP_ROWS, room, stride); break;
+    default: expand_span_of(s, GGUF, column, 0, STRIP_ROWS, room, stride);
+    }
 }
 
 /* A whole strip, with zeros up to a multiple of CHUNK columns. */
 static inline void expand_strip(struct strip *s, uint16_t *room, int64_t stride) {
-    for (int64_t c = 0; c < s->m->columns; c += is_wide(s) ? WIDE : CHUNK)
-        is_wide(s) ? expand_wide(s, c, room + c, stride) : expand_chunk(s, c, 0, STRIP_ROWS, room + c, stride);
+    for (int64_t c = 0; c < s->m->columns; c += span_of(s->m->form)) expand_span(s, c, room + c, stride);
 }
 
 /* What one thread computes in: rooms for expanded weights and for sums. */
 struct room {
-    uint16_t chunk[2][CHUNK_WEIGHTS] __attribute__((aligned(64)));
-    uint16_t wide[STRIP_ROWS * WIDE] __attribute__((aligned(64)));
+    uint16_t span[2][STRIP_ROWS * MOST_SPAN] __attribute__((aligned(64)));
     uint32_t pairs[CHUNK / 2 * STRIP_ROWS] __attribute__((aligned(64)));
     float *sums;     /* as many as an order of summation keeps between chunks */
     uint16_t *strip; /* a whole strip, where each row is multiplied several times */
 };
 
-/* Where a whole chunk can be read: in the matrix itself if it is plain and nothing of the chunk lies beyond it, else in a room. */
+/* Where the CHUNK columns from `column` on can be read: in the matrix itself if it is plain and nothing of them lies beyond it, else
+   in a room. Chunks are asked for from left to right. */
 static inline const uint16_t *read_chunk(struct strip *s, int64_t column, struct room *room, int64_t *stride) {
-    if (s->m->form == PLAIN && s->rows == STRIP_ROWS && chunk_columns(s, column) == CHUNK) {
+    if (s->m->form == PLAIN && s->rows == STRIP_ROWS && s->m->columns - column >= CHUNK) {
         *stride = s->m->columns;
         return plain_row(s, 0) + column;
     }
-    if (is_wide(s)) {
-        *stride = WIDE;
-        if (column % WIDE == 0) expand_wide(s, column, room->wide, WIDE);
-        return room->wide + column % WIDE;
-    }
-    *stride = CHUNK;
-    expand_chunk(s, column, 0, STRIP_ROWS, room->chunk[0], CHUNK);
-    return room->chunk[0];
+    *stride = span_of(s->m->form);
+    if (column % *stride == 0) expand_span(s, column, room->span[0], *stride);
+    return room->span[0] + column % *stride;
 }

@@ -66,13 +66,25 @@ static void scale_rows(const struct stored_matrix *m, int64_t row, int64_t rows,
     }
 }
 
+#ifdef HAS_QUICK_BYTES
+/* Rows of a span; those that are left are computed one by one. */
+static void expand_byte_span(const struct stored_matrix *m, struct byte_span *span, int64_t row, int64_t rows, uint16_t *out,
+                             int64_t stride, struct ahead ahead) {
+    for (int64_t done = 0; done < rows; done++) {
+        done += quick_bytes(m, span, row + done, rows - done, out + done * stride, stride, ahead);
+        if (done < rows) scale_rows(m, row + done, 1, span->column, span->columns, out + done * stride, stride);
+    }
+}
+#endif
+
 /* Rows row .. row + rows - 1, columns column .. column + columns - 1 as bfloat16, rows `stride` elements apart. */
 static void expand_bytes(const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns,
                          uint16_t *out, int64_t stride) {
 #ifdef HAS_QUICK_BYTES
-    for (; columns >= 64 && column % 64 == 0; column += 64, columns -= 64, out += 64) {
-        int64_t done = quick_bytes(m, row, rows, column, out, stride);
-        if (done < rows) scale_rows(m, row + done, rows - done, column, 64, out + done * stride, stride);
+    for (int64_t some; columns >= 64; column += some, columns -= some, out += some) {
+        struct byte_span span = byte_span(m, column, columns);
+        some = span.columns;
+        expand_byte_span(m, &span, row, rows, out, stride, nothing_ahead(m->part[CODES]));
     }
 #endif
     if (columns) scale_rows(m, row, rows, column, columns, out, stride);

@@ -10,8 +10,10 @@
 
 #include <math.h>
 
+#include "../ahead.h"
 #include "../bfloat16.h"
 #include "../stored_matrix.h"
+#include "quick_gguf.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define GGUF_AVX512
@@ -53,6 +55,14 @@ static inline float gguf_f16(const uint8_t *stored) {
 
 /* --- the write, shared by all types ------------------------------------------------------------------------------ */
 
+#if defined(GGUF_AVX512) && defined(__AVX512BF16__)
+static inline __attribute__((always_inline)) __m512 gguf_values(const int8_t *code, float scale, float minimum, const int has_minimum) {
+    __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)code)));
+    value = _mm512_mul_ps(_mm512_set1_ps(scale), value);
+    return has_minimum ? _mm512_sub_ps(value, _mm512_set1_ps(minimum)) : value;
+}
+#endif
+
 /* 16 columns. */
 static inline void gguf_write_group(const int8_t *code, float scale, float minimum, uint16_t *out) {
 #ifdef GGUF_AVX512
@@ -71,29 +81,46 @@ static inline void gguf_write_group(const int8_t *code, float scale, float minim
 #endif
 }
 
+/* 32 columns. Where scales are float16, every value is a multiple of 2^-24 and so no denormal number, which the processor's own rounding
+   would take for zero. */
+static inline __attribute__((always_inline)) void gguf_write_groups(const struct gguf_block *block, int at, const int group,
+                                                                    const int has_minimum, const int is_f16, uint16_t *out) {
+    const int8_t *code = block->code + at;
+    const float *scale = block->scale, *minimum = block->minimum;
+#if defined(GGUF_AVX512) && defined(__AVX512BF16__)
+    if (is_f16) {
+        __m512 low = gguf_values(code, scale[at / group], minimum[at / group], has_minimum);
+        __m512 high = gguf_values(code + 16, scale[(at + 16) / group], minimum[(at + 16) / group], has_minimum);
+        _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        return;
+    }
+#endif
+    gguf_write_group(code, scale[at / group], minimum[at / group], out);
+    gguf_write_group(code + 16, scale[(at + 16) / group], minimum[(at + 16) / group], out + 16);
+}
+
 /* Rows `row`.. and columns `column`.. of a matrix whose blocks of `size` columns take `bytes`. `group` columns share a
-   scale. Inlined into each type, so that all three numbers and the decoder are constants there. */
+   scale. Inlined into each type, so that all numbers and the decoder are constants there. */
 __attribute__((always_inline)) static inline void expand_gguf(
     const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns, uint16_t *out,
-    int64_t stride, gguf_decode *decode, int size, int bytes, int group) {
+    int64_t stride, struct ahead ahead, int type, gguf_decode *decode, int size, int bytes, int group, int has_minimum, int is_f16) {
     int64_t row_bytes = m->columns / size * bytes;
     for (int64_t r = 0; r < rows; r++) {
         const uint8_t *stored = m->part[0] + (row + r) * row_bytes + column / size * bytes;
         uint16_t *target = out + r * stride;
-        for (int64_t c = 0; c < columns; c += size, stored += bytes) {
+        ask_ahead(&ahead, stored, (GGUF_LARGE / size * bytes + LINE_BYTES - 1) / LINE_BYTES);
+        int64_t c = 0;
+#ifdef HAS_QUICK_GGUF
+        c = gguf_quick_row(type, stored, columns, target);
+        stored += c / size * bytes;
+#endif
+        for (; c < columns; c += size, stored += bytes) {
             struct gguf_block block;
             decode(stored, &block);
-            for (int i = 0; i < size; i += 16)
-                gguf_write_group(block.code + i, block.scale[i / group], block.minimum[i / group], target + c + i);
+            for (int i = 0; i < size; i += 32) gguf_write_groups(&block, i, group, has_minimum, is_f16, target + c + i);
         }
     }
 }
-
-#define GGUF_EXPANDER(name, size, bytes, group)                                                                  \
-    static void expand_##name(const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column,          \
-                              int64_t columns, uint16_t *out, int64_t stride) {                                  \
-        expand_gguf(m, row, rows, column, columns, out, stride, gguf_decode_##name, size, bytes, group);         \
-    }
 
 /* --- codes of four bits ------------------------------------------------------------------------------------------ */
 
@@ -204,13 +231,6 @@ static inline void gguf_decode_iq4_nl(const uint8_t *stored, struct gguf_block *
     gguf_look_up(GGUF_IQ4_CODES, block->code, 32);
 }
 
-GGUF_EXPANDER(q4_0, 32, 18, 32)
-GGUF_EXPANDER(q4_1, 32, 20, 32)
-GGUF_EXPANDER(q5_0, 32, 22, 32)
-GGUF_EXPANDER(q5_1, 32, 24, 32)
-GGUF_EXPANDER(q8_0, 32, 34, 32)
-GGUF_EXPANDER(mxfp4, 32, 17, 32)
-GGUF_EXPANDER(iq4_nl, 32, 18, 32)
 
 /* --- blocks of 256 columns --------------------------------------------------------------------------------------- */
 
@@ -286,32 +306,56 @@ static inline void gguf_decode_iq4_xs(const uint8_t *stored, struct gguf_block *
     gguf_look_up(GGUF_IQ4_CODES, block->code, 256);
 }
 
-GGUF_EXPANDER(q2_k, 256, 84, 16)
-GGUF_EXPANDER(q3_k, 256, 110, 16)
-GGUF_EXPANDER(q4_k, 256, 144, 32)
-GGUF_EXPANDER(q5_k, 256, 176, 32)
-GGUF_EXPANDER(q6_k, 256, 210, 16)
-GGUF_EXPANDER(iq4_xs, 256, 136, 32)
+
+/* --- the types ---------------------------------------------------------------------------------------------------- */
+
+enum { NO_MINIMUM, MINIMUM };
+enum { EXPONENT, F16 };
+
+/* Number that GGUF files give it, name, columns and bytes of a block, columns that share a scale, whether there is a minimum, and
+   what its scales are. */
+#define GGUF_TYPES(TYPE)                        \
+    TYPE(2, q4_0, 32, 18, 32, NO_MINIMUM, F16)  \
+    TYPE(3, q4_1, 32, 20, 32, MINIMUM, F16)     \
+    TYPE(6, q5_0, 32, 22, 32, NO_MINIMUM, F16)  \
+    TYPE(7, q5_1, 32, 24, 32, MINIMUM, F16)     \
+    TYPE(8, q8_0, 32, 34, 32, NO_MINIMUM, F16)  \
+    TYPE(10, q2_k, 256, 84, 16, MINIMUM, F16)   \
+    TYPE(11, q3_k, 256, 110, 16, NO_MINIMUM, F16) \
+    TYPE(12, q4_k, 256, 144, 32, MINIMUM, F16)  \
+    TYPE(13, q5_k, 256, 176, 32, MINIMUM, F16)  \
+    TYPE(14, q6_k, 256, 210, 16, NO_MINIMUM, F16) \
+    TYPE(20, iq4_nl, 32, 18, 32, NO_MINIMUM, F16) \
+    TYPE(23, iq4_xs, 256, 136, 32, NO_MINIMUM, F16) \
+    TYPE(39, mxfp4, 32, 17, 32, NO_MINIMUM, EXPONENT)
 
 typedef void gguf_expander(const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                      uint16_t *out, int64_t stride);
+                           uint16_t *out, int64_t stride, struct ahead ahead);
 
-/* By the number that GGUF files give a type; NULL for what has no expander. */
+#define EXPANDER(number, name, size, bytes, group, has_minimum, is_f16)                                          \
+    static void expand_##name(const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column,          \
+                              int64_t columns, uint16_t *out, int64_t stride, struct ahead ahead) {             \
+        expand_gguf(m, row, rows, column, columns, out, stride, ahead, number, gguf_decode_##name, size, bytes,  \
+                    group, has_minimum, is_f16);                                                                 \
+    }
+GGUF_TYPES(EXPANDER)
+
+/* NULL for what has no expander. */
 static inline gguf_expander *gguf_expander_of(int type) {
+#define EXPANDER_OF(number, name, size, bytes, group, has_minimum, is_f16) \
+    case number: return expand_##name;
     switch (type) {
-    case 2: return expand_q4_0;
-    case 3: return expand_q4_1;
-    case 6: return expand_q5_0;
-    case 7: return expand_q5_1;
-    case 8: return expand_q8_0;
-    case 10: return expand_q2_k;
-    case 11: return expand_q3_k;
-    case 12: return expand_q4_k;
-    case 13: return expand_q5_k;
-    case 14: return expand_q6_k;
-    case 20: return expand_iq4_nl;
-    case 23: return expand_iq4_xs;
-    case 39: return expand_mxfp4;
+        GGUF_TYPES(EXPANDER_OF)
+    default: return 0;
+    }
+}
+
+/* Of a type that has an expander. */
+static inline int64_t gguf_row_bytes(int type, int64_t columns) {
+#define ROW_BYTES(number, name, size, bytes, group, has_minimum, is_f16) \
+    case number: return columns / size * bytes;
+    switch (type) {
+        GGUF_TYPES(ROW_BYTES)
     default: return 0;
     }
 }

@@ -63,16 +63,30 @@ static void look_up_rows(const struct stored_matrix *m, int64_t row, int64_t row
     }
 }
 
+#ifdef HAS_QUICK_NIBBLES
+/* Rows of a span; those that are left are looked up one by one. */
+static void expand_nibble_span(const struct stored_matrix *m, const struct nibble_span *span, int64_t row, int64_t rows, uint16_t *out,
+                               int64_t stride, struct ahead ahead) {
+    const float *values = NIBBLE_VALUES[m->parameter[CODE_KIND]];
+    for (int64_t done = 0; done < rows; done++) {
+        done += quick_nibbles(m, span, values, row + done, rows - done, out + done * stride, stride, ahead);
+        if (done < rows) look_up_rows(m, row + done, 1, span->column, span->count * WORDS, out + done * stride, stride);
+    }
+}
+#endif
+
 /* Rows row .. row + rows - 1, columns column .. column + columns - 1 as bfloat16, rows `stride` elements apart. */
 static void expand_nibbles(const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns,
                            uint16_t *out, int64_t stride) {
 #ifdef HAS_QUICK_NIBBLES
-    for (; columns >= QUICK_COLUMNS && column % QUICK_COLUMNS == 0; column += QUICK_COLUMNS, columns -= QUICK_COLUMNS, out += QUICK_COLUMNS) {
-        const float *values = NIBBLE_VALUES[m->parameter[CODE_KIND]];
-        int64_t done = quick_nibbles(m, values, row, rows, column, out, stride);
-        /* the row that could not be done, and what is below it */
-        for (; done < rows; done += 1 + quick_nibbles(m, values, row + done + 1, rows - done - 1, column, out + (done + 1) * stride, stride))
-            look_up_rows(m, row + done, 1, column, QUICK_COLUMNS, out + done * stride, stride);
+    const struct byte_table *tables = exponent_tables(m);
+    for (; tables && column % WORDS == 0 && columns >= WORDS; column += WORDS, columns -= WORDS, out += WORDS)
+        exponent_rows(m, tables, row, rows, column, 1, out, stride, nothing_ahead(m->part[CODES]));
+    for (int64_t some; columns >= WORDS; column += some, columns -= some, out += some) {
+        const struct nibble_span span = nibble_span(m, column, columns);
+        if (!span.per) break;
+        some = span.count * WORDS;
+        expand_nibble_span(m, &span, row, rows, out, stride, nothing_ahead(m->part[CODES]));
     }
 #endif
     if (columns) look_up_rows(m, row, rows, column, columns, out, stride);

@@ -21,6 +21,14 @@ static inline float float_of_exponent(uint8_t e) { return float_of_bits(e ? (uin
 /* 2 ** (e - 128), which is finite for 255: where LDEXP multiplies, values are doubled before. */
 static inline float half_of_exponent(uint8_t e) { return float_of_bits(e > 1 ? (uint32_t)(e - 1) << 23 : 1u << (21 + e)); }
 
+/* What a scale that is an exponent multiplies with; values are multiplied by `exponent_factor` before. */
+static inline float scale_of_exponent(int kind, uint8_t e) {
+    if (kind == SCALE_LDEXP) return half_of_exponent(e);
+    return kind == SCALE_E8M0 && e == 255 ? NAN : float_of_exponent(e);
+}
+
+static inline float exponent_factor(int kind) { return kind == SCALE_LDEXP ? 2.0f : 1.0f; }
+
 static inline float float_of_e4m3(uint8_t code) {
     if ((code & 127) == 127) return NAN;
     /* as the bits of a float its exponent is 120 too low; without one it is eighths of 2^-6 (a float without one is slow) */
@@ -63,9 +71,7 @@ static inline __attribute__((always_inline)) float scale_as(const struct stored_
     case SCALE_BF16: memcpy(&half, scales + 2 * place, 2), scale = load_bf16(half); break;
     case SCALE_F16: memcpy(&half, scales + 2 * place, 2), scale = float_of_f16(half); break;
     case SCALE_E4M3: scale = e4m3_floats[scales[place]]; break;
-    case SCALE_E8M0: scale = scales[place] == 255 ? NAN : float_of_exponent(scales[place]); break;
-    case SCALE_EXP2: scale = float_of_exponent(scales[place]); break;
-    default: scale = half_of_exponent(scales[place]);
+    default: scale = scale_of_exponent(kind, scales[place]);
     }
     if (global == GLOBAL_NONE) return scale;
     float common;
@@ -76,7 +82,7 @@ static inline __attribute__((always_inline)) float scale_as(const struct stored_
 static inline float scale_at(const struct stored_matrix *m, int64_t place) { return scale_as(m, scale_kind(m), global_kind(m), place); }
 
 /* What a code's value is multiplied by before anything else. */
-static inline float value_factor(const struct stored_matrix *m) { return scale_kind(m) == SCALE_LDEXP ? 2.0f : 1.0f; }
+static inline float value_factor(const struct stored_matrix *m) { return exponent_factor(scale_kind(m)); }
 
 /* The code of the zero at one place of the grid. */
 static inline int zero_code_at(const struct stored_matrix *m, int64_t down, int64_t across) {

@@ -32,7 +32,7 @@ struct amx {
 #define W_1 5
 #define X_0 6
 #define X_1 7
-enum { TILE_ROWS = 16, TILE_COLUMNS = 32, TILES = 8, QUARTER = STRIP_ROWS / 4 };
+enum { TILE_ROWS = 16, TILE_COLUMNS = 32, TILES = 8 };
 
 /* Linux lets a process use AMX only when it asks. */
 int expertier_has_amx(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* TILEDATA */) == 0; }
@@ -115,28 +115,25 @@ static inline void multiply_tiles(const struct strip *s, const uint16_t *w, int6
     store_sums(s, x, group, is_pair, y, y_stride);
 }
 
-/* A strip that is expanded while it is multiplied with one group: between the tile products of a chunk, the next chunk is
-   expanded, a quarter of its rows each time, so that both units of the processor are busy. */
-static void multiply_while_expanding(struct strip *s, const struct inputs *x, struct room *room, uint16_t *y, int64_t y_stride) {
+/* A strip that is expanded while it is multiplied with one group: after each half tile, some rows of the next span are expanded, so
+   that both units of the processor are busy. */
+static inline __attribute__((always_inline)) void multiply_while_expanding(struct strip *s, const int form, const struct inputs *x,
+                                                                           struct room *room, uint16_t *y, int64_t y_stride) {
+    const int span = (int)span_of(form), steps = span / TILE_COLUMNS, rows = STRIP_ROWS / steps;
     int64_t width = group_width(x), columns = x->columns;
     const uint32_t *pairs = pairs_of(x, 0);
-    expand_chunk(s, 0, 0, STRIP_ROWS, room->chunk[0], CHUNK);
+    uint16_t *now = room->span[0], *next = room->span[1];
+    expand_span(s, 0, now, span);
     zero_sums(0);
-    for (int64_t c = 0; c < columns; c += CHUNK) {
-        const uint16_t *now = room->chunk[c / CHUNK % 2];
-        uint16_t *next = room->chunk[(c / CHUNK + 1) % 2];
-        for (int quarter = 0; quarter < 4; quarter++) {
-            const uint16_t *w = now + quarter / 2 * TILE_COLUMNS;
-            if (quarter % 2 == 0) {
-                _tile_loadd(X_0, pairs + (c + quarter / 2 * TILE_COLUMNS) / 2 * width, width * sizeof(float));
-                _tile_loadd(W_0, w, 2 * CHUNK);
-                _tile_dpbf16ps(SUM_0, W_0, X_0);
-            } else {
-                _tile_loadd(W_1, w + TILE_ROWS * CHUNK, 2 * CHUNK);
-                _tile_dpbf16ps(SUM_1, W_1, X_0);
-            }
-            if (c + CHUNK < columns) expand_chunk(s, c + CHUNK, quarter * QUARTER, (quarter + 1) * QUARTER, next, CHUNK);
+    for (int64_t c = 0; c < columns; c += span) {
+        for (int step = 0; step < steps; step++) {
+            int64_t w = step * TILE_COLUMNS;
+            if (c + w < columns) add_tile(now + w, span, pairs + (c + w) / 2 * width, width, 0, 0);
+            if (c + span < columns) expand_span_of(s, form, c + span, step * rows, (step + 1) * rows, next, span);
         }
+        uint16_t *done = now;
+        now = next;
+        next = done;
     }
     store_sums(s, x, 0, 0, y, y_stride);
 }
@@ -144,9 +141,13 @@ static void multiply_while_expanding(struct strip *s, const struct inputs *x, st
 /* y[i][row] for all rows i of x and the rows of one strip. */
 static void amx_strip(struct amx *amx, struct strip *s, const struct inputs *x, struct room *room, uint16_t *y, int64_t y_stride) {
     configure(amx, group_width(x));
-    if (s->m->form != PLAIN && !is_wide(s) && num_groups(x) == 1 && x->columns % CHUNK == 0) {
-        multiply_while_expanding(s, x, room, y, y_stride);
-        return;
+    if (s->m->form != PLAIN && num_groups(x) == 1) {
+        switch (s->m->form) {
+        case COMPRESSED: multiply_while_expanding(s, COMPRESSED, x, room, y, y_stride); return;
+        case NIBBLES: multiply_while_expanding(s, NIBBLES, x, room, y, y_stride); return;
+        case BYTES: multiply_while_expanding(s, BYTES, x, room, y, y_stride); return;
+        default: multiply_while_expanding(s, GGUF, x, room, y, y_stride); return;
+        }
     }
     const uint16_t *w = plain_row(s, 0);
     if (s->m->form != PLAIN) {
