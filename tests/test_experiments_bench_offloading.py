@@ -24,8 +24,21 @@ def checkpoint(tmp_path):
     return tmp_path
 
 
-def test_parity_gate():
-    bench_offload.check_parity()
+@pytest.mark.parametrize("form", ["plain", "mxfp4"])
+def test_parity_gate(form):
+    bench_offload.check_parity(form)
+
+
+def test_who_cannot_read_codes_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match="resident cannot read experts as fp8; ours, ours-fast, ours-lru can"):
+        bench_offload.bench_offload(tmp_path, form="fp8", contestant=["resident"])
+    with pytest.raises(ValueError, match="unknown form 'fp4'"):
+        bench_offload.bench_offload(tmp_path, form="fp4")
+
+
+def test_a_folder_of_another_form_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="has experts as plain, not as int4"):
+        bench_offload.bench_offload(checkpoint, form="int4", contestant=["ours"])
 
 
 def test_contestants_agree(checkpoint):

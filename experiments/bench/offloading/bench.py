@@ -17,7 +17,7 @@ from routing.ground.files import write_json
 from routing.ground.terminal import plain_console
 
 from ...evidence.memory_limit import drop_cached, run_limited
-from .catalogue import CONTESTANTS, DEFAULTS, check_contestants, find_contestant
+from .catalogue import CONTESTANTS, check_contestants, defaults_of, find_contestant
 
 # For one contestant at one limit. accelerate, at 0.23 tokens/s in the records, needs 210 s for the default 48 tokens;
 # the rest is room for loading, for more tokens and for slower disks.
@@ -27,6 +27,7 @@ DEFAULT_LIMITS = ("6GiB", "4GiB", "none")
 CheckpointArgument = Annotated[Path, typer.Argument(help="A replay checkpoint; made from --trace if it is not there.")]
 TraceOption = Annotated[Path | None, typer.Option("--trace", help="The trace to build it from.")]
 RowsOption = Annotated[int, typer.Option("--rows", help="Rows of the trace to build in.")]
+FormOption = Annotated[str, typer.Option("--form", help="How its experts are stored: plain, fp8, int4, mxfp4.")]
 LimitOption = Annotated[list[str] | None, typer.Option("--limit", help="Memory limit, or none; repeat for more.")]
 ContestantOption = Annotated[list[str] | None, typer.Option("--contestant", help="Who runs; repeat for more.")]
 PrefillOption = Annotated[int, typer.Option("--prefill", min=1, help="Tokens of the first call.")]
@@ -41,6 +42,7 @@ def bench_offload(
     checkpoint: CheckpointArgument,
     trace: TraceOption = None,
     rows: RowsOption = 20480,
+    form: FormOption = "plain",
     limit: LimitOption = None,
     contestant: ContestantOption = None,
     prefill: PrefillOption = 64,
@@ -54,17 +56,19 @@ def bench_offload(
 
     Example: `expertier bench offload /tmp/replay --trace routing.npz --limit 6GiB --limit none`
 
+    Stored codes, with gpt-oss-20b's shapes: `expertier bench offload /tmp/gpt-oss --trace routing.npz --form mxfp4`
+
     On a GPU: `expertier bench offload /tmp/replay --trace routing.npz --device cuda --limit 8GiB --limit 4GiB`
     """
     expect_outputs(json_file, inputs=[checkpoint, trace, predictor])
     expect_there(trace if trace is not None else checkpoint, predictor)
     if device != "cpu":
-        _bench_gpu(checkpoint, trace, rows, device, limit, contestant, prefill, decode, json_file, record)
+        _bench_gpu(checkpoint, trace, rows, form, device, limit, contestant, prefill, decode, json_file, record)
         return
-    contestants = tuple(contestant or DEFAULTS)
-    check_contestants(contestants, predictor)
-    check_parity()
-    _ensure_checkpoint(checkpoint, trace, rows)
+    contestants = tuple(contestant or defaults_of(form))
+    check_contestants(contestants, predictor, form)
+    check_parity(form)
+    _ensure_checkpoint(checkpoint, trace, rows, form)
     bandwidth, console, results = _read_bandwidth(checkpoint), plain_console(), []
     console.print(f"the disk gives {bandwidth / 1e9:.2f} GB/s to 4 threads, 4 MiB a read, O_DIRECT", highlight=False)
     for text in limit or DEFAULT_LIMITS:
@@ -81,7 +85,9 @@ def bench_offload(
         from ...evidence.record import save_record
 
         save_record(
-            "bench-offload", results, config={"prefill": prefill, "decode": decode, "read_bytes_per_s": bandwidth}
+            "bench-offload",
+            results,
+            config={"form": form, "prefill": prefill, "decode": decode, "read_bytes_per_s": bandwidth},
         )
 
 
@@ -89,6 +95,7 @@ def _bench_gpu(
     checkpoint: Path,
     trace: Path | None,
     rows: int,
+    form: str,
     device: str,
     limit: list[str] | None,
     contestant: list[str] | None,
@@ -102,13 +109,16 @@ def _bench_gpu(
     from .gpu import CONTESTANTS, bench_gpu
 
     open_lane(device, "auto", None)
-    _ensure_checkpoint(checkpoint, trace, rows)
+    _ensure_checkpoint(checkpoint, trace, rows, form)
     limits, contestants = limit or ["8GiB", "4GiB"], contestant or list(CONTESTANTS)
     bench_gpu(checkpoint, limits, contestants, prefill, decode, json_file, record=record)
 
 
-def check_parity() -> None:
+def check_parity(form: str = "plain") -> None:
     """Offloaded logits must be the resident model's, bit by bit, on a small replay, before anything is timed.
+
+    Args:
+        form: how its experts are stored; the resident model of codes is the dequantised one.
 
     Raises:
         RuntimeError: if they are not.
@@ -119,20 +129,24 @@ def check_parity() -> None:
     import offload
     from routing.traces import RoutingTrace
 
-    from ...evidence.replay import ReplaySize, build_replay
+    from ...evidence.replay import ReplaySize, build_replay, usual_size
     from .contestants import compressed_of, load_model
 
     rng = np.random.default_rng(0)
     expert_TLK = np.stack([[rng.permutation(16)[:4] for _ in range(3)] for _ in range(40)]).astype(np.int16)
     trace = RoutingTrace(expert_TLK=expert_TLK, sequence_T=np.zeros(40, np.int32), metadata={"num_experts": 16})
     tokens = torch.arange(40)[None]
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        build_replay(trace, Path(folder), ReplaySize(hidden=128, expert=64))
-        resident = load_model("resident", Path(folder), "none", 40)
+    with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
+        folder, plain = Path(temporary, "stored"), Path(temporary, "plain")
+        build_replay(trace, folder, ReplaySize(hidden=128, expert=64, form=usual_size(form).form))
+        if form != "plain":
+            offload.dequantise(folder, plain)
+        resident = load_model("resident", folder if form == "plain" else plain, "none", 40)
         resident(tokens)  # torch's first call in a process now and then differs in last bits from all later ones
         expected = resident(tokens).logits
-        for cache_experts, pack in ((2, None), (5, compressed_of(Path(folder))), (16, None)):
-            model = offload.load(folder, cache_experts=cache_experts, pack=pack)
+        pack = compressed_of(folder) if form == "plain" else None
+        for cache_experts, copy in ((2, None), (5, pack), (16, None)):
+            model = offload.load(folder, cache_experts=cache_experts, pack=copy)
             if not torch.equal(model(tokens).logits, expected):
                 raise RuntimeError(f"{cache_experts} slots per layer change the output; nothing is measured")
             model.offload.close()
@@ -194,15 +208,17 @@ def _bound(result: dict[str, Any], bandwidth: float) -> float | None:
     return bandwidth / missed if missed else None
 
 
-def _ensure_checkpoint(checkpoint: Path, trace: Path | None, rows: int) -> None:
+def _ensure_checkpoint(checkpoint: Path, trace: Path | None, rows: int, form: str) -> None:
     from routing.traces import RoutingTrace
 
-    from ...evidence.replay import ReplaySize, build_replay, check_replay
+    from ...evidence.replay import build_replay, check_replay, form_of, usual_size
 
     if not (checkpoint / "model.safetensors.index.json").is_file():
         if trace is None:
             raise ValueError(f"{checkpoint} is not there; give --trace to build it")
-        build_replay(RoutingTrace.load(trace).rows(0, rows), checkpoint, ReplaySize())
+        build_replay(RoutingTrace.load(trace).rows(0, rows), checkpoint, usual_size(form))
+    if form_of(checkpoint) != form:
+        raise ValueError(f"{checkpoint} has experts as {form_of(checkpoint)}, not as {form}; name another folder")
     if trace is not None:
         share = check_replay(checkpoint, RoutingTrace.load(trace).rows(0, rows), 1000)
         if share < 1:

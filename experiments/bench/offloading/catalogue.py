@@ -33,6 +33,14 @@ class Contestant:
         """Whether it takes part at a limit; `none` is no limit."""
         return self.needs_limit is None or self.needs_limit == (limit != "none")
 
+    def reads(self, form: str) -> bool:
+        """Whether it reads experts of a stored form.
+
+        Codes are not compressed again. transformers needs the libraries and GPUs of their owners, and no GGUF file of
+        them is written.
+        """
+        return form == "plain" or (self.engine == "ours" and not self.is_compressed)
+
 
 # in the order in which they run
 CONTESTANTS: Mapping[str, Contestant] = {
@@ -53,7 +61,11 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "ours-score": Contestant(arguments={"policy": "score"}),
     "ours-learned": Contestant(arguments={"policy": "learned"}),
 }
-DEFAULTS = tuple(name for name, row in CONTESTANTS.items() if row.is_default)
+
+
+def defaults_of(form: str) -> tuple[str, ...]:
+    """Who runs if `--contestant` names nobody, on experts of a stored form."""
+    return tuple(name for name, row in CONTESTANTS.items() if row.is_default and row.reads(form))
 
 
 def find_contestant(name: str) -> Contestant:
@@ -65,12 +77,14 @@ def find_contestant(name: str) -> Contestant:
     return CONTESTANTS[expect_name(name, CONTESTANTS, "contestant")]
 
 
-def check_contestants(names: tuple[str, ...], predictor: object) -> None:
-    """Refuse unknown names, and prefetching contestants without a predictor, before anything runs.
+def check_contestants(names: tuple[str, ...], predictor: object, form: str = "plain") -> None:
+    """Refuse who cannot run before anything runs: unknown, without its predictor, or unable to read the form.
 
     Raises:
-        ValueError: in both cases.
+        ValueError: in all cases.
     """
     for name in names:
         if find_contestant(name).is_ahead and predictor is None:
             raise ValueError(f"{name} needs --predictor; make one with `expertier trace predictor`")
+        if not find_contestant(name).reads(form):
+            raise ValueError(f"{name} cannot read experts as {form}; {', '.join(defaults_of(form))} can")
