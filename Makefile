@@ -1,18 +1,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# dozens of tests start Python: without its cache, each start compiles this package, and each run every test file
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all gpu lint files format clean
 
 demo: $(INSTALLED)
 	$(BIN)/expertier demo
 
-# one thread per worker: the tests' matrices are too small for more
+# One thread per worker: the tests' matrices are too small for more. A worker takes whole stretches of the files, so that
+# what the tests of a file share is made once, and takes from the other's stretch when its own is done.
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist worksteal
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto
+	$(TEST)
 
 test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -m "slow or not slow"
+	$(TEST) -m "slow or not slow"
 
 # on a machine with an NVIDIA GPU; OUT=folder says where logs and records go. Without a GPU: exit code 3 of the program
 gpu:

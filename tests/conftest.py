@@ -1,7 +1,9 @@
 """Shared fixtures: quiet libraries, tolerances, tiny models."""
 
+import importlib
 import math
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -9,6 +11,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if not any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/kfd")):
     # without a GPU kernels run in Triton's interpreter; it must be told before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# XLA compiles each test's few operations for longer than they run
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import numpy as np
 import pytest
@@ -38,9 +42,49 @@ def several_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _language_patched_once():
+    """Triton's interpreter patches its language for a kernel, and once more for each function that the kernel calls.
+
+    Only the first time for a module changes anything; the others are a third of the time of the kernels' tests.
+    """
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None:
+        yield
+        return
+    patched = set()
+
+    def call(function, *arguments, **named):
+        module = function.fn.__module__
+        if module not in patched:
+            interpreter._patch_lang(function.fn)
+            patched.add(module)
+        try:
+            return function.rewrite()(*arguments, **named)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+# imported when a test wants them: each takes longer than a hundred test files, and every worker collects all files
+@pytest.fixture(scope="session")
+def openai():
+    """The `openai` package."""
+    return importlib.import_module("openai")
+
+
+@pytest.fixture(scope="session")
+def anthropic():
+    """The `anthropic` package."""
+    return importlib.import_module("anthropic")
 
 
 @pytest.fixture

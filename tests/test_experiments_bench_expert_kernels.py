@@ -168,6 +168,8 @@ def test_what_was_measured_before_our_own_failure_is_kept(run, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return timed(self, num_tokens, *others)
 
+    monkeypatch.setattr(kernel_gpu, "QUANTISED_TOKENS", ())
+    monkeypatch.setattr(kernel_gpu, "QUANTISED_PARITY_TOKENS", ())
     monkeypatch.setattr(kernel_gpu.GpuLayer.func, "rows", rows)
     result, kept = run()
     assert isinstance(result.exception, torch.OutOfMemoryError)
@@ -193,14 +195,15 @@ def test_tuning_covers_every_class_of_rows(layer, monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("_no_clock")
-def test_what_our_kernels_save_is_the_input_the_pre_activation_and_little_else(layer, monkeypatch):
-    monkeypatch.setattr(kernel_gpu, "MANY_TOKENS", (32,))
+def test_what_our_kernels_save_is_the_input_the_pre_activation_and_little_else(monkeypatch):
+    monkeypatch.setattr(kernel_gpu, "MANY_TOKENS", (8,))
     monkeypatch.setattr(kernel_gpu, "dense_contestants", lambda *_: [Contestant("expertier", fused_experts)])
-    forward, both = layer.rows(32, "uniform")
+    narrow = LayerShape(width=48, features=32, num_experts=3, top_k=2)
+    forward, both = kernel_gpu.GpuLayer("narrow", narrow, 1e12, [], device="cpu").rows(8, "uniform")
     assert forward["saved_of_least"] is None
     # beside input and pre-activation: combine weights (4 bytes), order and position (8 bytes) per routed row
-    routing_bytes = 32 * 2 * 12 + 2 * 4 * (3 + 1)
-    least_bytes = 32 * (128 + 2 * 2 * 128) * 2
+    routing_bytes = 8 * 2 * 12 + 2 * 4 * (3 + 1)
+    least_bytes = 8 * (48 + 2 * 2 * 32) * 2
     assert both["saved_of_least"] == pytest.approx(1 + routing_bytes / least_bytes, abs=1e-3)
 
 

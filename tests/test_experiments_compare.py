@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,14 +38,14 @@ from moe import MoEConfig, MoEForCausalLM
 from routing import ROUTERS, RouterStats, Routing, RoutingTrace
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("read") / "text.txt"
     path.write_text("".join(f"line {n}: {n * n % 97} and {n * 31 % 89}\n" for n in range(1500)))
     return str(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny():
     """Three layers, so that pre-gating three ahead does not fit and two does."""
     base = preset("smoke")
@@ -53,6 +54,19 @@ def tiny():
         base, model=model, steps=4, batch_size=2, sequence_length=32, warmup_steps=1, evaluate_every=2,
         checkpoint_every=2, held_out_tokens=256, precision="float32",
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, text, tmp_path_factory):
+    """A comparison of one variant with one seed, and its report."""
+    out = tmp_path_factory.mktemp("finished")
+    return out, compare(["top2"], tiny, out, seeds=1, data=text, quiet=True)
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of the finished comparison."""
+    return Path(shutil.copytree(finished[0], tmp_path / "out"))
 
 
 def stats_of(probability_TR, expert_TK, num_experts):
@@ -232,10 +246,10 @@ def test_differences_are_paired_by_seed_and_judged_by_their_interval():
         assert summarise([*runs("a", many), *own])[1]["difference"]["verdict"] == verdict
 
 
-def test_every_metric_is_in_one_table_of_the_page_and_says_how_it_was_made(tiny, text, tmp_path):
+def test_every_metric_is_in_one_table_of_the_page_and_says_how_it_was_made(tiny, text, out):
     assert sorted(name for names in TABLES.values() for name in names) == sorted(METRICS)
-    compare(["top2", "loss-free"], tiny, tmp_path / "out", seeds=2, data=text, quiet=True)
-    page = (tmp_path / "out/compare.html").read_text()
+    compare(["top2", "loss-free"], tiny, out, seeds=2, data=text, quiet=True)
+    page = (out / "compare.html").read_text()
     for said in (
         "learning rate 0.003 to 0.0001",
         "precision float32",
@@ -262,9 +276,7 @@ def test_a_diverging_run_is_reported_and_does_not_sink_the_others(tiny, text, tm
     assert ended["adamoe-1.5"]["status"] == "finished"
 
 
-def test_report_and_continuation(tiny, text, tmp_path):
-    out = tmp_path / "out"
-    compare(["top2"], tiny, out, seeds=1, data=text, quiet=True)
+def test_report_and_continuation(tiny, text, out):
     first = (out / "runs/top2/seed_0/compare_result.json").stat().st_mtime_ns
     report = compare(["top2", "pregate-2"], tiny, out, seeds=1, data=text, quiet=True)
     assert (out / "runs/top2/seed_0/compare_result.json").stat().st_mtime_ns == first, "not run again"
@@ -298,19 +310,16 @@ def test_a_run_that_failed_is_tried_again(tiny, text, tmp_path, monkeypatch):
     assert report["variants"][0]["status"] == ""
 
 
-def test_a_kill_between_the_last_checkpoint_and_the_result_changes_nothing(tiny, text, tmp_path):
-    out = tmp_path / "out"
-    whole = compare(["top2"], tiny, out, seeds=2, data=text, quiet=True)
+def test_a_kill_between_the_last_checkpoint_and_the_result_changes_nothing(finished, tiny, text, out):
+    whole = finished[1]
     (out / "runs/top2/seed_0/compare_result.json").unlink()
-    again = compare(["top2"], tiny, out, seeds=2, data=text, quiet=True)
+    again = compare(["top2"], tiny, out, seeds=1, data=text, quiet=True)
     for one, other in zip(whole["runs"], again["runs"], strict=True):
         assert one | {"seconds": 0} == other | {"seconds": 0}
 
 
 @pytest.mark.parametrize("name", ["compare_result.json", "compare_config.json"])
-def test_a_damaged_file_is_named(name, tiny, text, tmp_path):
-    out = tmp_path / "out"
-    compare(["top2"], tiny, out, seeds=1, data=text, quiet=True)
+def test_a_damaged_file_is_named(name, tiny, text, out):
     path = out / "runs/top2/seed_0" / name
     path.write_text(path.read_text()[:40])
     with pytest.raises(ValueError, match=rf"{name} is damaged .*; remove .*seed_0 to run it anew"):
@@ -327,14 +336,13 @@ def test_a_damaged_checkpoint_sinks_one_run_only(tiny, text, tmp_path):
     assert [row["status"] for row in report["variants"]] == ["seed 0 failed", ""]
 
 
-def test_seeds_on_different_texts_are_not_mixed(tiny, text, tmp_path):
-    out = tmp_path / "out"
-    compare(["top2"], tiny, out, seeds=1, data=text, quiet=True)
-    absolute = compare(["top2"], tiny, out, seeds=1, data=f"{tmp_path}/./text.txt", quiet=True)
-    assert absolute["variants"][0]["seeds"] == 1, "the same text by another name"
-    Path(text).write_text(Path(text).read_text()[::-1])
+def test_seeds_on_different_texts_are_not_mixed(tiny, text, out, tmp_path):
+    other = Path(shutil.copy(text, tmp_path / "other.txt"))
+    renamed = compare(["top2"], tiny, out, seeds=1, data=str(other), quiet=True)
+    assert renamed["variants"][0]["seeds"] == 1, "the same text by another name"
+    other.write_text(other.read_text()[::-1])
     with pytest.raises(ValueError, match="was begun on another text"):
-        compare(["top2"], tiny, out, seeds=2, data=text, quiet=True)
+        compare(["top2"], tiny, out, seeds=2, data=str(other), quiet=True)
 
 
 @pytest.mark.parametrize("content", [None, "", "ab", "too short for a sequence of 64"])

@@ -158,11 +158,11 @@ def test_a_run_is_not_continued_under_other_settings(tmp_path, corpus, tiny_trai
         train(tiny_training, corpus, tmp_path / "run", resume=True, quiet=True)
 
 
-def test_kill_minus_nine_during_training_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path):
+def test_kill_minus_nine_during_training_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path, run):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 2_000)
-    command = [sys.executable, "-m", "experiments.cli", "train", "--preset", "smoke", "--data", str(text)]
-    command += ["--out", str(tmp_path / "run"), "--steps", "30"]
+    arguments = ["train", "--preset", "smoke", "--data", str(text), "--out", str(tmp_path / "run"), "--steps", "30"]
+    command = [sys.executable, "-m", "experiments.cli", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=os.getcwd())
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -171,8 +171,7 @@ def test_kill_minus_nine_during_training_loses_at_most_the_steps_since_the_last_
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert checkpoints(tmp_path / "run")
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, cwd=os.getcwd())
-    assert done.returncode == 0, done.stderr
+    assert run(*arguments, "--resume") == 0
     assert [row["step"] for row in read_log(log)] == list(range(1, 31))
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 30
     assert not list(Path(tmp_path / "run").rglob("*.part"))

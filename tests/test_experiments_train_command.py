@@ -130,7 +130,8 @@ def test_sequences_of_one_token_are_refused(tiny_training):
         replace(tiny_training, sequence_length=1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# Ctrl-C is also tried within this process, in every phase of a step
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_saves_the_step_it_came_in(text, tmp_path, number):
     command = [sys.executable, "-m", "experiments.cli", "train", "--preset", "smoke", "--data", str(text)]
     command += ["--out", str(tmp_path / "a"), "--steps", "4000"]
@@ -144,7 +145,10 @@ def test_a_signal_saves_the_step_it_came_in(text, tmp_path, number):
     ):
         time.sleep(0.02)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert f"train --resume --out {tmp_path / 'a'} continues" in errors
     assert len(read_log(log)) == int(checkpoints(tmp_path / "a")[-1].name[5:])

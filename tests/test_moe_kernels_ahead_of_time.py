@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,13 @@ ALL_KERNELS = PRODUCTS | {
 }  # fmt: skip
 
 
-def compiled(*arguments):
-    """Compilation needs a process whose kernels are not interpreted."""
+def printed(script, *arguments):
+    """Lines; compilation needs a process whose kernels are not interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "moe.kernels.tuning.ahead_of_time", "--json", *arguments]
+    command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout.splitlines()
 
 
 def check(entry):
@@ -44,31 +45,54 @@ def check(entry):
         assert counts["integer_to_float"] <= 1, f"{what}: codes must become numbers without conversions"
 
 
-@pytest.mark.parametrize(
-    ("archs", "only", "kernels"),
-    [
-        (("sm90", "gfx942"), "dense/many", "up_kernel,grad_activation_kernel"),
-        (("sm80", "sm100"), "dense/many", "down_kernel"),
-        (("sm90",), "decode/int4/T1", "decode_kernel"),
-        # with the tiles of dense weights these spill
-        (("sm90",), "fp8/many", "down_kernel"),
-        (("sm90", "sm100"), "relu2/many", "grad_activation_kernel"),
-    ],
-    ids=["training", "down", "decode-int4", "fp8", "relu2"],
-)
-def test_some_configurations(archs, only, kernels):
-    entries = compiled("--arch", *archs, "--only", only, "--kernels", kernels)
-    assert {(entry["arch"], entry["kernel"]) for entry in entries} == {
-        (arch, kernel) for arch in archs for kernel in kernels.split(",")
-    }
-    for entry in entries:
-        check(entry)
+SOME = {
+    "training": (("sm90", "gfx942"), "dense/many", ("up_kernel", "grad_activation_kernel")),
+    "down": (("sm80", "sm100"), "dense/many", ("down_kernel",)),
+    "decode-int4": (("sm90",), "decode/int4/T1", ("decode_kernel",)),
+    # with the tiles of dense weights these spill
+    "fp8": (("sm90",), "fp8/many", ("down_kernel",)),
+    "relu2": (("sm90", "sm100"), "relu2/many", ("grad_activation_kernel",)),
+}
+"""Architectures, prefix of the configurations' names, kernels."""
+EACH = """
+import json, sys
+from moe.kernels.tuning.ahead_of_time import main
+
+for name, arguments in json.loads(sys.argv[1]).items():
+    print(name)
+    sys.argv[1:] = arguments
+    main()
+"""
+
+
+def compiled(commands):
+    """By name: an entry per kernel that one process compiled when it was given these arguments."""
+    entries = {name: [] for name in commands}
+    for line in printed(EACH, json.dumps(commands)):
+        if line in entries:
+            current = entries[line]
+        else:
+            current.append(json.loads(line))
+    return entries
+
+
+def test_some_configurations():
+    found = compiled(
+        {
+            name: ["--json", "--arch", *archs, "--only", only, "--kernels", ",".join(kernels)]
+            for name, (archs, only, kernels) in SOME.items()
+        }
+    )
+    for name, (archs, _, kernels) in SOME.items():
+        assert {(entry["arch"], entry["kernel"]) for entry in found[name]} == set(product(archs, kernels))
+        for entry in found[name]:
+            check(entry)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", list(SHARED_LIMIT_BYTES))
 def test_every_shipped_configuration(arch):
-    entries = compiled("--arch", arch)
+    entries = compiled({"all": ["--json", "--arch", arch]})["all"]
     assert {entry["kernel"] for entry in entries} == ALL_KERNELS
     for entry in entries:
         check(entry)
@@ -112,9 +136,8 @@ for name, launch in launches:
     assert hints == {path: hint for path, hint in theirs["configs"][0].items() if hint}, (name, launch.kernel)
     print(name, launch.kernel.__name__)
 """
-
-
 COMPILE_TOGETHER = """
+triton.knobs.runtime.jit_cache_hook = None
 few = {launch.kernel: launch for _, launch in launches[:3]}
 compile_together(few.values())
 for kernel in few:
@@ -124,21 +147,11 @@ for kernel in few:
 """
 
 
-def printed(script):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def test_what_is_compiled_is_what_the_launcher_would_compile():
+def test_what_is_compiled_is_what_the_launcher_would_compile_and_is_ready_for_its_launch():
     """Triton's own launcher derives the same types, constants and divisibility hints from our launches."""
-    assert {line.split()[1] for line in printed(STAND_IN + DERIVE)} == ALL_KERNELS
-
-
-def test_kernels_that_are_compiled_together_are_ready_for_their_launch():
-    assert printed(STAND_IN + COMPILE_TOGETHER) == ["histogram_kernel", "prefix_kernel", "group_kernel"]
+    lines = printed(STAND_IN + DERIVE + COMPILE_TOGETHER)
+    assert {line.split()[1] for line in lines[:-3]} == ALL_KERNELS
+    assert lines[-3:] == ["histogram_kernel", "prefix_kernel", "group_kernel"]
 
 
 def test_interpreted_kernels_are_not_compiled():

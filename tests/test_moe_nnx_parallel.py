@@ -100,7 +100,8 @@ print("trap", error(with_argsort, False))
 
 
 def on_eight_devices(script):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", SETUP + script], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
     )

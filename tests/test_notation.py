@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def faults(page: Page, folder: str, docstring: str) -> list[str]:
     return wrong
 
 
+@cache
 def docstrings() -> list[tuple[Path, str]]:
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     return [
@@ -70,29 +72,30 @@ def docstrings() -> list[tuple[Path, str]]:
 
 
 PAGE = page_of((ROOT / "docs" / "notation.md").read_text(encoding="utf-8"))
-DOCSTRINGS = docstrings()
 
 
 def test_every_letter_of_every_legend_is_declared_for_its_folder():
-    assert not [f"{file}: {fault}" for file, text in DOCSTRINGS for fault in faults(PAGE, file.parent.as_posix(), text)]
+    assert not [
+        f"{file}: {fault}" for file, text in docstrings() for fault in faults(PAGE, file.parent.as_posix(), text)
+    ]
 
 
 def test_every_legend_is_found():
-    with_legend = [file for file, text in DOCSTRINGS if "Shapes:" in text]
+    with_legend = [file for file, text in docstrings() if "Shapes:" in text]
     assert len(with_legend) > 140
-    assert [file for file, text in DOCSTRINGS if legend_of(text)] == with_legend
+    assert [file for file, text in docstrings() if legend_of(text)] == with_legend
 
 
 @pytest.mark.parametrize(("folder", "letter"), [key for key in PAGE if key[0]])
 def test_every_folder_letter_is_used_there_in_its_own_meaning(folder, letter):
     """A row that no legend needs is removed from the page."""
     without = {key: words for key, words in PAGE.items() if key != (folder, letter)}
-    below = [(file.parent.as_posix(), text) for file, text in DOCSTRINGS if file.is_relative_to(folder)]
+    below = [(file.parent.as_posix(), text) for file, text in docstrings() if file.is_relative_to(folder)]
     assert any(faults(without, where, text) for where, text in below)
 
 
 def test_every_letter_for_all_is_used():
-    used = {letter for _, text in DOCSTRINGS if (legend := legend_of(text)) for letter, _ in entries(legend)}
+    used = {letter for _, text in docstrings() if (legend := legend_of(text)) for letter, _ in entries(legend)}
     assert {letter for folder, letter in PAGE if not folder} <= used
 
 

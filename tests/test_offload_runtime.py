@@ -69,9 +69,16 @@ def tokens():
     return torch.randint(0, 97, (2, 13), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("io", ["cached", "direct"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# each pair of model and dtype, of model and io, of dtype and io
+PAIRS = [
+    (name, dtype, ("cached", "direct")[(row + column) % 2])
+    for row, name in enumerate(sorted(CONFIGS))
+    for column, dtype in enumerate(DTYPES)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "io"), PAIRS)
 def test_bits_and_tokens_equal_the_resident_model_at_every_cache_size(saved, tokens, name, dtype, io):
     folder, resident = saved(name, dtype)
     with torch.no_grad():
@@ -116,10 +123,10 @@ def test_reading_ahead_changes_no_bits(saved, name, prefetch, tmp_path):
         prefetch = str(tmp_path / "predictor.npz")
         save_random_predictor(resident.config, prefetch)
     tokens = torch.arange(3, 9)[None]
-    expected = resident.generate(tokens, max_new_tokens=60, do_sample=False)
-    for cache_experts in (3, 6, 7):
+    expected = resident.generate(tokens, max_new_tokens=40, do_sample=False)
+    for cache_experts in (3, 6):
         model = offload.load(folder, cache_experts=cache_experts, prefetch=prefetch, policy="score")
-        assert torch.equal(model.generate(tokens, max_new_tokens=60, do_sample=False), expected)
+        assert torch.equal(model.generate(tokens, max_new_tokens=40, do_sample=False), expected)
         tried = model.offload.report()["prefetch"]
         assert tried["issued"] >= tried["useful"] + tried["late"] + tried["wasted"]
         if cache_experts == 6:

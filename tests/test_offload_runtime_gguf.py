@@ -95,7 +95,7 @@ def test_bits_and_tokens_equal_the_plain_model_at_every_cache_size(made, tokens,
     with torch.no_grad():
         expected = resident(tokens).logits
     expected_ids = resident.generate(tokens, max_new_tokens=6, do_sample=False)
-    for cache_experts in (1, 3, 10):
+    for cache_experts in (1, 10) if io == "cached" else (3,):
         model = offload.load(file, cache_experts=cache_experts, io=io)
         assert model.dtype == torch.bfloat16
         assert torch.equal(model(tokens).logits, expected)

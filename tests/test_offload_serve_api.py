@@ -7,7 +7,6 @@ import threading
 import time
 
 import httpx
-import openai
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -53,7 +52,7 @@ def post(served):
 
 
 @pytest.fixture(scope="module")
-def client(served):
+def client(served, openai):
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
@@ -419,7 +418,7 @@ def test_other_models_other_paths_other_methods(post, served):
     assert httpx.get(f"{served.url}/v1/chat/completions").status_code == 405
 
 
-def test_the_openai_client_gets_objects_and_exceptions(client):
+def test_the_openai_client_gets_objects_and_exceptions(client, openai):
     answer = client.chat.completions.create(model="tiny", messages=HI, max_tokens=5, temperature=0)
     assert answer.choices[0].message.role == "assistant"
     streamed = client.chat.completions.create(model="tiny", messages=HI, max_tokens=5, temperature=0, stream=True)
@@ -488,7 +487,7 @@ def test_a_client_that_leaves_stops_the_model(model, is_stream):
         assert not served.service.running
 
 
-def test_a_full_queue_is_said_at_once_and_the_openai_client_waits_and_succeeds(model):
+def test_a_full_queue_is_said_at_once_and_the_openai_client_waits_and_succeeds(model, openai):
     engine = SmallEngine(model, most_queued=1, step_s=0.05)
     with Served(engine, make_tokenizer()) as served:
         body = {**GREEDY, "max_tokens": 30, "ignore_eos": True}

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import openai
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -194,7 +193,7 @@ def test_a_client_that_leaves_frees_its_place(url):
         time.sleep(0.05)
 
 
-def test_the_openai_client_talks_to_it(url):
+def test_the_openai_client_talks_to_it(url, openai):
     with openai.OpenAI(base_url=f"{url}/v1", api_key="any") as client:
         name = client.models.list().data[0].id
         stream = client.chat.completions.create(
@@ -260,13 +259,12 @@ def test_a_port_in_use_and_a_missing_model_are_one_line(run, folder, capsys):
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_a_damaged_model_ends_the_server_with_one_line(tmp_path):
+def test_a_damaged_model_ends_the_server_with_one_line(run, tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
-    command = [sys.executable, "-m", "experiments.cli", "serve", str(tmp_path), "--port", "0"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=START_S, check=False)
-    assert ended.returncode == 2
-    assert "Traceback" not in ended.stderr
-    assert ended.stderr.strip().splitlines()[-1].startswith("expertier: ")
+    assert run("serve", tmp_path, "--port", "0") == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("expertier: ")
 
 
 @pytest.mark.slow

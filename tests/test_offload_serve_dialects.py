@@ -2,9 +2,7 @@
 
 import json
 
-import anthropic
 import httpx
-import openai
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -38,13 +36,13 @@ def post(served):
 
 
 @pytest.fixture(scope="module")
-def claude(served):
+def claude(served, anthropic):
     with anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def client(served):
+def client(served, openai):
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
@@ -177,7 +175,7 @@ def test_errors_are_anthropics(post, change, status, kind):
     assert answer.json()["error"]["message"]
 
 
-def test_the_anthropic_client_gets_objects_and_exceptions(claude, post):
+def test_the_anthropic_client_gets_objects_and_exceptions(claude, post, anthropic):
     message = claude.messages.create(
         model="tiny", max_tokens=24, messages=HI, system="Be brief.", extra_body={"temperature": 0}
     )

@@ -5,9 +5,7 @@ import socket
 import threading
 import time
 
-import anthropic
 import httpx
-import openai
 import pytest
 from starlette.datastructures import Headers
 from transformers import AutoModelForCausalLM
@@ -81,7 +79,7 @@ def test_every_key_is_compared_in_constant_time(monkeypatch):
     assert [pair[0] for pair in compared] == [b"a", b"b", b"c"]
 
 
-def test_both_clients_raise_their_exceptions(locked):
+def test_both_clients_raise_their_exceptions(locked, openai, anthropic):
     client = openai.OpenAI(base_url=f"{locked.url}/v1", api_key="wrong", max_retries=0)
     with client, pytest.raises(openai.AuthenticationError):
         client.models.list()

@@ -78,21 +78,25 @@ def compare(
     runs = plan_runs(list(variants), base, seeds, text, out)
     _expect_text(text, runs, base, quiet)
     results: dict[Path, dict[str, Any]] = {}
+    content: dict[str, Any] = {}
+    num_ended = sum(run.result is not None for run in runs)
     columns = (TextColumn("compare"), BarColumn(), TextColumn("{task.completed}/{task.total}  {task.fields[text]}"))
     with Progress(*columns, TimeElapsedColumn(), disable=quiet, console=Console(stderr=True)) as progress:
         task = progress.add_task("compare", total=len(runs), text="")
 
         def done(run: Run, result: dict[str, Any]) -> None:
+            nonlocal content
             results[run.folder] = result
             bits = result.get("held_out_bits_per_byte")
             text = (
                 f"{run.variant} seed {run.config.seed}: {result['status'] if bits is None else f'{bits:.3f} bits/byte'}"
             )
             progress.update(task, advance=1, text=text)
-            report(runs, results, base, out)
+            if len(results) >= num_ended:  # figures take a second: one page for all that had ended before
+                content = report(runs, results, base, out)
 
         execute(runs, processes, done)
-    return report(runs, results, base, out)
+    return content
 
 
 def _expect_text(text: Text, runs: list[Run], base: TrainConfig, quiet: bool) -> None:
