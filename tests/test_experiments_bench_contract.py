@@ -236,7 +236,7 @@ BENCHES = {
         command=("bench", "products"),
         wrong=("--form", "mxfp5"),
         words="unknown form 'mxfp5'",
-        right=("--form", "mxfp4", "--rows", "1", "--matrices", "1", "--repeats", "2", "--records", "{folder}"),
+        right=("--form", "mxfp4", "--rows", "1", "--size", "1MiB", "--repeats", "2", "--records", "{folder}"),
         redden=redden_products,
     ),
     "step": Bench(

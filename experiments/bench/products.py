@@ -21,9 +21,7 @@ SEED = 0
 def bench_products(
     form: Annotated[list[str] | None, typer.Option(help="A stored form; repeat for more.")] = None,
     rows: Annotated[str, typer.Option(help="Rows of the input, with commas.")] = "1,4,16",
-    matrices: Annotated[
-        int, typer.Option(min=1, help="Matrices of 4 MiB in bfloat16; many, to leave the caches.")
-    ] = 48,
+    size: Annotated[str, typer.Option(help="Stored bytes of each form; more than the last cache holds.")] = "640MiB",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     repeats: Annotated[int, typer.Option(min=2, help="Timed rounds; all contestants take turns.")] = 7,
     record: Annotated[bool, typer.Option("--record", help="Keep the result under experiments/records.")] = False,
@@ -38,7 +36,7 @@ def bench_products(
     """
     import torch
 
-    from offload import product_rates
+    from offload import parse_size, product_rates
 
     expect_records(records)
     forms = form or list(FORMS)
@@ -47,7 +45,7 @@ def bench_products(
     counts, before = listed(rows, "--rows"), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = product_rates(forms, counts, num_matrices=matrices, repeats=repeats)
+        found = product_rates(forms, counts, nbytes=parse_size(size), repeats=repeats)
     finally:
         torch.set_num_threads(before)
     reading = found[0]["bytes_per_s_p50"]
@@ -57,5 +55,5 @@ def bench_products(
         table.add_row(row["order"], row["form"], str(row["rows"]), *rates, f"{row['bytes_per_s_p50'] / reading:.2f}")
     plain_console().print(table)
     if record:
-        config = {"rows": counts, "matrices": matrices, "threads": threads, "repeats": repeats}
+        config = {"rows": counts, "size": size, "threads": threads, "repeats": repeats}
         typer.echo(f"record: {save_record('offload-products', found, config=config, seed=SEED, folder=records)}")

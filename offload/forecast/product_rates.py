@@ -3,17 +3,17 @@
 import time
 from collections.abc import Callable, Sequence
 from statistics import quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..codes.decode import decode
 from ..codes.encoding import Encoding
-from ..codes.expander import kernel_number, kernel_parameters, kernel_parts
+from ..codes.expander import kernel_number, kernel_parameters
 from ..compute.orders import Order, orders
 from ..formats.compression import CompressedMatrix, expand
 from ..formats.gguf_blocks.expand import expand_rows, kernel_parameter
-from ..native.kernel_matrix import GGUF, KernelMatrix, plain_matrix
+from ..native.kernel_matrix import COMPRESSED, GGUF, PARTS, PLAIN, KernelMatrix, plain_matrix
 
 SHAPE = (1024, 2048)
 """Rows and columns of a matrix: 4 MiB of bfloat16, as an expert of common sizes has."""
@@ -36,19 +36,36 @@ HALVES = {"q4_0": (0,), "q8_0": (0,), "q4_k": (0, 2), "q6_k": (208,)}
 """Where in a block its scales of float16 stand."""
 FORMS = ("plain", "compressed", *ENCODINGS, *GGUF_TYPES)
 
-Made = tuple[KernelMatrix, torch.Tensor, int, Any]
-"""A stored matrix, what it stands for, its bytes, and what holds them."""
+
+class Sample(NamedTuple):
+    """One stored matrix, and what it stands for."""
+
+    number: int
+    """Of its form in our C."""
+    parts: tuple[torch.Tensor | None, ...]
+    parameter: Any
+    plain_FD: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts if part is not None)
+
+    def copy(self) -> "Sample":
+        """The same bytes at another place."""
+        return self._replace(parts=tuple(None if part is None else part.clone() for part in self.parts))
+
+    def matrix(self) -> KernelMatrix:
+        addresses = [0 if part is None else part.data_ptr() for part in self.parts]
+        return KernelMatrix(self.number, *SHAPE, (*addresses, *[0] * (PARTS - len(addresses))), self.parameter)
 
 
-def product_rates(
-    forms: Sequence[str], rows: Sequence[int], *, num_matrices: int, repeats: int
-) -> list[dict[str, Any]]:
+def product_rates(forms: Sequence[str], rows: Sequence[int], *, nbytes: int, repeats: int) -> list[dict[str, Any]]:
     """Stored bytes per second that products read, beside those of plain reading; all of them take turns.
 
     Args:
         forms: names in FORMS.
         rows: rows of x, each number of them in its turn.
-        num_matrices: of 4 MiB in bfloat16; together they should be larger than the caches.
+        nbytes: stored bytes of each form, in matrices of 4 MiB in bfloat16; more than the last cache holds.
         repeats: timed rounds, 2 or more.
 
     Returns:
@@ -58,17 +75,17 @@ def product_rates(
         RuntimeError: if a product differs from that of the plain matrix in the same order.
     """
     generator = torch.Generator().manual_seed(0)
-    stored = {form: [_make(form, generator) for _ in range(num_matrices)] for form in forms}
+    samples = {form: _make(form, generator) for form in forms}
+    stored = {form: [sample.copy() for _ in range(-(-nbytes // sample.nbytes))] for form, sample in samples.items()}
+    everything = torch.ones(nbytes // 8, dtype=torch.int64)
     runs: dict[tuple[str, str, int], tuple[int, Callable[[], object]]] = {}
-    everything = [plain for plain, *_ in [(made[1],) for made in stored[forms[0]]]]
-    runs["reading", "plain", 0] = sum(one.nbytes for one in everything), lambda: [_sum(one) for one in everything]
+    runs["reading", "plain", 0] = everything.nbytes, everything.sum
     for order in orders():
-        for form, made in stored.items():
+        for form, copies in stored.items():
             for count in rows:
                 x_nD = torch.randn(count, SHAPE[1], generator=generator).bfloat16()
-                out_nF = torch.empty(count, SHAPE[0], dtype=torch.bfloat16)
-                _require_equal(order, made[0], x_nD, form)
-                runs[order.name, form, count] = sum(one[2] for one in made), _run(order, made, x_nD, out_nF)
+                _require_equal(order, samples[form], x_nD, form)
+                runs[order.name, form, count] = sum(copy.nbytes for copy in copies), _run(order, copies, x_nD)
     seconds: dict[tuple[str, str, int], list[float]] = {key: [] for key in runs}
     for _ in range(repeats):
         for key, (_, run) in runs.items():
@@ -78,20 +95,16 @@ def product_rates(
     return [_rates(key, runs[key][0], taken) for key, taken in seconds.items()]
 
 
-def _run(order: Order, made: Sequence[Made], x_nD: torch.Tensor, out_nF: torch.Tensor) -> Callable[[], None]:
-    matrices = [matrix for matrix, *_ in made]
+def _run(order: Order, copies: Sequence[Sample], x_nD: torch.Tensor) -> Callable[[], None]:
+    matrices = [copy.matrix() for copy in copies]
     groups = [tuple(matrices[at : at + AT_ONCE]) for at in range(0, len(matrices), AT_ONCE)]
-    outs = tuple(torch.empty_like(out_nF) for _ in range(AT_ONCE))
+    outs = tuple(torch.empty(len(x_nD), SHAPE[0], dtype=torch.bfloat16) for _ in range(AT_ONCE))
 
     def run() -> None:
         for group in groups:
             order.multiply(x_nD, group, outs[: len(group)])
 
     return run
-
-
-def _sum(weight: torch.Tensor) -> torch.Tensor:
-    return weight.view(torch.int64).sum()
 
 
 def _rates(key: tuple[str, str, int], nbytes: int, seconds: list[float]) -> dict[str, Any]:
@@ -101,32 +114,30 @@ def _rates(key: tuple[str, str, int], nbytes: int, seconds: list[float]) -> dict
     return {"order": order, "form": form, "rows": rows, **found}
 
 
-def _require_equal(order: Order, made: Made, x_nD: torch.Tensor, form: str) -> None:
+def _require_equal(order: Order, sample: Sample, x_nD: torch.Tensor, form: str) -> None:
     found_nF, expected_nF = (torch.empty(len(x_nD), SHAPE[0], dtype=torch.bfloat16) for _ in range(2))
-    order.multiply(x_nD, (made[0],), (found_nF,))
-    order.multiply(x_nD, (plain_matrix(made[1]),), (expected_nF,))
+    order.multiply(x_nD, (sample.matrix(),), (found_nF,))
+    order.multiply(x_nD, (plain_matrix(sample.plain_FD),), (expected_nF,))
     if not torch.equal(found_nF, expected_nF):
         raise RuntimeError(f"parity is red, so no time is printed: {form} in the order {order.name}")
 
 
-def _make(form: str, generator: torch.Generator) -> Made:
+def _make(form: str, generator: torch.Generator) -> Sample:
     if form in ENCODINGS:
         return _make_codes(ENCODINGS[form], generator)
     if form in GGUF_TYPES:
         return _make_blocks(form, generator)
     weight_FD = torch.randn(SHAPE, generator=generator).bfloat16()
     if form == "plain":
-        return plain_matrix(weight_FD), weight_FD, weight_FD.nbytes, None
+        return Sample(PLAIN, (weight_FD,), None, weight_FD)
     stored = CompressedMatrix().encode(weight_FD)
     assert stored is not None
-    matrix = CompressedMatrix().kernel_matrix(stored, SHAPE)
-    assert matrix is not None
     plain_FD = torch.empty_like(weight_FD)
     expand(stored, plain_FD)
-    return matrix, plain_FD, stored.nbytes, stored
+    return Sample(COMPRESSED, (stored,), None, plain_FD)
 
 
-def _make_codes(encoding: Encoding, generator: torch.Generator) -> Made:
+def _make_codes(encoding: Encoding, generator: torch.Generator) -> Sample:
     parts = {
         role: torch.randint(256, (nbytes,), dtype=torch.uint8, generator=generator)
         for role, nbytes in encoding.part_bytes(*SHAPE).items()
@@ -140,18 +151,17 @@ def _make_codes(encoding: Encoding, generator: torch.Generator) -> Made:
         parts["scales"] = torch.rand(count // 2, generator=generator).bfloat16().view(torch.uint8)
     if encoding.codes == "e4m3":
         parts["codes"] &= 0xF7  # no code is NaN
-    addresses = tuple(part or 0 for part in kernel_parts(parts))
-    matrix = KernelMatrix(kernel_number(encoding), *SHAPE, addresses, kernel_parameters(encoding, *SHAPE))
     plain_FD = decode(encoding, parts, *SHAPE, torch.bfloat16)
-    return matrix, plain_FD, sum(part.nbytes for part in parts.values()), parts
+    return Sample(
+        kernel_number(encoding), (parts["codes"], parts["scales"]), kernel_parameters(encoding, *SHAPE), plain_FD
+    )
 
 
-def _make_blocks(form: str, generator: torch.Generator) -> Made:
+def _make_blocks(form: str, generator: torch.Generator) -> Sample:
     count = SHAPE[0] * SHAPE[1] // BLOCK_COLUMNS[form]
     blocks = torch.randint(256, (count, GGUF_TYPES[form]), dtype=torch.uint8, generator=generator)
     for place in HALVES[form]:
         blocks[:, place : place + 2] = torch.rand(count, 1, generator=generator).half().view(torch.uint8)
     kind, plain_FD = form.upper(), torch.empty(SHAPE, dtype=torch.bfloat16)
     expand_rows(kind, blocks.view(-1), plain_FD)
-    matrix = KernelMatrix(GGUF, *SHAPE, (blocks.data_ptr(), 0, 0, 0), kernel_parameter(kind))
-    return matrix, plain_FD, blocks.nbytes, blocks
+    return Sample(GGUF, (blocks,), kernel_parameter(kind), plain_FD)
