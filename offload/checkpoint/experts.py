@@ -262,7 +262,9 @@ def _origin(
         return convert_expert(model, full_name, sources, converter, parts)
 
     try:
-        found = trace_elements(convert, shapes, MAX_RUNS)
+        # without a converter the parameter is its one source as it lies
+        as_it_lies = Origin(shape=shapes[0], is_whole=len(shapes) == 1, starts=(0,), numbers=(0,))
+        found = trace_elements(convert, shapes, MAX_RUNS) if converter is not None else as_it_lies
     except Exception as error:
         raise ValueError(
             f"{full_name}: transformers' conversion does not work on one expert at a time ({error}); "
