@@ -134,6 +134,27 @@ def test_a_closed_model_says_so(folder):
     assert closed.offload.report()["misses"] >= 0
 
 
+def test_a_closed_model_gives_its_slots_back_and_does_not_compute_with_them(folder):
+    """A second load in the same process had no room before Python's collector ran."""
+    closed = offload.load(folder, cache_experts=8)
+    logits(closed, 5)
+    memory = [slots.memory for slots in closed.offload._runtime.layers]
+    assert any(bool(slots.any()) for slots in memory)
+    closed.offload.close()
+    assert not any(bool(slots.any()) for slots in memory)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="this model was closed"):
+        closed(IDS[:, :5], use_cache=False)
+
+
+def test_a_call_within_which_the_model_is_closed_fails(folder):
+    """As by a signal handler: what had been looked up is zeros by then."""
+    model = offload.load(folder, cache_experts=8)
+    hook = model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda *_: model.offload.close())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="this model was closed"):
+        model(IDS, use_cache=False)
+    hook.remove()
+
+
 def test_gradients_through_experts_are_refused(folder):
     model = offload.load(folder, cache_experts=3)
     x = model.get_input_embeddings()(IDS).detach().requires_grad_(True)

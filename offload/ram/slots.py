@@ -63,6 +63,11 @@ class LayerSlots:
         self._given_up: list[tuple[Ticket, int]] = []
         self.cache: Cache = make_cache(self._policy, self.num_slots, self.num_experts)
 
+    def close(self) -> None:
+        """Forget every expert and give the memory back; nothing may be on its way into a slot."""
+        self.clear()
+        self._slots.give_back()
+
     def __contains__(self, expert: int) -> bool:
         return expert in self._resident
 

@@ -89,6 +89,8 @@ class OffloadRuntime:
                     result = self._forward(layer, module, x_TD, expert_TK, weight_TK)
             else:
                 result = self._forward(layer, module, x_TD, expert_TK, weight_TK)
+            # a signal handler may have closed the model within this call, and its slots hold zeros since
+            self.store.expect_open()
             # not in a `finally`: after an exception it has to stay false
             self._is_whole = True
             return result
@@ -193,10 +195,14 @@ class OffloadRuntime:
         return self._fused[key]
 
     def close(self) -> None:
-        """Stop reading; the model cannot run afterwards."""
-        if self.gpu is not None:
-            self.gpu.close()
-        self.store.close()
+        """Stop reading and give the slots' memory back; the model cannot run afterwards."""
+        self._enter_process()
+        with self._lock:
+            if self.gpu is not None:
+                self.gpu.close()
+            self.store.close()
+            for slots in self.layers:
+                slots.close()
 
     def _look_ahead(self, layer: int, x_TD: torch.Tensor, expert_TK: torch.Tensor) -> None:
         """Once this layer's reads are on their way: start what the next layers will probably ask for."""

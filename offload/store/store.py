@@ -43,6 +43,10 @@ class Slots:
             # an older kernel: the first write to a page takes it, too
             self.tensor[:: mmap.PAGESIZE] = 0
 
+    def give_back(self) -> None:
+        """Give the memory back to the system now; what is read later is zeros."""
+        self._mapping.madvise(mmap.MADV_DONTNEED)
+
     def slot(self, index: int) -> torch.Tensor:
         return self.tensor[index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
@@ -161,9 +165,17 @@ class ExpertStore:
         for file in {file for form in self.forms for file in form.files}:
             self._files[file] = self._open(file)
 
-    def _descriptor(self, file: Path) -> int:
+    def expect_open(self) -> None:
+        """Refuse after `close`.
+
+        Raises:
+            RuntimeError: if the store is closed.
+        """
         if not self._files:
             raise RuntimeError("this model was closed (model.offload.close()); load it again")
+
+    def _descriptor(self, file: Path) -> int:
+        self.expect_open()
         return self._files[file]
 
     def _open(self, file: Path) -> int:
