@@ -10,12 +10,14 @@ from .conversion.prune_and_join import drawn, join, most_used, prune
 from .experts.bank import Experts
 from .experts.grouped import expertier_experts, grouped_experts
 from .experts.reference import swiglu_experts_reference
+from .inference.decentralised import DecentralisedDenoiser, PartitionRouter, nearest_parts
 from .inference.ensemble import EnsembleConfig, EnsembleForCausalLM, ensemble
 from .inference.fused_condition import FusedCache, fused_experts
 from .inference.skip_feed_forward import SkipReport, skip_feed_forward
 from .layers.layer import FeedForward, MoELayer, RoutedLayer
 from .layers.stack import LayerPasses
 from .model.decoder import MoEForCausalLM, MoEModel, MoEOutput
+from .model.denoiser import Denoiser, noise_levels, sample
 from .parts.config import MoEConfig
 from .parts.flops import LayerFlops, projection_flops
 from .parts.linear import Linear
@@ -26,6 +28,8 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "ByteText",
+    "DecentralisedDenoiser",
+    "Denoiser",
     "EnsembleConfig",
     "EnsembleForCausalLM",
     "Experts",
@@ -39,6 +43,7 @@ __all__ = [
     "MoELayer",
     "MoEModel",
     "MoEOutput",
+    "PartitionRouter",
     "RoutedLayer",
     "SkipReport",
     "TokenizerText",
@@ -51,9 +56,12 @@ __all__ = [
     "grouped_experts",
     "join",
     "most_used",
+    "nearest_parts",
+    "noise_levels",
     "open_tokenizer",
     "projection_flops",
     "prune",
+    "sample",
     "save_byte_tokenizer",
     "skip_feed_forward",
     "swiglu_experts_reference",

@@ -7,13 +7,13 @@ from .body import Architecture, Body
 from .chain import chain_of_experts
 from .duo import duo_llm
 from .feature_groups import feature_groups
-from .glider import glider
-from .hydra import hydra
+from .signals.glider import glider
+from .signals.hydra import hydra
 from .latent import latent
 from .memory.peer import peer
 from .memory.ultramem import ultramem
 from .mixture_of_transformers import mixture_of_transformers
-from .mode import mode
+from .signals.mode import mode
 from .moex import moex
 from .plain import plain
 from .read_me.architecture import readme

@@ -7,9 +7,9 @@ from functools import partial
 
 from routing import PooledRouter
 
-from ..layers.layer import build_moe_layer
-from ..parts.config import MoEConfig
-from .body import Body
+from ...layers.layer import build_moe_layer
+from ...parts.config import MoEConfig
+from ..body import Body
 from .rescored import rescored_routers
 
 

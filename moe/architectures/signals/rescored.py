@@ -6,7 +6,7 @@ from torch import nn
 
 from routing import ROUTERS, ClassicRouter, RouterRow, build_routers
 
-from ..parts.config import MoEConfig
+from ...parts.config import MoEConfig
 
 
 def rescored_routers(config: MoEConfig, kind: Callable[..., nn.Module]) -> list[nn.Module]:

@@ -5,9 +5,9 @@ Source: Li et al. 2024, arXiv:2410.07172; the bias is `routing.task_bias`, given
 
 from routing import GliderRouter
 
-from ..layers.layer import build_moe_layer
-from ..parts.config import MoEConfig
-from .body import Body
+from ...layers.layer import build_moe_layer
+from ...parts.config import MoEConfig
+from ..body import Body
 from .rescored import rescored_routers
 
 

@@ -1,0 +1,1 @@
+"""Architectures whose routers read something besides the token: chunks, a condition, a task."""
