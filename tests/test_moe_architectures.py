@@ -45,8 +45,9 @@ MORE = {
         )
     ],
     "latent": [{"options": {"group": 4, "rank": 5}, "router": router} for router in ("rmoe", "pregate")],
+    "feature_groups": [{"options": {"shared_width": 8, "attention": True}, "router": "mixtral"}],
     "hydra": [{"options": {"pooling": "prefix"}}],
-    "mode": [{"options": {"reads": "token_and_condition"}}],
+    "mode": [{"options": {"reads": "token_and_condition", "attends": True}}],
 }
 
 

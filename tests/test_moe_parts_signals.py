@@ -21,6 +21,11 @@ CASES = {
         "architecture_options": {"shared_width": 8},
         "router": "mixtral",
     },
+    "feature groups in attention": {
+        "architecture": "feature_groups",
+        "architecture_options": {"shared_width": 8, "attention": True},
+        "router": "mixtral",
+    },
     "mixture of transformers": {
         "architecture": "mixture_of_transformers",
         "architecture_options": {"first_ids": [0, 30, 60]},
@@ -28,7 +33,7 @@ CASES = {
         "num_experts_per_tok": 1,
     },
 }
-WITH_EXPERTS = [name for name in CASES if name != "feature groups"]
+WITH_EXPERTS = [name for name in CASES if not name.startswith("feature groups")]
 
 
 @pytest.fixture(params=CASES)
@@ -321,6 +326,42 @@ def test_feature_groups_equal_plain_loops(tiny_config, tolerance):
 def test_feature_groups_fusion_starts_as_the_identity(tiny_config):
     layer = MoEForCausalLM(tiny_config(**CASES["feature groups"])).model.moe_layers[0]
     assert torch.equal(layer.fusion.weight, torch.eye(6).expand(4, 6, 6))
+
+
+@pytest.mark.parametrize("name", ["feature groups", "feature groups in attention"])
+def test_feature_groups_that_are_all_kept_are_the_dense_model(name, tiny_config, tolerance):
+    """Weights 1 / K of a hash router times K are 1, and all over active features is 1."""
+    case = CASES[name] | {"router": "hash", "num_experts_per_tok": 6}
+    model, token_BS = model_of(tiny_config, case), torch.randint(0, 96, (2, 7))
+    recursion = {"choice": "none", "recursions": 1, "feed_forward": "dense", "first": 1, "last": 1}
+    dense = model_of(
+        tiny_config, {"architecture": "mixture_of_recursions", "architecture_options": recursion, "num_hidden_layers": 3}
+    )
+    renamed = {key.replace("mlp.feed_forward", "mlp"): value for key, value in model.state_dict().items()}
+    dense.load_state_dict({key: renamed[key] for key in dense.state_dict()})
+    with torch.no_grad():
+        torch.testing.assert_close(model(token_BS).logits, dense(token_BS).logits, **tolerance[torch.float64])
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_feature_groups_multiply_what_they_say(attention, tiny_config):
+    """Counted by torch, without the attention scores; the fusion and the router are matrices too."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from experiments.compare.measures.flops import measured_usage, token_flops
+
+    case = CASES["feature groups in attention" if attention else "feature groups"]
+    model, token_BS = model_of(tiny_config, case), torch.randint(0, 96, (2, 8))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        output = model(token_BS, use_cache=False)
+    counted = sum(
+        flops
+        for operator, flops in counter.get_flop_counts()["Global"].items()
+        if "attention" not in str(operator) and "scaled_dot" not in str(operator)
+    )
+    said = token_flops(model, measured_usage([output], 16), sequence_length=8)
+    scores = 3 * 2 * 2 * 32 * 4.5  # layers, two products, query width, visible positions
+    assert counted / 16 == pytest.approx(said.total - scores, rel=1e-6)
 
 
 def test_modalities_have_their_own_weights_and_one_attention(tiny_config):

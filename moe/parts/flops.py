@@ -21,11 +21,13 @@ class LayerFlops:
         experts: FFN experts that a token visits on average.
         shared: shared experts, which every token visits each time it passes.
         zero_compute: copy and constant experts.
+        attention: on top of a whole attention; negative where a layer's attention leaves something out.
     """
 
     experts: float = 0.0
     shared: float = 0.0
     zero_compute: float = 0.0
+    attention: float = 0.0
 
 
 def feed_forward_flops(width: int, inner_width: int) -> float:

@@ -89,7 +89,7 @@ def token_flops(model: MoEForCausalLM, usage: Usage, *, sequence_length: int) ->
     )
     layers = _layer_flops(model, usage, passes)
     return TokenFlops(
-        attention=attention,
+        attention=attention + sum(layer.attention for layer in layers),
         experts=sum(layer.experts for layer in layers),
         shared=sum(layer.shared for layer in layers),
         zero_compute=sum(layer.zero_compute for layer in layers),
