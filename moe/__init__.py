@@ -18,6 +18,7 @@ from .layers.layer import FeedForward, MoELayer, RoutedLayer
 from .layers.stack import LayerPasses
 from .model.decoder import MoEForCausalLM, MoEModel, MoEOutput
 from .model.denoiser import Denoiser, noise_levels, sample
+from .model.forecaster import Forecaster
 from .parts.config import MoEConfig
 from .parts.flops import LayerFlops, projection_flops
 from .parts.linear import Linear
@@ -34,6 +35,7 @@ __all__ = [
     "EnsembleForCausalLM",
     "Experts",
     "FeedForward",
+    "Forecaster",
     "FusedCache",
     "LayerFlops",
     "LayerPasses",

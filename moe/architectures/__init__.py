@@ -19,6 +19,7 @@ from .plain import plain
 from .read_me.architecture import readme
 from .recursion.architecture import OPTIONS as RECURSION_OPTIONS
 from .recursion.architecture import mixture_of_recursions
+from .time_moe import time_moe
 
 # a small Read-ME: experts and permanent parts of another width in every layer
 _READ_ME = {"expert_widths": [16, 8, 24], "permanent_widths": [8, 16, 0]}
@@ -77,6 +78,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "mode": Architecture(build=mode, source="Reuss et al. 2024, arXiv:2412.12953", example={"router": "qwen3_moe"}),
+    "time_moe": Architecture(
+        build=time_moe, source="Shi et al. 2024, arXiv:2409.16040", example={"num_shared_experts": 1}
+    ),
     "peer": Architecture(
         build=peer,
         source="He 2024, arXiv:2407.04153",
