@@ -46,7 +46,10 @@ MORE = {
     ],
     "latent": [{"options": {"group": 4, "rank": 5}, "router": router} for router in ("rmoe", "pregate")],
     "feature_groups": [{"options": {"shared_width": 8, "attention": True}, "router": "mixtral"}],
-    "hydra": [{"options": {"pooling": "prefix"}}],
+    "hydra": [
+        {"options": {"pooling": "prefix"}},
+        {"options": {"chunk": 3, "memory": 25, "memory_top_k": 3, "memory_key_width": 8}},
+    ],
     "mode": [{"options": {"reads": "token_and_condition", "attends": True}}],
 }
 

@@ -12,6 +12,10 @@ from routing import BALANCE_LOSSES, Carry, RoutingContext, task_bias, z_loss
 
 CASES = {
     "hydra previous chunk": {"architecture": "hydra", "architecture_options": {"chunk": 3}},
+    "hydra with memory": {
+        "architecture": "hydra",
+        "architecture_options": {"chunk": 3, "memory": 25, "memory_top_k": 3, "memory_key_width": 8},
+    },
     "hydra prefix": {"architecture": "hydra", "architecture_options": {"pooling": "prefix"}},
     "mode": {"architecture": "mode", "router": "qwen3_moe"},
     "mode of tokens": {"architecture": "mode", "architecture_options": {"reads": "token_and_condition"}},
@@ -118,9 +122,11 @@ def places(B, S, **fields):
     return RoutingContext(sequence_T=sequence, position_T=position, **fields)
 
 
+@pytest.mark.parametrize("first", ["prefix", "zero"])
 @pytest.mark.parametrize("pooling", ["previous_chunk", "prefix", "chunk", "sequence"])
-def test_pooled_layer_equals_plain_loops(pooling, tiny_config, tolerance):
-    case = CASES["hydra previous chunk"] | {"architecture_options": {"pooling": pooling, "chunk": 3}}
+def test_pooled_layer_equals_plain_loops(pooling, first, tiny_config, tolerance):
+    options = {"pooling": pooling, "chunk": 3, "first_chunk": first}
+    case = CASES["hydra previous chunk"] | {"architecture_options": options}
     layer = model_of(tiny_config, case).model.moe_layers[0]
     x_TD = torch.randn(16, 32).double().requires_grad_()
 
@@ -134,7 +140,10 @@ def test_pooled_layer_equals_plain_loops(pooling, tiny_config, tolerance):
                     "chunk": (s // 3 * 3, s // 3 * 3 + 3),
                     "sequence": (0, 8),
                 }[pooling]
-                rows.append(x_SD[start:end].mean(0) if start >= 0 else torch.zeros(32).double())
+                if start < 0:
+                    rows.append(x_SD[: s + 1].mean(0) if first == "prefix" else torch.zeros(32).double())
+                else:
+                    rows.append(x_SD[start:end].mean(0))
         return experts_of(layer, x_TD, torch.stack(rows) @ layer.router.weight.T, 2, renormalise=False)
 
     inputs = [x_TD, *layer.parameters()]
@@ -160,8 +169,48 @@ def test_trap_a_chunk_mean_looks_at_later_tokens(pooling, tiny_config):
 def test_tokens_of_a_chunk_share_their_experts(tiny_config):
     layer = model_of(tiny_config, CASES["hydra previous chunk"]).model.moe_layers[0]
     routing, _, _ = layer.router(torch.randn(12, 32).double(), Carry(), places(1, 12))
-    for chunk in routing.expert_TK.split(3):
+    for chunk in routing.expert_TK.split(3)[1:]:
         assert (chunk == chunk[0]).all()
+
+
+def test_trap_the_first_chunk_visits_the_first_experts_whatever_it_says(tiny_config):
+    """Scores of 0 tie, and a CPU takes the lowest numbers; the prefix mean lets a first chunk choose."""
+    x_TD, seen = torch.randn(60, 32).double(), {}
+    for first in ("zero", "prefix"):
+        case = CASES["hydra previous chunk"] | {"architecture_options": {"chunk": 3, "first_chunk": first}}
+        router = model_of(tiny_config, case).model.moe_layers[0].router
+        routing, _, _ = router(x_TD, Carry(), places(20, 3))
+        seen[first] = set(routing.expert_TK.flatten().tolist())
+    assert seen["zero"] == {0, 1}
+    assert len(seen["prefix"]) > 3
+
+
+@pytest.mark.parametrize(("one_chunk", "pooled"), [("chunk", "sequence"), ("previous_chunk", "prefix")])
+def test_one_chunk_is_the_pooled_sequence(one_chunk, pooled, tiny_config):
+    token_BS, found = torch.randint(0, 96, (2, 9)), []
+    for pooling in (one_chunk, pooled):
+        case = CASES["hydra previous chunk"] | {"architecture_options": {"pooling": pooling, "chunk": 9}}
+        torch.manual_seed(1)
+        with torch.no_grad():
+            found.append(model_of(tiny_config, case)(token_BS).logits)
+    torch.testing.assert_close(*found)
+
+
+def test_memory_equals_a_softmax_over_the_best_of_all_places(tiny_config, tolerance):
+    layer = model_of(tiny_config, CASES["hydra with memory"]).model.moe_layers[1]
+    x_TD = torch.randn(6, 32).double().requires_grad_()
+
+    def plain(layer, x_TD):
+        keys, y_TD = layer.memory.keys, layer.layer(x_TD, Carry(), places(2, 3))[0]
+        query = layer_norm((x_TD @ keys.query.T).view(6, 2, 8), (8,))
+        for head in range(2):
+            row, column = query[:, head, :4] @ keys.keys[0].T, query[:, head, 4:] @ keys.keys[1].T
+            best = (row[:, :, None] + column[:, None, :]).flatten(1).topk(3)
+            share = best.values.softmax(-1)
+            y_TD = y_TD + (share[..., None] * layer.memory.values[best.indices]).sum(1)
+        return y_TD
+
+    compare_with_loops(layer, x_TD, places(2, 3), plain, [x_TD, *layer.parameters()], tolerance)
 
 
 @pytest.mark.parametrize("reads", ["condition", "token_and_condition"])

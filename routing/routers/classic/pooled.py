@@ -22,6 +22,7 @@ from .classic import ClassicRouter
 from .rule import ClassicRule
 
 Pooling = Literal["previous_chunk", "prefix", "chunk", "sequence"]
+FirstChunk = Literal["prefix", "zero"]
 CAUSAL = ("previous_chunk", "prefix")
 
 
@@ -32,10 +33,11 @@ class PooledRouter(ClassicRouter):
         sizes: D, E, Z, K, L.
         layer: which MoE layer this router serves.
         rule: how logits become a routing.
-        pooling: over which tokens the mean runs: those of the `previous_chunk` (one decision per chunk; the first chunk
-            of a sequence scores 0 everywhere), the `prefix` up to the token itself (a decision per token), or, without
+        pooling: over which tokens the mean runs: those of the `previous_chunk` (one decision per chunk), the `prefix` up to the token itself (a decision per token), or, without
             causality, the token's own `chunk` or the whole `sequence`.
         chunk: tokens in a chunk.
+        first_chunk: what the first chunk, which has none before it, is routed by under `previous_chunk`: the mean of the
+            `prefix` up to each token, or `zero`, where all scores tie and the first experts by number are taken.
         first_cache_layer: the cache layer of MoE layer 0's scores; the others follow.
 
     Raises:
@@ -49,13 +51,15 @@ class PooledRouter(ClassicRouter):
         rule: ClassicRule,
         pooling: Pooling = "previous_chunk",
         chunk: int = 16,
+        first_chunk: FirstChunk = "prefix",
         first_cache_layer: int = 0,
     ) -> None:
         super().__init__(sizes, layer, rule)
         expect_one_of("pooling", pooling, get_args(Pooling))
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 token; got {chunk}")
-        self.pooling, self.chunk = pooling, chunk
+        expect_one_of("first_chunk", first_chunk, get_args(FirstChunk))
+        self.pooling, self.chunk, self.first_chunk = pooling, chunk, first_chunk
         self.cache_layer = first_cache_layer + layer
         self.is_causal = pooling in CAUSAL
 
@@ -85,14 +89,20 @@ class PooledRouter(ClassicRouter):
 
     def _pool(self, seen_BPR: Tensor, at_BP: Tensor, valid_BP: Tensor, position_BS: Tensor) -> Tensor:
         """[B, S, R]: the mean score that each token of this call is routed by."""
-        weighed_BPR = seen_BPR * valid_BP[..., None]
-        S = position_BS.shape[1]
+        weighed_BPR, S = seen_BPR * valid_BP[..., None], position_BS.shape[1]
         if self.pooling == "prefix":
-            total, count = weighed_BPR.cumsum(dim=1)[:, -S:], valid_BP.cumsum(dim=1)[:, -S:]
-            return total / count[..., None].clamp_min(1)
+            return _prefix_mean(weighed_BPR, valid_BP)[:, -S:]
         if self.pooling == "sequence":
             mean_B1R = weighed_BPR.sum(dim=1, keepdim=True) / valid_BP.sum(dim=1)[:, None, None].clamp_min(1)
             return mean_B1R.expand(-1, S, -1)
+        mean_BSR = self._chunk_mean(weighed_BPR, at_BP, valid_BP, position_BS)
+        if self.pooling == "chunk" or self.first_chunk == "zero":
+            return mean_BSR
+        is_first_BS1 = (position_BS < self.chunk)[..., None]
+        return torch.where(is_first_BS1, _prefix_mean(weighed_BPR, valid_BP)[:, -S:], mean_BSR)
+
+    def _chunk_mean(self, weighed_BPR: Tensor, at_BP: Tensor, valid_BP: Tensor, position_BS: Tensor) -> Tensor:
+        """[B, S, R]: of each token's own chunk, or of the one before, which is 0 where there is none."""
         chunk_BP, wanted_BS = at_BP // self.chunk, position_BS // self.chunk
         num_chunks = int(torch.maximum(chunk_BP.max(), wanted_BS.max())) + 2
         # chunk i is written to place i + 1, so that the first chunk finds an empty place before it
@@ -102,3 +112,8 @@ class PooledRouter(ClassicRouter):
         mean = total / count[..., None].clamp_min(1)
         place_BS = wanted_BS + (self.pooling == "chunk")
         return mean.gather(1, place_BS[..., None].expand(-1, -1, mean.shape[-1]))
+
+
+def _prefix_mean(weighed_BPR: Tensor, valid_BP: Tensor) -> Tensor:
+    """[B, P, R]: the mean score of the valid tokens up to each position."""
+    return weighed_BPR.cumsum(dim=1) / valid_BP.cumsum(dim=1)[..., None].clamp_min(1)
