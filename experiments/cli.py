@@ -13,6 +13,7 @@ import placement.cli
 import routing.cli
 from routing.ground.terminal import plain_console
 
+from .bench.claims.bench import bench_claim
 from .bench.duo.bench import bench_duo
 from .bench.expert_kernels.bench import bench_kernels
 from .bench.flax import bench_flax
@@ -76,6 +77,7 @@ app.command("demo")(demo)
 app.command("train")(train)
 app.command("compare")(compare)
 app.command("leverage")(leverage)
+bench.command("claim")(bench_claim)
 bench.command("duo")(bench_duo)
 bench.command("flax")(bench_flax)
 bench.command("kernels")(bench_kernels)

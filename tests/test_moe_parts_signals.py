@@ -384,7 +384,8 @@ def test_feature_groups_that_are_all_kept_are_the_dense_model(name, tiny_config,
     model, token_BS = model_of(tiny_config, case), torch.randint(0, 96, (2, 7))
     recursion = {"choice": "none", "recursions": 1, "feed_forward": "dense", "first": 1, "last": 1}
     dense = model_of(
-        tiny_config, {"architecture": "mixture_of_recursions", "architecture_options": recursion, "num_hidden_layers": 3}
+        tiny_config,
+        {"architecture": "mixture_of_recursions", "architecture_options": recursion, "num_hidden_layers": 3},
     )
     renamed = {key.replace("mlp.feed_forward", "mlp"): value for key, value in model.state_dict().items()}
     dense.load_state_dict({key: renamed[key] for key in dense.state_dict()})

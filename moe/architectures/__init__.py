@@ -7,18 +7,18 @@ from .body import Architecture, Body
 from .chain import chain_of_experts
 from .duo import duo_llm
 from .feature_groups import feature_groups
-from .signals.glider import glider
-from .signals.hydra import hydra
 from .latent import latent
 from .memory.peer import peer
 from .memory.ultramem import ultramem
 from .mixture_of_transformers import mixture_of_transformers
-from .signals.mode import mode
 from .moex import moex
 from .plain import plain
 from .read_me.architecture import readme
 from .recursion.architecture import OPTIONS as RECURSION_OPTIONS
 from .recursion.architecture import mixture_of_recursions
+from .signals.glider import glider
+from .signals.hydra import hydra
+from .signals.mode import mode
 from .time_moe import time_moe
 
 # a small Read-ME: experts and permanent parts of another width in every layer

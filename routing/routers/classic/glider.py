@@ -8,15 +8,37 @@ Shapes: T tokens, D model width, R routable experts, E experts, L MoE layers, A 
 
 from math import sqrt
 
+import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, normalize
 
+from ...contract.assignment import Routing
 from ...contract.context import Carry, RoutingContext
+from ...contract.module import at_least_float32, drop_padding
+from ...contract.stats import RouterStats
 from .classic import ClassicRouter
 
 
 class GliderRouter(ClassicRouter):
-    """The local gate: z = LN(x) W / sqrt(D), with a layer norm that has no parameters."""
+    """The local gate: z = LN(x) W / sqrt(D), with a layer norm that has no parameters.
+
+    While `tuned_expert` names an expert, every token visits it alone, with weight sigmoid(x . w): so a gate is trained
+    on its frozen expert, apart from all others (Muqeeth et al. 2024 (PHATGOOSE), arXiv:2402.05859, section 3).
+    """
+
+    tuned_expert: int | None = None
+
+    def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Routing, Carry, RouterStats]:
+        if self.tuned_expert is None:
+            return super().forward(x_TD, carry, context)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD = at_least_float32(x_TD)
+            weight_T1 = linear(x_TD, self.weight[self.tuned_expert, None].to(x_TD.dtype)).sigmoid()
+            expert_T1 = torch.full_like(weight_T1, self.tuned_expert, dtype=torch.int64)
+            chosen = drop_padding(self.routing(expert_T1, weight_T1), context)
+            share_TR = weight_T1.new_zeros(len(x_TD), self.sizes.num_routable)
+            share_TR[:, self.tuned_expert] = 1.0
+            return chosen, carry, self.stats(chosen, chosen, context, probability_TR=share_TR)
 
     def logits(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry]:
         width = x_TD.shape[-1]

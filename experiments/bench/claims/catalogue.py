@@ -1,0 +1,47 @@
+"""CLAIMS: every claim that can be tried, by the name that the command takes."""
+
+from .adapters import glider_rows
+from .claim import Claim
+from .paths import decentralised_rows, mode_rows
+from .series import time_moe_rows
+from .two_modalities import mixture_of_transformers_rows
+from .unequal_members import hdee_rows
+
+CLAIMS: dict[str, Claim] = {
+    "mode": Claim(
+        question="Do experts that the noise level chooses denoise as well as token-routed or dense ones?",
+        source="Reuss et al. 2024, arXiv:2412.12953",
+        run=mode_rows,
+        steps=400,
+    ),
+    "decentralised": Claim(
+        question="Do denoisers of parts of the data, trained apart, equal one of all data at the same steps in all?",
+        source="McAllister et al. 2025, arXiv:2501.05450",
+        run=decentralised_rows,
+        steps=400,
+    ),
+    "time-moe": Claim(
+        question="Does a sparse forecaster beat a dense one of the same active size?",
+        source="Shi et al. 2024, arXiv:2409.16040",
+        run=time_moe_rows,
+        steps=200,
+    ),
+    "mixture-of-transformers": Claim(
+        question="Do weights by modality beat shared ones at the same operations per token?",
+        source="Liang et al. 2024, arXiv:2411.04996",
+        run=mixture_of_transformers_rows,
+        steps=200,
+    ),
+    "hdee": Claim(
+        question="Do members of unequal size or steps beat equal ones at the same training compute?",
+        source="HDEE 2025, arXiv:2502.19385",
+        run=hdee_rows,
+        steps=150,
+    ),
+    "glider": Claim(
+        question="Does a bias from the task's text help held-in tasks and keep local gates' held-out quality?",
+        source="Li et al. 2024, arXiv:2410.07172",
+        run=glider_rows,
+        steps=150,
+    ),
+}
