@@ -9,6 +9,7 @@ Shapes: B batch, S positions, A width of a vector, D model width.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +133,7 @@ def sample(denoise: Callable[[Tensor, Tensor], Tensor], noise_BSA: Tensor, level
         levels: falling, the last one 0.
     """
     x_BSA = noise_BSA * levels[0]
-    for here, there in zip(levels, levels[1:], strict=False):
+    for here, there in pairwise(levels):
         denoised_BSA = denoise(x_BSA, torch.full((len(x_BSA),), here).to(x_BSA))
         x_BSA = denoised_BSA + (x_BSA - denoised_BSA) * (there / here)
     return x_BSA

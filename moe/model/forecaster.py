@@ -1,7 +1,7 @@
 """A decoder-only forecaster of series: one token per value, and one head per forecast length.
 
-h = silu(w x) * (v x) embeds a value; head j maps a token to the next p_j values. A forecast of any length is made of the
-longest heads that fit, each from the last token so far.
+h = silu(w x) * (v x) embeds a value; head j maps a token to the next p_j values. A forecast of any length is made of
+the longest heads that fit, each from the last token so far.
 
 Source: Shi et al. 2024 (Time-MoE), arXiv:2409.16040, sections 3.1-3.2 and algorithm 1.
 

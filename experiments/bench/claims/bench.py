@@ -20,9 +20,7 @@ from .catalogue import CLAIMS
 def bench_claim(
     name: Annotated[str, typer.Argument(help=f"Which one: {', '.join(CLAIMS)}.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every variant, from other draws each.")] = 3,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimiser steps; the claim's own number without it.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: the claim's own.")] = None,
     first_seed: Annotated[int, typer.Option(min=0, help="The others follow it.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows there.")] = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the rows under experiments/records.")] = False,

@@ -22,7 +22,7 @@ TRAINING_SHARE = 0.8
 
 @lru_cache(maxsize=1)
 def recorded() -> dict[str, NDArray[np.float32]]:
-    """Series that come with matplotlib: four EEG channels, a membrane current, and logarithms of monthly stock prices."""
+    """Series that come with matplotlib: four EEG channels, a membrane current, logarithms of monthly stock prices."""
     from matplotlib.cbook import get_sample_data
 
     with get_sample_data("eeg.dat", asfileobj=True) as file:

@@ -2,7 +2,7 @@
 
 Experts are tuned apart, then each one's gate on the frozen expert, and only the routing joins them.
 
-Source: Li et al. 2024, arXiv:2410.07172, section 3; the bias is `routing.task_bias`, given as `logit_bias_LR` of a call.
+Source: Li et al. 2024, arXiv:2410.07172, section 3; the bias is `routing.task_bias`, a call's `logit_bias_LR`.
 """
 
 from routing import GliderRouter
