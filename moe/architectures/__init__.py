@@ -8,6 +8,8 @@ from .chain import chain_of_experts
 from .duo import duo_llm
 from .feature_groups import feature_groups
 from .latent import latent
+from .lookups.memoryformer import memoryformer
+from .lookups.tokenformer import tokenformer
 from .memory.peer import peer
 from .memory.ultramem import ultramem
 from .mixture_of_transformers import mixture_of_transformers
@@ -20,6 +22,8 @@ from .signals.glider import glider
 from .signals.hydra import hydra
 from .signals.mode import mode
 from .time_moe import time_moe
+from .whole_layer.parallel_streams import parallel_streams
+from .whole_layer.routed_heads import routed_heads
 
 # a small Read-ME: experts and permanent parts of another width in every layer
 _READ_ME = {"expert_widths": [16, 8, 24], "permanent_widths": [8, 16, 0]}
@@ -81,6 +85,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "time_moe": Architecture(
         build=time_moe, source="Shi et al. 2024, arXiv:2409.16040", example={"num_shared_experts": 1}
     ),
+    "parallel_streams": Architecture(build=parallel_streams, source="Chen et al. 2025, arXiv:2505.10475"),
+    "routed_heads": Architecture(
+        build=routed_heads,
+        source="Jin et al. 2024, arXiv:2410.11842; PVChat 2025, arXiv:2503.17069",
+        example={
+            "architecture_options": {"shared_heads": 2},
+            "num_attention_heads": 8,
+            "head_dim": 4,
+            "router": "remoe",
+        },
+    ),
+    "tokenformer": Architecture(build=tokenformer, source="Wang et al. 2024, arXiv:2410.23168"),
+    "memoryformer": Architecture(build=memoryformer, source="Ding et al. 2024, arXiv:2411.12992"),
     "peer": Architecture(
         build=peer,
         source="He 2024, arXiv:2407.04153",

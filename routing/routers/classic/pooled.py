@@ -33,8 +33,8 @@ class PooledRouter(ClassicRouter):
         sizes: D, E, Z, K, L.
         layer: which MoE layer this router serves.
         rule: how logits become a routing.
-        pooling: over which tokens the mean runs: those of the `previous_chunk` (one decision per chunk), the `prefix` up
-            to the token itself (a decision per token), or, without causality, the token's own `chunk` or the whole
+        pooling: over which tokens the mean runs: those of the `previous_chunk` (one decision per chunk), the `prefix`
+            up to the token itself (a decision per token), or, without causality, the token's own `chunk` or the whole
             `sequence`.
         chunk: tokens in a chunk.
         first_chunk: what routes the first chunk under `previous_chunk`, which has none before it: the mean of the

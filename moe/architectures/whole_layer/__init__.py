@@ -1,0 +1,1 @@
+"""Architectures that change attention, or how often a token passes the layers at once: routed heads, parallel streams."""
