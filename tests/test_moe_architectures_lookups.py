@@ -1,4 +1,4 @@
-"""TokenFormer and MemoryFormer: equations by loops with every gradient, growth without change, hashing by brute force."""
+"""TokenFormer and MemoryFormer: equations by loops with every gradient, growth, hashing by brute force."""
 
 import itertools
 import math

@@ -42,15 +42,13 @@ def test_streams_equal_single_streams_that_are_mixed_by_hand_with_every_gradient
     model, token_BS = streams_model(tiny_config, 2, 3, smoothing=0.2), torch.randint(96, (2, 6))
     ours = model(token_BS, use_cache=False).logits
     single = streams_model(tiny_config, 1, 3)
-    x_P = []
+    x_P: list[torch.Tensor] = []
+    single.model.norm.register_forward_pre_hook(lambda module, inputs: x_P.append(inputs[0]))
     for stream in range(2):
         parameters = {name: value for name, value in model.named_parameters() if ".stack." not in name}
         for name in ("prefix_keys", "prefix_values"):
             parameters[f"model.stack.{name}"] = getattr(model.model.stack, name)[:, stream : stream + 1]
-        seen = []
-        single.model.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         torch.func.functional_call(single, parameters, (token_BS,), {"use_cache": False})
-        x_P.append(seen[-1])
     mixer = model.model.stack.mixer
     weight = mixer(torch.cat([rms_norm(x, (32,)) for x in x_P], -1)).softmax(-1) * 0.8 + 0.1
     expected = model.lm_head(model.model.norm(weight[..., :1] * x_P[0] + weight[..., 1:] * x_P[1]))

@@ -2,12 +2,25 @@
 
 from .adapters import glider_rows
 from .claim import Claim
+from .every_row import architecture_rows, router_rows
 from .paths import decentralised_rows, mode_rows
 from .series import time_moe_rows
 from .two_modalities import mixture_of_transformers_rows
 from .unequal_members import hdee_rows
 
 CLAIMS: dict[str, Claim] = {
+    "architectures": Claim(
+        question="Does every architecture learn, by the example of its row? Not at equal operations, so no ranking.",
+        source="the sources of `ARCHITECTURES`",
+        run=architecture_rows,
+        steps=60,
+    ),
+    "routers": Claim(
+        question="Does every router learn and keep its experts in use? Not at equal operations, so no ranking.",
+        source="the sources of `ROUTERS`",
+        run=router_rows,
+        steps=60,
+    ),
     "mode": Claim(
         question="Do experts that the noise level chooses denoise as well as token-routed or dense ones?",
         source="Reuss et al. 2024, arXiv:2412.12953",

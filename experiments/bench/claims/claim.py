@@ -30,7 +30,13 @@ class Claim:
     steps: int
 
 
-def fit(parameters: "Iterable[Parameter]", loss_of: "Callable[[int], Tensor]", steps: int, rate: float) -> None:
+def fit(
+    parameters: "Iterable[Parameter]",
+    loss_of: "Callable[[int], Tensor]",
+    steps: int,
+    rate: float,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
     """AdamW under a cosine to a tenth of the rate, after a rise over the first tenth of the steps.
 
     Args:
@@ -38,6 +44,7 @@ def fit(parameters: "Iterable[Parameter]", loss_of: "Callable[[int], Tensor]", s
         loss_of: the loss of a step, by its number.
         steps: optimiser steps.
         rate: the largest learning rate.
+        after_step: called when the optimiser has stepped; routers that steer by counts are told then.
 
     Raises:
         FloatingPointError: if a loss is not finite.
@@ -58,6 +65,7 @@ def fit(parameters: "Iterable[Parameter]", loss_of: "Callable[[int], Tensor]", s
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        after_step()
 
 
 def small_decoder(**settings: Any) -> dict[str, Any]:

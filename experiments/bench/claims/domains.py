@@ -82,7 +82,7 @@ def tune(
     """Train a causal language model on some domains.
 
     Args:
-        model: any that gives a loss for labels.
+        model: one of ours.
         names: the domains, as often drawn each.
         steps: optimiser steps.
         seed: of the rows.
@@ -90,14 +90,18 @@ def tune(
         rate: the largest learning rate.
         extra: further arguments of every call.
     """
-    draws = np.random.default_rng(seed)
+    draws, outputs = np.random.default_rng(seed), []
 
     def loss_of(step: int) -> "Tensor":
         token_BS = rows_of(names, draws)
-        return model(token_BS, labels=token_BS, use_cache=False, **extra).loss
+        outputs[:] = [model(token_BS, labels=token_BS, use_cache=False, **extra)]
+        return outputs[0].loss
+
+    def tell_routers() -> None:
+        model.model.post_step([call.count_R for call in outputs[0].router_stats], BATCH * LENGTH)
 
     model.train()
-    fit(model.parameters() if parameters is None else parameters, loss_of, steps, rate)
+    fit(model.parameters() if parameters is None else parameters, loss_of, steps, rate, tell_routers)
     model.eval()
 
 

@@ -5,7 +5,7 @@
 p is the share of h(z_k) among all corners of the cube of signs, and through it the gradient reaches the input.
 
 Source: Ding et al. 2024 (MemoryFormer), arXiv:2411.12992, section 2.2; C0-Design/MemoryFormer. Of its two tables in a
-row the second reads pieces of `extra_bits` more; the norm between them is ours. Attention's projections stay linear here.
+row the second reads pieces of `extra_bits` more; the norm between them is ours. Attention's projections stay linear.
 
 Shapes: T tokens, D model width, K pieces per token.
 """

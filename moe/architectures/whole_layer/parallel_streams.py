@@ -44,9 +44,7 @@ def parallel_streams(config: MoEConfig, *, streams: int = 2, prefix: int = 8, sm
             f"{smoothing}"
         )
     if config.router == "remoe":
-        raise ValueError(
-            "remoe steers active experts per token, and a token passes several streams; take another router"
-        )
+        raise ValueError("remoe counts active experts per token, which passes several streams; take another router")
     body = plain(config)
     return replace(body, stack=ParallelStack(config, streams, prefix, smoothing))
 

@@ -1,8 +1,9 @@
 """Attention heads as experts: some heads serve every token, a router weighs the others, before one output projection.
 
-    y = sum over shared heads i of b_1 softmax(W_s x)_i O_i + sum over routed heads j of b_2 w_j O_j,  b = softmax(W_h x)
+    y = sum over shared heads i of b_1 softmax(W_s x)_i O_i + sum over routed heads j of b_2 w_j O_j
+    b = softmax(W_h x)
 
-With the router `remoe` w_j = ReLU(W_r x)_j, a number of heads that the token decides; with `olmoe` the K best of a softmax.
+With the router `remoe` w_j = ReLU(W_r x)_j, and the token decides how many heads; with `olmoe` the K best of a softmax.
 
 Source: Jin et al. 2024 (MoH), arXiv:2410.11842, section 3.2; ReLU routing of heads: PVChat 2025, arXiv:2503.17069. The
 texts' equations were not at hand: those of MoH are as remembered, and PVChat's video losses are not here.
