@@ -132,6 +132,12 @@ def join(context: typer.Context) -> int | None:
     return _pass_on("join", context)
 
 
+@app.command("bricks", context_settings=PASSED_ON)
+def bricks(context: typer.Context) -> int | None:
+    """Take a dense model's feed-forward units as bricks: keep those of a text, merge, update from another, or add."""
+    return _pass_on("bricks", context)
+
+
 def _pass_on(command: str, context: typer.Context) -> int | None:
     """The exit code of a command of `moe`: 130 after Ctrl-C, which Typer returns rather than raises."""
     # importing moe imports torch and transformers, which `expertier --help` and `expertier place` do without

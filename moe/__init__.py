@@ -11,8 +11,10 @@ from .experts.bank import Experts
 from .experts.grouped import expertier_experts, grouped_experts
 from .experts.reference import swiglu_experts_reference
 from .inference.decentralised import DecentralisedDenoiser, PartitionRouter, nearest_parts
+from .inference.early_exit import ExitReport, early_exit
 from .inference.ensemble import EnsembleConfig, EnsembleForCausalLM, ensemble
 from .inference.fused_condition import FusedCache, fused_experts
+from .inference.mixture_of_thoughts import MixtureOfThoughts
 from .inference.skip_feed_forward import SkipReport, skip_feed_forward
 from .layers.layer import FeedForward, MoELayer, RoutedLayer
 from .layers.stack import LayerPasses
@@ -33,6 +35,7 @@ __all__ = [
     "Denoiser",
     "EnsembleConfig",
     "EnsembleForCausalLM",
+    "ExitReport",
     "Experts",
     "FeedForward",
     "Forecaster",
@@ -40,6 +43,7 @@ __all__ = [
     "LayerFlops",
     "LayerPasses",
     "Linear",
+    "MixtureOfThoughts",
     "MoEConfig",
     "MoEForCausalLM",
     "MoELayer",
@@ -51,6 +55,7 @@ __all__ = [
     "TokenizerText",
     "build_body",
     "drawn",
+    "early_exit",
     "ensemble",
     "expertier_experts",
     "export",

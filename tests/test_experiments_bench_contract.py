@@ -16,6 +16,7 @@ import torch
 from typer.main import get_command
 
 from experiments.bench import flax, leverage, memory_layers, routers, step, training
+from experiments.bench.claims import bench as claims
 from experiments.bench.duo import bench as duo
 from experiments.bench.offloading import contestants
 from experiments.bench.serving import bench as serving
@@ -166,6 +167,11 @@ def redden_train(monkeypatch):
 
 
 BENCHES = {
+    "claim": Bench(
+        command=("bench", "claim"),
+        wrong=("glidr", "--records", "{folder}"),
+        words="unknown claim 'glidr' (did you mean 'glider'?)",
+    ),
     "duo": Bench(
         command=("bench", "duo"),
         wrong=("--out", "{folder}/duo", "--budgets", "2,two"),
@@ -254,7 +260,7 @@ BENCHES = {
         redden=redden_train,
     ),
 }
-MODULES = {"duo": duo, "leverage": leverage}
+MODULES = {"claim": claims, "duo": duo, "leverage": leverage}
 
 
 def arguments(parts, folder):

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from torch.nn.functional import gelu, layer_norm
+from torch.nn.functional import gelu, layer_norm, silu
 
 import offload
 from experiments.evidence.resident import load_resident
 from moe import MoEForCausalLM, fused_experts
 from moe.experts.reference import swiglu_experts_reference
+from moe.layers.stack import StackInputs
+from moe.parts.attention import rotary_angles, rotate
 from routing import BALANCE_LOSSES, Carry, RoutingContext, task_bias, z_loss
 
 CASES = {
@@ -20,6 +22,12 @@ CASES = {
     "mode": {"architecture": "mode", "router": "qwen3_moe"},
     "mode of tokens": {"architecture": "mode", "architecture_options": {"reads": "token_and_condition"}},
     "glider": {"architecture": "glider", "router": "qwen3_moe"},
+    "glider of adapters": {
+        "architecture": "glider",
+        "architecture_options": {"rank": 3},
+        "router": "qwen3_moe",
+        "num_shared_experts": 1,
+    },
     "feature groups": {
         "architecture": "feature_groups",
         "architecture_options": {"shared_width": 8},
@@ -37,7 +45,8 @@ CASES = {
         "num_experts_per_tok": 1,
     },
 }
-WITH_EXPERTS = [name for name in CASES if not name.startswith("feature groups")]
+WITHOUT_EXPERTS = ("feature groups", "feature groups in attention", "glider of adapters")
+WITH_EXPERTS = [name for name in CASES if name not in WITHOUT_EXPERTS]
 
 
 @pytest.fixture(params=CASES)
@@ -328,6 +337,43 @@ def test_glider_layer_equals_plain_loops(tiny_config, tolerance):
     compare_with_loops(layer, x_TD, RoutingContext(logit_bias_LR=bias_LR), plain, inputs, tolerance)
 
 
+def test_adapters_equal_loops_and_an_untrained_one_adds_nothing(tiny_config, tolerance):
+    layer = model_of(tiny_config, CASES["glider of adapters"]).model.moe_layers[1]
+    x_TD, experts = torch.randn(5, 32).double().requires_grad_(), layer.experts
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x_TD, Carry(), RoutingContext())[0], layer.shared(x_TD))
+        experts.down_proj.normal_()
+
+    def plain(layer, x_TD):
+        share = (layer_norm(x_TD, (32,)) @ layer.router.weight.T / 32**0.5).softmax(-1)
+        weight_TK, expert_TK = share.topk(2)
+        weight_TK, rows = weight_TK / weight_TK.sum(-1, keepdim=True), []
+        for x, weight, expert in zip(x_TD, weight_TK, expert_TK, strict=True):
+            pairs = zip(weight, expert.tolist(), strict=True)
+            rows.append(sum(w * experts.down_proj[e] @ (experts.up_proj[e] @ x) / 3 for w, e in pairs))
+        return torch.stack(rows) + layer.shared(x_TD)
+
+    compare_with_loops(layer, x_TD, RoutingContext(), plain, [x_TD, *layer.parameters()], tolerance)
+    with pytest.raises(ValueError, match="num_shared_experts must be at least 1"):
+        model_of(tiny_config, CASES["glider of adapters"], num_shared_experts=0)
+
+
+def test_a_gate_is_tuned_on_its_own_expert_alone(tiny_config, tolerance):
+    layer = model_of(tiny_config, CASES["glider"]).model.moe_layers[0]
+    layer.router.tuned_expert = 4
+    x_TD = torch.randn(5, 32).double().requires_grad_()
+
+    def plain(layer, x_TD):
+        weight_T1 = 1 / (1 + torch.exp(-x_TD @ layer.router.weight[4]))[:, None]
+        expert_T1, bank = torch.full((5, 1), 4), layer.experts
+        return swiglu_experts_reference(x_TD, expert_T1, weight_T1, bank.gate_up_proj, bank.down_proj)
+
+    compare_with_loops(layer, x_TD, RoutingContext(), plain, [x_TD, *layer.parameters()], tolerance)
+    gradient = torch.autograd.grad(layer(x_TD, Carry(), RoutingContext())[0].sum(), layer.router.weight)[0]
+    assert gradient[4].abs().sum() > 0
+    assert gradient[[0, 1, 2, 3, 5]].abs().sum() == 0
+
+
 def test_task_bias_is_the_scaled_cosine_and_steers_a_request(tiny_config):
     expert_LEA, task_A = torch.randn(3, 6, 10), torch.randn(10)
     bias = task_bias(task_A, expert_LEA, scale=3.0)
@@ -412,6 +458,41 @@ def test_feature_groups_multiply_what_they_say(attention, tiny_config):
     said = token_flops(model, measured_usage([output], 16), sequence_length=8)
     scores = 3 * 2 * 2 * 32 * 4.5  # layers, two products, query width, visible positions
     assert counted / 16 == pytest.approx(said.total - scores, rel=1e-6)
+
+
+def test_modality_layer_equals_loops_over_tokens_with_every_gradient(tiny_config, tolerance):
+    layer = model_of(tiny_config, CASES["mixture of transformers"]).model.layers[1]
+    token_S = torch.tensor([1, 40, 2, 70, 41])
+    kind = [0, 1, 0, 2, 1]
+    x_BSD = torch.randn(1, 5, 32).double().requires_grad_()
+    angles = rotary_angles(torch.arange(5)[None], 8, 10_000.0)
+    context = RoutingContext(token_id_T=token_S, position_T=torch.arange(5), sequence_T=torch.zeros(5).long())
+    ours = layer(x_BSD, Carry(), StackInputs(angles=angles, mask=None, cache=None, context=context))[0][0]
+    attention, rows = layer.self_attn, []
+    normed = [layer.input_layernorm.of[m](x) for m, x in zip(kind, x_BSD[0], strict=True)]
+
+    def head(name, s, h, norm=None):
+        made = getattr(attention, name).of[kind[s]](normed[s])[8 * h : 8 * h + 8]
+        if norm is None:
+            return made
+        made = getattr(attention, norm).of[kind[s]](made)
+        return rotate(made[None, None, None], angles[0][:, :, s : s + 1], angles[1][:, :, s : s + 1])[0, 0, 0]
+
+    for s in range(5):
+        read = []
+        for h in range(4):
+            query = head("q_proj", s, h, "q_norm")
+            score = torch.stack([query @ head("k_proj", t, h // 2, "k_norm") / 8**0.5 for t in range(s + 1)])
+            read.append(sum(w * head("v_proj", t, h // 2) for t, w in enumerate(score.softmax(0))))
+        y = x_BSD[0, s] + attention.o_proj.of[kind[s]](torch.cat(read))
+        hidden, bank = layer.post_attention_layernorm.of[kind[s]](y), layer.mlp.experts
+        gate, up = (bank.gate_up_proj[kind[s]] @ hidden).chunk(2)
+        rows.append(y + bank.down_proj[kind[s]] @ (silu(gate) * up))
+    expected = torch.stack(rows)
+    torch.testing.assert_close(ours, expected, **tolerance[torch.float64])
+    inputs, seed = [x_BSD, *layer.parameters()], torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad((y * seed).sum(), inputs) for y in (ours, expected)), strict=True):
+        torch.testing.assert_close(a, b, **tolerance[torch.float64])
 
 
 def test_modalities_have_their_own_weights_and_one_attention(tiny_config):

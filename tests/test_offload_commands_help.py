@@ -74,6 +74,7 @@ MISSING = {
     "refactor": "nowhere --data nowhere.txt --data other.txt --out new",
     "prune": "nowhere --keep 2 --out new",
     "join": "nowhere nowhere --out new",
+    "bricks": "grow nowhere --units 2 --out new",
     "train": "--data nowhere.txt --out new",
     "compare": "--routers top2 --data nowhere.txt --out new",
     "demo": "--data nowhere.txt --out new",
@@ -84,8 +85,8 @@ MISSING = {
     "bench tiers": "--trace nowhere.npz",
 }
 READS_NOTHING = {
-    "leverage", "bench flax", "bench kernels", "bench memory-layers", "bench products", "bench routers", "bench step",
-    "bench train",
+    "leverage", "bench claim", "bench flax", "bench kernels", "bench memory-layers", "bench products", "bench routers",
+    "bench step", "bench train",
 }  # fmt: skip
 
 

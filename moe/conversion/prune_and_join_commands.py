@@ -44,7 +44,7 @@ def prune(
                 f"the model has {num_layers} of {E}"
             )
         kept = most_used(found, keep)
-    _save(cut(model, kept), folder, out)
+    save_beside(cut(model, kept), folder, out)
     if json is not None:
         write_json(json, {"num_experts": E, "kept": kept.tolist()})
     typer.echo(f"{out}: {keep} of {E} experts in each of {num_layers} layers")
@@ -71,7 +71,7 @@ def join(
 
     models = [_load(folder) for folder in (first, second)]
     counts = [num_experts(model.config) for model in models]
-    _save(put_together(*models, backbone=backbone), first, out)
+    save_beside(put_together(*models, backbone=backbone), first, out)
     if json is not None:
         write_json(json, {"num_experts": sum(counts), "from_first": counts[0], "from_second": counts[1]})
     typer.echo(f"{out}: {counts[0]} + {counts[1]} experts per layer")
@@ -95,8 +95,8 @@ def _load(folder: Path) -> Any:
     return load_model(folder, dtype="auto")
 
 
-def _save(model: Any, folder: Path, out: Path) -> None:
-    """Write the model, and the text files of the folder that it was made of."""
+def save_beside(model: Any, folder: Path, out: Path) -> None:
+    """Write the model to a new folder, with the text files of the folder that it was made of."""
     from ..parts.text import carry_text_files
     from .staging import staged_folder
 

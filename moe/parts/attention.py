@@ -111,13 +111,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[B, S, D]; appends this step's keys and values to `cache`, or reads those that it lends."""
         query = rotate(self._normed_heads(self.q_proj(x_BSD), self.q_norm), *angles)
-        key, value = self._keys_values(x_BSD, angles, cache)
+        key, value = self.keys_values(x_BSD, angles, cache)
         y_BSHA, _ = sdpa_attention_forward(self, query, key, value, mask, scaling=self.head_dim**-0.5)
         return self.o_proj(y_BSHA.flatten(2))
 
-    def _keys_values(
+    def keys_values(
         self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], cache: KeyValues | BorrowedKeys | None
     ) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values [B, H, S, A] that a query may look at, appended to `cache` or lent by it."""
         if isinstance(cache, BorrowedKeys):
             return cache.kept[self.layer_idx]
         key = rotate(self._normed_heads(self.k_proj(x_BSD), self.k_norm), *angles)

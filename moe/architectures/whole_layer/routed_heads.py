@@ -97,7 +97,7 @@ class RoutedAttention(Attention):
     def attend(self, x_BSD: Tensor, weight_TH: Tensor, inputs: StackInputs) -> Tensor:
         """[B, S, D]; appends this step's keys and values to the cache."""
         query = rotate(self._normed_heads(self.q_proj(x_BSD), self.q_norm), *inputs.angles)
-        key, value = self._keys_values(x_BSD, inputs.angles, inputs.cache)
+        key, value = self.keys_values(x_BSD, inputs.angles, inputs.cache)
         y_BSHA, _ = sdpa_attention_forward(self, query, key, value, inputs.mask, scaling=self.head_dim**-0.5)
         weight = weight_TH.to(y_BSHA.dtype).view(*y_BSHA.shape[:3], 1)
         return self.o_proj((y_BSHA * weight).flatten(2))

@@ -1,0 +1,99 @@
+"""Claims: their data, measures and budgets by hand; slow: every claim runs, and its table shows means and spreads."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.bench.claims.bench import summary
+from experiments.bench.claims.catalogue import CLAIMS
+from experiments.bench.claims.claim import fit
+from experiments.bench.claims.domains import domains, held_out_rows, rows_of, training_part
+from experiments.bench.claims.paths import energy_distance, paths
+from experiments.bench.claims.series import CONTEXT, HORIZON, made, normalised, recorded
+from experiments.bench.claims.two_modalities import FIRST_LEVEL, LEVELS, SERIES, TEXT, levels_of
+from experiments.bench.claims.two_modalities import rows_of as modal_rows
+from experiments.bench.claims.unequal_members import DIFFICULTY, SHARES, WIDTHS
+
+
+def test_energy_distance_by_hand_and_none_to_itself():
+    one, other = torch.tensor([[[0.0]], [[2.0]]]), torch.tensor([[[3.0]], [[3.0]]])
+    # E|X - Y| = (3 + 1) / 2, E|X - X'| = 1, E|Y - Y'| = 0
+    assert energy_distance(one, other) == pytest.approx(2 * 2 - 1)
+    assert energy_distance(one, one) == pytest.approx(0)
+
+
+def test_paths_bend_four_ways_around_the_obstacle():
+    drawn = paths(400, torch.Generator().manual_seed(0))
+    height = drawn[:, 3:5, 1].mean(dim=1)
+    assert height.abs().min() > 0.25
+    assert all(((height - 0.98 * bend).abs() < 0.1).float().mean() > 0.15 for bend in (0.9, 0.45, -0.45, -0.9))
+    assert 0.4 < drawn.std() < 0.7
+
+
+def test_domains_are_read_and_their_held_out_part_is_not_trained_on():
+    assert min(len(text) for text in domains().values()) > 20_000
+    draws = np.random.default_rng(0)
+    for name in domains():
+        cut = len(training_part(name))
+        assert cut == len(domains()[name]) * 9 // 10
+        assert bytes(held_out_rows(name)[-1].byte().numpy()) in bytes(domains()[name][cut:])
+        assert bytes(rows_of([name], draws)[0].byte().numpy()) in bytes(training_part(name))
+
+
+def test_recorded_series_and_windows():
+    series = recorded()
+    assert [len(values) for values in series.values()][:5] == [800, 800, 800, 800, 3000]
+    assert all(np.isfinite(values).all() and len(values) > 2 * CONTEXT for values in series.values())
+    window = made(5, CONTEXT + HORIZON, np.random.default_rng(0))
+    seen = normalised(window, CONTEXT)[:, :CONTEXT]
+    np.testing.assert_allclose(seen.mean(1), 0, atol=1e-5)
+    np.testing.assert_allclose(seen.std(1), 1, atol=1e-4)
+
+
+def test_rows_of_two_modalities_hold_both():
+    rows = modal_rows(8, np.random.default_rng(0), held_out=True)
+    assert rows.shape == (8, TEXT + SERIES)
+    assert ((rows < FIRST_LEVEL).sum(1) == TEXT).all()
+    assert rows.max() < FIRST_LEVEL + LEVELS
+    assert levels_of(np.array([0.0, 0.5, 1.0])).tolist() == [FIRST_LEVEL, FIRST_LEVEL + 32, FIRST_LEVEL + 63]
+
+
+def test_unequal_members_are_equal_on_average():
+    assert sum(SHARES.values()) == len(DIFFICULTY) == len(SHARES)
+    assert sum(WIDTHS.values()) == 3 * WIDTHS["middle"]
+
+
+def test_a_loss_that_is_no_number_stops_a_run():
+    weight = torch.nn.Parameter(torch.ones(1))
+    fit([weight], lambda step: (weight - 3) ** 2, 200, 0.1)
+    assert weight.item() == pytest.approx(3, abs=0.1)
+    with pytest.raises(FloatingPointError, match="the loss of step 2 is nan"):
+        fit([weight], lambda step: weight * (float("nan") if step else 1.0), 5, 0.1)
+
+
+def test_the_table_has_means_and_spreads(capsys):
+    from routing.ground.terminal import plain_console
+
+    rows = [
+        {"variant": "a", "seed": 0, "loss": 1.0, "cost": 5.0},
+        {"variant": "a", "seed": 1, "loss": 2.0, "cost": 5.0},
+        {"variant": "b", "seed": 0, "loss": None, "cost": 6.0},
+    ]
+    plain_console().print(summary(rows))
+    shown = capsys.readouterr().out
+    assert "1.5 (1 to 2)" in shown
+    assert "5 " in shown
+    assert "-" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_claim_runs(name, run, tmp_path):
+    report = tmp_path / "rows.json"
+    assert run("bench", "claim", name, "--seeds", 1, "--steps", 4, "--json", report) == 0
+    rows = json.loads(report.read_text())["rows"]
+    numbers = [value for row in rows for key, value in row.items() if key != "variant" and value is not None]
+    assert np.isfinite(numbers).all()
+    assert len({row["variant"] for row in rows}) == len(rows) > 1
