@@ -1,4 +1,4 @@
-"""The tables of docs/architectures.md: every row of both catalogues, with a test, a record or a reason, and a command."""
+"""The tables of docs/architectures.md: each row of both catalogues has a test, a record or a reason, and a command."""
 
 import ast
 import re

@@ -31,12 +31,14 @@ class Selection:
 
     Args:
         row_THK, column_THK: int64 places of the chosen experts in the grid.
+        score_THK: their scores, without gradient.
         probability_R: mean softmax over rows, then columns, halved.
         entropy: mean over tokens, heads, rows and columns.
     """
 
     row_THK: Tensor
     column_THK: Tensor
+    score_THK: Tensor
     probability_R: Tensor
     entropy: Tensor
 
@@ -112,11 +114,11 @@ class GridRouter(RouterModule):
     @torch.no_grad()
     def select(self, query: Tensor, k: int, is_valid_T: Tensor | None) -> Selection:
         """The K best pairs of every token and head, a few tokens at a time."""
-        rows, columns, total, entropy = [], [], 0.0, 0.0
+        rows, columns, scores, total, entropy = [], [], [], 0.0, 0.0
         for part in slices(len(query), self.num_heads * max(2 * self.num_rows * (1 + self.ranks), k * k)):
-            row_score, column_score, row, column = self._select_some(query[part], k)
-            rows.append(row)
-            columns.append(column)
+            row_score, column_score, *best = self._select_some(query[part], k)
+            for kept, found in zip((rows, columns, scores), best, strict=True):
+                kept.append(found)
             valid = slice(None) if is_valid_T is None else is_valid_T[part]
             sums = [_total_and_entropy(score[valid]) for score in (row_score, column_score)]
             total = total + torch.cat([share for share, _ in sums])
@@ -124,7 +126,11 @@ class GridRouter(RouterModule):
         num_valid = len(query) if is_valid_T is None else int(is_valid_T.sum())
         share = 1 / max(num_valid * self.num_heads * 2, 1)
         return Selection(
-            row_THK=torch.cat(rows), column_THK=torch.cat(columns), probability_R=total * share, entropy=entropy * share
+            row_THK=torch.cat(rows),
+            column_THK=torch.cat(columns),
+            score_THK=torch.cat(scores),
+            probability_R=total * share,
+            entropy=entropy * share,
         )
 
     def grid_stats(self, query: Tensor, found: Selection, context: RoutingContext) -> MarginalStats:
@@ -150,12 +156,13 @@ class GridRouter(RouterModule):
         expert_TK = (found.row_THK * self.num_rows + found.column_THK).flatten(1)
         return drop_padding(self.routing(expert_TK, weight_TK), context)
 
-    def _select_some(self, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _select_some(self, query: Tensor, k: int) -> tuple[Tensor, ...]:
+        """First-stage scores of rows and columns; rows, columns and scores of the K best pairs."""
         row_score, column_score, row_part, column_part = self.first_stage(query)
         row, column = (score.topk(k, dim=-1).indices for score in (row_score, column_score))
         grid = self.second_stage(_pick(row_part, row), _pick(column_part, column))
-        place = grid.flatten(-2).topk(k, dim=-1).indices
-        return row_score, column_score, row.gather(-1, place // k), column.gather(-1, place % k)
+        score, place = grid.flatten(-2).topk(k, dim=-1)
+        return row_score, column_score, row.gather(-1, place // k), column.gather(-1, place % k), score
 
     def _mean_probability(self, query: Tensor) -> Tensor:
         """With gradient; each run of tokens is computed again in the backward pass instead of being kept."""

@@ -72,7 +72,8 @@ class ProductKeyRouter(GridRouter):
             query = self._normed(linear(x_TD, self.query.to(x_TD.dtype)), context)
             query = query.unflatten(-1, (self.num_heads, 2, self.half_width))
             found = self.select(query, k, context.is_valid_T)
-            weight_THK = self._scores(query, found).softmax(dim=-1)
+            score_THK = self._scores(query, found) if torch.is_grad_enabled() else found.score_THK
+            weight_THK = score_THK.softmax(dim=-1)
             stats = self.grid_stats(query, found, context)
         return self.experts(found, weight_THK.flatten(1), context), carry, stats
 
