@@ -18,10 +18,12 @@ from moe.parallel import (
     MovingLayer,
     PlacedExperts,
     SharedBatchExperts,
+    SlicedExperts,
     Traffic,
     dispatch,
     experts_modules,
     place_experts,
+    slice_of,
 )
 
 E, D, F, K = 6, 16, 16, 3
@@ -220,6 +222,26 @@ def shared() -> dict[str, bool]:
     return found
 
 
+def sliced() -> dict[str, Any]:
+    """Experts of which each process has half of the hidden units, against whole ones: values and every gradient."""
+    rank, count = distributed.get_rank(), distributed.get_world_size()
+    torch.manual_seed(3)
+    given = [torch.randn(9, D), torch.rand(9, K)]
+    ids, seed = torch.stack([torch.randperm(E + 1)[:K] for _ in range(9)]), torch.randn(9, D)
+    whole, own = bank(), SlicedExperts(slice_of(bank(), rank, count))
+    results = []
+    for experts in (whole, own):
+        x_TD, weight_TK = (tensor.clone().requires_grad_() for tensor in given)
+        y_TD = experts(x_TD, ids, weight_TK)
+        (y_TD * seed).sum().backward()
+        results.append((y_TD.detach(), x_TD.grad, weight_TK.grad))
+    pairs = list(zip(*results, strict=True))
+    gate, up = (half.chunk(count, dim=1)[rank] for half in whole.gate_up_proj.grad.chunk(2, dim=1))
+    pairs.append((torch.cat([gate, up], dim=1), own.bank.gate_up_proj.grad))
+    pairs.append((whole.down_proj.grad.chunk(count, dim=2)[rank], own.bank.down_proj.grad))
+    return {"difference": max(difference(a, b) for a, b in pairs), "units": own.down_proj.shape[-1]}
+
+
 def main() -> None:
     place = Path(os.environ["RANKS_FOLDER"])
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -229,6 +251,7 @@ def main() -> None:
     )
     own = {"dispatched": dispatched(), "models": models(), "moved": moved(), "counted": counted()}
     own["shared"] = shared()
+    own["sliced"] = sliced()
     everyone: list[Any] = [None] * count
     distributed.all_gather_object(everyone, own)
     if rank == 0:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moe.parallel import Copies
-from tests.parallel_ranks import D, K, copies_of
+from moe.parallel import Copies, slice_of
+from tests.parallel_ranks import D, F, K, bank, copies_of
 from tests.rank_processes import run_ranks
 
 
@@ -20,6 +20,9 @@ def test_dispatch_placement_migration_and_counts_on_two_processes(subtests):
         for name, is_equal in found["shared"].items():
             with subtests.test(f"bits of tokens that all processes have, {name}, process {rank}"):
                 assert is_equal
+        with subtests.test(f"outputs and gradients of experts in slices, process {rank}"):
+            assert found["sliced"]["units"] == F // 2
+            assert found["sliced"]["difference"] < 1e-6
         with subtests.test(f"outputs while experts move, process {rank}"):
             assert len(found["moved"]["errors"]) == 5
             assert max(found["moved"]["errors"]) < 1e-6
@@ -52,3 +55,15 @@ def test_an_expert_without_a_turn_or_with_one_where_it_is_not_is_refused():
     with pytest.raises(ValueError, match="needs a turn on a process that holds it"):
         Copies.of([[0], [1]], torch.tensor([[1, 1], [0, 1]]))
     assert copies_of([[0, 1, 2], [3, 4, 5]]).slots == 3
+
+
+def test_slices_add_up_to_the_experts_and_one_slice_is_the_experts():
+    x_TD, weight_TK = torch.randn(7, D), torch.rand(7, K)
+    ids, whole = torch.stack([torch.randperm(6)[:K] for _ in range(7)]), bank()
+    with torch.no_grad():
+        expected = whole(x_TD, ids, weight_TK)
+        assert torch.equal(slice_of(bank(), 0, 1)(x_TD, ids, weight_TK), expected)
+        parts = [slice_of(bank(), part, 4)(x_TD, ids, weight_TK) for part in range(4)]
+        torch.testing.assert_close(sum(parts), expected)
+    with pytest.raises(ValueError, match=rf"must divide the {F} hidden units"):
+        slice_of(bank(), 0, 3)

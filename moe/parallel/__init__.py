@@ -14,6 +14,7 @@ from .moving import Move, MovingLayer
 from .placed import PlacedExperts, place_experts
 from .shard import Split, expect_splittable, split
 from .shared import SharedBatchExperts
+from .slicing import SlicedExperts, slice_of
 from .traffic import Traffic
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "MovingLayer",
     "PlacedExperts",
     "SharedBatchExperts",
+    "SlicedExperts",
     "Split",
     "StepFloor",
     "Traffic",
@@ -33,6 +35,7 @@ __all__ = [
     "expect_splittable",
     "experts_modules",
     "place_experts",
+    "slice_of",
     "split",
     "step_floor",
 ]
