@@ -1,6 +1,6 @@
 """Expert slicing: each process holds some hidden units of every expert, and all add up what theirs give.
 
-An expert's gated units are independent of each other until the down projection, which is a sum over them. So F / n units
+An expert's gated units are independent of each other up to the down projection, a sum over them. So F / n units
 on each of n processes and one all-reduce of [T, D] compute the whole expert; it splits experts that are too large for
 one device, where expert parallelism splits only their number.
 
