@@ -11,7 +11,6 @@ Shapes: B batch, S positions, A width of a vector, M members.
 from collections.abc import Callable, Sequence
 
 import torch
-from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -95,6 +94,8 @@ def nearest_parts(x_NA: Tensor, num_parts: int, *, rounds: int = 20, seed: int =
     """
     if not 1 <= num_parts <= len(x_NA):
         raise ValueError(f"num_parts must lie in 1..{len(x_NA)}, the rows; got {num_parts}")
+    from scipy.cluster.vq import kmeans2  # not at the top: `import moe` would take longer
+
     _, part_N = kmeans2(x_NA.double().numpy(), num_parts, iter=rounds, minit="++", seed=seed)
     _, part_N = torch.from_numpy(part_N).long().unique(return_inverse=True)
     first = [int((part_N == part).nonzero()[0]) for part in range(int(part_N.max()) + 1)]

@@ -3,7 +3,7 @@
 A path runs from the left to the right in eight points, above or below the obstacle, in a wide or a narrow bend: four
 modes, of which a plain regression would give the useless mean.
 
-Shapes: N paths, S points, A = 2 coordinates.
+Shapes: N rows (paths), S positions (points), A = 2 coordinates.
 """
 
 from typing import TYPE_CHECKING, Any

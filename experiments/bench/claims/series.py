@@ -1,6 +1,6 @@
 """Series: made ones, and those that matplotlib brings as sample data; Time-MoE against a dense forecaster.
 
-Shapes: N windows, S values of a window.
+Shapes: N rows (windows), S positions of a window.
 """
 
 import csv

@@ -6,7 +6,7 @@ Source: Hydra 2025, arXiv:2508.15099: one decision per chunk, a memory by produc
 arXiv:1907.05242, eqs. 1-2). Only the abstract could be had: how causality is kept is ours, and the state-space
 backbone, the sparse attention and the workspace are not here.
 
-Shapes: T tokens, D model width, N places of the grid.
+Shapes: T tokens, D model width, N rows of the memory.
 """
 
 from collections.abc import Sequence
