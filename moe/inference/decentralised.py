@@ -26,7 +26,7 @@ class PartitionRouter(NoisyTrunk):
     Args:
         config: of its decoder.
         width: A, of the vectors.
-        num_members: M.
+        num_members: M, parts of the data, at least 1.
         data_deviation: standard deviation of the clean vectors' entries.
     """
 

@@ -133,7 +133,7 @@ class Interaction(nn.Module):
     Args:
         sizes: D of each member.
         width: of the common space.
-        num_heads: of the attention.
+        num_heads: of the attention; divides the width.
     """
 
     def __init__(self, sizes: Sequence[int], width: int, num_heads: int) -> None:

@@ -73,7 +73,7 @@ class Denoiser(NoisyTrunk):
     """The expected clean sequence of a noisy one.
 
     Args:
-        config: of the decoder.
+        config: of the decoder; its vocabulary is not used.
         width: A, of the vectors.
         data_deviation: standard deviation of the clean vectors' entries.
     """

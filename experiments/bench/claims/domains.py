@@ -85,7 +85,7 @@ def tune(
         model: one of ours.
         names: the domains, as often drawn each.
         steps: optimiser steps.
-        seed: of the rows.
+        seed: draws the rows; the same seed gives the same ones.
         parameters: what is trained; all of the model's if not given.
         rate: the largest learning rate.
         extra: further arguments of every call.

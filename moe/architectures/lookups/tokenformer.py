@@ -7,7 +7,7 @@ New pairs with keys of 0 change nothing: their scores are 0, and n_0 stays. So a
 Source: Wang et al. 2024 (TokenFormer), arXiv:2410.23168, equations 5-8. The paper's attention projections are of the
 same kind; here they stay linear.
 
-Shapes: T tokens, D model width, N rows of keys, and of values.
+Shapes: T tokens, D model width, N rows of both tables.
 """
 
 from collections.abc import Sequence
