@@ -8,7 +8,8 @@ With the router `remoe` w_j = ReLU(W_r x)_j, and the token decides how many head
 Source: Jin et al. 2024 (MoH), arXiv:2410.11842, section 3.2; ReLU routing of heads: PVChat 2025, arXiv:2503.17069. The
 texts' equations were not at hand: those of MoH are as remembered, and PVChat's video losses are not here.
 
-Shapes: B batch, S positions, T = B * S tokens, D model width, E experts (routed heads), H attention heads, A = head width.
+Shapes: B batch, S positions, T = B * S tokens, D model width, E experts (routed heads), H attention heads, A = width of
+a head.
 """
 
 from collections.abc import Sequence
