@@ -22,6 +22,7 @@ _OFFERS: dict[str, tuple[str, ...]] = {
     "ground.c_library": ("compile_library", "processor_fact"),
     "losses.balance": ("BALANCE_LOSSES", "auxiliary_loss", "scheduled_weight", "switch_balance_loss", "z_loss"),
     "losses.capacity": ("CAPACITY_POLICIES", "limit_capacity"),
+    "losses.reuse": ("REUSE_LOSSES", "adjacent_reuse", "anchor_loss"),
     "losses.marginals": ("MarginalStats",),
     "routers.catalogue": ("ROUTERS", "build_routers", "expect_router"),
     "routers.classic.classic": ("ClassicRouter",),

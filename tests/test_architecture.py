@@ -26,7 +26,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "routing/routers": (
         ("options", "constant_weights"),
         ("classic", "row"),
-        ("own_rules", "tables"),
+        ("own_rules", "tables", "local"),
         ("catalogue",),
         ("__init__",),
     ),

@@ -281,8 +281,13 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         loss = sum(output.losses.values(), start=output.x_BSD.new_zeros(()))
         if not output.router_stats:
             return loss
-        weights = {"balance_weight": self._balance_weight(), "z_weight": self.config.z_loss_weight}
-        return loss + auxiliary_loss(output.router_stats, **weights)
+        return loss + auxiliary_loss(
+            output.router_stats,
+            balance_weight=self._balance_weight(),
+            z_weight=self.config.z_loss_weight,
+            reuse_loss=self.config.reuse_loss,
+            reuse_weight=self.config.reuse_loss_weight,
+        )
 
     def _balance_weight(self) -> float:
         config = self.config

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..contract.stats import RouterStats, mean_over_tokens
+from .reuse import REUSE_LOSSES
 
 
 def switch_balance_loss(stats: RouterStats) -> Tensor:
@@ -99,8 +100,15 @@ def z_loss(stats: RouterStats) -> Tensor:
     return mean_over_tokens(stats.logsumexp_T.square())
 
 
-def auxiliary_loss(stats: Sequence[RouterStats], *, balance_weight: float, z_weight: float) -> Tensor:
-    """The weighted sum of each router's balance loss and the z-loss, averaged over layers.
+def auxiliary_loss(
+    stats: Sequence[RouterStats],
+    *,
+    balance_weight: float,
+    z_weight: float,
+    reuse_loss: str = "none",
+    reuse_weight: float = 0.0,
+) -> Tensor:
+    """The weighted sum of each router's balance loss, the z-loss and a reuse loss, averaged over layers.
 
     A router's own penalty, which it weighs itself, is added as it is.
 
@@ -108,10 +116,14 @@ def auxiliary_loss(stats: Sequence[RouterStats], *, balance_weight: float, z_wei
         stats: one per MoE layer, at least one.
         balance_weight: coefficient of the balance loss that the router names; 1 at its target.
         z_weight: coefficient of `z_loss`, in 1 / nats^2.
+        reuse_loss: a key of `REUSE_LOSSES`.
+        reuse_weight: coefficient of that loss.
     """
     per_layer = []
     for layer in stats:
         loss = balance_weight * BALANCE_LOSSES[layer.balance_loss](layer) + z_weight * z_loss(layer)
+        if reuse_weight:
+            loss = loss + reuse_weight * REUSE_LOSSES[reuse_loss](layer)
         per_layer.append(loss if layer.penalty_T is None else loss + mean_over_tokens(layer.penalty_T))
     return torch.stack(per_layer).mean()
 

@@ -18,11 +18,16 @@ from .classic.expert_choice import ExpertChoiceRouter
 from .classic.pathway import PathwayRouter
 from .classic.random_choice import GShardRouter, SigmaRouter
 from .classic.recurrent import RecurrentRouter
+from .local.pool import PoolRouter
+from .local.resident import ResidentRouter, resident_defaults
 from .own_rules.fixed import ForcedRouter, HashRouter
 from .own_rules.pregate import PreGate, PreGateOptions
 from .own_rules.relu import ReluRouter
 from .own_rules.soft import SoftRouter
 from .row import Example, RouterRow
+
+
+SEQUENCE_STATE = "it keeps a state per token and layer, and here a token passes a layer several times, or not at all"
 
 
 def _pregated(sizes: RouterSizes, options: PreGateOptions) -> list[nn.Module]:
@@ -181,6 +186,22 @@ ROUTERS: dict[str, RouterRow] = {
             "pregate": "it runs every expert for every sequence, so there is nothing to fetch ahead",
             "mixture_of_recursions": "its slots mix the tokens of a row, and here only some of them come back",
         },
+    ),
+    # a token chooses among a layer's resident experts and swaps at most one of them
+    "resident": RouterRow(
+        kind=ResidentRouter,
+        source="github.com/ncylich/temporal-moe (2026)",
+        sized_defaults=resident_defaults,
+        refusals={"mixture_of_recursions": SEQUENCE_STATE},
+        example=Example(options={"residents": 3}),
+    ),
+    # in training all tokens of a document choose from one pool of experts
+    "pool": RouterRow(
+        kind=PoolRouter,
+        source="AI2 2026 (EMO), arXiv:2605.06663",
+        refusals={"mixture_of_recursions": SEQUENCE_STATE},
+        balance_weight=0.1,
+        example=Example(options={"smallest": 3, "pool": 4}),
     ),
     # a given routing, replayed
     "forced": RouterRow(

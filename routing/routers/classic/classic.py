@@ -1,6 +1,6 @@
 """ClassicRouter: one configurable score, select, weigh router that covers the classic ones.
 
-Variants override one of its steps: `logits` (where scores come from), `score`, `select`, `weigh`, `thin`, or add a
+Variants override one of its steps: `logits` (where scores come from), `score`, `choosable`, `select`, `weigh`, `thin`, or add a
 `penalty_T`.
 
 Shapes: T tokens, D model width, K experts per token, E FFN experts, R = E + Z routable experts.
@@ -93,7 +93,8 @@ class ClassicRouter(RouterModule):
             logit_TR, carry = self.logits(self._jitter(at_least_float32(x_TD), context), carry, context)
             logit_TR = self.biased(logit_TR, context)
             scores = self.score(logit_TR)
-            expert_TK = self.select(logit_TR.detach(), scores.score_TR.detach(), context)
+            choosable_TR, carry = self.choosable(scores, carry, context)
+            expert_TK = self.select(logit_TR.detach(), choosable_TR, context)
             chosen = drop_padding(self.routing(expert_TK, self.weigh(scores, expert_TK)), context)
             kept = self.drop_overflow(self.thin(chosen), context) if context.is_training else chosen
             stats = self.stats(
@@ -123,6 +124,10 @@ class ClassicRouter(RouterModule):
     def log_score(self, logit: Tensor) -> Tensor:
         """Logarithms of the scores, up to a constant per token."""
         return logsigmoid(logit) if self.rule.scoring.score == "sigmoid" else logit
+
+    def choosable(self, scores: Scores, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry]:
+        """Scores without gradient, -inf for experts that a token may not choose, and what the next router is told."""
+        return scores.score_TR.detach(), carry
 
     def select(self, logit_TR: Tensor, score_TR: Tensor, context: RoutingContext) -> Tensor:
         """int64 [T, K], best first, without gradient. The balancing bias acts here and nowhere else."""
