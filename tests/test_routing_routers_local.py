@@ -32,7 +32,7 @@ def naive(logit_TE, allowed):
     return torch.stack(rows)
 
 
-def resident_sets(logit_TE, residents, admits):
+def resident_sets(logit_TE, residents, rank, admits):
     """Which experts each token of the two sequences may choose, by the rule in words."""
     allowed = []
     for start in (0, 10):
@@ -43,7 +43,8 @@ def resident_sets(logit_TE, residents, admits):
                 held = set(sorted(range(E), key=lambda e: -logit_E[e])[:residents])
             else:
                 worst, best = min(held, key=lambda e: logit_E[e]), max(set(range(E)) - held, key=lambda e: logit_E[e])
-                held = (held - {worst}) | {best} if logit_E[best] > logit_E[worst] else held
+                if sum(logit_E[best] <= logit_E[e] for e in held) < rank:
+                    held = (held - {worst}) | {best}
             allowed.append(held if admits == "now" or found is None else found)
     return allowed
 
@@ -54,11 +55,12 @@ def dense(routing):
 
 
 @pytest.mark.parametrize("admits", ["now", "next"])
-def test_resident_routing_and_its_gradients_are_those_of_a_loop(admits, tolerance):
-    router, x_TD = build("resident", residents=3, admits=admits), torch.randn(T, D).double().requires_grad_()
+@pytest.mark.parametrize(("swaps", "rank"), [("chosen", K), ("better", 3)])
+def test_resident_routing_and_its_gradients_are_those_of_a_loop(admits, swaps, rank, tolerance):
+    router, x_TD = build("resident", residents=3, admits=admits, swaps=swaps), torch.randn(T, D).double().requires_grad_()
     routing, _, stats = router(x_TD, Carry(), context_of(is_training=True))
     logit_TE = x_TD @ router.weight.T
-    expected = naive(logit_TE, resident_sets(logit_TE.detach(), 3, admits))
+    expected = naive(logit_TE, resident_sets(logit_TE.detach(), 3, rank, admits))
     torch.testing.assert_close(dense(routing), expected, **tolerance[torch.float64])
     upstream = torch.randn(T, E).double()
     ours = torch.autograd.grad((dense(routing) * upstream).sum(), [x_TD, router.weight], retain_graph=True)

@@ -18,7 +18,7 @@ def routing_kernels() -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.expertier_top_experts.argtypes = [pointer, number, number, number, pointer]
     found.expertier_scored_steps.argtypes = [pointer] * 13 + [number] * 4
-    found.expertier_resident_scan.argtypes = [pointer] * 4 + [number] * 4 + [ctypes.c_float]
+    found.expertier_resident_scan.argtypes = [pointer] * 4 + [number] * 5 + [ctypes.c_float]
     found.expertier_resident_scan.restype = None
     found.expertier_top_experts.restype = found.expertier_scored_steps.restype = ctypes.c_int
     return found

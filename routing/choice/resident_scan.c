@@ -14,8 +14,8 @@ static void choose(const float *score, int64_t E, int64_t residents, uint8_t *is
 }
 
 /* Equal scores go to the lower id: of equal residents the one with the highest id goes. */
-static void swap(const float *score, int64_t E, float margin, uint8_t *is_in) {
-    int64_t best = -1, worst = -1;
+static void swap(const float *score, int64_t E, int64_t rank, float margin, uint8_t *is_in) {
+    int64_t best = -1, worst = -1, unbeaten = 0;
     for (int64_t e = 0; e < E; e++) {
         if (is_in[e]) {
             if (worst < 0 || score[e] <= score[worst]) worst = e;
@@ -23,11 +23,13 @@ static void swap(const float *score, int64_t E, float margin, uint8_t *is_in) {
             best = e;
         }
     }
-    if (best >= 0 && score[best] > score[worst] + margin) is_in[best] = 1, is_in[worst] = 0;
+    if (best < 0) return;
+    for (int64_t e = 0; e < E; e++) unbeaten += is_in[e] && !(score[best] > score[e] + margin);
+    if (unbeaten < rank) is_in[best] = 1, is_in[worst] = 0;
 }
 
 void expertier_resident_scan(const float *score, const uint8_t *is_valid, const uint8_t *before, uint8_t *after,
-                             int64_t B, int64_t S, int64_t E, int64_t residents, float margin) {
+                             int64_t B, int64_t S, int64_t E, int64_t residents, int64_t rank, float margin) {
 #pragma omp parallel for if (B * S * E > 1 << 18)
     for (int64_t b = 0; b < B; b++) {
         const uint8_t *last = before + b * E;
@@ -35,7 +37,7 @@ void expertier_resident_scan(const float *score, const uint8_t *is_valid, const 
         for (int64_t s = b * S; s < (b + 1) * S; s++) {
             uint8_t *is_in = after + s * E;
             memcpy(is_in, last, E);
-            if (is_valid[s] && has_begun) swap(score + s * E, E, margin, is_in);
+            if (is_valid[s] && has_begun) swap(score + s * E, E, rank, margin, is_in);
             if (is_valid[s] && !has_begun) choose(score + s * E, E, residents, is_in), has_begun = 1;
             last = is_in;
         }

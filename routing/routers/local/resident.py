@@ -27,6 +27,7 @@ HELD = "held_experts"
 SHARE_OF_EXPERTS = 4
 """A quarter of the experts are residents by default: the share at which caches are compared in this project."""
 
+Swaps = Literal["chosen", "better"]
 Admits = Literal["now", "next"]
 
 
@@ -36,11 +37,14 @@ class ResidentOptions(Options):
 
     Args:
         residents: FFN experts that a sequence holds in each layer; a quarter of E, and at least K, if not given.
+        swaps: which newcomer is let in: one that would be `chosen`, among the token's K best, or any that is `better`
+            than the worst resident.
         admits: whether the expert that a token swaps in serves this token (`now`) or the `next` one on.
-        margin: by how much a newcomer's score must exceed that of the resident it replaces, at least 0.
+        margin: by how much a newcomer's score must exceed a resident's to count as better, at least 0.
     """
 
     residents: int | None = None
+    swaps: Swaps = "chosen"
     admits: Admits = "now"
     margin: float = 0.0
 
@@ -86,6 +90,7 @@ class ResidentRouter(ClassicRouter):
         if rule.grouping.num_groups != 1:
             raise ValueError("residents are chosen among all experts; leave num_groups out")
         self.residents, self.admits, self.margin = residents, options.admits, options.margin
+        self.rank = residents if options.swaps == "better" else min(sizes.top_k, residents)
 
     @property
     def most_choices(self) -> int:
@@ -98,7 +103,9 @@ class ResidentRouter(ClassicRouter):
         ranked_TR = score_TR if self.bias_R is None else score_TR + self.bias_R
         before_BE = state.latest()
         score_BSE = sequences.grid(ranked_TR[:, :E])
-        after_BSE = resident_scan(score_BSE, sequences.is_valid_BS, before_BE, self.residents, self.margin)
+        after_BSE = resident_scan(
+            score_BSE, sequences.is_valid_BS, before_BE, self.residents, rank=self.rank, margin=self.margin
+        )
         state.append(after_BSE)
         serving_BSE = after_BSE if self.admits == "now" else _sets_before(after_BSE, before_BE)
         is_serving_TE = sequences.flat(serving_BSE).bool()
