@@ -31,6 +31,7 @@ from .demo.command import demo
 from .placed.command import place_run
 from .placed.serving import PROCESSES
 from .train.command import train
+from .tune_router.command import tune_router
 
 app = typer.Typer(
     name="expertier",
@@ -76,6 +77,7 @@ app.command("demo")(demo)
 app.command("train")(train)
 app.command("compare")(compare)
 app.command("leverage")(leverage)
+app.command("tune-router")(tune_router)
 bench.command("duo")(bench_duo)
 bench.command("flax")(bench_flax)
 bench.command("kernels")(bench_kernels)

@@ -84,7 +84,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "experiments": (
         ("evidence", "variants"),
         ("train",),
-        ("compare", "bench", "demo", "placed"),
+        ("compare", "bench", "demo", "placed", "tune_router"),
         ("gpu_session",),
         ("__init__", "cli"),
     ),
