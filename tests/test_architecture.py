@@ -84,7 +84,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "experiments": (
         ("evidence", "variants"),
         ("train",),
-        ("compare", "bench", "demo", "placed", "tune_router"),
+        ("compare", "demo", "placed", "tune_router"),
+        ("bench",),
         ("gpu_session",),
         ("__init__", "cli"),
     ),
