@@ -10,6 +10,9 @@ from .feature_groups import feature_groups
 from .glider import glider
 from .hydra import hydra
 from .latent import latent
+from .layer_kinds.autonomous import autonomous
+from .layer_kinds.dense_mixer import dense_mixer
+from .layer_kinds.narrow import latent_moe
 from .memory.peer import peer
 from .memory.ultramem import ultramem
 from .mixture_of_transformers import mixture_of_transformers
@@ -65,6 +68,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         build=readme,
         source="Cai et al. 2024, arXiv:2410.19123",
         example={"architecture_options": _READ_ME, "num_experts_per_tok": 1},
+    ),
+    "latent_moe": Architecture(
+        build=latent_moe,
+        source="NVIDIA 2026 (Nemotron 3)",
+        example={"architecture_options": {"width": 12}, "num_shared_experts": 1, "router": "deepseek_v3"},
+    ),
+    "dense_mixer": Architecture(build=dense_mixer, source="Yao et al. 2025 (DenseMixer)"),
+    "autonomous": Architecture(
+        build=autonomous,
+        source="Lv et al. 2025, arXiv:2501.13074",
+        example={"architecture_options": {"rank": 6}},
     ),
     "moex": Architecture(build=moex, source="Yang et al. 2025, arXiv:2503.07639", example={"num_shared_experts": 1}),
     "mixture_of_transformers": Architecture(

@@ -80,6 +80,20 @@ def entropy_balance_loss(stats: RouterStats) -> Tensor:
     return -torch.special.entr(torch.where(mean_R > 0, mean_R, 1.0)).sum()
 
 
+def global_batch_balance_loss(stats: RouterStats) -> Tensor:
+    """The Switch loss with the loads of the last optimiser step, over all its micro-batches and processes.
+
+    A micro-batch of one domain may load its experts unevenly, as long as the step does not. The published loss sums
+    loads within the step; ours is one step behind, and needs no exchange of its own. The first step has its own loads.
+
+    Source: Qiu et al. 2025 (Qwen), arXiv:2501.11873, section 3.
+    """
+    if stats.step_load_R is None:
+        raise ValueError("the global-batch balance loss needs a router that keeps the step's loads; this one does not")
+    count_R = torch.where(stats.step_load_R.sum() > 0, stats.step_load_R, stats.count_R.to(stats.step_load_R))
+    return _dot(_share(count_R, stats.probability_R), stats.probability_R, stats.target_share_R)
+
+
 def no_balance_loss(stats: RouterStats) -> Tensor:
     """Nothing: for routers that are balanced by construction or by a bias."""
     return stats.probability_TR.new_zeros(())
@@ -91,6 +105,7 @@ BALANCE_LOSSES: dict[str, Callable[[RouterStats], Tensor]] = {
     "first_choice": first_choice_balance_loss,
     "sequence": sequence_balance_loss,
     "entropy": entropy_balance_loss,
+    "global_batch": global_batch_balance_loss,
     "none": no_balance_loss,
 }
 
