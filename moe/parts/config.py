@@ -32,6 +32,8 @@ class MoEConfig(PreTrainedConfig):
         architecture: a key of `moe.ARCHITECTURES`; `architecture_options` refine it.
         balance_loss_weight, z_loss_weight: coefficients of `routing.auxiliary_loss`, added to the loss in training.
         reuse_loss: a key of `routing.REUSE_LOSSES`, added in training with `reuse_loss_weight` as its coefficient.
+        mtp_depth: tokens beyond the next that training predicts as well (multi-token prediction); 0 for none.
+        mtp_loss_weight: coefficient of the mean of these losses.
         balance_loss_schedule: pairs (optimiser step, weight) in rising order; from that step on the weight replaces
             `balance_loss_weight`.
 
@@ -66,6 +68,8 @@ class MoEConfig(PreTrainedConfig):
     z_loss_weight: float = 0.001
     reuse_loss: str = "none"
     reuse_loss_weight: float = 0.0
+    mtp_depth: int = 0
+    mtp_loss_weight: float = 0.1
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     rope_theta: float = 10_000.0
@@ -81,10 +85,12 @@ class MoEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         expect_router(self.router)
         expect_name(self.reuse_loss, REUSE_LOSSES, "reuse loss")
-        for name in ("balance_loss_weight", "z_loss_weight", "reuse_loss_weight"):
+        for name in ("balance_loss_weight", "z_loss_weight", "reuse_loss_weight", "mtp_loss_weight"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not isfinite(value):
                 raise ValueError(f"{name} must be a finite number; got {value!r}")
+        if not isinstance(self.mtp_depth, int) or self.mtp_depth < 0:
+            raise ValueError(f"mtp_depth must be a whole number of at least 0; got {self.mtp_depth!r}")
         steps = [pair[0] for pair in self.balance_loss_schedule or () if len(pair) == 2]
         if len(steps) != len(self.balance_loss_schedule or ()) or steps != sorted(steps):
             raise ValueError(
