@@ -10,9 +10,10 @@ from rich.table import Table
 from ...compare.summary import CONFIDENCE, JUDGED, difference_to
 from ...variants.locality import BY_LOSS, CONSTRAINED
 
+POLICIES = ("lru", "learned", "belady")
 COLUMNS = (
     *(JUDGED, "adjacent_reuse"),
-    *(f"{policy}_{share}" for policy in ("lru", "learned", "belady") for share in ("12.5", "25", "50")),
+    *(f"{policy}_{share}" for policy in POLICIES for share in ("12.5", "25", "50")),
     *("srp", "sch", "gpu_fanout"),
     *(f"{name}_{share}" for share in ("12.5", "25") for name in ("reads", "tokens_per_second")),
 )
@@ -57,17 +58,19 @@ def claims_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tables_of(rows: list[dict[str, Any]]) -> list[Table]:
-    """The rows for a terminal, in three tables of few columns."""
-    groups = (
-        (JUDGED, "adjacent_reuse", "srp", "sch", "gpu_fanout"),
-        tuple(name for name in COLUMNS if name.startswith(("lru", "learned", "belady"))),
-        tuple(name for name in COLUMNS if name.startswith(("reads", "tokens"))),
-    )
+    """The rows for a terminal, in tables of at most five columns."""
+    shares = ("12.5", "25", "50")
+    groups = [{JUDGED: "bits/byte", "adjacent_reuse": "reuse", "srp": "SRP", "sch": "SCH", "gpu_fanout": "GPU fan-out"}]
+    groups += [{f"{policy}_{share}": f"{policy} {share} %" for share in shares} for policy in POLICIES]
+    groups += [
+        {f"reads_{share}": f"reads {share} %" for share in shares[:2]}
+        | {f"tokens_per_second_{share}": f"tok/s {share} %" for share in shares[:2]}
+    ]
     tables = []
-    for names in groups:
-        table = Table("variant", *names)
+    for labels in groups:
+        table = Table("variant", *labels.values())
         for row in rows:
-            table.add_row(row["variant"], *(_cell(row["columns"].get(name)) for name in names))
+            table.add_row(row["variant"], *(_cell(row["columns"].get(name)) for name in labels))
         tables.append(table)
     return tables
 
