@@ -31,6 +31,7 @@ _OFFERS: dict[str, tuple[str, ...]] = {
     "routers.classic.nulls": ("copy_ffn_rows_to_nulls", "expected_true_load"),
     "routers.classic.pooled": ("PooledRouter",),
     "routers.classic.rule": ("ClassicRule",),
+    "routers.local.sequences": ("SequenceState",),
     "routers.options": ("Options", "read_options"),
     "routers.own_rules.fixed": ("ForcedRouter",),
     "routers.own_rules.modality": ("ModalityRouter", "modality_of"),

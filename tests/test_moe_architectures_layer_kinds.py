@@ -123,3 +123,41 @@ def test_a_later_token_never_reaches_an_earlier_prediction(tiny_config):
 def test_exports_do_without_the_multi_token_head(tiny_config):
     model = MoEForCausalLM(tiny_config(mtp_depth=1, router="qwen3_moe")).eval()
     assert not any(name.startswith("mtp") for name in export(model, "qwen3_moe").state_dict())
+
+
+def test_n_gram_tables_read_rows_of_the_last_tokens_and_nothing_else(tiny_config, tolerance):
+    options = {"layers": [1], "rows": 61, "width": 6, "heads": 2}
+    layer = MoEForCausalLM(tiny_config(architecture="engram", architecture_options=options)).double().model.moe_layers[1]
+    tables, token_T = layer.tables, torch.tensor([5, 9, 5, 9, 7, 5, 9])
+    sequence_T = torch.tensor([0, 0, 0, 0, 0, 0, 0])
+    context = RoutingContext(token_id_T=token_T, sequence_T=sequence_T)
+    row_TN = tables.row_TN(context)
+    factors = tables.factor_NJ.tolist()
+    for t, rows in enumerate(row_TN.tolist()):
+        for number, row in enumerate(rows):
+            length = 2 if number < 2 else 3
+            gram = [int(token_T[t - back]) + 1 if t >= back else 0 for back in range(length)]
+            total = sum(token * factor for token, factor in zip(gram, factors[number][:length], strict=True))
+            assert row == number * 61 + (total ^ (total >> 17)) % 61
+    assert torch.equal(row_TN[3, :2], row_TN[6, :2]), "the same two tokens"
+    assert not torch.equal(row_TN[3], row_TN[6])
+    x_TD = torch.randn(7, 32).double()
+    plain_TD, _, _ = super(type(layer), layer).forward(x_TD, Carry(), context)
+    read = torch.stack([torch.cat([tables.table[row] for row in rows]) for rows in row_TN.tolist()])
+    key, token = tables.key_norm(read @ tables.key.weight.T), tables.token_norm(x_TD)
+    gate = torch.sigmoid((key * token).sum(dim=1) / 32**0.5)
+    expected = plain_TD + gate[:, None] * (read @ tables.value.weight.T)
+    torch.testing.assert_close(layer(x_TD, Carry(), context)[0], expected, **tolerance[torch.float64])
+    with pytest.raises(ValueError, match=r"0\.\.2; got \[3\]"):
+        layer_of(tiny_config, architecture="engram", architecture_options={"layers": [3]})
+
+
+def test_padding_before_a_text_is_no_token_of_it(tiny_config):
+    options = {"layers": [0], "rows": 61, "width": 6, "heads": 2}
+    model = MoEForCausalLM(tiny_config(architecture="engram", architecture_options=options)).double().eval()
+    token_BS = torch.randint(96, (1, 6))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    padded = torch.cat([torch.full((1, 2), 7), token_BS], dim=1)
+    with torch.no_grad():
+        found = model(padded, attention_mask=mask).logits[:, 2:]
+        torch.testing.assert_close(found, model(token_BS).logits)

@@ -59,7 +59,7 @@ CASES = {name: case_of(name) for name in sorted(ROUTERS.keys() - NO_ROUTING)} | 
 
 # through the whole model, one of those that differ by their rule alone stands for the others
 SAME_CODE = {"olmoe", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "loss_free", "sinkhorn top-1"}
-SAME_CODE |= {"adamoe over all", "rmoe detached"}
+SAME_CODE |= {"adamoe over all", "rmoe detached", "resident beside nulls", "quantile"}
 
 
 @pytest.fixture(params=CASES)

@@ -13,6 +13,7 @@ from .latent import latent
 from .layer_kinds.autonomous import autonomous
 from .layer_kinds.dense_mixer import dense_mixer
 from .layer_kinds.narrow import latent_moe
+from .layer_kinds.ngram_tables import engram
 from .memory.peer import peer
 from .memory.ultramem import ultramem
 from .mixture_of_transformers import mixture_of_transformers
@@ -79,6 +80,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         build=autonomous,
         source="Lv et al. 2025, arXiv:2501.13074",
         example={"architecture_options": {"rank": 6}},
+    ),
+    "engram": Architecture(
+        build=engram,
+        source="DeepSeek-AI 2026 (Engram)",
+        example={"architecture_options": {"layers": [0, 2], "rows": 61, "width": 6, "heads": 2}},
     ),
     "moex": Architecture(build=moex, source="Yang et al. 2025, arXiv:2503.07639", example={"num_shared_experts": 1}),
     "mixture_of_transformers": Architecture(

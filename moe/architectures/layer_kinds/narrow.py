@@ -16,7 +16,7 @@ from ...layers.layer import MoELayer
 from ...parts.config import MoEConfig
 from ...parts.flops import LayerFlops
 from ...parts.linear import Linear
-from ..body import Body
+from ..body import Body, expect_choices
 
 
 class NarrowLayer(MoELayer):
@@ -58,6 +58,7 @@ def latent_moe(config: MoEConfig, *, width: int | None = None) -> Body:
 
     Source: NVIDIA 2026 (Nemotron 3), LatentMoE.
     """
+    expect_choices(config)
     width = max(1, config.hidden_size // 4) if width is None else width
     if not 1 <= width <= config.hidden_size:
         raise ValueError(f"width must lie in 1..{config.hidden_size} (D); got {width}")

@@ -75,10 +75,15 @@ class SequenceState:
 
     def latest(self) -> Tensor | None:
         """[B, R] after the last position of earlier calls; None before the first."""
+        earlier = self.earlier(1)
+        return None if earlier is None else earlier[:, -1]
+
+    def earlier(self, count: int) -> Tensor | None:
+        """[B, 0..count, R] after the last positions of earlier calls; None before the first."""
         if self._cache is None or len(self._cache.layers) <= self._layer:
             return None
         layer = self._cache.layers[self._layer]
-        return layer.keys[:, 0, -1] if layer.get_seq_length() else None
+        return layer.keys[:, 0, -count:] if layer.get_seq_length() else None
 
     def append(self, state_BSR: Tensor) -> None:
         """Keep the state after each position of this call."""
