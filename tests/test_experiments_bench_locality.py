@@ -52,7 +52,9 @@ def test_the_table_resumes_and_its_figures_are_those_of_the_saved_traces(tmp_pat
         if run["variant"].startswith("resident"):
             assert run["reads_25"] <= 1.0
     assert {(claim["constraint"], claim["loss"]) for claim in report["claims"]} == {
-        (name, "reuse-overlap") for name in names if name in ("resident-4th", "resident-4th-next", "pregate-resident", "pool")
+        (name, "reuse-overlap")
+        for name in names
+        if name in ("resident-4th", "resident-4th-next", "pregate-resident", "pool")
     }
     monkeypatch.setattr("experiments.compare.runs._train_and_measure", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(measures, "_trace", lambda *_: pytest.fail("measured again"))
@@ -61,10 +63,14 @@ def test_the_table_resumes_and_its_figures_are_those_of_the_saved_traces(tmp_pat
 
 
 def result(variant, seed, bits, **columns):
-    return {"variant": variant, "seed": seed, "status": "finished"} | dict.fromkeys(COLUMNS, 0.5) | {
-        "held_out_bits_per_byte": bits,
-        **columns,
-    }
+    return (
+        {"variant": variant, "seed": seed, "status": "finished"}
+        | dict.fromkeys(COLUMNS, 0.5)
+        | {
+            "held_out_bits_per_byte": bits,
+            **columns,
+        }
+    )
 
 
 def test_intervals_and_claims_by_hand():

@@ -91,8 +91,8 @@ def test_a_run_that_is_resumed_is_the_same_run(model, text, tmp_path, monkeypatc
         tune_router(model, corpus, tmp_path / "parts", OPTIONS, quiet=True)
     assert not (tmp_path / "parts" / "config.json").exists(), "no model before the end"
     monkeypatch.setattr(_Tuning, "step", step)
+    other = replace(OPTIONS, loss="l2")
     with pytest.raises(ValueError, match="begun with other settings"):
-        other = replace(OPTIONS, loss="l2")
         tune_router(model, corpus, tmp_path / "parts", other, resume=True, quiet=True)
     assert tune_router(model, corpus, tmp_path / "parts", OPTIONS, resume=True, quiet=True) == whole
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole"))

@@ -1,4 +1,4 @@
-"""DenseMixer's gradient, experts in a narrow space, experts that choose themselves, multi-token prediction: by loops."""
+"""DenseMixer, experts in a narrow space or choosing themselves, n-gram tables, multi-token prediction: by loops."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_dense_mixer_is_sparse_forward_and_dense_for_the_router(tiny_config, tol
     layer, plain = (layer_of(tiny_config, architecture=name) for name in ("dense_mixer", "moe"))
     x_TD, upstream = torch.randn(9, 32).double(), torch.randn(9, 32).double()
     context = RoutingContext(is_training=True)
-    y_TD, _, (stats,) = layer(x_TD, Carry(), context)
+    y_TD, _, _ = layer(x_TD, Carry(), context)
     sparse_TD, _, _ = plain(x_TD, Carry(), context)
     torch.testing.assert_close(y_TD, sparse_TD, **tolerance[torch.float64])
     ours = torch.autograd.grad((y_TD * upstream).sum(), [layer.router.weight, layer.experts.down_proj])
@@ -127,7 +127,9 @@ def test_exports_do_without_the_multi_token_head(tiny_config):
 
 def test_n_gram_tables_read_rows_of_the_last_tokens_and_nothing_else(tiny_config, tolerance):
     options = {"layers": [1], "rows": 61, "width": 6, "heads": 2}
-    layer = MoEForCausalLM(tiny_config(architecture="engram", architecture_options=options)).double().model.moe_layers[1]
+    layer = (
+        MoEForCausalLM(tiny_config(architecture="engram", architecture_options=options)).double().model.moe_layers[1]
+    )
     tables, token_T = layer.tables, torch.tensor([5, 9, 5, 9, 7, 5, 9])
     sequence_T = torch.tensor([0, 0, 0, 0, 0, 0, 0])
     context = RoutingContext(token_id_T=token_T, sequence_T=sequence_T)

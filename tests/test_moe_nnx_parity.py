@@ -40,7 +40,12 @@ VARIANTS = {
     "entropy": {"router": "classic", "router_options": {"score": "sigmoid", "balance_loss": "entropy"}},
     "sqrt-softplus": {
         "router": "classic",
-        "router_options": {"score": "sqrt_softplus", "renormalise": True, "bias_rate": 1e-3, "balance_loss": "sequence"},
+        "router_options": {
+            "score": "sqrt_softplus",
+            "renormalise": True,
+            "bias_rate": 1e-3,
+            "balance_loss": "sequence",
+        },
     },
 }
 LONGER = (

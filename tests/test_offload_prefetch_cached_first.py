@@ -2,8 +2,14 @@
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import offload
 from moe import MoEForCausalLM
@@ -40,7 +46,9 @@ def model(request, tiny_config):
 def test_gates_give_their_routers_weights_and_choices(model):
     for gate in softmax_gates(model):
         seen = []
-        handle = gate.router.register_forward_hook(lambda _m, inputs, result, seen=seen: seen.append((inputs[0], result)))
+        handle = gate.router.register_forward_hook(
+            lambda _m, inputs, result, seen=seen: seen.append((inputs[0], result))
+        )
         model(torch.randint(96, (2, 7)))
         handle.remove()
         ((x, result),) = seen

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from routing import REUSE_LOSSES, Routing, RouterStats, adjacent_reuse, anchor_loss, auxiliary_loss
+from routing import REUSE_LOSSES, RouterStats, Routing, adjacent_reuse, anchor_loss, auxiliary_loss
 from routing.losses.reuse import KEPT_SHARE
 
 R, K = 5, 2

@@ -57,7 +57,10 @@ def dense(routing):
 @pytest.mark.parametrize("admits", ["now", "next"])
 @pytest.mark.parametrize(("swaps", "rank"), [("chosen", K), ("better", 3)])
 def test_resident_routing_and_its_gradients_are_those_of_a_loop(admits, swaps, rank, tolerance):
-    router, x_TD = build("resident", residents=3, admits=admits, swaps=swaps), torch.randn(T, D).double().requires_grad_()
+    router, x_TD = (
+        build("resident", residents=3, admits=admits, swaps=swaps),
+        torch.randn(T, D).double().requires_grad_(),
+    )
     routing, _, stats = router(x_TD, Carry(), context_of(is_training=True))
     logit_TE = x_TD @ router.weight.T
     expected = naive(logit_TE, resident_sets(logit_TE.detach(), 3, rank, admits))

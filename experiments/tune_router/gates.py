@@ -106,7 +106,11 @@ class FamilyGates:
             routing = Routing(expert_TK=expert_TK, weight_TK=weight_TK, num_experts=logit_TR.shape[1])
             seen.stats.append(
                 RouterStats(
-                    probability_TR=probability_TR, chosen=routing, kept=routing, logit_TR=logit_TR, sequence_T=sequence_T
+                    probability_TR=probability_TR,
+                    chosen=routing,
+                    kept=routing,
+                    logit_TR=logit_TR,
+                    sequence_T=sequence_T,
                 )
             )
             anchor_TR = gate.logits(x.detach(), self._before[place]).softmax(dim=-1)
@@ -124,9 +128,7 @@ class FamilyGates:
 def trace_of(calls: list[list[RouterStats]], batch_sizes: list[int], source: str) -> RoutingTrace:
     """The FFN experts of several calls on whole sequences, one call per list of layers."""
     num_experts = calls[0][0].num_experts
-    parts = [
-        np.stack([_ids(stats.kept.expert_TK, num_experts) for stats in layers], axis=1) for layers in calls
-    ]
+    parts = [np.stack([_ids(stats.kept.expert_TK, num_experts) for stats in layers], axis=1) for layers in calls]
     lengths = [len(part) // rows for part, rows in zip(parts, batch_sizes, strict=True)]
     sequence = np.repeat(np.arange(sum(batch_sizes), dtype=np.int32), np.repeat(lengths, batch_sizes))
     return RoutingTrace(

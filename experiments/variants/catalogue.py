@@ -122,8 +122,8 @@ def model_overrides(name: str, model: dict[str, Any]) -> dict[str, Any]:
     """The model settings of a variant.
 
     Args:
-        name: a key of `VARIANTS`, `ARCHITECTURE_VARIANTS` or `LOCALITY_VARIANTS`; of `routing.ROUTERS` for that router with the preset's
-            own experts; or of `moe.ARCHITECTURES` for that architecture with its default options.
+        name: a key of `VARIANTS`, `ARCHITECTURE_VARIANTS` or `LOCALITY_VARIANTS`; of `routing.ROUTERS` for that router
+            with the preset's own experts; or of `moe.ARCHITECTURES` for that architecture with its default options.
         model: the preset's settings.
 
     Raises:

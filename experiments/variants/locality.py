@@ -12,7 +12,7 @@ REUSE_WEIGHT = 0.05
 
 
 def _resident(share: int, **options: Any) -> Callable[[Settings], Settings]:
-    """E / share residents, and at least K; one fewer where swaps serve the next token, so that as many slots hold both."""
+    """E / share residents, and at least K; one fewer where swaps serve the next token, for which a slot is kept."""
 
     def build(model: Settings) -> Settings:
         num_experts, top_k = model.get("num_experts", 16), model.get("num_experts_per_tok", 2)

@@ -12,7 +12,13 @@ from .top_k import top_experts
 
 
 def resident_scan(
-    score_BSE: Tensor, is_valid_BS: Tensor, before_BE: Tensor | None, num_residents: int, *, rank: int, margin: float = 0.0
+    score_BSE: Tensor,
+    is_valid_BS: Tensor,
+    before_BE: Tensor | None,
+    num_residents: int,
+    *,
+    rank: int,
+    margin: float = 0.0,
 ) -> Tensor:
     """The resident set after each token, uint8 `[B, S, E]`, 1 for residents.
 

@@ -4,7 +4,7 @@ Rows of the statistics are in the order of positions within each sequence. A pai
 its sequence; a loss is the mean over pairs, and 0 without any. What earlier tokens chose passes no gradient unless a
 loss says so.
 
-Shapes: T valid tokens, N pairs, R routable experts.
+Shapes: T valid tokens, N rows that are pairs, R routable experts.
 """
 
 from collections.abc import Callable

@@ -29,7 +29,6 @@ from .own_rules.soft import SoftRouter
 from .own_rules.threshold import ThresholdRouter
 from .row import Example, RouterRow
 
-
 SEQUENCE_STATE = "it keeps a state per token and layer, and here a token passes a layer several times, or not at all"
 
 

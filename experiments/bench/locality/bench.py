@@ -32,7 +32,9 @@ def base_config(tokens: int) -> TrainConfig:
 def bench_locality(
     out: Annotated[Path, typer.Option(help="Folder of the runs; call again to continue it.")],
     data: DataOption = None,
-    variants: Annotated[str | None, typer.Option(help="With commas between them; default: all, baseline first.")] = None,
+    variants: Annotated[
+        str | None, typer.Option(help="With commas between them; default: all, baseline first.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per variant.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Training tokens of a run.")] = DEFAULT_TOKENS,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps instead of --tokens.")] = None,

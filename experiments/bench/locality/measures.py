@@ -83,7 +83,9 @@ def _from_ssd(model: MoEForCausalLM, folder: Path, corpus: Corpus, slots: int) -
     loaded.offload.close()
     worst = float((ours - theirs).abs().max() / (theirs.max() - theirs.min()))
     if not worst <= TOLERANCE:
-        raise RuntimeError(f"{folder}: logits from the SSD differ from the resident model's by {worst:.2g} of their range")
+        raise RuntimeError(
+            f"{folder}: logits from the SSD differ from the resident model's by {worst:.2g} of their range"
+        )
     tokens = len(ours)
     return {
         "reads": report["bytes_read"] / expert_bytes / (tokens * len(runtime.layers)),

@@ -1,1 +1,1 @@
-"""Layers whose experts or gradients differ: a dense gradient for the router, experts in a narrow space or gating themselves."""
+"""Layers that differ in experts or gradients: dense gradients, a narrow space, experts that choose themselves."""

@@ -3,8 +3,6 @@
 Shapes: T tokens, D model width, R routable experts, E experts.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,6 @@ from routing import Carry, RouterStats, RoutingContext, build_routers
 
 from ...layers.layer import MoELayer
 from ...parts.config import MoEConfig
-from ...parts.flops import LayerFlops
 from ..body import Body
 
 
@@ -42,7 +39,6 @@ class DenseMixerLayer(MoELayer):
         if context.is_valid_T is None:
             return share_TE
         return share_TE.new_zeros(len(context.is_valid_T), share_TE.shape[1]).index_put((context.is_valid_T,), share_TE)
-
 
 
 def dense_mixer(config: MoEConfig) -> Body:

@@ -3,7 +3,8 @@
 Which rows a token reads follows from token ids alone, so it is known before the forward pass. The tables stay resident
 here, under offloading as well.
 
-Shapes: T tokens, B batch, S positions, D model width, N rows read per token, one per length and head.
+Shapes: T tokens, B batch, S positions, D model width, I inputs of a projection, J places of an n-gram, N rows read per
+token, one per length and head.
 """
 
 from collections.abc import Sequence
@@ -111,7 +112,13 @@ class NgramLayer(MoELayer):
 
 
 def engram(
-    config: MoEConfig, *, layers: Sequence[int] = (0,), rows: int = 65_521, width: int = 32, heads: int = 4, seed: int = 0
+    config: MoEConfig,
+    *,
+    layers: Sequence[int] = (0,),
+    rows: int = 65_521,
+    width: int = 32,
+    heads: int = 4,
+    seed: int = 0,
 ) -> Body:
     """Any router, and tables in some of the MoE layers.
 

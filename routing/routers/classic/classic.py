@@ -1,7 +1,7 @@
 """ClassicRouter: one configurable score, select, weigh router that covers the classic ones.
 
-Variants override one of its steps: `logits` (where scores come from), `score`, `choosable`, `select`, `weigh`, `thin`, or add a
-`penalty_T`.
+Variants override one of its steps: `logits` (where scores come from), `score`, `choosable`, `select`, `weigh`, `thin`,
+or add a `penalty_T`.
 
 Shapes: T tokens, D model width, K experts per token, E FFN experts, R = E + Z routable experts.
 """

@@ -126,4 +126,3 @@ def _sets_before(after_BSE: Tensor, before_BE: Tensor | None) -> Tensor:
     first_B1E = torch.zeros_like(after_BSE[:, :1]) if before_BE is None else before_BE[:, None]
     found_BSE = torch.cat([first_B1E, after_BSE[:, :-1]], dim=1)
     return torch.where(found_BSE.bool().any(dim=-1, keepdim=True), found_BSE, after_BSE)
-

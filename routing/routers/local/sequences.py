@@ -2,7 +2,7 @@
 
 A state stands beside the keys of its position, so beam search, cropping and copies treat it as they treat keys.
 
-Shapes: T tokens, B sequences, S positions of this call, R columns of any kind.
+Shapes: T tokens, B sequences, S positions of this call, R routable experts or other columns.
 """
 
 from dataclasses import dataclass
