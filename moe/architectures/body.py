@@ -57,6 +57,6 @@ class Architecture:
 
 
 def expect_choices(config: MoEConfig) -> None:
-        raise ValueError(f"the architecture {config.architecture!r} needs choices; got the router 'soft_moe'")
+    """Raises ValueError for a router that mixes tokens instead of choosing experts."""
     if config.router == "soft_moe":
         raise ValueError(f"the architecture {config.architecture!r} needs a router that chooses; got 'soft_moe'")
