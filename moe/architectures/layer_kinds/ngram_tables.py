@@ -4,7 +4,7 @@ Which rows a token reads follows from token ids alone, so it is known before the
 here, under offloading as well.
 
 Shapes: T tokens, B batch, S positions, D model width, I inputs of a projection, J places of an n-gram, N rows read per
-token, one per length and head.
+token (one per length and head).
 """
 
 from collections.abc import Sequence
