@@ -72,7 +72,7 @@ def tune_router(
     Args:
         folder: a model of ours, or of a family whose routers are a softmax over a linear map.
         corpus: in the model's tokens.
-        out: of the run.
+        out: folder of the run, which becomes the checkpoint folder.
         options: loss, coefficients, steps.
         resume: continue after the last finished checkpoint, bit by bit.
         quiet: no progress bar.

@@ -39,6 +39,7 @@ def _pool(model: Settings) -> Settings:
     return {"router": "pool", "balance_loss_weight": ROUTERS["pool"].balance_weight}
 
 
+# numbers are the share of the experts that are residents: an eighth, a quarter
 CONSTRAINED: dict[str, Callable[[Settings], Settings]] = {
     "resident-8th": _resident(8),
     "resident-4th": _resident(4),

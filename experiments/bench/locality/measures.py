@@ -29,6 +29,7 @@ TRACED_TOKENS, PROMPT_TOKENS, DECODED_TOKENS = 16_384, 32, 128
 """Held-out tokens of the trace; tokens of a prompt and after it, which are given and not sampled, so that every variant
 reads the same text."""
 CLUSTER_NODES, CLUSTER_GPUS, SOLVE_S = 2, 4, 10.0
+"""Eight GPUs in two nodes, four experts of 32 on each, as in the demo; seconds of the placement's search."""
 TOLERANCE = 1e-3
 """Largest difference of logits, relative to their range, between the offloaded and the resident model."""
 

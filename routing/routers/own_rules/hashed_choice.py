@@ -19,6 +19,7 @@ from ..classic.rule import RULE_PARTS, ClassicRule
 from ..options import Options, expect_at_least
 
 PUBLISHED_LAYERS = 3
+"""Hash-routed layers of DeepSeek-V4, as transformers' `DeepseekV4Config` has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class HashedChoiceRouter(ClassicRouter):
         sizes: D, E, Z, K, L and V.
         layer: which MoE layer this router serves; every layer has its own table.
         rule: how logits become weights; without groups and bias, which would change a choice.
-        seed: of the table.
+        seed: of the table; the same seed gives the same table.
 
     Raises:
         ValueError: if the vocabulary is unknown.

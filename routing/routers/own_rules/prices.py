@@ -97,8 +97,8 @@ def balancing_prices(score_TR: Tensor, price_R: Tensor, top_k: int, *, rounds: i
     Args:
         score_TR: scores of a batch, without gradient.
         price_R: where the alternation starts.
-        top_k: K.
-        rounds: of pricing tokens, then experts.
+        top_k: K, experts per token.
+        rounds: steps of pricing tokens, then experts; at least 1.
         is_signed: whether prices may be negative.
     """
     T, R = score_TR.shape
