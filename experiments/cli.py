@@ -18,6 +18,7 @@ from .bench.duo.bench import bench_duo
 from .bench.expert_kernels.bench import bench_kernels
 from .bench.flax import bench_flax
 from .bench.leverage import leverage
+from .bench.locality.bench import bench_locality
 from .bench.memory_layers import bench_memory_layers
 from .bench.offloading.bench import bench_offload
 from .bench.placement_solvers import bench_placement
@@ -32,6 +33,7 @@ from .demo.command import demo
 from .placed.command import place_run
 from .placed.serving import PROCESSES
 from .train.command import train
+from .tune_router.command import tune_router
 
 app = typer.Typer(
     name="expertier",
@@ -78,9 +80,11 @@ app.command("train")(train)
 app.command("compare")(compare)
 app.command("leverage")(leverage)
 bench.command("claim")(bench_claim)
+app.command("tune-router")(tune_router)
 bench.command("duo")(bench_duo)
 bench.command("flax")(bench_flax)
 bench.command("kernels")(bench_kernels)
+bench.command("locality")(bench_locality)
 bench.command("memory-layers")(bench_memory_layers)
 bench.command("offload")(bench_offload)
 bench.command("placement")(bench_placement)

@@ -6,6 +6,7 @@ implementation of that name with transformers.
 
 from .architectures import ARCHITECTURES, Architecture, build_body
 from .conversion.export import export
+from .conversion.opening import load_model
 from .conversion.prune_and_join import drawn, join, most_used, prune
 from .experts.bank import Experts
 from .experts.grouped import expertier_experts, grouped_experts
@@ -62,6 +63,7 @@ __all__ = [
     "fused_experts",
     "grouped_experts",
     "join",
+    "load_model",
     "most_used",
     "nearest_parts",
     "noise_levels",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .forecast.calibrate_gpu import wire_bandwidth
     from .forecast.product_rates import product_rates
     from .gpu.devices import open_lane
+    from .prefetch.softmax_gates import softmax_gates
     from .runtime.loading import load
     from .runtime.report import Offload
     from .store.packing import write_pack
@@ -44,6 +45,7 @@ _HOME = {
     "load": ".runtime.loading",
     "open_lane": ".gpu.devices",
     "product_rates": ".forecast.product_rates",
+    "softmax_gates": ".prefetch.softmax_gates",
     "wire_bandwidth": ".forecast.calibrate_gpu",
     "write_pack": ".store.packing",
 }
@@ -71,6 +73,7 @@ __all__ = [
     "parse_size",
     "product_rates",
     "simulate",
+    "softmax_gates",
     "wire_bandwidth",
     "write_pack",
 ]

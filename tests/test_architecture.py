@@ -26,7 +26,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "routing/routers": (
         ("options", "constant_weights"),
         ("classic", "row"),
-        ("own_rules", "tables"),
+        ("own_rules", "tables", "local"),
         ("catalogue",),
         ("__init__",),
     ),
@@ -84,7 +84,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "experiments": (
         ("evidence", "variants"),
         ("train",),
-        ("compare", "bench", "demo", "placed"),
+        ("compare", "demo", "placed", "tune_router"),
+        ("bench",),
         ("gpu_session",),
         ("__init__", "cli"),
     ),

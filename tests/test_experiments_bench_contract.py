@@ -70,6 +70,26 @@ def redden_kernels(monkeypatch):
     monkeypatch.setattr(moe, "grouped_experts", lambda *given: 1.1 * right(*given))
 
 
+def redden_locality(monkeypatch):
+    from experiments.bench.locality import bench as locality
+    from experiments.bench.locality import measures
+    from experiments.train.presets import preset
+
+    model = preset("smoke").model | {"router": "olmoe"}
+    small = replace(preset("smoke"), model=model, steps=1, warmup_steps=0, held_out_tokens=256)
+    monkeypatch.setattr(locality, "base_config", lambda tokens: small)
+    monkeypatch.setattr(measures, "SOLVE_S", 0.1)
+    monkeypatch.setattr(measures, "DECODED_TOKENS", 4)
+    load = measures.load_resident
+
+    def wrong(folder):
+        resident = load(folder)
+        resident.lm_head.weight.data.mul_(1.5)
+        return resident
+
+    monkeypatch.setattr(measures, "load_resident", wrong)
+
+
 def redden_memory_layers(monkeypatch):
     right = memory_layers._peer_at_once
     monkeypatch.setattr(memory_layers, "_peer_at_once", lambda *given: right(*given) + 1e-6)
@@ -195,6 +215,13 @@ BENCHES = {
         command=("leverage",),
         wrong=("--activation", "2", "--granularity", "12", "--compute", "1e22"),
         words="activation must lie in 0..1; got 2",
+    ),
+    "locality": Bench(
+        command=("bench", "locality"),
+        wrong=("--out", "{folder}/locality", "--variants", "olmo"),
+        words="unknown variant, router or architecture 'olmo'",
+        right=("--out", "{folder}/locality", "--variants", "olmoe", "--seeds", "1", "--steps", "1"),
+        redden=redden_locality,
     ),
     "memory-layers": Bench(
         command=("bench", "memory-layers"),

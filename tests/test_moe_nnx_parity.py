@@ -38,6 +38,15 @@ VARIANTS = {
     },
     "weight": {"router": "classic", "router_options": {"capacity_factor": 0.7, "capacity_policy": "weight"}},
     "entropy": {"router": "classic", "router_options": {"score": "sigmoid", "balance_loss": "entropy"}},
+    "sqrt-softplus": {
+        "router": "classic",
+        "router_options": {
+            "score": "sqrt_softplus",
+            "renormalise": True,
+            "bias_rate": 1e-3,
+            "balance_loss": "sequence",
+        },
+    },
 }
 LONGER = (
     "moepp",
@@ -50,6 +59,7 @@ LONGER = (
     "priority",
     "weight",
     "entropy",
+    "sqrt-softplus",
 )
 each_variant = pytest.mark.parametrize(
     "overrides",

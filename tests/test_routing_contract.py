@@ -1,11 +1,11 @@
 """What every router keeps, whatever its rule: the contract, tested through the routers and through the whole model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from experiments.evidence.resident import load_resident
 from moe import MoEForCausalLM
@@ -49,12 +49,17 @@ CASES = {name: case_of(name) for name in sorted(ROUTERS.keys() - NO_ROUTING)} | 
     ),
     "pregate moepp": Case("pregate", {"inner": "moepp"}, zero_compute=NULLS),
     "pregate remoe": Case("pregate", {"inner": "remoe"}),
+    "resident next": Case("resident", {"residents": 3, "admits": "next", "margin": 0.01}),
+    "resident beside nulls": Case(
+        "resident", {"residents": 2, "score": "sigmoid", "bias_rate": 0.1}, top_k=3, zero_compute=("zero", "copy")
+    ),
+    "pregate resident": Case("pregate", {"inner": "resident", "inner_options": {"residents": 3}}),
 }
 
 
 # through the whole model, one of those that differ by their rule alone stands for the others
 SAME_CODE = {"olmoe", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "loss_free", "sinkhorn top-1"}
-SAME_CODE |= {"adamoe over all", "rmoe detached"}
+SAME_CODE |= {"adamoe over all", "rmoe detached", "resident beside nulls", "quantile"}
 
 
 @pytest.fixture(params=CASES)
@@ -186,8 +191,10 @@ def test_one_token_at_a_time_equals_all_at_once(case):
         pytest.skip("not causal")
     context = context_of()
     together = run_layers(routers, x_LTD, context)
+    caches = [DynamicCache() for _ in range(T // 8)]  # what a router must know of each sequence
     for t in range(T):
-        alone = run_layers(routers, x_LTD[:, t : t + 1], permuted(context, torch.tensor([t])))
+        of_token = replace(permuted(context, torch.tensor([t])), cache=caches[t // 8])
+        alone = run_layers(routers, x_LTD[:, t : t + 1], of_token)
         for (routing, _), (other, _) in zip(together, alone, strict=True):
             torch.testing.assert_close(dense(routing)[t : t + 1], dense(other))
 

@@ -9,6 +9,7 @@ from routing import ROUTERS
 from routing.ground.expect import expect_name
 
 from .architectures import ARCHITECTURE_VARIANTS
+from .locality import LOCALITY_VARIANTS
 
 Settings = dict[str, Any]
 # tau, the load of an FFN expert for that of a zero-compute one: the default of the router `moepp`
@@ -121,8 +122,8 @@ def model_overrides(name: str, model: dict[str, Any]) -> dict[str, Any]:
     """The model settings of a variant.
 
     Args:
-        name: a key of `VARIANTS` or `ARCHITECTURE_VARIANTS`; of `routing.ROUTERS` for that router with the preset's
-            own experts; or of `moe.ARCHITECTURES` for that architecture with its default options.
+        name: a key of `VARIANTS`, `ARCHITECTURE_VARIANTS` or `LOCALITY_VARIANTS`; of `routing.ROUTERS` for that router
+            with the preset's own experts; or of `moe.ARCHITECTURES` for that architecture with its default options.
         model: the preset's settings.
 
     Raises:
@@ -131,8 +132,9 @@ def model_overrides(name: str, model: dict[str, Any]) -> dict[str, Any]:
     expect_variant(name)
     if name in VARIANTS:
         return model | VARIANTS[name](model)
-    if name in ARCHITECTURE_VARIANTS:
-        return model | ARCHITECTURE_VARIANTS[name](model)
+    for variants in (ARCHITECTURE_VARIANTS, LOCALITY_VARIANTS):
+        if name in variants:
+            return model | variants[name](model)
     if name in ROUTERS:
         return model | {"router": name} | _coefficient(name)
     return model | {"architecture": name}
@@ -140,5 +142,5 @@ def model_overrides(name: str, model: dict[str, Any]) -> dict[str, Any]:
 
 def expect_variant(name: str) -> None:
     """Raises ValueError, with the nearest name, if there is no such variant, router or architecture."""
-    names = {*VARIANTS, *ARCHITECTURE_VARIANTS, *ROUTERS, *ARCHITECTURES}
+    names = {*VARIANTS, *ARCHITECTURE_VARIANTS, *LOCALITY_VARIANTS, *ROUTERS, *ARCHITECTURES}
     expect_name(name, names, "variant, router or architecture")

@@ -8,6 +8,10 @@ from .chain import chain_of_experts
 from .duo import duo_llm
 from .feature_groups import feature_groups
 from .latent import latent
+from .layer_kinds.autonomous import autonomous
+from .layer_kinds.dense_mixer import dense_mixer
+from .layer_kinds.narrow import latent_moe
+from .layer_kinds.ngram_tables import engram
 from .lookups.memoryformer import memoryformer
 from .lookups.tokenformer import tokenformer
 from .memory.peer import peer
@@ -70,6 +74,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         build=readme,
         source="Cai et al. 2024, arXiv:2410.19123",
         example={"architecture_options": _READ_ME, "num_experts_per_tok": 1},
+    ),
+    "latent_moe": Architecture(
+        build=latent_moe,
+        source="NVIDIA 2026 (Nemotron 3)",
+        example={"architecture_options": {"width": 12}, "num_shared_experts": 1, "router": "deepseek_v3"},
+    ),
+    "dense_mixer": Architecture(build=dense_mixer, source="Yao et al. 2025 (DenseMixer)"),
+    "autonomous": Architecture(
+        build=autonomous,
+        source="Lv et al. 2025, arXiv:2501.13074",
+        example={"architecture_options": {"rank": 6}},
+    ),
+    "engram": Architecture(
+        build=engram,
+        source="DeepSeek-AI 2026 (Engram)",
+        example={"architecture_options": {"layers": [0, 2], "rows": 61, "width": 6, "heads": 2}},
     ),
     "moex": Architecture(build=moex, source="Yang et al. 2025, arXiv:2503.07639", example={"num_shared_experts": 1}),
     "mixture_of_transformers": Architecture(

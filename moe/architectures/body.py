@@ -54,3 +54,9 @@ class Architecture:
             return list(dict.fromkeys(option.name for group in self.option_groups for option in fields(group)))
         parameters = inspect.signature(self.build).parameters.values()
         return [parameter.name for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY]
+
+
+def expect_choices(config: MoEConfig) -> None:
+    """Raises ValueError for a router that mixes tokens instead of choosing experts."""
+    if config.router == "soft_moe":
+        raise ValueError(f"the architecture {config.architecture!r} needs a router that chooses; got 'soft_moe'")

@@ -21,6 +21,9 @@ NOT_CHAINED = {
     "soft_moe": "its slots mix tokens before the experts, so there is no token to hand to the next iteration"
 }
 NOT_SHARED = {"pregate": "each of its gates decides for one call, and a shared gate is called in every iteration"}
+NOT_SHARED |= dict.fromkeys(
+    ("resident", "pool"), "it keeps one state per token, and a shared gate would advance it twice"
+)
 
 
 class ChainLayer(ExpertBank):

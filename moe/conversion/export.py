@@ -168,7 +168,12 @@ def _to_mixtral(config: MoEConfig, rule: ClassicRule) -> MixtralConfig:
 
 
 def _renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.replace(".mlp.router.", ".mlp.gate."): tensor for name, tensor in state.items()}
+    """Names of the native families; what only training computes is left out."""
+    return {
+        name.replace(".mlp.router.", ".mlp.gate."): tensor
+        for name, tensor in state.items()
+        if not name.startswith("mtp.")
+    }
 
 
 Convert = Callable[[MoEConfig, ClassicRule], Any]

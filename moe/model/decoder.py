@@ -33,6 +33,7 @@ from ..parts.linear import Linear
 from ..parts.norm import RMSNorm
 from ..parts.signals import signal_fields
 from .decoder_layer import DecoderLayer
+from .multi_token import MultiTokenHead
 from .outside_step import expect_known_outputs, outside_steps
 from .pretrained import MoEPreTrainedModel
 
@@ -199,6 +200,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoEModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.mtp = MultiTokenHead(config) if config.mtp_depth else None
         self.post_init()
 
     @can_return_tuple
@@ -242,6 +244,10 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             loss = lm_loss
             if self.training:
                 loss = lm_loss + self._auxiliary_loss(output)
+                if self.mtp is not None and input_ids is not None:
+                    tokens = self.model.embed_tokens(input_ids)
+                    ahead = self.mtp(output.x_BSD, tokens, labels, kwargs.get("attention_mask"), self.lm_head)
+                    loss = loss + self.config.mtp_loss_weight * ahead
         if num_items_in_batch is not None:
             loss = self._share_of_step(loss, labels, num_items_in_batch)
             self._note_outside_step(output.router_stats, input_ids, kwargs)
@@ -281,8 +287,13 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         loss = sum(output.losses.values(), start=output.x_BSD.new_zeros(()))
         if not output.router_stats:
             return loss
-        weights = {"balance_weight": self._balance_weight(), "z_weight": self.config.z_loss_weight}
-        return loss + auxiliary_loss(output.router_stats, **weights)
+        return loss + auxiliary_loss(
+            output.router_stats,
+            balance_weight=self._balance_weight(),
+            z_weight=self.config.z_loss_weight,
+            reuse_loss=self.config.reuse_loss,
+            reuse_weight=self.config.reuse_loss_weight,
+        )
 
     def _balance_weight(self) -> float:
         config = self.config

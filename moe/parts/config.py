@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from routing import RouterSizes, expect_router
+from routing import REUSE_LOSSES, RouterSizes, expect_router
+from routing.ground.expect import expect_name
 
 QK_NORMS = ("none", "head", "full")
 ZERO_COMPUTE_KINDS = ("zero", "copy", "constant")
@@ -30,6 +31,9 @@ class MoEConfig(PreTrainedConfig):
         router: a key of `routing.ROUTERS`; `router_options` refine it.
         architecture: a key of `moe.ARCHITECTURES`; `architecture_options` refine it.
         balance_loss_weight, z_loss_weight: coefficients of `routing.auxiliary_loss`, added to the loss in training.
+        reuse_loss: a key of `routing.REUSE_LOSSES`, added in training with `reuse_loss_weight` as its coefficient.
+        mtp_depth: tokens beyond the next that training predicts as well (multi-token prediction); 0 for none.
+        mtp_loss_weight: coefficient of the mean of these losses.
         balance_loss_schedule: pairs (optimiser step, weight) in rising order; from that step on the weight replaces
             `balance_loss_weight`.
 
@@ -62,6 +66,10 @@ class MoEConfig(PreTrainedConfig):
     balance_loss_weight: float = 0.01
     balance_loss_schedule: list[list[float]] | None = None
     z_loss_weight: float = 0.001
+    reuse_loss: str = "none"
+    reuse_loss_weight: float = 0.0
+    mtp_depth: int = 0
+    mtp_loss_weight: float = 0.1
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     rope_theta: float = 10_000.0
@@ -76,10 +84,13 @@ class MoEConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         expect_router(self.router)
-        for name in ("balance_loss_weight", "z_loss_weight"):
+        expect_name(self.reuse_loss, REUSE_LOSSES, "reuse loss")
+        for name in ("balance_loss_weight", "z_loss_weight", "reuse_loss_weight", "mtp_loss_weight"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not isfinite(value):
                 raise ValueError(f"{name} must be a finite number; got {value!r}")
+        if not isinstance(self.mtp_depth, int) or self.mtp_depth < 0:
+            raise ValueError(f"mtp_depth must be a whole number of at least 0; got {self.mtp_depth!r}")
         steps = [pair[0] for pair in self.balance_loss_schedule or () if len(pair) == 2]
         if len(steps) != len(self.balance_loss_schedule or ()) or steps != sorted(steps):
             raise ValueError(
@@ -117,4 +128,5 @@ class MoEConfig(PreTrainedConfig):
             top_k=self.num_experts_per_tok,
             num_layers=self.num_moe_layers,
             vocab_size=self.vocab_size,
+            first_state_layer=self.num_hidden_layers,
         )

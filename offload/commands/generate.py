@@ -63,6 +63,8 @@ def generate(
     expect_outputs(trace, json_file, out, inputs=inputs)
     if (prompt is None) == (prompts is None):
         raise ValueError("give either --prompt TEXT or --prompts FILE")
+    if options.prefer_cached is not None and (prompts is not None or processes is not None):
+        raise ValueError("--prefer-cached is of one prompt on one process; leave out --prompts and --processes")
     if prompts is not None:
         if any(given is not None for given in (trace, hardware, json_file, processes)):
             raise ValueError(
@@ -112,6 +114,8 @@ def _continue(
         # a predictor would read experts that are other processes'
         loaded = load(folder, **options.for_loading | {"plan": None, "prefetch": "off"})
         several.spread(loaded, options.plan)
+    if options.prefer_cached is not None:
+        loaded.offload.prefer_cached(options.prefer_cached)
     result = generate_text(
         loaded,
         text,
@@ -145,6 +149,11 @@ def show(report: dict[str, Any]) -> None:
         f"{report['tokens_per_second']:.2f} tok/s, prefill {report['prefill_seconds']:.2f} s, "
         f"hit rate {report['hit_rate']:.3f}"
     )
+    if preference := report["report"].get("prefer_cached"):
+        console.print(
+            f"LOSSY: {preference['changed']} of {preference['choices']} experts were chosen for being in memory; "
+            "the text is not the model's"
+        )
     console.print(f"read {format_size(report['bytes_read'])}, peak memory {format_size(report['peak_memory_bytes'])}")
 
 

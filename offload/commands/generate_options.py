@@ -49,6 +49,11 @@ class GenerateOptions(LoadOptions):
         Path | None, typer.Option("--chat-template", help="Use this Jinja file instead of the model's template.")
     ] = None
 
+    prefer_cached: Annotated[
+        float | None,
+        typer.Option("--prefer-cached", help="LOSSY: a bonus for experts in memory, as a share of the logits' range."),
+    ] = None
+
     def __post_init__(self) -> None:
         """Refuse what cannot work, before torch is imported.
 
@@ -61,6 +66,8 @@ class GenerateOptions(LoadOptions):
             raise ValueError("--stop is empty; leave it out")
         if not self.chat and (self.system is not None or self.chat_template is not None):
             raise ValueError("--system and --chat-template need --chat")
+        if self.prefer_cached is not None and not 0 <= self.prefer_cached <= 1:
+            raise ValueError(f"--prefer-cached must lie in 0..1; got {self.prefer_cached}")
         if self.chat_template is not None:
             read_template(self.chat_template)
 

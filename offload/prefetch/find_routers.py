@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.experts import ExpertLayer
-from .lookahead import ExactPlan
+from .lookahead import ExactPlan, holds_experts
 from .predictor import TrainedPredictor
 from .prefetch import GatePredictor, Predictor, Prefetcher, TransitionPredictor
 
@@ -17,9 +17,12 @@ measured (experiments/records/2026-11-21_offload-speed: +2 to +14 % in four pair
 
 
 def make_prefetcher(name: str, model: nn.Module, layers: Sequence[ExpertLayer], top_k: int) -> Prefetcher | None:
-    """The prefetcher of this name, or of this file with a trained predictor, for a model; None for `off` and `auto`."""
+    """The prefetcher of this name, or of this file with a trained predictor, for a model; None for `off`.
+
+    `auto` is the exact plan where routers hold experts, and else nothing.
+    """
     predictor: Predictor
-    if name == "plan":
+    if name == "plan" or (name == "auto" and holds_experts(model)):
         return ExactPlan()
     if name == "gate":
         predictor = GatePredictor([router_of(model, layer) for layer in layers], top_k)

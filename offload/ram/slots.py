@@ -61,6 +61,7 @@ class LayerSlots:
         self._ahead: dict[int, Ticket] = {}
         self._unproven: set[int] = set()
         self._given_up: list[tuple[Ticket, int]] = []
+        self._held: frozenset[int] = frozenset()
         self.cache: Cache = make_cache(self._policy, self.num_slots, self.num_experts)
 
     def close(self) -> None:
@@ -118,13 +119,26 @@ class LayerSlots:
             return False
         if not self._free and len(self._ahead) + len(pinned) + 1 >= self.num_slots:
             return False
-        self._ahead[expert] = self._start(expert, {*pinned, *self._ahead}, SimpleQueue(), is_demand=False)
-        self._unproven.add(expert)
-        self.ahead_counters.issued += 1
+        self._start_ahead(expert, pinned)
         return True
 
+    def hold(self, experts: Collection[int]) -> None:
+        """Keep experts until this is called again, and start reading those that are missing.
+
+        More than there are slots for are not held, so that the cache policy decides as usual.
+
+        Args:
+            experts: those that tokens can visit until the next call.
+        """
+        self._held = frozenset(experts) if len(experts) <= self.num_slots else frozenset()
+        # what is on its way and no longer held must not keep the room of what is
+        for expert in [expert for expert in self._ahead if self._held and expert not in self._held]:
+            self._end_ahead(expert)
+        for expert in sorted(self._held - self._resident.keys()):
+            self._start_ahead(expert, self._held)
+
     def settle_ahead(self, needed: Collection[int], landed: "SimpleQueue[Ticket]") -> dict[int, Ticket]:
-        """When the layer's turn has come: keep what has arrived, hurry what is needed, give up the rest.
+        """When the layer's turn has come: keep what has arrived, hurry what is needed, give up what is not held.
 
         Returns:
             Experts that are needed and still on their way; they will land in `landed`.
@@ -139,15 +153,26 @@ class LayerSlots:
                 self.ahead_counters.late += 1
                 self._unproven.discard(expert)
                 self.ahead_counters.bytes_read += self.expert_bytes
-            elif not ticket.is_complete:
-                self._give_up(expert, ticket)
-            else:
-                self.ahead_counters.bytes_read += self.expert_bytes
-            del self._ahead[expert]
+                del self._ahead[expert]
+            elif expert not in self._held or ticket.is_finished:
+                self._end_ahead(expert)
         for expert in self._unproven & set(needed):
             self.ahead_counters.useful += 1
             self._unproven.discard(expert)
         return coming
+
+    def _start_ahead(self, expert: int, pinned: Collection[int]) -> None:
+        self._ahead[expert] = self._start(expert, {*pinned, *self._ahead}, SimpleQueue(), is_demand=False)
+        self._unproven.add(expert)
+        self.ahead_counters.issued += 1
+
+    def _end_ahead(self, expert: int) -> None:
+        """Keep an expert that has arrived; give up one that has not."""
+        ticket = self._ahead.pop(expert)
+        if ticket.is_complete:
+            self.ahead_counters.bytes_read += self.expert_bytes
+        else:
+            self._give_up(expert, ticket)
 
     def _start(self, expert: int, pinned: Collection[int], landed: "SimpleQueue[Ticket]", *, is_demand: bool) -> Ticket:
         # The views are of memory that is still being written. Nobody computes with them before the ticket has landed.
@@ -165,7 +190,8 @@ class LayerSlots:
             self._given_up[0][0].wait()
             self._reclaim()
         if not self._free:
-            self.release(self.cache.evict(pinned))
+            kept = {*pinned, *self._held}
+            self.release(self.cache.evict(pinned if self._resident.keys() <= kept else kept))
         return self._free.pop()
 
     def _give_up(self, expert: int, ticket: Ticket) -> None:

@@ -62,8 +62,8 @@ def load(
         pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files.
         prefetch: `"gate"`, `"transitions"` or a predictor file (.npz, `expertier trace predictor`) reads what the next
             layers will probably need while the disk is idle, and stops when it does not pay; `"plan"` reads what the
-            model's routers have decided ahead (pre-gated routers, one router for all layers); `"off"`, which is what
-            `"auto"` means, does not.
+            model's routers have decided ahead (pre-gated and resident routers, one router for all layers); `"off"` does
+            not. `"auto"` is `"plan"` with resident routers, whose experts stay in slots, else `"off"`.
         plan: a plan of `expertier place tiers`: how many slots each layer gets, and the experts that are in them from
             the start; or a routing trace of the model (.npz): layers where a slot saves more misses get more slots.
         record_trace: record the routing; `model.offload.trace()` gives it.

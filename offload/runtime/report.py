@@ -10,6 +10,7 @@ from ..compute.levels import described
 from ..compute.resident import embedding_bytes, weight_bytes
 from ..memory.budget import MemoryPlan, describe, peak_bytes
 from ..memory.cost import DecodeWork, Prediction, predict_decode
+from ..prefetch.cached_first import CachedFirst
 from ..ram.counters import AheadCounters, total_ahead
 from .calls import follow_calls
 from .runtime import OffloadRuntime
@@ -29,6 +30,7 @@ class Offload:
         self.plan, self.policy = plan, policy
         self._model, self._runtime = model, runtime
         self._busy_before_s = runtime.store.busy_s
+        self._preference: CachedFirst | None = None
         follow_calls(model, runtime)
 
     @property
@@ -45,6 +47,21 @@ class Offload:
         """The GPU's streams; None on the CPU."""
         return None if self._runtime.gpu is None else self._runtime.gpu.lane
 
+    def prefer_cached(self, strength: float) -> None:
+        """From now on, choose experts that are in slots with a bonus. Lossy: the output is no longer the model's.
+
+        Args:
+            strength: the bonus over the range of a token's logits, 0..1; see `CachedFirst`.
+
+        Raises:
+            ValueError: if the strength is out of range, was given before, or a router is no softmax of logits.
+        """
+        if self._preference is not None:
+            raise ValueError("this model prefers cached experts already; load it anew for another strength")
+        preference = CachedFirst(strength)
+        preference.attach(self._model, self._runtime)
+        self._preference = preference
+
     def report(self) -> dict[str, Any]:
         """Hits, misses, bytes, seconds and memory since loading or `reset`, JSON-serialisable."""
         counters, prefetch = self._runtime.counters, self._prefetch()
@@ -59,6 +76,7 @@ class Offload:
             **self._floor(),
             "policy": self.policy,
             "arithmetic": described(self._runtime.matvecs),
+            **({} if self._preference is None else {"prefer_cached": self._preference.report()}),
             "slots_per_layer": list(self.plan.num_slots),
             "is_direct": self._runtime.store.is_direct,
             "peak_memory_bytes": peak_bytes(),

@@ -171,6 +171,21 @@ class OffloadRuntime:
                     slots.read_ahead(expert, present, len(waiting))
             self._is_whole = True
 
+    def hold(self, experts: Mapping[int, Sequence[int]]) -> None:
+        """Keep what a router says that its next tokens can visit, and start reading what is missing of it.
+
+        Args:
+            experts: layer -> experts; a layer keeps them until it is named again.
+        """
+        if self.gpu is not None:  # GPU slots are filled through RAM slots, whose bookkeeping is the tier's
+            return
+        self._enter_process()
+        with self._lock:
+            self._begin_changes()
+            for layer, held in experts.items():
+                self.layers[layer].hold(held)
+            self._is_whole = True
+
     def _rows(
         self, slots: LayerSlots, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> RoutedRows | FusedRows:

@@ -1,4 +1,4 @@
-"""Bindings of the C that routers use: top-k and the scored steps of a recurrent router."""
+"""Bindings of the C that routers use: top-k, the scored steps of a recurrent router, resident sets."""
 
 import ctypes
 import functools
@@ -12,11 +12,13 @@ def routing_kernels() -> ctypes.CDLL | None:
     """The compiled library with the types of its functions set; None without a C compiler."""
     folder = Path(__file__).parent
     try:
-        found = compile_library((folder / "top_k.c", folder / "scored_steps.c"))
+        found = compile_library(tuple(folder / f"{name}.c" for name in ("top_k", "scored_steps", "resident_scan")))
     except OSError:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.expertier_top_experts.argtypes = [pointer, number, number, number, pointer]
     found.expertier_scored_steps.argtypes = [pointer] * 13 + [number] * 4
+    found.expertier_resident_scan.argtypes = [pointer] * 4 + [number] * 5 + [ctypes.c_float]
+    found.expertier_resident_scan.restype = None
     found.expertier_top_experts.restype = found.expertier_scored_steps.restype = ctypes.c_int
     return found

@@ -54,3 +54,18 @@ def masked_softmax(logit_TK: Tensor, counts_TK: Tensor) -> Tensor:
     masked_TK = logit_TK.masked_fill(~counts_TK, -torch.inf)
     weight_TK = softmax(torch.where(any_T1, masked_TK, 0.0))
     return torch.where(any_T1 & counts_TK, weight_TK, 0.0)
+
+
+FAR_BELOW = -20.0
+"""Below this logit `log(1 + e^z)` is `e^z` in float32, and the square root's slope would be infinite times zero."""
+
+
+def sqrt_softplus(logit: Tensor) -> Tensor:
+    """`sqrt(log(1 + e^z))`, with a finite gradient everywhere. Source: DeepSeek-AI 2026 (DeepSeek-V4), section 2.1."""
+    return log_sqrt_softplus(logit).exp()
+
+
+def log_sqrt_softplus(logit: Tensor) -> Tensor:
+    """The logarithm of `sqrt_softplus`."""
+    near = torch.nn.functional.softplus(logit.clamp_min(FAR_BELOW)).log()
+    return torch.where(logit > FAR_BELOW, near, logit) / 2

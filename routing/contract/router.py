@@ -55,6 +55,8 @@ class RouterSizes:
         num_layers: L, MoE layers, at least 1.
         zero_compute: kinds of the Z zero-compute experts, in the order of their ids.
         vocab_size: V, for routers that hash token ids.
+        first_state_layer: the first layer of the key/value cache that holds no keys; MoE layer l's router keeps what it
+            must know of a sequence in layer `first_state_layer + l`.
 
     Raises:
         ValueError: if a size is not positive or K exceeds E + Z.
@@ -66,6 +68,7 @@ class RouterSizes:
     num_layers: int
     zero_compute: tuple[str, ...] = ()
     vocab_size: int | None = None
+    first_state_layer: int = 0
 
     def __post_init__(self) -> None:
         for name in ("width", "num_experts", "num_layers"):

@@ -28,6 +28,8 @@ class RouterStats:
         target_share_R: the load shares that the balance loss aims at; None means uniform.
         balance_loss: the name in `routing.BALANCE_LOSSES` of the loss that this router is trained with.
         penalty_T: per token, a regulariser that the router weighs itself (ReMoE's adaptive L1), or None.
+        step_load_R: tokens per routable expert in the last optimiser step, over all its micro-batches and processes; 0
+            before the first. None where no loss reads it.
     """
 
     probability_TR: Tensor
@@ -38,6 +40,7 @@ class RouterStats:
     target_share_R: Tensor | None = None
     balance_loss: str = "switch"
     penalty_T: Tensor | None = None
+    step_load_R: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..contract.stats import RouterStats, mean_over_tokens
+from .reuse import REUSE_LOSSES
 
 
 def switch_balance_loss(stats: RouterStats) -> Tensor:
@@ -79,6 +80,20 @@ def entropy_balance_loss(stats: RouterStats) -> Tensor:
     return -torch.special.entr(torch.where(mean_R > 0, mean_R, 1.0)).sum()
 
 
+def global_batch_balance_loss(stats: RouterStats) -> Tensor:
+    """The Switch loss with the loads of the last optimiser step, over all its micro-batches and processes.
+
+    A micro-batch of one domain may load its experts unevenly, as long as the step does not. The published loss sums
+    loads within the step; ours is one step behind, and needs no exchange of its own. The first step has its own loads.
+
+    Source: Qiu et al. 2025 (Qwen), arXiv:2501.11873, section 3.
+    """
+    if stats.step_load_R is None:
+        raise ValueError("the global-batch balance loss needs a router that keeps the step's loads; this one does not")
+    count_R = torch.where(stats.step_load_R.sum() > 0, stats.step_load_R, stats.count_R.to(stats.step_load_R))
+    return _dot(_share(count_R, stats.probability_R), stats.probability_R, stats.target_share_R)
+
+
 def no_balance_loss(stats: RouterStats) -> Tensor:
     """Nothing: for routers that are balanced by construction or by a bias."""
     return stats.probability_TR.new_zeros(())
@@ -90,6 +105,7 @@ BALANCE_LOSSES: dict[str, Callable[[RouterStats], Tensor]] = {
     "first_choice": first_choice_balance_loss,
     "sequence": sequence_balance_loss,
     "entropy": entropy_balance_loss,
+    "global_batch": global_batch_balance_loss,
     "none": no_balance_loss,
 }
 
@@ -99,8 +115,15 @@ def z_loss(stats: RouterStats) -> Tensor:
     return mean_over_tokens(stats.logsumexp_T.square())
 
 
-def auxiliary_loss(stats: Sequence[RouterStats], *, balance_weight: float, z_weight: float) -> Tensor:
-    """The weighted sum of each router's balance loss and the z-loss, averaged over layers.
+def auxiliary_loss(
+    stats: Sequence[RouterStats],
+    *,
+    balance_weight: float,
+    z_weight: float,
+    reuse_loss: str = "none",
+    reuse_weight: float = 0.0,
+) -> Tensor:
+    """The weighted sum of each router's balance loss, the z-loss and a reuse loss, averaged over layers.
 
     A router's own penalty, which it weighs itself, is added as it is.
 
@@ -108,10 +131,14 @@ def auxiliary_loss(stats: Sequence[RouterStats], *, balance_weight: float, z_wei
         stats: one per MoE layer, at least one.
         balance_weight: coefficient of the balance loss that the router names; 1 at its target.
         z_weight: coefficient of `z_loss`, in 1 / nats^2.
+        reuse_loss: a key of `REUSE_LOSSES`.
+        reuse_weight: coefficient of that loss.
     """
     per_layer = []
     for layer in stats:
         loss = balance_weight * BALANCE_LOSSES[layer.balance_loss](layer) + z_weight * z_loss(layer)
+        if reuse_weight:
+            loss = loss + reuse_weight * REUSE_LOSSES[reuse_loss](layer)
         per_layer.append(loss if layer.penalty_T is None else loss + mean_over_tokens(layer.penalty_T))
     return torch.stack(per_layer).mean()
 

@@ -18,11 +18,18 @@ from .classic.expert_choice import ExpertChoiceRouter
 from .classic.pathway import PathwayRouter
 from .classic.random_choice import GShardRouter, SigmaRouter
 from .classic.recurrent import RecurrentRouter
+from .local.pool import PoolRouter
+from .local.resident import ResidentRouter, resident_defaults
 from .own_rules.fixed import ForcedRouter, HashRouter
+from .own_rules.hashed_choice import HashedChoiceRouter
 from .own_rules.pregate import PreGate, PreGateOptions
+from .own_rules.prices import PricedRouter
 from .own_rules.relu import ReluRouter
 from .own_rules.soft import SoftRouter
+from .own_rules.threshold import ThresholdRouter
 from .row import Example, RouterRow
+
+SEQUENCE_STATE = "it keeps a state per token and layer, and here a token passes a layer several times, or not at all"
 
 
 def _pregated(sizes: RouterSizes, options: PreGateOptions) -> list[nn.Module]:
@@ -181,6 +188,51 @@ ROUTERS: dict[str, RouterRow] = {
             "pregate": "it runs every expert for every sequence, so there is nothing to fetch ahead",
             "mixture_of_recursions": "its slots mix the tokens of a row, and here only some of them come back",
         },
+    ),
+    # the first layers' experts by token id, weights by learned scores; sqrt-softplus scores and a bias elsewhere
+    "deepseek_v4": RouterRow(
+        kind=HashedChoiceRouter,
+        source="DeepSeek-AI 2026 (DeepSeek-V4)",
+        defaults={
+            "score": "sqrt_softplus",
+            "renormalise": True,
+            "scale": 1.5,
+            "bias_rate": 1e-3,
+            "balance_loss": "sequence",
+        },
+        balance_weight=1e-4,
+        refusals={"pregate": "its first layers read token ids only, and are known from the start"},
+    ),
+    # prices of experts from a linear programme balance each training batch
+    "bip": RouterRow(
+        kind=PricedRouter,
+        source="Sun 2025, arXiv:2502.15451",
+        defaults={"balance_loss": "none"},
+    ),
+    # the same with prices of either sign, which are quantiles
+    "quantile": RouterRow(
+        kind=PricedRouter,
+        source="Su 2026, kexue.fm 11619",
+        defaults={"prices": "quantile", "score": "sigmoid", "balance_loss": "none"},
+    ),
+    # an expert takes every token that scores above its threshold
+    "threshold": RouterRow(kind=ThresholdRouter, source="Expert Threshold 2026, arXiv:2603.11535"),
+    # a token chooses among a layer's resident experts and swaps at most one of them
+    "resident": RouterRow(
+        kind=ResidentRouter,
+        source="github.com/ncylich/temporal-moe (2026)",
+        sized_defaults=resident_defaults,
+        refusals={"mixture_of_recursions": SEQUENCE_STATE},
+        example=Example(options={"residents": 3}),
+    ),
+    # in training all tokens of a document choose from one pool of experts
+    "pool": RouterRow(
+        kind=PoolRouter,
+        source="AI2 2026 (EMO), arXiv:2605.06663",
+        defaults={"balance_loss": "global_batch"},
+        refusals={"mixture_of_recursions": SEQUENCE_STATE},
+        balance_weight=0.1,
+        example=Example(options={"smallest": 3, "pool": 4}),
     ),
     # a given routing, replayed
     "forced": RouterRow(

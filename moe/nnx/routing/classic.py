@@ -101,9 +101,11 @@ class ClassicRouter(nnx.Module):
 
     def _score(self, logit_TR: Array) -> tuple[Array, Array]:
         """The distribution that the balance loss sees, and the scores that select and weigh."""
-        if self.rule.scoring.score == "sigmoid":
-            score_TR = jax.nn.sigmoid(logit_TR)
-            return normalised(score_TR, jax.nn.softmax(jax.nn.log_sigmoid(logit_TR))), score_TR
+        if self.rule.scoring.score in LOG_SCORES:
+            log_TR = LOG_SCORES[self.rule.scoring.score](logit_TR)
+            is_sigmoid = self.rule.scoring.score == "sigmoid"
+            score_TR = jax.nn.sigmoid(logit_TR) if is_sigmoid else jnp.exp(log_TR)
+            return normalised(score_TR, jax.nn.softmax(log_TR)), score_TR
         probability_TR = jax.nn.softmax(logit_TR)
         return probability_TR, logit_TR if self.rule.scoring.score == "selected_softmax" else probability_TR
 
@@ -122,7 +124,7 @@ class ClassicRouter(nnx.Module):
         if self.rule.scoring.score == "selected_softmax":
             weight_TK = masked_softmax(weight_TK, counts_TK)
         elif self.rule.scoring.renormalise:
-            log_TR = jax.nn.log_sigmoid(logit_TR) if self.rule.scoring.score == "sigmoid" else logit_TR
+            log_TR = LOG_SCORES.get(self.rule.scoring.score, lambda logit_TR: logit_TR)(logit_TR)
             by_logarithms_TK = masked_softmax(jnp.take_along_axis(log_TR, expert_TK, axis=-1), counts_TK)
             weight_TK = normalised(jnp.where(counts_TK, weight_TK, 0.0), by_logarithms_TK)
         return weight_TK * self.rule.scoring.scale
@@ -183,6 +185,16 @@ class ClassicRouter(nnx.Module):
         share_R = np.ones(self.sizes.num_routable)
         share_R[: self.sizes.num_experts] = self.rule.balance.ffn_share
         return share_R / share_R.sum()
+
+
+def log_sqrt_softplus(logit: Array) -> Array:
+    """The logarithm of `sqrt(log(1 + e^z))`; see `routing.choice.normalise`."""
+    near = jnp.log(jax.nn.softplus(jnp.maximum(logit, FAR_BELOW)))
+    return jnp.where(logit > FAR_BELOW, near, logit) / 2
+
+
+FAR_BELOW = -20.0  # as in `routing.choice.normalise`
+LOG_SCORES = {"sigmoid": jax.nn.log_sigmoid, "sqrt_softplus": log_sqrt_softplus}
 
 
 def initial(rule: ClassicRule, rngs: nnx.Rngs, shape: tuple[int, int], std: float) -> nnx.Param:

@@ -57,6 +57,8 @@ def build_twins(config: MoEConfig, rngs: nnx.Rngs) -> list[ClassicRouter | PreGa
     """
     if config.architecture != "moe":
         raise ValueError(f"the architecture {config.architecture!r} has no JAX twin; train it with --backend torch")
+    if config.reuse_loss_weight or config.mtp_depth:
+        raise ValueError("reuse losses and multi-token prediction have no JAX twin; train with --backend torch")
     with torch.device("meta"):
         originals = build_routers(config.router, config.router_sizes, config.router_options)
     return _twins(originals, config, rngs)
@@ -82,6 +84,8 @@ def _twins(originals: list[Any], config: MoEConfig, rngs: nnx.Rngs) -> list[Clas
 
 def _classic(originals: list[Any], config: MoEConfig, rngs: nnx.Rngs) -> list[ClassicRouter]:
     std = config.initializer_range
+    if originals[0].rule.balance.balance_loss == "global_batch":
+        raise ValueError("the global-batch balance loss has no JAX twin; train with --backend torch")
     return [ClassicRouter(one.sizes, one.layer, one.rule, std, rngs) for one in originals]
 
 

@@ -1,18 +1,19 @@
 """ClassicRouter: one configurable score, select, weigh router that covers the classic ones.
 
-Variants override one of its steps: `logits` (where scores come from), `score`, `select`, `weigh`, `thin`, or add a
-`penalty_T`.
+Variants override one of its steps: `logits` (where scores come from), `score`, `choosable`, `select`, `weigh`, `thin`,
+or add a `penalty_T`.
 
 Shapes: T tokens, D model width, K experts per token, E FFN experts, R = E + Z routable experts.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, logsigmoid
 
-from ...choice.normalise import as_shares, masked_softmax, normalised, softmax
+from ...choice.normalise import as_shares, log_sqrt_softplus, masked_softmax, normalised, softmax, sqrt_softplus
 from ...choice.top_k import top_experts
 from ...contract.assignment import Routing
 from ...contract.context import Carry, RoutingContext
@@ -63,6 +64,9 @@ class ClassicRouter(RouterModule):
         self.weight = nn.Parameter(torch.empty(sizes.num_routable, score_width or sizes.width))
         self.bias_R: Tensor | None
         self.register_buffer("bias_R", torch.zeros(sizes.num_routable) if rule.balance.bias_rate else None)
+        is_global = rule.balance.balance_loss == "global_batch"
+        self.step_load_R: Tensor | None
+        self.register_buffer("step_load_R", torch.zeros(sizes.num_routable) if is_global else None)
 
     @classmethod
     def build(cls, sizes: RouterSizes, *options: Any) -> list[nn.Module]:
@@ -82,8 +86,9 @@ class ClassicRouter(RouterModule):
     def init_parameters(self, std: float) -> None:
         super().init_parameters(std)
         self._init_weight(std)
-        if self.bias_R is not None:
-            nn.init.zeros_(self.bias_R)
+        for buffer in (self.bias_R, self.step_load_R):
+            if buffer is not None:
+                nn.init.zeros_(buffer)
         noise = self.rule.initial.null_copy_noise
         if noise is not None and not getattr(self.weight, "_is_hf_initialized", False):
             copy_ffn_rows_to_nulls(self.weight, self.sizes.num_experts, noise)
@@ -93,7 +98,8 @@ class ClassicRouter(RouterModule):
             logit_TR, carry = self.logits(self._jitter(at_least_float32(x_TD), context), carry, context)
             logit_TR = self.biased(logit_TR, context)
             scores = self.score(logit_TR)
-            expert_TK = self.select(logit_TR.detach(), scores.score_TR.detach(), context)
+            choosable_TR, carry = self.choosable(scores, carry, context)
+            expert_TK = self.select(logit_TR.detach(), choosable_TR, context)
             chosen = drop_padding(self.routing(expert_TK, self.weigh(scores, expert_TK)), context)
             kept = self.drop_overflow(self.thin(chosen), context) if context.is_training else chosen
             stats = self.stats(
@@ -104,7 +110,7 @@ class ClassicRouter(RouterModule):
                 logit_TR=logit_TR,
                 penalty_T=self.penalty_T(scores.probability_TR, chosen, context),
             )
-        return kept, carry, stats
+        return kept, carry, stats if self.step_load_R is None else replace(stats, step_load_R=self.step_load_R)
 
     def logits(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry]:
         """[T, R] scores before any activation, and what the next layer's router is told."""
@@ -112,8 +118,9 @@ class ClassicRouter(RouterModule):
 
     def score(self, logit_TR: Tensor) -> Scores:
         """The activation of the rule."""
-        if self.rule.scoring.score == "sigmoid":
-            score_TR = logit_TR.sigmoid()
+        if self.rule.scoring.score in ("sigmoid", "sqrt_softplus"):
+            is_sigmoid = self.rule.scoring.score == "sigmoid"
+            score_TR = logit_TR.sigmoid() if is_sigmoid else sqrt_softplus(logit_TR)
             probability_TR = normalised(score_TR, lambda: self.log_score(logit_TR).softmax(dim=-1))
             return Scores(probability_TR, score_TR, logit_TR)
         probability_TR = logit_TR.softmax(dim=-1)
@@ -122,7 +129,13 @@ class ClassicRouter(RouterModule):
 
     def log_score(self, logit: Tensor) -> Tensor:
         """Logarithms of the scores, up to a constant per token."""
+        if self.rule.scoring.score == "sqrt_softplus":
+            return log_sqrt_softplus(logit)
         return logsigmoid(logit) if self.rule.scoring.score == "sigmoid" else logit
+
+    def choosable(self, scores: Scores, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry]:
+        """Scores without gradient, -inf for experts that a token may not choose, and what the next router is told."""
+        return scores.score_TR.detach(), carry
 
     def select(self, logit_TR: Tensor, score_TR: Tensor, context: RoutingContext) -> Tensor:
         """int64 [T, K], best first, without gradient. The balancing bias acts here and nowhere else."""
@@ -179,6 +192,8 @@ class ClassicRouter(RouterModule):
         Source: Wang et al. 2024, arXiv:2408.15664, algorithm 1; with `target_load`, Meituan 2025 (LongCat-Flash),
         arXiv:2509.01322, section 2.1.1.
         """
+        if self.step_load_R is not None:
+            self.step_load_R.copy_(self.expect_counts(count_R))
         if self.bias_R is None:
             return
         rule, load_R = self.rule.balance, self.expect_counts(count_R).to(self.bias_R)

@@ -11,7 +11,7 @@ from ...losses.balance import BALANCE_LOSSES
 from ...losses.capacity import CAPACITY_POLICIES
 from ..options import Options, expect_one_of, read_options
 
-Score = Literal["softmax", "selected_softmax", "sigmoid"]
+Score = Literal["softmax", "selected_softmax", "sigmoid", "sqrt_softplus"]
 NormaliseOver = Literal["selected", "ffn", "nonzero"]
 GroupScore = Literal["max", "top2"]
 CapacityRule = Literal["share", "tutel"]
@@ -23,7 +23,8 @@ class Scoring(Options):
     """How inputs become scores, and the scores of the selected experts weights.
 
     Args:
-        score: `softmax` over all routable experts, `selected_softmax` over the K selected logits, or `sigmoid`.
+        score: `softmax` over all routable experts, `selected_softmax` over the K selected logits, `sigmoid`, or
+            `sqrt_softplus`: the square root of `log(1 + e^z)` (DeepSeek-V4).
         renormalise: divide the selected weights by their sum; `selected_softmax` does so by nature.
         normalise_over: which selected experts that sum runs over: all `selected`, `ffn` experts only, or all that are
             not `zero` experts; the others then weigh nothing.

@@ -1,0 +1,1 @@
+"""Routers trained for locality beside ordinary ones: loss, hit rates, reads from the SSD, placement."""

@@ -1,0 +1,1 @@
+"""Layers that differ in experts or gradients: dense gradients, a narrow space, experts that choose themselves."""
