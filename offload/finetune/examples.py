@@ -44,7 +44,9 @@ class Rows:
     label_NS: NDArray[np.int64]
     fingerprint: str
 
-    def batch(self, step: int, micro: int, accumulation: int, batch_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(
+        self, step: int, micro: int, accumulation: int, batch_size: int, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and labels of one micro-batch, int64 `[B, S]`: every row once per epoch, in an order of the epoch's own.
 
         Args:
@@ -87,7 +89,9 @@ def read_rows(data: str | Path, model_folder: Path, vocab_size: int, length: int
     token_NS = np.array([ids for ids, _ in packed], dtype=np.int64)
     label_NS = np.where(np.array([learnt for _, learnt in packed]), token_NS, NO_LOSS)
     if (largest := int(token_NS.max())) >= vocab_size:
-        raise ValueError(f"data {data}: token id {largest}, but the model has {vocab_size} tokens; is this its tokenizer?")
+        raise ValueError(
+            f"data {data}: token id {largest}, but the model has {vocab_size} tokens; is this its tokenizer?"
+        )
     digest = hashlib.blake2b(token_NS.tobytes() + label_NS.tobytes(), digest_size=8).hexdigest()
     return Rows(token_NS, label_NS, digest)
 
@@ -196,7 +200,9 @@ def _of_answer(where: str, messages: list[Any], encoder: _Encoder) -> Example:
         before = encoder.conversation(messages[:-1], for_answer=True)
         ids = encoder.conversation(messages, for_answer=False)
     except Exception as error:  # a template raises whatever it likes
-        raise ValueError(f"{where}: the chat template refuses it ({type(error).__name__}: {str(error)[:200]})") from error
+        raise ValueError(
+            f"{where}: the chat template refuses it ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
     if ids[: len(before)] != before:
         raise ValueError(
             f"{where}: the chat template writes an answer otherwise than it asks for one, so its tokens cannot be told "

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from routing.ground.files import atomic_write, write_json
 
-from .experts import TunedExperts
 from .options import TuneOptions
+from .passing.experts import TunedExperts
 
 SETTINGS_FILE, LOG_FILE, STATE_FILE, TABLE_FILE = "finetune.json", "metrics.jsonl", "state.safetensors", "commit.json"
 EXPERTS_FOLDER, CHECKPOINTS = "experts", "checkpoints"

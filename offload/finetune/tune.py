@@ -7,7 +7,7 @@ from typing import Any
 from ..checkpoint.location import local_folder
 from ..checkpoint.model_folder import read_config
 from .examples import read_rows
-from .forward_only import ForwardOnly
+from .methods.forward_only import ForwardOnly
 from .options import TuneOptions
 from .run import begin, continue_from, run_steps
 
@@ -51,9 +51,7 @@ def fine_tune(
     vocabulary = int(read_config(folder).get_text_config().vocab_size)
     rows = read_rows(data, folder, vocabulary, options.sequence_length)
     found = begin(out, options, str(model), rows.fingerprint, resume=resume)
-    tuning = METHODS[options.method](
-        model, out, options, rows, cache_experts=cache_experts, cpu_memory=cpu_memory
-    )
+    tuning = METHODS[options.method](model, out, options, rows, cache_experts=cache_experts, cpu_memory=cpu_memory)
     try:
         done = continue_from(tuning, found)
         return run_steps(tuning, options, out, done, advance, is_interrupted)

@@ -6,10 +6,10 @@ from queue import SimpleQueue
 
 import torch
 
-from ..ram.expanded import ExpandedWeights, make_rooms
-from ..ram.slots import LayerSlots
-from ..store.reading import Ticket, next_landed
-from ..store.store import ExpertStore
+from ...ram.expanded import ExpandedWeights, make_rooms
+from ...ram.slots import LayerSlots
+from ...store.reading import Ticket, next_landed
+from ...store.store import ExpertStore
 
 
 @dataclass
@@ -60,11 +60,6 @@ class ExpertVisits:
         slots.cache.demand(list(experts))
         for expert in _landing(slots, experts, self.traffic):
             yield expert, dict(weights[expert])
-
-    def held(self, layer: int, expert: int) -> dict[str, torch.Tensor] | None:
-        """The weights of a plain expert that is in a slot; None where it is not."""
-        slots = self.layers[layer]
-        return slots[expert] if expert in slots else None
 
 
 def _landing(slots: LayerSlots, experts: Sequence[int], traffic: Traffic) -> Iterator[int]:

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..compute.routed_rows import ExpertSpans
-from .passes import Lockstep
-from .visits import ExpertVisits
+from ...compute.routed_rows import ExpertSpans
+from ..storage.visits import ExpertVisits
+from .lockstep import Lockstep
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -193,7 +193,8 @@ class RowGradients:
             weight_n = call.weight_TK.reshape(-1)[self._order_N[start:stop]].detach().requires_grad_()
             out_nD = expert_rows(module, expert, seen, x_nD) * weight_n.unsqueeze(-1)
             out_nD.backward(call.grad_TD[token_n].to(out_nD.dtype))
-        assert x_nD.grad is not None and weight_n.grad is not None
+        assert x_nD.grad is not None
+        assert weight_n.grad is not None
         self._x_ND[start:stop], self._weight_N[start:stop] = x_nD.grad, weight_n.grad
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,7 +210,9 @@ class _Experts(torch.autograd.Function):
     """One experts module in one pass; both directions wait for the other passes."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Any, weight_TK: Any, anchor: Any, expert_TK: Any, tuned: TunedExperts, layer: int) -> Any:
+    def forward(
+        ctx: Any, x_TD: Any, weight_TK: Any, anchor: Any, expert_TK: Any, tuned: TunedExperts, layer: int
+    ) -> Any:
         ctx.save_for_backward(x_TD, weight_TK, expert_TK)
         ctx.tuned, ctx.layer = tuned, layer
         return tuned.lockstep.ask((layer, False), Call(x_TD, expert_TK, weight_TK))

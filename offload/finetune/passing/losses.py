@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from .examples import NO_LOSS
+from ..examples import NO_LOSS
 
 
 def learnt_tokens(labels: list[torch.Tensor]) -> int:

@@ -5,21 +5,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.experts import ExpertLayer, experts_modules
-from ..compute.resident import weight_bytes
-from ..formats.form import Form
-from ..memory.budget import MemoryPlan, plan_memory
-from ..memory.heap import return_large_blocks
-from ..runtime.division import cpu_limit, expect_machine_has
-from ..runtime.needs import memory_needs
-from ..runtime.opening import OpenedCheckpoint, open_checkpoint
-from ..runtime.options import LoadOptions
-from ..store.io_mode import wants_direct
-from ..store.store import ExpertStore
+from ...checkpoint.experts import ExpertLayer, experts_modules
+from ...compute.resident import weight_bytes
+from ...formats.form import Form
+from ...memory.budget import MemoryPlan, plan_memory
+from ...memory.heap import return_large_blocks
+from ...runtime.division import cpu_limit, expect_machine_has
+from ...runtime.needs import memory_needs
+from ...runtime.opening import OpenedCheckpoint, open_checkpoint
+from ...runtime.options import LoadOptions
+from ...store.io_mode import wants_direct
+from ...store.store import ExpertStore
+from ..options import TuneOptions
+from ..storage.visits import ExpertVisits
 from .experts import TunedExperts
-from .options import TuneOptions
-from .passes import Lockstep
-from .visits import ExpertVisits
+from .lockstep import Lockstep
 
 Overlay = Callable[[Sequence[Form]], list[Form]]
 

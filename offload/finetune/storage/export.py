@@ -11,20 +11,20 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from routing.ground.files import write_json
 
-from ..checkpoint.experts import ExpertLayer
-from ..checkpoint.location import local_folder, read_json
-from ..checkpoint.weight_files import INDEX_NAME
+from ...checkpoint.experts import ExpertLayer
+from ...checkpoint.location import local_folder, read_json
+from ...checkpoint.weight_files import INDEX_NAME
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 TABLES = (".index.json",)
+NOT_COPIED = ("config.json", "finetune.json", "metrics.jsonl")
+"""Written anew, or of a run that made the model."""
 
 LayerWeights = Iterator[tuple[int, dict[str, torch.Tensor]]]
 """(expert, its matrices), in any order."""
 
 
-def write_model(
-    out: Path, source: str | Path, model: Any, layers: Iterable[tuple[ExpertLayer, LayerWeights]]
-) -> None:
+def write_model(out: Path, source: str | Path, model: Any, layers: Iterable[tuple[ExpertLayer, LayerWeights]]) -> None:
     """Write a model, one layer's experts at a time; the index and config.json come last.
 
     Args:
@@ -40,9 +40,9 @@ def write_model(
     write_json(out / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
     folder = local_folder(source)
     for file in folder.iterdir():
-        if file.is_file() and not file.name.startswith(".") and not file.name.endswith((*WEIGHTS, *TABLES)):
-            if file.name not in ("config.json", "finetune.json", "metrics.jsonl"):
-                shutil.copyfile(file, out / file.name)
+        is_data = file.name.startswith(".") or file.name.endswith((*WEIGHTS, *TABLES)) or file.name in NOT_COPIED
+        if file.is_file() and not is_data:
+            shutil.copyfile(file, out / file.name)
     config = read_json(folder / "config.json", f"model {folder}: config.json")
     config.pop("transformers_weights", None)
     write_json(out / "config.json", config | {"dtype": str(model.dtype).removeprefix("torch.")})
@@ -67,9 +67,7 @@ def _stacked(layer: ExpertLayer, experts: LayerWeights) -> dict[str, torch.Tenso
     return whole
 
 
-def _write_shard(
-    out: Path, name: str, tensors: dict[str, torch.Tensor], model: Any, weight_map: dict[str, str]
-) -> int:
+def _write_shard(out: Path, name: str, tensors: dict[str, torch.Tensor], model: Any, weight_map: dict[str, str]) -> int:
     """Write tensors under the names that the checkpoint's family gives them; their bytes."""
     renamed = {key: value.contiguous().clone() for key, value in revert_weight_conversion(model, tensors).items()}
     part = out / f".{name}.part"

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..formats.form import Extent, Form, PartReader
-from ..formats.plain import PlainForm
+from ...formats.form import Extent, Form, PartReader
+from ...formats.plain import PlainForm
 from .records import ExpertRecords
 
 

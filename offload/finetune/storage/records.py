@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from xxhash import xxh3_64_hexdigest
 
-from ..checkpoint.tensors import TensorEntry, read_into
-from ..formats.form import BLOCK_BYTES
+from ...checkpoint.tensors import TensorEntry, read_into
+from ...formats.form import BLOCK_BYTES
 
 Key = tuple[int, int]
 """(MoE layer, expert)."""
@@ -144,10 +144,12 @@ class ExpertRecords:
             }
             for (layer, _), place in self._now.items():
                 file = self._files[layer]
-                if not 0 <= place.number or os.fstat(file.descriptor).st_size < (place.number + 1) * file.stride:
+                if not place.number >= 0 or os.fstat(file.descriptor).st_size < (place.number + 1) * file.stride:
                     raise ValueError(f"{file.path} ends before record {place.number}")
         except (TypeError, ValueError, IndexError, AttributeError) as error:
-            raise ValueError(f"the table of records of this run is damaged ({error}); start anew in another --out") from error
+            raise ValueError(
+                f"the table of records of this run is damaged ({error}); start anew in another --out"
+            ) from error
         self.commit()
 
     def _reclaim(self) -> None:

@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..formats.form import Form
-from .examples import Rows
-from .experts import Seen, Weights
-from .export import LayerWeights, write_model
-from .losses import learnt_tokens, share_of_loss
-from .opening import TunedModel, open_tuned, trained_bytes
-from .options import TuneOptions
-from .overlay import OverlaidForm, expect_plain
-from .records import ExpertRecords, Key
+from ...formats.form import Form
+from ..examples import Rows
+from ..options import TuneOptions
+from ..passing.experts import Seen, Weights
+from ..passing.losses import learnt_tokens, share_of_loss
+from ..passing.opening import TunedModel, open_tuned, trained_bytes
+from ..storage.export import LayerWeights, write_model
+from ..storage.overlay import OverlaidForm, expect_plain
+from ..storage.records import ExpertRecords, Key
 
 RESIDENT = 0
 """In place of a layer's number, which counts from 1 here, in the seeds of everything outside experts."""
