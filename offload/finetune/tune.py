@@ -7,11 +7,12 @@ from typing import Any
 from ..checkpoint.location import local_folder
 from ..checkpoint.model_folder import read_config
 from .examples import read_rows
+from .methods.adapters import Adapters
 from .methods.forward_only import ForwardOnly
 from .options import TuneOptions
 from .run import begin, continue_from, run_steps
 
-METHODS: dict[str, Callable[..., Any]] = {"zo": ForwardOnly}
+METHODS: dict[str, Callable[..., Any]] = {"zo": ForwardOnly, "lora": Adapters}
 
 
 def fine_tune(

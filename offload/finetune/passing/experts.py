@@ -13,23 +13,12 @@ from typing import Any, Protocol
 
 import torch
 
+from ...compute.adapters import LowRank
 from ...compute.routed_rows import ExpertSpans
 from ..storage.visits import ExpertVisits
 from .lockstep import Lockstep
 
 Weights = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """An adapter of one matrix of one expert: `scale * B A` is added to the matrix that maps I inputs to O outputs."""
-
-    a_rI: torch.Tensor
-    b_Or: torch.Tensor
-    scale: float
-
-    def __call__(self, x_nI: torch.Tensor) -> torch.Tensor:
-        return (x_nI @ self.a_rI.to(x_nI.dtype).t()) @ self.b_Or.to(x_nI.dtype).t() * self.scale
 
 
 @dataclass(frozen=True)
@@ -39,12 +28,12 @@ class Seen:
     Args:
         weights: the two matrices by parameter name.
         adapters: by parameter name.
-        leaves: tensors whose gradients the method wants, by a name of its own.
+
+    Those that require gradients get them in the backward pass.
     """
 
     weights: Weights
     adapters: Mapping[str, LowRank] = field(default_factory=dict)
-    leaves: Weights = field(default_factory=dict)
 
 
 class Method(Protocol):
@@ -55,7 +44,7 @@ class Method(Protocol):
         ...
 
     def take(self, layer: int, expert: int, seen: Sequence[Seen]) -> None:
-        """The gradients of an expert's leaves are there, in the leaves of each pass that used it."""
+        """The gradients of one expert are there, in what each pass that used it has seen."""
         ...
 
     def enter(self, number: int) -> None:
@@ -184,7 +173,7 @@ class RowGradients:
         self._weight_N = torch.zeros(len(self._order_N), dtype=call.weight_TK.dtype)
 
     def pass_through(self, module: Any, expert: int, seen: Seen) -> None:
-        """Compute an expert's rows once more and take their gradients, and those of its leaves."""
+        """Compute an expert's rows once more and take their gradients."""
         start, stop = self.spans.of[expert]
         token_n, call = self.spans.token_N[start:stop], self._call
         assert call.grad_TD is not None

@@ -22,6 +22,7 @@ def share_of_loss(model: Any, token_BS: torch.Tensor, label_BS: torch.Tensor, nu
         num_learnt: tokens of the whole step that are learnt.
     """
     logits_BSV = model(input_ids=token_BS, use_cache=False).logits
-    flat = logits_BSV[:, :-1].float().flatten(0, 1)
+    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
+    flat = logits_BSV[:, :-1].to(wide).flatten(0, 1)
     total: torch.Tensor = cross_entropy(flat, label_BS[:, 1:].flatten(), ignore_index=NO_LOSS, reduction="sum")
     return total / num_learnt
