@@ -138,5 +138,5 @@ def test_serving_unmerged_equals_peft_on_the_resident_model(folder, dtype, tmp_p
 
 
 def test_an_adapter_that_does_not_fit_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="expected adapter_config.json"):
+    with pytest.raises(ValueError, match=r"expected adapter_config\.json"):
         offload.load(folder / "float32", cache_experts=3, adapter=tmp_path)

@@ -148,7 +148,9 @@ def load_adapter(model: Any, folder: str | Path, layers: Sequence[ExpertLayer], 
     """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise ValueError(f"adapter {folder}: expected adapter_config.json and adapter_model.safetensors, as PEFT writes")
+        raise ValueError(
+            f"adapter {folder}: expected adapter_config.json and adapter_model.safetensors, as PEFT writes"
+        )
     from peft import PeftModel
 
     try:

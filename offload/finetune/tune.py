@@ -8,11 +8,12 @@ from ..checkpoint.location import local_folder
 from ..checkpoint.model_folder import read_config
 from .examples import read_rows
 from .methods.adapters import Adapters
+from .methods.all_parameters import AllParameters
 from .methods.forward_only import ForwardOnly
 from .options import TuneOptions
 from .run import begin, continue_from, run_steps
 
-METHODS: dict[str, Callable[..., Any]] = {"zo": ForwardOnly, "lora": Adapters}
+METHODS: dict[str, Callable[..., Any]] = {"zo": ForwardOnly, "lora": Adapters, "full": AllParameters}
 
 
 def fine_tune(

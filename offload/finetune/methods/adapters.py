@@ -24,7 +24,7 @@ from ...runtime.opening import OpenedCheckpoint
 from ..examples import Rows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
-from ..passing.losses import learnt_tokens, share_of_loss
+from ..passing.losses import backward_pass, learnt_tokens
 from ..passing.opening import TunedModel, open_tuned
 
 ADAM_BYTES = 16
@@ -84,7 +84,7 @@ class Adapters:
             for micro in range(options.accumulation)
         ]
         num_learnt = learnt_tokens([labels for _, labels in batches])
-        passes = [partial(_backward, self.peft, ids, labels, num_learnt) for ids, labels in batches]
+        passes = [partial(backward_pass, self.peft, ids, labels, num_learnt) for ids, labels in batches]
         losses = self.experts.lockstep.run(passes, self.experts.answer)
         self.of_experts.finish()
         return float(sum(losses))
@@ -126,14 +126,6 @@ class Adapters:
         """Write `adapter_config.json` and `adapter_model.safetensors`."""
         self.of_experts.publish()
         self.peft.save_pretrained(out)
-
-
-def _backward(model: Any, token_BS: torch.Tensor, label_BS: torch.Tensor, num_learnt: int) -> float:
-    """One micro-batch's pass in both directions; what it adds to the step's loss."""
-    with torch.enable_grad():
-        loss = share_of_loss(model, token_BS, label_BS, num_learnt)
-        loss.backward()
-    return loss.item()
 
 
 def _adapted(tuned: TunedModel, source: str | Path, options: TuneOptions) -> tuple[Any, list[Adapted]]:
@@ -258,7 +250,7 @@ class SharedAdapters(ExpertAdapters):
         self._collected[layer, expert] = factors
 
     def finish(self) -> None:
-        """Add the gradients of all experts, in the order of their ids: sums must not depend on which was there first."""
+        """Add the gradients of all experts, in the order of their ids whichever was there first."""
         for weight in self.parameters:
             _grad_of(weight)
         for (layer, _), factors in sorted(self._collected.items(), key=lambda pair: pair[0]):

@@ -26,3 +26,11 @@ def share_of_loss(model: Any, token_BS: torch.Tensor, label_BS: torch.Tensor, nu
     flat = logits_BSV[:, :-1].to(wide).flatten(0, 1)
     total: torch.Tensor = cross_entropy(flat, label_BS[:, 1:].flatten(), ignore_index=NO_LOSS, reduction="sum")
     return total / num_learnt
+
+
+def backward_pass(model: Any, token_BS: torch.Tensor, label_BS: torch.Tensor, num_learnt: int) -> float:
+    """One micro-batch in both directions; what it adds to the step's loss."""
+    with torch.enable_grad():
+        loss = share_of_loss(model, token_BS, label_BS, num_learnt)
+        loss.backward()
+    return loss.item()

@@ -1,10 +1,9 @@
 """A stored form that reads changed experts from their records and all others from the checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +63,9 @@ class OverlaidForm(PlainForm):
             views[parameter.name].copy_(raw.view(parameter.dtype).view(parameter.shape))
             start += parameter.nbytes
 
-    def ordered(self, weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def ordered(self, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """An expert's matrices in the order in which a record has them."""
         return [weights[parameter.name] for parameter in self.parameters]
-
-    @property
-    def num_elements(self) -> int:
-        """Parameters of one expert."""
-        return sum(prod(parameter.shape) for parameter in self.parameters)
 
 
 def expect_plain(forms: Sequence[Form], method: str) -> list[PlainForm]:

@@ -17,6 +17,7 @@ from xxhash import xxh3_64_hexdigest
 from ...checkpoint.tensors import TensorEntry, read_into
 from ...formats.form import BLOCK_BYTES
 
+FULL = "the disk is full; the run is intact up to its last commit: make room, then --resume"
 Key = tuple[int, int]
 """(MoE layer, expert)."""
 
@@ -182,6 +183,6 @@ def _write_at(file: _LayerFile, offset: int, data: memoryview) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
                 error.errno,
-                f"{file.path}: the disk is full; the run is intact up to its last commit: make room, then --resume",
+                f"{file.path}: {FULL}",
             ) from error
         raise

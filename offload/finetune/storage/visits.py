@@ -61,6 +61,11 @@ class ExpertVisits:
         for expert in _landing(slots, experts, self.traffic):
             yield expert, dict(weights[expert])
 
+    def held(self, layer: int, expert: int) -> dict[str, torch.Tensor] | None:
+        """The weights of a plain expert that is in a slot; None where it is not."""
+        slots = self.layers[layer]
+        return dict(slots[expert]) if expert in slots else None
+
 
 def _landing(slots: LayerSlots, experts: Sequence[int], traffic: Traffic) -> Iterator[int]:
     """Experts in the order in which they are there; as many reads are on their way as slots are left for."""
