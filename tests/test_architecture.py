@@ -75,7 +75,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("options", "examples", "storage"),
         ("passing",),
         ("methods", "run"),
-        ("tune",),
+        ("tune", "forecast"),
         ("__init__",),
     ),
     "placement": (

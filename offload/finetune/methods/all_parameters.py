@@ -9,8 +9,8 @@ One step, with all micro-batches at a layer before any goes on:
 
 Everything outside experts stays in memory, with its own float32 copies and moments.
 
-Source: exact replay of missed steps as in `adamw.py`; all micro-batches of a layer first: GreedySnake, Yang et al.
-2025, arXiv:2512.17570, section 3.
+Source: exact replay of missed steps as in `adamw.py`; all micro-batches of a layer first: GreedySnake, Yue, Yin
+and Qian 2025, arXiv:2512.17570.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -9,7 +9,7 @@ last step that touched it, whose size is known by now. Then it is perturbed twic
 A step touches the experts that either of its passes routes a token to. Others are neither perturbed nor changed: their
 weights are not in the two losses, so MeZO's change of them would be noise only.
 
-Source: Malladi et al. 2023 (MeZO), arXiv:2305.17333, algorithm 1; Wang et al. 2025 (ZO2), arXiv:2503.12668, section 5
+Source: Malladi et al. 2023 (MeZO), arXiv:2305.17333, algorithm 1; Wang et al. 2025 (ZO2), arXiv:2503.12668
 (the update of the last step at the next visit).
 """
 
@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...compute.resident import weight_bytes
 from ...formats.form import Form
+from ...runtime.opening import OpenedCheckpoint
 from ..examples import Rows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
 from ..passing.losses import learnt_tokens, share_of_loss
-from ..passing.opening import TunedModel, open_tuned, trained_bytes
+from ..passing.opening import TunedModel, open_tuned
 from ..storage.export import LayerWeights, write_model
 from ..storage.overlay import OverlaidForm, expect_plain
 from ..storage.records import ExpertRecords, Key
@@ -89,7 +91,7 @@ class ForwardOnly:
     def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: Rows, **memory: Any) -> None:
         self._source, self._out, self._options, self._rows = source, out, options, rows
         self._tuned: TunedModel = open_tuned(
-            source, options, **memory, overlay=self._overlay, kept_bytes=lambda opened: 2 * trained_bytes(opened)
+            source, options, **memory, overlay=self._overlay, kept_bytes=versions_bytes
         )
         self._model, self.experts = self._tuned.model, self._tuned.experts
         self.experts.method = self
@@ -243,3 +245,8 @@ class ForwardOnly:
         for expert, stored in self.experts.visits(layer, range(self._form(layer).layer.num_experts)):
             self._bring_up_to_date(layer, expert, stored)
             yield expert, stored
+
+
+def versions_bytes(opened: OpenedCheckpoint) -> int:
+    """What the method holds besides the model: both perturbed versions of everything outside experts."""
+    return 2 * weight_bytes(opened.model)

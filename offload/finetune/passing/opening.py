@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint.experts import ExpertLayer, experts_modules
-from ...compute.resident import weight_bytes
 from ...formats.form import Form
 from ...memory.budget import MemoryPlan, plan_memory
 from ...memory.heap import return_large_blocks
@@ -86,7 +85,7 @@ def open_tuned(
     _expect_experts(opened, model)
     forms = overlay(opened.forms)
     opened = replace(opened, forms=forms)
-    plan = _divide(opened, loading, options, kept_bytes(opened))
+    plan = divide_for_tuning(opened, loading, options, kept_bytes(opened))
     store = ExpertStore(opened.model, forms, is_direct=wants_direct("auto", plan, forms), checksums=None)
     visits = ExpertVisits(store, plan.num_slots)
     passes = options.accumulation * (2 if options.method == "zo" else 1)
@@ -104,8 +103,20 @@ def _expect_experts(opened: OpenedCheckpoint, model: str | Path) -> None:
             raise ValueError(f"model {model}: {type(module).__name__} ({name}) computes its experts by itself")
 
 
-def _divide(opened: OpenedCheckpoint, loading: LoadOptions, options: TuneOptions, kept_bytes: int) -> MemoryPlan:
-    """Divide the budget: no KV cache, and for each pass what autograd keeps of its layers."""
+def divide_for_tuning(
+    opened: OpenedCheckpoint, loading: LoadOptions, options: TuneOptions, kept_bytes: int
+) -> MemoryPlan:
+    """Divide the budget: no KV cache, and for each pass what autograd keeps of its layers.
+
+    Args:
+        opened: the model, or its skeleton.
+        loading: the budget, and the tokens of a micro-batch as `context`.
+        options: the run's settings.
+        kept_bytes: what the method holds besides.
+
+    Raises:
+        ValueError: if the budget is too small; the message says which would do.
+    """
     needs = memory_needs(opened, loading)
     passes = options.accumulation * (2 if options.method == "zo" else 1)
     activations = needs.activation_bytes + passes * kept_activation_bytes(opened, options)
@@ -129,8 +140,3 @@ def kept_activation_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int
     if options.method == "zo":
         return tokens * width * item * 2 + logits
     return tokens * width * item * KEPT_ARRAYS * int(config.num_hidden_layers) + logits
-
-
-def trained_bytes(opened: OpenedCheckpoint) -> int:
-    """Bytes of everything outside experts."""
-    return weight_bytes(opened.model)
