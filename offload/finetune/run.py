@@ -65,16 +65,17 @@ def begin(out: Path, options: TuneOptions, model: str, fingerprint: str, *, resu
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; a run needs a folder")
     settings, found = out / SETTINGS_FILE, commits(out)
-    if settings.is_file():
-        if not resume:
-            raise ValueError(f"{out} already holds a run; use --resume to continue it, or another --out")
+    has_begun = settings.is_file() and (bool(found) or (out / LOG_FILE).is_file())
+    if has_begun and not resume:
+        raise ValueError(f"{out} already holds a run; use --resume to continue it, or another --out")
+    if settings.is_file() and resume:
         begun = _read_json(settings)
         options.expect_continues(begun.get("options", {}))
         if begun.get("data") != fingerprint:
             raise ValueError(f"{out} was begun on other examples; give it those again, or use another --out")
     elif resume:
         raise ValueError(f"nothing to resume: {out} holds no run; start without --resume")
-    elif out.is_dir() and any(out.iterdir()):
+    elif not settings.is_file() and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
     for leftover in (out / CHECKPOINTS).glob(f"{UNFINISHED}*"):

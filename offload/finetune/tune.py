@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.gguf.head import is_gguf
 from ..checkpoint.location import local_folder
 from ..checkpoint.model_folder import read_config
 from .examples import read_rows
@@ -50,6 +51,10 @@ def fine_tune(
         OSError: if the disk is full; the run is intact up to its last commit.
     """
     folder, out = local_folder(model), Path(out)
+    if is_gguf(folder):
+        raise ValueError(
+            f"model {folder}: a GGUF file cannot be fine-tuned; take the safetensors checkpoint that it is of"
+        )
     vocabulary = int(read_config(folder).get_text_config().vocab_size)
     rows = read_rows(data, folder, vocabulary, options.sequence_length)
     found = begin(out, options, str(model), rows.fingerprint, resume=resume)

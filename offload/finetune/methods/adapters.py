@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from ...checkpoint.experts import ExpertLayer, experts_modules
@@ -119,7 +118,7 @@ class Adapters:
         """
         for number, value in enumerate(self._trained):
             value.data.copy_(tensors[f"adapter.{number}"])
-            moments = ("step", "exp_avg", "exp_avg_sq")
+            moments = (name for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{number}" in tensors)
             self._optimizer.state[value] = {name: tensors[f"{name}.{number}"].clone() for name in moments}
 
     def publish(self, out: Path) -> None:
@@ -130,15 +129,18 @@ class Adapters:
 
 def _adapted(tuned: TunedModel, source: str | Path, options: TuneOptions) -> tuple[Any, list[Adapted]]:
     """The model with PEFT's adapters, and those of each layer's experts."""
+    # here, because the other methods and `fit` do without PEFT
+    from peft import LoraConfig, get_peft_model
+
     modules = list(experts_modules(tuned.model).values())
-    parameters = [*(_of_experts(tuned.layers) if options.experts != "none" else ())]
-    modules_ = [name for name in options.targets if name]
+    parameters = [] if options.experts == "none" else _of_experts(tuned.layers)
+    targets = list(options.targets)
     if options.adapt_routers:
         parameters += _router_parameters(tuned.model, tuned.layers)
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type]
-        target_modules="all-linear" if modules_ == ["all-linear"] else modules_,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
         target_parameters=parameters or None,
         base_model_name_or_path=str(source),
         task_type="CAUSAL_LM",
@@ -148,7 +150,7 @@ def _adapted(tuned: TunedModel, source: str | Path, options: TuneOptions) -> tup
         with shown_to_peft(tuned.layers, modules):
             peft = get_peft_model(tuned.model, config)
     except ValueError as error:
-        raise ValueError(f"adapters for {', '.join(modules_) or 'experts only'}: {str(error)[:300]}") from error
+        raise ValueError(f"adapters for {', '.join(targets) or 'experts only'}: {str(error)[:300]}") from error
     return peft.eval(), take_over(peft, tuned.layers, modules)
 
 
@@ -182,10 +184,9 @@ def _router_parameters(model: Any, layers: Sequence[ExpertLayer]) -> list[str]:
 
 def adapter_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int:
     """What adapters take, AdamW's moments and gradients included."""
-    width = {"none": 0, "each": 1, "shared": 1}[options.experts]
     elements = sum(
-        width * form.layer.num_experts * options.rank * sum(sum(parameter.shape) for parameter in form.layer.parameters)
-        for form in opened.forms
+        form.layer.num_experts * options.rank * sum(sum(parameter.shape) for parameter in form.layer.parameters)
+        for form in (() if options.experts == "none" else opened.forms)
     )
     linears = (module for module in opened.model.modules() if isinstance(module, nn.Linear))
     elements += sum(options.rank * (linear.in_features + linear.out_features) for linear in linears)

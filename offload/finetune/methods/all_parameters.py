@@ -99,8 +99,10 @@ class AllParameters:
     @torch.no_grad()
     def _step_resident(self, scale: float) -> None:
         for parameter, vector in zip(self._parameters, self._resident, strict=True):
-            grad = torch.zeros_like(vector.value) if parameter.grad is None else parameter.grad.float()
-            self._adamw.step(vector, grad * scale, self._step, decays=parameter.dim() >= 2)
+            # a part that text does not pass through (a vision tower) is left alone, as torch's own AdamW does
+            if parameter.grad is None:
+                continue
+            self._adamw.step(vector, parameter.grad.float() * scale, self._step, decays=parameter.dim() >= 2)
             parameter.copy_(vector.value)
             parameter.grad = None
 
