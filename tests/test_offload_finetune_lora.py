@@ -121,7 +121,7 @@ def test_shared_adapters_are_those_of_one_adapter_for_all_experts(folder, tmp_pa
     assert torch.allclose(grads[0][3], of_layer[1].view(-1, 4, 8).sum(-1), rtol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_serving_unmerged_equals_peft_on_the_resident_model(folder, dtype, tmp_path):
     gradients(folder, folder / dtype, tmp_path / "adapter", cache_experts=2)
     resident = PeftModel.from_pretrained(load_resident(folder / dtype), tmp_path / "adapter").eval()
