@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-LENGTH, STEPS, MOST_ATTEMPTS = 32, 60, 120
+LENGTH, STEPS, MOST_ATTEMPTS = 32, 48, 60
 SETTINGS = {
     "zo": {"learning_rate": 1e-3},
     "lora": {"learning_rate": 1e-2, "targets": ("q_proj",), "rank": 2},

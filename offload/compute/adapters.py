@@ -46,7 +46,7 @@ class AdaptedMatrix:
 
     Args:
         wrapper: PEFT's `ParamWrapper`.
-        num_experts: E.
+        num_experts: E, those of the layer.
     """
 
     wrapper: Any

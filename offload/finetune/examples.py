@@ -2,7 +2,7 @@
 
 A row of tokens is packed with whole examples. The loss counts answers only; plain text is all answer.
 
-Shapes: B sequences, S positions.
+Shapes: N rows, B sequences, S positions.
 """
 
 import hashlib
@@ -23,7 +23,9 @@ from ..text.conversation import PLAIN_TEMPLATE
 NO_LOSS = -100
 """The label of a token that is not to be learnt; torch's cross entropy leaves it out."""
 LARGEST_FILE = 4 << 30
+"""Bytes of one file: its tokens take eight times as many in memory."""
 LARGEST_LINE = 64 << 20
+"""Bytes of one example; a book has some 1 MB."""
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 Example = tuple[list[int], list[bool]]

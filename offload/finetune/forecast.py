@@ -33,8 +33,11 @@ FLOPS_OF_EXPERTS = {"zo": 4, "lora": 6, "full": 8}
 FLOPS_OF_OTHERS = {"zo": 4, "lora": 4, "full": 6}
 """Likewise outside experts, where nothing is computed twice."""
 LARGEST_BATCH = 1 << 24
+"""Tokens per step; beyond some millions nobody fine-tunes."""
 DAY_S = 86_400
+"""Seconds of a day."""
 PRODUCT_ROWS, PRODUCT_S = 256, 0.2
+"""Rows that an expert has in a large batch, and seconds of measuring: long enough for some products. Not tuned."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ import torch
 from torch.optim.adamw import adamw
 
 EPS = 1e-8
+"""Added to the root of the second moment; the default of the paper and of torch."""
 
 
 @dataclass(eq=False)
