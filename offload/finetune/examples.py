@@ -55,8 +55,8 @@ class Rows:
             step: optimiser steps before this one.
             micro: micro-batches of this step before this one.
             accumulation: micro-batches per step.
-            batch_size: B.
-            seed: of the orders.
+            batch_size: B, at least 1.
+            seed: gives each epoch its order.
         """
         first = (step * accumulation + micro) * batch_size
         chosen = [self._row(first + place, seed) for place in range(batch_size)]

@@ -47,7 +47,7 @@ class TuneForecast:
     Args:
         method: name in METHODS.
         forms: how each layer's experts are stored.
-        top_k: K.
+        top_k: K, as the config names it.
         plan: the division of memory; None if the budget is too small.
         shortfall: which budget would do, if it is too small.
         other_elements: parameters outside experts, input embedding excluded.

@@ -118,7 +118,7 @@ def run_steps(
     """Do all steps that are left, commit every so many, and write the result.
 
     Args:
-        tuning: the method.
+        tuning: the method, after `continue_from`.
         options: the run's settings.
         out: the run's folder.
         done: steps that are done.

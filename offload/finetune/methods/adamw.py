@@ -23,7 +23,7 @@ class AdamVector:
     """Some parameters with their moments, all float32 and flat.
 
     Args:
-        value: the parameters.
+        value: the parameters, float32.
         mean, square: decayed means of gradients and of their squares.
     """
 

@@ -41,7 +41,7 @@ class Direction:
     """One random direction of one step for some tensors, drawn once, one tensor after the other.
 
     Args:
-        seed: of the run.
+        seed: the run's, 0 or more.
         step: counts from 1.
         owner: a MoE layer, from 1, and an expert; or RESIDENT and the number of a parameter.
     """

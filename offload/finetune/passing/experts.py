@@ -83,7 +83,7 @@ class TunedExperts:
     Args:
         modules: the experts modules, in the order of the layers; their `forward` is replaced.
         visits: where their experts are.
-        lockstep: the passes.
+        lockstep: runs the passes, and carries what they ask.
     """
 
     def __init__(self, modules: Sequence[Any], visits: ExpertVisits, lockstep: Lockstep) -> None:
