@@ -53,6 +53,7 @@ CLOSED_PIPE = 141
 EXTRAS = dict.fromkeys(("torch", "transformers", "safetensors", "pyarrow"), "torch") | dict.fromkeys(
     ("jax", "flax", "optax", "einops"), "jax"
 )
+EXTRAS["peft"] = "finetune"
 EXTRAS |= dict.fromkeys(("fastapi", "uvicorn", "llguidance", "prometheus_client", "prompt_toolkit", "httpx"), "serve")
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .engine.options import EngineOptions
     from .engine.request import GenerationRequest, Sampling
     from .engine.stream import Stream
+    from .finetune.options import TuneOptions
+    from .finetune.tune import fine_tune
     from .forecast.calibrate import disk_bandwidth
     from .forecast.calibrate_gpu import wire_bandwidth
     from .forecast.product_rates import product_rates
@@ -40,8 +42,10 @@ _HOME = {
     "Sampling": ".engine.request",
     "Stream": ".engine.stream",
     "TokenEvent": ".engine.events",
+    "TuneOptions": ".finetune.options",
     "dequantise": ".checkpoint.quantised.plain_copy",
     "disk_bandwidth": ".forecast.calibrate",
+    "fine_tune": ".finetune.tune",
     "load": ".runtime.loading",
     "open_lane": ".gpu.devices",
     "product_rates": ".forecast.product_rates",
@@ -64,8 +68,10 @@ __all__ = [
     "Simulated",
     "Stream",
     "TokenEvent",
+    "TuneOptions",
     "dequantise",
     "disk_bandwidth",
+    "fine_tune",
     "format_size",
     "load",
     "make_cache",

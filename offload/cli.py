@@ -1,4 +1,4 @@
-"""The commands of this package: `generate`, `chat`, `serve`, `pack`, `fit` and others, and some of `trace`."""
+"""The commands of this package (`generate`, `chat`, `serve`, `finetune`, `pack`, `fit`, ...) and some of `trace`."""
 
 import typer
 
@@ -11,11 +11,12 @@ from .commands.processes import Processes, join_processes
 from .commands.serve import serve
 from .commands.simulate import simulate
 from .commands.traces import batches, predictor, record
+from .commands.tuning.finetune import finetune
 
 __all__ = ["Processes", "app", "join_processes", "join_trace"]
 
 app = typer.Typer()
-for command in (generate, chat, serve, pack, dequantise, fit, calibrate, simulate):
+for command in (generate, chat, serve, finetune, pack, dequantise, fit, calibrate, simulate):
     app.command(command.__name__)(command)
 
 

@@ -51,6 +51,7 @@ MISSING = {
     "generate": "nowhere --prompt a",
     "pack": "nowhere --out new.experts",
     "dequantise": "nowhere --out new",
+    "finetune": "nowhere --data nowhere.txt --method zo --steps 1 --out new",
     "fit": "nowhere",
     "calibrate": "--folder nowhere --out new.toml",
     "simulate": "nowhere.npz --cache-experts 2",

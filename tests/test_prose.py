@@ -17,6 +17,7 @@ SHORT_SENTENCES = (
     *("docs/notation.md", "docs/offload.md", "docs/placement.md", "docs/results.md", "docs/routers.md"),
     *("docs/start_here.md", "docs/traces.md", "docs/training.md", "docs/checkpoints.md", "docs/distributed.md"),
     "docs/locality.md",
+    "docs/finetune.md",
 )
 # What a stranger cannot understand, and what to write instead.
 BANNED = {

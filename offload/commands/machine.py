@@ -24,6 +24,7 @@ from .options import (
     expect_model,
     quiet_transformers,
 )
+from .tuning.fit import fit_finetune
 
 # exit code of `fit`: bad input is 2
 DOES_NOT_FIT = 1
@@ -56,6 +57,10 @@ def fit(
         float | None,
         typer.Option("--hit-rate", min=0, max=1, help="Known hit rate, for example of `simulate`; needs --hardware."),
     ] = None,
+    finetune: Annotated[
+        str | None,
+        typer.Option("--finetune", help="zo, lora or full: what fine-tuning takes; a step has --context tokens."),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Say whether a model fits a memory budget, and how many of its experts stay in memory.
@@ -76,6 +81,15 @@ def fit(
     if hit_rate is not None and (hardware is None or gpu_memory is not None):
         raise ValueError("--hit-rate predicts the speed on the CPU: it needs --hardware FILE, and no --gpu-memory")
     rates = None if hardware is None else Rates.load(hardware)
+    if finetune is not None:
+        if gpu_memory is not None or packed is not None:
+            raise ValueError(
+                "--finetune plans for the CPU and the model's own files; leave out --gpu-memory and --pack"
+            )
+        quiet_transformers()
+        if not fit_finetune(model, finetune, cpu_memory, context, rates, json_file):
+            raise typer.Exit(DOES_NOT_FIT)
+        return
     with plain_console(stderr=True).status(f"reading what {model} consists of"):
         from ..forecast.fit import fit as fit_model
 

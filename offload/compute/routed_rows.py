@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.experts import ExpertLayer
+from .adapters import adapted_of
 from .matvec import Matvecs
 
 GROUPED_ALIGNMENT_BYTES = 16
@@ -92,6 +93,7 @@ class RoutedRows:
         matvecs: Matvecs,
     ) -> None:
         self._module, self._matvecs = module, matvecs
+        self._adapted = adapted_of(module)
         self._up_name = "gate_up_proj" if module.has_gate else "up_proj"
         self._x_TD, self._weight_TK = x_TD, weight_TK
         self._spans = ExpertSpans(expert_TK, num_experts)
@@ -123,7 +125,8 @@ class RoutedRows:
     def compute_several(self, experts: Sequence[int], weights: Sequence[Mapping[str, torch.Tensor]]) -> bool:
         """All of several experts with one row each, in two products; False, and nothing done, if that cannot be."""
         first = weights[0]
-        if self._module.has_bias or self._module.is_transposed or not self._can_gate_alone(first):
+        is_plain = not (self._module.has_bias or self._module.is_transposed or self._adapted)
+        if not is_plain or not self._can_gate_alone(first):
             return False
         if any(stop - start != 1 for start, stop in (self.span[expert] for expert in experts)):
             return False
@@ -209,6 +212,8 @@ class RoutedRows:
             torch.mm(mine, weight, out=out[start:stop])
         if self._module.has_bias:
             out[start:stop].add_(getattr(self._module, f"{name}_bias")[expert])
+        if name in self._adapted:
+            out[start:stop].add_(self._adapted[name].of(expert)(mine))
         return out
 
 

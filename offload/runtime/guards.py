@@ -110,8 +110,9 @@ class ExpertAdapters:
         for name, config in _adapters_of(self._model).items():
             targets = tuple(getattr(config, "target_parameters", None) or ())
             ends = tuple(f".{target}" for target in targets)
-            if left_out := [key for key in self._model.expert_shapes if key in targets or key.endswith(ends)]:
+            left_out = [key for key in self._model.expert_shapes if key in targets or key.endswith(ends)]
+            if left_out and not getattr(self._model, "has_expert_adapters", False):
                 raise RuntimeError(
                     f"adapter {name!r} changes weights of experts ({left_out[0]}), which stay on disk; adapt other "
-                    "layers only, or merge the adapter into the checkpoint and offload that"
+                    "layers only, or load it with offload.load(adapter=...)"
                 )

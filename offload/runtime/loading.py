@@ -7,6 +7,8 @@ import torch
 
 import moe  # noqa: F401  registers our own model type with transformers
 
+from ..checkpoint.experts import experts_modules
+from ..compute.adapters import load_adapter
 from ..compute.resident import move_to_huge_pages
 from ..gpu.devices import open_lane
 from ..memory.budget import resident_bytes
@@ -35,6 +37,7 @@ def load(
     prefetch: str | Path = "auto",
     plan: str | Path | None = None,
     record_trace: bool = False,
+    adapter: str | Path | None = None,
 ) -> Any:
     """Load a mixture-of-experts model without ever holding all its experts in memory.
 
@@ -67,6 +70,9 @@ def load(
         plan: a plan of `expertier place tiers`: how many slots each layer gets, and the experts that are in them from
             the start; or a routing trace of the model (.npz): layers where a slot saves more misses get more slots.
         record_trace: record the routing; `model.offload.trace()` gives it.
+        adapter: a folder with a LoRA adapter in PEFT's format, such as `expertier finetune` writes. It is not merged:
+            experts stay as they are stored, and each product with an adapted matrix gets its two thin ones besides. On
+            the CPU only.
 
     Returns:
         The transformers model, in eval mode; `model.offload` is its Offload.
@@ -92,6 +98,7 @@ def load(
         prefetch=prefetch,
         plan=plan,
         record_trace=record_trace,
+        adapter=adapter,
     )
     expect_machine_has(options)
     return_large_blocks()
@@ -108,4 +115,8 @@ def load(
         return resident_bytes()
 
     division = divide_memory(opened, options, lane, settle)
-    return assemble(opened, division, options, lane)
+    model = assemble(opened, division, options, lane)
+    if adapter is not None:
+        layers = [form.layer for form in opened.forms]
+        load_adapter(model, adapter, layers, list(experts_modules(model).values()))
+    return model

@@ -42,6 +42,7 @@ class LoadOptions:
     prefetch: str | Path = "auto"
     plan: str | Path | None = None
     record_trace: bool = False
+    adapter: str | Path | None = None
 
     def __post_init__(self) -> None:
         expect_device(self.device, self.gpu_memory, self.gpu_experts)
@@ -54,6 +55,8 @@ class LoadOptions:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         if self.plan is not None and self.cache_experts is not None:
             raise ValueError("plan and cache_experts both say how many slots a layer has; give one of them")
+        if self.adapter is not None and (self.device == "cuda" or self.gpu_memory not in ("auto", 0, "0")):
+            raise ValueError("adapters of an offloaded model are computed on the CPU only; leave out the GPU, or merge")
         if self.policy in NEEDS_FUTURE:
             raise ValueError(f"policy {self.policy} needs to know the future; it is for `simulate` only")
         if self.policy != "auto":

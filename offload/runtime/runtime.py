@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..compute.adapters import adapted_of
 from ..compute.fused_experts import FusedExperts, FusedRows, fuse_experts
 from ..compute.matvec import Matvecs
 from ..compute.routed_rows import RoutedRows, eager_forward
@@ -104,7 +105,7 @@ class OffloadRuntime:
             look_ahead = partial(self._look_ahead, layer, x_TD)
             return self.gpu.forward(layer, x_TD, expert_TK, weight_TK, look_ahead)
         slots = self.layers[layer]
-        if not slots.is_grouped:
+        if not slots.is_grouped and not adapted_of(module):
             return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
         rows = self._rows(slots, module, x_TD, expert_TK, weight_TK)
         is_fused = isinstance(rows, FusedRows)
@@ -190,7 +191,7 @@ class OffloadRuntime:
         self, slots: LayerSlots, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> RoutedRows | FusedRows:
         num_tokens, top_k = expert_TK.shape
-        may_fuse = num_tokens == 1 or self.matvecs.is_row_alone
+        may_fuse = (num_tokens == 1 or self.matvecs.is_row_alone) and not adapted_of(module)
         if may_fuse and x_TD.dtype == torch.bfloat16 and x_TD.is_contiguous():
             fused = self._fused_experts(slots.layer, module, top_k)
             if fused is not None:

@@ -1,0 +1,1 @@
+"""Commands that change a model: `finetune`, and what it needs (`fit --finetune`)."""

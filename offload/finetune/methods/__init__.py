@@ -1,0 +1,1 @@
+"""The methods: forward only (`zo`), adapters (`lora`), all parameters (`full`)."""

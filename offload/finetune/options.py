@@ -1,0 +1,122 @@
+"""What a caller of fine-tuning asks for, checked before anything is read; without torch."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from routing.ground.expect import expect_choice
+
+METHODS = ("zo", "lora", "full")
+EXPERT_ADAPTERS = ("each", "shared", "none")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+RATES = {"zo": 1e-6, "lora": 2e-4, "full": 1e-5}
+"""Learning rates where none is given: MeZO's for large models (arXiv:2305.17333, appendix), LoRA's and AdamW's usual
+ones for fine-tuning. None was tuned here."""
+HARMLESS = ("steps", "checkpoint_every")
+"""Settings that may differ when a run is continued. More steps change the schedule of the rate only after a warm-up
+with `decay`; that is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions:
+    """Settings of a run.
+
+    Args:
+        method: `"zo"`, `"lora"` or `"full"`.
+        steps: optimiser steps, at least 1.
+        sequence_length: S, tokens of a packed row, at least 2.
+        batch_size: rows of a micro-batch.
+        accumulation: micro-batches of a step; a layer's experts are read once for all of them.
+        learning_rate: of the first step after the warm-up; None takes the method's (RATES).
+        warmup_steps: steps in which the rate rises linearly.
+        decay: whether the rate falls linearly to 0 from the warm-up to `steps`.
+        weight_decay: decoupled, of AdamW; matrices only.
+        beta1, beta2: decay rates of AdamW's moments, in [0, 1).
+        clip_norm: largest norm of the gradient of all parameters together; 0 does not clip.
+        seed: of the order of rows, of perturbations and of new adapters.
+        checkpoint_every: steps between two commits; a killed run continues after the last one.
+        dtype: of the running model; `"auto"` is that of the checkpoint.
+        epsilon: size of a perturbation (`zo`).
+        rank: of adapters (`lora`).
+        alpha: adapters are scaled by `alpha / rank`.
+        targets: names of linear layers to adapt, as PEFT matches them; `"all-linear"` takes all outside experts.
+        experts: adapters of experts: one for each, one shared by a layer, or none.
+        adapt_routers: whether routers whose weight is a plain matrix get adapters.
+
+    Raises:
+        ValueError: if one is unknown or out of range.
+    """
+
+    method: str
+    steps: int
+    sequence_length: int = 512
+    batch_size: int = 1
+    accumulation: int = 1
+    learning_rate: float | None = None
+    warmup_steps: int = 0
+    decay: bool = False
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float = 1.0
+    seed: int = 0
+    checkpoint_every: int = 50
+    dtype: str = "auto"
+    epsilon: float = 1e-3
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("all-linear",)
+    experts: str = "each"
+    adapt_routers: bool = False
+
+    def __post_init__(self) -> None:
+        expect_choice(self.method, METHODS, "method")
+        expect_choice(self.experts, EXPERT_ADAPTERS, "experts")
+        expect_choice(self.dtype, DTYPES, "dtype")
+        least = {"steps": 1, "sequence_length": 2, "batch_size": 1, "accumulation": 1, "warmup_steps": 0, "seed": 0}
+        for name, smallest in (least | {"checkpoint_every": 1, "rank": 1}).items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}; got {getattr(self, name)}")
+        for name in ("weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}")
+        for name, value in (("learning_rate", self.rate), ("epsilon", self.epsilon), ("alpha", self.alpha)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be more than 0; got {value}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, the method's own where none is given."""
+        return RATES[self.method] if self.learning_rate is None else self.learning_rate
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step, the first of which is 1."""
+        if step <= self.warmup_steps:
+            return self.rate * step / self.warmup_steps
+        left = self.steps - self.warmup_steps
+        return self.rate * (1 - (step - 1 - self.warmup_steps) / left) if self.decay else self.rate
+
+    @property
+    def rows_per_step(self) -> int:
+        """Packed rows of one optimiser step."""
+        return self.batch_size * self.accumulation
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"learning_rate": self.rate, "targets": list(self.targets)}
+
+    def expect_continues(self, begun: dict[str, Any]) -> None:
+        """Refuse to continue a run that was begun with other settings.
+
+        Raises:
+            ValueError: naming the first setting that differs.
+        """
+        for name, value in self.as_json().items():
+            is_free = name in HARMLESS and not (name == "steps" and self.decay)
+            if not is_free and begun.get(name) != value:
+                raise ValueError(
+                    f"the run was begun with {name} {begun.get(name)}; got {value}; "
+                    "give the same settings, or another --out"
+                )

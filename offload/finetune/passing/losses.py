@@ -1,0 +1,36 @@
+"""The loss of a micro-batch: the mean over the tokens of a whole step that are to be learnt."""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ..examples import NO_LOSS
+
+
+def learnt_tokens(labels: list[torch.Tensor]) -> int:
+    """Tokens of a step that are predicted and to be learnt."""
+    return sum(int((label_BS[:, 1:] != NO_LOSS).sum()) for label_BS in labels)
+
+
+def share_of_loss(model: Any, token_BS: torch.Tensor, label_BS: torch.Tensor, num_learnt: int) -> torch.Tensor:
+    """What a micro-batch adds to a step's loss, in nats per learnt token.
+
+    Args:
+        model: of transformers.
+        token_BS, label_BS: ids, and labels that are NO_LOSS where nothing is learnt.
+        num_learnt: tokens of the whole step that are learnt.
+    """
+    logits_BSV = model(input_ids=token_BS, use_cache=False).logits
+    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
+    flat = logits_BSV[:, :-1].to(wide).flatten(0, 1)
+    total: torch.Tensor = cross_entropy(flat, label_BS[:, 1:].flatten(), ignore_index=NO_LOSS, reduction="sum")
+    return total / num_learnt
+
+
+def backward_pass(model: Any, token_BS: torch.Tensor, label_BS: torch.Tensor, num_learnt: int) -> float:
+    """One micro-batch in both directions; what it adds to the step's loss."""
+    with torch.enable_grad():
+        loss = share_of_loss(model, token_BS, label_BS, num_learnt)
+        loss.backward()
+    return loss.item()

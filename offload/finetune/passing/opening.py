@@ -1,0 +1,142 @@
+"""A model opened to be fine-tuned: its experts in slots, everything else in memory as transformers computes it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint.experts import ExpertLayer, experts_modules
+from ...formats.form import Form
+from ...memory.budget import MemoryPlan, plan_memory
+from ...memory.heap import return_large_blocks
+from ...runtime.division import cpu_limit, expect_machine_has
+from ...runtime.needs import memory_needs
+from ...runtime.opening import OpenedCheckpoint, open_checkpoint
+from ...runtime.options import LoadOptions
+from ...store.io_mode import wants_direct
+from ...store.store import ExpertStore
+from ..options import TuneOptions
+from ..storage.visits import ExpertVisits
+from .experts import TunedExperts
+from .lockstep import Lockstep
+
+Overlay = Callable[[Sequence[Form]], list[Form]]
+
+KEPT_ARRAYS = 24
+"""Arrays of [T, D] that autograd keeps of one layer outside experts: an estimate from Qwen3-MoE's modules."""
+
+
+@dataclass(frozen=True, eq=False)
+class TunedModel:
+    """A model whose experts are computed for passes that meet.
+
+    Args:
+        model: of transformers, in eval mode; all of it but the experts is in memory.
+        experts: computes its experts modules.
+        forms: how each layer's experts are stored.
+        plan: how the memory budget was divided.
+    """
+
+    model: Any
+    experts: TunedExperts
+    forms: list[Form]
+    plan: MemoryPlan
+
+    @property
+    def layers(self) -> list[ExpertLayer]:
+        return [form.layer for form in self.forms]
+
+    def close(self) -> None:
+        """End threads, close files."""
+        self.experts.lockstep.close()
+        self.experts.visits.close()
+
+
+def open_tuned(
+    model: str | Path,
+    options: TuneOptions,
+    *,
+    cache_experts: int | None = None,
+    cpu_memory: str | int = "auto",
+    overlay: Overlay = list,
+    kept_bytes: Callable[[OpenedCheckpoint], int] = lambda opened: 0,
+) -> TunedModel:
+    """Open a model to be fine-tuned.
+
+    Args:
+        model: a Hugging Face model folder, or a model id.
+        options: the run's settings; sizes of batches and the dtype are used.
+        cache_experts: slots of each layer instead of what a budget pays for.
+        cpu_memory: the whole budget of the process.
+        overlay: what becomes of the checkpoint's forms, where the method changes experts.
+        kept_bytes: what the method holds besides, from the opened checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, a dense model, one whose experts compute themselves, or the budget is
+            too small.
+    """
+    tokens = options.batch_size * options.sequence_length
+    loading = LoadOptions(
+        path_or_id=model, cpu_memory=cpu_memory, cache_experts=cache_experts, context=tokens, dtype=options.dtype
+    )
+    expect_machine_has(loading)
+    return_large_blocks()
+    opened = open_checkpoint(loading)
+    _expect_experts(opened, model)
+    forms = overlay(opened.forms)
+    opened = replace(opened, forms=forms)
+    plan = divide_for_tuning(opened, loading, options, kept_bytes(opened))
+    store = ExpertStore(opened.model, forms, is_direct=wants_direct("auto", plan, forms), checksums=None)
+    visits = ExpertVisits(store, plan.num_slots)
+    passes = options.accumulation * (2 if options.method == "zo" else 1)
+    modules = list(experts_modules(opened.model).values())
+    experts = TunedExperts(modules, visits, Lockstep(passes))
+    opened.model.eval().requires_grad_(False)
+    return TunedModel(opened.model, experts, forms, plan)
+
+
+def _expect_experts(opened: OpenedCheckpoint, model: str | Path) -> None:
+    if not opened.forms:
+        raise ValueError(f"model {model}: a dense model has no experts to keep on disk; fine-tune it with PEFT")
+    for name, module in experts_modules(opened.model).items():
+        if getattr(module, "is_own_loop", False):
+            raise ValueError(f"model {model}: {type(module).__name__} ({name}) computes its experts by itself")
+
+
+def divide_for_tuning(
+    opened: OpenedCheckpoint, loading: LoadOptions, options: TuneOptions, kept_bytes: int
+) -> MemoryPlan:
+    """Divide the budget: no KV cache, and for each pass what autograd keeps of its layers.
+
+    Args:
+        opened: the model, or its skeleton.
+        loading: the budget, and the tokens of a micro-batch as `context`.
+        options: the run's settings.
+        kept_bytes: what the method holds besides.
+
+    Raises:
+        ValueError: if the budget is too small; the message says which would do.
+    """
+    needs = memory_needs(opened, loading)
+    passes = options.accumulation * (2 if options.method == "zo" else 1)
+    activations = needs.activation_bytes + passes * kept_activation_bytes(opened, options)
+    needs = replace(needs, kv_bytes=0, activation_bytes=activations + kept_bytes)
+    fixed = None
+    if loading.cache_experts is not None:
+        fixed = [min(loading.cache_experts, count) for count in opened.experts_L]
+    return plan_memory(cpu_limit(loading), needs, opened.slot_bytes_L, opened.experts_L, opened.top_k, fixed)
+
+
+def kept_activation_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int:
+    """What one pass holds between two experts modules: its hidden state; with gradients, what autograd keeps, too.
+
+    Of each layer autograd keeps about 16 arrays of the model's width (norms in float32, projections, residuals) and
+    the attention's queries, keys and values. Logits are kept in float32 with their gradient.
+    """
+    config = opened.config.get_text_config()
+    tokens = options.batch_size * options.sequence_length
+    width, item = int(config.hidden_size), opened.model.dtype.itemsize
+    logits = 3 * 4 * tokens * int(config.vocab_size)
+    if options.method == "zo":
+        return tokens * width * item * 2 + logits
+    return tokens * width * item * KEPT_ARRAYS * int(config.num_hidden_layers) + logits

@@ -1,0 +1,188 @@
+"""Experts that have changed, each in a record on the disk beside the checkpoint, which is never written to.
+
+A record is written to a place that the last commit does not use. So a commit stays whole whatever happens after it:
+a process that is killed, a disk that is full. Places that a commit no longer uses are free from then on.
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from xxhash import xxh3_64_hexdigest
+
+from ...checkpoint.tensors import TensorEntry, read_into
+from ...formats.form import BLOCK_BYTES
+
+FULL = "the disk is full; the run is intact up to its last commit: make room, then --resume"
+Key = tuple[int, int]
+"""(MoE layer, expert)."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record is: its number in the layer's file, the step that it is of, and the XXH3 of its bytes."""
+
+    number: int
+    step: int
+    checksum: str
+
+
+@dataclass(eq=False)
+class _LayerFile:
+    path: Path
+    descriptor: int
+    nbytes: int
+    """Of one record."""
+    stride: int
+    count: int = 0
+    """Places that the file has."""
+    free: list[int] = field(default_factory=list)
+
+
+class ExpertRecords:
+    """The records of all layers.
+
+    Args:
+        folder: made if it is not there; one file per layer.
+        record_bytes_L: bytes of a record of each layer.
+    """
+
+    def __init__(self, folder: Path, record_bytes_L: Sequence[int]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._files = [_open(folder / f"layer_{layer:03}.bin", size) for layer, size in enumerate(record_bytes_L)]
+        self._now: dict[Key, Place] = {}
+        self._committed: dict[Key, Place] = {}
+        self.bytes_written = 0
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            os.close(file.descriptor)
+
+    def paths(self, layer: int) -> set[Path]:
+        """The files of a layer."""
+        return {self._files[layer].path}
+
+    def place(self, layer: int, expert: int) -> Place | None:
+        """Where an expert's record is; None if it has not changed."""
+        return self._now.get((layer, expert))
+
+    @property
+    def keys(self) -> list[Key]:
+        """Every expert that has a record."""
+        return sorted(self._now)
+
+    def entry(self, layer: int, expert: int) -> TensorEntry | None:
+        """An expert's record as the bytes of a file; None if it has none."""
+        found = self._now.get((layer, expert))
+        if found is None:
+            return None
+        file = self._files[layer]
+        return TensorEntry(
+            f"record[{layer}, {expert}]", file.path, found.number * file.stride, file.nbytes, "U8", (file.nbytes,)
+        )
+
+    def write(self, layer: int, expert: int, parts: Sequence[torch.Tensor], step: int) -> None:
+        """Write an expert's record.
+
+        Args:
+            layer, expert: whose.
+            parts: contiguous tensors, one after the other the record's bytes.
+            step: the last step that is in it.
+
+        Raises:
+            OSError: if the disk is full, or cannot be written to.
+        """
+        file, key = self._files[layer], (layer, expert)
+        data = torch.cat([part.detach().reshape(-1).view(torch.uint8) for part in parts]).numpy()
+        assert data.nbytes == file.nbytes
+        before, committed = self._now.get(key), self._committed.get(key)
+        is_ours = before is not None and before != committed
+        number = before.number if before is not None and is_ours else self._take(file)
+        _write_at(file, number * file.stride, memoryview(data))
+        self._now[key] = Place(number, step, xxh3_64_hexdigest(data))
+        self.bytes_written += file.nbytes
+
+    def read(self, layer: int, expert: int) -> torch.Tensor:
+        """The bytes of an expert's record, checked.
+
+        Raises:
+            OSError: if they are not those that were written.
+        """
+        file, place = self._files[layer], self._now[layer, expert]
+        data = torch.empty(file.nbytes, dtype=torch.uint8)
+        read_into(file.path, file.descriptor, place.number * file.stride, memoryview(data.numpy()))
+        if (found := xxh3_64_hexdigest(data.numpy())) != place.checksum:
+            raise OSError(f"{file.path}: expert {expert} has checksum {found} instead of {place.checksum}: damaged")
+        return data
+
+    def secure(self) -> dict[str, list[Any]]:
+        """Force every record to the disk; the table that a commit has to keep."""
+        for file in self._files:
+            os.fsync(file.descriptor)
+        return {f"{layer}.{expert}": [p.number, p.step, p.checksum] for (layer, expert), p in self._now.items()}
+
+    def commit(self) -> None:
+        """The table of `secure` is safe: places that only the commit before it used are free."""
+        self._committed = dict(self._now)
+        self._reclaim()
+
+    def restore(self, table: dict[str, list[Any]]) -> None:
+        """Continue from the table of a commit.
+
+        Raises:
+            ValueError: if the table is none, or its file is shorter than it says.
+        """
+        try:
+            self._now = {
+                (int(layer), int(expert)): Place(int(number), int(step), str(checksum))
+                for key, (number, step, checksum) in table.items()
+                for layer, expert in [key.split(".")]
+            }
+            for (layer, _), place in self._now.items():
+                file = self._files[layer]
+                if not place.number >= 0 or os.fstat(file.descriptor).st_size < (place.number + 1) * file.stride:
+                    raise ValueError(f"{file.path} ends before record {place.number}")
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"the table of records of this run is damaged ({error}); start anew in another --out"
+            ) from error
+        self.commit()
+
+    def _reclaim(self) -> None:
+        for layer, file in enumerate(self._files):
+            used = {place.number for (of, _), place in self._now.items() if of == layer}
+            file.count = max(file.count, os.fstat(file.descriptor).st_size // file.stride)
+            file.free = sorted(set(range(file.count)) - used, reverse=True)
+
+    def _take(self, file: _LayerFile) -> int:
+        if not file.free:
+            file.free.append(file.count)
+            file.count += 1
+        return file.free.pop()
+
+
+def _open(path: Path, nbytes: int) -> _LayerFile:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    return _LayerFile(path, descriptor, nbytes, -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES)
+
+
+def _write_at(file: _LayerFile, offset: int, data: memoryview) -> None:
+    """Write a record, and extend the file to the end of its last block, so that whole blocks can be read."""
+    try:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(file.descriptor, data[done:], offset + done)
+        if os.fstat(file.descriptor).st_size < offset + file.stride:
+            os.ftruncate(file.descriptor, offset + file.stride)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno,
+                f"{file.path}: {FULL}",
+            ) from error
+        raise

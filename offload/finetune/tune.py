@@ -1,0 +1,66 @@
+"""`fine_tune`: a run from its settings to its result."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.gguf.head import is_gguf
+from ..checkpoint.location import local_folder
+from ..checkpoint.model_folder import read_config
+from .examples import read_rows
+from .methods.adapters import Adapters
+from .methods.all_parameters import AllParameters
+from .methods.forward_only import ForwardOnly
+from .options import TuneOptions
+from .run import begin, continue_from, run_steps
+
+METHODS: dict[str, Callable[..., Any]] = {"zo": ForwardOnly, "lora": Adapters, "full": AllParameters}
+
+
+def fine_tune(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    options: TuneOptions,
+    *,
+    cache_experts: int | None = None,
+    cpu_memory: str | int = "auto",
+    resume: bool = False,
+    advance: Callable[[dict[str, Any]], None] = lambda row: None,
+    is_interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Fine-tune a model whose experts stay on disk; everything it leaves behind is under `out`.
+
+    Args:
+        model: a Hugging Face model folder, or a model id.
+        data: a text, a `.jsonl` file of examples, or a folder of either.
+        out: the run's folder.
+        options: method and settings.
+        cache_experts: slots of each MoE layer instead of what a budget pays for.
+        cpu_memory: the whole budget of the process, such as `"12GiB"`.
+        resume: continue after the last commit, bit by bit as if nothing had happened.
+        advance: told the metrics of each step.
+        is_interrupted: asked after each step; if so the step is committed, and KeyboardInterrupt raised.
+
+    Returns:
+        The metrics of the last step; empty if none was left.
+
+    Raises:
+        ValueError: for bad settings, examples or folders, a damaged checkpoint, or too small a budget.
+        FloatingPointError: if the loss is no longer finite.
+        OSError: if the disk is full; the run is intact up to its last commit.
+    """
+    folder, out = local_folder(model), Path(out)
+    if is_gguf(folder):
+        raise ValueError(
+            f"model {folder}: a GGUF file cannot be fine-tuned; take the safetensors checkpoint that it is of"
+        )
+    vocabulary = int(read_config(folder).get_text_config().vocab_size)
+    rows = read_rows(data, folder, vocabulary, options.sequence_length)
+    found = begin(out, options, str(model), rows.fingerprint, resume=resume)
+    tuning = METHODS[options.method](model, out, options, rows, cache_experts=cache_experts, cpu_memory=cpu_memory)
+    try:
+        done = continue_from(tuning, found)
+        return run_steps(tuning, options, out, done, advance, is_interrupted)
+    finally:
+        tuning.close()
