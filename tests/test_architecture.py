@@ -62,7 +62,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("checkpoint",),
         ("formats", "cache", "prefetch"),
         ("store", "compute"),
-        ("ram",),
+        ("ram", "window"),
         ("gpu",),
         ("runtime",),
         ("engine", "forecast"),

@@ -20,9 +20,11 @@ from ..memory.budget import (
     expect_budgets,
     machine_bytes,
     plan_memory,
+    room_besides,
     sufficient_size,
 )
-from .needs import memory_needs
+from ..window.planning import WindowPlan, plan_window, smallest_window
+from .needs import memory_needs, with_window
 from .opening import OpenedCheckpoint
 from .options import LoadOptions
 
@@ -98,13 +100,35 @@ def _held(needs: Needs) -> str:
 
 def budgets_of(opened: OpenedCheckpoint, options: LoadOptions) -> Budgets:
     """The least budget that `load` accepts without a GPU, and the one that holds all experts."""
+    shapes = opened.slot_bytes_L, opened.experts_L, opened.top_k
+    whole = needs_of(replace(opened, window=None), options)
+    if not opened.guests.nbytes:
+        return expect_budgets(whole, *shapes, _loading_bytes(opened, whole))
+    smallest = smallest_window(opened.guests, options.resident_layers, options.layers_ahead)
+    least = with_window(whole, smallest)
+    least_bytes = expect_budgets(least, *shapes, _loading_bytes(replace(opened, window=smallest), least)).least_bytes
+    return replace(expect_budgets(whole, *shapes, _loading_bytes(opened, whole)), least_bytes=least_bytes)
+
+
+def choose_window(opened: OpenedCheckpoint, options: LoadOptions) -> WindowPlan | None:
+    """What of a model has to be streamed, because a budget does not hold it beside the experts of one token.
+
+    Args:
+        opened: of which nothing is loaded.
+        options: the budget, and how many layers shall stay or be read ahead.
+    """
+    if options.wants_gpu:
+        return None
     needs = needs_of(opened, options)
-    return expect_budgets(needs, opened.slot_bytes_L, opened.experts_L, opened.top_k, _loading_bytes(opened, needs))
+    besides = replace(needs, weight_bytes=needs.weight_bytes - opened.guests.nbytes)
+    room = room_besides(cpu_limit(options), besides, opened.slot_bytes_L, opened.experts_L, opened.top_k)
+    return plan_window(opened.guests, room, options.resident_layers, options.layers_ahead)
 
 
 def _loading_bytes(opened: OpenedCheckpoint, needs: Needs) -> int:
     """What loading takes: the largest resident weight exists twice for a moment."""
-    return needs.process_bytes + needs.weight_bytes + moved_twice_bytes(opened.model)
+    streamed = opened.window.names if opened.window else ()
+    return needs.process_bytes + needs.weight_bytes + moved_twice_bytes(opened.model, streamed)
 
 
 def _expect_room_to_load(needs: Needs, limit_bytes: int, loading_bytes: int) -> None:
