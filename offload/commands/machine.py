@@ -19,8 +19,10 @@ from .options import (
     CpuMemory,
     Hardware,
     JsonFile,
+    LayersAhead,
     Model,
     Pack,
+    ResidentLayers,
     expect_model,
     quiet_transformers,
 )
@@ -52,6 +54,8 @@ def fit(
     hardware: Hardware = None,
     arithmetic: Arithmetic = "auto",
     packed: Pack = None,
+    resident_layers: ResidentLayers = None,
+    layers_ahead: LayersAhead = None,
     hit_rate: Annotated[
         float | None,
         typer.Option("--hit-rate", min=0, max=1, help="Known hit rate, for example of `simulate`; needs --hardware."),
@@ -80,7 +84,15 @@ def fit(
         from ..forecast.fit import fit as fit_model
 
         quiet_transformers()
-        fitted = fit_model(model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, context=context, pack=packed)
+        fitted = fit_model(
+            model,
+            cpu_memory=cpu_memory,
+            gpu_memory=gpu_memory,
+            context=context,
+            pack=packed,
+            resident_layers=resident_layers,
+            layers_ahead=layers_ahead,
+        )
     _show_fit(fitted, cpu_memory)
     predicted: dict[str, Any] = {}
     variants: list[Any] = []
@@ -111,6 +123,11 @@ def _show_fit(fitted: Any, cpu_memory: str) -> None:
         table.add_row(name, format_size(size))
     console.print(table)
     console.print(f"fits {format_size(fitted.plan.limit_bytes)} with {_held_by(fitted)} in memory")
+    if fitted.window is not None:
+        console.print(
+            f"streamed for each token: {format_size(fitted.streamed_bytes)} of layers outside experts, "
+            f"{fitted.window.ahead} ahead"
+        )
     if fitted.forms:
         held = sum(count * form.expert_bytes for count, form in zip(fitted.plan.num_slots, fitted.forms, strict=True))
         on_disk = format_size(max(fitted.expert_bytes - held, 0))
@@ -120,7 +137,7 @@ def _show_fit(fitted: Any, cpu_memory: str) -> None:
 
 def _consists_of(fitted: Any) -> str:
     if not fitted.forms:
-        return f"a dense model of {format_size(fitted.needs.weight_bytes)}, all of which stays in memory"
+        return f"a dense model of {format_size(fitted.dense_bytes)}"
     sizes = {form.expert_bytes for form in fitted.forms}
     size = format_size(max(sizes)) if len(sizes) == 1 else f"{format_size(min(sizes))} to {format_size(max(sizes))}"
     return (
@@ -132,11 +149,16 @@ def _consists_of(fitted: Any) -> str:
 
 def _held_by(fitted: Any) -> str:
     """How much of a model that fits is in memory."""
+    if fitted.window is not None:
+        layers = f"{fitted.window.num_resident} of {len(fitted.window.guests.passing)} layers"
+    else:
+        layers = "all layers"
     if not fitted.forms:
-        return "all layers"
+        return layers
     slots, count = fitted.plan.num_slots, fitted.forms[0].layer.num_experts
     held = f"{min(slots)}" if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
-    return f"{'all' if min(slots) >= count else f'{held} of {count}'} experts of each layer"
+    experts = f"{'all' if min(slots) >= count else f'{held} of {count}'} experts of each layer"
+    return experts if fitted.window is None else f"{layers} and {experts}"
 
 
 def _show_budgets(budgets: Any) -> None:

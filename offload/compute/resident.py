@@ -65,9 +65,7 @@ def store_linears(model: nn.Module, form: MatrixForm, streamed: Collection[str] 
         form: to hold them in.
         streamed: full names of parameters that hold no memory.
     """
-    hollow = {id(parameter) for name, parameter in model.named_parameters() if name in streamed}
-    storable = [linear for linear in _storable(model, form) if id(linear.weight) not in hollow]
-    linears = [linear for linear in storable if linear.weight.is_contiguous()]
+    linears = [linear for linear in _storable(model, form, streamed) if linear.weight.is_contiguous()]
     total = sum(_rounded(module.weight.nbytes) for module in linears)
     if not total:
         return
@@ -94,9 +92,9 @@ def embedding_bytes(model: nn.Module) -> int:
     return sum(weight.nbytes for key, weight in embeddings.items() if key not in linears)
 
 
-def expected_saving(model: nn.Module, form: MatrixForm) -> int:
+def expected_saving(model: nn.Module, form: MatrixForm, streamed: Collection[str] = ()) -> int:
     """What `store_linears` will save, if weights are distributed normally; for models without weights."""
-    weights = [linear.weight for linear in _storable(model, form)]
+    weights = [linear.weight for linear in _storable(model, form, streamed)]
     return sum(weight.nbytes - form.expected_bytes((weight.shape[0], weight.shape[1])) for weight in weights)
 
 
@@ -105,14 +103,15 @@ def expansion_bytes(model: nn.Module, form: MatrixForm) -> int:
     return max((linear.weight.nbytes for linear in _storable(model, form)), default=0)
 
 
-def _storable(model: nn.Module, form: MatrixForm) -> list[nn.Linear]:
-    """The linear layers whose weights the form accepts and are no embedding's."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+def _storable(model: nn.Module, form: MatrixForm, streamed: Collection[str] = ()) -> list[nn.Linear]:
+    """The linear layers in memory whose weights the form accepts and are no embedding's."""
+    left = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    left |= {id(parameter) for name, parameter in model.named_parameters() if name in streamed}
     return [
         module
         for module in model.modules()
         if type(module) in PLAIN_LINEARS
-        and id(module.weight) not in embeddings
+        and id(module.weight) not in left
         and form.accepts(tuple(module.weight.shape), module.weight.dtype)
     ]
 

@@ -24,7 +24,7 @@ from ..memory.budget import (
     sufficient_size,
 )
 from ..window.planning import WindowPlan, plan_window, smallest_window
-from .needs import memory_needs, with_window
+from .needs import memory_needs
 from .opening import OpenedCheckpoint
 from .options import LoadOptions
 
@@ -105,9 +105,11 @@ def budgets_of(opened: OpenedCheckpoint, options: LoadOptions) -> Budgets:
     if not opened.guests.nbytes:
         return expect_budgets(whole, *shapes, _loading_bytes(opened, whole))
     smallest = smallest_window(opened.guests, options.resident_layers, options.layers_ahead)
-    least = with_window(whole, smallest)
-    least_bytes = expect_budgets(least, *shapes, _loading_bytes(replace(opened, window=smallest), least)).least_bytes
-    return replace(expect_budgets(whole, *shapes, _loading_bytes(opened, whole)), least_bytes=least_bytes)
+    streaming = replace(opened, window=smallest)
+    needs = needs_of(streaming, options)
+    least = expect_budgets(needs, *shapes, _loading_bytes(streaming, needs))
+    whole_bytes = expect_budgets(whole, *shapes, _loading_bytes(opened, whole)).all_bytes
+    return Budgets(least_bytes=least.least_bytes, all_bytes=whole_bytes)
 
 
 def choose_window(opened: OpenedCheckpoint, options: LoadOptions) -> WindowPlan | None:
@@ -119,16 +121,19 @@ def choose_window(opened: OpenedCheckpoint, options: LoadOptions) -> WindowPlan 
     """
     if options.wants_gpu:
         return None
-    needs = needs_of(opened, options)
+    limit, shapes = cpu_limit(options), (opened.slot_bytes_L, opened.experts_L, opened.top_k)
+    if options.resident_layers is None and room_besides(limit, needs_of(opened, options), *shapes) >= 0:
+        return None
+    # streamed weights are plain, whatever the form of those in memory, and what stays may be no smaller
+    needs = memory_needs(opened, options)
     besides = replace(needs, weight_bytes=needs.weight_bytes - opened.guests.nbytes)
-    room = room_besides(cpu_limit(options), besides, opened.slot_bytes_L, opened.experts_L, opened.top_k)
+    room = room_besides(limit, besides, *shapes)
     return plan_window(opened.guests, room, options.resident_layers, options.layers_ahead)
 
 
 def _loading_bytes(opened: OpenedCheckpoint, needs: Needs) -> int:
     """What loading takes: the largest resident weight exists twice for a moment."""
-    streamed = opened.window.names if opened.window else ()
-    return needs.process_bytes + needs.weight_bytes + moved_twice_bytes(opened.model, streamed)
+    return needs.process_bytes + needs.weight_bytes + moved_twice_bytes(opened.model, opened.streamed)
 
 
 def _expect_room_to_load(needs: Needs, limit_bytes: int, loading_bytes: int) -> None:
@@ -158,7 +163,8 @@ def needs_of(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:
     needs = memory_needs(opened, options)
     is_skeleton = any(parameter.is_meta for parameter in opened.model.parameters())
     if is_skeleton and opened.linears is not None:
-        needs = replace(needs, weight_bytes=needs.weight_bytes - expected_saving(opened.model, opened.linears))
+        saving = expected_saving(opened.model, opened.linears, opened.streamed)
+        needs = replace(needs, weight_bytes=needs.weight_bytes - saving)
     return needs
 
 

@@ -109,7 +109,7 @@ def load(
     def settle() -> int:
         """Move the resident weights to where they stay; what the process has then, without them on the CPU."""
         if lane is None:
-            move_to_huge_pages(opened.model, opened.window.names if opened.window else ())
+            move_to_huge_pages(opened.model, opened.streamed)
             return_free_blocks()
             return opened.process_bytes
         opened.model.to(lane.device)

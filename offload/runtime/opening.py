@@ -67,6 +67,11 @@ class OpenedCheckpoint:
         return experts_per_token(self.config) if self.forms else 0
 
     @property
+    def streamed(self) -> frozenset[str]:
+        """Full names of the parameters outside experts that are not in memory."""
+        return frozenset() if self.window is None else self.window.names
+
+    @property
     def linears(self) -> MatrixForm | None:
         """The form in which linear layers are held beside these experts; None as they are."""
         return linears_of(self.forms)
@@ -93,26 +98,23 @@ def open_checkpoint(options: LoadOptions, choose: Chooser = lambda headers: None
     folder = local_folder(options.path_or_id)
     if is_gguf(folder):
         return _open_gguf(folder, options)
-    process_bytes = resident_bytes()
     sketch, entries = sketch_of(folder, options.dtype, needs_experts=False)
     if not experts_modules(sketch.skeleton):
         _expect_dense_options(folder, options)
-    headers = _opened_sketch(sketch, entries, options.pack, process_bytes)
+    headers = _opened_sketch(sketch, entries, options.pack)
     window = choose(headers)
-    # before the weights come, so that they are not counted twice
-    process_bytes = resident_bytes()
     model = load_resident(sketch, entries, IMPLEMENTATION, window.names if window else ())
     # hollow experts must be gone before anything looks at the size of the model's parameters
     drop_expert_weights(model)
     if (linears := headers.linears) is not None:
         store_linears(model, linears, window.names if window else ())
-    return replace(headers, model=model, process_bytes=process_bytes, window=window)
+    return replace(headers, model=model, window=window)
 
 
-def _opened_sketch(
-    sketch: Sketch, entries: Mapping[str, TensorEntry], pack: str | Path | None, process_bytes: int
-) -> OpenedCheckpoint:
+def _opened_sketch(sketch: Sketch, entries: Mapping[str, TensorEntry], pack: str | Path | None) -> OpenedCheckpoint:
     """A checkpoint of which nothing is loaded: forms of its experts, and what could be streamed."""
+    # once the model's code is imported, and before any weight comes
+    process_bytes = resident_bytes()
     expect_plain_weights(sketch.folder, sketch.skeleton, entries, sketch.found)
     layers = sketch.layers(entries)
     forms: list[Form] = [form_in_place(layer) for layer in layers]
@@ -154,8 +156,7 @@ def _expect_dense_options(file: Path, options: LoadOptions) -> None:
     }
     if wrong := [name for name, is_said in said.items() if is_said]:
         raise ValueError(
-            f"model {file}: a dense model, all of whose layers stay in RAM and are computed on the CPU; "
-            f"it has no experts for {wrong[0]} to act on"
+            f"model {file}: a dense model, which is computed on the CPU; it has no experts for {wrong[0]} to act on"
         )
 
 
@@ -182,6 +183,5 @@ def open_headers(path_or_id: str | Path, pack: str | Path | None) -> OpenedCheck
     place = local_folder(path_or_id)
     if is_gguf(place):
         return _open_gguf_heads(place, pack)
-    process_bytes = resident_bytes()
     sketch, entries = sketch_of(place, "auto", needs_experts=False)
-    return _opened_sketch(sketch, entries, pack, process_bytes)
+    return _opened_sketch(sketch, entries, pack)

@@ -88,6 +88,7 @@ class Offload:
             expert_bytes=sum(slots.expert_bytes for slots in layers) // max(len(layers), 1),
             resident_bytes=weight_bytes(self._model) - embedding_bytes(self._model),
             hit_rate=hit_rate,
+            streamed_bytes=0 if self._runtime.window is None else self._runtime.window.plan.pass_bytes,
         )
         is_cached = not self._runtime.store.is_direct
         is_fast = self._runtime.matvecs.arithmetic != "exact"

@@ -118,7 +118,7 @@ def _exchanged(pairs: Collection[tuple[torch.Tensor, torch.Tensor]]) -> Iterator
 
 
 def _expect_rows(row_N: torch.Tensor, table: Any) -> None:
-    if len(row_N) and not (0 <= int(row_N[0]) and int(row_N[-1]) < table.num_embeddings):
+    if len(row_N) and not (int(row_N[0]) >= 0 and int(row_N[-1]) < table.num_embeddings):
         raise IndexError(f"ids must be 0 to {table.num_embeddings - 1}; got {int(row_N[0])} to {int(row_N[-1])}")
 
 

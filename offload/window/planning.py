@@ -144,4 +144,3 @@ def spread(layers: Sequence[Guest], count: int) -> tuple[Guest, ...]:
     return tuple(
         layer for number, layer in enumerate(layers) if (number + 1) * count // total > number * count // total
     )
-
