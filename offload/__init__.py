@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .forecast.calibrate_gpu import wire_bandwidth
     from .forecast.product_rates import product_rates
     from .gpu.devices import open_lane
+    from .members.members import load_members
     from .runtime.loading import load
     from .runtime.report import Offload
     from .store.packing import write_pack
@@ -42,6 +43,7 @@ _HOME = {
     "dequantise": ".checkpoint.quantised.plain_copy",
     "disk_bandwidth": ".forecast.calibrate",
     "load": ".runtime.loading",
+    "load_members": ".members.members",
     "open_lane": ".gpu.devices",
     "product_rates": ".forecast.product_rates",
     "wire_bandwidth": ".forecast.calibrate_gpu",
@@ -66,6 +68,7 @@ __all__ = [
     "disk_bandwidth",
     "format_size",
     "load",
+    "load_members",
     "make_cache",
     "open_lane",
     "parse_size",

@@ -65,7 +65,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("ram", "window"),
         ("gpu",),
         ("runtime",),
-        ("engine", "forecast"),
+        ("engine", "forecast", "members"),
         ("serve",),
         ("chat",),
         ("__init__", "commands"),

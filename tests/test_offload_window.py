@@ -197,7 +197,9 @@ def test_layers_left_out_start_the_window_anew(saved):
     model = offload.load(folder, resident_layers=0, layers_ahead=2)
     logits(model)
     with torch.no_grad():
-        model.model.layers[2](torch.zeros(1, 3, 64).bfloat16(), position_embeddings=[torch.zeros(1, 3, 16).bfloat16()] * 2)
+        model.model.layers[2](
+            torch.zeros(1, 3, 64).bfloat16(), position_embeddings=[torch.zeros(1, 3, 16).bfloat16()] * 2
+        )
     assert torch.equal(logits(model), expected)
     assert window_of(model)["restarts"] == 2
     model.offload.close()

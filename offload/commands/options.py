@@ -119,6 +119,13 @@ class LoadOptions:
         return {field.name: getattr(self, field.name) for field in fields(LoadOptions)}
 
     @property
+    def only_for_one_model(self) -> list[str]:
+        """Options that are given, and are about one model's experts, layers or device."""
+        names = ("cache_experts", "policy", "pack", "prefetch", "plan", "device", "gpu_memory")
+        names += ("resident_layers", "layers_ahead")
+        return [name for name in names if getattr(self, name) not in (None, "auto")]
+
+    @property
     def predictor(self) -> Path | None:
         """The file that `prefetch` names; None if it names none."""
         return Path(self.prefetch) if self.prefetch.endswith(".npz") else None

@@ -1,5 +1,6 @@
 """The parts of an offloaded model put together, once it is known who gets which memory."""
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -17,7 +18,8 @@ from ..prefetch.find_routers import make_prefetcher
 from ..store.io_mode import wants_direct
 from ..store.store import ExpertStore
 from ..window.binding import bind
-from ..window.window import Window
+from ..window.planning import WindowPlan
+from ..window.window import Streamed, Window
 from .division import Division
 from .guards import guard_model
 from .opening import OpenedCheckpoint
@@ -28,7 +30,13 @@ from .report import Offload
 from .runtime import IMPLEMENTATION, OffloadRuntime, offloaded_experts_forward
 
 
-def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions, lane: Lane | None) -> Any:
+def assemble(
+    opened: OpenedCheckpoint,
+    division: Division,
+    options: LoadOptions,
+    lane: Lane | None,
+    make_window: Callable[[ExpertStore, WindowPlan, int], Streamed] = Window,
+) -> Any:
     """The model with its tiers, ready to run.
 
     Args:
@@ -36,6 +44,7 @@ def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions,
         division: slots per layer and tier.
         options: how to read, compute and record.
         lane: the GPU, or None.
+        make_window: where streamed weights live.
     """
     model, forms, window = opened.model, opened.forms, opened.window
     passing = [guest.form for guest in window.streamed] if window else []
@@ -58,7 +67,7 @@ def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions,
     else:
         _add_gpu_tier(opened, division, lane, running)
     if window is not None:
-        running.window = Window(store, window, len(forms))
+        running.window = make_window(store, window, len(forms))
         bind(model, window, running)
     if division.starting is not None:
         running.fill(division.starting.experts_L)

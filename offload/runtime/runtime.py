@@ -30,7 +30,7 @@ from ..ram.slots import KernelSlots, LayerSlots
 from ..ram.step import ExpertStep, compute_hits
 from ..store.reading import Ticket, next_landed
 from ..store.store import ExpertStore
-from ..window.window import Window
+from ..window.window import Streamed
 from .guards import expect_no_gradient, expect_numbers_in_memory
 from .recorder import TraceRecorder
 
@@ -68,7 +68,7 @@ class OffloadRuntime:
         self._rooms = make_rooms(store.forms)
         self._fused: dict[tuple[int, int, int], FusedExperts | None] = {}
         self.gpu: GpuTier | None = None
-        self.window: Window | None = None
+        self.window: Streamed | None = None
         self._policy, self._num_slots = policy, tuple(num_slots)
         # re-entrant: a signal handler that calls the model within a call must not wait for itself for ever
         self._lock, self._process, self._is_whole = threading.RLock(), os.getpid(), True
@@ -171,6 +171,13 @@ class OffloadRuntime:
             yield weights
             with self._changes():
                 self.window.leave(turn)
+
+    def begin_window(self) -> None:
+        """Start to read streamed weights before a pass needs them."""
+        self._enter_process()
+        with self._lock, self._changes():
+            assert self.window is not None
+            self.window.begin()
 
     def rows(self, table: int, row_N: list[int]) -> torch.Tensor:
         """Rows of a streamed embedding, `[N, D]`.

@@ -44,8 +44,8 @@ class _Held:
     views: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Window:
-    """What is streamed of one model. One thread at a time calls it; the runtime holds a lock.
+class Streamed:
+    """What windows of all kinds share: rows of embeddings, waiting, counts.
 
     Args:
         store: reads guests: `plan.streamed` stand in its forms from number `first` on, then `plan.tables`.
@@ -56,18 +56,9 @@ class Window:
     def __init__(self, store: ExpertStore, plan: WindowPlan, first: int) -> None:
         self.plan, self.counters = plan, WindowCounters()
         self._store, self._first = store, first
-        num_blocks = plan.ring_bytes // BLOCK_BYTES
-        self._ring, self._memory = Ring(num_blocks), RingMemory(num_blocks) if num_blocks else None
         self._rows = [Slots(ROWS, guest.form.slot_bytes) for guest in plan.tables]
         self.turn = 0
         """Changes whenever memory of guests that were entered may be given to others."""
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget every guest; nothing may be on its way."""
-        self._held: deque[_Held] = deque()
-        self._ring.clear()
-        self.turn += 1
 
     def enter(self, number: int) -> dict[str, torch.Tensor]:
         """A guest's weights, which stay until it is left; waits until they are there.
@@ -78,12 +69,7 @@ class Window:
         Raises:
             OSError: if reading fails.
         """
-        self._go_to(number)
-        self._read_on(number)
-        held = self._held[0]
-        self.counters.entered += 1
-        self._wait(held.ticket, self.plan.streamed[number])
-        return held.views
+        raise NotImplementedError
 
     def leave(self, turn: int) -> None:
         """The guest that was entered last is computed.
@@ -99,9 +85,14 @@ class Window:
                 "a streamed model was called within a layer of another of its calls, whose weights are gone; "
                 "call it between two passes"
             )
-        number = self._held.popleft().number
-        self._ring.give_back()
-        self._read_on(number)
+
+    def clear(self) -> None:
+        """Forget every guest; nothing may be on its way."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Start to read what a pass from the first guest on needs."""
+        raise NotImplementedError
 
     def rows(self, table: int, row_N: list[int]) -> torch.Tensor:
         """Rows of an embedding, `[N, D]`.
@@ -141,6 +132,70 @@ class Window:
     def reset(self) -> None:
         """Set all counts to 0."""
         self.counters = WindowCounters()
+
+    def _wait(self, ticket: Ticket, guest: Guest) -> None:
+        if not ticket.is_finished:
+            self._store.promote(ticket)
+            started = time.perf_counter()
+            try:
+                ticket.wait()
+            except TimeoutError as error:
+                raise TimeoutError(f"{guest.name} was not read within {WAIT_S:.0f} s; is its disk gone?") from error
+            self.counters.stall_s += time.perf_counter() - started
+            self.counters.waited += 1
+        if ticket.error is not None:
+            raise OSError(f"reading {guest.name} failed: {ticket.error}") from ticket.error
+
+
+class Window(Streamed):
+    """A window of a model's own. One thread at a time calls it; the runtime holds a lock.
+
+    Args:
+        store: reads guests: `plan.streamed` stand in its forms from number `first` on, then `plan.tables`.
+        plan: what is streamed.
+        first: number of the first guest in the store.
+    """
+
+    def __init__(self, store: ExpertStore, plan: WindowPlan, first: int) -> None:
+        super().__init__(store, plan, first)
+        num_blocks = plan.ring_bytes // BLOCK_BYTES
+        self._ring, self._memory = Ring(num_blocks), RingMemory(num_blocks) if num_blocks else None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every guest; nothing may be on its way."""
+        self._held: deque[_Held] = deque()
+        self._ring.clear()
+        self.turn += 1
+
+    def enter(self, number: int) -> dict[str, torch.Tensor]:
+        """A guest's weights, which stay until it is left; waits until they are there.
+
+        Args:
+            number: place in `plan.streamed`.
+
+        Raises:
+            OSError: if reading fails.
+        """
+        self._go_to(number)
+        self._read_on(number)
+        held = self._held[0]
+        self.counters.entered += 1
+        self._wait(held.ticket, self.plan.streamed[number])
+        return held.views
+
+    def begin(self) -> None:
+        """Start to read the first guests, if the last pass has not."""
+        if self.plan.streamed:
+            self._go_to(0)
+            self._read_on(0)
+
+    def leave(self, turn: int) -> None:
+        """Give the guest's memory to the next ones."""
+        super().leave(turn)
+        number = self._held.popleft().number
+        self._ring.give_back()
+        self._read_on(number)
 
     def _go_to(self, number: int) -> None:
         """Make this guest the first one that is held or on its way."""
@@ -182,16 +237,3 @@ class Window:
         self._held.append(_Held(number, ticket, form.views(self._memory.slot(start), shifts)))
         self.counters.bytes_read += form.expert_bytes
         return True
-
-    def _wait(self, ticket: Ticket, guest: Guest) -> None:
-        if not ticket.is_finished:
-            self._store.promote(ticket)
-            started = time.perf_counter()
-            try:
-                ticket.wait()
-            except TimeoutError as error:
-                raise TimeoutError(f"{guest.name} was not read within {WAIT_S:.0f} s; is its disk gone?") from error
-            self.counters.stall_s += time.perf_counter() - started
-            self.counters.waited += 1
-        if ticket.error is not None:
-            raise OSError(f"reading {guest.name} failed: {ticket.error}") from ticket.error
