@@ -63,6 +63,11 @@ class Chooser:
         self._bayes = NaiveBayes(learning) if len(learning) > 1 else None
 
     @property
+    def default(self) -> str:
+        """Who answers if nothing speaks for anybody."""
+        return self._default
+
+    @property
     def labels(self) -> list[str]:
         """Names that requests may ask for."""
         return sorted(self._labels)

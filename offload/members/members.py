@@ -1,8 +1,8 @@
 """Several models loaded into one budget: their weights share a pool, only the chosen one computes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +38,21 @@ class Members:
     chooser: Chooser
     pool: Pool
 
-    def choose(self, prompt: str, label: str | None = None) -> Chosen:
+    def choose(self, prompt: str, label: str | None = None, *, is_next: bool = True) -> Chosen:
         """Who answers a prompt. Its weights are read from now on, while the caller prepares the prompt.
 
         Args:
             prompt: its text.
             label: whom the request asks for; None lets the prompt decide.
+            is_next: whether it is computed next; a request that may wait in a queue reads nothing yet.
 
         Raises:
             ValueError: if nobody has that label.
         """
         chosen = self.chooser.choose(prompt, label)
         self.pool.note_request(list(self.models).index(chosen.name))
-        self.models[chosen.name].offload.runtime.begin_window()
+        if is_next:
+            self.models[chosen.name].offload.runtime.begin_window()
         return chosen
 
     def report(self) -> dict[str, Any]:
@@ -73,6 +75,7 @@ def load_members(
     arithmetic: str = "auto",
     io: str = "auto",
     io_threads: int = 4,
+    is_shared: bool = False,
 ) -> Members:
     """Open several models in one budget. No layer is read before a member is chosen or called.
 
@@ -81,6 +84,8 @@ def load_members(
         cpu_memory: the whole budget of the process, as for `load`.
         context: tokens of one request; members compute in turn, so memory is kept for the largest.
         arithmetic, io, io_threads: as for `load`, for each member.
+        is_shared: whether all members keep the tokens of their users at the same time, as engines do; otherwise memory
+            is kept for the KV cache of one.
 
     Raises:
         ValueError: if the file or a checkpoint is damaged, a member is a GGUF file or cannot be streamed, or the budget
@@ -98,7 +103,7 @@ def load_members(
     options = [replace(shared, path_or_id=path, pack=pack) for path, pack in zip(folders, packs, strict=True)]
     opened = [_open(one) for one in options]
     needs = [memory_needs(one, each) for one, each in zip(opened, options, strict=True)]
-    room = _room(opened, needs, cpu_limit(shared))
+    room = _room(opened, needs, cpu_limit(shared), is_shared=is_shared)
     pool = Pool(room, len(opened))
     models = {
         row.name: _assemble(one, need, each, pool, member)
@@ -127,17 +132,18 @@ def _all_streamed(headers: OpenedCheckpoint, options: LoadOptions) -> WindowPlan
     return smallest_window(headers.guests)
 
 
-def _room(opened: list[OpenedCheckpoint], needs: list[Needs], limit: int) -> int:
+def _room(opened: list[OpenedCheckpoint], needs: list[Needs], limit: int, *, is_shared: bool) -> int:
     """What a budget leaves for the pool.
 
     Raises:
         ValueError: if that is less than the largest layer of a member.
     """
     # members compute in turn: of what a pass takes, the largest counts once
+    kept = sum if is_shared else max
     together = Needs(
         process_bytes=needs[0].process_bytes,
         weight_bytes=sum(each.weight_bytes for each in needs),
-        kv_bytes=max(each.kv_bytes for each in needs),
+        kv_bytes=kept(each.kv_bytes for each in needs),
         activation_bytes=max(each.activation_bytes for each in needs),
         staging_bytes=sum(each.staging_bytes for each in needs),
         window_bytes=sum(one.window.row_bytes for one in opened if one.window),
@@ -164,4 +170,17 @@ def _assemble(opened: OpenedCheckpoint, needs: Needs, options: LoadOptions, pool
     slots = [min(opened.top_k, count) for count in opened.experts_L]
     plan = plan_memory(cpu_limit(options), needs, opened.slot_bytes_L, opened.experts_L, opened.top_k, slots)
     division = Division(ram=plan, gpu=None, starting=None)
-    return assemble(opened, division, options, None, partial(PooledWindow, pool=pool, member=member))
+    model = assemble(opened, division, options, None, partial(PooledWindow, pool=pool, member=member))
+    model.forward = _in_turn(pool, model.forward)
+    return model
+
+
+def _in_turn(pool: Pool, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """One pass of one member at a time: two would throw out each other's layers, and need twice the activations."""
+
+    @wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with pool.turn:
+            return forward(*args, **kwargs)
+
+    return call

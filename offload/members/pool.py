@@ -52,7 +52,8 @@ class Pool:
     def __init__(self, nbytes: int, num_members: int) -> None:
         self.num_blocks = nbytes // BLOCK_BYTES
         self.memory = RingMemory(self.num_blocks)
-        self.lock = threading.RLock()
+        self.lock, self.turn = threading.RLock(), threading.RLock()
+        """Of the bookkeeping, and of a whole pass."""
         self.places: dict[Key, _Place] = {}
         self.in_use: dict[int, int] = {}
         """The guest of each member that is computed now."""
