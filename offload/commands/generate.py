@@ -1,6 +1,7 @@
 """`expertier generate`: continue a text with the experts on disk and in a bounded part of memory."""
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,9 +81,9 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise ValueError("give either --prompt TEXT or --prompts FILE")
     if prompts is not None:
-        if any(given is not None for given in (trace, hardware, json_file, processes)):
+        if any(given is not None for given in (trace, hardware, json_file, processes, options.skip_ffn)):
             raise ValueError(
-                "--trace, --hardware, --processes and --json are of one prompt; leave them out with --prompts"
+                "--trace, --hardware, --processes, --skip-ffn and --json are of one prompt; drop them with --prompts"
             )
         answer_file(model, prompts, out, max_new_tokens, options)
         return
@@ -128,19 +129,30 @@ def _continue(
         # a predictor would read experts that are other processes'
         loaded = load(folder, **options.for_loading | {"plan": None, "prefetch": "off"})
         several.spread(loaded, options.plan)
-    result = generate_text(
-        loaded,
-        text,
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        show=screen.show,
-        stage=screen.stage,
-        say=screen.status,
-        trace_file=trace,
-        hardware=rates,
-        choice=options.choice,
-    )
-    return {**result, "note": text.note}
+    with _skipping(loaded, options.skip_ffn) as skipped:
+        result = generate_text(
+            loaded,
+            text,
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            show=screen.show,
+            stage=screen.stage,
+            say=screen.status,
+            trace_file=trace,
+            hardware=rates,
+            choice=options.choice,
+        )
+    left_out = {} if skipped is None else {"skipped_share": skipped.skipped_share, "skipped_L": skipped.skipped}
+    return {**result, **left_out, "note": text.note}
+
+
+def _skipping(loaded: Any, threshold: float | None) -> AbstractContextManager[Any]:
+    """Within, feed-forwards are left out; None leaves out nothing."""
+    if threshold is None:
+        return nullcontext()
+    from moe import skip_feed_forward
+
+    return skip_feed_forward(loaded, threshold=threshold)
 
 
 def _answer_by_member(
@@ -156,7 +168,7 @@ def _answer_by_member(
     expect_outputs(json_file, inputs=[members])
     if model is not None or prompt is None:
         raise ValueError("--members takes the place of MODEL, and answers one --prompt")
-    if others := options.only_for_one_model:
+    if others := [*options.only_for_one_model, *(["skip_ffn"] if options.skip_ffn is not None else [])]:
         raise ValueError(f"--{others[0].replace('_', '-')} is for one model; leave it out with --members")
     from ..members.members import load_members
     from ..serve.generation import generate_text
@@ -208,6 +220,8 @@ def show(report: dict[str, Any]) -> None:
         f"{report['tokens_per_second']:.2f} tok/s, prefill {report['prefill_seconds']:.2f} s, "
         f"hit rate {report['hit_rate']:.3f}"
     )
+    if (skipped := report.get("skipped_share")) is not None:
+        console.print(f"{skipped:.0%} of feed-forwards left out: this is not the model's own answer")
     console.print(f"read {format_size(report['bytes_read'])}, peak memory {format_size(report['peak_memory_bytes'])}")
 
 

@@ -11,6 +11,7 @@ from routing.ground.files import write_json
 from routing.ground.hardware import Hardware as Rates
 from routing.ground.quantity import format_size, parse_size
 from routing.ground.terminal import plain_console
+from routing.traces import RoutingTrace
 
 from .options import (
     ARITHMETICS,
@@ -60,6 +61,10 @@ def fit(
         float | None,
         typer.Option("--hit-rate", min=0, max=1, help="Known hit rate, for example of `simulate`; needs --hardware."),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", help="Recorded routing (.npz) to take the hit rate from; needs --hardware."),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Say whether a model fits a memory budget, and how many of its experts stay in memory.
@@ -72,14 +77,16 @@ def fit(
     Example: `expertier fit my-model --cpu-memory 6GiB`
     """
     expect_model(model)
-    expect_outputs(json_file, inputs=[model, hardware, packed])
+    expect_outputs(json_file, inputs=[model, hardware, packed, trace])
     expect_name(arithmetic, ARITHMETICS, "arithmetic")
     for size in (cpu_memory, gpu_memory):
         if size not in (None, "auto"):
             parse_size(size)
     if hit_rate is not None and (hardware is None or gpu_memory is not None):
         raise ValueError("--hit-rate predicts the speed on the CPU: it needs --hardware FILE, and no --gpu-memory")
-    rates = None if hardware is None else Rates.load(hardware)
+    if trace is not None and (hit_rate is not None or hardware is None or gpu_memory is not None):
+        raise ValueError("--trace gives the hit rate on the CPU: it needs --hardware FILE, and no --hit-rate")
+    rates, recorded = None if hardware is None else Rates.load(hardware), _recorded(trace)
     with plain_console(stderr=True).status(f"reading what {model} consists of"):
         from ..forecast.fit import fit as fit_model
 
@@ -99,6 +106,9 @@ def fit(
     if fitted.gpu_plan is not None:
         predicted = _gpu_fit(fitted, rates)
     elif rates is not None and fitted.plan is not None:
+        if recorded is not None:
+            hit_rate = fitted.traced_hit_rate(recorded)
+            plain_console(soft_wrap=True).print(f"on {trace}, {hit_rate:.1%} of the experts are hit with these slots")
         predicted = _predict(fitted, rates, arithmetic, hit_rate)
         variants = _show_variants(fitted, rates)
     elif fitted.plan is not None:
@@ -108,6 +118,15 @@ def fit(
         write_json(json_file, {"model": model, **fitted.as_json(), **told})
     if fitted.plan is None:
         raise typer.Exit(DOES_NOT_FIT)
+
+
+def _recorded(trace: Path | None) -> RoutingTrace | None:
+    """The routing in a file.
+
+    Raises:
+        ValueError: if it is missing or damaged.
+    """
+    return None if trace is None else RoutingTrace.load(trace)
 
 
 def _show_fit(fitted: Any, cpu_memory: str) -> None:

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from routing.ground.hardware import Hardware
+from routing.traces import RoutingTrace
 
+from ..cache.simulate import simulate
 from ..checkpoint.location import heads_of
 from ..compute.resident import embedding_bytes
 from ..formats.form import Form
@@ -15,7 +17,7 @@ from ..memory.budget import Budgets, MemoryPlan, Needs
 from ..memory.cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
 from ..runtime.division import budgets_of, choose_window, divide_memory, needs_of
 from ..runtime.opening import open_headers
-from ..runtime.options import LoadOptions
+from ..runtime.options import DEFAULT_POLICY, LoadOptions
 from ..window.planning import WindowPlan
 
 
@@ -78,6 +80,31 @@ class Fit:
         first = self.forms[0] if self.forms else None
         rate = hardware.token_rate(is_fast=is_fast) if first is None else first.token_rate(hardware, is_fast=is_fast)
         return predict_decode(work, hardware, rate=rate)
+
+    def traced_hit_rate(self, trace: RoutingTrace) -> float:
+        """The hit rate of the default policy on recorded routing, at the slots that the budget pays for.
+
+        Args:
+            trace: of this model, or of one with as many MoE layers and experts.
+
+        Raises:
+            ValueError: if the model does not fit, or the trace is of a model of another shape.
+        """
+        if self.plan is None:
+            raise ValueError(f"nothing to predict: {self.shortfall}")
+        counts = [form.layer.num_experts for form in self.forms]
+        if trace.num_layers != len(counts) or trace.num_experts > max(counts, default=0):
+            raise ValueError(
+                f"the trace has {trace.num_layers} layers of {trace.num_experts} experts, "
+                f"the model {len(counts)} of {max(counts, default=0)}"
+            )
+        hits = accesses = 0
+        for slots in sorted(set(self.plan.num_slots)):
+            found = simulate(trace, slots, policies=(DEFAULT_POLICY,))[DEFAULT_POLICY]
+            here = [layer for layer, count in enumerate(self.plan.num_slots) if count == slots]
+            hits += int(found.hits_L[here].sum())
+            accesses += int(found.accesses_L[here].sum())
+        return hits / max(accesses, 1)
 
     def predict_gpu(self, hardware: Hardware) -> GpuPrediction:
         """Seconds per decoded token with the GPU tier, at hit rates that are typical for the shares of experts.
