@@ -126,7 +126,7 @@ def find_guests(model: Any, entries: Mapping[str, TensorEntry], found: Matches) 
     tables = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and not name.startswith(inner)
+        if _looks_up(module, model) and not name.startswith(inner)
     }
     is_tied = head is not None and any(id(table.weight) == id(output.weight) for table in tables.values())
     rows = [locate.rows(name, table) for name, table in tables.items()]
@@ -146,6 +146,12 @@ def find_guests(model: Any, entries: Mapping[str, TensorEntry], found: Matches) 
 def _is_layer(module: nn.Module) -> bool:
     """transformers derives every decoder layer from the class that may recompute it in training."""
     return isinstance(module, GradientCheckpointingLayer)
+
+
+def _looks_up(module: nn.Module, model: Any) -> bool:
+    """Whether a module is a table whose rows its own input names: others (learned positions) compute their rows."""
+    is_input = isinstance(module, nn.Embedding) and module is model.get_input_embeddings()
+    return is_input or type(module) is nn.Embedding
 
 
 @dataclass(frozen=True, eq=False)
