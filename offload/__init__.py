@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .forecast.calibrate_gpu import wire_bandwidth
     from .forecast.product_rates import product_rates
     from .gpu.devices import open_lane
+    from .members.members import load_members
     from .prefetch.softmax_gates import softmax_gates
     from .runtime.loading import load
     from .runtime.report import Offload
@@ -47,6 +48,7 @@ _HOME = {
     "disk_bandwidth": ".forecast.calibrate",
     "fine_tune": ".finetune.tune",
     "load": ".runtime.loading",
+    "load_members": ".members.members",
     "open_lane": ".gpu.devices",
     "product_rates": ".forecast.product_rates",
     "softmax_gates": ".prefetch.softmax_gates",
@@ -74,6 +76,7 @@ __all__ = [
     "fine_tune",
     "format_size",
     "load",
+    "load_members",
     "make_cache",
     "open_lane",
     "parse_size",

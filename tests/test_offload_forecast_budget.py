@@ -1,5 +1,6 @@
 """`fit` and `load` divide memory by the same arithmetic, and say what would do."""
 
+import numpy as np
 import pytest
 
 import offload
@@ -10,6 +11,7 @@ from offload.runtime.needs import memory_needs
 from offload.runtime.opening import open_checkpoint, open_headers
 from offload.runtime.options import LoadOptions
 from routing.ground.quantity import parse_size
+from routing.traces import RoutingTrace
 from tests.offloaded_process import save_model
 
 MIB = 1 << 20
@@ -105,3 +107,22 @@ def test_headers_foretell_the_weights_that_loading_keeps_wide(model_type, tmp_pa
     options = LoadOptions(path_or_id=folder)
     foretold, found = (memory_needs(one, options) for one in (open_headers(folder, None), open_checkpoint(options)))
     assert foretold.weight_bytes == found.weight_bytes
+
+
+@pytest.mark.usefixtures("steady")
+def test_the_hit_rate_of_a_trace_is_that_of_the_default_policy_at_the_slots_of_the_budget(folder):
+    expert_TLK = np.random.default_rng(0).integers(0, 16, (60, 4, 2)).astype(np.int16)
+    trace = RoutingTrace(expert_TLK=expert_TLK, sequence_T=np.zeros(60, np.int32), metadata={"num_experts": 16})
+    budgets = fit(folder).budgets
+    for share in (0.0, 0.4, 1.0):
+        limit = budgets.least_bytes + int(share * (budgets.all_bytes - budgets.least_bytes))
+        fitted = fit(folder, cpu_memory=limit)
+        by_slots = {slots: offload.simulate(trace, slots, policies=("learned",))["learned"] for slots in range(1, 17)}
+        rows = list(enumerate(fitted.plan.num_slots))
+        hits = sum(int(by_slots[slots].hits_L[layer]) for layer, slots in rows)
+        assert fitted.traced_hit_rate(trace) == hits / sum(int(by_slots[2].accesses_L[layer]) for layer, _ in rows)
+    assert fit(folder, cpu_memory=budgets.all_bytes).traced_hit_rate(trace) > 0.8  # only first uses miss
+    with pytest.raises(ValueError, match="the trace has 3 layers of 16 experts, the model 4 of 16"):
+        fitted.traced_hit_rate(
+            RoutingTrace(expert_TLK=expert_TLK[:, :3], sequence_T=np.zeros(60, np.int32), metadata={"num_experts": 16})
+        )

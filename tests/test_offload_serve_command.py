@@ -277,3 +277,27 @@ def test_a_trained_model_makes_sense_over_http():
         answer = ask(url, "What is the capital of France? Answer in one sentence.", max_tokens=20).json()
     assert "Paris" in answer["choices"][0]["message"]["content"]
     assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_members_answer_by_name_or_by_what_the_prompt_says(tmp_path):
+    """Two models in one budget: each request gets the whole answer of one of them."""
+    kinds = {"sea": "silu", "land": "gelu"}
+    folders = {name: save_model(tmp_path / name, hidden_act=kind) for name, kind in kinds.items()}
+    assert expected(folders["sea"], "Hi", 24) != expected(folders["land"], "Hi", 24)
+    rows = [{"name": "sea", "model": "sea"}, {"name": "land", "model": "land", "words": ["hill"], "labels": ["earth"]}]
+    file = tmp_path / "pair.yaml"
+    file.write_text(json.dumps({"members": rows}))
+    with process_of(f"--members={file}") as (_, url):
+        names = {model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]}
+        assert names == {"pair", "sea", "land", "earth"}
+        for text, asked, member in (
+            ("Hi", {}, "sea"),
+            ("up the hill", {}, "land"),
+            ("up the hill", {"model": "sea"}, "sea"),
+            ("Hi", {"model": "earth"}, "land"),
+            ("Hi", {"model": "pair"}, "sea"),
+        ):
+            body = ask(url, text, **asked).json()
+            assert body["model"] == member
+            assert body["choices"][0]["message"]["content"] == expected(folders[member], text, 24)[0]
+        assert ask(url, "Hi", model="sky").status_code == 404

@@ -1,6 +1,7 @@
 """A model folder before anything is loaded: its config and class as transformers reads them, and where experts lie."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 import moe  # noqa: F401  registers our own model type with transformers
 
-from .experts import ExpertLayer, experts_modules, locate_experts, match_checkpoint
+from .conversion import Matches
+from .experts import ExpertLayer, experts_modules, locate_experts, match_checkpoint, weight_names
 from .gguf.architectures import expect_architecture
 from .gguf.config import config_of, dtype_of
 from .gguf.head import has_config_file, is_gguf, read_gguf
@@ -34,14 +36,67 @@ def skeleton_of(path_or_id: str | Path) -> tuple[Any, dict[str, TensorEntry], li
     folder = local_folder(path_or_id)
     if is_gguf(folder):
         raise ValueError(f"model {folder}: experts of a GGUF file lie in one piece each; they are not packed again")
+    sketch, entries = sketch_of(folder, "auto")
+    expect_plain_weights(folder, sketch.skeleton, entries, sketch.found)
+    return sketch.skeleton, entries, sketch.layers(entries)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sketch:
+    """A model before its weights.
+
+    Args:
+        folder: of its files.
+        config: of `read_config`.
+        dtype: that it runs in.
+        skeleton: the model on the meta device, each parameter in the dtype that it will have.
+        expected: all tensors of its state by full name; of the skeleton, experts' weights may be taken out.
+        experts: full names of the experts' weights.
+        found: what `match_checkpoint` says of it.
+    """
+
+    folder: Path
+    config: Any
+    dtype: torch.dtype
+    skeleton: Any
+    expected: Mapping[str, torch.Tensor]
+    experts: frozenset[str]
+    found: Matches
+
+    def layers(self, entries: Mapping[str, TensorEntry]) -> list[ExpertLayer]:
+        """Where its experts lie; none in a dense model."""
+        dtypes = {name: tensor.dtype for name, tensor in self.expected.items()}
+        return locate_experts(self.skeleton, entries, dtypes, self.found)
+
+
+def sketch_of(
+    folder: Path, dtype: str | torch.dtype, *, needs_experts: bool = True
+) -> tuple[Sketch, dict[str, TensorEntry]]:
+    """Sketch a model, and read which tensors its checkpoint has.
+
+    Args:
+        folder: a model folder.
+        dtype: see `running_dtype_of`.
+        needs_experts: whether a model without experts is refused.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or its config describes no model.
+    """
     config = read_config(folder)
-    entries, dtype = read_weights(folder, config, "auto")
-    skeleton = empty_model(folder, config, dtype)
-    _keep_wide(skeleton, dtype)
-    found = match_checkpoint(skeleton, entries)
-    expect_plain_weights(folder, skeleton, entries, found)
-    dtypes = {name: parameter.dtype for name, parameter in skeleton.state_dict().items()}
-    return skeleton, entries, locate_experts(skeleton, entries, dtypes, found)
+    entries, running = read_weights(folder, config, dtype)
+    skeleton = empty_model(folder, config, running, needs_experts=needs_experts)
+    _keep_wide(skeleton, running)
+    modules = experts_modules(skeleton)
+    sketch = Sketch(
+        folder=folder,
+        config=config,
+        dtype=running,
+        skeleton=skeleton,
+        expected=skeleton.state_dict(),
+        experts=frozenset(f"{name}.{weight}" for name, module in modules.items() for weight in weight_names(module)),
+        found=match_checkpoint(skeleton, entries),
+    )
+    return sketch, entries
 
 
 def read_weights(folder: Path, config: Any, dtype: str | torch.dtype) -> tuple[dict[str, TensorEntry], torch.dtype]:

@@ -1,21 +1,23 @@
-"""Everything of a model but its experts, loaded by transformers itself."""
+"""Everything of a model but its experts and what is streamed, loaded by transformers itself."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from .experts import experts_modules, match_checkpoint, weight_names
-from .model_folder import empty_model, model_class_of
-from .plain_weights import expect_plain_weights
+from .experts import experts_modules, weight_names
+from .model_folder import Sketch, model_class_of
 from .quantised.entry import lazy_tensor
 from .tensors import TORCH_DTYPES, TensorEntry
 
 
 class _Hollow:
-    """Stands in for an experts weight while transformers loads the rest: the right shape, no memory."""
+    """Stands in for a weight that stays on disk while transformers loads the rest: the right shape, no memory.
+
+    What uses it by mistake gets no number at all, which shows.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
@@ -30,34 +32,37 @@ class _Hollow:
         return self
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.zeros((), dtype=dtype or self.dtype).expand(self.shape)
+        return torch.full((), torch.nan, dtype=dtype or self.dtype).expand(self.shape)
 
 
 def load_resident(
-    folder: Path, config: Any, entries: Mapping[str, TensorEntry], dtype: torch.dtype, implementation: str
+    sketch: Sketch, entries: Mapping[str, TensorEntry], implementation: str, streamed: Collection[str] = ()
 ) -> Any:
-    """Let transformers load everything but the experts' matrices, which stay hollow."""
-    skeleton = empty_model(folder, config, None)
-    modules = experts_modules(skeleton)
-    found = match_checkpoint(skeleton, entries)
-    expect_plain_weights(folder, skeleton, entries, found)
+    """Let transformers load everything but the experts' matrices and what is streamed, which stay hollow.
+
+    Args:
+        sketch: the model without weights.
+        entries: the checkpoint's tensors.
+        implementation: name of the experts implementation.
+        streamed: full names of parameters outside experts.
+    """
+    folder, found, expected = sketch.folder, sketch.found, sketch.expected
     state: dict[str, Any] = {}
-    shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
-    hollow = {f"{name}.{weight}" for name, module in modules.items() for weight in weight_names(module)}
+    hollow = {*sketch.experts, *(name for name in streamed if name in found)}
     for name, keys in found.items():
         if name not in hollow:
             # an unused tensor of a dtype that torch cannot name says nothing about the model; a used one is an error
-            readable = [key for key, _ in keys if name in shapes or entries[key].dtype in TORCH_DTYPES]
+            readable = [key for key, _ in keys if name in expected or entries[key].dtype in TORCH_DTYPES]
             state.update({key: lazy_tensor(entries[key]) for key in readable})
-    for name in hollow & shapes.keys():
-        if name not in found and name in (getattr(skeleton, "all_tied_weights_keys", None) or {}):
+    for name in hollow & expected.keys():
+        if name not in found and name in (getattr(sketch.skeleton, "all_tied_weights_keys", None) or {}):
             raise ValueError(
                 f"model {folder}: the experts of {name} are shared by two modules, and cannot be offloaded"
             )
         if name not in found:
             raise ValueError(f"model {folder}: the checkpoint has no tensor for {name}; is a shard missing?")
-        state[name] = _Hollow(shapes[name], dtype)
-    model = model_of_state(folder, config, state, dtype, implementation)
+        state[name] = _Hollow(tuple(expected[name].shape), expected[name].dtype)
+    model = model_of_state(folder, sketch.config, state, sketch.dtype, implementation if sketch.experts else None)
     model.generation_config = generation_config_of(folder)
     return model
 

@@ -1,6 +1,7 @@
 """`expertier generate`: continue a text with the experts on disk and in a bounded part of memory."""
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,14 +15,16 @@ from routing.ground.terminal import plain_console
 
 from .generate_file import Prompts, answer_file
 from .generate_options import GenerateOptions
-from .options import Hardware, JsonFile, Model, expect_model, quiet_transformers, with_options
+from .options import Hardware, JsonFile, expect_model, quiet_transformers, with_options
 from .processes import Processes, ProcessesOption, processes_of
 from .screen import Screen
 
 
 @with_options(GenerateOptions)
 def generate(
-    model: Model,
+    model: Annotated[
+        str | None, typer.Argument(help="A Hugging Face model folder (safetensors), or a model id.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Text to continue; - reads it from stdin.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to generate.")] = 64,
     prompts: Annotated[
@@ -31,6 +34,13 @@ def generate(
         Path | None, typer.Option("--out", help="Where answers to --prompts go, as JSON lines; a later run goes on.")
     ] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Record the routing into this .npz file.")] = None,
+    members: Annotated[
+        Path | None,
+        typer.Option("--members", help="Instead of a model: a YAML file of several, one of which answers."),
+    ] = None,
+    member: Annotated[
+        str | None, typer.Option("--member", help="Which of --members answers; the prompt decides without it.")
+    ] = None,
     hardware: Hardware = None,
     live: Annotated[
         bool, typer.Option("--live", help="Print speed, hit rate and bytes read while generating, on stderr.")
@@ -54,9 +64,16 @@ def generate(
 
     With a GPU: `expertier generate my-model --prompt "def main():" --device cuda --gpu-memory 8GiB --cpu-memory 32GiB`
 
+    One of several models in one budget: `expertier generate --members models.yaml --prompt "..." --cpu-memory 6GiB`
+
     On two processes, each with a part of the experts: `--processes 2 --cpu-memory 3GiB`; --plan is then one of
     `place solve`.
     """
+    if members is not None:
+        _answer_by_member(members, member, model, prompt, max_new_tokens, options, json_file)
+        return
+    if model is None or member is not None:
+        raise ValueError("give a MODEL, or --members FILE (and --member NAME with it)")
     expect_model(model)
     stdin = "/dev/stdin" if prompt == "-" else None
     inputs = [model, hardware, prompts, *options.files, options.chat_template, stdin]
@@ -66,9 +83,9 @@ def generate(
     if options.prefer_cached is not None and (prompts is not None or processes is not None):
         raise ValueError("--prefer-cached is of one prompt on one process; leave out --prompts and --processes")
     if prompts is not None:
-        if any(given is not None for given in (trace, hardware, json_file, processes)):
+        if any(given is not None for given in (trace, hardware, json_file, processes, options.skip_ffn)):
             raise ValueError(
-                "--trace, --hardware, --processes and --json are of one prompt; leave them out with --prompts"
+                "--trace, --hardware, --processes, --skip-ffn and --json are of one prompt; drop them with --prompts"
             )
         answer_file(model, prompts, out, max_new_tokens, options)
         return
@@ -116,19 +133,77 @@ def _continue(
         several.spread(loaded, options.plan)
     if options.prefer_cached is not None:
         loaded.offload.prefer_cached(options.prefer_cached)
-    result = generate_text(
-        loaded,
-        text,
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        show=screen.show,
-        stage=screen.stage,
-        say=screen.status,
-        trace_file=trace,
-        hardware=rates,
-        choice=options.choice,
-    )
-    return {**result, "note": text.note}
+    with _skipping(loaded, options.skip_ffn) as skipped:
+        result = generate_text(
+            loaded,
+            text,
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            show=screen.show,
+            stage=screen.stage,
+            say=screen.status,
+            trace_file=trace,
+            hardware=rates,
+            choice=options.choice,
+        )
+    left_out = {} if skipped is None else {"skipped_share": skipped.skipped_share, "skipped_L": skipped.skipped}
+    return {**result, **left_out, "note": text.note}
+
+
+def _skipping(loaded: Any, threshold: float | None) -> AbstractContextManager[Any]:
+    """Within, feed-forwards are left out; None leaves out nothing."""
+    if threshold is None:
+        return nullcontext()
+    from moe import skip_feed_forward
+
+    return skip_feed_forward(loaded, threshold=threshold)
+
+
+def _answer_by_member(
+    members: Path,
+    member: str | None,
+    model: str | None,
+    prompt: str | None,
+    max_new_tokens: int,
+    options: GenerateOptions,
+    json_file: Path | None,
+) -> None:
+    """Let the member that a prompt chooses answer it."""
+    expect_outputs(json_file, inputs=[members])
+    if model is not None or prompt is None:
+        raise ValueError("--members takes the place of MODEL, and answers one --prompt")
+    if others := [*options.only_for_one_model, *(["skip_ffn"] if options.skip_ffn is not None else [])]:
+        raise ValueError(f"--{others[0].replace('_', '-')} is for one model; leave it out with --members")
+    from ..members.members import load_members
+    from ..serve.generation import generate_text
+    from ..serve.text import expect_room, open_text
+
+    quiet_transformers()
+    text = _read_stdin() if prompt == "-" else prompt
+    with Screen(is_live=False) as screen:
+        screen.stage(f"opening the members of {members}")
+        shared = {name: getattr(options, name) for name in ("cpu_memory", "context", "arithmetic", "io")}
+        group = load_members(members, **shared)
+        chosen = group.choose(text, member)
+        folder = Path(group.folders[chosen.name])
+        words = open_text(folder)
+        prompt_ids = Prompts(folder, words, options).ids(text)
+        expect_room(len(prompt_ids), max_new_tokens, options.context)
+        result = generate_text(
+            group.models[chosen.name],
+            words,
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            show=screen.show,
+            stage=screen.stage,
+            choice=options.choice,
+        )
+        found = {"member": chosen.name, "why": chosen.why, "shares": chosen.share_M, "members": group.report()}
+        group.close()
+    show({**result, "note": words.note})
+    plain_console(stderr=True, soft_wrap=True).print(f"answered by {chosen.name} ({chosen.why})")
+    if json_file:
+        write_json(json_file, {"model": str(folder), "prompt": text, **result, **found})
 
 
 def show(report: dict[str, Any]) -> None:
@@ -154,6 +229,8 @@ def show(report: dict[str, Any]) -> None:
             f"LOSSY: {preference['changed']} of {preference['choices']} experts were chosen for being in memory; "
             "the text is not the model's"
         )
+    if (skipped := report.get("skipped_share")) is not None:
+        console.print(f"{skipped:.0%} of feed-forwards left out: this is not the model's own answer")
     console.print(f"read {format_size(report['bytes_read'])}, peak memory {format_size(report['peak_memory_bytes'])}")
 
 

@@ -36,6 +36,14 @@ class GenerateOptions(LoadOptions):
     seed: Annotated[int | None, typer.Option("--seed", help="Of the random numbers; `serve` gives the same text.")] = (
         None
     )
+    skip_ffn: Annotated[
+        float | None,
+        typer.Option(
+            "--skip-ffn",
+            help="Lossy: leave out feed-forwards, and the reads of their experts, after one that turned the hidden "
+            "state so little (cosine, such as 0.98).",
+        ),
+    ] = None
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; repeat for more.", show_default=False)
     ] = None
@@ -62,6 +70,8 @@ class GenerateOptions(LoadOptions):
         """
         super().__post_init__()
         _ = self.sampling
+        if self.skip_ffn is not None and not 0 < self.skip_ffn <= 1:
+            raise ValueError(f"--skip-ffn is a cosine above 0 and at most 1; got {self.skip_ffn:g}")
         if "" in (self.stop or ()):
             raise ValueError("--stop is empty; leave it out")
         if not self.chat and (self.system is not None or self.chat_template is not None):

@@ -11,6 +11,7 @@ from routing.ground.files import write_json
 from routing.ground.hardware import Hardware as Rates
 from routing.ground.quantity import format_size, parse_size
 from routing.ground.terminal import plain_console
+from routing.traces import RoutingTrace
 
 from .options import (
     ARITHMETICS,
@@ -19,8 +20,10 @@ from .options import (
     CpuMemory,
     Hardware,
     JsonFile,
+    LayersAhead,
     Model,
     Pack,
+    ResidentLayers,
     expect_model,
     quiet_transformers,
 )
@@ -53,6 +56,8 @@ def fit(
     hardware: Hardware = None,
     arithmetic: Arithmetic = "auto",
     packed: Pack = None,
+    resident_layers: ResidentLayers = None,
+    layers_ahead: LayersAhead = None,
     hit_rate: Annotated[
         float | None,
         typer.Option("--hit-rate", min=0, max=1, help="Known hit rate, for example of `simulate`; needs --hardware."),
@@ -60,6 +65,10 @@ def fit(
     finetune: Annotated[
         str | None,
         typer.Option("--finetune", help="zo, lora or full: what fine-tuning takes; a step has --context tokens."),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", help="Recorded routing (.npz) to take the hit rate from; needs --hardware."),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -73,13 +82,15 @@ def fit(
     Example: `expertier fit my-model --cpu-memory 6GiB`
     """
     expect_model(model)
-    expect_outputs(json_file, inputs=[model, hardware, packed])
+    expect_outputs(json_file, inputs=[model, hardware, packed, trace])
     expect_name(arithmetic, ARITHMETICS, "arithmetic")
     for size in (cpu_memory, gpu_memory):
         if size not in (None, "auto"):
             parse_size(size)
     if hit_rate is not None and (hardware is None or gpu_memory is not None):
         raise ValueError("--hit-rate predicts the speed on the CPU: it needs --hardware FILE, and no --gpu-memory")
+    if trace is not None and (hit_rate is not None or hardware is None or gpu_memory is not None):
+        raise ValueError("--trace gives the hit rate on the CPU: it needs --hardware FILE, and no --hit-rate")
     rates = None if hardware is None else Rates.load(hardware)
     if finetune is not None:
         if gpu_memory is not None or packed is not None:
@@ -90,17 +101,29 @@ def fit(
         if not fit_finetune(model, finetune, cpu_memory, context, rates, json_file):
             raise typer.Exit(DOES_NOT_FIT)
         return
+    recorded = _recorded(trace)
     with plain_console(stderr=True).status(f"reading what {model} consists of"):
         from ..forecast.fit import fit as fit_model
 
         quiet_transformers()
-        fitted = fit_model(model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, context=context, pack=packed)
+        fitted = fit_model(
+            model,
+            cpu_memory=cpu_memory,
+            gpu_memory=gpu_memory,
+            context=context,
+            pack=packed,
+            resident_layers=resident_layers,
+            layers_ahead=layers_ahead,
+        )
     _show_fit(fitted, cpu_memory)
     predicted: dict[str, Any] = {}
     variants: list[Any] = []
     if fitted.gpu_plan is not None:
         predicted = _gpu_fit(fitted, rates)
     elif rates is not None and fitted.plan is not None:
+        if recorded is not None:
+            hit_rate = fitted.traced_hit_rate(recorded)
+            plain_console(soft_wrap=True).print(f"on {trace}, {hit_rate:.1%} of the experts are hit with these slots")
         predicted = _predict(fitted, rates, arithmetic, hit_rate)
         variants = _show_variants(fitted, rates)
     elif fitted.plan is not None:
@@ -110,6 +133,15 @@ def fit(
         write_json(json_file, {"model": model, **fitted.as_json(), **told})
     if fitted.plan is None:
         raise typer.Exit(DOES_NOT_FIT)
+
+
+def _recorded(trace: Path | None) -> RoutingTrace | None:
+    """The routing in a file.
+
+    Raises:
+        ValueError: if it is missing or damaged.
+    """
+    return None if trace is None else RoutingTrace.load(trace)
 
 
 def _show_fit(fitted: Any, cpu_memory: str) -> None:
@@ -125,6 +157,11 @@ def _show_fit(fitted: Any, cpu_memory: str) -> None:
         table.add_row(name, format_size(size))
     console.print(table)
     console.print(f"fits {format_size(fitted.plan.limit_bytes)} with {_held_by(fitted)} in memory")
+    if fitted.window is not None:
+        console.print(
+            f"streamed for each token: {format_size(fitted.streamed_bytes)} of layers outside experts, "
+            f"{fitted.window.ahead} ahead"
+        )
     if fitted.forms:
         held = sum(count * form.expert_bytes for count, form in zip(fitted.plan.num_slots, fitted.forms, strict=True))
         on_disk = format_size(max(fitted.expert_bytes - held, 0))
@@ -134,7 +171,7 @@ def _show_fit(fitted: Any, cpu_memory: str) -> None:
 
 def _consists_of(fitted: Any) -> str:
     if not fitted.forms:
-        return f"a dense model of {format_size(fitted.needs.weight_bytes)}, all of which stays in memory"
+        return f"a dense model of {format_size(fitted.dense_bytes)}"
     sizes = {form.expert_bytes for form in fitted.forms}
     size = format_size(max(sizes)) if len(sizes) == 1 else f"{format_size(min(sizes))} to {format_size(max(sizes))}"
     return (
@@ -146,11 +183,16 @@ def _consists_of(fitted: Any) -> str:
 
 def _held_by(fitted: Any) -> str:
     """How much of a model that fits is in memory."""
+    if fitted.window is not None:
+        layers = f"{fitted.window.num_resident} of {len(fitted.window.guests.passing)} layers"
+    else:
+        layers = "all layers"
     if not fitted.forms:
-        return "all layers"
+        return layers
     slots, count = fitted.plan.num_slots, fitted.forms[0].layer.num_experts
     held = f"{min(slots)}" if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
-    return f"{'all' if min(slots) >= count else f'{held} of {count}'} experts of each layer"
+    experts = f"{'all' if min(slots) >= count else f'{held} of {count}'} experts of each layer"
+    return experts if fitted.window is None else f"{layers} and {experts}"
 
 
 def _show_budgets(budgets: Any) -> None:

@@ -46,6 +46,20 @@ Arithmetic = Annotated[
 ARITHMETICS = ("auto", "exact", "fixed", "fast")
 Pack = Annotated[Path | None, typer.Option("--pack", help="Read experts from this file of `expertier pack`.")]
 
+ResidentLayers = Annotated[
+    int | None,
+    typer.Option(
+        "--resident-layers",
+        min=0,
+        help="Decoder layers that stay in memory, the head counting as one; others are read for each token. "
+        "Default: as many as the budget holds.",
+    ),
+]
+LayersAhead = Annotated[
+    int | None,
+    typer.Option("--layers-ahead", min=0, help="Layers read while one is computed. Default: up to 2."),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
@@ -73,6 +87,8 @@ class LoadOptions:
         "auto"
     )
     gpu_memory: GpuMemory = "auto"
+    resident_layers: ResidentLayers = None
+    layers_ahead: LayersAhead = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before torch is imported.
@@ -101,6 +117,13 @@ class LoadOptions:
     def for_loading(self) -> dict[str, Any]:
         """Arguments of `offload.load`; commands with more options subclass this."""
         return {field.name: getattr(self, field.name) for field in fields(LoadOptions)}
+
+    @property
+    def only_for_one_model(self) -> list[str]:
+        """Options that are given, and are about one model's experts, layers or device."""
+        names = ("cache_experts", "policy", "pack", "prefetch", "plan", "device", "gpu_memory")
+        names += ("resident_layers", "layers_ahead")
+        return [name for name in names if getattr(self, name) not in (None, "auto")]
 
     @property
     def predictor(self) -> Path | None:

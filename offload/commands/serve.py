@@ -8,11 +8,12 @@ import typer
 
 from routing.ground.terminal import plain_console
 
-from .options import Model, expect_model, quiet_transformers, with_options
+from .options import expect_model, quiet_transformers, with_options
 from .serve_options import ServeOptions
 
 if TYPE_CHECKING:
     from ..serve.opening import Opened
+    from ..serve.web.answering import Desk
     from ..serve.web.guard import Gate
     from ..serve.web.service import Service
 
@@ -24,7 +25,13 @@ LAST_LOOK_S = 2.0
 
 @with_options(ServeOptions)
 def serve(
-    model: Model,
+    model: Annotated[
+        str | None, typer.Argument(help="A Hugging Face model folder (safetensors), or a model id.")
+    ] = None,
+    members: Annotated[
+        Path | None,
+        typer.Option("--members", help="Instead of a model: a YAML file of several; each request is for one of them."),
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port to listen at; 0 takes a free one.")
@@ -41,8 +48,13 @@ def serve(
     Others in the network are answered only with `--host 0.0.0.0 --api-key-file FILE`.
 
     Example: `expertier serve my-model --cpu-memory 6GiB --name my-model`
+
+    Several models in one budget: `expertier serve --members models.yaml --cpu-memory 6GiB`
     """
-    expect_model(model)
+    if (model is None) == (members is None):
+        raise ValueError("give either a MODEL or --members FILE")
+    if model is not None:
+        expect_model(model)
     from ..serve.web.app import make_app
     from ..serve.web.guard import expect_safe
     from ..serve.web.lifetime import Lifetime, address_of, listen
@@ -51,19 +63,38 @@ def serve(
 
     gate, template = _gate(host, options), options.template
     expect_safe(host, gate, is_insecure=options.insecure)
-    names = tuple(options.name or [Path(model).resolve().name if Path(model).is_dir() else model])
+    names = _names(model, members, options)
     service = Service(names=names, metrics=Metrics(names[0]), is_any_name=options.any_model)
     with listen(host, port) as listening:
         console = plain_console(stderr=True, soft_wrap=True)
-        console.print(f"{address_of(listening)}/v1 listens; loading {model}")
+        console.print(f"{address_of(listening)}/v1 listens; loading {model or members}")
         lifetime = Lifetime(make_app(service, gate), service, grace)
         opened: list[Opened] = []
         try:
-            lifetime.run_with(listening, lambda: _load_and_watch(model, template, service, options, opened))
+            lifetime.run_with(listening, lambda: _load_and_watch(model, members, template, service, options, opened))
         finally:
             for one in opened:
                 one.engine.close(grace_s=0)
     console.print("the server has ended")
+
+
+def _names(model: str | None, members: Path | None, options: ServeOptions) -> tuple[str, ...]:
+    """Names that requests may use, the first for answers; of members, that of the file leaves the choice to the prompt.
+
+    Raises:
+        ValueError: if the file of members is damaged, or an option is for one model.
+    """
+    if members is None:
+        model = str(model)
+        return tuple(options.name or [Path(model).resolve().name if Path(model).is_dir() else model])
+    if others := [*options.only_for_one_model, *(["any_model"] if options.any_model else [])]:
+        raise ValueError(f"--{others[0].replace('_', '-')} is for one model; leave it out with --members")
+    from ..members.choosing import Chooser
+    from ..members.file import read_members
+
+    described = read_members(members)
+    labels = Chooser(described.rules(), described.default).labels
+    return (*(options.name or [members.stem]), *labels)
 
 
 def _gate(host: str, options: ServeOptions) -> "Gate":
@@ -76,34 +107,75 @@ def _gate(host: str, options: ServeOptions) -> "Gate":
 
 
 def _load_and_watch(
-    model: str, template: str | None, service: "Service", options: ServeOptions, opened: "list[Opened]"
+    model: str | None,
+    members: Path | None,
+    template: str | None,
+    service: "Service",
+    options: ServeOptions,
+    opened: "list[Opened]",
 ) -> None:
     """Get the model ready, then wait for the engine's end; runs in a thread of its own."""
-    from ..checkpoint.location import local_folder, local_name
-
     service.stage = "starting"
-    from ..serve.grammars import Grammars
-    from ..serve.opening import open_answering, open_conversations
-    from ..serve.web.answering import Desk
-
     quiet_transformers()
+    if members is None:
+        found = _open_one(str(model), template, service, options, opened)
+    else:
+        found = _open_members(members, template, service, options, opened)
+    service.defaults, service.created_s, service.budget = found.defaults, int(time.time()), found.budget
+    service.counters, service.arithmetic = found.engine.counters, found.engine.model_info.arithmetic
+    service.metrics.watch(found.engine.counters, found.budget)
+    service.desk = _desk_of(found, service)
+    console = plain_console(stderr=True, soft_wrap=True)
+    if found.note:
+        console.print(found.note)
+    console.print(f"ready: {service.names[0]}, {found.asker.context} tokens per request")
+    while all(one.engine.state == "ready" for one in opened):
+        time.sleep(WATCH_S)
+    if failed := [one.engine for one in opened if one.engine.state == "failed"]:
+        service.failure = failed[0].failure
+        time.sleep(LAST_LOOK_S)
+        raise RuntimeError(service.failure)
+
+
+def _open_one(
+    model: str, template: str | None, service: "Service", options: ServeOptions, opened: "list[Opened]"
+) -> "Opened":
+    from ..checkpoint.location import local_folder, local_name
+    from ..serve.opening import open_answering, open_conversations
+
     service.stage = f"downloading {model}" if local_name(model) is None else "reading weights"
     folder = local_folder(model)
     conversations = open_conversations(folder, template)
     service.stage = "reading weights"
     found = open_answering(folder, conversations, options.for_engine, options.for_loading, context=options.context)
     opened.append(found)
-    service.defaults, service.created_s, service.budget = found.defaults, int(time.time()), found.budget
-    service.counters, service.arithmetic = found.engine.counters, found.engine.model_info.arithmetic
-    service.metrics.watch(found.engine.counters, found.budget)
-    service.desk = Desk(found.engine, found.asker, Grammars(found.asker.vocabulary), service.metrics)
-    console = plain_console(stderr=True, soft_wrap=True)
-    if found.note:
-        console.print(found.note)
-    console.print(f"ready: {service.names[0]}, {found.asker.context} tokens per request")
-    while found.engine.state == "ready":
-        time.sleep(WATCH_S)
-    if found.engine.state == "failed":
-        service.failure = found.engine.failure
-        time.sleep(LAST_LOOK_S)
-        raise RuntimeError(service.failure)
+    return found
+
+
+def _open_members(
+    members: Path, template: str | None, service: "Service", options: ServeOptions, opened: "list[Opened]"
+) -> "Opened":
+    """Open an engine for each member; gives the one that answers by default."""
+    from ..members.members import load_members
+    from ..serve.opening import arithmetic_for_many, open_answering, open_conversations
+
+    shared = {name: getattr(options, name) for name in ("cpu_memory", "context", "io")}
+    group = load_members(members, **shared, arithmetic=arithmetic_for_many(options.arithmetic), is_shared=True)
+    found = {}
+    for name, model in group.models.items():
+        folder = Path(group.folders[name])
+        service.stage = f"opening {name}"
+        conversations = open_conversations(folder, template)
+        context = options.context
+        found[name] = open_answering(folder, conversations, options.for_engine, {}, context=context, loaded=model)
+        opened.append(found[name])
+    service.desks = {name: _desk_of(one, service) for name, one in found.items()}
+    service.route = lambda text, label: group.choose(text, label, is_next=False).name
+    return found[group.chooser.default]
+
+
+def _desk_of(found: "Opened", service: "Service") -> "Desk":
+    from ..serve.grammars import Grammars
+    from ..serve.web.answering import Desk
+
+    return Desk(found.engine, found.asker, Grammars(found.asker.vocabulary), service.metrics)

@@ -1,5 +1,7 @@
 """Where a model's resident weights lie: in huge pages, linear layers in a stored form if that is wanted."""
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -12,13 +14,17 @@ ALIGNMENT_BYTES = 64
 """A cache line, and a register of AVX-512: no load of a weight touches two lines."""
 
 
-def move_to_huge_pages(model: nn.Module) -> None:
+def move_to_huge_pages(model: nn.Module, streamed: Collection[str] = ()) -> None:
     """Move a model's plain CPU parameters into one such mapping.
 
     Memory is taken as weights arrive and each old copy is freed, so that one parameter exists twice at a time. Tables
     of which a token reads a row stay where they are: they gain nothing.
+
+    Args:
+        model: in memory, but for what is streamed.
+        streamed: full names of parameters that hold no memory.
     """
-    parameters = _movable(model)
+    parameters = _movable(model, streamed)
     total = sum(_rounded(parameter.nbytes) for parameter in parameters)
     if not total:
         return
@@ -30,30 +36,36 @@ def move_to_huge_pages(model: nn.Module) -> None:
         start += _rounded(parameter.nbytes)
 
 
-def moved_twice_bytes(model: nn.Module) -> int:
+def moved_twice_bytes(model: nn.Module, streamed: Collection[str] = ()) -> int:
     """What `move_to_huge_pages` takes for a moment: the largest parameter that it moves."""
-    return max((parameter.nbytes for parameter in _movable(model)), default=0)
+    return max((parameter.nbytes for parameter in _movable(model, streamed)), default=0)
 
 
-def _movable(model: nn.Module) -> list[nn.Parameter]:
+def _movable(model: nn.Module, streamed: Collection[str]) -> list[nn.Parameter]:
     linears = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - linears
     return [
         parameter
-        for parameter in model.parameters()
-        if parameter.device.type in ("cpu", "meta")
+        for name, parameter in model.named_parameters()
+        if name not in streamed
+        and parameter.device.type in ("cpu", "meta")
         and parameter.numel()
         and id(parameter) not in tables
         and not isinstance(parameter, StoredWeight)
     ]
 
 
-def store_linears(model: nn.Module, form: MatrixForm) -> None:
+def store_linears(model: nn.Module, form: MatrixForm, streamed: Collection[str] = ()) -> None:
     """Hold a model's linear layers in a stored form where that saves memory, but for those that embeddings share.
 
     All lie in one mapping, of which only what is used takes memory, and each plain weight is freed in its turn.
+
+    Args:
+        model: in memory, but for what is streamed.
+        form: to hold them in.
+        streamed: full names of parameters that hold no memory.
     """
-    linears = [linear for linear in _storable(model, form) if linear.weight.is_contiguous()]
+    linears = [linear for linear in _storable(model, form, streamed) if linear.weight.is_contiguous()]
     total = sum(_rounded(module.weight.nbytes) for module in linears)
     if not total:
         return
@@ -80,9 +92,9 @@ def embedding_bytes(model: nn.Module) -> int:
     return sum(weight.nbytes for key, weight in embeddings.items() if key not in linears)
 
 
-def expected_saving(model: nn.Module, form: MatrixForm) -> int:
+def expected_saving(model: nn.Module, form: MatrixForm, streamed: Collection[str] = ()) -> int:
     """What `store_linears` will save, if weights are distributed normally; for models without weights."""
-    weights = [linear.weight for linear in _storable(model, form)]
+    weights = [linear.weight for linear in _storable(model, form, streamed)]
     return sum(weight.nbytes - form.expected_bytes((weight.shape[0], weight.shape[1])) for weight in weights)
 
 
@@ -91,14 +103,15 @@ def expansion_bytes(model: nn.Module, form: MatrixForm) -> int:
     return max((linear.weight.nbytes for linear in _storable(model, form)), default=0)
 
 
-def _storable(model: nn.Module, form: MatrixForm) -> list[nn.Linear]:
-    """The linear layers whose weights the form accepts and are no embedding's."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+def _storable(model: nn.Module, form: MatrixForm, streamed: Collection[str] = ()) -> list[nn.Linear]:
+    """The linear layers in memory whose weights the form accepts and are no embedding's."""
+    left = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    left |= {id(parameter) for name, parameter in model.named_parameters() if name in streamed}
     return [
         module
         for module in model.modules()
         if type(module) in PLAIN_LINEARS
-        and id(module.weight) not in embeddings
+        and id(module.weight) not in left
         and form.accepts(tuple(module.weight.shape), module.weight.dtype)
     ]
 

@@ -129,6 +129,8 @@ class Loop:
             return
         if sequence.is_cancelled:
             raise AbandonedPrefillError
+        if self._runtime.window is not None:  # a step within a layer would take the memory of its weights
+            return
         self._reading = None  # the steps below are not to be interrupted themselves
         self._end_cancelled(but=sequence)
         spent_s = time.monotonic() - self._read_since_s

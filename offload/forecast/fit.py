@@ -1,11 +1,13 @@
 """Will it fit? What a model needs in memory, from the headers of its checkpoint, without loading it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from routing.ground.hardware import Hardware
+from routing.traces import RoutingTrace
 
+from ..cache.simulate import simulate
 from ..checkpoint.location import heads_of
 from ..compute.resident import embedding_bytes
 from ..formats.form import Form
@@ -13,9 +15,10 @@ from ..gpu.cost import GpuPrediction, predict_gpu_decode
 from ..gpu.planning import expect_forms_on_gpu
 from ..memory.budget import Budgets, MemoryPlan, Needs
 from ..memory.cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
-from ..runtime.division import budgets_of, divide_memory, needs_of
+from ..runtime.division import budgets_of, choose_window, divide_memory, needs_of
 from ..runtime.opening import open_headers
-from ..runtime.options import LoadOptions
+from ..runtime.options import DEFAULT_POLICY, LoadOptions
+from ..window.planning import WindowPlan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,7 +27,8 @@ class Fit:
 
     `budgets` are the least that `load` accepts and the one that holds all experts, both without a GPU.
     `plan` is None if the budget is too small; `shortfall` then says what would do. `gpu_plan` is None without a GPU.
-    `unread_bytes` are resident weights of which a token reads a row: the embedding of its input.
+    `unread_bytes` are weights of which a token reads a row: the embedding of its input. `window` is what is streamed
+    of the weights outside experts; None if they all stay in memory.
     """
 
     forms: list[Form]
@@ -35,6 +39,17 @@ class Fit:
     plan: MemoryPlan | None
     shortfall: str | None
     gpu_plan: MemoryPlan | None = None
+    window: WindowPlan | None = None
+
+    @property
+    def dense_bytes(self) -> int:
+        """Weights outside experts, in memory or streamed."""
+        return self.needs.weight_bytes + (0 if self.window is None else self.window.saved_bytes)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of them, what every token reads from the disk."""
+        return 0 if self.window is None else self.window.pass_bytes
 
     @property
     def expert_bytes(self) -> int:
@@ -58,12 +73,38 @@ class Fit:
             num_layers=len(self.forms),
             experts_per_layer=self.top_k,
             expert_bytes=self.expert_bytes // max(experts, 1),
-            resident_bytes=self.needs.weight_bytes - self.unread_bytes,
+            resident_bytes=self.dense_bytes - self.unread_bytes,
             hit_rate=hit_rate,
+            streamed_bytes=self.streamed_bytes,
         )
         first = self.forms[0] if self.forms else None
         rate = hardware.token_rate(is_fast=is_fast) if first is None else first.token_rate(hardware, is_fast=is_fast)
         return predict_decode(work, hardware, rate=rate)
+
+    def traced_hit_rate(self, trace: RoutingTrace) -> float:
+        """The hit rate of the default policy on recorded routing, at the slots that the budget pays for.
+
+        Args:
+            trace: of this model, or of one with as many MoE layers and experts.
+
+        Raises:
+            ValueError: if the model does not fit, or the trace is of a model of another shape.
+        """
+        if self.plan is None:
+            raise ValueError(f"nothing to predict: {self.shortfall}")
+        counts = [form.layer.num_experts for form in self.forms]
+        if trace.num_layers != len(counts) or trace.num_experts > max(counts, default=0):
+            raise ValueError(
+                f"the trace has {trace.num_layers} layers of {trace.num_experts} experts, "
+                f"the model {len(counts)} of {max(counts, default=0)}"
+            )
+        hits = accesses = 0
+        for slots in sorted(set(self.plan.num_slots)):
+            found = simulate(trace, slots, policies=(DEFAULT_POLICY,))[DEFAULT_POLICY]
+            here = [layer for layer, count in enumerate(self.plan.num_slots) if count == slots]
+            hits += int(found.hits_L[here].sum())
+            accesses += int(found.accesses_L[here].sum())
+        return hits / max(accesses, 1)
 
     def predict_gpu(self, hardware: Hardware) -> GpuPrediction:
         """Seconds per decoded token with the GPU tier, at hit rates that are typical for the shares of experts.
@@ -105,6 +146,9 @@ class Fit:
             "active_expert_bytes_per_token": self.active_bytes,
             "resident_weight_bytes": max(self.needs.weight_bytes, self.gpu_plan.weight_bytes if self.gpu_plan else 0),
             "kv_bytes": max(self.needs.kv_bytes, self.gpu_plan.kv_bytes if self.gpu_plan else 0),
+            "streamed_bytes_per_token": self.streamed_bytes,
+            "resident_layers": None if self.window is None else self.window.num_resident,
+            "layers_ahead": None if self.window is None else self.window.ahead,
             "slots_per_layer": slots,
             "gpu_slots_per_layer": None if self.gpu_plan is None else list(self.gpu_plan.num_slots),
             "share_of_experts_in_memory": None
@@ -121,6 +165,8 @@ def fit(
     context: int = 2048,
     io_threads: int = 4,
     pack: str | Path | None = None,
+    resident_layers: int | None = None,
+    layers_ahead: int | None = None,
 ) -> Fit:
     """What `load` would do with these budgets and this packed copy; no GPU has to be there for `gpu_memory`.
 
@@ -131,6 +177,7 @@ def fit(
         context: tokens, prompt and answer together, to keep room for.
         io_threads: reads in flight at most, each with a buffer.
         pack: a packed copy of the experts.
+        resident_layers, layers_ahead: as for `load`.
 
     Raises:
         ValueError: if the checkpoint is damaged, its experts cannot be offloaded, or a budget is not a size.
@@ -142,9 +189,12 @@ def fit(
         context=context,
         io_threads=io_threads,
         pack=pack,
+        resident_layers=resident_layers,
+        layers_ahead=layers_ahead,
     )
     with heads_of(path_or_id) as place:
         opened = open_headers(place, pack)
+    opened = replace(opened, window=choose_window(opened, options))
     if gpu_memory is not None:
         expect_forms_on_gpu(opened.forms)
     division, shortfall = None, None
@@ -161,4 +211,5 @@ def fit(
         plan=None if division is None else division.ram,
         shortfall=shortfall,
         gpu_plan=None if division is None else division.gpu,
+        window=opened.window,
     )

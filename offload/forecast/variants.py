@@ -126,8 +126,9 @@ def _variant(
             num_layers=len(counts),
             experts_per_layer=fitted.top_k,
             expert_bytes=total // max(sum(counts), 1),
-            resident_bytes=fitted.needs.weight_bytes - fitted.unread_bytes,
+            resident_bytes=fitted.dense_bytes - fitted.unread_bytes,
             hit_rate=hit_rate,
+            streamed_bytes=fitted.streamed_bytes,
         )
         return predict_decode(work, hardware, rate=rate)
 

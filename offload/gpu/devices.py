@@ -35,8 +35,12 @@ def open_lane(device: str, gpu_memory: str | int, gpu_experts: int | None) -> La
         ValueError: if the device is unknown or absent, or the arguments contradict each other.
     """
     expect_device(device, gpu_memory, gpu_experts)
-    wants_gpu = device == "cuda" or (device == "auto" and _wants_gpu(gpu_memory, gpu_experts))
-    return LANES["cuda"]() if wants_gpu else None
+    return LANES["cuda"]() if wants_device(device, gpu_memory, gpu_experts) else None
+
+
+def wants_device(device: str, gpu_memory: str | int, gpu_experts: int | None) -> bool:
+    """Whether everything outside experts goes to a GPU, by what a caller asked for."""
+    return device == "cuda" or (device == "auto" and _wants_gpu(gpu_memory, gpu_experts))
 
 
 def _wants_gpu(gpu_memory: str | int, gpu_experts: int | None) -> bool:

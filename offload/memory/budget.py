@@ -92,6 +92,7 @@ class MemoryPlan:
     slack_bytes: int
     slot_bytes: int
     num_slots: tuple[int, ...]
+    window_bytes: int = 0
 
     @property
     def fixed_bytes(self) -> int:
@@ -102,6 +103,7 @@ class MemoryPlan:
             + self.activation_bytes
             + self.staging_bytes
             + self.slack_bytes
+            + self.window_bytes
         )
 
     def table(self) -> list[tuple[str, int]]:
@@ -109,6 +111,7 @@ class MemoryPlan:
         return [
             ("Python and libraries", self.process_bytes),
             ("weights that stay resident", self.weight_bytes),
+            *([("window of streamed weights", self.window_bytes)] if self.window_bytes else []),
             ("KV cache", self.kv_bytes),
             ("activations", self.activation_bytes),
             ("reading buffers", self.staging_bytes),
@@ -119,13 +122,14 @@ class MemoryPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a model needs besides expert slots, in bytes."""
+    """What a model needs besides expert slots, in bytes; `window_bytes` stand for weights that are streamed."""
 
     process_bytes: int
     weight_bytes: int
     kv_bytes: int
     activation_bytes: int
     staging_bytes: int
+    window_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +213,8 @@ def plan_memory(
             enough = expect_budgets(needs, slot_bytes_L, experts_L, top_k, loading_bytes).least_bytes
             if not experts_L:
                 raise ValueError(
-                    f"{format_size(limit_bytes)} is too small: {format_size(fixed)} are needed, because all layers of "
-                    f"a dense model stay in memory; give at least {sufficient_size(enough)}"
+                    f"{format_size(limit_bytes)} is too small for a dense model's layers in memory: "
+                    f"{format_size(fixed)} are needed; give at least {sufficient_size(enough)}"
                 )
             raise ValueError(
                 f"{format_size(limit_bytes)} is too small for one token's experts: {format_size(fixed)} are needed "
@@ -222,6 +226,21 @@ def plan_memory(
     return MemoryPlan(
         limit_bytes=limit_bytes, **vars(needs), slack_bytes=slack, slot_bytes=slot_bytes, num_slots=tuple(num_slots)
     )
+
+
+def room_besides(
+    limit_bytes: int, needs: Needs, slot_bytes_L: Sequence[int], experts_L: Sequence[int], top_k: int
+) -> int:
+    """What a budget leaves besides these needs and the experts of one token; negative if it is too small for them.
+
+    Args:
+        limit_bytes: the whole budget.
+        needs: all that is not expert slots; of weights, those that are no part of what the room is for.
+        slot_bytes_L, experts_L, top_k: as for `plan_memory`.
+    """
+    besides = sum(vars(needs).values())
+    least = sum(min(top_k, count) * size for count, size in zip(experts_L, slot_bytes_L, strict=True))
+    return limit_bytes - _slack(limit_bytes, limit_bytes) - besides - least
 
 
 def sufficient_size(nbytes: int) -> str:

@@ -26,6 +26,7 @@ class DecodeWork:
         expert_bytes: one expert.
         resident_bytes: weights outside experts that every token reads.
         hit_rate: share of experts that are in memory when they are asked for.
+        streamed_bytes: of `resident_bytes`, those that are read from the disk for every token.
     """
 
     num_layers: int
@@ -33,6 +34,7 @@ class DecodeWork:
     expert_bytes: int
     resident_bytes: int
     hit_rate: float
+    streamed_bytes: int = 0
 
     @property
     def missed_bytes(self) -> float:
@@ -69,7 +71,7 @@ def predict_decode(work: DecodeWork, hardware: Hardware, *, rate: float, is_cach
 
     Within a layer the hits are computed while the misses load, and each miss once it is there, the last one after all
     reading. How many of a layer's experts miss is taken as binomial, because a layer without misses leaves the disk
-    idle. Everything outside experts does not overlap with reading.
+    idle. Everything outside experts does not overlap with reading experts; it does with reading streamed layers.
 
     Args:
         work: bytes that a token needs.
@@ -78,12 +80,13 @@ def predict_decode(work: DecodeWork, hardware: Hardware, *, rate: float, is_cach
         is_cached: whether reads come out of the page cache.
     """
     disk_rate = hardware.cached_bytes_per_s if is_cached else hardware.disk_bytes_per_s
-    outside = work.resident_bytes / rate + work.num_layers * hardware.layer_s
+    dense_s = work.resident_bytes / rate + work.num_layers * hardware.layer_s
+    outside = max(dense_s, work.streamed_bytes / disk_rate)
     experts = (work.active_bytes - work.resident_bytes) / rate
     layer = _layer_seconds(work, work.expert_bytes / disk_rate, work.expert_bytes / rate)
     return Prediction(
-        disk_s=work.missed_bytes / disk_rate,
-        compute_s=outside + experts,
+        disk_s=(work.missed_bytes + work.streamed_bytes) / disk_rate,
+        compute_s=dense_s + experts,
         token_s=outside + work.num_layers * layer,
     )
 

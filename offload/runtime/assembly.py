@@ -1,5 +1,6 @@
 """The parts of an offloaded model put together, once it is known who gets which memory."""
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -16,6 +17,9 @@ from ..gpu.tier import GpuTier
 from ..prefetch.find_routers import make_prefetcher
 from ..store.io_mode import wants_direct
 from ..store.store import ExpertStore
+from ..window.binding import bind
+from ..window.planning import WindowPlan
+from ..window.window import Streamed, Window
 from .division import Division
 from .guards import guard_model
 from .opening import OpenedCheckpoint
@@ -26,7 +30,13 @@ from .report import Offload
 from .runtime import IMPLEMENTATION, OffloadRuntime, offloaded_experts_forward
 
 
-def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions, lane: Lane | None) -> Any:
+def assemble(
+    opened: OpenedCheckpoint,
+    division: Division,
+    options: LoadOptions,
+    lane: Lane | None,
+    make_window: Callable[[ExpertStore, WindowPlan, int], Streamed] = Window,
+) -> Any:
     """The model with its tiers, ready to run.
 
     Args:
@@ -34,14 +44,17 @@ def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions,
         division: slots per layer and tier.
         options: how to read, compute and record.
         lane: the GPU, or None.
+        make_window: where streamed weights live.
     """
-    model, forms = opened.model, opened.forms
+    model, forms, window = opened.model, opened.forms, opened.window
+    passing = [guest.form for guest in window.streamed] if window else []
+    tables = [guest.form for guest in window.tables] if window else []
     matvecs = Matvecs(_arithmetic(opened, options, lane))
     store = ExpertStore(
         model,
-        forms,
+        [*forms, *passing, *tables],
         num_threads=options.io_threads,
-        is_direct=wants_direct(options.io, division.ram, forms),
+        is_direct=wants_direct(options.io, division.ram, [*forms, *passing]),
         checksums=opened.checksums,
     )
     recorder = _recorder(opened, options) if options.record_trace else None
@@ -53,11 +66,14 @@ def assemble(opened: OpenedCheckpoint, division: Division, options: LoadOptions,
         quicken_attention(model)
     else:
         _add_gpu_tier(opened, division, lane, running)
+    if window is not None:
+        running.window = make_window(store, window, len(forms))
+        bind(model, window, running)
     if division.starting is not None:
         running.fill(division.starting.experts_L)
     _attach(model, running)
     read_prompts_in_pieces(model, options.context)
-    if forms:
+    if forms or window is not None:
         guard_model(model, forms)
     model.offload = Offload(model, running, division.ram, options.policy_name)
     return model

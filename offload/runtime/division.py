@@ -20,8 +20,10 @@ from ..memory.budget import (
     expect_budgets,
     machine_bytes,
     plan_memory,
+    room_besides,
     sufficient_size,
 )
+from ..window.planning import WindowPlan, plan_window, smallest_window
 from .needs import memory_needs
 from .opening import OpenedCheckpoint
 from .options import LoadOptions
@@ -98,13 +100,40 @@ def _held(needs: Needs) -> str:
 
 def budgets_of(opened: OpenedCheckpoint, options: LoadOptions) -> Budgets:
     """The least budget that `load` accepts without a GPU, and the one that holds all experts."""
-    needs = needs_of(opened, options)
-    return expect_budgets(needs, opened.slot_bytes_L, opened.experts_L, opened.top_k, _loading_bytes(opened, needs))
+    shapes = opened.slot_bytes_L, opened.experts_L, opened.top_k
+    whole = needs_of(replace(opened, window=None), options)
+    if not opened.guests.nbytes:
+        return expect_budgets(whole, *shapes, _loading_bytes(opened, whole))
+    smallest = smallest_window(opened.guests, options.resident_layers, options.layers_ahead)
+    streaming = replace(opened, window=smallest)
+    needs = needs_of(streaming, options)
+    least = expect_budgets(needs, *shapes, _loading_bytes(streaming, needs))
+    whole_bytes = expect_budgets(whole, *shapes, _loading_bytes(opened, whole)).all_bytes
+    return Budgets(least_bytes=least.least_bytes, all_bytes=whole_bytes)
+
+
+def choose_window(opened: OpenedCheckpoint, options: LoadOptions) -> WindowPlan | None:
+    """What of a model has to be streamed, because a budget does not hold it beside the experts of one token.
+
+    Args:
+        opened: of which nothing is loaded.
+        options: the budget, and how many layers shall stay or be read ahead.
+    """
+    if options.wants_gpu:
+        return None
+    limit, shapes = cpu_limit(options), (opened.slot_bytes_L, opened.experts_L, opened.top_k)
+    if options.resident_layers is None and room_besides(limit, needs_of(opened, options), *shapes) >= 0:
+        return None
+    # streamed weights are plain, whatever the form of those in memory, and what stays may be no smaller
+    needs = memory_needs(opened, options)
+    besides = replace(needs, weight_bytes=needs.weight_bytes - opened.guests.nbytes)
+    room = room_besides(limit, besides, *shapes)
+    return plan_window(opened.guests, room, options.resident_layers, options.layers_ahead)
 
 
 def _loading_bytes(opened: OpenedCheckpoint, needs: Needs) -> int:
     """What loading takes: the largest resident weight exists twice for a moment."""
-    return needs.process_bytes + needs.weight_bytes + moved_twice_bytes(opened.model)
+    return needs.process_bytes + needs.weight_bytes + moved_twice_bytes(opened.model, opened.streamed)
 
 
 def _expect_room_to_load(needs: Needs, limit_bytes: int, loading_bytes: int) -> None:
@@ -134,7 +163,8 @@ def needs_of(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:
     needs = memory_needs(opened, options)
     is_skeleton = any(parameter.is_meta for parameter in opened.model.parameters())
     if is_skeleton and opened.linears is not None:
-        needs = replace(needs, weight_bytes=needs.weight_bytes - expected_saving(opened.model, opened.linears))
+        saving = expected_saving(opened.model, opened.linears, opened.streamed)
+        needs = replace(needs, weight_bytes=needs.weight_bytes - saving)
     return needs
 
 

@@ -42,18 +42,19 @@ def expect_numbers_in_memory(*tensors: torch.Tensor) -> None:
 
 
 def guard_model(model: Any, forms: Sequence[Form]) -> None:
-    """Replace the methods of a model that would silently leave the experts out.
+    """Replace the methods of a model that would silently leave out what is on disk.
 
-    `save_pretrained` and `state_dict` refuse, `num_parameters` counts the experts, and conversions refuse: the experts
-    on disk would keep their dtype and device.
+    `save_pretrained` and `state_dict` refuse, `num_parameters` counts the experts, and conversions refuse: what is on
+    disk would keep its dtype and device.
     """
     num_expert_parameters = sum(
         form.layer.num_experts * prod(parameter.shape) for form in forms for parameter in form.layer.parameters
     )
+    absent = "expert" if forms else "streamed"
     count, apply, choose = model.num_parameters, model._apply, model.set_experts_implementation
 
     def refuse_to_save(*args: Any, **kwargs: Any) -> None:
-        raise ValueError("an offloaded model has no expert weights to save; copy its checkpoint folder instead")
+        raise ValueError(f"an offloaded model has no {absent} weights to save; copy its checkpoint folder instead")
 
     def state_dict(*args: Any, **kwargs: Any) -> Any:
         """As a part of an adapted model, for PEFT to pick the adapters from; by itself it would lack the experts."""

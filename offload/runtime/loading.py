@@ -1,5 +1,6 @@
 """`offload.load`: an ordinary transformers model whose experts stay on disk and visit RAM slots."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..gpu.devices import open_lane
 from ..memory.budget import resident_bytes
 from ..memory.heap import return_free_blocks, return_large_blocks
 from .assembly import assemble
-from .division import divide_memory, expect_machine_has
+from .division import choose_window, divide_memory, expect_machine_has
 from .opening import open_checkpoint
 from .options import LoadOptions
 
@@ -38,8 +39,10 @@ def load(
     plan: str | Path | None = None,
     record_trace: bool = False,
     adapter: str | Path | None = None,
+    resident_layers: int | None = None,
+    layers_ahead: int | None = None,
 ) -> Any:
-    """Load a mixture-of-experts model without ever holding all its experts in memory.
+    """Load a model without ever holding all of it in memory: not all experts, nor all layers if they do not fit.
 
     Args:
         path_or_id: a Hugging Face model folder with safetensors weights, or a model id.
@@ -73,6 +76,9 @@ def load(
         adapter: a folder with a LoRA adapter in PEFT's format, such as `expertier finetune` writes. It is not merged:
             experts stay as they are stored, and each product with an adapted matrix gets its two thin ones besides. On
             the CPU only.
+        resident_layers: decoder layers that stay in memory, the head counting as one; the others are streamed from the
+            checkpoint in order of use. None keeps as many as the budget holds, which are all if it is large enough.
+        layers_ahead: streamed layers that are read while one is computed, 0 or more; None chooses up to 2.
 
     Returns:
         The transformers model, in eval mode; `model.offload` is its Offload.
@@ -99,16 +105,18 @@ def load(
         plan=plan,
         record_trace=record_trace,
         adapter=adapter,
+        resident_layers=resident_layers,
+        layers_ahead=layers_ahead,
     )
     expect_machine_has(options)
     return_large_blocks()
     lane = open_lane(options.device, options.gpu_memory, options.gpu_experts)
-    opened = open_checkpoint(options)
+    opened = open_checkpoint(options, partial(choose_window, options=options))
 
     def settle() -> int:
         """Move the resident weights to where they stay; what the process has then, without them on the CPU."""
         if lane is None:
-            move_to_huge_pages(opened.model)
+            move_to_huge_pages(opened.model, opened.streamed)
             return_free_blocks()
             return opened.process_bytes
         opened.model.to(lane.device)

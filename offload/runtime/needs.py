@@ -1,5 +1,7 @@
 """What the process needs in memory besides expert slots."""
 
+from dataclasses import replace
+
 import torch
 
 from ..compute.kv_cache import room_positions
@@ -7,6 +9,7 @@ from ..compute.resident import expansion_bytes, weight_bytes
 from ..memory.budget import Needs, kv_bytes_per_token
 from ..ram.expanded import room_bytes
 from ..store.store import READ_BYTES
+from ..window.planning import WindowPlan
 from .activations import activation_bytes
 from .opening import OpenedCheckpoint
 from .options import LoadOptions
@@ -15,6 +18,22 @@ from .pieces import piece_tokens
 
 def memory_needs(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:
     """The parts of a budget that are not expert slots, with `options.context` tokens of KV cache."""
+    return with_window(_needs_of_all(opened, options), opened.window)
+
+
+def with_window(needs: Needs, window: WindowPlan | None) -> Needs:
+    """What is needed if some weights are streamed.
+
+    Args:
+        needs: with all weights in memory.
+        window: what is streamed; None if nothing is.
+    """
+    if window is None:
+        return needs
+    return replace(needs, weight_bytes=needs.weight_bytes - window.saved_bytes, window_bytes=window.nbytes)
+
+
+def _needs_of_all(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:
     config, model = opened.config, opened.model
     dtype: torch.dtype = model.dtype
     tokens = piece_tokens(model, options.context)

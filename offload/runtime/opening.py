@@ -1,17 +1,19 @@
 """A checkpoint opened: the model without its experts, and how each layer's experts are stored."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from routing.ground.model_config import experts_per_token
 
-from ..checkpoint.experts import experts_modules, locate_experts, weight_names
+from ..checkpoint.experts import experts_modules
 from ..checkpoint.gguf.head import is_gguf
 from ..checkpoint.gguf.model import load_gguf_resident, open_gguf_model
-from ..checkpoint.model_folder import local_folder, read_config, read_weights, skeleton_of
+from ..checkpoint.model_folder import Sketch, local_folder, sketch_of
+from ..checkpoint.plain_weights import expect_plain_weights
 from ..checkpoint.resident_weights import drop_expert_weights, load_resident
+from ..checkpoint.tensors import TensorEntry
 from ..compute.resident import store_linears
 from ..formats.catalogue import form_in_place
 from ..formats.form import Form, MatrixForm
@@ -19,6 +21,8 @@ from ..formats.gguf_blocks.expand import expand_tensor
 from ..formats.gguf_blocks.form import gguf_forms
 from ..memory.budget import resident_bytes
 from ..store.packing import read_pack
+from ..window.guests import Guests, find_guests
+from ..window.planning import WindowPlan
 from .options import LoadOptions
 from .runtime import IMPLEMENTATION
 
@@ -32,12 +36,16 @@ class OpenedCheckpoint:
         forms: how each layer's experts are stored, and where.
         checksums: XXH3 of each expert of each layer, where a packed copy has them.
         process_bytes: memory of the process without this model.
+        guests: what could be streamed.
+        window: what is; None if everything outside experts stays in memory.
     """
 
     model: Any
     forms: list[Form]
     checksums: list[list[str]] | None
     process_bytes: int
+    guests: Guests = field(default_factory=Guests)
+    window: WindowPlan | None = None
 
     @property
     def config(self) -> Any:
@@ -59,6 +67,11 @@ class OpenedCheckpoint:
         return experts_per_token(self.config) if self.forms else 0
 
     @property
+    def streamed(self) -> frozenset[str]:
+        """Full names of the parameters outside experts that are not in memory."""
+        return frozenset() if self.window is None else self.window.names
+
+    @property
     def linears(self) -> MatrixForm | None:
         """The form in which linear layers are held beside these experts; None as they are."""
         return linears_of(self.forms)
@@ -69,8 +82,15 @@ def linears_of(forms: Sequence[Form]) -> MatrixForm | None:
     return next((form.linears for form in forms if form.linears is not None), None)
 
 
-def open_checkpoint(options: LoadOptions) -> OpenedCheckpoint:
-    """Load everything of a model but its experts, and find these.
+Chooser = Callable[[OpenedCheckpoint], WindowPlan | None]
+
+
+def open_checkpoint(options: LoadOptions, choose: Chooser = lambda headers: None) -> OpenedCheckpoint:
+    """Load everything of a model but its experts and what is streamed, and find these.
+
+    Args:
+        options: what to open, and in which dtype.
+        choose: says what is streamed, of a model of which nothing is loaded yet.
 
     Raises:
         ValueError: if the checkpoint is damaged or incomplete, or its experts cannot be offloaded.
@@ -78,23 +98,38 @@ def open_checkpoint(options: LoadOptions) -> OpenedCheckpoint:
     folder = local_folder(options.path_or_id)
     if is_gguf(folder):
         return _open_gguf(folder, options)
-    config = read_config(folder)
-    entries, dtype = read_weights(folder, config, options.dtype)
-    # before the weights come, so that they are not counted twice
-    process_bytes = resident_bytes()
-    model = load_resident(folder, config, entries, dtype, IMPLEMENTATION)
-    dtypes = {name: parameter.dtype for name, parameter in model.state_dict().items()}
-    layers = locate_experts(model, entries, dtypes)
-    forms: list[Form] = [form_in_place(layer) for layer in layers]
-    checksums = None
-    if options.pack is not None:
-        packed = read_pack(Path(options.pack), layers, entries)
-        forms, checksums = packed.forms, packed.checksums
+    sketch, entries = sketch_of(folder, options.dtype, needs_experts=False)
+    if not experts_modules(sketch.skeleton):
+        _expect_dense_options(folder, options)
+    headers = _opened_sketch(sketch, entries, options.pack)
+    window = choose(headers)
+    model = load_resident(sketch, entries, IMPLEMENTATION, window.names if window else ())
     # hollow experts must be gone before anything looks at the size of the model's parameters
     drop_expert_weights(model)
-    if (linears := linears_of(forms)) is not None:
-        store_linears(model, linears)
-    return OpenedCheckpoint(model=model, forms=forms, checksums=checksums, process_bytes=process_bytes)
+    if (linears := headers.linears) is not None:
+        store_linears(model, linears, window.names if window else ())
+    return replace(headers, model=model, window=window)
+
+
+def _opened_sketch(sketch: Sketch, entries: Mapping[str, TensorEntry], pack: str | Path | None) -> OpenedCheckpoint:
+    """A checkpoint of which nothing is loaded: forms of its experts, and what could be streamed."""
+    # once the model's code is imported, and before any weight comes
+    process_bytes = resident_bytes()
+    expect_plain_weights(sketch.folder, sketch.skeleton, entries, sketch.found)
+    layers = sketch.layers(entries)
+    forms: list[Form] = [form_in_place(layer) for layer in layers]
+    checksums = None
+    if pack is not None:
+        packed = read_pack(Path(pack), layers, entries)
+        forms, checksums = packed.forms, packed.checksums
+    drop_expert_weights(sketch.skeleton)
+    return OpenedCheckpoint(
+        model=sketch.skeleton,
+        forms=forms,
+        checksums=checksums,
+        process_bytes=process_bytes,
+        guests=find_guests(sketch.skeleton, entries, sketch.found),
+    )
 
 
 def _open_gguf(file: Path, options: LoadOptions) -> OpenedCheckpoint:
@@ -121,8 +156,7 @@ def _expect_dense_options(file: Path, options: LoadOptions) -> None:
     }
     if wrong := [name for name, is_said in said.items() if is_said]:
         raise ValueError(
-            f"model {file}: a dense model, all of whose layers stay in RAM and are computed on the CPU; "
-            f"it has no experts for {wrong[0]} to act on"
+            f"model {file}: a dense model, which is computed on the CPU; it has no experts for {wrong[0]} to act on"
         )
 
 
@@ -149,12 +183,5 @@ def open_headers(path_or_id: str | Path, pack: str | Path | None) -> OpenedCheck
     place = local_folder(path_or_id)
     if is_gguf(place):
         return _open_gguf_heads(place, pack)
-    process_bytes = resident_bytes()
-    skeleton, entries, layers = skeleton_of(place)
-    forms: list[Form] = [form_in_place(layer) for layer in layers]
-    if pack is not None:
-        forms = read_pack(Path(pack), layers, entries).forms
-    for module in experts_modules(skeleton).values():
-        for name in weight_names(module):
-            delattr(module, name)
-    return OpenedCheckpoint(model=skeleton, forms=forms, checksums=None, process_bytes=process_bytes)
+    sketch, entries = sketch_of(place, "auto", needs_experts=False)
+    return _opened_sketch(sketch, entries, pack)

@@ -10,7 +10,7 @@ from routing.ground.quantity import parse_size
 
 from ..cache.catalogue import CACHES, NEEDS_FUTURE
 from ..compute.matvec import ARITHMETICS
-from ..gpu.devices import expect_device
+from ..gpu.devices import expect_device, wants_device
 from ..prefetch.prefetch import PREDICTORS
 from ..store.io_mode import IO_MODES
 
@@ -43,6 +43,8 @@ class LoadOptions:
     plan: str | Path | None = None
     record_trace: bool = False
     adapter: str | Path | None = None
+    resident_layers: int | None = None
+    layers_ahead: int | None = None
 
     def __post_init__(self) -> None:
         expect_device(self.device, self.gpu_memory, self.gpu_experts)
@@ -53,6 +55,10 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
+        for name in ("resident_layers", "layers_ahead"):
+            value = getattr(self, name)
+            if value is not None and (value < 0 or self.wants_gpu):
+                raise ValueError(f"{name} must be 0 or more, and streams to the CPU only; got {value}")
         if self.plan is not None and self.cache_experts is not None:
             raise ValueError("plan and cache_experts both say how many slots a layer has; give one of them")
         if self.adapter is not None and (self.device == "cuda" or self.gpu_memory not in ("auto", 0, "0")):
@@ -65,6 +71,11 @@ class LoadOptions:
         expect_choice(self.arithmetic, ARITHMETICS, "arithmetic")
         if not str(self.prefetch).endswith(".npz"):
             expect_choice(str(self.prefetch), ("auto", "off", *PREDICTORS, "a predictor file (.npz)"), "prefetch")
+
+    @property
+    def wants_gpu(self) -> bool:
+        """Whether everything outside experts goes to a GPU."""
+        return wants_device(self.device, self.gpu_memory, self.gpu_experts)
 
     @property
     def policy_name(self) -> str:

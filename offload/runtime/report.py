@@ -64,11 +64,12 @@ class Offload:
 
     def report(self) -> dict[str, Any]:
         """Hits, misses, bytes, seconds and memory since loading or `reset`, JSON-serialisable."""
-        counters, prefetch = self._runtime.counters, self._prefetch()
-        summary = counters.summary()
+        counters, prefetch, window = self._runtime.counters, self._prefetch(), self._runtime.window
+        summary, streamed = counters.summary(), {} if window is None else window.report()
         return {
             **summary,
-            "bytes_read": summary["bytes_read"] + prefetch["bytes_read"],
+            "bytes_read": summary["bytes_read"] + prefetch["bytes_read"] + streamed.get("bytes_read", 0),
+            "stall_s": summary["stall_s"] + streamed.get("stall_s", 0.0),
             "bytes_missed": sum(
                 layer.misses * slots.expert_bytes
                 for layer, slots in zip(counters.layers, self._runtime.layers, strict=True)
@@ -83,6 +84,7 @@ class Offload:
             "memory": dict(describe(self.plan)),
             "prefetch": prefetch,
             **({} if self._runtime.gpu is None else {"gpu": self._runtime.gpu.report()}),
+            **({"window": streamed} if streamed else {}),
             "hit_rate_L": [layer.hits / max(layer.hits + layer.misses, 1) for layer in counters.layers],
         }
 
@@ -104,6 +106,7 @@ class Offload:
             expert_bytes=sum(slots.expert_bytes for slots in layers) // max(len(layers), 1),
             resident_bytes=weight_bytes(self._model) - embedding_bytes(self._model),
             hit_rate=hit_rate,
+            streamed_bytes=0 if self._runtime.window is None else self._runtime.window.plan.pass_bytes,
         )
         is_cached = not self._runtime.store.is_direct
         is_fast = self._runtime.matvecs.arithmetic != "exact"
@@ -131,6 +134,8 @@ class Offload:
         self._busy_before_s = self._runtime.store.busy_s
         if self._runtime.gpu is not None:
             self._runtime.gpu.reset()
+        if self._runtime.window is not None:
+            self._runtime.window.reset()
         for slots in self._runtime.layers:
             slots.ahead_counters = AheadCounters()
 

@@ -10,7 +10,8 @@ the first change of a call to the last. A call that finds it false clears every 
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -30,6 +31,7 @@ from ..ram.slots import KernelSlots, LayerSlots
 from ..ram.step import ExpertStep, compute_hits
 from ..store.reading import Ticket, next_landed
 from ..store.store import ExpertStore
+from ..window.window import Streamed
 from .guards import expect_no_gradient, expect_numbers_in_memory
 from .recorder import TraceRecorder
 
@@ -67,6 +69,7 @@ class OffloadRuntime:
         self._rooms = make_rooms(store.forms)
         self._fused: dict[tuple[int, int, int], FusedExperts | None] = {}
         self.gpu: GpuTier | None = None
+        self.window: Streamed | None = None
         self._policy, self._num_slots = policy, tuple(num_slots)
         # re-entrant: a signal handler that calls the model within a call must not wait for itself for ever
         self._lock, self._process, self._is_whole = threading.RLock(), os.getpid(), True
@@ -139,6 +142,55 @@ class OffloadRuntime:
             slots.clear()
         if self.gpu is not None:
             self.gpu.clear()
+        if self.window is not None:
+            self.window.clear()
+
+    @contextmanager
+    def _changes(self) -> Iterator[None]:
+        """Within, the bookkeeping changes; an exception leaves it half changed."""
+        self._begin_changes()
+        yield
+        self._is_whole = True
+
+    @contextmanager
+    def hold(self, number: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The weights of a streamed guest, while it is computed; other threads wait meanwhile.
+
+        Args:
+            number: place in the window's plan.
+
+        Raises:
+            OSError: if reading fails.
+            RuntimeError: if the model is called again within.
+        """
+        self._enter_process()
+        with self._lock:
+            assert self.window is not None
+            with self._changes():
+                weights = self.window.enter(number)
+            turn = self.window.turn
+            yield weights
+            with self._changes():
+                self.window.leave(turn)
+
+    def begin_window(self) -> None:
+        """Start to read streamed weights before a pass needs them."""
+        self._enter_process()
+        with self._lock, self._changes():
+            assert self.window is not None
+            self.window.begin()
+
+    def rows(self, table: int, row_N: list[int]) -> torch.Tensor:
+        """Rows of a streamed embedding, `[N, D]`.
+
+        Args:
+            table: place in the window's plan.
+            row_N: numbers of the rows.
+        """
+        self._enter_process()
+        with self._lock, self._changes():
+            assert self.window is not None
+            return self.window.rows(table, row_N)
 
     def fill(self, experts_L: Sequence[Sequence[int]]) -> None:
         """Read experts into free slots before anything asks for them; gives up none that is there.

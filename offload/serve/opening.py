@@ -57,6 +57,7 @@ def open_answering(
     load_options: Mapping[str, Any],
     *,
     context: int,
+    loaded: Any = None,
 ) -> Opened:
     """Load a model and start its engine; takes as long as reading all that is not experts.
 
@@ -67,6 +68,7 @@ def open_answering(
         load_options: of `offload.load`; `auto` arithmetic becomes `fixed`: several users' tokens can then be computed
             together, and each gets the answer that he would get alone.
         context: most tokens of one request, prompt and answer together.
+        loaded: the model, if it is loaded already; the engine owns it from now on.
 
     Raises:
         ValueError: as `offload.load`, and for families that the engine cannot serve.
@@ -74,7 +76,8 @@ def open_answering(
     found: dict[str, Any] = {}
 
     def open_model() -> Any:
-        model = load(folder, **{**load_options, "arithmetic": _for_many(load_options.get("arithmetic", "auto"))})
+        arithmetic = arithmetic_for_many(load_options.get("arithmetic", "auto"))
+        model = load(folder, **{**load_options, "arithmetic": arithmetic}) if loaded is None else loaded
         found.update(defaults=_recommended(model), budget=_parts(model.offload.plan))
         return model
 
@@ -94,7 +97,8 @@ def _parts(plan: MemoryPlan) -> dict[str, int]:
     return {name.removesuffix("_bytes"): size for name, size in sizes.items()}
 
 
-def _for_many(arithmetic: str) -> str:
+def arithmetic_for_many(arithmetic: str) -> str:
+    """The level that several users get if they ask for `auto`: each the bits that he would get alone."""
     try:
         orders()
     except OSError:  # without a C compiler torch computes, and its bits depend on how many rows there are

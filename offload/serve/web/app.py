@@ -46,7 +46,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     @app.post("/chat/completions", response_model=None, include_in_schema=False)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next message of a conversation."""
-        name, desk = service.model_name(body.model), service.ready()
+        name, desk = service.answering(body.model, body)
         ask = await desk.prepare(lambda: body.ask(desk.asker, defaults=service.defaults, owner=owner_of(request)))
         asks = [ask.nth(index) for index in range(body.n or 1)]
         writer = ChatWriter(new_id(), name, body, speller(desk))
@@ -56,7 +56,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     @app.post("/completions", response_model=None, include_in_schema=False)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """The continuation of texts or token ids."""
-        name, desk = service.model_name(body.model), service.ready()
+        name, desk = service.answering(body.model, body)
         asks = await desk.prepare(lambda: body.asks(desk.asker, defaults=service.defaults, owner=owner_of(request)))
         echoes = [desk.asker.vocabulary.decode(ask.prompt_ids) if body.echo else "" for ask in asks]
         asks = [ask.nth(index) for ask in asks for index in range(body.n or 1)]

@@ -20,7 +20,7 @@ def add_messages(app: FastAPI, service: Service) -> None:
     @app.post("/v1/messages", response_model=None)
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """The next message of a conversation."""
-        name, desk = service.model_name(body.model), service.ready()
+        name, desk = service.answering(body.model, body)
         ask = await desk.prepare(lambda: body.ask(desk.asker, defaults=service.defaults, owner=owner_of(request)))
         writer = MessagesWriter(new_id(), name, len(ask.prompt_ids))
         running = await service.open(desk, [ask])
@@ -34,8 +34,7 @@ def add_messages(app: FastAPI, service: Service) -> None:
     @app.post("/v1/messages/count_tokens")
     async def count(body: CountRequest) -> dict[str, int]:
         """Tokens of a conversation."""
-        service.model_name(body.model)
-        desk = service.ready()
+        _, desk = service.answering(body.model, body)
         return {"input_tokens": await desk.prepare(lambda: body.count(desk.asker))}
 
 
@@ -46,7 +45,7 @@ def add_responses(app: FastAPI, service: Service) -> None:
     @app.post("/responses", response_model=None, include_in_schema=False)
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         """The next items of a conversation."""
-        name, desk = service.model_name(body.model), service.ready()
+        name, desk = service.answering(body.model, body)
         ask = await desk.prepare(lambda: body.ask(desk.asker, defaults=service.defaults, owner=owner_of(request)))
         writer = ResponsesWriter(new_id(), name, body.echoed())
         running = await service.open(desk, [ask])

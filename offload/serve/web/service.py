@@ -2,11 +2,12 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pydantic import BaseModel
 from starlette.requests import Request
 
 from ...engine.counters import EngineCounters
@@ -46,6 +47,8 @@ class Service:
         budget: bytes of memory by part.
         counters: gives the engine's counts; None while the model is loading.
         arithmetic: what is promised of the model's bits.
+        desks: of each member, where several models answer.
+        route: who of them answers a text, given the member that a request names, or None.
     """
 
     names: tuple[str, ...]
@@ -61,6 +64,24 @@ class Service:
     counters: Callable[[], EngineCounters] | None = None
     arithmetic: str = ""
     running: set[Running] = field(default_factory=set)
+    desks: Mapping[str, Desk] = field(default_factory=dict)
+    route: Callable[[str, str | None], str] | None = None
+
+    def answering(self, wanted: str | None, body: BaseModel) -> tuple[str, Desk]:
+        """Who answers a request: the name that the answer bears, and the desk that takes it.
+
+        Args:
+            wanted: the model that the request names.
+            body: what it says; of several members, its text chooses one unless a member is named.
+
+        Raises:
+            ApiError: 404 if there is no such model, 503 as `ready`.
+        """
+        name, desk = self.model_name(wanted), self.ready()
+        if self.route is None:
+            return name, desk
+        member = self.route(said_in(body), None if name == self.names[0] else name)
+        return member, self.desks[member]
 
     def ready(self) -> Desk:
         """The desk.
@@ -113,6 +134,28 @@ class Service:
     def _refused(self, reason: str, message: str, code: str) -> ApiError:
         self.metrics.refused(reason)
         return ApiError(503, message, code=code, retry_after_s=LOADING_RETRY_S)
+
+
+SAID_BY = ("messages", "prompt", "input")
+"""Fields of requests in which users speak, in all dialects."""
+
+
+def said_in(body: BaseModel) -> str:
+    """All texts that a request's user says."""
+    return "\n".join(_texts([getattr(body, name, None) for name in SAID_BY]))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a part of a request, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, BaseModel):
+        yield from _texts([getattr(value, name, None) for name in ("content", "text")])
+    elif isinstance(value, dict):
+        yield from _texts([value.get("content"), value.get("text")])
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
 
 
 def new_id() -> str:

@@ -1,0 +1,131 @@
+"""Modules of a model whose weights come from a window: each is given them for the time of its forward pass.
+
+Between two passes a streamed parameter holds no memory and is not a number anywhere, so that whatever uses it without
+its module shows.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .planning import WindowPlan
+
+NO_COPY = "the weights of a streamed model are read for one model only; load it again instead of copying it"
+
+
+class Holder(Protocol):
+    """Who holds guests while they are computed."""
+
+    def hold(self, number: int) -> Any:
+        """A context that gives the weights of `plan.streamed[number]` by name."""
+        ...
+
+    def rows(self, table: int, row_N: list[int]) -> torch.Tensor:
+        """Rows of `plan.tables[table]`."""
+        ...
+
+
+def bind(model: nn.Module, plan: WindowPlan, holder: Holder) -> None:
+    """Let the streamed modules of a model compute with what a holder gives them.
+
+    Args:
+        model: whose parameters in `plan.names` hold no memory.
+        plan: what is streamed.
+        holder: gives the weights.
+    """
+    for number, guest in enumerate(plan.streamed):
+        module = model.get_submodule(guest.name)
+        names = [parameter.name for parameter in guest.form.parameters]
+        places = {name: _place(module, name) for name in names}
+        module.forward = StreamedForward(holder, number, places, module.forward).forward  # type: ignore[method-assign]
+    for number, guest in enumerate(plan.tables):
+        table = model.get_submodule(guest.name)
+        # torch compares it with the rows that it is given, and nothing else in a forward pass looks at it
+        table.padding_idx = None  # type: ignore[assignment]
+        table.forward = StreamedRows(holder, number, table, table.forward).forward  # type: ignore[method-assign]
+
+
+def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, last = name.rpartition(".")
+    return module.get_submodule(path), last
+
+
+@dataclass(eq=False)
+class StreamedForward:
+    """The forward pass of a guest."""
+
+    holder: Holder
+    number: int
+    places: dict[str, tuple[nn.Module, str]]
+    otherwise: Callable[..., Any]
+
+    # a compiler would trace the exchange of the weights
+    @torch.compiler.disable
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes with its weights.
+
+        Raises:
+            RuntimeError: if gradients would need the weights later.
+        """
+        with self.holder.hold(self.number) as weights:
+            parameters = {name: getattr(*place) for name, place in self.places.items()}
+            with _exchanged([(parameter, weights[name]) for name, parameter in parameters.items()]):
+                result = self.otherwise(*args, **kwargs)
+        _expect_no_gradient(result)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise TypeError(NO_COPY)
+
+
+@dataclass(eq=False)
+class StreamedRows:
+    """The forward pass of an embedding: the rows that are asked for are read, and stand for the table."""
+
+    holder: Holder
+    number: int
+    table: nn.Module
+    otherwise: Callable[..., Any]
+
+    @torch.compiler.disable
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002  torch calls it so
+        """What the embedding gives for `input`, ids of any shape."""
+        row_N, place = torch.unique(input, return_inverse=True)
+        _expect_rows(row_N, self.table)
+        weight: Any = self.table.weight
+        with _exchanged([(weight, self.holder.rows(self.number, row_N.tolist()))]):
+            return self.otherwise(place.to(input.dtype), *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise TypeError(NO_COPY)
+
+
+@contextmanager
+def _exchanged(pairs: Collection[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Within, these parameters hold these numbers."""
+    before = [parameter.data for parameter, _ in pairs]
+    try:
+        for parameter, weight in pairs:
+            parameter.data = weight
+        yield
+    finally:
+        for (parameter, _), empty in zip(pairs, before, strict=True):
+            parameter.data = empty
+
+
+def _expect_rows(row_N: torch.Tensor, table: Any) -> None:
+    if len(row_N) and not (int(row_N[0]) >= 0 and int(row_N[-1]) < table.num_embeddings):
+        raise IndexError(f"ids must be 0 to {table.num_embeddings - 1}; got {int(row_N[0])} to {int(row_N[-1])}")
+
+
+def _expect_no_gradient(result: Any) -> None:
+    first = result[0] if isinstance(result, tuple) else result
+    if isinstance(first, torch.Tensor) and first.requires_grad:
+        raise RuntimeError(
+            "gradients do not pass through streamed layers, whose weights are gone by then; run the model under "
+            "torch.no_grad(), or train a model that fits in memory"
+        )

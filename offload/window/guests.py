@@ -1,0 +1,217 @@
+"""Which weights outside experts can be streamed, and where the checkpoint has them.
+
+A guest is a decoder layer, the head or an embedding. To the store it is a layer with one expert: its matrices. So the
+reading threads, the stored forms and both ways past or through the page cache are those of experts. An embedding is a
+layer with V experts, its rows, because a token reads one of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from moe import Linear
+
+from ..checkpoint.experts import ExpertLayer, Parameter, Source
+from ..checkpoint.tensors import TORCH_DTYPES, TensorEntry
+from ..formats.plain import PlainForm
+
+Matches = Mapping[str, Sequence[tuple[str, str | None]]]
+SMALL_SHARE = 1 / 256
+"""Weights below this share of their guest stay in memory: norms, biases, routers. They are read in no time and save no
+memory, and the next layer's router is asked before its layer is there. A layer has a dozen of them; not tuned."""
+HEADS = (nn.Linear, Linear)
+
+
+class GuestForm(PlainForm):
+    """The matrices of a guest.
+
+    Those in float32 each begin at a block: on some processors the last bits of torch's products follow addresses.
+    """
+
+    @cached_property
+    def _groups(self) -> tuple[tuple[Parameter, ...], ...]:
+        if any(parameter.dtype == torch.float32 for parameter in self.parameters):
+            return tuple((parameter,) for parameter in self.parameters)
+        return super()._groups
+
+    @cached_property
+    def is_shiftable(self) -> bool:
+        is_wide = any(parameter.dtype == torch.float32 for parameter in self.parameters)
+        return not is_wide and self.is_straight and len(self.extents(0)) == len(self.regions)
+
+
+class RowForm(PlainForm):
+    """The rows of an embedding, one extent each."""
+
+    @cached_property
+    def is_shiftable(self) -> bool:
+        return self.is_straight
+
+
+@dataclass(frozen=True, eq=False)
+class Guest:
+    """Weights that come and go together.
+
+    Args:
+        name: of their module.
+        form: where they lie; parameters are named as in the module.
+        aliases: full names of all parameters that they are, of tied ones both.
+    """
+
+    name: str
+    form: PlainForm
+    aliases: frozenset[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.form.expert_bytes * self.form.layer.num_experts
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Guests:
+    """What can be streamed of a model, in order of use.
+
+    Args:
+        embeddings: tables outside layers, whose rows can be read one by one.
+        layers: decoder layers, without their experts.
+        head: the matrix that gives logits; None if it cannot be streamed, or is none.
+        is_tied: whether the head is the first embedding's matrix.
+    """
+
+    embeddings: tuple[Guest, ...] = ()
+    layers: tuple[Guest, ...] = ()
+    head: Guest | None = None
+    is_tied: bool = False
+
+    @property
+    def passing(self) -> tuple[Guest, ...]:
+        """Those that a pass uses whole: the layers and the head."""
+        return self.layers if self.head is None else (*self.layers, self.head)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all, a tied matrix once."""
+        tables = self.embeddings[1:] if self.is_tied else self.embeddings
+        return sum(guest.nbytes for guest in (*tables, *self.passing))
+
+
+def find_guests(model: Any, entries: Mapping[str, TensorEntry], found: Matches) -> Guests:
+    """What can be streamed of a model.
+
+    Weights that two layers share stay in memory, and so do those that the checkpoint stores as codes or in pieces.
+
+    Args:
+        model: on the meta device, in the dtype it will run in, without its experts' weights.
+        entries: the checkpoint's tensors.
+        found: what `match_checkpoint` says of the two.
+    """
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name)
+    locate = _Locator(entries, found, owners)
+    layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
+    inner = tuple(f"{name}." for name in layers)
+    guests = [locate.layer(name, module) for name, module in layers.items() if not name.startswith(inner)]
+    output, head = model.get_output_embeddings(), None
+    named = {id(module): name for name, module in model.named_modules()}
+    if type(output) in HEADS and id(output) in named:
+        head = locate.whole(named[id(output)], output)
+    tables = {
+        name: module
+        for name, module in model.named_modules()
+        if _looks_up(module, model) and not name.startswith(inner)
+    }
+    is_tied = head is not None and any(id(table.weight) == id(output.weight) for table in tables.values())
+    rows = [locate.rows(name, table) for name, table in tables.items()]
+    embeddings = [guest for guest in rows if guest is not None]
+    if head is not None:
+        embeddings.sort(key=lambda guest: not guest.aliases & head.aliases)
+        if is_tied and not (embeddings and embeddings[0].aliases & head.aliases):
+            head, is_tied = None, False
+    return Guests(
+        embeddings=tuple(embeddings),
+        layers=tuple(guest for guest in guests if guest is not None),
+        head=head,
+        is_tied=is_tied,
+    )
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """transformers derives every decoder layer from the class that may recompute it in training."""
+    return isinstance(module, GradientCheckpointingLayer)
+
+
+def _looks_up(module: nn.Module, model: Any) -> bool:
+    """Whether a module is a table whose rows its own input names: others (learned positions) compute their rows."""
+    is_input = isinstance(module, nn.Embedding) and module is model.get_input_embeddings()
+    return is_input or type(module) is nn.Embedding
+
+
+@dataclass(frozen=True, eq=False)
+class _Locator:
+    """Finds the weights of modules in the checkpoint."""
+
+    entries: Mapping[str, TensorEntry]
+    found: Matches
+    owners: Mapping[int, set[str]]
+
+    def layer(self, name: str, module: nn.Module) -> Guest | None:
+        """A decoder layer's matrices that belong to it alone; None if it has none that can be streamed."""
+        own = {
+            inside: parameter
+            for inside, parameter in module.named_parameters()
+            if parameter.dim() > 1 and len(self.owners[id(parameter)]) == 1 and self._stored(parameter)
+        }
+        least = SMALL_SHARE * sum(parameter.nbytes for parameter in own.values())
+        return self._guest(name, {inside: weight for inside, weight in own.items() if weight.nbytes >= least})
+
+    def whole(self, name: str, module: nn.Module) -> Guest | None:
+        """A module's weight, wherever else it is used."""
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        if self._stored(weight) is None:
+            return None
+        return self._guest(name, {"weight": weight})
+
+    def rows(self, name: str, table: nn.Embedding) -> Guest | None:
+        """A table by its rows; None if it must be changed while it is read, or norms them in place."""
+        stored = self._stored(table.weight)
+        if stored is None or stored.torch_dtype() != table.weight.dtype or table.max_norm is not None:
+            return None
+        source = Source(stored.name, (stored,) * len(table.weight), is_fused=True)
+        runs = ((0, 0, 0, table.embedding_dim),)
+        shape = (table.embedding_dim,)
+        row = Parameter("weight", f"{name}.weight", shape, table.weight.dtype, (source,), None, runs)
+        form = RowForm(ExpertLayer(name, len(table.weight), (row,)))
+        return Guest(name, form, frozenset(self.owners[id(table.weight)]))
+
+    def _guest(self, name: str, own: Mapping[str, torch.Tensor]) -> Guest | None:
+        if not own:
+            return None
+        parameters = tuple(self._parameter(name, *each) for each in own.items())
+        aliases = frozenset(full_name for weight in own.values() for full_name in self.owners[id(weight)])
+        return Guest(name, GuestForm(ExpertLayer(name, 1, parameters)), aliases)
+
+    def _parameter(self, module_name: str, name: str, parameter: torch.Tensor) -> Parameter:
+        full_name = f"{module_name}.{name}"
+        stored = self._stored(parameter)
+        assert stored is not None
+        source, shape = Source(stored.name, (stored,), is_fused=False), tuple(parameter.shape)
+        is_same = stored.torch_dtype() == parameter.dtype
+        runs = ((0, 0, 0, prod(shape)),) if is_same else None
+        return Parameter(name, full_name, shape, parameter.dtype, (source,), None, runs)
+
+    def _stored(self, parameter: torch.Tensor) -> TensorEntry | None:
+        """The one plain tensor that a parameter is; None if it is made of several, or of codes."""
+        keys = [key for name in sorted(self.owners[id(parameter)]) for key in self.found.get(name, ())]
+        entries = [self.entries[key] for key, pattern in keys if pattern is None]
+        if not entries or len(entries) < len(keys):
+            return None
+        is_plain = type(entries[0]) is TensorEntry and entries[0].dtype in TORCH_DTYPES
+        return entries[0] if is_plain and entries[0].shape == tuple(parameter.shape) else None
