@@ -16,11 +16,12 @@ from routing.ground.terminal import plain_console
 from ..evidence.pages import provenance
 from ..evidence.record import save_record
 from ..train.corpus import windows
+from ..train.description.config import TrainConfig
 from ..train.metrics import read_log, without_nan
-from ..train.presets import TrainConfig
 from ..train.run_folder import LOG_FILE, expect_same_text
+from ..train.text.chosen import Text
 from .page import write_page
-from .runs import Run, Text, execute, plan_runs
+from .runs import Run, execute, plan_runs
 from .summary import METRICS, cell, difference_cell, summarise
 
 SMOOTHED = 20

@@ -14,26 +14,13 @@ from typing import Any
 
 from routing.ground.files import write_json
 
-from ..train.corpus import Corpus, load_corpus
+from ..train.description.config import TrainConfig
 from ..train.fitting import fitting_model
 from ..train.metrics import without_nan
-from ..train.presets import TrainConfig
 from ..train.run_folder import checkpoints, differences, plain
+from ..train.text.chosen import Text
 
 RESULT_FILE, CONFIG_FILE = "compare_result.json", "compare_config.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """Which text a comparison reads, and how; see `load_corpus`."""
-
-    data: str | None = None
-    column: str = "text"
-    tokenizer: str | None = None
-
-    def load(self) -> Corpus:
-        """Read it."""
-        return load_corpus(self.data, column=self.column, tokenizer=self.tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)

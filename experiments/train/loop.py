@@ -17,9 +17,10 @@ from routing.ground.files import write_json
 
 from .checkpoint import publish
 from .corpus import Corpus, windows
+from .description.config import TrainConfig
+from .description.description import write_run_file
 from .interrupt import interrupt_noted
 from .metrics import MetricsLog, open_log, read_log, without_nan
-from .presets import TrainConfig
 from .run_folder import (
     LOG_FILE,
     TEXT_FILE,
@@ -85,6 +86,7 @@ def run_steps(
     start = time.perf_counter()
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / TEXT_FILE, {"source": corpus.source, "fingerprint": corpus.fingerprint, "origin": corpus.origin})
+    write_run_file(run, config, corpus.origin | {"text_fingerprint": corpus.fingerprint})
     with (
         open_log(run / LOG_FILE, last_step=done) as log,
         _progress(config.steps, done, quiet) as advance,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..presets import TrainConfig
+from ..description.config import TrainConfig
 from ..run_folder import checkpoints
 
 OLDEST_TRANSFORMERS = "5.23"

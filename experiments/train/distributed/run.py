@@ -25,9 +25,9 @@ from moe.parallel import Layout, split
 
 from ..checkpoint import CheckpointPlace, write_checkpoint
 from ..corpus import BatchOrder, Corpus, windows
+from ..description.config import TrainConfig
 from ..loop import TrainResult, precision_of, prepare, run_steps
 from ..precision import resolve_precision
-from ..presets import TrainConfig
 from ..torch_run import build_model
 from .checkpoint import load_parts, save_parts
 from .launch import is_resumed
