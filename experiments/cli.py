@@ -27,7 +27,9 @@ from .bench.serving.bench import bench_serve
 from .bench.step import bench_step
 from .bench.training import bench_train
 from .compare.command import compare
+from .compare.sweep_command import sweep
 from .demo.command import demo
+from .judging.command import judge
 from .placed.command import place_run
 from .placed.serving import PROCESSES
 from .train.command import train
@@ -50,6 +52,7 @@ CLOSED_PIPE = 141
 EXTRAS = dict.fromkeys(("torch", "transformers", "safetensors", "pyarrow"), "torch") | dict.fromkeys(
     ("jax", "flax", "optax", "einops"), "jax"
 )
+EXTRAS |= {"tensorboard": "tensorboard"}
 EXTRAS |= dict.fromkeys(("fastapi", "uvicorn", "llguidance", "prometheus_client", "prompt_toolkit", "httpx"), "serve")
 
 
@@ -75,6 +78,8 @@ def options(
 app.command("demo")(demo)
 app.command("train")(train)
 app.command("compare")(compare)
+app.command("sweep")(sweep)
+app.command("judge")(judge)
 app.command("leverage")(leverage)
 bench.command("duo")(bench_duo)
 bench.command("flax")(bench_flax)

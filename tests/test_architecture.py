@@ -84,6 +84,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "experiments": (
         ("evidence", "variants"),
         ("train",),
+        ("judging",),
         ("compare", "bench", "demo", "placed"),
         ("gpu_session",),
         ("__init__", "cli"),

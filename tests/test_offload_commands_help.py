@@ -76,6 +76,9 @@ MISSING = {
     "join": "nowhere nowhere --out new",
     "train": "--data nowhere.txt --out new",
     "compare": "--routers top2 --data nowhere.txt --out new",
+    "judge": "nowhere",
+    "leverage": "--config nowhere.yaml",
+    "sweep": "--routers top2 --data nowhere.txt --out new",
     "demo": "--data nowhere.txt --out new",
     "bench offload": "nowhere",
     "bench duo": "--data nowhere.txt --out new",
@@ -84,7 +87,7 @@ MISSING = {
     "bench tiers": "--trace nowhere.npz",
 }
 READS_NOTHING = {
-    "leverage", "bench flax", "bench kernels", "bench memory-layers", "bench products", "bench routers", "bench step",
+    "bench flax", "bench kernels", "bench memory-layers", "bench products", "bench routers", "bench step",
     "bench train",
 }  # fmt: skip
 

@@ -25,6 +25,8 @@ from .interrupt import hint_when_interrupted
 from .options import ConfigOption, DataOption, SetOption, StepsOption, TokenizerOption
 from .presets import PRESETS
 from .run_folder import expect_startable
+from .watching.page import PAGE
+from .watching.watch import Watch
 
 if TYPE_CHECKING:
     from .corpus import Corpus
@@ -52,6 +54,10 @@ ParallelOption = Annotated[
 RestartsOption = Annotated[
     int, typer.Option(min=0, help="With --processes: start all again so often after one failed, from the last save.")
 ]
+LiveOption = Annotated[bool, typer.Option("--live", help="Curves in the terminal instead of a progress bar.")]
+EventFilesOption = Annotated[
+    bool, typer.Option("--tensorboard", help="Also write TensorBoard's files, into the folder of the run.")
+]
 BackendOption = Annotated[Literal["torch", "jax"] | None, typer.Option(help="Backend: torch or jax; default: torch.")]
 
 
@@ -75,6 +81,8 @@ def train(
     processes: ProcessesOption = None,
     parallel: ParallelOption = None,
     max_restarts: RestartsOption = 0,
+    live: LiveOption = False,
+    event_files: EventFilesOption = False,
 ) -> None:
     """Train a small mixture-of-experts model; safe to kill, `--resume` continues bit by bit.
 
@@ -106,6 +114,8 @@ def train(
         run = described(config_file, settings or [], options)
     config, text = run.config, run.text
     text.expect_there()
+    if event_files:
+        import tensorboard  # noqa: F401  (a missing package is said before anything is read)
     workers = started_processes() if is_worker() else processes or 1
     if workers > 1 or parallel is not None:
         if config.backend == "jax":
@@ -115,6 +125,7 @@ def train(
         if not is_worker():
             raise typer.Exit(launch(sys.argv[1:], workers, restarts=max_restarts))
     start = _backend(config.backend, parallel)
+    watch = Watch(live=live, page=True, event_files=event_files)
 
     inputs = (text.data, text.tokenizer, config.start_from)
     expect_not_an_input(out, *(Path(source) for source in inputs if source and source != "stdlib"))
@@ -122,12 +133,12 @@ def train(
         corpus = text.load()
         if is_leader():
             _tell(corpus, run.notes)
-        result = start(config, corpus, out, resume=resume)
+        result = start(config, corpus, out, resume=resume, watch=watch)
     if result is None:  # a process that only followed
         return
     typer.echo(
         f"{out}: {result.steps} steps, {result.held_out_bits_per_byte:.3f} bits per byte on held-out text, "
-        f"{result.tokens_per_second:.0f} tokens/s"
+        f"{result.tokens_per_second:.0f} tokens/s; page: {out / PAGE}"
     )
 
 

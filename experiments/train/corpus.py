@@ -41,6 +41,8 @@ class Corpus:
         pad_token: the id that fills up rows, if it is not the end token.
         origin: `data`, `column` and `tokenizer`, as `load_corpus` takes them; empty for streams made by hand.
         summary: files, bytes, and what was skipped why; one line.
+        held_out_domains: name, first token and token after the last of each domain in the held-out stream: the folders
+            directly below the folder of a text. Empty where there is none.
     """
 
     train: NDArray[np.integer]
@@ -54,6 +56,7 @@ class Corpus:
     pad_token: int | None = None
     origin: dict[str, Any] = field(default_factory=dict)
     summary: str = ""
+    held_out_domains: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def is_bytes(self) -> bool:
@@ -100,22 +103,45 @@ def load_corpus(data: str | None, *, column: str = "text", tokenizer: str | None
     expect_tokenizer(tokenizer)
     found = _split(documents(data, column, reading, whole_characters=tokenizer is not None))
     origin = {"data": _absolute(data), "column": column, "tokenizer": _absolute(tokenizer)}
+    spans = _DomainSpans(is_read=data not in (None, "stdlib"))
     if tokenizer is None:
-        streams = _byte_streams(found)
+        streams = _byte_streams(found, spans)
         facts: dict[str, Any] = {"vocab_size": NUM_BYTES, "tokens_per_byte": 1.0, "end_token": SEPARATOR[0]}
     else:
-        streams, facts = _token_streams(found, Encoder(tokenizer))
+        streams, facts = _token_streams(found, Encoder(tokenizer), spans)
         facts["tokenizer"] = tokenizer
     if len(streams[0]) < 2 or len(streams[1]) < 2:
         raise ValueError(f"{source}: the text is too few bytes to train on and hold some out ({reading})")
-    return Corpus(train=streams[0], held_out=streams[1], source=source, origin=origin, summary=str(reading), **facts)
+    facts |= {"origin": origin, "summary": str(reading), "held_out_domains": tuple(spans.found)}
+    return Corpus(train=streams[0], held_out=streams[1], source=source, **facts)
 
 
 def _absolute(path: str | None) -> str | None:
     return None if path in (None, "stdlib") else str(Path(path).absolute())
 
 
-def _split(found: Iterator[Document]) -> Iterator[tuple[bytes, bool]]:
+class _DomainSpans:
+    """Where the domains lie in the held-out stream; documents of one folder follow each other.
+
+    Args:
+        is_read: whether the text's folders are domains at all; those of the standard library are none.
+    """
+
+    def __init__(self, *, is_read: bool) -> None:
+        self._is_read = is_read
+        self.found: list[tuple[str, int, int]] = []
+
+    def note(self, document: Document, start: int, end: int) -> None:
+        """A held-out document takes these places of the stream."""
+        folder, slash, _ = (document.name or "").partition("/")
+        if not (slash and self._is_read):
+            return
+        if self.found and self.found[-1][0] == folder:
+            start = self.found.pop()[1]
+        self.found.append((folder, start, end))
+
+
+def _split(found: Iterator[Document]) -> Iterator[tuple[Document, bool]]:
     """Documents, and whether they are held out: those whose name hashes to 0; of few, or of a file's pieces, the last.
 
     Each is given when the next one is there, because the last one may have to be held out.
@@ -124,7 +150,7 @@ def _split(found: Iterator[Document]) -> Iterator[tuple[bytes, bool]]:
     if first and first[0].name is not None:
         first += islice(found, HELD_OUT_EVERY)
         if len(first) <= HELD_OUT_EVERY:
-            yield from ((document.text, place == len(first) - 1) for place, document in enumerate(first))
+            yield from ((document, place == len(first) - 1) for place, document in enumerate(first))
             return
     waiting, is_any_held_out = None, False
     for document in chain(first, found):
@@ -132,28 +158,32 @@ def _split(found: Iterator[Document]) -> Iterator[tuple[bytes, bool]]:
             yield waiting
         is_held_out = document.name is not None and zlib.crc32(document.name.encode()) % HELD_OUT_EVERY == 0
         is_any_held_out |= is_held_out
-        waiting = document.text, is_held_out
+        waiting = document, is_held_out
     if waiting is not None:
         yield waiting[0], waiting[1] or not is_any_held_out
 
 
-def _byte_streams(found: Iterable[tuple[bytes, bool]]) -> list[NDArray[np.uint8]]:
+def _byte_streams(found: Iterable[tuple[Document, bool]], spans: _DomainSpans) -> list[NDArray[np.uint8]]:
     streams = bytearray(), bytearray()
-    for text, is_held_out in found:
+    for document, is_held_out in found:
         stream = streams[is_held_out]
-        stream += SEPARATOR + text if stream else text
+        stream += SEPARATOR + document.text if stream else document.text
+        if is_held_out:
+            spans.note(document, len(stream) - len(document.text), len(stream))
     return [np.frombuffer(stream, np.uint8) for stream in streams]
 
 
 def _token_streams(
-    found: Iterable[tuple[bytes, bool]], encode: Encoder
+    found: Iterable[tuple[Document, bool]], encode: Encoder, spans: _DomainSpans
 ) -> tuple[list[NDArray[np.int32]], dict[str, Any]]:
     """Both streams, and what the corpus knows of them."""
     streams, held_out_bytes, train_bytes = (bytearray(), bytearray()), bytearray(), 0.0
-    for text, is_held_out in found:
-        ids, sizes = encode(text)
+    for document, is_held_out in found:
+        ids, sizes = encode(document.text)
         streams[is_held_out].extend(ids.tobytes())
         if is_held_out:
+            end = len(streams[1]) // ids.itemsize
+            spans.note(document, end - len(ids), end)
             held_out_bytes += sizes.tobytes()
         else:
             train_bytes += float(sizes.sum(dtype=np.float64))

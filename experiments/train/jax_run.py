@@ -15,9 +15,10 @@ from moe.nnx.training.training import Optimisation, Trainer, resolve_precision
 from .checkpoint import CheckpointPlace, write_checkpoint
 from .corpus import BatchOrder, Corpus, windows
 from .description.config import TrainConfig
-from .loop import TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
+from .loop import UNWATCHED, TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
 from .metrics import balance_metrics
 from .schedule import learning_rate
+from .watching.watch import Watch
 
 
 def train(
@@ -28,6 +29,7 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     mesh: str | None = None,
+    watch: Watch = UNWATCHED,
 ) -> TrainResult:
     """Train a model; everything it leaves behind is under `run`.
 
@@ -38,6 +40,7 @@ def train(
         resume: continue after the last finished checkpoint, bit by bit as if nothing had happened.
         quiet: no progress bar.
         mesh: devices per axis, such as `data=2,expert=4`; None takes the config's.
+        watch: what else is shown of it.
 
     Returns:
         How it ended.
@@ -54,9 +57,11 @@ def train(
     config = replace(config, precision=precision, backend="jax", mesh=mesh or config.mesh)
     trainable = build(config, corpus, run, mesh=config.mesh)
     if not found:
-        return run_steps(trainable, config, corpus, run, 0, quiet=quiet)
+        return run_steps(trainable, config, corpus, run, 0, quiet=quiet, watch=watch)
     trainable.trainer.restore(found[-1])
-    return run_steps(trainable, config, corpus, run, int(found[-1].name.removeprefix("step_")), quiet=quiet)
+    return run_steps(
+        trainable, config, corpus, run, int(found[-1].name.removeprefix("step_")), quiet=quiet, watch=watch
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -184,3 +184,8 @@ def preset(name: str) -> TrainConfig:
 def with_steps(config: TrainConfig, steps: int) -> TrainConfig:
     """The run with another number of steps; its warm-up is cut to fit, so that the learning rate reaches its peak."""
     return replace(config, steps=steps, warmup_steps=min(config.warmup_steps, steps))
+
+
+def with_rate(config: TrainConfig, rate: float) -> TrainConfig:
+    """The run with another peak rate; the last rate keeps its share of it."""
+    return replace(config, learning_rate=rate, min_learning_rate=rate * config.min_learning_rate / config.learning_rate)

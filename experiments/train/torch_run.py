@@ -18,11 +18,12 @@ from .checkpoint import CheckpointPlace, restore, save_checkpoint
 from .corpus import BatchOrder, Corpus, windows
 from .description.config import TrainConfig
 from .description.starting import load_start
-from .loop import TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
+from .loop import UNWATCHED, TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
 from .metrics import routing_metrics
 from .optimisers.build import Together, build_optimizer
 from .precision import resolve_precision
 from .schedule import learning_rate
+from .watching.watch import Watch
 
 
 def train(
@@ -33,6 +34,7 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     stop_after_s: float | None = None,
+    watch: Watch = UNWATCHED,
 ) -> TrainResult:
     """Train a model; everything it leaves behind is under `run`.
 
@@ -43,6 +45,7 @@ def train(
         resume: continue after the last finished checkpoint, bit by bit as if nothing had happened.
         quiet: no progress bar.
         stop_after_s: end early after so many seconds, wherever the schedule is.
+        watch: what else is shown of it.
 
     Returns:
         How it ended.
@@ -60,7 +63,7 @@ def train(
     model, optimizer, order = build(config, corpus, device)
     done = restore(found[-1], model, optimizer) if found else 0
     trainable = _TorchRun(model, optimizer, order, corpus, config, run)
-    return run_steps(trainable, config, corpus, run, done, quiet=quiet, stop_after_s=stop_after_s)
+    return run_steps(trainable, config, corpus, run, done, quiet=quiet, stop_after_s=stop_after_s, watch=watch)
 
 
 @dataclass(frozen=True, eq=False)
