@@ -1,13 +1,22 @@
 """A run is a file: merged from presets, files and options, checked, solved for sizes, saved, repeated bit by bit."""
 
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from experiments.train.description.config import TrainConfig
-from experiments.train.description.description import RunDescription, described, run_size
+from experiments.train.description.description import (
+    ASKED,
+    SETTINGS,
+    TEXT_KEYS,
+    RunDescription,
+    described,
+    run_size,
+)
 from experiments.train.description.rate_laws import RunSize, ling_law, step_law
 from experiments.train.description.settings_file import assigned, merged, read_settings
 from experiments.train.description.sizes import Shape, parse_count, solved_shape
@@ -185,6 +194,7 @@ def test_a_finished_runs_file_repeats_it_bit_by_bit(run, tmp_path, capfd):
     assert run("train", "--config", saved, "--out", tmp_path / "b") == 0
     assert saved.read_bytes() == (tmp_path / "b/run.yaml").read_bytes()
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert (tmp_path / "a/run.html").is_file()
     found = yaml.safe_load(saved.read_text())
     assert found["model"]["router"] == "rmoe"
     assert asdict(described(saved).config) == asdict(TrainConfig(**{
@@ -199,6 +209,13 @@ def test_a_finished_runs_file_repeats_it_bit_by_bit(run, tmp_path, capfd):
     assert run("train", "--config", saved, "--out", tmp_path / "c") == 2
     assert "is not the text of this description" in capfd.readouterr().err
     assert not (tmp_path / "c/run.yaml").exists()
+
+
+def test_the_page_explains_every_setting():
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z_, ]+) \| ", page, re.M)
+    explained = {name for row in rows for name in row.split(", ")}
+    assert {*SETTINGS, *ASKED, *TEXT_KEYS, "model"} <= explained
 
 
 def test_a_models_defaults_are_those_of_its_class():

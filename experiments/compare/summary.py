@@ -147,7 +147,7 @@ def summarise(results: list[dict[str, Any]], margin: float | None = None) -> lis
                 "metrics": {
                     name: _spread(name, finished)
                     for name in METRICS
-                    if finished and all(result[name] is not None for result in finished)
+                    if finished and all(result.get(name) is not None for result in finished)
                 },
                 "difference": difference_to([r for r in results if r["variant"] == variants[0]], own, margin),
             }

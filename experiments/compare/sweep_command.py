@@ -59,6 +59,8 @@ def sweep(
     print_sweep(found)
     if json_file:
         write_json(json_file, found)
+    if all(row["best_rate"] is None for row in found["variants"]):
+        raise RuntimeError("no run ended; the reasons are above")
     typer.echo(f"compare --rates {out / 'sweep.json'} trains each variant at its best rate")
 
 

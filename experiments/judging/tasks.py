@@ -77,7 +77,8 @@ def cloze(
     rows = np.concatenate(items)
     parts = [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
     nats_NK = torch.cat([_continuation_nats(model, part, context) for part in parts]).view(-1, CHOICES)
-    return TaskResult(hits=int((nats_NK.argmin(1) == 0).sum()), trials=len(items), chance=1 / CHOICES)
+    is_likeliest_N = (nats_NK[:, :1] < nats_NK[:, 1:]).all(1)  # a tie is no answer
+    return TaskResult(hits=int(is_likeliest_N.sum()), trials=len(items), chance=1 / CHOICES)
 
 
 def copying(

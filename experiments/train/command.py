@@ -138,8 +138,9 @@ def train(
         return
     typer.echo(
         f"{out}: {result.steps} steps, {result.held_out_bits_per_byte:.3f} bits per byte on held-out text, "
-        f"{result.tokens_per_second:.0f} tokens/s; page: {out / PAGE}"
+        f"{result.tokens_per_second:.0f} tokens/s"
     )
+    typer.echo(f"page: {(out / PAGE).absolute()}", err=True)
 
 
 def _tell(corpus: "Corpus", notes: Sequence[str]) -> None:
