@@ -74,6 +74,8 @@ def plan_runs(
         raise ValueError(f"a variant is named twice in {', '.join(variants)}")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1; got {seeds}")
+    if base.backend != "torch":
+        raise ValueError(f"comparisons and sweeps train by torch; this description says backend {base.backend}")
     if rates is not None and (missing := [name for name in variants if name not in rates]):
         raise ValueError(f"no learning rate is given for {', '.join(missing)}; sweep them as well")
     models = {name: fitting_model(name, base.model) for name in variants}

@@ -86,7 +86,7 @@ def _resolved(given: dict[str, Any], model: dict[str, Any], source: str) -> RunD
     parent = {"model": {}} if name == NO_PRESET else asdict(preset(name))
     wish = {name: given.pop(name, None) for name in ("router", "params", "active")}
     if given.get("start_from") is not None:
-        given["start_from"] = str(Path(given["start_from"]).absolute())
+        given["start_from"] = str(Path(str(given["start_from"])).absolute())
     text = _built(Text, {name: given.pop(name) for name in TEXT_KEYS if name in given}, source)
     start_from = given.get("start_from")
     sizes, notes = _model(parent["model"], model, wish, text, start_from)
@@ -95,11 +95,11 @@ def _resolved(given: dict[str, Any], model: dict[str, Any], source: str) -> RunD
 
         text = replace(text, tokenizer=tokenizer_of(Path(start_from), sizes))
     values = _with_followers(parent, given)
-    law = values.get("learning_rate")
-    if law in RATE_LAWS:
+    law = values.get("learning_rate") if str(values.get("learning_rate")) in RATE_LAWS else None
+    if law is not None:
         values |= {"learning_rate": 1.0, "min_learning_rate": 0.0}  # until the run's size is known
     config = _built(TrainConfig, values | {"model": sizes}, source)
-    if law in RATE_LAWS:
+    if law is not None:
         config, note = _by_law(law, config, given)
         notes.append(note)
     if config.min_learning_rate > config.learning_rate:
@@ -179,7 +179,7 @@ def _model(
         model = fitting_model(str(wish["router"]), model) | said
     expect_buildable(model)
     if wish["params"] is not None:
-        notes.append(_described_shape(model))
+        notes.append(_described_shape(model | {"vocab_size": _vocabulary(model, text)}))
     return model, notes
 
 
@@ -187,14 +187,20 @@ def _solved(model: dict[str, Any], said: Mapping[str, Any], wish: Mapping[str, A
     filled = _filled(model)
     if filled["architecture"] != "moe" or filled["zero_compute_experts"]:
         raise ValueError("params solves shapes of plain mixtures of experts; give the sizes of this model one by one")
-    if "vocab_size" not in model and text.tokenizer is not None:
-        from ..text.tokens import Encoder
-
-        text.expect_there()
-        filled["vocab_size"] = Encoder(text.tokenizer).vocab_size
+    filled["vocab_size"] = _vocabulary(model, text)
     wanted = {name: said[name] for name in (*SIZES, *EXPERT_SIZES) if name in said}
     active = None if wish["active"] is None else parse_count(wish["active"])
     return model | solved_shape(parse_count(wish["params"]), active, filled, wanted)
+
+
+def _vocabulary(model: Mapping[str, Any], text: Text) -> int:
+    """V: as it is set, or that of the tokenizer, or the bytes."""
+    if "vocab_size" in model or text.tokenizer is None:
+        return _filled(model)["vocab_size"]
+    from ..text.tokens import Encoder
+
+    text.expect_there()
+    return Encoder(text.tokenizer).vocab_size
 
 
 def _described_shape(model: dict[str, Any]) -> str:

@@ -18,7 +18,13 @@ MOST_COMPLAINTS = 8
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads `2e-3` as a number, which version 1.1 of the language takes for a word."""
+    """YAML that reads `2e-3` as a number, which version 1.1 of the language takes for a word, and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is set twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
