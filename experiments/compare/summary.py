@@ -124,7 +124,7 @@ def summarise(results: list[dict[str, Any]], margin: float | None = None) -> lis
     """One row per variant, in the order of the results.
 
     Args:
-        results: of the runs.
+        results: one per run, as `execute_one` gives them.
         margin: bits per byte within which two variants count as equal; None for no test of that.
 
     Returns:

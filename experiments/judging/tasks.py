@@ -63,7 +63,7 @@ def cloze(
         model: in evaluation mode.
         corpus: its held-out part makes the items; another seed makes others.
         sequence_length: S that the model was trained on; passages with their continuation are no longer.
-        seed: of the items.
+        seed: draws the items, 0 or more.
         num_items: at most so many.
 
     Returns:

@@ -71,7 +71,7 @@ def write_run_file(run: Path, config: TrainConfig, text: Mapping[str, Any]) -> N
     """Write `run.yaml` into the folder of a run: `expertier train --config` repeats the run from it.
 
     Args:
-        run: the folder.
+        run: its folder, which must exist.
         config: with the precision resolved.
         text: what `Text` has fields for.
     """

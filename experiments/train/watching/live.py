@@ -18,6 +18,7 @@ WIDTH, HEIGHT = 72, 8
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bits of a braille character by row and column, from Unicode's chapter 21.1."""
 BLANK = 0x2800
+"""The braille character without a dot; the bits are added to it."""
 REFRESH_HZ = 4
 """Pictures per second: a step of a small model takes longer than a quarter of one."""
 SHOWN_ALERTS = 5

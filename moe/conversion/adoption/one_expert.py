@@ -2,7 +2,7 @@
 
 The router has one choice, so its weight is 1 and its gradient 0. The model computes what the dense one computes.
 
-Shapes: D model width, F hidden width, E = 1 expert.
+Shapes: D model width, F hidden width.
 """
 
 from typing import Any
