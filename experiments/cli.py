@@ -29,7 +29,9 @@ from .bench.serving.bench import bench_serve
 from .bench.step import bench_step
 from .bench.training import bench_train
 from .compare.command import compare
+from .compare.sweep_command import sweep
 from .demo.command import demo
+from .judging.command import judge
 from .placed.command import place_run
 from .placed.serving import PROCESSES
 from .train.command import train
@@ -54,6 +56,7 @@ EXTRAS = dict.fromkeys(("torch", "transformers", "safetensors", "pyarrow"), "tor
     ("jax", "flax", "optax", "einops"), "jax"
 )
 EXTRAS["peft"] = "finetune"
+EXTRAS |= {"tensorboard": "tensorboard"}
 EXTRAS |= dict.fromkeys(("fastapi", "uvicorn", "llguidance", "prometheus_client", "prompt_toolkit", "httpx"), "serve")
 
 
@@ -79,6 +82,8 @@ def options(
 app.command("demo")(demo)
 app.command("train")(train)
 app.command("compare")(compare)
+app.command("sweep")(sweep)
+app.command("judge")(judge)
 app.command("leverage")(leverage)
 bench.command("claim")(bench_claim)
 app.command("tune-router")(tune_router)

@@ -5,6 +5,7 @@ implementation of that name with transformers.
 """
 
 from .architectures import ARCHITECTURES, Architecture, build_body
+from .conversion.adoption.adopt import adopt, adopted_config
 from .conversion.export import export
 from .conversion.opening import load_model
 from .conversion.prune_and_join import drawn, join, most_used, prune
@@ -54,6 +55,8 @@ __all__ = [
     "RoutedLayer",
     "SkipReport",
     "TokenizerText",
+    "adopt",
+    "adopted_config",
     "build_body",
     "drawn",
     "early_exit",

@@ -91,6 +91,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "experiments": (
         ("evidence", "variants"),
         ("train",),
+        ("judging",),
         ("compare", "demo", "placed", "tune_router"),
         ("bench",),
         ("gpu_session",),

@@ -199,4 +199,4 @@ def test_bad_settings_are_refused(tiny_training):
     with pytest.raises(ValueError, match="steps must be at least 1"):
         replace(tiny_training, steps=0)
     with pytest.raises(ValueError, match="schedule"):
-        replace(tiny_training, schedule="linear")
+        replace(tiny_training, schedule="line")

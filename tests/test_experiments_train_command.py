@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from experiments.train.command import Asked
+from experiments.train.description.continuing import Asked
+from experiments.train.description.description import described
 from experiments.train.fitting import fitting_model
 from experiments.train.metrics import MetricsLog, open_log, read_log, without_nan
 from experiments.train.presets import PRESETS, TrainConfig, preset, with_steps
@@ -104,9 +105,9 @@ def test_a_run_says_what_it_read(run, text, tmp_path, capfd):
         (("--tokenizer", "none"), "none: no such tokenizer"),
         (("--preset", "smok"), "unknown preset 'smok' (did you mean 'smoke'?)"),
         (("--resume",), "nothing to resume"),
-        (("--mesh", "data=2"), "--mesh is for --backend jax"),
+        (("--mesh", "data=2"), "mesh is for the backend jax"),
         (("--router", "forced"), "replays a recorded routing, so it cannot be trained"),
-        (("--router", "dense", "--preset", "smoke"), "presets that it fits: demo, routers, chains, e16, e64"),
+        (("--router", "dense", "--preset", "smoke"), "presets that it fits: demo, routers, chains, small, e16, e64"),
         (("--router", "mixtrol"), "did you mean 'mixtral'"),
     ],
 )
@@ -168,8 +169,7 @@ def test_what_a_kill_left_half_written_is_removed_at_the_next_start(tmp_path, co
 def test_fewer_steps_shorten_the_warm_up_and_more_do_not_lengthen_it():
     assert with_steps(preset("demo"), 3).warmup_steps == 3
     assert with_steps(preset("demo"), 10_000).warmup_steps == preset("demo").warmup_steps
-    asked = Asked(preset="demo", router=None, steps=3, seed=None)
-    assert asked.config() == with_steps(preset("demo"), 3)
+    assert described(options={"preset": "demo", "steps": 3}).config == with_steps(preset("demo"), 3)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -215,7 +215,7 @@ def test_a_run_without_a_step_has_a_result_that_json_can_read(tmp_path, corpus, 
 
 
 def test_a_misfit_names_the_presets_that_fit():
-    with pytest.raises(ValueError, match="presets that it fits: demo, routers, chains, e16, e64"):
+    with pytest.raises(ValueError, match="presets that it fits: demo, routers, chains, small, e16, e64"):
         fitting_model("mor-expert-2", preset("smoke").model)
 
 

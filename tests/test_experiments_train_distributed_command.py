@@ -76,6 +76,7 @@ def test_two_processes_leave_the_folder_of_any_run_and_one_process_continues_it(
         (("--processes", "2", "--parallel", "expert=3"), "are 3 processes, but there are 2"),
         (("--processes", "4", "--parallel", "tensor=4"), "reads like data=2,expert=2"),
         (("--processes", "2", "--backend", "jax"), "are for --backend torch"),
+        (("--processes", "2", "--set", "optimizer=muon"), "the optimizer muon runs in one process"),
         (("--processes", "2", "--router", "moe-x"), "cannot be trained on several processes"),
         (("--processes", "2", "--parallel", "expert=2", "--router", "latent"), "no bank of plain experts"),
     ],

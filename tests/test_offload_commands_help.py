@@ -78,6 +78,9 @@ MISSING = {
     "bricks": "grow nowhere --units 2 --out new",
     "train": "--data nowhere.txt --out new",
     "compare": "--routers top2 --data nowhere.txt --out new",
+    "judge": "nowhere",
+    "leverage": "--config nowhere.yaml",
+    "sweep": "--routers top2 --data nowhere.txt --out new",
     "demo": "--data nowhere.txt --out new",
     "tune-router": "nowhere --out new",
     "bench offload": "nowhere",
@@ -88,8 +91,8 @@ MISSING = {
     "bench tiers": "--trace nowhere.npz",
 }
 READS_NOTHING = {
-    "leverage", "bench claim", "bench flax", "bench kernels", "bench memory-layers", "bench products", "bench routers",
-    "bench step", "bench train",
+    "bench claim", "bench flax", "bench kernels", "bench memory-layers", "bench products", "bench routers", "bench step",
+    "bench train",
 }  # fmt: skip
 
 

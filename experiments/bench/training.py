@@ -17,7 +17,7 @@ from ..evidence.record import RECORDS, expect_records, save_record
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..train.presets import TrainConfig
+    from ..train.description.config import TrainConfig
 
 PRECISIONS = ("float32", "bfloat16")
 OURS, THEIRS = "expertier", "transformers Mixtral, grouped_mm"

@@ -7,26 +7,33 @@ import typer
 
 from routing.ground.expect import expect_not_an_input, expect_outputs
 
+from ..train.description.config import TrainConfig
+from ..train.description.description import described
 from ..train.fitting import fitting_model
 from ..train.interrupt import hint_when_interrupted
-from ..train.options import DataOption, JsonOption, StepsOption, TokenizerOption
-from ..train.presets import PRESETS, TrainConfig, preset, with_steps
-from ..train.text.documents import expect_data
-from ..train.text.tokens import expect_tokenizer
+from ..train.options import ConfigOption, DataOption, JsonOption, SetOption, StepsOption, TokenizerOption
+from .sweep_command import BaseOption, base_options, read_rates
 
 RoutersOption = Annotated[
     str, typer.Option(help="Variants or routers, with commas between them; `all` for the routers that fit the preset.")
+]
+MarginOption = Annotated[
+    float | None, typer.Option(help="Bits per byte within which variants count as equal; stated before the runs.")
 ]
 
 
 def compare(
     routers: RoutersOption,
     out: Annotated[Path, typer.Option(help="Folder of the comparison; call again to continue it.")],
-    preset_name: Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}.")] = "routers",
+    preset_name: BaseOption = None,
+    config_file: ConfigOption = None,
+    settings: SetOption = None,
     data: DataOption = None,
-    column: Annotated[str, typer.Option(help="Text column of a table.")] = "text",
+    column: Annotated[str | None, typer.Option(help="Text column of a table.")] = None,
     tokenizer: TokenizerOption = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per variant.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per variant.")] = 3,
+    rates: Annotated[Path | None, typer.Option(help="A sweep.json, for a learning rate of each variant's own.")] = None,
+    margin: MarginOption = None,
     steps: StepsOption = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
     json_file: JsonOption = None,
@@ -37,13 +44,13 @@ def compare(
 
     Example: `expertier compare --routers top2,rmoe,pregate-1 --preset routers --out runs/compare`
     """
-    expect_outputs(json_file, inputs=[data])
-    expect_not_an_input(out, *([Path(data)] if data else []))
-    expect_data(data)
-    expect_tokenizer(tokenizer)
-    base = preset(preset_name)
-    if steps is not None:
-        base = with_steps(base, steps)
+    expect_outputs(json_file, inputs=[data, config_file, rates])
+    said = {"data": data, "column": column, "tokenizer": tokenizer, "steps": steps}
+    found = described(config_file, settings or [], base_options(preset_name, config_file) | said)
+    base, text = found.config, found.text
+    text.expect_there()
+    expect_not_an_input(out, *([Path(text.data)] if text.data else []))
+    own_rates = None if rates is None else read_rates(rates)
     from routing.ground.files import write_json
 
     from .compare import compare as run
@@ -52,8 +59,19 @@ def compare(
     names = [name.strip() for name in routers.split(",") if name.strip()]
     names = _all_fitting(base) if names == ["all"] else names
     with hint_when_interrupted(f"{out} keeps what was done; the same command continues"):
-        report = run(names, base, out, seeds=seeds, data=data, column=column, tokenizer=tokenizer, processes=processes)
-    print_table(report["variants"])
+        report = run(
+            names,
+            base,
+            out,
+            seeds=seeds,
+            data=text.data,
+            column=text.column,
+            tokenizer=text.tokenizer,
+            processes=processes,
+            rates=own_rates,
+            margin=margin,
+        )
+    print_table(report["variants"], report["warnings"])
     if json_file:
         write_json(json_file, report)
     if record:

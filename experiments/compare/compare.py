@@ -1,7 +1,7 @@
 """Compare routers: the same model, text and seeds with each of them; a table, figures and a JSON report."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,21 @@ from routing.ground.terminal import plain_console
 from ..evidence.pages import provenance
 from ..evidence.record import save_record
 from ..train.corpus import windows
+from ..train.description.config import TrainConfig
 from ..train.metrics import read_log, without_nan
-from ..train.presets import TrainConfig
 from ..train.run_folder import LOG_FILE, expect_same_text
+from ..train.text.chosen import Text
+from .judged import Judging, stated_margin
 from .page import write_page
-from .runs import Run, Text, execute, plan_runs
+from .runs import Run, execute, plan_runs
 from .summary import METRICS, cell, difference_cell, summarise
 
 SMOOTHED = 20
 """Steps that a point of a learning curve is the mean of: one batch's loss varies more than variants differ."""
 SHOWN = (
     "held_out_bits_per_byte",
+    "cloze",
+    "copying",
     "flops_per_token",
     "parameters",
     "true_load",
@@ -50,6 +54,8 @@ def compare(
     column: str = "text",
     tokenizer: str | None = None,
     processes: int = 1,
+    rates: Mapping[str, float] | None = None,
+    margin: float | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Run what is missing and report on everything; safe to kill and call again.
@@ -61,6 +67,8 @@ def compare(
         seeds: runs per variant, with the seeds `base.seed`, `base.seed + 1` and so on.
         data, column, tokenizer: the text, as `load_corpus` takes it.
         processes: runs at a time.
+        rates: learning rate of each variant, such as `expertier sweep` finds; None for the base's.
+        margin: bits per byte within which variants count as equal; stated before the first run, or not at all.
         quiet: no progress bar.
 
     Returns:
@@ -75,8 +83,9 @@ def compare(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; a comparison needs a folder")
     text = Text(data=data, column=column, tokenizer=tokenizer)
-    runs = plan_runs(list(variants), base, seeds, text, out)
+    runs = plan_runs(list(variants), base, seeds, text, out, rates)
     _expect_text(text, runs, base, quiet)
+    judging = Judging(margin=stated_margin(out, margin), is_tuned=rates is not None)
     results: dict[Path, dict[str, Any]] = {}
     content: dict[str, Any] = {}
     num_ended = sum(run.result is not None for run in runs)
@@ -93,7 +102,7 @@ def compare(
             )
             progress.update(task, advance=1, text=text)
             if len(results) >= num_ended:  # figures take a second: one page for all that had ended before
-                content = report(runs, results, base, out)
+                content = report(runs, results, base, out, judging)
 
         execute(runs, processes, done)
     return content
@@ -111,22 +120,27 @@ def _expect_text(text: Text, runs: list[Run], base: TrainConfig, quiet: bool) ->
         expect_same_text(run.folder, corpus)
 
 
-def report(runs: list[Run], results: dict[Path, dict[str, Any]], base: TrainConfig, out: Path) -> dict[str, Any]:
+def report(
+    runs: list[Run], results: dict[Path, dict[str, Any]], base: TrainConfig, out: Path, judging: Judging
+) -> dict[str, Any]:
     """Write JSON and page from the runs that have ended."""
     ended = [run for run in sorted(runs, key=lambda run: _order(runs, run)) if run.folder in results]
-    rows = summarise([results[run.folder] for run in ended])
+    rows = summarise([results[run.folder] for run in ended], judging.margin)
     curves: dict[str, list[list[tuple[int, float]]]] = {}
     for run in ended:
         curves.setdefault(run.variant, []).append(_curve(run))
-    facts = _facts(runs, len(ended), base)
+    facts = _facts(runs, len(ended), base) | judging.facts
+    warnings = judging.warnings(runs)
     content = {
         "facts": "; ".join(f"{name}: {value}" for name, value in facts.items()),
         "config": asdict(base),
+        "margin": judging.margin,
+        "warnings": warnings,
         "variants": rows,
         "runs": [results[run.folder] for run in ended],
     }
     write_json(out / "compare.json", without_nan(content))
-    write_page(out / "compare.html", rows, curves, facts)
+    write_page(out / "compare.html", rows, curves, facts, warnings)
     return content
 
 
@@ -140,7 +154,7 @@ def _facts(runs: list[Run], num_ended: int, base: TrainConfig) -> dict[str, str]
         f"{model.get('num_experts')} experts of width {model.get('moe_intermediate_size')}, unless the variant says "
         "otherwise",
         "training": f"{base.steps} steps of {base.batch_size * base.accumulation * base.sequence_length:,} tokens in "
-        f"sequences of {base.sequence_length}; learning rate {base.learning_rate:g} to {base.min_learning_rate:g} "
+        f"sequences of {base.sequence_length}; learning rate {_rates(runs)} "
         f"({base.schedule}, {base.warmup_steps} steps of warm-up); precision {base.precision}",
         "seeds": f"{', '.join(map(str, seeds))}{'; ± is the standard deviation over them' if len(seeds) > 1 else ''}",
         "text": f"{text.data or 'the standard library of the running Python'}, read as {read_as}",
@@ -149,9 +163,20 @@ def _facts(runs: list[Run], num_ended: int, base: TrainConfig) -> dict[str, str]
     }
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def _rates(runs: list[Run]) -> str:
+    """The peak and the last rate, of each variant where they differ."""
+    rates = {run.variant: (run.config.learning_rate, run.config.min_learning_rate) for run in runs}
+    said = {name: f"{peak:g} to {last:g}" for name, (peak, last) in rates.items()}
+    if len(set(said.values())) == 1:
+        return said[runs[0].variant]
+    return ", ".join(f"{text} for {name}" for name, text in said.items())
+
+
+def print_table(rows: list[dict[str, Any]], warnings: Sequence[str] = ()) -> None:
     """The columns that decide, in as many tables as the terminal's width asks for; the page has all of them."""
     console = plain_console()
+    for warning in warnings:
+        console.print(warning, style="red", markup=False, highlight=False, soft_wrap=True)
     variants = [row["variant"] for row in rows]
     for names in _fitting(rows, max(map(len, variants)), console.width):
         table = Table(Column("variant", no_wrap=True), *(Column(METRICS[name].heading, no_wrap=True) for name in names))
@@ -168,7 +193,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def _verdicts(rows: list[dict[str, Any]]) -> Table:
     """What the seeds show about each variant beside the first one."""
     title = "bits/byte against the first, paired by seed, 95 %"
-    headings = (Column("variant", no_wrap=True), Column("difference", overflow="fold"), Column("", overflow="fold"))
+    folded = (Column(heading, overflow="fold") for heading in ("difference", "effect size", ""))
+    headings = (Column("variant", no_wrap=True), *folded)
     table = Table(*headings, title=title, title_justify="left")
     for row in rows:
         table.add_row(row["variant"], *difference_cell(row))

@@ -1,6 +1,7 @@
 """The page of a comparison: tables, figures, legend, in one self-contained HTML file."""
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .charts import Curves, learning_curves, panels, trade_off
 from .summary import METRICS, cell, difference_cell
 
 TABLES: dict[str, tuple[str, ...]] = {
-    "Quality": ("held_out_bits_per_byte",),
+    "Quality": ("held_out_bits_per_byte", "cloze", "copying"),
     "Cost": ("flops_per_token", "active_parameters", "parameters", "tokens_per_second"),
     "How experts are used": ("true_load", "max_vio", "dead_experts", "active_hidden", "byte_coverage"),
     "How the router decides": ("router_entropy", "inner_balance", "outer_balance", "mutual_information"),
@@ -23,7 +24,9 @@ TABLES: dict[str, tuple[str, ...]] = {
 """Every metric in one of them, few enough that none is wider than the page."""
 
 
-def write_page(path: Path, rows: list[dict[str, Any]], curves: Curves, facts: dict[str, str]) -> None:
+def write_page(
+    path: Path, rows: list[dict[str, Any]], curves: Curves, facts: dict[str, str], warnings: Sequence[str] = ()
+) -> None:
     """Write the page.
 
     Args:
@@ -31,6 +34,7 @@ def write_page(path: Path, rows: list[dict[str, Any]], curves: Curves, facts: di
         rows: from `summarise`.
         curves: per variant and seed, (step, training bits per byte).
         facts: how the runs were made: a name and a line each.
+        warnings: what a reader must know before believing the numbers.
     """
     finished = [row for row in rows if row["metrics"]]
     names = [row["variant"] for row in rows]
@@ -40,6 +44,7 @@ def write_page(path: Path, rows: list[dict[str, Any]], curves: Curves, facts: di
     body = [
         "<h1>Routers compared</h1>",
         '<p class="lead">The same model, text and seeds with each router. An arrow says where a number is better.</p>',
+        *(f'<p class="trouble">{html.escape(warning)}</p>' for warning in warnings),
         *(_table(title, metrics, rows) for title, metrics in TABLES.items()),
         *(f'<p class="trouble">{html.escape(trouble)}</p>' for trouble in _troubles(rows)),
         "<h2>Figures</h2>",
@@ -63,7 +68,7 @@ def _table(title: str, metrics: tuple[str, ...], rows: list[dict[str, Any]]) -> 
     is_first = "held_out_bits_per_byte" in metrics and len(rows) > 1
     headings = [METRICS[name].heading for name in metrics]
     if is_first:
-        headings[1:1] = [f"against {rows[0]['variant']}, 95 %", "verdict"]
+        headings[1:1] = [f"against {rows[0]['variant']}, 95 %", "effect size", "verdict"]
     lines = []
     for row in rows:
         cells = [cell(row, name) for name in metrics]

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import active_children, get_context, parent_process
@@ -14,26 +14,14 @@ from typing import Any
 
 from routing.ground.files import write_json
 
-from ..train.corpus import Corpus, load_corpus
+from ..train.description.config import TrainConfig
 from ..train.fitting import fitting_model
 from ..train.metrics import without_nan
-from ..train.presets import TrainConfig
+from ..train.presets import with_rate
 from ..train.run_folder import checkpoints, differences, plain
+from ..train.text.chosen import Text
 
 RESULT_FILE, CONFIG_FILE = "compare_result.json", "compare_config.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """Which text a comparison reads, and how; see `load_corpus`."""
-
-    data: str | None = None
-    column: str = "text"
-    tokenizer: str | None = None
-
-    def load(self) -> Corpus:
-        """Read it."""
-        return load_corpus(self.data, column=self.column, tokenizer=self.tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +47,23 @@ class Run:
         return None if found is None or found["status"] == "failed" else found
 
 
-def plan_runs(variants: list[str], base: TrainConfig, seeds: int, text: Text, out: Path) -> list[Run]:
+def plan_runs(
+    variants: list[str],
+    base: TrainConfig,
+    seeds: int,
+    text: Text,
+    out: Path,
+    rates: Mapping[str, float] | None = None,
+) -> list[Run]:
     """Every variant with every seed, seeds outermost, so that an interrupted comparison has all variants.
+
+    Args:
+        variants: names.
+        base: what all runs share.
+        seeds: runs per variant.
+        text: what they read.
+        out: folder of the comparison.
+        rates: learning rate of each variant; None for the base's.
 
     Raises:
         ValueError: if there is no variant, or one is unknown, named twice or does not fit the preset's sizes.
@@ -71,11 +74,17 @@ def plan_runs(variants: list[str], base: TrainConfig, seeds: int, text: Text, ou
         raise ValueError(f"a variant is named twice in {', '.join(variants)}")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1; got {seeds}")
+    if base.backend != "torch":
+        raise ValueError(f"comparisons and sweeps train by torch; this description says backend {base.backend}")
+    if rates is not None and (missing := [name for name in variants if name not in rates]):
+        raise ValueError(f"no learning rate is given for {', '.join(missing)}; sweep them as well")
     models = {name: fitting_model(name, base.model) for name in variants}
     return [
         Run(
             variant=name,
-            config=replace(base, model=models[name], seed=base.seed + seed),
+            config=replace(
+                base if rates is None else with_rate(base, rates[name]), model=models[name], seed=base.seed + seed
+            ),
             text=text,
             folder=out / "runs" / name / f"seed_{base.seed + seed}",
         )
@@ -160,7 +169,21 @@ def _train_and_measure(run: Run, corpus: Any) -> dict[str, Any]:
         max_tokens=min(run.config.held_out_tokens, 16_384),
         batch_size=run.config.batch_size,
     )
-    return {"status": "finished", **asdict(trained), **measured}
+    return {"status": "finished", **asdict(trained), **measured, **_judged(model, corpus, run)}
+
+
+def _judged(model: Any, corpus: Any, run: Run) -> dict[str, Any]:
+    """Tasks made of the held-out text, and its domains if it has some."""
+    from ..judging.domains import bits_by_domain
+    from ..judging.tasks import cloze, copying
+
+    length = run.config.sequence_length
+    chosen, copied = (task(model, corpus, sequence_length=length) for task in (cloze, copying))
+    return {
+        "cloze": None if chosen is None else chosen.share,
+        "copying": None if copied is None else copied.share - copied.chance,
+        "domains": bits_by_domain(model, corpus, run.config),
+    }
 
 
 def _follow_parent() -> None:

@@ -2,8 +2,10 @@
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from ..judging.equivalence import Equivalence, effect_size, equivalence
 
 JUDGED = "held_out_bits_per_byte"
 """The metric that verdicts are about."""
@@ -100,14 +102,30 @@ METRICS: dict[str, Metric] = {
         digits=".3f",
         better="higher",
     ),
+    "cloze": Metric(
+        label="cloze",
+        meaning="share of held-out passages whose continuation is told from three others; chance is 0.25",
+        digits=".2f",
+        better="higher",
+    ),
+    "copying": Metric(
+        label="copying",
+        meaning="share of a passage's tokens that are predicted when it comes again, less the share the first time",
+        digits=".2f",
+        better="higher",
+    ),
     "tokens_per_second": Metric(
         label="tok/s", meaning="training speed of the last step on this machine", digits=".0f", better="higher"
     ),
 }
 
 
-def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(results: list[dict[str, Any]], margin: float | None = None) -> list[dict[str, Any]]:
     """One row per variant, in the order of the results.
+
+    Args:
+        results: one per run, as `execute_one` gives them.
+        margin: bits per byte within which two variants count as equal; None for no test of that.
 
     Returns:
         `variant`, `seeds` (finished ones), `status` (what did not finish, or ""), `troubles` (the same with reasons),
@@ -129,22 +147,29 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "metrics": {
                     name: _spread(name, finished)
                     for name in METRICS
-                    if finished and all(result[name] is not None for result in finished)
+                    if finished and all(result.get(name) is not None for result in finished)
                 },
-                "difference": difference_to([r for r in results if r["variant"] == variants[0]], own),
+                "difference": difference_to([r for r in results if r["variant"] == variants[0]], own, margin),
             }
         )
     return rows
 
 
-def difference_to(first: list[dict[str, Any]], own: list[dict[str, Any]]) -> dict[str, Any] | None:
+def difference_to(
+    first: list[dict[str, Any]], own: list[dict[str, Any]], margin: float | None = None
+) -> dict[str, Any] | None:
     """How much worse a variant is than the first one in bits per byte, over the seeds that both have finished.
 
     Seeds are paired: both runs of a seed see the same batches in the same order.
 
+    Args:
+        first, own: results of the first variant and of this one.
+        margin: bits per byte within which both count as equal; None for no test of that.
+
     Returns:
-        `mean`, the ends `low` and `high` of its 95 % interval (Student's t; None with one seed), `seeds`, and the
-        `verdict`; None for the first variant itself, or without a common seed.
+        `mean`, the ends `low` and `high` of its 95 % interval (Student's t; None with one seed), `seeds`, `effect`
+        (Hedges' g with its interval, or None), `equivalence` (two one-sided tests, or None) and the `verdict`; None for
+        the first variant itself, or without a common seed.
     """
     values = [
         {result["seed"]: result[JUDGED] for result in results if result["status"] == "finished"}
@@ -160,24 +185,38 @@ def difference_to(first: list[dict[str, Any]], own: list[dict[str, Any]]) -> dic
 
         reach = float(t.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
         low, high = mean - reach, mean + reach
-    return {"mean": mean, "low": low, "high": high, "seeds": len(seeds), "verdict": _verdict(low, high)}
+    effect, equal = effect_size(gaps), None if margin is None else equivalence(gaps, margin)
+    return {
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "seeds": len(seeds),
+        "effect": None if effect is None else asdict(effect),
+        "equivalence": None if equal is None else asdict(equal) | {"is_shown": equal.is_shown},
+        "verdict": _verdict(low, high, equal),
+    }
 
 
-def _verdict(low: float | None, high: float | None) -> str:
+def _verdict(low: float | None, high: float | None, equal: Equivalence | None) -> str:
     if low is None or high is None:
         return "one seed: no verdict"
+    is_equal = equal is not None and equal.is_shown
     if high < 0:
-        return "better"
-    return "worse" if low > 0 else "no difference shown"
+        return "better, within the margin" if is_equal else "better"
+    if low > 0:
+        return "worse, within the margin" if is_equal else "worse"
+    return "equivalent" if is_equal else "no difference shown"
 
 
-def difference_cell(row: dict[str, Any]) -> tuple[str, str]:
-    """The difference to the first variant with its interval, and the verdict, as text."""
+def difference_cell(row: dict[str, Any]) -> tuple[str, str, str]:
+    """The difference to the first variant with its interval, the effect size with its own, and the verdict, as text."""
     found = row["difference"]
     if found is None:
-        return "-", "-"
+        return "-", "-", "-"
     reach = "" if found["low"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
-    return f"{found['mean']:+.3f}{reach}", found["verdict"]
+    effect = found["effect"]
+    size = "-" if effect is None else f"{effect['value']:+.1f} [{effect['low']:+.1f}, {effect['high']:+.1f}]"
+    return f"{found['mean']:+.3f}{reach}", size, found["verdict"]
 
 
 def cell(row: dict[str, Any], name: str) -> str:

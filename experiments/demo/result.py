@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from placement import Cluster, Plan, Score
 from routing import RoutingTrace
 
+from ..train.description.config import TrainConfig
 from ..train.loop import TrainResult
-from ..train.presets import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

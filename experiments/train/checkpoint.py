@@ -15,7 +15,7 @@ from moe import MoEForCausalLM
 from routing.ground.files import write_json
 
 from .corpus import Corpus
-from .presets import TrainConfig
+from .description.config import TrainConfig
 from .run_folder import CONFIG_FILE, STATE_FILES, UNFINISHED, checkpoints
 
 STATE_FILE = STATE_FILES["torch"]

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .text.documents import SEPARATOR, Document, Reading, documents
+from .text.domains import Domains
 from .text.tokens import Encoder, expect_tokenizer, save_tokenizer
 
 HELD_OUT_EVERY = 20
@@ -41,6 +42,8 @@ class Corpus:
         pad_token: the id that fills up rows, if it is not the end token.
         origin: `data`, `column` and `tokenizer`, as `load_corpus` takes them; empty for streams made by hand.
         summary: files, bytes, and what was skipped why; one line.
+        held_out_domains: name, first token and token after the last of each domain in the held-out stream: the folders
+            directly below the folder of a text. Empty where there is none.
     """
 
     train: NDArray[np.integer]
@@ -54,6 +57,7 @@ class Corpus:
     pad_token: int | None = None
     origin: dict[str, Any] = field(default_factory=dict)
     summary: str = ""
+    held_out_domains: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def is_bytes(self) -> bool:
@@ -98,62 +102,82 @@ def load_corpus(data: str | None, *, column: str = "text", tokenizer: str | None
     """
     source, reading = data or "stdlib", Reading()
     expect_tokenizer(tokenizer)
-    found = _split(documents(data, column, reading, whole_characters=tokenizer is not None))
+    domains = Domains(is_read=data not in (None, "stdlib"))
+    found = _split(documents(data, column, reading, whole_characters=tokenizer is not None), domains)
     origin = {"data": _absolute(data), "column": column, "tokenizer": _absolute(tokenizer)}
     if tokenizer is None:
-        streams = _byte_streams(found)
+        streams = _byte_streams(found, domains)
         facts: dict[str, Any] = {"vocab_size": NUM_BYTES, "tokens_per_byte": 1.0, "end_token": SEPARATOR[0]}
     else:
-        streams, facts = _token_streams(found, Encoder(tokenizer))
+        streams, facts = _token_streams(found, Encoder(tokenizer), domains)
         facts["tokenizer"] = tokenizer
     if len(streams[0]) < 2 or len(streams[1]) < 2:
         raise ValueError(f"{source}: the text is too few bytes to train on and hold some out ({reading})")
-    return Corpus(train=streams[0], held_out=streams[1], source=source, origin=origin, summary=str(reading), **facts)
+    facts |= {"origin": origin, "summary": str(reading), "held_out_domains": tuple(domains.spans)}
+    return Corpus(train=streams[0], held_out=streams[1], source=source, **facts)
 
 
 def _absolute(path: str | None) -> str | None:
     return None if path in (None, "stdlib") else str(Path(path).absolute())
 
 
-def _split(found: Iterator[Document]) -> Iterator[tuple[bytes, bool]]:
+def _split(found: Iterator[Document], domains: Domains) -> Iterator[tuple[Document, bool]]:
     """Documents, and whether they are held out: those whose name hashes to 0; of few, or of a file's pieces, the last.
 
-    Each is given when the next one is there, because the last one may have to be held out.
+    A domain of two documents and more has one held out: its last one, if no name in it hashes to 0. Each document is
+    given when the next one is there, because the last one may have to be held out.
     """
     first = list(islice(found, 1))
     if first and first[0].name is not None:
         first += islice(found, HELD_OUT_EVERY)
         if len(first) <= HELD_OUT_EVERY:
-            yield from ((document.text, place == len(first) - 1) for place, document in enumerate(first))
+            held_out = {len(first) - 1} | _last_of_domains([domains.of(document) for document in first])
+            yield from ((document, place in held_out) for place, document in enumerate(first))
             return
     waiting, is_any_held_out = None, False
+    domain, num_waiting = "", 0  # of the documents since a domain began, while none of them is held out
     for document in chain(first, found):
         if waiting is not None:
-            yield waiting
+            is_last = domain != domains.of(document)
+            is_held_out = waiting[1] or bool(domain and is_last and num_waiting > 1)
+            is_any_held_out |= is_held_out
+            yield waiting[0], is_held_out
+            num_waiting = 0 if is_last else num_waiting
+        domain = domains.of(document)
         is_held_out = document.name is not None and zlib.crc32(document.name.encode()) % HELD_OUT_EVERY == 0
-        is_any_held_out |= is_held_out
-        waiting = document.text, is_held_out
+        num_waiting = num_waiting + 1 if not is_held_out and num_waiting >= 0 else -1
+        waiting = document, is_held_out
     if waiting is not None:
-        yield waiting[0], waiting[1] or not is_any_held_out
+        yield waiting[0], waiting[1] or not is_any_held_out or bool(domain and num_waiting > 1)
 
 
-def _byte_streams(found: Iterable[tuple[bytes, bool]]) -> list[NDArray[np.uint8]]:
+def _last_of_domains(domains: list[str]) -> set[int]:
+    """The place of the last document of each domain that has more than one."""
+    last = {domain: place for place, domain in enumerate(domains) if domain}
+    return {place for domain, place in last.items() if domains.count(domain) > 1}
+
+
+def _byte_streams(found: Iterable[tuple[Document, bool]], domains: Domains) -> list[NDArray[np.uint8]]:
     streams = bytearray(), bytearray()
-    for text, is_held_out in found:
+    for document, is_held_out in found:
         stream = streams[is_held_out]
-        stream += SEPARATOR + text if stream else text
+        stream += SEPARATOR + document.text if stream else document.text
+        if is_held_out:
+            domains.note(document, len(stream) - len(document.text), len(stream))
     return [np.frombuffer(stream, np.uint8) for stream in streams]
 
 
 def _token_streams(
-    found: Iterable[tuple[bytes, bool]], encode: Encoder
+    found: Iterable[tuple[Document, bool]], encode: Encoder, domains: Domains
 ) -> tuple[list[NDArray[np.int32]], dict[str, Any]]:
     """Both streams, and what the corpus knows of them."""
     streams, held_out_bytes, train_bytes = (bytearray(), bytearray()), bytearray(), 0.0
-    for text, is_held_out in found:
-        ids, sizes = encode(text)
+    for document, is_held_out in found:
+        ids, sizes = encode(document.text)
         streams[is_held_out].extend(ids.tobytes())
         if is_held_out:
+            end = len(streams[1]) // ids.itemsize
+            domains.note(document, end - len(ids), end)
             held_out_bytes += sizes.tobytes()
         else:
             train_bytes += float(sizes.sum(dtype=np.float64))

@@ -27,18 +27,26 @@ def fitting_model(name: str, model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _built(name: str, model: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    from moe import MoEConfig, build_body
-
     from ..variants.catalogue import model_overrides
 
     own = model_overrides(name, model)
     if own.get("router") == "forced":
         raise ValueError("the router 'forced' replays a recorded routing, so it cannot be trained; choose another")
-    with torch.device("meta"):
-        build_body(MoEConfig(**own))
+    expect_buildable(own)
     return own
+
+
+def expect_buildable(model: dict[str, Any]) -> None:
+    """Build the layers on no device. Raises ValueError if the settings do not fit together."""
+    import torch
+
+    from moe import MoEConfig, build_body
+
+    with torch.device("meta"):
+        try:
+            build_body(MoEConfig(**model))
+        except (TypeError, RuntimeError) as error:  # what layers make of sizes and options that nobody thought of
+            raise ValueError(f"this model cannot be built: {error}") from error
 
 
 def _fits(name: str, model: dict[str, Any]) -> bool:
@@ -55,18 +63,35 @@ def preset_sizes(name: str) -> dict[str, int]:
     Returns:
         `parameters`, `active_parameters` (of those that a token visits: K of E experts) and `tokens` of the whole run.
     """
+    config = preset(name)
+    tokens = config.steps * config.accumulation * config.batch_size * config.sequence_length
+    sizes = model_sizes(config.model)
+    return {name: sizes[name] for name in ("parameters", "active_parameters")} | {"tokens": tokens}
+
+
+def model_sizes(model: dict[str, Any]) -> dict[str, int]:
+    """What a model amounts to, counted on one without weights.
+
+    Returns:
+        `parameters`, `active_parameters` (of those that a token visits: K of E experts) and `embeddings` (with the
+        head, if it has weights of its own), which are part of both.
+    """
     import torch
 
     from moe import MoEConfig, MoEForCausalLM
 
-    config = preset(name)
     with torch.device("meta"):
-        model = MoEForCausalLM(MoEConfig(**config.model))
-    total = sum(parameter.numel() for parameter in model.parameters())
-    experts = sum(p.numel() for layer in model.model.moe_layers for p in layer.experts.parameters())
-    visited = experts * model.config.num_experts_per_tok // model.config.num_experts
-    tokens = config.steps * config.accumulation * config.batch_size * config.sequence_length
-    return {"parameters": total, "active_parameters": total - experts + visited, "tokens": tokens}
+        built = MoEForCausalLM(MoEConfig(**model))
+    total = sum(parameter.numel() for parameter in built.parameters())
+    banks = [layer.experts for layer in built.model.moe_layers if hasattr(layer, "experts")]
+    experts = sum(p.numel() for bank in banks for p in bank.parameters())
+    visited = experts * built.config.num_experts_per_tok // built.config.num_experts
+    ends = {id(p): p.numel() for end in (built.model.embed_tokens, built.lm_head) for p in end.parameters()}
+    return {
+        "parameters": total,
+        "active_parameters": total - experts + visited,
+        "embeddings": sum(ends.values()),
+    }
 
 
 def preset_table() -> str:

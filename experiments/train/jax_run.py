@@ -1,5 +1,6 @@
 """Train with JAX: the same presets, data order, schedule, metrics and folders as `torch_run`."""
 
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from moe import MoEConfig
+from moe import MoEConfig, adopt
 from moe.nnx.parts.mesh import parse_mesh
 from moe.nnx.training.training import Optimisation, Trainer, resolve_precision
 
 from .checkpoint import CheckpointPlace, write_checkpoint
 from .corpus import BatchOrder, Corpus, windows
-from .loop import TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
+from .description.config import TrainConfig
+from .loop import UNWATCHED, TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
 from .metrics import balance_metrics
-from .presets import TrainConfig
 from .schedule import learning_rate
+from .watching.watch import Watch
 
 
 def train(
@@ -27,6 +29,7 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     mesh: str | None = None,
+    watch: Watch = UNWATCHED,
 ) -> TrainResult:
     """Train a model; everything it leaves behind is under `run`.
 
@@ -36,7 +39,8 @@ def train(
         run: folder for checkpoints, `metrics.jsonl`, and at the end the model with its tokenizer.
         resume: continue after the last finished checkpoint, bit by bit as if nothing had happened.
         quiet: no progress bar.
-        mesh: devices per axis, such as `data=2,expert=4`; None trains on one device.
+        mesh: devices per axis, such as `data=2,expert=4`; None takes the config's.
+        watch: what else is shown of it.
 
     Returns:
         How it ended.
@@ -50,12 +54,14 @@ def train(
     """
     found = prepare(run, config, corpus, resume=resume)
     precision = precision_of(found[-1]) if found else resolve_precision(config.precision)
-    config = replace(config, precision=precision)
-    trainable = build(config, corpus, run, mesh=mesh)
+    config = replace(config, precision=precision, backend="jax", mesh=mesh or config.mesh)
+    trainable = build(config, corpus, run, mesh=config.mesh)
     if not found:
-        return run_steps(trainable, config, corpus, run, 0, quiet=quiet)
+        return run_steps(trainable, config, corpus, run, 0, quiet=quiet, watch=watch)
     trainable.trainer.restore(found[-1])
-    return run_steps(trainable, config, corpus, run, int(found[-1].name.removeprefix("step_")), quiet=quiet)
+    return run_steps(
+        trainable, config, corpus, run, int(found[-1].name.removeprefix("step_")), quiet=quiet, watch=watch
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,5 +125,14 @@ def build(
     trainer = Trainer(model, how, mesh=None if mesh is None else parse_mesh(mesh))
     if weights is not None:
         trainer.start_from(weights)
+    elif config.start_from is not None:
+        _start_from(trainer, Path(config.start_from))
     order = BatchOrder(windows(corpus.train, config.sequence_length), config.batch_size, config.seed)
     return JaxRun(trainer, order, corpus, config, run)
+
+
+def _start_from(trainer: Trainer, folder: Path) -> None:
+    """Take over the weights of a checkpoint of any family, by way of torch."""
+    with tempfile.TemporaryDirectory() as place:
+        adopt(folder).save_pretrained(place)
+        trainer.start_from(Path(place))

@@ -2,24 +2,21 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from routing.ground.files import write_json
 
 from .checkpoint import publish
 from .corpus import Corpus, windows
+from .description.config import TrainConfig
+from .description.description import write_run_file
 from .interrupt import interrupt_noted
 from .metrics import MetricsLog, open_log, read_log, without_nan
-from .presets import TrainConfig
 from .run_folder import (
     LOG_FILE,
     TEXT_FILE,
@@ -29,6 +26,10 @@ from .run_folder import (
     remove_unfinished,
     saved_config,
 )
+from .watching.alerts import Alarm
+from .watching.watch import Watch
+
+UNWATCHED = Watch()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ def run_steps(
     *,
     quiet: bool,
     stop_after_s: float | None = None,
+    watch: Watch = UNWATCHED,
 ) -> TrainResult:
     """Train from step `done` to the end, or until the time is up; everything that is left behind is under `run`.
 
@@ -85,9 +87,11 @@ def run_steps(
     start = time.perf_counter()
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / TEXT_FILE, {"source": corpus.source, "fingerprint": corpus.fingerprint, "origin": corpus.origin})
+    write_run_file(run, config, corpus.origin | {"text_fingerprint": corpus.fingerprint})
+    alarm = Alarm(config.model)
     with (
         open_log(run / LOG_FILE, last_step=done) as log,
-        _progress(config.steps, done, quiet) as advance,
+        watch.open(run, config.steps, done, quiet=quiet) as see,
         interrupt_noted() as is_interrupted,
     ):
         for step in range(done, config.steps):
@@ -95,9 +99,10 @@ def run_steps(
                 break
             row = trainable.step(step)
             row["bits_per_byte"] = train_bits_per_byte(row["lm_loss"], corpus)
+            row["alerts"] = alarm.see(row)
             done = step + 1
             _after_step(row, done, trainable, config, log)
-            advance(row)
+            see(row)
             if is_interrupted():
                 trainable.save(done)
                 raise KeyboardInterrupt
@@ -111,6 +116,7 @@ def run_steps(
         tokens_per_second=_number(last.get("tokens_per_second")),
     )
     write_json(run / "result.json", without_nan(asdict(result)))
+    watch.finish(run)
     return result
 
 
@@ -178,21 +184,3 @@ def _after_step(row: dict[str, Any], done: int, trainable: Trainable, config: Tr
     log.append(row)
     if done % config.checkpoint_every == 0:
         trainable.save(done)
-
-
-@contextmanager
-def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
-    columns = (
-        TextColumn("train"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}  {task.fields[text]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=quiet, console=Console(stderr=True)) as progress:
-        task = progress.add_task("train", total=total, completed=done, text="")
-
-        def advance(row: dict[str, Any]) -> None:
-            text = f"{row['bits_per_byte']:.3f} bits/byte  {row['tokens_per_second']:.0f} tok/s"
-            progress.update(task, advance=1, text=text)
-
-        yield advance

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from .presets import TrainConfig
+from .description.config import TrainConfig
 
 ROUNDS = 7
 """Timings per format: two to warm up, then the median of five, which one slow timing does not move."""

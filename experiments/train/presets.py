@@ -1,67 +1,10 @@
-"""TrainConfig and its presets: everything a training run depends on besides the text and the router."""
+"""Presets: descriptions of runs that other descriptions start from."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 from routing.ground.expect import expect_name
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run.
-
-    Args:
-        model: keyword arguments of `moe.MoEConfig`.
-        steps: optimiser steps.
-        batch_size: sequences per micro-batch.
-        accumulation: micro-batches per optimiser step.
-        sequence_length: S, tokens per sequence, at least 2: the first one is not predicted.
-        learning_rate: peak of the schedule.
-        min_learning_rate: its last value.
-        warmup_steps: steps of the linear rise from 0 to the peak.
-        schedule: `cosine`, or `wsd` (constant, then a linear fall over the last `decay_share` of the steps).
-        decay_share: share of the steps in which `wsd` falls.
-        weight_decay: of matrices; norms and biases have none.
-        betas: of AdamW.
-        clip_norm: largest global gradient norm.
-        precision: `float32`, `bfloat16` (autocast), or `auto`: whichever multiplies matrices faster here.
-        seed: of initialisation, data order and noise.
-        evaluate_every, checkpoint_every: in steps.
-        held_out_tokens: at most so many held-out tokens are scored in an evaluation.
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
-
-    model: dict[str, Any] = field(default_factory=dict)
-    steps: int
-    batch_size: int
-    accumulation: int = 1
-    sequence_length: int
-    learning_rate: float = 1e-3
-    min_learning_rate: float = 1e-4
-    warmup_steps: int = 50
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    decay_share: float = 0.2
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip_norm: float = 1.0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = 0
-    evaluate_every: int = 100
-    checkpoint_every: int = 100
-    held_out_tokens: int = 65_536
-
-    def __post_init__(self) -> None:
-        positive = ("steps", "batch_size", "accumulation", "sequence_length", "evaluate_every", "checkpoint_every")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.sequence_length < 2:
-            raise ValueError("sequence_length must be at least 2, a token and the one that it predicts; got 1")
-        for name, choices in (("schedule", ("cosine", "wsd")), ("precision", ("auto", "float32", "bfloat16"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+from .description.config import TrainConfig
 
 
 def smoke() -> TrainConfig:
@@ -162,6 +105,29 @@ def chains() -> TrainConfig:
     )
 
 
+def small() -> TrainConfig:
+    """32 experts, top-2, four layers: what a run file changes first; some minutes on two cores."""
+    return TrainConfig(
+        model={
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "num_experts": 32,
+            "moe_intermediate_size": 96,
+        },
+        steps=1_000,
+        batch_size=8,
+        sequence_length=128,
+        learning_rate=3e-3,
+        warmup_steps=50,
+        evaluate_every=100,
+        checkpoint_every=100,
+        held_out_tokens=32_768,
+    )
+
+
 def e16() -> TrainConfig:
     """16 experts, top-2, 8 layers, wider than the demo: half an hour on two cores."""
     return TrainConfig(
@@ -195,7 +161,15 @@ def e64() -> TrainConfig:
     )
 
 
-PRESETS = {"smoke": smoke, "demo": demo, "routers": routers, "chains": chains, "e16": e16, "e64": e64}
+PRESETS = {
+    "smoke": smoke,
+    "demo": demo,
+    "routers": routers,
+    "chains": chains,
+    "small": small,
+    "e16": e16,
+    "e64": e64,
+}
 
 
 def preset(name: str) -> TrainConfig:
@@ -210,3 +184,8 @@ def preset(name: str) -> TrainConfig:
 def with_steps(config: TrainConfig, steps: int) -> TrainConfig:
     """The run with another number of steps; its warm-up is cut to fit, so that the learning rate reaches its peak."""
     return replace(config, steps=steps, warmup_steps=min(config.warmup_steps, steps))
+
+
+def with_rate(config: TrainConfig, rate: float) -> TrainConfig:
+    """The run with another peak rate; the last rate keeps its share of it."""
+    return replace(config, learning_rate=rate, min_learning_rate=rate * config.min_learning_rate / config.learning_rate)

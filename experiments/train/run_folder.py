@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from .corpus import Corpus
-from .presets import TrainConfig
+from .description.config import TrainConfig
 
 CONFIG_FILE, TEXT_FILE, LOG_FILE = "training_config.json", "training_text.json", "metrics.jsonl"
 STATE_FILES = {"torch": "training_state.pt", "jax": "training_state.safetensors"}
 OPTIMIZER_FOLDER = "training_optimizer"
 """The optimiser's state of a run on several processes, beside a `training_state.pt` that then lacks it."""
-HARMLESS = ("precision", "evaluate_every", "checkpoint_every", "held_out_tokens")
-"""Settings that may differ when a run is continued: none of them changes a weight (the precision is the run's own)."""
+HARMLESS = ("precision", "evaluate_every", "checkpoint_every", "held_out_tokens", "backend", "mesh")
+"""Settings that may differ when a run is continued: none of them changes a weight, or the run's own are taken."""
 UNFINISHED = ".unfinished-"
 
 

@@ -10,17 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from moe import MoEConfig, MoEForCausalLM, MoEOutput
 
 from .checkpoint import CheckpointPlace, restore, save_checkpoint
 from .corpus import BatchOrder, Corpus, windows
-from .loop import TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
+from .description.config import TrainConfig
+from .description.starting import load_start
+from .loop import UNWATCHED, TrainResult, bits_per_byte, held_out_rows, precision_of, prepare, run_steps
 from .metrics import routing_metrics
+from .optimisers.build import Together, build_optimizer
 from .precision import resolve_precision
-from .presets import TrainConfig
 from .schedule import learning_rate
+from .watching.watch import Watch
 
 
 def train(
@@ -31,6 +34,7 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     stop_after_s: float | None = None,
+    watch: Watch = UNWATCHED,
 ) -> TrainResult:
     """Train a model; everything it leaves behind is under `run`.
 
@@ -41,6 +45,7 @@ def train(
         resume: continue after the last finished checkpoint, bit by bit as if nothing had happened.
         quiet: no progress bar.
         stop_after_s: end early after so many seconds, wherever the schedule is.
+        watch: what else is shown of it.
 
     Returns:
         How it ended.
@@ -58,13 +63,13 @@ def train(
     model, optimizer, order = build(config, corpus, device)
     done = restore(found[-1], model, optimizer) if found else 0
     trainable = _TorchRun(model, optimizer, order, corpus, config, run)
-    return run_steps(trainable, config, corpus, run, done, quiet=quiet, stop_after_s=stop_after_s)
+    return run_steps(trainable, config, corpus, run, done, quiet=quiet, stop_after_s=stop_after_s, watch=watch)
 
 
 @dataclass(frozen=True, eq=False)
 class _TorchRun:
     model: MoEForCausalLM
-    optimizer: AdamW
+    optimizer: Optimizer | Together
     order: BatchOrder
     corpus: Corpus
     config: TrainConfig
@@ -81,7 +86,7 @@ class _TorchRun:
 
 
 def train_step(
-    model: MoEForCausalLM, optimizer: AdamW, order: BatchOrder, config: TrainConfig, step: int
+    model: MoEForCausalLM, optimizer: Optimizer | Together, order: BatchOrder, config: TrainConfig, step: int
 ) -> dict[str, Any]:
     """One optimiser step over `accumulation` micro-batches; returns its metrics."""
     start = time.perf_counter()
@@ -147,27 +152,31 @@ def evaluate(model: MoEForCausalLM, corpus: Corpus, config: TrainConfig) -> floa
     return bits_per_byte(total / len(rows), corpus, rows)
 
 
-def build(config: TrainConfig, corpus: Corpus, device: torch.device) -> tuple[MoEForCausalLM, AdamW, BatchOrder]:
-    """The model as its seed initialises it, its optimiser, and the order of its batches."""
+def build(
+    config: TrainConfig, corpus: Corpus, device: torch.device
+) -> tuple[MoEForCausalLM, Optimizer | Together, BatchOrder]:
+    """The model before its first step, its optimiser, and the order of its batches."""
     model = build_model(config, corpus, device)
     order = BatchOrder(windows(corpus.train, config.sequence_length), config.batch_size, config.seed)
     return model, build_optimizer(model, config), order
 
 
 def build_model(config: TrainConfig, corpus: Corpus, device: torch.device) -> MoEForCausalLM:
-    """The model as its seed initialises it."""
+    """The model as its seed initialises it, or with the weights of the checkpoint that the run starts from.
+
+    Raises:
+        ValueError: if that checkpoint does not fit, or the text has tokens that the model does not know.
+    """
     torch.manual_seed(config.seed)
-    return MoEForCausalLM(MoEConfig(**(corpus.model_settings | config.model))).to(device).train()
-
-
-def build_optimizer(model: MoEForCausalLM, config: TrainConfig) -> AdamW:
-    """AdamW; matrices decay, norms and biases do not."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    model = MoEForCausalLM(MoEConfig(**(corpus.model_settings | config.model)))
+    if corpus.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{corpus.source} is read as {corpus.vocab_size} tokens, the model knows {model.config.vocab_size}; "
+            "give the tokenizer of the model"
+        )
+    if config.start_from is not None:
+        load_start(config.start_from, model)
+    return model.to(device).train()
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast | nullcontext:

@@ -1,6 +1,7 @@
 """Export a model of ours to a native family of transformers, so that other engines load it unchanged."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from routing.ground.expect import expect_name
 
 from ..model.decoder import MoEForCausalLM
 from ..parts.config import MoEConfig
+from .adoption.one_expert import DENSE_MODELS, dense_config, dense_obstacles, dense_state
 from .same_function import expect_same_function
 
 
@@ -50,7 +52,8 @@ def export(model: MoEForCausalLM, family: str) -> PreTrainedModel:
         raise ValueError(f"{family} cannot express this model: {'; '.join(obstacles)}")
     with torch.device("meta"):
         exported = model_class(convert(model.config, rule))
-    exported.load_state_dict(_renamed(model.state_dict()), assign=True)
+    state = dense_state(model.state_dict(), model.config) if family in DENSE_MODELS else _renamed(model.state_dict())
+    exported.load_state_dict(state, assign=True)
     exported.tie_weights()
     # rotary frequencies are in no checkpoint, so on the meta device they were not computed
     exported.model.rotary_emb = type(exported.model.rotary_emb)(exported.config).to(model.device)
@@ -167,6 +170,14 @@ def _to_mixtral(config: MoEConfig, rule: ClassicRule) -> MixtralConfig:
     )
 
 
+def _to_dense(config: MoEConfig, rule: ClassicRule, family: str) -> Any:
+    return dense_config(config, _shared_fields(config), family)
+
+
+def _dense_obstacles(config: MoEConfig, rule: ClassicRule, family: str) -> list[str]:
+    return dense_obstacles(config, family)
+
+
 def _renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Names of the native families; what only training computes is left out."""
     return {
@@ -183,4 +194,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], Convert, FindObstacles]] = {
     "olmoe": (OlmoeForCausalLM, _to_olmoe, _olmoe_obstacles),
     "qwen3_moe": (Qwen3MoeForCausalLM, _to_qwen3_moe, _qwen3_moe_obstacles),
     "mixtral": (MixtralForCausalLM, _to_mixtral, _mixtral_obstacles),
+} | {
+    family: (kind, partial(_to_dense, family=family), partial(_dense_obstacles, family=family))
+    for family, (kind, _, _) in DENSE_MODELS.items()
 }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moe import MoEForCausalLM
 
     from ...train.corpus import Corpus
-    from ...train.presets import TrainConfig
+    from ...train.description.config import TrainConfig
 
 # Of the loss that holds the router to its budget, ten times the architecture's default: stage 3 has only a few hundred
 # steps to reach the budget. It trades nearness to the budget against the language model's loss; no other was tried.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..presets import TrainConfig
+from ..description.config import TrainConfig
 from ..run_folder import checkpoints
 
 OLDEST_TRANSFORMERS = "5.23"
@@ -91,7 +91,7 @@ def expect_launchable(config: TrainConfig, parallel: str | None, processes: int)
         processes: how many there will be.
 
     Raises:
-        ValueError: if the axes do not fit, the model cannot be split so, or transformers is too old.
+        ValueError: if the axes do not fit, the model or its optimiser cannot be split so, or transformers is too old.
     """
     import torch
     import transformers
@@ -104,6 +104,8 @@ def expect_launchable(config: TrainConfig, parallel: str | None, processes: int)
         raise ValueError(
             f"several processes need transformers {OLDEST_TRANSFORMERS} or newer; found {transformers.__version__}"
         ) from error
+    if config.optimizer != "adamw":
+        raise ValueError(f"the optimizer {config.optimizer} runs in one process; take adamw, or leave --processes out")
     layout = Layout.parse(parallel, processes)
     with torch.device("meta"):
         expect_splittable(MoEForCausalLM(MoEConfig(**config.model)), layout)

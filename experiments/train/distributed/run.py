@@ -25,10 +25,11 @@ from moe.parallel import Layout, split
 
 from ..checkpoint import CheckpointPlace, write_checkpoint
 from ..corpus import BatchOrder, Corpus, windows
-from ..loop import TrainResult, precision_of, prepare, run_steps
+from ..description.config import TrainConfig
+from ..loop import UNWATCHED, TrainResult, precision_of, prepare, run_steps
 from ..precision import resolve_precision
-from ..presets import TrainConfig
 from ..torch_run import build_model
+from ..watching.watch import Watch
 from .checkpoint import load_parts, save_parts
 from .launch import is_resumed
 from .step import Parts, distributed_evaluation, distributed_step
@@ -47,6 +48,7 @@ def train(
     parallel: str | None = None,
     resume: bool = False,
     quiet: bool = False,
+    watch: Watch = UNWATCHED,
 ) -> TrainResult | None:
     """Train a model on all processes that torchrun started; everything it leaves behind is under `run`.
 
@@ -57,6 +59,7 @@ def train(
         parallel: axes such as `data=2,expert=2`; None splits no experts.
         resume: continue after the last finished checkpoint, of any number of processes.
         quiet: no progress bar.
+        watch: what else process 0 shows of it.
 
     Returns:
         On process 0 how it ended; None on the others.
@@ -76,7 +79,7 @@ def train(
             return None
         leader = _Leader(parts, run)
         try:
-            result = run_steps(leader, config, corpus, run, done, quiet=quiet)
+            result = run_steps(leader, config, corpus, run, done, quiet=quiet, watch=watch)
         except KeyboardInterrupt:
             leader.stop()
             raise

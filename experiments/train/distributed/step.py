@@ -23,9 +23,9 @@ from moe import MoEForCausalLM, MoEOutput
 from moe.parallel import Split, average_gradients, clip_gradients
 
 from ..corpus import BatchOrder, Corpus
+from ..description.config import TrainConfig
 from ..loop import bits_per_byte, held_out_rows
 from ..metrics import balance_metrics
-from ..presets import TrainConfig
 from ..schedule import learning_rate
 from ..torch_run import autocast, seed_noise
 

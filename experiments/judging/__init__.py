@@ -1,0 +1,1 @@
+"""How good a trained model is, and what a difference between two is worth: domains, tasks, intervals, equivalence."""
