@@ -118,6 +118,12 @@ def refactor(context: typer.Context) -> int | None:
     return _pass_on("refactor", context)
 
 
+@app.command("upcycle", context_settings=PASSED_ON)
+def upcycle(context: typer.Context) -> int | None:
+    """Turn a dense model into a mixture of experts that computes the same, to train on from there."""
+    return _pass_on("upcycle", context)
+
+
 @app.command("prune", context_settings=PASSED_ON)
 def prune(context: typer.Context) -> int | None:
     """Keep some experts of each layer of a trained model: those most used in a trace, or random ones."""
@@ -135,6 +141,7 @@ def _pass_on(command: str, context: typer.Context) -> int | None:
     # importing moe imports torch and transformers, which `expertier --help` and `expertier place` do without
     import moe.cli
 
+    moe.cli.join_plain_copy(lambda file, out: offload.dequantise(file, out))
     return moe.cli.app([command, *context.args], prog_name="expertier", standalone_mode=False)
 
 

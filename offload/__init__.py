@@ -12,7 +12,6 @@ from .cache.catalogue import CACHES, make_cache
 from .cache.simulate import Simulated, simulate
 
 if TYPE_CHECKING:
-    from .checkpoint.quantised.plain_copy import dequantise
     from .engine.counters import EngineCounters
     from .engine.engine import Engine
     from .engine.events import Finished, NotReady, QueueFull, TokenEvent
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from .forecast.calibrate import disk_bandwidth
     from .forecast.calibrate_gpu import wire_bandwidth
     from .forecast.product_rates import product_rates
+    from .formats.plain_copy import dequantise
     from .gpu.devices import open_lane
     from .runtime.loading import load
     from .runtime.report import Offload
@@ -39,7 +39,7 @@ _HOME = {
     "Sampling": ".engine.request",
     "Stream": ".engine.stream",
     "TokenEvent": ".engine.events",
-    "dequantise": ".checkpoint.quantised.plain_copy",
+    "dequantise": ".formats.plain_copy",
     "disk_bandwidth": ".forecast.calibrate",
     "load": ".runtime.loading",
     "open_lane": ".gpu.devices",

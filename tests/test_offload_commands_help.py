@@ -72,6 +72,7 @@ MISSING = {
     "export": "nowhere --to olmoe --out new",
     "convert": "nowhere --to latent --group 2 --rank 2 --out new",
     "refactor": "nowhere --data nowhere.txt --data other.txt --out new",
+    "upcycle": "nowhere --experts 2 --top-k 1 --out new",
     "prune": "nowhere --keep 2 --out new",
     "join": "nowhere nowhere --out new",
     "train": "--data nowhere.txt --out new",

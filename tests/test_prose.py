@@ -16,6 +16,7 @@ SHORT_SENTENCES = (
     *("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/engines.md", "docs/flax.md", "docs/kernels.md"),
     *("docs/notation.md", "docs/offload.md", "docs/placement.md", "docs/results.md", "docs/routers.md"),
     *("docs/start_here.md", "docs/traces.md", "docs/training.md", "docs/checkpoints.md", "docs/distributed.md"),
+    "docs/conversion.md",
 )
 # What a stranger cannot understand, and what to write instead.
 BANNED = {
@@ -42,6 +43,7 @@ PLAIN_PAGES = (
     *("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/architectures.md", "docs/engines.md"),
     *("docs/flax.md", "docs/notation.md", "docs/offload.md", "docs/placement.md", "docs/results.md"),
     *("docs/kernels.md", "docs/routers.md", "docs/start_here.md", "docs/traces.md", "docs/checkpoints.md"),
+    "docs/conversion.md",
 )
 PLAIN_FOLDERS = ("routing", "moe", "offload", "placement", "experiments")
 
