@@ -136,6 +136,12 @@ def join(context: typer.Context) -> int | None:
     return _pass_on("join", context)
 
 
+@app.command("merge", context_settings=PASSED_ON)
+def merge(context: typer.Context) -> int | None:
+    """Merge models of one architecture by averages or sparse task vectors, or the experts of one model."""
+    return _pass_on("merge", context)
+
+
 def _pass_on(command: str, context: typer.Context) -> int | None:
     """The exit code of a command of `moe`: 130 after Ctrl-C, which Typer returns rather than raises."""
     # importing moe imports torch and transformers, which `expertier --help` and `expertier place` do without

@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import offload
 
 pytestmark = pytest.mark.slow
-TEXT = """Ferns do not flower. They drop spores from the undersides of their leaves, and the spores grow where the
-ground is damp, into small green plates that hardly anybody notices. Only from these plates does a new fern come: water has
-to stand on them for a night, so that the male cells can swim. That is why ferns like shade, mist and the edges of brooks.
+TEXT = """Ferns do not flower. They drop spores from the undersides of their leaves, and the spores grow
+where the ground is damp, into small green plates that hardly anybody notices. Only from these plates does a new fern
+come: water has to stand on them for a night, so that the male cells can swim. That is why ferns like shade, mist and
+the edges of brooks.
+
 def squares(count):
     return [number**2 for number in range(1, count + 1)]  # 1, 4, 9, ...
 """

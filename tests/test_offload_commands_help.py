@@ -75,6 +75,7 @@ MISSING = {
     "upcycle": "nowhere --experts 2 --top-k 1 --out new",
     "prune": "nowhere --keep 2 --out new",
     "join": "nowhere nowhere --out new",
+    "merge": "nowhere nowhere --out new",
     "train": "--data nowhere.txt --out new",
     "compare": "--routers top2 --data nowhere.txt --out new",
     "demo": "--data nowhere.txt --out new",

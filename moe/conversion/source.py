@@ -29,7 +29,7 @@ class Source:
 
     def __init__(self, folder: Path, skeleton: PreTrainedModel) -> None:
         self._skeleton = skeleton
-        self._file_of_key = _files(folder)
+        self._file_of_key = files_of_tensors(folder)
         mapping = get_model_conversion_mapping(skeleton)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -77,12 +77,7 @@ class Source:
         return name in self._keys
 
     def _tensor(self, key: str) -> Tensor:
-        file = self._file_of_key[key]
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: {error}") from error
+        return read_tensor(self._file_of_key[key], key)
 
     def _expect(self, folder: Path, expected: set[str]) -> None:
         extra = [key for name in self._keys.keys() - expected for key, _ in self._keys[name]]
@@ -94,8 +89,21 @@ class Source:
             raise ValueError(f"{folder}: the checkpoint has no tensor for {missing[0]}; is a shard missing?")
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Checkpoint key -> file: of one file if it is there, whatever an index beside it says, as in transformers."""
+def read_tensor(file: Path, key: str) -> Tensor:
+    """One tensor of a safetensors file. Raises ValueError if it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(key)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def files_of_tensors(folder: Path) -> dict[str, Path]:
+    """Checkpoint key -> file: of one file if it is there, whatever an index beside it says, as in transformers.
+
+    Raises:
+        ValueError: if a file is missing, damaged, or not where it should be.
+    """
     index = folder / INDEX_NAME
     names = [ONLY_NAME]
     if index.is_file() and not (folder / ONLY_NAME).is_file():
