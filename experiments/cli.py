@@ -108,7 +108,7 @@ def export(context: typer.Context) -> int | None:
 
 @app.command("convert", context_settings=PASSED_ON)
 def convert(context: typer.Context) -> int | None:
-    """Turn a trained mixture of experts into one whose experts share low-rank projections."""
+    """Turn a trained mixture of experts into one with latent experts, with null experts, or with pre-gates."""
     return _pass_on("convert", context)
 
 

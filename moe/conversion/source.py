@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from ..model.decoder import MoEForCausalLM
+from .families import config_of_moe
+from .opening import read_config
 
 ONLY_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)
@@ -87,6 +91,48 @@ class Source:
         tied = set(self._skeleton.all_tied_weights_keys) if self._skeleton.config.tie_word_embeddings else set()
         if missing := sorted(expected - self._keys.keys() - tied):
             raise ValueError(f"{folder}: the checkpoint has no tensor for {missing[0]}; is a shard missing?")
+
+
+class OurSource:
+    """A mixture-of-experts checkpoint under the names of our decoder, whichever family wrote it.
+
+    Args:
+        folder: a checkpoint of ours, or an `olmoe`, `qwen3_moe` or `mixtral` one.
+
+    Raises:
+        ValueError: if our decoder cannot express the model, or files are missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        native = read_config(folder)
+        self.folder, self.config = folder, config_of_moe(native)
+        self.is_ours = native.model_type == self.config.model_type
+        model_class = MoEForCausalLM if self.is_ours else AutoModelForCausalLM._model_mapping[type(native)]
+        skeleton = meta_model(MoEForCausalLM, self.config)
+        self.shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
+        self._source = Source(folder, skeleton if self.is_ours else meta_model(model_class, native))
+
+    def __contains__(self, name: str) -> bool:
+        return self._theirs(name) in self._source
+
+    def read(self, name: str) -> Tensor:
+        """The tensor that our decoder calls `name`."""
+        return self._source.read(self._theirs(name))
+
+    def resident(self) -> dict[str, Tensor]:
+        """Every tensor that belongs to no expert, but tied ones that the checkpoint does not hold."""
+        return {name: self.read(name) for name in self.shapes if ".mlp.experts." not in name and name in self}
+
+    def experts_prefix(self, layer: int) -> str:
+        """What precedes the names of the experts of a MoE layer."""
+        return f"model.layers.{self.config.num_dense_layers + layer}.mlp.experts."
+
+    def experts(self, layer: int) -> dict[str, Tensor]:
+        """The plain experts of a MoE layer, by their names there."""
+        return {name: self.read(self.experts_prefix(layer) + name) for name in ("gate_up_proj", "down_proj")}
+
+    def _theirs(self, name: str) -> str:
+        return name if self.is_ours else name.replace(".mlp.router.", ".mlp.gate.")
 
 
 def read_tensor(file: Path, key: str) -> Tensor:

@@ -50,7 +50,7 @@ class ExpertSizes:
     """Experts of the model to be written.
 
     Args:
-        num_experts: E.
+        num_experts: E, shards of copies counted one by one.
         top_k: K, experts per token.
         width: F of one expert.
     """
