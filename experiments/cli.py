@@ -24,6 +24,7 @@ from .bench.placement_tiers import bench_tiers
 from .bench.products import bench_products
 from .bench.routers import routers as bench_routers
 from .bench.serving.bench import bench_serve
+from .bench.starting_points import bench_starts
 from .bench.step import bench_step
 from .bench.training import bench_train
 from .compare.command import compare
@@ -85,6 +86,7 @@ bench.command("placement")(bench_placement)
 bench.command("products")(bench_products)
 bench.command("routers")(bench_routers)
 bench.command("serve")(bench_serve)
+bench.command("starts")(bench_starts)
 bench.command("tiers")(bench_tiers)
 bench.command("step")(bench_step)
 bench.command("train")(bench_train)

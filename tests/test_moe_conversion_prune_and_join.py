@@ -238,7 +238,7 @@ def test_pruned_and_joined_checkpoints_train_on(model, tmp_path):
     for _ in range(6):
         loss = trained(token_BS, labels=token_BS).loss
         loss.backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0] - 0.3

@@ -83,6 +83,7 @@ MISSING = {
     "bench duo": "--data nowhere.txt --out new",
     "bench placement": "--loads nowhere.json",
     "bench serve": "nowhere",
+    "bench starts": "--data nowhere.txt",
     "bench tiers": "--trace nowhere.npz",
 }
 READS_NOTHING = {

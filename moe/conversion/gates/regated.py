@@ -62,8 +62,8 @@ def write_regated(
     """Write a checkpoint of ours: the source's tensors but for its gates.
 
     Args:
-        source: the model.
-        config: the new one's.
+        source: what everything but gates is read from.
+        config: of the model that is written.
         gates: every tensor of the new routers, by name.
         out: folder to write; appears whole or not at all.
         advance: is told how many bytes are written, of how many.
