@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 SIZES = {
     "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
 }
-BATCH, LENGTH, HELD_ROWS = 8, 128, 48
+BATCH, LENGTH, HELD_ROWS = 8, 64, 96
 RATE, WARM_UP = 2e-3, 20
-EXPERTS, TOP_K = 8, 2
+EXPERTS = 8
 DENSE_STARTS: dict[str, tuple[str, ...]] = {
     "copies": ("--experts", "8", "--top-k", "2"),
     "shards": ("--experts", "4", "--top-k", "2", "--granularity", "2"),
@@ -56,8 +56,8 @@ TASK_MERGES: dict[str, tuple[str, ...]] = {
 def bench_starts(
     data: Annotated[str, typer.Option(help="Text to train on: a file, a folder, or stdlib.")] = "stdlib",
     other: Annotated[str | None, typer.Option(help="A text of another kind, for merged task vectors.")] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Optimiser steps of the dense model.")] = 240,
-    more: Annotated[int, typer.Option(min=2, help="Steps of every model that starts from a trained one.")] = 80,
+    steps: Annotated[int, typer.Option(min=2, help="Optimiser steps of the dense model.")] = 300,
+    more: Annotated[int, typer.Option(min=2, help="Steps of every model that starts from a trained one.")] = 60,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...")] = 3,
     record: Annotated[bool, typer.Option("--record", help="Keep the result under experiments/records.")] = False,
     records: Annotated[Path, typer.Option(help="Where records live.")] = RECORDS,
