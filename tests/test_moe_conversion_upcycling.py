@@ -39,16 +39,16 @@ DENSE = {
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
 }
-FAMILIES = {
-    ("llama", "auto"): "mixtral",
-    ("llama", "expertier"): "expertier",
-    ("tied", "auto"): "mixtral",
-    ("tied", "expertier"): "expertier",
-    ("scaled", "auto"): "mixtral",
-    ("mistral", "auto"): "mixtral",
-    ("qwen2", "auto"): "qwen2_moe",
-    ("qwen3", "auto"): "qwen3_moe",
-}
+CASES = [
+    ("llama", "auto", 3, "mixtral"),
+    ("llama", "expertier", 1, "expertier"),
+    ("tied", "auto", 1, "mixtral"),
+    ("tied", "expertier", 3, "expertier"),
+    ("scaled", "auto", 1, "mixtral"),
+    ("mistral", "auto", 3, "mixtral"),
+    ("qwen2", "auto", 3, "qwen2_moe"),
+    ("qwen3", "auto", 1, "qwen3_moe"),
+]
 TOKENS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(1))
 
 
@@ -88,13 +88,12 @@ def loss_and_logits(model):
     return output.loss if loss is None else loss, output.logits
 
 
-@pytest.mark.parametrize("granularity", [1, 3])
-@pytest.mark.parametrize(("name", "to"), FAMILIES)
-def test_the_first_loss_is_the_dense_models(dense, name, to, granularity, tmp_path):
+@pytest.mark.parametrize(("name", "to", "granularity", "family"), CASES)
+def test_the_first_loss_is_the_dense_models(dense, name, to, granularity, family, tmp_path):
     folder, model = dense(name)
     report = upcycle(folder, tmp_path / "up", plan(granularity=granularity, to=to))
     up = loaded(tmp_path / "up")
-    assert up.config.model_type == report["family"] == FAMILIES[name, to]
+    assert up.config.model_type == report["family"] == family
     (loss, logits), (expected, dense_logits) = loss_and_logits(up), loss_and_logits(model)
     assert abs(float(loss - expected)) < 1e-5
     torch.testing.assert_close(logits, dense_logits, atol=1e-5, rtol=1e-4)
