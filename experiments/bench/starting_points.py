@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ..train.corpus import Corpus
 
+# of the dense model: twenty like it train in minutes of one core
 SIZES = {
     "vocab_size": 256,
     "hidden_size": 48,
@@ -35,8 +36,11 @@ SIZES = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
 }
+# small enough for three seeds of some twenty models in minutes of one core; the rate is not tuned
 BATCH, LENGTH, HELD_ROWS = 8, 64, 96
+# not tuned
 RATE, WARM_UP = 2e-3, 20
+# of the variant `copies`, which the others start from
 EXPERTS = 8
 DENSE_STARTS: dict[str, tuple[str, ...]] = {
     "copies": ("--experts", "8", "--top-k", "2"),

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 KINDS = ("gate", "up", "down")
+# numbers of random streams beside those of the matrices, which are 0 to 2
 CHANNELS, ROUTER, SHARED = 3, 4, 5
-"""Numbers of random streams beside those of the matrices, which are 0 to 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
