@@ -26,6 +26,7 @@ from .bench.placement_tiers import bench_tiers
 from .bench.products import bench_products
 from .bench.routers import routers as bench_routers
 from .bench.serving.bench import bench_serve
+from .bench.starting_points import bench_starts
 from .bench.step import bench_step
 from .bench.training import bench_train
 from .compare.command import compare
@@ -97,6 +98,7 @@ bench.command("placement")(bench_placement)
 bench.command("products")(bench_products)
 bench.command("routers")(bench_routers)
 bench.command("serve")(bench_serve)
+bench.command("starts")(bench_starts)
 bench.command("tiers")(bench_tiers)
 bench.command("step")(bench_step)
 bench.command("train")(bench_train)
@@ -120,7 +122,7 @@ def export(context: typer.Context) -> int | None:
 
 @app.command("convert", context_settings=PASSED_ON)
 def convert(context: typer.Context) -> int | None:
-    """Turn a trained mixture of experts into one whose experts share low-rank projections."""
+    """Turn a trained mixture of experts into one with latent experts, with null experts, or with pre-gates."""
     return _pass_on("convert", context)
 
 
@@ -128,6 +130,12 @@ def convert(context: typer.Context) -> int | None:
 def refactor(context: typer.Context) -> int | None:
     """Cut a small dense model into experts by domain, with one router over token ids for all layers."""
     return _pass_on("refactor", context)
+
+
+@app.command("upcycle", context_settings=PASSED_ON)
+def upcycle(context: typer.Context) -> int | None:
+    """Turn a dense model into a mixture of experts that computes the same, to train on from there."""
+    return _pass_on("upcycle", context)
 
 
 @app.command("prune", context_settings=PASSED_ON)
@@ -148,11 +156,18 @@ def bricks(context: typer.Context) -> int | None:
     return _pass_on("bricks", context)
 
 
+@app.command("merge", context_settings=PASSED_ON)
+def merge(context: typer.Context) -> int | None:
+    """Merge models of one architecture by averages or sparse task vectors, or the experts of one model."""
+    return _pass_on("merge", context)
+
+
 def _pass_on(command: str, context: typer.Context) -> int | None:
     """The exit code of a command of `moe`: 130 after Ctrl-C, which Typer returns rather than raises."""
     # importing moe imports torch and transformers, which `expertier --help` and `expertier place` do without
     import moe.cli
 
+    moe.cli.join_plain_copy(lambda file, out: offload.dequantise(file, out))
     return moe.cli.app([command, *context.args], prog_name="expertier", standalone_mode=False)
 
 

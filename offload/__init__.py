@@ -12,7 +12,6 @@ from .cache.catalogue import CACHES, make_cache
 from .cache.simulate import Simulated, simulate
 
 if TYPE_CHECKING:
-    from .checkpoint.quantised.plain_copy import dequantise
     from .engine.counters import EngineCounters
     from .engine.engine import Engine
     from .engine.events import Finished, NotReady, QueueFull, TokenEvent
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from .forecast.calibrate import disk_bandwidth
     from .forecast.calibrate_gpu import wire_bandwidth
     from .forecast.product_rates import product_rates
+    from .formats.plain_copy import dequantise
     from .gpu.devices import open_lane
     from .members.members import load_members
     from .prefetch.softmax_gates import softmax_gates
@@ -44,7 +44,7 @@ _HOME = {
     "Stream": ".engine.stream",
     "TokenEvent": ".engine.events",
     "TuneOptions": ".finetune.options",
-    "dequantise": ".checkpoint.quantised.plain_copy",
+    "dequantise": ".formats.plain_copy",
     "disk_bandwidth": ".forecast.calibrate",
     "fine_tune": ".finetune.tune",
     "load": ".runtime.loading",

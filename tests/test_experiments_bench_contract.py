@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.main import get_command
 
-from experiments.bench import flax, leverage, memory_layers, routers, step, training
+from experiments.bench import flax, leverage, memory_layers, routers, starting_points, step, training
 from experiments.bench.claims import bench as claims
 from experiments.bench.duo import bench as duo
 from experiments.bench.offloading import contestants
@@ -272,6 +272,11 @@ BENCHES = {
         right=("--form", "mxfp4", "--rows", "1", "--size", "1MiB", "--repeats", "2", "--records", "{folder}"),
         redden=redden_products,
     ),
+    "starts": Bench(
+        command=("bench", "starts"),
+        wrong=("--records", "{file}"),
+        words="pyproject.toml is a file; give a folder",
+    ),
     "step": Bench(
         command=("bench", "step"),
         wrong=("--family", "mixtrl"),
@@ -287,7 +292,7 @@ BENCHES = {
         redden=redden_train,
     ),
 }
-MODULES = {"claim": claims, "duo": duo, "leverage": leverage}
+MODULES = {"claim": claims, "duo": duo, "leverage": leverage, "starts": starting_points}
 
 
 def arguments(parts, folder):

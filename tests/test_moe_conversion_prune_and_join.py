@@ -226,3 +226,19 @@ def test_commands_take_the_tokenizer_along_and_refuse_two_different_ones(tiny_co
             ["prune", both[0], "--keep", "3", "--out", str(tmp_path / "e"), "--json", str(tmp_path / "no/x.json")],
             standalone_mode=False,
         )
+
+
+def test_pruned_and_joined_checkpoints_train_on(model, tmp_path):
+    """What is meant to follow: a few steps on one batch lower its loss, and every expert that is visited learns."""
+    token_BS = torch.randint(0, 96, (4, 16))
+    prune(join(model, copy_with_other_experts(model)), kept(*[[0, 3, 7, 9]] * L)).save_pretrained(tmp_path)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = trained(token_BS, labels=token_BS).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.3

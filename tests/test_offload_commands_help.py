@@ -73,9 +73,11 @@ MISSING = {
     "export": "nowhere --to olmoe --out new",
     "convert": "nowhere --to latent --group 2 --rank 2 --out new",
     "refactor": "nowhere --data nowhere.txt --data other.txt --out new",
+    "upcycle": "nowhere --experts 2 --top-k 1 --out new",
     "prune": "nowhere --keep 2 --out new",
     "join": "nowhere nowhere --out new",
     "bricks": "grow nowhere --units 2 --out new",
+    "merge": "nowhere nowhere --out new",
     "train": "--data nowhere.txt --out new",
     "compare": "--routers top2 --data nowhere.txt --out new",
     "judge": "nowhere",
@@ -88,6 +90,7 @@ MISSING = {
     "bench duo": "--data nowhere.txt --out new",
     "bench placement": "--loads nowhere.json",
     "bench serve": "nowhere",
+    "bench starts": "--data nowhere.txt",
     "bench tiers": "--trace nowhere.npz",
 }
 READS_NOTHING = {

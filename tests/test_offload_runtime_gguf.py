@@ -258,3 +258,35 @@ def test_fit_and_generate_take_the_file(made, tmp_path, run, capsys):
     unknown = tiny.write(tmp_path / "unknown.gguf", metadata_of(config) | vocabulary | {"tokenizer.ggml.pre": "zebra"})
     assert run("generate", unknown, "--prompt", "a") == 2
     assert "splits text by the rule 'zebra'" in capsys.readouterr().err
+
+
+def test_a_dense_file_is_written_as_a_plain_checkpoint_and_upcycled(made, tokens, tmp_path, run, capsys):
+    _, resident, tiny, metadata = made("llama")
+    names = [*bytes_to_unicode().values()][:95]
+    vocabulary = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [*names, "ab", "<|end|>"],
+        "tokenizer.ggml.token_type": [1] * 96 + [3],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": 96,
+    }
+    (tmp_path / "there").mkdir()
+    file = tiny.write(tmp_path / "there/dense.gguf", metadata | vocabulary)
+    assert run("dequantise", file, "--out", tmp_path / "plain") == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    for name, value in resident.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], value), name
+    assert plain.generation_config.eos_token_id == [96]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "plain").eos_token == "<|end|>"
+    wide = offload.dequantise(file, tmp_path / "wide", dtype="float32")
+    assert AutoModelForCausalLM.from_pretrained(wide).dtype == torch.float32
+    assert run("upcycle", file, "--experts", 3, "--top-k", 2, "--to", "expertier", "--out", tmp_path / "up") == 0
+    up = AutoModelForCausalLM.from_pretrained(tmp_path / "up").float().eval()
+    torch.testing.assert_close(up(tokens).logits, resident.float()(tokens).logits, atol=1e-4, rtol=1e-4)
+    resident.to(torch.bfloat16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "there", "up", "wide"]
+    experts, *_ = made("qwen3moe")
+    assert run("dequantise", experts, "--out", tmp_path / "no") == 2
+    assert "read in place" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "no").exists()

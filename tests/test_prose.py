@@ -18,6 +18,7 @@ SHORT_SENTENCES = (
     *("docs/start_here.md", "docs/traces.md", "docs/training.md", "docs/checkpoints.md", "docs/distributed.md"),
     "docs/locality.md",
     "docs/finetune.md",
+    "docs/conversion.md",
 )
 # What a stranger cannot understand, and what to write instead.
 BANNED = {
@@ -43,14 +44,9 @@ BANNED = {
 PLAIN_PAGES = (
     *("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/architectures.md", "docs/engines.md"),
     *("docs/flax.md", "docs/notation.md", "docs/offload.md", "docs/placement.md", "docs/results.md"),
-    *(
-        "docs/kernels.md",
-        "docs/routers.md",
-        "docs/start_here.md",
-        "docs/traces.md",
-        "docs/checkpoints.md",
-        "docs/locality.md",
-    ),
+    *("docs/kernels.md", "docs/routers.md", "docs/start_here.md", "docs/traces.md", "docs/checkpoints.md"),
+    "docs/conversion.md",
+    "docs/locality.md",
 )
 PLAIN_FOLDERS = ("routing", "moe", "offload", "placement", "experiments")
 

@@ -1,1 +1,1 @@
-"""One checkpoint written as another: export, factorise, prune, join."""
+"""One checkpoint written as another: export, factorise, upcycle, prune, join, merge."""

@@ -12,17 +12,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from routing.ground.files import write_json
 
 from ..model.decoder import MoEForCausalLM
 from ..parts.text import carry_text_files, token_rows
 from .factorise import Factors, Whitening, factorise
-from .families import config_of_moe
 from .layer_by_layer import mean_loss, streamed_experts
-from .opening import read_config
-from .source import INDEX_NAME, Source, meta_model
+from .source import INDEX_NAME, OurSource, meta_model
 from .staging import staged_folder
 
 # tokens of one sequence that activations are taken from; not tuned
@@ -76,8 +73,8 @@ def convert_to_latent(
 class _Conversion:
     def __init__(self, folder: Path, plan: LatentPlan) -> None:
         self.folder, self.plan = folder, plan
-        native = read_config(folder)
-        config = config_of_moe(native)
+        self.source = OurSource(folder)
+        config = self.source.config
         self.config = copy.deepcopy(config)
         self.config.architecture = "latent"
         self.config.architecture_options = {"group": plan.group, "rank": plan.rank}
@@ -89,18 +86,11 @@ class _Conversion:
             raise ValueError(
                 f"expert-rank must lie in 1..{narrow} (expert width and model width); got {plan.expert_rank}"
             )
-        self.is_ours = native.model_type == config.model_type
-        self.gate_name = ".mlp.router." if self.is_ours else ".mlp.gate."
-        skeleton = (
-            self.before if self.is_ours else meta_model(AutoModelForCausalLM._model_mapping[type(native)], native)
-        )
-        self.source = Source(folder, skeleton)
-        self.first = config.num_dense_layers
         self.num_layers = config.num_moe_layers
 
     def run(self, out: Path, advance: Callable[[int, int], None]) -> dict[str, Any]:
         plan = self.plan
-        resident = self._resident()
+        resident = self.source.resident()
         for model in (self.before, self.after):
             model.load_state_dict(resident, strict=False, assign=True)
             model.tie_weights()
@@ -111,7 +101,7 @@ class _Conversion:
 
         def finish(layer: int, weights: Mapping[str, Tensor], moment_DD: Tensor | None = None) -> None:
             factored, facts = self._factored(weights, None if moment_DD is None else Whitening.of(moment_DD))
-            prefix = self._prefix(layer)
+            prefix = self.source.experts_prefix(layer)
             named = {prefix + name: value for name, value in factored.items()}
             _save(named, out, f"model-layer-{layer:05d}.safetensors", weight_map)
             layers.append({"layer": layer, **facts})
@@ -121,27 +111,16 @@ class _Conversion:
             self._convert_whitened(texts["whiten"], finish)
         else:
             for layer in range(self.num_layers):
-                finish(layer, self._plain_experts(layer))
+                finish(layer, self.source.experts(layer))
         write_json(out / INDEX_NAME, {"metadata": {"total_size": _bytes(out)}, "weight_map": weight_map})
         self.config.architectures = ["MoEForCausalLM"]
         self.config.save_pretrained(out)
-        carry_text_files(self.folder, out, vocab_size=self.config.vocab_size if self.is_ours else None)
+        carry_text_files(self.folder, out, vocab_size=self.config.vocab_size if self.source.is_ours else None)
         return self._report(out, layers, texts.get("data"))
-
-    def _resident(self) -> dict[str, Tensor]:
-        names = [name for name in self.before.state_dict() if not _is_expert(name)]
-        native = {name: name.replace(".mlp.router.", self.gate_name) for name in names}
-        return {name: self.source.read(native[name]) for name in names if native[name] in self.source}
 
     def _rows(self, file: Path) -> Tensor:
         length = min(ROW_LENGTH, self.config.max_position_embeddings)
         return token_rows(self.folder, self.config.vocab_size, [file], length, self.plan.tokens)
-
-    def _prefix(self, layer: int) -> str:
-        return f"model.layers.{self.first + layer}.mlp.experts."
-
-    def _plain_experts(self, layer: int) -> dict[str, Tensor]:
-        return {name: self.source.read(self._prefix(layer) + name) for name in ("gate_up_proj", "down_proj")}
 
     @torch.no_grad()
     def _convert_whitened(self, token_BS: Tensor, finish: Callable[..., None]) -> None:
@@ -152,7 +131,7 @@ class _Conversion:
             held["moment"] = sum(part.double().T @ part.double() for part in x_TD.split(1024))
 
         def read(layer: int) -> dict[str, Tensor]:
-            weights = self._plain_experts(layer)
+            weights = self.source.experts(layer)
             finish(layer, weights, held.pop("moment"))
             return weights
 
@@ -194,7 +173,7 @@ class _Conversion:
             "layers": layers,
         }
         if data_BS is not None:
-            with streamed_experts(self.before, self._plain_experts):
+            with streamed_experts(self.before, self.source.experts):
                 report["loss_before"] = mean_loss(self.before, data_BS)
             with streamed_experts(self.after, lambda layer: self._written(out, layer)):
                 report["loss_after"] = mean_loss(self.after, data_BS)
@@ -202,13 +181,9 @@ class _Conversion:
         return report
 
     def _written(self, out: Path, layer: int) -> dict[str, Tensor]:
-        prefix = self._prefix(layer)
+        prefix = self.source.experts_prefix(layer)
         found = load_file(out / f"model-layer-{layer:05d}.safetensors")
         return {name.removeprefix(prefix): value for name, value in found.items()}
-
-
-def _is_expert(name: str) -> bool:
-    return ".mlp.experts." in name
 
 
 def _errors(found: list[Factors]) -> dict[str, float]:

@@ -8,7 +8,7 @@ Source: Kim et al. 2021, arXiv:2109.10465, sections 4.2 (expert pruning) and 4.3
 Shapes: L MoE layers, E experts, P kept experts per layer, D model width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,17 @@ def most_used(trace: RoutingTrace, num_kept: int) -> NDArray[np.int64]:
         ValueError: if the trace does not have so many experts.
     """
     _expect_kept(num_kept, trace.num_experts)
-    count_LE = np.stack(
+    return np.sort(np.argsort(-usage(trace), axis=1, kind="stable")[:, :num_kept], axis=1)
+
+
+def usage(trace: RoutingTrace) -> NDArray[np.int64]:
+    """How often each expert was visited, [L, E]."""
+    return np.stack(
         [
             np.bincount(layer_TK[layer_TK >= 0], minlength=trace.num_experts)
             for layer_TK in trace.expert_TLK.transpose(1, 0, 2)
         ]
     )
-    return np.sort(np.argsort(-count_LE, axis=1, kind="stable")[:, :num_kept], axis=1)
 
 
 def drawn(num_layers: int, num_experts: int, num_kept: int, seed: int) -> NDArray[np.int64]:
@@ -67,7 +71,7 @@ def prune(model: Any, expert_LP: NDArray[np.int64]) -> Any:
     if expert_LP.min() < 0 or expert_LP.max() >= E or any(len(set(row)) < num_kept for row in expert_LP.tolist()):
         raise ValueError(f"kept experts must be different ids in 0..{E - 1} in every layer")
     top_k = experts_per_token(model.config)
-    _expect_no_groups(model.config)
+    expect_no_groups(model.config)
     if num_kept < top_k:
         raise ValueError(
             f"the model visits {top_k} experts per token, so at least {top_k} must be kept; got {num_kept}"
@@ -79,7 +83,7 @@ def prune(model: Any, expert_LP: NDArray[np.int64]) -> Any:
         for name in layer.router_tensors:
             rows = torch.cat([kept_P, torch.arange(E, len(state[name]))])  # rows beyond E are zero-compute experts
             state[name] = state[name][rows]
-    return _rebuilt(model, state, num_kept)
+    return rebuilt(model, state, num_kept)
 
 
 @torch.no_grad()
@@ -96,7 +100,7 @@ def join(first: Any, second: Any, backbone: str = "same") -> Any:
     if backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}; got {backbone!r}")
     _expect_one_family(first, second)
-    _expect_no_groups(first.config)
+    expect_no_groups(first.config)
     states, counts = [m.state_dict() for m in (first, second)], [num_experts(m.config) for m in (first, second)]
     pieces = list(zip(expert_layers(first), expert_layers(second), strict=True))
     state = dict(states[0])
@@ -106,7 +110,7 @@ def join(first: Any, second: Any, backbone: str = "same") -> Any:
         state[name] = torch.cat([tensors[0][:E], tensors[1][: counts[1]], tensors[0][E:]])
     for name in state.keys() - joined:
         state[name] = _backbone(name, states[0][name], states[1][name], backbone)
-    return _rebuilt(first, state, sum(counts))
+    return rebuilt(first, state, sum(counts))
 
 
 @dataclass(frozen=True)
@@ -170,21 +174,26 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _rebuilt(model: Any, state: dict[str, Tensor], count: int) -> Any:
+def rebuilt(model: Any, state: dict[str, Tensor], count: int) -> Any:
+    """A model of the same class with another number of experts and these tensors.
+
+    Raises:
+        ValueError: if they are not the tensors of such a model.
+    """
     config = type(model.config).from_dict(model.config.to_dict())
     name = next(name for name in COUNT_NAMES if isinstance(getattr(config, name, None), int))
     setattr(config, name, count)
     with torch.device("meta"):
-        rebuilt = type(model)(config)
-    expected = {key: tuple(value.shape) for key, value in rebuilt.state_dict().items()}
+        changed = type(model)(config)
+    expected = {key: tuple(value.shape) for key, value in changed.state_dict().items()}
     wrong = [key for key, value in state.items() if expected.get(key) != tuple(value.shape)]
     if wrong or expected.keys() != state.keys():
         raise ValueError(f"a model of {count} experts does not take these tensors: {', '.join(sorted(wrong)[:3])}")
-    rebuilt.load_state_dict(state, assign=True)
-    rebuilt.tie_weights()
-    _carry_over_buffers(model, rebuilt)
-    rebuilt.config._experts_implementation = model.config._experts_implementation
-    return rebuilt.eval()
+    changed.load_state_dict(state, assign=True)
+    changed.tie_weights()
+    _carry_over_buffers(model, changed)
+    changed.config._experts_implementation = model.config._experts_implementation
+    return changed.eval()
 
 
 def _carry_over_buffers(model: nn.Module, rebuilt: nn.Module) -> None:
@@ -201,11 +210,15 @@ def _expect_one_family(first: Any, second: Any) -> None:
         raise ValueError(
             f"only models of one class can be joined; got {type(first).__name__} and {type(second).__name__}"
         )
-    ignored = {*COUNT_NAMES, "_name_or_path", "dtype", "transformers_version"}
-    ours, theirs = ({k: v for k, v in m.config.to_dict().items() if k not in ignored} for m in (first, second))
-    different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    if different:
+    if different := different_fields(first.config, second.config, COUNT_NAMES):
         raise ValueError(f"the two models differ in {', '.join(different[:5])}; joining needs one backbone")
+
+
+def different_fields(first: Any, second: Any, ignored: Sequence[str] = ()) -> list[str]:
+    """Names of the fields in which two configs differ, besides names, dtype and versions."""
+    left_out = {*ignored, "_name_or_path", "dtype", "transformers_version"}
+    ours, theirs = ({k: v for k, v in c.to_dict().items() if k not in left_out} for c in (first, second))
+    return sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
 
 
 def _backbone(name: str, first: Tensor, second: Tensor, backbone: str) -> Tensor:
@@ -221,10 +234,11 @@ def _backbone(name: str, first: Tensor, second: Tensor, backbone: str) -> Tensor
     return first
 
 
-def _expect_no_groups(config: Any) -> None:
+def expect_no_groups(config: Any) -> None:
+    """Raises ValueError if experts stand in groups, which another number of experts would shift."""
     own = getattr(config, "router_options", None) or {}
     if max(getattr(config, "n_group", None) or 1, own.get("num_groups", 1)) > 1:
-        raise ValueError("its router chooses among fixed groups of experts, which pruning and joining would shift")
+        raise ValueError("its router chooses among fixed groups of experts, which fewer or more experts would shift")
 
 
 def _expect_kept(num_kept: int, E: int) -> None:

@@ -26,14 +26,14 @@ def prune(
 
     Example: `expertier prune runs/tiny --keep 8 --trace tiny.npz --out runs/tiny-8`
     """
-    _expect_checkpoints(folder)
+    expect_checkpoints(folder)
     expect_new(out)
     expect_outputs(json, inputs=[folder, trace])
     from .prune_and_join import drawn, expert_layers, most_used, num_experts
     from .prune_and_join import prune as cut
 
     found = None if trace is None else RoutingTrace.load(trace)
-    model = _load(folder)
+    model = load(folder)
     num_layers, E = len(list(expert_layers(model))), num_experts(model.config)
     if found is None:
         kept = drawn(num_layers, E, keep, seed)
@@ -61,15 +61,15 @@ def join(
 
     Example: `expertier join runs/a runs/b --backbone mean --out runs/joined`
     """
-    _expect_checkpoints(first, second)
+    expect_checkpoints(first, second)
     expect_new(out)
     expect_outputs(json, inputs=[first, second])
     expect_name(backbone, ("same", "first", "second", "mean"), "backbone")
-    _expect_one_tokenizer(first, second)
+    expect_one_tokenizer(first, second)
     from .prune_and_join import join as put_together
     from .prune_and_join import num_experts
 
-    models = [_load(folder) for folder in (first, second)]
+    models = [load(folder) for folder in (first, second)]
     counts = [num_experts(model.config) for model in models]
     save_beside(put_together(*models, backbone=backbone), first, out)
     if json is not None:
@@ -77,19 +77,23 @@ def join(
     typer.echo(f"{out}: {counts[0]} + {counts[1]} experts per layer")
 
 
-def _expect_checkpoints(*folders: Path) -> None:
+def expect_checkpoints(*folders: Path) -> None:
+    """Raises ValueError if one is no checkpoint folder."""
     for folder in folders:
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} is no checkpoint folder: it has no config.json")
 
 
-def _expect_one_tokenizer(first: Path, second: Path) -> None:
-    files = [folder / "tokenizer.json" for folder in (first, second)]
-    if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
-        raise ValueError(f"{first} and {second} have different tokenizers; joining needs models that read the same ids")
+def expect_one_tokenizer(first: Path, *others: Path) -> None:
+    """Raises ValueError if two folders have different tokenizers."""
+    for other in others:
+        files = [folder / "tokenizer.json" for folder in (first, other)]
+        if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
+            raise ValueError(f"{first} and {other} have different tokenizers; they must read the same ids")
 
 
-def _load(folder: Path) -> Any:
+def load(folder: Path) -> Any:
+    """The model of a folder, in the dtype of its checkpoint."""
     from .opening import load_model
 
     return load_model(folder, dtype="auto")

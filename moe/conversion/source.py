@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from ..model.decoder import MoEForCausalLM
+from .families import config_of_moe
+from .opening import read_config
 
 ONLY_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)
@@ -29,7 +33,7 @@ class Source:
 
     def __init__(self, folder: Path, skeleton: PreTrainedModel) -> None:
         self._skeleton = skeleton
-        self._file_of_key = _files(folder)
+        self._file_of_key = files_of_tensors(folder)
         mapping = get_model_conversion_mapping(skeleton)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -77,12 +81,7 @@ class Source:
         return name in self._keys
 
     def _tensor(self, key: str) -> Tensor:
-        file = self._file_of_key[key]
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: {error}") from error
+        return read_tensor(self._file_of_key[key], key)
 
     def _expect(self, folder: Path, expected: set[str]) -> None:
         extra = [key for name in self._keys.keys() - expected for key, _ in self._keys[name]]
@@ -94,8 +93,63 @@ class Source:
             raise ValueError(f"{folder}: the checkpoint has no tensor for {missing[0]}; is a shard missing?")
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Checkpoint key -> file: of one file if it is there, whatever an index beside it says, as in transformers."""
+class OurSource:
+    """A mixture-of-experts checkpoint under the names of our decoder, whichever family wrote it.
+
+    Args:
+        folder: a checkpoint of ours, or an `olmoe`, `qwen3_moe` or `mixtral` one.
+
+    Raises:
+        ValueError: if our decoder cannot express the model, or files are missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        native = read_config(folder)
+        self.folder, self.config = folder, config_of_moe(native)
+        self.is_ours = native.model_type == self.config.model_type
+        model_class = MoEForCausalLM if self.is_ours else AutoModelForCausalLM._model_mapping[type(native)]
+        skeleton = meta_model(MoEForCausalLM, self.config)
+        self.shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
+        self._source = Source(folder, skeleton if self.is_ours else meta_model(model_class, native))
+
+    def __contains__(self, name: str) -> bool:
+        return self._theirs(name) in self._source
+
+    def read(self, name: str) -> Tensor:
+        """The tensor that our decoder calls `name`."""
+        return self._source.read(self._theirs(name))
+
+    def resident(self) -> dict[str, Tensor]:
+        """Every tensor that belongs to no expert, but tied ones that the checkpoint does not hold."""
+        return {name: self.read(name) for name in self.shapes if ".mlp.experts." not in name and name in self}
+
+    def experts_prefix(self, layer: int) -> str:
+        """What precedes the names of the experts of a MoE layer."""
+        return f"model.layers.{self.config.num_dense_layers + layer}.mlp.experts."
+
+    def experts(self, layer: int) -> dict[str, Tensor]:
+        """The plain experts of a MoE layer, by their names there."""
+        return {name: self.read(self.experts_prefix(layer) + name) for name in ("gate_up_proj", "down_proj")}
+
+    def _theirs(self, name: str) -> str:
+        return name if self.is_ours else name.replace(".mlp.router.", ".mlp.gate.")
+
+
+def read_tensor(file: Path, key: str) -> Tensor:
+    """One tensor of a safetensors file. Raises ValueError if it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(key)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def files_of_tensors(folder: Path) -> dict[str, Path]:
+    """Checkpoint key -> file: of one file if it is there, whatever an index beside it says, as in transformers.
+
+    Raises:
+        ValueError: if a file is missing, damaged, or not where it should be.
+    """
     index = folder / INDEX_NAME
     names = [ONLY_NAME]
     if index.is_file() and not (folder / ONLY_NAME).is_file():

@@ -18,7 +18,7 @@ def dequantise(
         str, typer.Option("--dtype", help="bfloat16, float16, float32, or auto: the dtype that config.json names.")
     ] = "auto",
 ) -> None:
-    """Write the plain checkpoint that a quantised one stands for; resumes if it was interrupted.
+    """Write the plain checkpoint that a quantised one or a dense GGUF file stands for; resumes if it was interrupted.
 
     Offloading reads quantised checkpoints as they are. The copy is for other programs, and for comparing.
 
@@ -31,7 +31,7 @@ def dequantise(
     console = plain_console(stderr=True)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("writing", total=None)
-        from ..checkpoint.quantised.plain_copy import dequantise as write
+        from ..formats.plain_copy import dequantise as write
 
         write(model, out, dtype=dtype, progress=lambda done, total: progress.update(task, completed=done, total=total))
     console.print(f"plain checkpoint written to {out}", soft_wrap=True)

@@ -69,11 +69,12 @@ def load_gguf_resident(opened: GgufModel, implementation: str, expand: Expand) -
             name = f"{module_name}.{weight}"
             state[name] = hollow_weight(shapes[name], dtype)
     model = model_of_state(file, opened.config, state, dtype, implementation if opened.names.experts else None)
-    model.generation_config = _generation_config(opened)
+    model.generation_config = generation_config(opened)
     return model
 
 
-def _generation_config(opened: GgufModel) -> GenerationConfig:
+def generation_config(opened: GgufModel) -> GenerationConfig:
+    """What ends a text: of the file beside the model, else of the model's own metadata."""
     if has_config_file(opened.head.file):
         return generation_config_of(opened.head.file.parent)
     found = GenerationConfig.from_model_config(opened.config)

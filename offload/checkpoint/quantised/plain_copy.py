@@ -14,6 +14,7 @@ import torch
 
 from routing.ground.expect import expect_new
 from routing.ground.files import atomic_write, write_json
+from routing.ground.safetensors_head import safetensors_head
 
 from ..location import local_folder, read_json
 from ..tensors import ITEM_BYTES, TensorEntry, read_checkpoint
@@ -27,8 +28,6 @@ SHARD_BYTES = 5 << 30
 COPY_BYTES = 64 << 20
 """Plain tensors are copied in pieces: larger ones save no time that was seen, smaller ones cost calls."""
 PLAN_NAME = "dequantise.json"
-ALIGNMENT_BYTES = 8
-"""Of the first tensor in a safetensors file, as its own writer aligns it."""
 NOT_COPIED = ("config.json", "hf_quant_config.json", PLAN_NAME)
 
 Shards = dict[str, list[TensorEntry]]
@@ -147,23 +146,12 @@ def _write_shards(part: Path, shards: Shards, progress: Callable[[int, int], Non
             progress(done, total)
             continue
         with atomic_write(part / name, "wb") as file:
-            file.write(_header(entries))
+            head = ((entry.name, entry.dtype, tuple(entry.shape), plain_bytes(entry)) for entry in entries)
+            file.write(safetensors_head(head))
             for entry in entries:
                 for nbytes in _write_tensor(entry, file):
                     done += nbytes
                     progress(done, total)
-
-
-def _header(entries: list[TensorEntry]) -> bytes:
-    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for entry in entries:
-        end = begin + plain_bytes(entry)
-        described[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _write_tensor(entry: TensorEntry, file: IO[bytes]) -> Iterator[int]:

@@ -1,0 +1,1 @@
+"""Sparse upcycling: a dense model written as a mixture of experts that computes the same."""
