@@ -67,7 +67,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("runtime",),
         ("engine", "forecast"),
         ("serve",),
-        ("chat",),
+        ("chat", "lowbit"),
         ("__init__", "commands"),
         ("cli",),
     ),

@@ -13,6 +13,8 @@ EXP2, and the exact 2**128 before the product as LDEXP."""
 EXPONENT_SCALES = ("E8M0", "EXP2", "LDEXP")
 CODE_BITS = {
     "e2m1": 4,
+    "offset2": 2,
+    "offset3": 3,
     "offset4": 4,
     "uint4": 4,
     "nf4": 4,
@@ -22,7 +24,7 @@ CODE_BITS = {
     "uint8": 8,
 }
 """Kinds of codes: floats of 4 and 8 bits, integers as they are (int8, uint4, uint8) or stored plus half of their range
-(offset4, offset8), and the sixteen quantiles of QLoRA (nf4)."""
+(offset2 to offset8), and the sixteen quantiles of QLoRA (nf4). Codes of 3 bits cross the borders of bytes."""
 ROLES = ("codes", "scales", "zeros", "global")
 WORD_BYTES = 4
 """Of the int32 numbers that compressed-tensors, GPTQ and AWQ pack codes into."""

@@ -85,9 +85,10 @@ def expand(
 def has_exact_kernel(encoding: Encoding) -> bool:
     """Whether C expands to the bits of the definition.
 
-    It rounds products of float32; those of float64 are the same if a factor is a power of two.
+    It knows codes of four and eight bits. It rounds products of float32; those of float64 are the same if a factor is
+    a power of two.
     """
-    return encoding.product != "F64" or encoding.scale == "LDEXP"
+    return encoding.codes in CODE_KINDS and (encoding.product != "F64" or encoding.scale == "LDEXP")
 
 
 @cache

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,12 +13,15 @@ from routing.ground.files import write_json
 
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.tensors import TensorEntry
+from ..codes.schemes import NAME
 from .catalogue import FORMS
 from .form import BLOCK_BYTES, Form
+from .low_bit import LowBitForm
 
 # 100 bytes for each of two million experts; the largest models have some ten thousand
 MAX_INDEX_BYTES = 256 << 20
 Count = Field(ge=0, lt=1 << 62)
+SchemeName = Annotated[str, Field(pattern=f"^(?:{NAME.pattern})$")]
 FormName = Annotated[str, AfterValidator(lambda name: expect_name(name, FORMS, "stored form"))]
 
 
@@ -41,13 +44,18 @@ class PackedParameter(BaseModel):
 
 
 class PackedLayer(BaseModel):
-    """One layer's experts; `encoding` is the name of their form."""
+    """One layer's experts; `encoding` is the name of their form.
+
+    Quantised experts of ours have `schemes` too: of each expert, a name for each parameter.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     module: str
     parameters: tuple[PackedParameter, ...]
     encoding: FormName
     records: tuple[PackedRecord, ...]
+    schemes: tuple[tuple[SchemeName, ...], ...] | None = None
+    is_transposed: bool = False
 
     def opened(self, file: Path, layer: ExpertLayer, end: int) -> Form:
         """The form of these experts in `file`, whose records end at byte `end`.
@@ -71,7 +79,16 @@ class PackedLayer(BaseModel):
             TensorEntry(f"{self.module}[{expert}]", file, record.offset, record.nbytes, "U8", (record.nbytes,))
             for expert, record in enumerate(self.records)
         )
-        return form.of_records(layer, tuple(entries))
+        opened = form.of_records(layer, tuple(entries))
+        if not isinstance(opened, LowBitForm):
+            return opened
+        names, wanted = self.schemes or (), len(layer.parameters)
+        if len(names) != len(self.records) or any(len(several) != wanted for several in names):
+            raise ValueError(f"{file}: names no schemes for each expert of {self.module}; make it again")
+        try:
+            return opened.described(names, is_transposed=self.is_transposed)
+        except ValueError as error:
+            raise ValueError(f"{file}: {self.module}: {error}; make it again with `expertier pack`") from error
 
     def holds(self, layer: ExpertLayer) -> bool:
         """Whether these are that layer's experts."""
@@ -92,6 +109,8 @@ class PackIndex(BaseModel):
     is_compressed: bool
     form: FormName | None = None
     """What was asked for, if neither plain nor compressed; a layer that it does not suit is plain all the same."""
+    recipe: dict[str, Any] | None = None
+    """How experts were quantised, and what came of it, for people; None if they were not."""
     layers: list[PackedLayer] = []
 
     @classmethod

@@ -208,7 +208,8 @@ class QuantisedForm:
 
 
 def _is_in_rows(matrix: StoredMatrix | PlainRows) -> bool:
-    return isinstance(matrix, StoredMatrix) and isinstance(matrix.encoding, Encoding)
+    is_in_rows = isinstance(matrix, StoredMatrix) and isinstance(matrix.encoding, Encoding)
+    return is_in_rows and has_exact_kernel(matrix.encoding)
 
 
 def _kernel_matrix(matrix: StoredMatrix) -> KernelMatrix:
