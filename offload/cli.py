@@ -8,6 +8,7 @@ from .commands.generate import generate
 from .commands.machine import calibrate, fit
 from .commands.pack import pack
 from .commands.processes import Processes, join_processes
+from .commands.quality import quality
 from .commands.serve import serve
 from .commands.simulate import simulate
 from .commands.traces import batches, predictor, record
@@ -15,7 +16,7 @@ from .commands.traces import batches, predictor, record
 __all__ = ["Processes", "app", "join_processes", "join_trace"]
 
 app = typer.Typer()
-for command in (generate, chat, serve, pack, dequantise, fit, calibrate, simulate):
+for command in (generate, chat, serve, pack, dequantise, quality, fit, calibrate, simulate):
     app.command(command.__name__)(command)
 
 

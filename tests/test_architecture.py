@@ -68,6 +68,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("engine", "forecast"),
         ("serve",),
         ("chat", "lowbit"),
+        ("quality",),
         ("__init__", "commands"),
         ("cli",),
     ),

@@ -67,6 +67,11 @@ class QuantisedForm:
         return pieces if self.record_E is None else _as_packed(pieces)
 
     @property
+    def own_slot_bytes(self) -> tuple[int, ...]:
+        """Experts are alike."""
+        return (self.slot_bytes,) * self.layer.num_experts
+
+    @property
     def guard_bytes(self) -> int:
         """Parts are read to their end and no further."""
         return 0

@@ -28,7 +28,8 @@ class ExpertReader:
 
     def __init__(self, model: Any, forms: Sequence[Form], checksums: Sequence[Sequence[str]] | None = None) -> None:
         self._store = ExpertStore(model, forms, num_threads=2, checksums=checksums)
-        self.modules = list(experts_modules(model).values())
+        self.model = model
+        self._modules = list(experts_modules(model).values())
         self._layer, self._slots, self._room = -1, Slots(1, 1), dict[str, torch.Tensor]()
 
     def close(self) -> None:
@@ -46,7 +47,7 @@ class ExpertReader:
         if form.is_expanded:
             form.expand(views, self._room)
             views = self._room
-        is_transposed = bool(self.modules[layer].is_transposed)
+        is_transposed = bool(self._modules[layer].is_transposed)
         for parameter in form.layer.parameters:
             stored_shape(parameter, is_transposed=is_transposed)
         return {

@@ -22,7 +22,7 @@ from ..formats.quantised import packed_name
 from ..formats.quantised_forms import QUANTISED_FORMS
 from ..store.packing import beside
 from .expert import Calibration, ExpertModule, QuantisedExpert, quantise_expert
-from .inputs import RecordedInputs
+from .inputs import MOST_ROWS, RecordedInputs
 from .journal import Journal
 from .reading import ExpertReader
 
@@ -75,12 +75,12 @@ def expert_module(model: Any, layer: ExpertLayer) -> ExpertModule:
 
 
 def calibration_of(
-    inputs: RecordedInputs | None, about: ExpertModule, layer: int, expert: int
+    inputs: RecordedInputs | None, about: ExpertModule, layer: int, expert: int, most: int = MOST_ROWS
 ) -> Calibration | None:
-    """What is known of an expert's inputs."""
+    """What is known of an expert's inputs, at most `most` of them."""
     if inputs is None:
         return None
-    return Calibration(inputs.rows(layer, expert), inputs.bias(layer, about.up_name, expert), inputs.num_tokens)
+    return Calibration(inputs.rows(layer, expert, most), inputs.bias(layer, about.up_name, expert), inputs.num_tokens)
 
 
 def write_low_bit(

@@ -85,7 +85,8 @@ def _plan_ram(
 ) -> MemoryPlan:
     try:
         return plan_memory(
-            limit_bytes, needs, opened.slot_bytes_L, opened.experts_L, opened.top_k, slots, loading_bytes
+            *(limit_bytes, needs, opened.slot_bytes_L, opened.experts_L, opened.top_k, slots, loading_bytes),
+            whole_bytes=opened.whole_bytes,
         )
     except ValueError as error:
         raise ValueError(f"{error}; {_held(needs)}") from error
@@ -99,7 +100,10 @@ def _held(needs: Needs) -> str:
 def budgets_of(opened: OpenedCheckpoint, options: LoadOptions) -> Budgets:
     """The least budget that `load` accepts without a GPU, and the one that holds all experts."""
     needs = needs_of(opened, options)
-    return expect_budgets(needs, opened.slot_bytes_L, opened.experts_L, opened.top_k, _loading_bytes(opened, needs))
+    return expect_budgets(
+        *(needs, opened.slot_bytes_L, opened.experts_L, opened.top_k, _loading_bytes(opened, needs)),
+        whole_bytes=opened.whole_bytes,
+    )
 
 
 def _loading_bytes(opened: OpenedCheckpoint, needs: Needs) -> int:

@@ -54,6 +54,11 @@ class OpenedCheckpoint:
         return [form.slot_bytes for form in self.forms]
 
     @property
+    def whole_bytes(self) -> int:
+        """Bytes of slots for all experts, each of its own size."""
+        return sum(sum(form.own_slot_bytes) for form in self.forms)
+
+    @property
     def top_k(self) -> int:
         """Experts that a token visits in each layer; 0 in a dense model."""
         return experts_per_token(self.config) if self.forms else 0
