@@ -17,6 +17,7 @@ from .bench.duo.bench import bench_duo
 from .bench.expert_kernels.bench import bench_kernels
 from .bench.flax import bench_flax
 from .bench.leverage import leverage
+from .bench.low_bits import bench_low_bits
 from .bench.memory_layers import bench_memory_layers
 from .bench.offloading.bench import bench_offload
 from .bench.placement_solvers import bench_placement
@@ -79,6 +80,7 @@ app.command("leverage")(leverage)
 bench.command("duo")(bench_duo)
 bench.command("flax")(bench_flax)
 bench.command("kernels")(bench_kernels)
+bench.command("low-bits")(bench_low_bits)
 bench.command("memory-layers")(bench_memory_layers)
 bench.command("offload")(bench_offload)
 bench.command("placement")(bench_placement)

@@ -5,10 +5,10 @@ import typer
 from .commands.chat import chat
 from .commands.dequantise import dequantise
 from .commands.generate import generate
+from .commands.low_bit.quality import quality
 from .commands.machine import calibrate, fit
 from .commands.pack import pack
 from .commands.processes import Processes, join_processes
-from .commands.quality import quality
 from .commands.serve import serve
 from .commands.simulate import simulate
 from .commands.traces import batches, predictor, record

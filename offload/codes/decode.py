@@ -104,6 +104,8 @@ def _scales(encoding: Encoding, parts: Mapping[str, torch.Tensor], rows: int, co
 def _zeros(encoding: Encoding, zeros: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Zeros in the units of the codes' values, float32, `[down, across]`."""
     down, across = encoding.grid(rows, columns)
+    if encoding.zero == "floats":
+        return zeros.clone().view(SCALE_DTYPES[encoding.scale]).float().view(down, across)
     if encoding.zero == "bytes":
         return code_values(encoding.codes)[zeros.view(down, across).int() & ((1 << encoding.bits) - 1)]
     word = zeros.clone().view(torch.int32).view(-1, across)

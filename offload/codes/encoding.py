@@ -40,8 +40,8 @@ class Encoding:
         group_columns: columns that share a scale; 0 is all columns.
         scale: dtype of the scales, in ITEM_BYTES.
         product: dtype to which code times scale is rounded before it is rounded to the model's dtype; F64 is exact.
-        zero: `"none"`; `"packed"`, as codes that run down the columns in words of 32 bits; or `"bytes"`, one for each
-            scale.
+        zero: `"none"`; `"packed"`, as codes that run down the columns in words of 32 bits; `"bytes"`, a code for each
+            scale; or `"floats"`, a number for each scale, of its dtype and in the units of the codes' values.
         scale_of_scales: `"none"`, or whether one float32 number `"multiplies"` or `"divides"` all scales.
         is_high_first: whether the high half of a byte is the earlier column.
         is_word_aligned: whether the codes of a row fill whole words of 32 bits.
@@ -92,8 +92,8 @@ class Encoding:
         parts = {"codes": rows * self.row_bytes(columns), "scales": down * across * ITEM_BYTES[self.scale]}
         if self.zero == "packed":
             parts["zeros"] = -(-down * self.bits // (8 * WORD_BYTES)) * WORD_BYTES * across
-        elif self.zero == "bytes":
-            parts["zeros"] = down * across
+        elif self.zero != "none":
+            parts["zeros"] = down * across * (ITEM_BYTES[self.scale] if self.zero == "floats" else 1)
         if self.scale_of_scales != "none":
             parts["global"] = ITEM_BYTES["F32"]
         return parts

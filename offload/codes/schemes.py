@@ -1,12 +1,11 @@
 """Schemes: the forms that we quantise to, what a code and a scale are in each, and how both become stored parts.
 
-All are symmetric: a weight is code times scale. Integers have one code more below zero than above, so the scale has the
-sign that lets this code be the weight farthest from zero. A zero of its own could do no more with whole numbers, and
-transformers' loader of compressed-tensors loses it.
+Most are symmetric: a weight is code times scale. Integers have one code more below zero than above, so the scale has the
+sign that lets this code be the weight farthest from zero. Integers with a zero are (code - zero) times scale: the zero is
+a code where codes have four bits or more, and any number where there are so few codes that it matters.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +15,7 @@ from .decode import E2M1, SCALE_DTYPES
 from .encoding import Encoding
 from .stored_matrix import StoredMatrix
 
-NAME = re.compile(r"(int[2348]|mxfp4|fp8)(?:-(\d{1,6}))?")
+NAME = re.compile(r"(int[2348]|mxfp4|fp8)(z?)(?:-(\d{1,6}))?")
 FORMS = ("int8", "int4", "int3", "int2", "mxfp4", "fp8")
 MX_COLUMNS = 32
 """Columns that share an exponent, by the OCP standard of microscaling formats."""
@@ -32,10 +31,12 @@ class Scheme:
     Args:
         form: one of FORMS.
         group: columns that share a scale; 0 is a whole row.
+        has_zero: whether integers have a zero for each group.
     """
 
     form: str
     group: int = 0
+    has_zero: bool = False
 
     @classmethod
     def named(cls, name: str) -> "Scheme":
@@ -45,18 +46,19 @@ class Scheme:
             ValueError: if none does.
         """
         found = NAME.fullmatch(name)
-        if found is None:
+        if found is None or (found[2] and not found[1].startswith("int")):
             raise ValueError(f"{name!r} names no scheme; expected int2, int3, int4 or int8 and a group, mxfp4 or fp8")
-        return cls(found[1], MX_COLUMNS if found[1] == "mxfp4" else int(found[2] or 0))
+        return cls(found[1], MX_COLUMNS if found[1] == "mxfp4" else int(found[3] or 0), bool(found[2]))
 
     @classmethod
-    def for_columns(cls, form: str, columns: int, wanted: int) -> "Scheme":
+    def for_columns(cls, form: str, columns: int, wanted: int, *, has_zero: bool = False) -> "Scheme":
         """The scheme of a form for a matrix.
 
         Args:
             form: one of FORMS.
             columns: of the matrix.
             wanted: columns that should share a scale; halved until it divides the columns, else a whole row.
+            has_zero: give integers zeros.
 
         Raises:
             ValueError: if the form has a group of its own, and that does not divide the columns.
@@ -69,12 +71,13 @@ class Scheme:
             return cls(form, MX_COLUMNS)
         while wanted >= LEAST_GROUP and columns % wanted:
             wanted //= 2
-        return cls(form, wanted if wanted >= LEAST_GROUP else 0)
+        return cls(form, wanted if wanted >= LEAST_GROUP else 0, has_zero)
 
     @property
     def name(self) -> str:
         """By which `named` finds it."""
-        return f"{self.form}-{self.group}" if self.is_integer and self.group else self.form
+        form = f"{self.form}z" if self.has_zero else self.form
+        return f"{form}-{self.group}" if self.is_integer and self.group else form
 
     @property
     def is_integer(self) -> bool:
@@ -100,9 +103,16 @@ class Scheme:
             group_rows=1,
             group_columns=self.group,
             scale=dtype,
-            product=dtype,
+            # a zero that is no code makes a difference that the scale's dtype may not hold
+            product="F32" if self.has_zero and not self.rounds_zero else dtype,
+            zero=("bytes" if self.rounds_zero else "floats") if self.has_zero else "none",
             is_word_aligned=self.is_integer,
         )
+
+    @property
+    def rounds_zero(self) -> bool:
+        """Whether zeros are codes, as our C and other engines know them."""
+        return self.bits >= 4
 
     @cached_property
     def most(self) -> float:
@@ -137,9 +147,9 @@ class Scheme:
         rounded = scale.to(SCALE_DTYPES[dtype]).float()
         return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 
-    def numbers(self, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """The values of the nearest codes, float32; `scale` is broadcast."""
-        x = w / scale
+    def numbers(self, w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | float = 0.0) -> torch.Tensor:
+        """The values of the nearest codes, float32; `scale` and `zero` are broadcast."""
+        x = w / scale + zero
         if self.is_integer:
             return x.round().clamp(-self.most, self.most - 1)
         if self.form == "fp8":
@@ -149,13 +159,16 @@ class Scheme:
         step = torch.where(size < 1.75, 0.5, torch.where(size < 3.5, 1.0, 2.0))
         return torch.copysign((size / step).round() * step, x)
 
-    def stored(self, number_RC: torch.Tensor, scale_RG: torch.Tensor, dtype: str) -> StoredMatrix:
+    def stored(
+        self, number_RC: torch.Tensor, scale_RG: torch.Tensor, dtype: str, zero_RG: torch.Tensor | None = None
+    ) -> StoredMatrix:
         """A matrix of code values and scales, as it is stored.
 
         Args:
             number_RC: values of `numbers`.
             scale_RG: values of `rounded_scale`.
             dtype: of the scales.
+            zero_RG: in the units of the code values, where the scheme has zeros.
         """
         rows, columns = number_RC.shape
         encoding = self.encoding(dtype)
@@ -164,6 +177,10 @@ class Scheme:
             parts["scales"] = (torch.log2(scale_RG) + 127).to(torch.uint8).reshape(-1)
         else:
             parts["scales"] = scale_RG.to(SCALE_DTYPES[dtype]).contiguous().reshape(-1).view(torch.uint8)
+        if zero_RG is not None:
+            as_bytes = (zero_RG + self.most).to(torch.uint8)
+            as_floats = zero_RG.to(SCALE_DTYPES[dtype]).contiguous().reshape(-1).view(torch.uint8)
+            parts["zeros"] = as_bytes.reshape(-1) if self.rounds_zero else as_floats
         return StoredMatrix(encoding=encoding, rows=rows, columns=columns, parts=parts)
 
     def _codes(self, number_RC: torch.Tensor, encoding: Encoding) -> torch.Tensor:
@@ -199,8 +216,3 @@ def pack_bits(code_RC: torch.Tensor, bits: int, row_bytes: int) -> torch.Tensor:
     flat_RX[:, : columns * bits] = bit_RCb.reshape(rows, -1)
     weight = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
     return (flat_RX.view(rows, row_bytes, 8) * weight).sum(-1, dtype=torch.uint8)
-
-
-def group_values(stored: Mapping[str, torch.Tensor], encoding: Encoding) -> torch.Tensor:
-    """The scales of stored parts, flat, float32."""
-    return stored["scales"].clone().view(SCALE_DTYPES[encoding.scale]).float()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from ..checkpoint.experts import ExpertLayer
 from .compressed import CompressedForm
 from .form import Form
+from .levelled import LevelledForm
 from .low_bit import LowBitForm
 from .plain import PlainForm
 from .quantised import form_name
@@ -15,6 +16,7 @@ FORMS: Mapping[str, type[Form]] = {
     "plain": PlainForm,
     "compressed": CompressedForm,
     "lowbit": LowBitForm,
+    "levels": LevelledForm,
     **QUANTISED_FORMS,
 }
 

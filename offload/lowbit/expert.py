@@ -11,12 +11,13 @@ import torch
 
 from ..codes.schemes import Scheme
 from ..compute.gating import Gating, find_gating
-from .compensation import balancing_scales, gptq, second_moment
+from .methods.compensation import balancing_scales, gptq, second_moment
 from .inputs import ExpertRows
-from .rounding import Rounded, hqq, least_squares, rtn
+from .methods.rounding import Rounded, hqq, least_squares, rtn
 
 METHODS = ("rtn", "hqq", "gptq", "awq")
 NEEDS_INPUTS = ("gptq", "awq")
+FITS_ZEROS = ("hqq",)
 LEAST_SHARE = 0.005
 """Share of the tokens below which an expert's inputs are too few to learn from; what GPTQModel takes, too."""
 LEAST_ROWS = 16
@@ -101,7 +102,7 @@ def quantise_expert(
         about: its module.
         weights: each matrix `[O, C]`, float32.
         schemes: what each is rounded to.
-        method: one of METHODS; `gptq` and `awq` fall back to `hqq` or `rtn` if inputs are too few.
+        method: one of METHODS; `gptq` and `awq` fall back to `rtn` if inputs are too few, `hqq` needs zeros.
         dtype: of the stored scales.
         calibration: the expert's inputs; `gptq` and `awq` need them.
     """
@@ -109,14 +110,9 @@ def quantise_expert(
         assert calibration is not None
         if calibration.is_enough:
             return _with_inputs(about, weights, schemes, method, dtype, calibration)
-        method = "hqq"
-    rounded = {name: _alone(w_OC, schemes[name], method, dtype) for name, w_OC in weights.items()}
-    is_float = not any(scheme.is_integer for scheme in schemes.values())
-    return QuantisedExpert(rounded, "rtn" if is_float else method)
-
-
-def _alone(w_OC: torch.Tensor, scheme: Scheme, method: str, dtype: str) -> Rounded:
-    return hqq(w_OC, scheme, dtype) if method == "hqq" and scheme.is_integer else rtn(w_OC, scheme, dtype)
+        method = "rtn"
+    alone = hqq if method == "hqq" else rtn
+    return QuantisedExpert({name: alone(w_OC, schemes[name], dtype) for name, w_OC in weights.items()}, method)
 
 
 def _with_inputs(

@@ -8,18 +8,18 @@ from typing import Any
 
 from routing.ground.hardware import Hardware
 from routing.ground.quantity import format_size
-from routing.traces import RoutingTrace
 
 from ..forecast.fit import Fit
 from ..formats.form import BLOCK_BYTES
-from ..formats.low_bit import HEAD_BYTES, SchemeNames
-from ..memory.budget import bytes_for_experts
+from ..formats.low_bit import HEAD_BYTES, SchemeNames, record_bytes
+from ..memory.budget import bytes_for_experts, sufficient_size
 from ..memory.cost import DecodeWork, predict_decode
 from .calibrating import SENSITIVITY
 from .choosing import Choice, choose
 from .inputs import RecordedInputs
-from .measuring import Unit, Usage, measure
+from .measuring import Unit, measure
 from .quantise import Source
+from .usage import Usage
 
 CANDIDATES = ("int2", "int3", "int4", "int8")
 
@@ -65,8 +65,9 @@ def fit_bits(
     state_file: Path,
     *,
     group: int,
+    method: str,
+    usage: Usage,
     inputs: RecordedInputs | None = None,
-    trace: RoutingTrace | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FittedBits:
     """Choose bits so that the process holds all experts within a budget.
@@ -77,40 +78,52 @@ def fit_bits(
         limit_bytes: for the whole process.
         state_file: where measured experts are noted.
         group: columns that share a scale.
+        method: that will quantise.
+        usage: how much each expert counts.
         inputs: what experts see, with sensitivities.
-        trace: how often experts are used, if there are no inputs.
         progress: told how many experts are measured, and how many there are.
 
     Raises:
         ValueError: if even the fewest bits do not fit.
     """
-    budget = _expert_budget(source, fitted, limit_bytes)
+    budget = _expert_budget(source, fitted, limit_bytes, group)
     found = None if inputs is None else inputs.about.get(SENSITIVITY)
     sensitivity_L = [1.0] * len(source.forms) if found is None else [max(float(each), 1e-12) for each in found]
-    usage = Usage(inputs, trace)
     forms = [(form, group) for form in CANDIDATES]
-    units = measure(source, forms, usage, sensitivity_L, state_file, inputs, progress)
+    units = measure(source, forms, usage, sensitivity_L, state_file, method, inputs, progress)
     choice = choose(units, budget)
+    return FittedBits(schemes_of(source, units, choice), choice, units, None if found is None else choice.cost, budget)
+
+
+def schemes_of(source: Source, units: Sequence[Unit], choice: Choice) -> list[list[SchemeNames]]:
+    """The schemes of each expert of each layer, empty for layers that were quantised already."""
     chosen: dict[tuple[int, int], list[str]] = defaultdict(list)
     for unit, option in zip(units, choice.options, strict=True):
         chosen[unit.layer, unit.expert].append(option.scheme)
-    schemes_L = [
+    return [
         [tuple(chosen[layer, expert]) for expert in range(form.layer.num_experts)] if form.name == "plain" else []
         for layer, form in enumerate(source.forms)
     ]
-    return FittedBits(schemes_L, choice, units, None if found is None else choice.cost, budget)
 
 
-def _expert_budget(source: Source, fitted: Fit, limit_bytes: int) -> int:
+def _expert_budget(source: Source, fitted: Fit, limit_bytes: int, group: int) -> int:
     """What is left for the matrices: records begin with blocks, and one expert is expanded at a time."""
     plain = [form for form in source.forms if form.name == "plain"]
     room = sum({form.layer.plain_bytes for form in plain})
     kept = sum(form.layer.num_experts * form.slot_bytes for form in source.forms if form.name != "plain")
     records = sum(form.layer.num_experts for form in plain)
     left = bytes_for_experts(limit_bytes, fitted.needs) - room - kept - records * (HEAD_BYTES + BLOCK_BYTES)
-    if left <= 0:
+    least = sum(
+        form.layer.num_experts * record_bytes(form.layer, schemes[0], is_transposed=False)
+        for form, schemes in zip(source.forms, source.uniform(CANDIDATES[0], group), strict=True)
+        if schemes
+    )
+    if left < least:
+        enough = limit_bytes - left + least
+        enough += bytes_for_experts(limit_bytes, fitted.needs) - bytes_for_experts(enough, fitted.needs) + enough - limit_bytes
         raise ValueError(
-            f"{format_size(limit_bytes)} is less than the model needs besides its experts; give a larger --fit"
+            f"--fit {format_size(limit_bytes)} is too small: {format_size(limit_bytes - left)} are needed besides "
+            f"experts, and {format_size(least)} for experts of two bits; give at least {sufficient_size(enough)}"
         )
     return left
 

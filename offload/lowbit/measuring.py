@@ -8,19 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-
-from routing.traces import RoutingTrace
 
 from ..codes.schemes import Scheme
 from ..formats.low_bit import DTYPE_NAMES, matrix_bytes
-from .expert import Calibration, ExpertModule, quantise_expert
+from .expert import FITS_ZEROS, Calibration, ExpertModule, quantise_expert
 from .inputs import ExpertRows, RecordedInputs
 from .journal import Journal
 from .quantise import Source
 from .reading import ExpertReader
+from .usage import Usage
 from .writing import calibration_of, expert_module, is_transposed_in
 
 MEASURED_ROWS = 256
@@ -48,38 +45,13 @@ class Unit:
     options: tuple[Option, ...]
 
 
-class Usage:
-    """How much of each layer's output comes from each expert: routing weights squared, summed over tokens.
-
-    Args:
-        inputs: of a run over a text, or
-        trace: a routing trace; without both, experts count alike.
-    """
-
-    def __init__(self, inputs: RecordedInputs | None = None, trace: RoutingTrace | None = None) -> None:
-        self._inputs, self._trace = inputs, trace
-
-    def squares(self, layer: int, num_experts: int) -> NDArray[np.float64]:
-        """Of each expert of a layer; traces without weights count visits."""
-        if self._inputs is not None:
-            expert_TK, weight_TK = self._inputs.routing(layer)
-        elif self._trace is not None:
-            expert_TK = self._trace.expert_TLK[:, layer].astype(np.int64)
-            stored = self._trace.weight_TLK
-            weight_TK = np.ones(expert_TK.shape) if stored is None else stored[:, layer].astype(np.float64)
-        else:
-            return np.ones(num_experts)
-        is_expert = (expert_TK >= 0) & (expert_TK < num_experts)
-        square = np.square(weight_TK[is_expert].astype(np.float64))
-        return np.bincount(expert_TK[is_expert], square, minlength=num_experts)
-
-
 def measure(
     source: Source,
     candidates: Sequence[tuple[str, int]],
     usage: Usage,
     sensitivity_L: Sequence[float],
     state_file: Path,
+    method: str,
     inputs: RecordedInputs | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Unit]:
@@ -94,12 +66,14 @@ def measure(
         usage: how much each expert counts.
         sensitivity_L: what a unit of relative error in each layer costs.
         state_file: where finished experts are noted.
+        method: `hqq` measures with zeros; all others as `rtn`, which takes a fraction of the time.
         inputs: what experts see; without it, random inputs of unit variance stand for them.
         progress: told how many experts are done, and how many there are.
     """
     plan: dict[str, Any] = {
         "source": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in _files(source)],
         "candidates": [list(each) for each in candidates],
+        "method": method,
         "inputs": None if inputs is None else inputs.about,
     }
     journal = Journal(state_file, plan)
@@ -112,7 +86,7 @@ def measure(
     reader = ExpertReader(source.model, source.forms)
     try:
         for layer, expert in pending[len(journal.done) :]:
-            journal.append(_measured(source, reader, candidates, inputs, layer, expert))
+            journal.append(_measured(source, reader, candidates, method, inputs, layer, expert))
             progress(len(journal.done), len(pending))
     finally:
         reader.close()
@@ -127,6 +101,7 @@ def _measured(
     source: Source,
     reader: ExpertReader,
     candidates: Sequence[tuple[str, int]],
+    method: str,
     inputs: RecordedInputs | None,
     layer: int,
     expert: int,
@@ -146,8 +121,12 @@ def _measured(
         hidden_NF, out_ND = expert_output(about, weights, calibration)
         errors: dict[str, dict[str, float]] = {name: {} for name in weights}
         for form, group in candidates:
-            schemes = {name: Scheme.for_columns(form, w_OC.shape[1], group) for name, w_OC in weights.items()}
-            rounded = quantise_expert(about, weights, schemes, "hqq", dtype).rounded
+            has_zero, by = method in FITS_ZEROS, method if method in FITS_ZEROS else "rtn"
+            schemes = {
+                name: Scheme.for_columns(form, w_OC.shape[1], group, has_zero=has_zero)
+                for name, w_OC in weights.items()
+            }
+            rounded = quantise_expert(about, weights, schemes, by, dtype).rounded
             up_OC, down_OC = (rounded[name].weight_RC for name in (about.up_name, about.down_name))
             _, by_up_ND = expert_output(about, {**weights, about.up_name: up_OC}, calibration)
             by_down_ND = hidden_NF @ down_OC.T

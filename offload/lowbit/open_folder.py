@@ -71,6 +71,11 @@ def write_open_folder(
             "scheme for all experts, so only a packed copy of one form has an open folder"
         )
     (name,) = schemes
+    if Scheme.named(name).has_zero:
+        raise ValueError(
+            f"{pack}: its codes have zeros, which transformers' loader of compressed-tensors leaves out without a word; "
+            "for an open folder quantise by rtn, awq or gptq"
+        )
     config = read_json(folder / "config.json", f"model {folder}: config.json")
     config = {**config, "quantization_config": quantization_config(Scheme.named(name))}
     return write_copy(folder, out, view, config, {"scheme": name}, shard_bytes=shard_bytes, progress=progress)

@@ -10,18 +10,24 @@ from routing.ground.expect import expect_folder, expect_name
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.model_folder import skeleton_of
 from ..checkpoint.tensors import TensorEntry
+from ..codes.levels import LevelledScheme
 from ..codes.schemes import FORMS, Scheme
 from ..formats.catalogue import form_in_place
 from ..formats.form import Form
 from ..formats.low_bit import SchemeNames, stored_shape
 from ..formats.pack_index import PackIndex
 from ..store.packing import expect_own
-from .expert import METHODS, NEEDS_INPUTS
+from .expert import FITS_ZEROS, METHODS, NEEDS_INPUTS
 from .inputs import RecordedInputs
+from .usage import Usage
 from .writing import Work, is_transposed_in, write_low_bit
 
 GROUP = 64
 """Columns that share a scale. With bfloat16 scales that adds a quarter of a bit to each weight."""
+LEVELLED = {"planes": 3, "residual": 8}
+"""Forms in levels, and how many levels are written by default."""
+RANK_COLUMNS = 128
+"""Columns for each rank of a residual block: two numbers of 16 bits for each row and column are then 0.25 bits a weight."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,23 +63,41 @@ class Source:
             )
         return cls(model, entries, layers, forms)
 
-    def uniform(self, form: str, group: int) -> list[list[SchemeNames]]:
+    def uniform(self, form: str, group: int, *, has_zero: bool = False) -> list[list[SchemeNames]]:
         """The same form for all experts that are not quantised yet.
 
         Args:
             form: one of FORMS.
             group: columns that share a scale, where the form leaves the choice; halved until it divides all matrices.
+            has_zero: give integers zeros.
 
         Raises:
             ValueError: if the form does not divide their columns.
         """
-        schemes = [Scheme.for_columns(form, columns, group) for columns in self._columns]
+        schemes = [Scheme.for_columns(form, columns, group, has_zero=has_zero) for columns in self._columns]
         # one for all matrices, because loaders of compressed-tensors take the scheme of all experts from one place
         least = min(schemes, key=lambda scheme: scheme.group)
         return [
             [(least.name,) * len(layer.parameters)] * layer.num_experts if stored.name == "plain" else []
             for layer, stored in zip(self.layers, self.forms, strict=True)
         ]
+
+    def common_group(self, wanted: int) -> int:
+        """A group that divides the columns of all matrices.
+
+        Raises:
+            ValueError: if none of 16 columns or more does.
+        """
+        found = min((Scheme.for_columns("int4", columns, wanted).group for columns in self._columns), default=0)
+        if not found:
+            raise ValueError(f"planes need groups of 16 columns or more, which {sorted(self._columns)} have not in common")
+        return found
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of a residual block: as many as add a quarter of a bit to a weight of the smallest matrix, at least 1."""
+        narrow = min(self._columns, default=1)
+        return max(1, narrow // RANK_COLUMNS)
 
     @property
     def _columns(self) -> set[int]:
@@ -108,7 +132,7 @@ def quantise(
         progress: told after each expert how many are done, and how many there are.
 
     Returns:
-        How many experts each method quantised: those that inputs hardly reach fall back to `hqq`, or `rtn` for floats.
+        How many experts each method quantised: those that inputs hardly reach fall back to `rtn`.
 
     Raises:
         ValueError: if a name is unknown, inputs are missing, or the experts are quantised already.
@@ -123,7 +147,8 @@ def quantise(
     recipe: dict[str, Any] = {"form": form, "method": method, "group": group}
     if method in NEEDS_INPUTS and inputs is not None:
         recipe["calibration"] = inputs.about
-    work = Work(source.model, source.forms, source.uniform(form, group), method, inputs, recipe)
+    schemes_L = source.uniform(form, group, has_zero=method in FITS_ZEROS)
+    work = Work(source.model, source.forms, schemes_L, method, inputs, recipe)
     return write_low_bit(target, work, PackIndex.of(source.entries), progress)
 
 
@@ -135,4 +160,44 @@ def expect_method(form: str, method: str) -> None:
     """
     expect_name(method, METHODS, "method")
     if method == "hqq" and not form.startswith("int"):
-        raise ValueError(f"hqq fits the scales of integers; {form} has none to fit, use --method rtn, gptq or awq")
+        raise ValueError(f"hqq fits the zeros of integers; {form} has none, use --method rtn, gptq or awq")
+
+
+def quantise_in_levels(
+    path_or_id: str | Path,
+    target: Path,
+    *,
+    form: str,
+    group: int = 2 * GROUP,
+    levels: int | None = None,
+    usage: Usage | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, int]:
+    """Write a packed copy whose experts can be read in part; goes on where a run that was killed stopped.
+
+    Args:
+        path_or_id: a model folder with safetensors weights, or a model id.
+        target: the file to write; its index goes beside it.
+        form: `planes` or `residual`.
+        group: columns that share a scale of planes, halved until it divides all matrices.
+        levels: to write; of planes the first has two bits and each further one more, 3 by default; of residual blocks
+            the default is 8.
+        usage: how much each expert counts, which orders levels by what they gain.
+        progress: told after each expert how many are done, and how many there are.
+
+    Returns:
+        How many experts are in levels, and how many were quantised already and are copied.
+
+    Raises:
+        ValueError: if the form is unknown, the experts are quantised already, or no group divides the columns.
+    """
+    expect_folder(target)
+    expect_name(form, LEVELLED, "form")
+    source = Source.opened(path_or_id)
+    expect_own(target, source.layers, source.entries)
+    size = source.common_group(group) if form == "planes" else source.ranks
+    scheme = LevelledScheme(form, size, levels or LEVELLED[form])
+    recipe: dict[str, Any] = {"form": form, "levels": scheme.name}
+    nothing: list[list[SchemeNames]] = [[] for _ in source.layers]
+    work = Work(source.model, source.forms, nothing, "rtn", None, recipe, levels=scheme, usage=usage)
+    return write_low_bit(target, work, PackIndex.of(source.entries), progress)

@@ -14,9 +14,11 @@ import torch
 from xxhash import xxh3_64_hexdigest
 
 from ..checkpoint.experts import ExpertLayer, weight_names
+from ..codes.levels import LevelledScheme
 from ..codes.schemes import Scheme
+from ..formats import levelled
 from ..formats.form import Form
-from ..formats.low_bit import DTYPE_NAMES, LowBitForm, SchemeNames, record_bytes, record_of, scheme_list, stored_shape
+from ..formats.low_bit import DTYPE_NAMES, LowBitForm, SchemeNames, record_of, scheme_list, stored_shape
 from ..formats.pack_index import PackedLayer, PackedRecord, PackIndex, describe_parameters, rounded_up
 from ..formats.quantised import packed_name
 from ..formats.quantised_forms import QUANTISED_FORMS
@@ -25,6 +27,7 @@ from .expert import Calibration, ExpertModule, QuantisedExpert, quantise_expert
 from .inputs import MOST_ROWS, RecordedInputs
 from .journal import Journal
 from .reading import ExpertReader
+from .usage import Usage
 
 LayerSchemes = Sequence[SchemeNames]
 """Of each expert of a layer; empty leaves a layer as it is stored."""
@@ -41,6 +44,8 @@ class Work:
         method: one of METHODS.
         inputs: what the experts see; None if the method does not ask.
         recipe: of the index: what was asked for.
+        levels: becomes of the experts that are not quantised yet, in place of schemes.
+        usage: how much each expert counts; orders levels by what they gain.
     """
 
     model: Any
@@ -49,16 +54,12 @@ class Work:
     method: str
     inputs: RecordedInputs | None
     recipe: dict[str, Any]
+    levels: LevelledScheme | None = None
+    usage: Usage | None = None
 
-    @property
-    def total_bytes(self) -> int:
-        """Of the file that comes of it, without padding of records to blocks."""
-        return sum(
-            sum(record_bytes(source.layer, names, is_transposed=is_transposed_in(self.model, source.layer)) for names in schemes)
-            if schemes
-            else source.layer.num_experts * source.expert_bytes
-            for source, schemes in zip(self.sources, self.schemes_L, strict=True)
-        )
+    def has_levels(self, layer: int) -> bool:
+        """Whether the experts of a layer are written in levels."""
+        return self.levels is not None and self.sources[layer].name == "plain"
 
 
 def is_transposed_in(model: Any, layer: ExpertLayer) -> bool:
@@ -100,6 +101,7 @@ def write_low_bit(
     experts = [(layer, expert) for layer, source in enumerate(work.sources) for expert in range(source.layer.num_experts)]
     part = beside(target, ".part")
     plan = {"source": index.source, "recipe": work.recipe, "schemes": [[*map(list, layer)] for layer in work.schemes_L]}
+    plan["levels"] = work.levels and work.levels.name
     journal = Journal(beside(target, ".part.lowbit"), plan)
     journal.keep(_whole(part, journal.done))
     reader = ExpertReader(work.model, work.sources)
@@ -107,8 +109,8 @@ def write_low_bit(
         with part.open("r+b" if part.exists() else "wb") as file:
             for layer, expert in experts[len(journal.done) :]:
                 file.seek(_end(journal.done))
-                data, method = _record(work, reader, layer, expert)
-                journal.append(_written(file, data, method))
+                data, about = _record(work, reader, layer, expert)
+                journal.append({**_written(file, data), **about})
                 progress(len(journal.done), len(experts))
             file.truncate(_end(journal.done))
     finally:
@@ -120,16 +122,43 @@ def write_low_bit(
     return dict(methods)
 
 
-def _record(work: Work, reader: ExpertReader, layer: int, expert: int) -> tuple[bytes, str]:
-    """The bytes of an expert, and the method that made them."""
+def _record(work: Work, reader: ExpertReader, layer: int, expert: int) -> tuple[bytes, dict[str, Any]]:
+    """The bytes of an expert, and what the journal says of them besides."""
     source, schemes = work.sources[layer], work.schemes_L[layer]
+    if work.levels is not None and work.has_levels(layer):
+        return _record_in_levels(work, work.levels, reader, layer, expert)
     if not schemes:
         form = QUANTISED_FORMS.get(packed_name(source.layer)) if source.name in QUANTISED_FORMS else type(source)
-        return b"".join(form.encode(source.layer, reader.views(layer, expert))), "stored"
+        return b"".join(form.encode(source.layer, reader.views(layer, expert))), {"method": "stored"}
     quantised = quantised_expert(work, reader, layer, expert, schemes[expert])
     names = schemes[expert]
     matrices = [quantised.rounded[parameter.name].stored for parameter in source.layer.parameters]
-    return record_of(matrices, names, scheme_list(schemes)), quantised.method
+    return record_of(matrices, names, scheme_list(schemes)), {"method": quantised.method}
+
+
+def _record_in_levels(
+    work: Work, scheme: LevelledScheme, reader: ExpertReader, layer: int, expert: int
+) -> tuple[bytes, dict[str, Any]]:
+    stored = work.sources[layer].layer
+    weights = reader.matrices(layer, expert)
+    levels = {name: scheme.encode(w_OC) for name, w_OC in weights.items()}
+    data = levelled.record_of(expert, [levels[parameter.name] for parameter in stored.parameters])
+    squares = (work.usage or Usage()).squares(layer, stored.num_experts)
+    share = float(squares[expert] / max(squares.mean(), 1e-30))
+    ends = levelled.level_ends(stored, scheme, is_transposed=is_transposed_in(work.model, stored))
+    errors = [
+        share * sum(_relative_error(scheme, levels[name][: level + 1], w_OC) for name, w_OC in weights.items())
+        for level in range(scheme.levels)
+    ]
+    checksums = [xxh3_64_hexdigest(data[:end]) for end in ends]
+    return data[: ends[-1]], {"method": scheme.kind, "level_xxh3": checksums, "level_errors": errors}
+
+
+def _relative_error(
+    scheme: LevelledScheme, levels: Sequence[Mapping[str, torch.Tensor]], w_OC: torch.Tensor
+) -> float:
+    left_OC = scheme.decode(levels, *w_OC.shape) - w_OC
+    return float(left_OC.square().sum() / w_OC.square().sum().clamp_min(1e-30))
 
 
 def quantised_expert(
@@ -145,13 +174,13 @@ def quantised_expert(
         return quantise_expert(about, reader.matrices(layer, expert), schemes, work.method, dtype, calibration)
 
 
-def _written(file: BinaryIO, data: bytes, method: str) -> dict[str, Any]:
+def _written(file: BinaryIO, data: bytes) -> dict[str, Any]:
     """Write a record where the file is; it is on disk before the journal says so."""
     offset = file.tell()
     file.write(data.ljust(rounded_up(len(data)), b"\0"))
     file.flush()
     os.fsync(file.fileno())
-    return {"offset": offset, "nbytes": len(data), "xxh3": xxh3_64_hexdigest(data), "method": method}
+    return {"offset": offset, "nbytes": len(data), "xxh3": xxh3_64_hexdigest(data)}
 
 
 def _end(done: Sequence[Mapping[str, Any]]) -> int:
@@ -167,10 +196,10 @@ def _whole(part: Path, done: Sequence[Mapping[str, Any]]) -> int:
 def _index(work: Work, index: PackIndex, done: Sequence[Mapping[str, Any]], methods: Counter[str]) -> PackIndex:
     index.recipe = {**work.recipe, "methods": dict(methods)}
     first = 0
-    for source, schemes in zip(work.sources, work.schemes_L, strict=True):
-        layer = source.layer
+    for number, (source, schemes) in enumerate(zip(work.sources, work.schemes_L, strict=True)):
+        layer, has_levels = source.layer, work.has_levels(number)
         records = tuple(
-            PackedRecord(offset=each["offset"], nbytes=each["nbytes"], xxh3=each["xxh3"])
+            PackedRecord(**{key: value for key, value in each.items() if key != "method"})
             for each in done[first : first + layer.num_experts]
         )
         first += layer.num_experts
@@ -179,10 +208,11 @@ def _index(work: Work, index: PackIndex, done: Sequence[Mapping[str, Any]], meth
             PackedLayer(
                 module=layer.module_name,
                 parameters=describe_parameters(layer),
-                encoding=LowBitForm.name if schemes else kept,
+                encoding=levelled.LevelledForm.name if has_levels else LowBitForm.name if schemes else kept,
                 records=records,
                 schemes=tuple(schemes) if schemes else None,
-                is_transposed=bool(schemes) and is_transposed_in(work.model, layer),
+                levels=work.levels.name if work.levels is not None and has_levels else None,
+                is_transposed=(has_levels or bool(schemes)) and is_transposed_in(work.model, layer),
             )
         )
     return index

@@ -13,8 +13,10 @@ from ..checkpoint.location import local_folder
 from ..formats.form import Form
 from ..lowbit.inputs import RecordedInputs, record_inputs
 from ..lowbit.reading import ExpertReader
+from ..runtime.depths import with_depth
 from ..runtime.loading import load
 from ..runtime.opening import OpenedCheckpoint, open_headers
+from ..runtime.options import LoadOptions
 from ..serve.corpus import sequences
 from ..serve.text import open_text
 from .expert_errors import LayerErrors, expert_errors
@@ -30,20 +32,30 @@ class Contestant:
     Args:
         path_or_id: of the model.
         pack: a packed copy of its experts.
+        depth: levels of it that are read, see `load`.
         cpu_memory: budget of the process.
         cache_experts: RAM slots per layer instead.
     """
 
     path_or_id: str | Path
     pack: Path | None = None
+    depth: int | str = "all"
     cpu_memory: str | int = "auto"
     cache_experts: int | None = None
+
+    def opened(self, context: int) -> OpenedCheckpoint:
+        """What it consists of, without a weight."""
+        options = LoadOptions(
+            path_or_id=self.path_or_id, pack=self.pack, depth=self.depth, cpu_memory=self.cpu_memory, context=context
+        )
+        return with_depth(open_headers(self.path_or_id, self.pack), options)
 
     def loaded(self, context: int) -> Any:
         """The model."""
         return load(
             self.path_or_id,
             pack=self.pack,
+            depth=self.depth,
             cpu_memory=self.cpu_memory,
             cache_experts=self.cache_experts,
             context=context,
@@ -88,7 +100,7 @@ def quality(
     scratch: Path | None = None,
     progress: Told = lambda what, share: None,
 ) -> Quality:
-    """Judge a model against a reference.
+    """Judge one model against a reference; `Judge` judges several against the same.
 
     Args:
         model: the one that is judged.
@@ -96,28 +108,67 @@ def quality(
         data: a text file, or a folder of them.
         tokens: to read at most.
         length: tokens of a sequence.
-        scratch: a folder for the reference's logits and its experts' inputs, which are removed at the end; None takes
-            the system's folder for temporary files.
+        scratch: see `Judge`.
         progress: told what is going on, and the share of it that is done.
 
     Raises:
         ValueError: if the data holds no text, a model cannot be loaded, or the vocabularies differ.
     """
-    folder = local_folder(reference.path_or_id)
-    texts = [ids for ids in sequences(data, open_text(folder), length, tokens) if len(ids) > 1]
-    if not texts:
-        raise ValueError(f"data {data}: holds less than two tokens of text")
     with TemporaryDirectory(dir=scratch) as place:
-        inputs, dtype = _read_by_reference(reference, texts, Path(place), length, progress)
-        predictions = _read_by_model(model, texts, Path(place) / "logits", dtype, length, progress)
-        openings = [open_headers(each.path_or_id, each.pack) for each in (reference, model)]
-        layers = _errors(openings, inputs, progress)
-    sizes = [_bytes_of(opened.forms) for opened in openings]
-    weights = [_weights_of(opened.forms) for opened in openings]
-    bits = [8 * size / max(count, 1) for size, count in zip(sizes, weights, strict=True)]
-    return Quality(
-        predictions=predictions, layers=layers, expert_bytes=(sizes[0], sizes[1]), expert_bits=(bits[0], bits[1])
-    )
+        judge = Judge(reference, data, Path(place), tokens=tokens, length=length, progress=progress)
+        return judge.judge(model, progress)
+
+
+class Judge:
+    """A reference that has read a text, and judges models by it.
+
+    Args:
+        reference: the model that is right.
+        data: a text file, or a folder of them.
+        scratch: an empty folder for the reference's logits and its experts' inputs; the caller removes it.
+        tokens: to read at most.
+        length: tokens of a sequence.
+        progress: told what is going on, and the share of it that is done.
+
+    Raises:
+        ValueError: if the data holds no text, or the reference cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        reference: Contestant,
+        data: Path,
+        scratch: Path,
+        *,
+        tokens: int = 4096,
+        length: int = 256,
+        progress: Told = lambda what, share: None,
+    ) -> None:
+        folder = local_folder(reference.path_or_id)
+        self._texts = [ids for ids in sequences(data, open_text(folder), length, tokens) if len(ids) > 1]
+        if not self._texts:
+            raise ValueError(f"data {data}: holds less than two tokens of text")
+        self._length, self._logits = length, scratch / "logits"
+        self._inputs, self._dtype = _read_by_reference(reference, self._texts, scratch, length, progress)
+        self._reference = reference.opened(length)
+
+    def judge(self, model: Contestant, progress: Told = lambda what, share: None) -> Quality:
+        """Compare a model with the reference.
+
+        Raises:
+            ValueError: if it cannot be loaded, or has another vocabulary.
+        """
+        predictions = _read_by_model(model, self._texts, self._logits, self._dtype, self._length, progress)
+        openings = [self._reference, model.opened(self._length)]
+        sizes = [_bytes_of(opened.forms) for opened in openings]
+        weights = [_weights_of(opened.forms) for opened in openings]
+        bits = [8 * size / max(count, 1) for size, count in zip(sizes, weights, strict=True)]
+        return Quality(
+            predictions=predictions,
+            layers=_errors(openings, self._inputs, progress),
+            expert_bytes=(sizes[0], sizes[1]),
+            expert_bits=(bits[0], bits[1]),
+        )
 
 
 def _read_by_reference(

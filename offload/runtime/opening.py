@@ -18,7 +18,7 @@ from ..formats.form import Form, MatrixForm
 from ..formats.gguf_blocks.expand import expand_tensor
 from ..formats.gguf_blocks.form import gguf_forms
 from ..memory.budget import resident_bytes
-from ..store.packing import read_pack
+from ..store.packing import Pack, read_pack
 from .options import LoadOptions
 from .runtime import IMPLEMENTATION
 
@@ -32,12 +32,14 @@ class OpenedCheckpoint:
         forms: how each layer's experts are stored, and where.
         checksums: XXH3 of each expert of each layer, where a packed copy has them.
         process_bytes: memory of the process without this model.
+        packed: the packed copy that is read; None without one.
     """
 
     model: Any
     forms: list[Form]
     checksums: list[list[str]] | None
     process_bytes: int
+    packed: Pack | None = None
 
     @property
     def config(self) -> Any:
@@ -91,7 +93,7 @@ def open_checkpoint(options: LoadOptions) -> OpenedCheckpoint:
     dtypes = {name: parameter.dtype for name, parameter in model.state_dict().items()}
     layers = locate_experts(model, entries, dtypes)
     forms: list[Form] = [form_in_place(layer) for layer in layers]
-    checksums = None
+    checksums, packed = None, None
     if options.pack is not None:
         packed = read_pack(Path(options.pack), layers, entries)
         forms, checksums = packed.forms, packed.checksums
@@ -99,7 +101,9 @@ def open_checkpoint(options: LoadOptions) -> OpenedCheckpoint:
     drop_expert_weights(model)
     if (linears := linears_of(forms)) is not None:
         store_linears(model, linears)
-    return OpenedCheckpoint(model=model, forms=forms, checksums=checksums, process_bytes=process_bytes)
+    return OpenedCheckpoint(
+        model=model, forms=forms, checksums=checksums, process_bytes=process_bytes, packed=packed
+    )
 
 
 def _open_gguf(file: Path, options: LoadOptions) -> OpenedCheckpoint:
@@ -156,10 +160,9 @@ def open_headers(path_or_id: str | Path, pack: str | Path | None) -> OpenedCheck
         return _open_gguf_heads(place, pack)
     process_bytes = resident_bytes()
     skeleton, entries, layers = skeleton_of(place)
-    forms: list[Form] = [form_in_place(layer) for layer in layers]
-    if pack is not None:
-        forms = read_pack(Path(pack), layers, entries).forms
+    packed = None if pack is None else read_pack(Path(pack), layers, entries)
+    forms: list[Form] = [form_in_place(layer) for layer in layers] if packed is None else packed.forms
     for module in experts_modules(skeleton).values():
         for name in weight_names(module):
             delattr(module, name)
-    return OpenedCheckpoint(model=skeleton, forms=forms, checksums=None, process_bytes=process_bytes)
+    return OpenedCheckpoint(model=skeleton, forms=forms, checksums=None, process_bytes=process_bytes, packed=packed)

@@ -8,7 +8,7 @@ in any form of FORMS. Packing can be interrupted and resumed: what is finished s
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ from ..checkpoint.model_folder import skeleton_of
 from ..checkpoint.tensors import TensorEntry
 from ..formats.catalogue import FORMS, form_in_place
 from ..formats.form import Form
+from ..formats.levelled import LevelledForm
 from ..formats.low_bit import LowBitForm
 from ..formats.pack_index import (
     MAX_INDEX_BYTES,
@@ -41,10 +42,30 @@ from .store import ExpertStore, Slots
 
 @dataclass(frozen=True)
 class Pack:
-    """A packed copy: how each layer is stored in it, and the checksum of each expert of each layer."""
+    """A packed copy: how each layer is stored in it, and the checksum of each expert of each layer.
+
+    Of experts in levels, `level_checksums` and `level_errors` say more, for each expert and level.
+    """
 
     forms: list[Form]
     checksums: list[list[str]]
+    level_checksums: list[list[tuple[str, ...]]]
+    level_errors: list[list[tuple[float, ...]]]
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether some experts can be read in part."""
+        return any(isinstance(form, LevelledForm) for form in self.forms)
+
+    def to_depth(self, depth_LE: Sequence[Sequence[int]]) -> "Pack":
+        """The same copy, read to these levels; layers without levels stay as they are."""
+        forms, checksums = list(self.forms), [*map(list, self.checksums)]
+        for layer, form in enumerate(self.forms):
+            if isinstance(form, LevelledForm):
+                forms[layer] = form.to_depth(depth_LE[layer])
+                levels = zip(self.level_checksums[layer], depth_LE[layer], strict=True)
+                checksums[layer] = [found[depth - 1] for found, depth in levels]
+        return replace(self, forms=forms, checksums=checksums)
 
 
 def write_pack(
@@ -137,6 +158,8 @@ def read_pack(file: Path, layers: Sequence[ExpertLayer], entries: Mapping[str, T
     return Pack(
         [packed.opened(file, layer, index.end) for packed, layer in zip(index.layers, layers, strict=True)],
         [[record.xxh3 for record in packed.records] for packed in index.layers],
+        [[record.level_xxh3 or () for record in packed.records] for packed in index.layers],
+        [[record.level_errors or () for record in packed.records] for packed in index.layers],
     )
 
 
@@ -183,7 +206,7 @@ def _expect_stored(wanted: str | None, sources: Sequence[Form], model: str) -> s
     stored = list(dict.fromkeys(source.name for source in sources if source.name in QUANTISED_FORMS))
     if wanted is None:
         return stored[0] if stored else "plain"
-    if (wanted in QUANTISED_FORMS and wanted not in stored) or wanted == LowBitForm.name:
+    if (wanted in QUANTISED_FORMS and wanted not in stored) or wanted in (LowBitForm.name, LevelledForm.name):
         has = f"its experts are {', '.join(stored)}" if stored else "its experts are plain"
         raise ValueError(
             f"{model} stores no experts as {wanted} ({has}), and packing does not quantise "

@@ -1,1 +1,1 @@
-"""What `expertier pack` does when it quantises: its options, and the steps from a text to a file."""
+"""Commands about low-bit experts: the options and steps of `pack` that quantise, and `quality`."""

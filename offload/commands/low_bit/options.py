@@ -12,6 +12,7 @@ from routing.ground.quantity import parse_size
 from ..options import CpuMemory, Hardware, JsonFile
 
 FORMS = ("int8", "int4", "int3", "int2", "mxfp4", "fp8")
+LEVELLED = ("planes", "residual")
 METHODS = ("rtn", "hqq", "gptq", "awq")
 NEEDS_TEXT = ("gptq", "awq")
 
@@ -24,10 +25,15 @@ class LowBitOptions:
         str | None,
         typer.Option("--method", help="rtn, hqq, gptq or awq; the last two need --calibrate. Default: hqq, or rtn."),
     ] = None
-    group: Annotated[int, typer.Option("--group", min=16, help="Columns that share a scale, for integers.")] = 64
+    group: Annotated[int, typer.Option("--group", min=16, help="Columns that share a scale of integers or planes.")] = 64
+    levels: Annotated[
+        int | None, typer.Option("--levels", min=1, max=99, help="Levels of planes (default 3) or residual (8).")
+    ] = None
     calibrate: Annotated[
         Path | None,
-        typer.Option("--calibrate", help="Text to run the model on; for --fit also a routing trace (.npz)."),
+        typer.Option(
+            "--calibrate", help="Text to run the model on; for --fit, planes and residual also a routing trace (.npz)."
+        ),
     ] = None
     tokens: Annotated[int, typer.Option("--tokens", min=64, help="Tokens of the text to read.")] = 16384
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens per sequence.")] = 512
@@ -49,7 +55,7 @@ class LowBitOptions:
         Raises:
             ValueError: if some do not.
         """
-        is_low = form in FORMS or self.fit is not None
+        is_low = form in (*FORMS, *LEVELLED) or self.fit is not None
         if self.method is not None:
             expect_name(self.method, METHODS, "method")
         if (self.method or self.calibrate or self.open_folder) and (is_compressed or not is_low):
@@ -64,8 +70,10 @@ class LowBitOptions:
                 raise ValueError("--open-folder needs one form for all experts; give --form instead of --fit")
         if self.method in NEEDS_TEXT and (self.calibrate is None or self.is_trace):
             raise ValueError(f"--method {self.method} learns from inputs: give --calibrate a text file or a folder")
+        if form in LEVELLED and (self.method or self.open_folder):
+            raise ValueError(f"{form} has a method of its own and no open form; leave out --method and --open-folder")
         if self.method == "hqq" and form is not None and not form.startswith("int"):
-            raise ValueError(f"hqq fits the scales of integers; {form} has none to fit, use --method rtn or gptq")
+            raise ValueError(f"hqq fits the zeros of integers; {form} has none, use --method rtn or gptq")
         if self.calibrate is not None and not self.calibrate.exists():
             raise ValueError(f"calibrate {self.calibrate}: no such file or folder")
         if self.cpu_memory != "auto":
@@ -88,7 +96,7 @@ class LowBitOptions:
         if self.fit is not None or self.method is not None:
             return True
         if form not in FORMS:
-            return False
+            return form in LEVELLED
         from ...checkpoint.model_folder import skeleton_of
         from ...formats.catalogue import form_in_place
 

@@ -19,7 +19,8 @@ from ...lowbit.expert import NEEDS_INPUTS
 from ...lowbit.fitting import FittedBits, expected_speed, fit_bits
 from ...lowbit.inputs import RecordedInputs
 from ...lowbit.open_folder import write_open_folder
-from ...lowbit.quantise import Source, quantise
+from ...lowbit.quantise import LEVELLED, Source, quantise, quantise_in_levels
+from ...lowbit.usage import Usage
 from ...lowbit.writing import Work, write_low_bit
 from ...store.packing import beside, expect_own
 from .options import LowBitOptions
@@ -51,6 +52,16 @@ def pack_low_bit(model: str, out: Path, form: str | None, options: LowBitOptions
                 out, work, PackIndex.of(source.entries), lambda done, total: tell("quantising", done, total)
             )
             beside(out, ".part.errors").unlink()
+        elif form in LEVELLED:
+            methods = quantise_in_levels(
+                model,
+                out,
+                form=form,
+                group=options.group,
+                levels=options.levels,
+                usage=_usage(inputs, options),
+                progress=lambda done, total: tell("quantising", done, total),
+            )
         else:
             assert form is not None
             methods = quantise(
@@ -78,7 +89,7 @@ def _inputs(
     model: str, folder: Path, options: LowBitOptions, form: str | None, tell: Any
 ) -> RecordedInputs | None:
     """What the experts see, where it is asked for."""
-    is_needed = options.method_for(form) in NEEDS_INPUTS or options.fit is not None
+    is_needed = options.method_for(form) in NEEDS_INPUTS or options.fit is not None or form in LEVELLED
     if options.calibrate is None or options.is_trace or not is_needed:
         return None
     return calibrate(
@@ -93,19 +104,24 @@ def _inputs(
     )
 
 
+def _usage(inputs: RecordedInputs | None, options: LowBitOptions) -> Usage:
+    """How much each expert counts, by a text or a trace."""
+    return Usage(inputs, RoutingTrace.load(options.calibrate) if options.is_trace and options.calibrate else None)
+
+
 def _fitted(
     model: str, out: Path, source: Source, inputs: RecordedInputs | None, options: LowBitOptions, tell: Any
 ) -> FittedBits:
     assert options.fit is not None
-    trace = RoutingTrace.load(options.calibrate) if options.is_trace and options.calibrate else None
     return fit_bits(
         source,
         fit_model(model, cpu_memory=options.fit),
         parse_size(options.fit),
         beside(out, ".part.errors"),
         group=options.group,
+        method=options.method_for(None),
+        usage=_usage(inputs, options),
         inputs=inputs,
-        trace=trace,
         progress=lambda done, total: tell("measuring errors", done, total),
     )
 
@@ -125,7 +141,7 @@ def _expectation(source: Source, bits: FittedBits, model: str, options: LowBitOp
 
 
 def _said(methods: dict[str, int], method: str) -> str:
-    parts = [f"{count} experts by {name}" for name, count in sorted(methods.items()) if name != "stored"]
+    parts = [f"{count} experts as {name}" if name in LEVELLED else f"{count} experts by {name}" for name, count in sorted(methods.items()) if name != "stored"]
     if "stored" in methods:
         parts.append(f"{methods['stored']} were quantised already and are copied")
     fallen = sum(count for name, count in methods.items() if name not in (method, "stored"))

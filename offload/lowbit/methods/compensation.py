@@ -5,7 +5,7 @@ Shapes: R rows (outputs), C columns (inputs), N rows of inputs.
 
 import torch
 
-from ..codes.schemes import Scheme
+from ...codes.schemes import Scheme
 from .rounding import Rounded, least_squares
 
 DAMPING = 0.01

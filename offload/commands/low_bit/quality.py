@@ -11,10 +11,10 @@ from routing.ground.files import write_json
 from routing.ground.quantity import parse_size
 from routing.ground.terminal import plain_console
 
-from .options import CacheExperts, CpuMemory, JsonFile, Model, Pack, expect_model, quiet_transformers
+from ..options import CacheExperts, CpuMemory, Depth, JsonFile, Model, Pack, expect_model, quiet_transformers
 
 if TYPE_CHECKING:
-    from ..quality.quality import Quality
+    from ...quality.quality import Quality
 
 
 def quality(
@@ -22,6 +22,7 @@ def quality(
     against: Annotated[str, typer.Option("--against", help="The reference: a model folder or id.")],
     data: Annotated[Path, typer.Option("--data", help="A text file, or a folder of text files.")],
     pack: Pack = None,
+    depth: Depth = "all",
     against_pack: Annotated[
         Path | None, typer.Option("--against-pack", help="Read the reference's experts from this file.")
     ] = None,
@@ -52,12 +53,12 @@ def quality(
 
     with Progress(console=plain_console(stderr=True), transient=True) as progress:
         task = progress.add_task("reading the models", total=1.0)
-        from ..quality.quality import Contestant
-        from ..quality.quality import quality as judge
+        from ...quality.quality import Contestant
+        from ...quality.quality import quality as judge
 
         quiet_transformers()
         found = judge(
-            Contestant(path_or_id=model, pack=pack, cpu_memory=cpu_memory, cache_experts=cache_experts),
+            Contestant(path_or_id=model, pack=pack, depth=depth, cpu_memory=cpu_memory, cache_experts=cache_experts),
             Contestant(path_or_id=against, pack=against_pack, cpu_memory=cpu_memory, cache_experts=cache_experts),
             data,
             tokens=tokens,
