@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .forecast.calibrate_gpu import wire_bandwidth
     from .forecast.product_rates import product_rates
     from .gpu.devices import open_lane
+    from .lowbit.calibrating import calibrate
+    from .lowbit.fitting import quantise_to_bits
+    from .lowbit.quantise import quantise, quantise_in_levels
+    from .quality.quality import Contestant, Judge, quality
     from .runtime.loading import load
     from .runtime.report import Offload
     from .store.packing import write_pack
@@ -39,22 +43,31 @@ _HOME = {
     "Sampling": ".engine.request",
     "Stream": ".engine.stream",
     "TokenEvent": ".engine.events",
+    "Contestant": ".quality.quality",
+    "Judge": ".quality.quality",
+    "calibrate": ".lowbit.calibrating",
     "dequantise": ".checkpoint.quantised.plain_copy",
     "disk_bandwidth": ".forecast.calibrate",
     "load": ".runtime.loading",
     "open_lane": ".gpu.devices",
     "product_rates": ".forecast.product_rates",
+    "quality": ".quality.quality",
+    "quantise": ".lowbit.quantise",
+    "quantise_in_levels": ".lowbit.quantise",
+    "quantise_to_bits": ".lowbit.fitting",
     "wire_bandwidth": ".forecast.calibrate_gpu",
     "write_pack": ".store.packing",
 }
 
 __all__ = [
     "CACHES",
+    "Contestant",
     "Engine",
     "EngineCounters",
     "EngineOptions",
     "Finished",
     "GenerationRequest",
+    "Judge",
     "NotReady",
     "Offload",
     "QueueFull",
@@ -62,6 +75,7 @@ __all__ = [
     "Simulated",
     "Stream",
     "TokenEvent",
+    "calibrate",
     "dequantise",
     "disk_bandwidth",
     "format_size",
@@ -70,6 +84,10 @@ __all__ = [
     "open_lane",
     "parse_size",
     "product_rates",
+    "quality",
+    "quantise",
+    "quantise_in_levels",
+    "quantise_to_bits",
     "simulate",
     "wire_bandwidth",
     "write_pack",

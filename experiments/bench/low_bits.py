@@ -5,7 +5,7 @@ was interrupted goes on. No parity gate: nothing is timed, and tests compare eve
 """
 
 import json
-from collections.abc import Callable, Iterator
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -31,18 +31,42 @@ MODEL = {
 SEQUENCE, BATCH, WARM_UP = 128, 8, 30
 CALIBRATION_TOKENS = 16_384
 UNIFORM = (
-    *((form, method) for form in ("int4", "int3", "int2") for method in ("rtn", "hqq", "awq", "gptq")),
-    *(("int8", "rtn"), ("mxfp4", "rtn")),
+    *(("int4", "rtn"), ("int4", "hqq"), ("int4", "awq"), ("int4", "gptq")),
+    *(("int3", "rtn"), ("int3", "gptq"), ("int2", "rtn"), ("int2", "hqq"), ("int2", "gptq")),
 )
-MIXED_BITS = (2.75, 3.5, 3.76)
-"""Mean stored bits of a weight that the integer programme may spend."""
+MIXED_BITS = 3.76
+"""Mean stored bits of a weight that the integer programme may spend: half-way from int3 to int4 with their scales."""
+DEPTHS = (1, 2, 3)
+"""Levels of planes: two, three and four bits."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to store experts.
+
+    Args:
+        form: what the table calls it.
+        method: what quantises.
+        depth: levels that are read.
+    """
+
+    form: str
+    method: str
+    depth: int | str = "all"
+
+
+CASES = (
+    *(Case(form, method) for form, method in UNIFORM),
+    Case("mixed", "gptq"),
+    *(Case("planes", "levels", depth) for depth in DEPTHS),
+)
 
 
 def bench_low_bits(
     work: Annotated[Path, typer.Option("--work", help="Folder for models and packed copies; reused if it is there.")],
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Models to train.")] = 3,
     steps: Annotated[int, typer.Option("--steps", min=40, help="Optimiser steps of each.")] = 300,
-    tokens: Annotated[int, typer.Option("--tokens", min=256, help="Held-out tokens to judge on.")] = 8_192,
+    tokens: Annotated[int, typer.Option("--tokens", min=256, help="Held-out tokens to judge on.")] = 4_096,
     records: Annotated[Path, typer.Option("--records", help="Where the record is kept.")] = RECORDS,
 ) -> None:
     """Train small models, quantise their experts in every form, and compare them with the originals.
@@ -53,21 +77,80 @@ def bench_low_bits(
     if work.exists() and not work.is_dir():
         raise ValueError(f"--work {work} is a file; give a folder")
     rows = []
-    for seed in range(seeds):
-        model, calibration, held_out = _trained(work / f"seed-{seed}", seed, steps)
-        for case, found in _judged(model, calibration, held_out, tokens):
-            rows.append({"seed": seed, **case, **found})
-            plain_console(stderr=True).print(" ".join(f"{key}={_short(value)}" for key, value in rows[-1].items()))
+    with TemporaryDirectory() as scratch:
+        models = [_Trained(work / f"seed-{seed}", seed, steps, tokens, Path(scratch)) for seed in range(seeds)]
+        for case in CASES:
+            for model in models:
+                rows.append({"seed": model.seed, **asdict(case), **model.found(case)})
+                plain_console(stderr=True).print(" ".join(f"{key}={_short(value)}" for key, value in rows[-1].items()))
     _show(rows)
     config = {"model": MODEL, "steps": steps, "seeds": seeds, "tokens": tokens, "calibration": CALIBRATION_TOKENS}
     save_record("low-bits", rows, config=config, seed=0, folder=records)
 
 
+class _Trained:
+    """A model that was trained here, and the judge of what becomes of it.
+
+    Args:
+        folder: keeps everything.
+        seed: of the training.
+        steps: of the optimiser.
+        tokens: of held-out text to judge on.
+        scratch: for the judge.
+    """
+
+    def __init__(self, folder: Path, seed: int, steps: int, tokens: int, scratch: Path) -> None:
+        from offload import Contestant, Judge, calibrate
+
+        self.seed, self._folder, self._tokens = seed, folder, tokens
+        self._model, calibration, held_out = _trained(folder, seed, steps)
+        self._inputs = calibrate(
+            self._model, calibration, folder / "inputs", tokens=CALIBRATION_TOKENS, length=256, needs_sensitivity=True
+        )
+        place = scratch / str(seed)
+        place.mkdir()
+        self._judge = Judge(Contestant(path_or_id=self._model), held_out, place, tokens=tokens)
+
+    def found(self, case: Case) -> dict[str, Any]:
+        """What a way to store experts costs; it is written and judged once."""
+        from offload import Contestant
+
+        kept = self._folder / f"{case.form}.{case.method}.{case.depth}.{self._tokens}.json"
+        if not kept.is_file():
+            file = self._folder / f"{case.form}.{case.method}.pack"
+            told = self._write(case, file)
+            judged = self._judge.judge(Contestant(path_or_id=self._model, pack=file, depth=case.depth))
+            write_json(kept, {**judged.as_json(), **told})
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        low, high = found["interval"]
+        return {
+            "bits": found["bits_per_weight"],
+            "reference_loss": found["reference_loss"],
+            "loss_difference": found["loss_difference"],
+            "low": low,
+            "high": high,
+            "agreement": found["agreement"],
+            "divergence": found["divergence"],
+            "expert_error": sum(layer["error"] for layer in found["layers"]) / len(found["layers"]),
+            "expected_divergence": found["expected_divergence"],
+        }
+
+    def _write(self, case: Case, target: Path) -> dict[str, Any]:
+        from offload import quantise, quantise_in_levels, quantise_to_bits
+
+        if case.form == "planes":
+            quantise_in_levels(self._model, target, form="planes")
+        elif case.form == "mixed":
+            choice = quantise_to_bits(self._model, target, MIXED_BITS, method=case.method, inputs=self._inputs)
+            return {"expected_divergence": choice.cost}
+        else:
+            quantise(self._model, target, form=case.form, method=case.method, inputs=self._inputs)
+        return {"expected_divergence": ""}
+
+
 def _trained(folder: Path, seed: int, steps: int) -> tuple[Path, Path, Path]:
     """A model in bfloat16 as a family of transformers, text it was trained on, and text it was not."""
-    from moe.conversion.export import export
-    from moe.model.decoder import MoEForCausalLM
-    from moe.parts.text import carry_text_files
+    from moe import MoEForCausalLM, export, save_byte_tokenizer
 
     from ..train.corpus import load_corpus
     from ..train.presets import TrainConfig
@@ -96,84 +179,8 @@ def _trained(folder: Path, seed: int, steps: int) -> tuple[Path, Path, Path]:
         file.write_bytes(bytes(stream[: 1 << 18]))
     trained = MoEForCausalLM.from_pretrained(folder / "run")
     export(trained, "olmoe").bfloat16().save_pretrained(model)
-    carry_text_files(folder / "run", model, vocab_size=trained.config.vocab_size)
+    save_byte_tokenizer(model)
     return model, calibration, held_out
-
-
-def _judged(model: Path, calibration: Path, held_out: Path, tokens: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """What each way to store the experts costs; each is written and judged once."""
-    from offload.lowbit.calibrating import calibrate
-    from offload.quality.quality import Contestant, Judge
-
-    inputs = calibrate(
-        model, calibration, model.parent / "inputs", tokens=CALIBRATION_TOKENS, length=256, needs_sensitivity=True
-    )
-    with TemporaryDirectory() as scratch:
-        judge = Judge(Contestant(path_or_id=model), held_out, Path(scratch), tokens=tokens)
-        for form, method in UNIFORM:
-            yield _case(model, judge, tokens, form, method, _uniform(model, form, method, inputs))
-        for bits in MIXED_BITS:
-            yield _case(model, judge, tokens, f"mixed-{bits}", "gptq", _mixed(model, bits, "gptq", inputs))
-
-
-def _uniform(model: Path, form: str, method: str, inputs: Any) -> Callable[[Path], dict[str, Any]]:
-    from offload.lowbit.quantise import quantise
-
-    def write(target: Path) -> dict[str, Any]:
-        quantise(model, target, form=form, method=method, inputs=inputs)
-        return {"expected_divergence": ""}
-
-    return write
-
-
-def _mixed(model: Path, bits: float, method: str, inputs: Any) -> Callable[[Path], dict[str, Any]]:
-    from offload.formats.pack_index import PackIndex
-    from offload.lowbit.choosing import choose
-    from offload.lowbit.fitting import CANDIDATES, schemes_of
-    from offload.lowbit.measuring import Usage, measure
-    from offload.lowbit.quantise import GROUP, Source
-    from offload.lowbit.writing import Work, write_low_bit
-
-    def write(target: Path) -> dict[str, Any]:
-        source = Source.opened(model)
-        candidates = [(form, GROUP) for form in CANDIDATES]
-        sensitivity_L = inputs.about["sensitivity"]
-        units = measure(source, candidates, Usage(inputs), sensitivity_L, target.with_suffix(".errors"), method, inputs)
-        weights = sum(form.layer.num_experts * form.layer.plain_bytes // 2 for form in source.forms)
-        choice = choose(units, int(weights * bits / 8))
-        schemes_L = schemes_of(source, units, choice)
-        work = Work(source.model, source.forms, schemes_L, method, inputs, {"bits": bits, "method": method})
-        write_low_bit(target, work, PackIndex.of(source.entries))
-        return {"expected_divergence": choice.cost}
-
-    return write
-
-
-def _case(
-    model: Path, judge: Any, tokens: int, form: str, method: str, write: Callable[[Path], dict[str, Any]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    from offload.quality.quality import Contestant
-
-    case = {"form": form, "method": method}
-    file, kept = model.parent / f"{form}.{method}.pack", model.parent / f"{form}.{method}.{tokens}.json"
-    if not kept.is_file():
-        told = write(file)
-        judged = judge.judge(Contestant(path_or_id=model, pack=file))
-        write_json(kept, {**judged.as_json(), **told})
-        file.unlink()
-    found = json.loads(kept.read_text(encoding="utf-8"))
-    low, high = found["interval"]
-    return case, {
-        "bits": found["bits_per_weight"],
-        "reference_loss": found["reference_loss"],
-        "loss_difference": found["loss_difference"],
-        "low": low,
-        "high": high,
-        "agreement": found["agreement"],
-        "divergence": found["divergence"],
-        "expert_error": sum(layer["error"] for layer in found["layers"]) / len(found["layers"]),
-        "expected_divergence": found["expected_divergence"],
-    }
 
 
 def _short(value: Any) -> str:
@@ -181,17 +188,16 @@ def _short(value: Any) -> str:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    table = Table("form", "method", "bits", "more loss, %", "same greedy token", "divergence")
-    cases = list(dict.fromkeys((row["form"], row["method"]) for row in rows))
-    for form, method in cases:
-        of = [row for row in rows if (row["form"], row["method"]) == (form, method)]
+    table = Table("form", "method", "levels", "bits", "more loss, %", "same greedy token", "divergence")
+    for case in CASES:
+        of = [row for row in rows if (row["form"], row["method"], row["depth"]) == astuple(case)]
 
         def mean(key: str, of: list[dict[str, Any]] = of) -> float:
             return float(sum(row[key] for row in of) / len(of))
 
         share = sum(row["loss_difference"] / row["reference_loss"] for row in of) / len(of)
         table.add_row(
-            *(form, method, f"{mean('bits'):.2f}", f"{100 * share:+.2f}"),
+            *(case.form, case.method, str(case.depth), f"{mean('bits'):.2f}", f"{100 * share:+.2f}"),
             *(f"{mean('agreement'):.2%}", f"{mean('divergence'):.5f}"),
         )
     plain_console().print(table)

@@ -104,7 +104,7 @@ class PackedLayer(BaseModel):
             return opened.described(scheme, is_transposed=self.is_transposed)
         if not isinstance(opened, LowBitForm):
             return opened
-        names, wanted = self.schemes or (), len(layer.parameters)
+        names, wanted = self.schemes or (), len(opened.layer.parameters)
         if len(names) != len(self.records) or any(len(several) != wanted for several in names):
             raise ValueError("some experts have no scheme for each matrix")
         return opened.described(names, is_transposed=self.is_transposed)

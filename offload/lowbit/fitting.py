@@ -12,14 +12,17 @@ from routing.ground.quantity import format_size
 from ..forecast.fit import Fit
 from ..formats.form import BLOCK_BYTES
 from ..formats.low_bit import HEAD_BYTES, SchemeNames, record_bytes
+from ..formats.pack_index import PackIndex
 from ..memory.budget import bytes_for_experts, sufficient_size
 from ..memory.cost import DecodeWork, predict_decode
+from ..store.packing import beside, expect_own
 from .calibrating import SENSITIVITY
 from .choosing import Choice, choose
 from .inputs import RecordedInputs
 from .measuring import Unit, measure
-from .quantise import Source
+from .quantise import GROUP, Source
 from .usage import Usage
+from .writing import Work, write_low_bit
 
 CANDIDATES = ("int2", "int3", "int4", "int8")
 
@@ -93,6 +96,41 @@ def fit_bits(
     units = measure(source, forms, usage, sensitivity_L, state_file, method, inputs, progress)
     choice = choose(units, budget)
     return FittedBits(schemes_of(source, units, choice), choice, units, None if found is None else choice.cost, budget)
+
+
+def quantise_to_bits(
+    path_or_id: str | Path, target: Path, bits: float, *, method: str, inputs: RecordedInputs, group: int = GROUP
+) -> Choice:
+    """Write a packed copy whose weights take so many stored bits on average, each matrix as many as it is worth.
+
+    Args:
+        path_or_id: the model.
+        target: the file to write.
+        bits: stored bits of a weight, scales included.
+        method: one of METHODS.
+        inputs: what experts see, with sensitivities.
+        group: columns that share a scale.
+
+    Raises:
+        ValueError: if two bits for each matrix are more than that.
+    """
+    source = Source.opened(path_or_id)
+    expect_own(target, source.layers, source.entries)
+    candidates, sensitivity_L = [(form, group) for form in CANDIDATES], inputs.about[SENSITIVITY]
+    state_file = beside(target, ".part.errors")
+    units = measure(source, candidates, Usage(inputs), sensitivity_L, state_file, method, inputs)
+    weights = sum(
+        form.layer.num_experts * parameter.nbytes // parameter.dtype.itemsize
+        for form in source.forms
+        if form.name == "plain"
+        for parameter in form.layer.parameters
+    )
+    choice = choose(units, int(weights * bits / 8))
+    recipe = {"bits": bits, "method": method, "group": group}
+    work = Work(source.model, source.forms, schemes_of(source, units, choice), method, inputs, recipe)
+    write_low_bit(target, work, PackIndex.of(source.entries))
+    state_file.unlink()
+    return choice
 
 
 def schemes_of(source: Source, units: Sequence[Unit], choice: Choice) -> list[list[SchemeNames]]:
