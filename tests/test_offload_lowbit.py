@@ -156,22 +156,33 @@ def test_a_run_that_stopped_goes_on(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on(model, tmp_path):
-    offload.quantise(model, tmp_path / "whole", form="int4", method="hqq")
-    command = [sys.executable, "-m", "experiments.cli", "pack", str(model), "--form", "int4", "--out", str(tmp_path / "x")]
+def test_a_killed_run_goes_on(tmp_path):
+    sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 32, "num_experts_per_tok": 2}
+    write_plain(OlmoeConfig(**sizes, **heads, eos_token_id=None, pad_token_id=0), tmp_path / "model")
+    offload.quantise(tmp_path / "model", tmp_path / "whole", form="int4", method="hqq")
+    command = [sys.executable, "-m", "experiments.cli", "pack", str(tmp_path / "model"), "--form", "int4"]
+    command += ["--out", str(tmp_path / "x")]
     running = subprocess.Popen(command, env=os.environ)
     state = tmp_path / "x.part.lowbit"
-    while running.poll() is None and not (state.exists() and len(state.read_text().splitlines()) > 3):
+    while running.poll() is None and not (state.exists() and len(state.read_text().splitlines()) > 2):
         time.sleep(0.01)
+    assert running.poll() is None, "it ended before it could be killed"
     running.send_signal(signal.SIGKILL)
     running.wait()
+    assert not (tmp_path / "x").exists()
     subprocess.run(command, check=True)
     assert (tmp_path / "x").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_a_journal_keeps_whole_lines_of_the_same_run(tmp_path):
     file = tmp_path / "journal"
-    Journal(file, {"run": 1}).append({"a": 1}, {"a": 2})
+    secured, journal = [], None
+    journal = Journal(file, {"run": 1}, lambda: secured.append(file.read_text()))
+    journal.append({"a": 1}, {"a": 2})
+    journal.save()
+    assert len(secured) == 1
+    assert '"a"' not in secured[0], "what lines name is on disk before them"
     file.write_text(file.read_text() + '{"a": 3')
     assert Journal(file, {"run": 1}).done == [{"a": 1}, {"a": 2}]
     again = Journal(file, {"run": 1})

@@ -89,6 +89,7 @@ def measure(
             journal.append(_measured(source, reader, candidates, method, inputs, layer, expert))
             progress(len(journal.done), len(pending))
     finally:
+        journal.save()
         reader.close()
     return list(_units(source, journal.done, pending, usage, sensitivity_L))
 

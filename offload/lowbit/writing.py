@@ -102,16 +102,20 @@ def write_low_bit(
     part = beside(target, ".part")
     plan = {"source": index.source, "recipe": work.recipe, "schemes": [[*map(list, layer)] for layer in work.schemes_L]}
     plan["levels"] = work.levels and work.levels.name
-    journal = Journal(beside(target, ".part.lowbit"), plan)
-    journal.keep(_whole(part, journal.done))
+    part.touch()
     reader = ExpertReader(work.model, work.sources)
     try:
-        with part.open("r+b" if part.exists() else "wb") as file:
-            for layer, expert in experts[len(journal.done) :]:
-                file.seek(_end(journal.done))
-                data, about = _record(work, reader, layer, expert)
-                journal.append({**_written(file, data), **about})
-                progress(len(journal.done), len(experts))
+        with part.open("r+b") as file:
+            journal = Journal(beside(target, ".part.lowbit"), plan, lambda: _secure(file))
+            journal.keep(_whole(part, journal.done))
+            try:
+                for layer, expert in experts[len(journal.done) :]:
+                    file.seek(_end(journal.done))
+                    data, about = _record(work, reader, layer, expert)
+                    journal.append({**_written(file, data), **about})
+                    progress(len(journal.done), len(experts))
+            finally:
+                journal.save()
             file.truncate(_end(journal.done))
     finally:
         reader.close()
@@ -175,12 +179,16 @@ def quantised_expert(
 
 
 def _written(file: BinaryIO, data: bytes) -> dict[str, Any]:
-    """Write a record where the file is; it is on disk before the journal says so."""
+    """Write a record where the file is."""
     offset = file.tell()
     file.write(data.ljust(rounded_up(len(data)), b"\0"))
+    return {"offset": offset, "nbytes": len(data), "xxh3": xxh3_64_hexdigest(data)}
+
+
+def _secure(file: BinaryIO) -> None:
+    """Bring records to the disk, before the journal names them."""
     file.flush()
     os.fsync(file.fileno())
-    return {"offset": offset, "nbytes": len(data), "xxh3": xxh3_64_hexdigest(data)}
 
 
 def _end(done: Sequence[Mapping[str, Any]]) -> int:
