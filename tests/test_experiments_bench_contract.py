@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.main import get_command
 
-from experiments.bench import flax, leverage, memory_layers, routers, step, training
+from experiments.bench import flax, leverage, low_bits, memory_layers, routers, step, training
 from experiments.bench.duo import bench as duo
 from experiments.bench.offloading import contestants
 from experiments.bench.serving import bench as serving
@@ -190,6 +190,11 @@ BENCHES = {
         wrong=("--activation", "2", "--granularity", "12", "--compute", "1e22"),
         words="activation must lie in 0..1; got 2",
     ),
+    "low-bits": Bench(
+        command=("bench", "low-bits"),
+        wrong=("--work", "{file}"),
+        words="pyproject.toml is a file; give a folder",
+    ),
     "memory-layers": Bench(
         command=("bench", "memory-layers"),
         wrong=("--experts", "1000"),
@@ -254,7 +259,7 @@ BENCHES = {
         redden=redden_train,
     ),
 }
-MODULES = {"duo": duo, "leverage": leverage}
+MODULES = {"duo": duo, "leverage": leverage, "low-bits": low_bits}
 
 
 def arguments(parts, folder):

@@ -51,6 +51,7 @@ MISSING = {
     "generate": "nowhere --prompt a",
     "pack": "nowhere --out new.experts",
     "dequantise": "nowhere --out new",
+    "quality": "nowhere --against nowhere --data nowhere",
     "fit": "nowhere",
     "calibrate": "--folder nowhere --out new.toml",
     "simulate": "nowhere.npz --cache-experts 2",
@@ -84,7 +85,7 @@ MISSING = {
     "bench tiers": "--trace nowhere.npz",
 }
 READS_NOTHING = {
-    "leverage", "bench flax", "bench kernels", "bench memory-layers", "bench products", "bench routers", "bench step",
+    "leverage", "bench flax", "bench kernels", "bench low-bits", "bench memory-layers", "bench products", "bench routers", "bench step",
     "bench train",
 }  # fmt: skip
 
@@ -111,6 +112,7 @@ GARBAGE = {
     "fit": "FOLDER",
     "pack": "FOLDER --out new",
     "dequantise": "FOLDER --out new",
+    "quality": "FOLDER --against FOLDER --data nowhere",
     "generate": "FOLDER --prompt a",
     "place score": "FILE --trace FILE",
     "place tiers": "--hardware FILE --expert-size 1MB --trace FILE --out new.json",
