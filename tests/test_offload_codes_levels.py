@@ -14,7 +14,9 @@ def matrix():
 def test_every_level_lowers_the_error_and_has_the_bytes_it_says(name):
     scheme, w_RC = LevelledScheme.named(name), matrix()
     levels = scheme.encode(w_RC)
-    errors = [float((scheme.decode(levels[:depth], 40, 128) - w_RC).square().sum()) for depth in range(1, len(levels) + 1)]
+    errors = [
+        float((scheme.decode(levels[:depth], 40, 128) - w_RC).square().sum()) for depth in range(1, len(levels) + 1)
+    ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.6 * errors[0]
     for level, parts in enumerate(levels):
@@ -26,7 +28,9 @@ def test_a_plane_adds_its_sign_times_its_scale():
     scheme, w_RC = LevelledScheme.named("planes-64x2"), matrix()
     base, plane = scheme.encode(w_RC)
     before_RC, after_RC = (scheme.decode(levels, 40, 128) for levels in ([base], [base, plane]))
-    bits = torch.tensor([[byte >> bit & 1 for byte in row for bit in range(8)] for row in plane["codes"].view(40, 16).tolist()])
+    bits = torch.tensor(
+        [[byte >> bit & 1 for byte in row for bit in range(8)] for row in plane["codes"].view(40, 16).tolist()]
+    )
     scale_RC = plane["scales"].view(torch.bfloat16).float().view(40, 2).repeat_interleave(64, dim=1)
     assert torch.allclose(after_RC, before_RC + (2 * bits - 1) * scale_RC, atol=0)
     assert torch.equal(bits.bool(), w_RC - before_RC >= 0)

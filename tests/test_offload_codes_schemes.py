@@ -51,7 +51,10 @@ def test_compressed_tensors_decodes_the_same(form):
     owner_scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
     scales = parts["scales"].view(48, -1)
     if scheme.is_integer:
-        state = {"weight_packed": parts["codes"].view(torch.int32).view(48, -1), "weight_shape": torch.tensor([48, 128])}
+        state = {
+            "weight_packed": parts["codes"].view(torch.int32).view(48, -1),
+            "weight_shape": torch.tensor([48, 128]),
+        }
         owner, state["weight_scale"] = PackedQuantizationCompressor, scales.view(BF16)
     else:
         owner, state = MXFP4PackedCompressor, {"weight_packed": parts["codes"].view(48, -1), "weight_scale": scales}
@@ -60,7 +63,7 @@ def test_compressed_tensors_decodes_the_same(form):
 
 
 def test_three_bits_by_hand():
-    """Codes 1, 2, 3, 4, 5, 6, 7, 0 are the bits 001 010 011 100 101 110 111 000, from the lowest of the first byte on."""
+    """Each code takes the next three bits of one little-endian number."""
     code_RC = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]], dtype=torch.uint8)
     number = sum(int(code) << 3 * place for place, code in enumerate(code_RC[0]))
     assert bytes(pack_bits(code_RC, 3, 4)[0].tolist()) == number.to_bytes(4, "little")

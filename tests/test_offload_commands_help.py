@@ -85,8 +85,8 @@ MISSING = {
     "bench tiers": "--trace nowhere.npz",
 }
 READS_NOTHING = {
-    "leverage", "bench flax", "bench kernels", "bench low-bits", "bench memory-layers", "bench products", "bench routers", "bench step",
-    "bench train",
+    "leverage", "bench flax", "bench kernels", "bench low-bits", "bench memory-layers", "bench products",
+    "bench routers", "bench step", "bench train",
 }  # fmt: skip
 
 

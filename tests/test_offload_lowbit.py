@@ -10,7 +10,6 @@ import time
 
 import pytest
 import torch
-from tests.quantised_checkpoints import logits_of, write_plain
 from transformers import AutoModelForCausalLM, GptOssConfig, OlmoeConfig
 
 import offload
@@ -24,6 +23,7 @@ from offload.lowbit.quantise import Source
 from offload.lowbit.reading import ExpertReader
 from offload.runtime.depths import depths_in
 from offload.runtime.opening import open_headers
+from tests.quantised_checkpoints import logits_of, write_plain
 
 TOKENS = torch.arange(24)[None] * 7 % 256
 
@@ -93,7 +93,11 @@ def test_methods_with_inputs_err_less_on_them_and_fall_back_where_there_are_few(
     assert methods == {method: 8}
     offload.quantise(model, tmp_path / "rtn", form="int3", method="rtn")
     judge = offload.Judge(
-        offload.Contestant(path_or_id=model, cache_experts=4), model.parent / "book.txt", tmp_path, tokens=256, length=64
+        offload.Contestant(path_or_id=model, cache_experts=4),
+        model.parent / "book.txt",
+        tmp_path,
+        tokens=256,
+        length=64,
     )
     errors = []
     for name in (method, "rtn"):
@@ -312,7 +316,8 @@ def test_a_transposed_model_with_biases_and_interleaved_gates(tmp_path):
     offload.quantise(tmp_path / "model", tmp_path / "experts", form="int4", method="gptq", inputs=inputs)
     source = Source.opened(tmp_path / "model")
     plain, low = (
-        ExpertReader(source.model, open_headers(tmp_path / "model", pack).forms) for pack in (None, tmp_path / "experts")
+        ExpertReader(source.model, open_headers(tmp_path / "model", pack).forms)
+        for pack in (None, tmp_path / "experts")
     )
     for name, w_OC in plain.matrices(0, 1).items():
         got_OC = low.matrices(0, 1)[name]

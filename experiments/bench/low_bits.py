@@ -1,7 +1,7 @@
 """Quality against stored bits: small models trained here, quantised by every method, judged on held-out text.
 
-Each seed trains a model of its own, so rankings rest on several. A folder keeps models and packed copies, and a run that
-was interrupted goes on. No parity gate: nothing is timed, and tests compare every stored form with other decoders.
+Each seed trains a model of its own, so rankings rest on several. A folder keeps models and packed copies, and a run
+that was interrupted goes on. No parity gate: nothing is timed, and tests compare every stored form with other decoders.
 """
 
 import json

@@ -75,7 +75,13 @@ def _code_numbers(encoding: Encoding, codes: torch.Tensor, rows: int, columns: i
 
 
 def unpack_bits(byte_RB: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Numbers of fewer than eight bits, `[R, columns]` int32, from rows of bytes that they fill from the lowest bit on."""
+    """Numbers of fewer than eight bits, `[R, columns]` int32.
+
+    Args:
+        byte_RB: rows of bytes, which the numbers fill from the lowest bit on.
+        bits: of a number.
+        columns: numbers of a row.
+    """
     wide_RB = torch.nn.functional.pad(byte_RB, (0, 1)).int()
     begin_C = bits * torch.arange(columns)
     low_RC = wide_RB[:, begin_C // 8] >> (begin_C % 8).int()

@@ -1,8 +1,8 @@
 """Schemes: the forms that we quantise to, what a code and a scale are in each, and how both become stored parts.
 
-Most are symmetric: a weight is code times scale. Integers have one code more below zero than above, so the scale has the
-sign that lets this code be the weight farthest from zero. Integers with a zero are (code - zero) times scale: the zero is
-a code where codes have four bits or more, and any number where there are so few codes that it matters.
+Most are symmetric: a weight is code times scale. Integers have one code more below zero than above, so the scale has
+the sign that lets this code be the weight farthest from zero. Integers with a zero are (code - zero) times scale: the
+zero is a code where codes have four bits or more, and any number where there are so few codes that it matters.
 """
 
 import re

@@ -48,7 +48,9 @@ Pack = Annotated[Path | None, typer.Option("--pack", help="Read experts from thi
 
 Depth = Annotated[
     str,
-    typer.Option("--depth", help="Levels to read of --pack, if it has levels: a number, all, or auto: what memory holds."),
+    typer.Option(
+        "--depth", help="Levels to read of --pack, if it has levels: a number, all, or auto: what memory holds."
+    ),
 ]
 
 

@@ -9,8 +9,8 @@ from routing.ground.expect import expect_folder
 from routing.ground.quantity import format_size
 from routing.ground.terminal import plain_console
 
-from .options import Model, expect_model, quiet_transformers, with_options
 from .low_bit.options import LowBitOptions
+from .options import Model, expect_model, quiet_transformers, with_options
 
 
 @with_options(LowBitOptions)

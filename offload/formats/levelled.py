@@ -1,7 +1,7 @@
 """Experts in levels: of a record, as much is read from its beginning as memory has room for.
 
-A record begins with a head of 64 bytes: a mark and the number of its expert. Level after level follows, and in each level
-the parts of all matrices. So the first levels are the beginning of the record, and one more is one more extent.
+A record begins with a head of 64 bytes: a mark and the number of its expert. Level after level follows, and in each
+level the parts of all matrices. So the first levels are the beginning of the record, and one more is one more extent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,9 +61,7 @@ class LevelledForm(PackedForm):
         Raises:
             ValueError: if a record has another size than its levels make.
         """
-        found = replace(
-            self, scheme=scheme, depth_E=(scheme.levels,) * len(self.record_E), is_transposed=is_transposed
-        )
+        found = replace(self, scheme=scheme, depth_E=(scheme.levels,) * len(self.record_E), is_transposed=is_transposed)
         if any(record.nbytes != found.level_ends[-1] for record in self.record_E):
             raise ValueError(f"an expert stored as {scheme.name} has {found.level_ends[-1]} bytes; others are there")
         return found
@@ -97,7 +95,8 @@ class LevelledForm(PackedForm):
         """
         if bytes(slot[:HEAD_BYTES].numpy()) != head(expert):
             raise OSError(
-                f"{self.file_of(expert)}: the record of expert {expert} is another's; make it again with `expertier pack`"
+                f"{self.file_of(expert)}: the record of expert {expert} is another's; make it again with "
+                "`expertier pack`"
             )
 
     def expand(self, views: Mapping[str, Any], room: Mapping[str, torch.Tensor]) -> None:
@@ -168,11 +167,6 @@ def record_of(expert: int, levels_M: Sequence[Sequence[Mapping[str, torch.Tensor
         levels_M: of each matrix, in the order of the layer's parameters, the parts of each level.
     """
     parts = [
-        part.numpy().tobytes()
-        for level in zip(*levels_M, strict=True)
-        for matrix in level
-        for part in matrix.values()
+        part.numpy().tobytes() for level in zip(*levels_M, strict=True) for matrix in level for part in matrix.values()
     ]
     return head(expert) + b"".join(part.ljust(rounded(len(part)), b"\0") for part in parts)
-
-

@@ -14,7 +14,7 @@ import torch
 from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer, Parameter
-from ..checkpoint.tensors import TORCH_DTYPES, TensorEntry
+from ..checkpoint.tensors import TORCH_DTYPES
 from ..codes.expander import has_exact_kernel, kernel_number, kernel_parameters, kernel_parts
 from ..codes.schemes import Scheme
 from ..codes.stored_matrix import StoredMatrix

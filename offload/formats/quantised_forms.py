@@ -78,5 +78,18 @@ class MixedForm(QuantisedForm):
     name: ClassVar[str] = "mixed"
 
 
-ALL = (Mxfp4Form, Nvfp4Form, Mxfp8Form, Fp8Form, Int2Form, Int3Form, Int4Form, Int8Form, Nf4Form, GptqForm, AwqForm, MixedForm)
+ALL = (
+    Mxfp4Form,
+    Nvfp4Form,
+    Mxfp8Form,
+    Fp8Form,
+    Int2Form,
+    Int3Form,
+    Int4Form,
+    Int8Form,
+    Nf4Form,
+    GptqForm,
+    AwqForm,
+    MixedForm,
+)
 QUANTISED_FORMS: Mapping[str, type[QuantisedForm]] = {form.name: form for form in ALL}

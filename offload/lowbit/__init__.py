@@ -1,1 +1,1 @@
-"""Low-bit experts of our own: methods that quantise, what they need to know of the model, and how many bits go where."""
+"""Low-bit experts of our own: methods that quantise, what they learn from the model, how many bits go where."""

@@ -11,8 +11,8 @@ import torch
 
 from ..codes.schemes import Scheme
 from ..compute.gating import Gating, find_gating
-from .methods.compensation import balancing_scales, gptq, second_moment
 from .inputs import ExpertRows
+from .methods.compensation import balancing_scales, gptq, second_moment
 from .methods.rounding import Rounded, hqq, least_squares, rtn
 
 METHODS = ("rtn", "hqq", "gptq", "awq")

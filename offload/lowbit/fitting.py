@@ -158,7 +158,12 @@ def _expert_budget(source: Source, fitted: Fit, limit_bytes: int, group: int) ->
     )
     if left < least:
         enough = limit_bytes - left + least
-        enough += bytes_for_experts(limit_bytes, fitted.needs) - bytes_for_experts(enough, fitted.needs) + enough - limit_bytes
+        enough += (
+            bytes_for_experts(limit_bytes, fitted.needs)
+            - bytes_for_experts(enough, fitted.needs)
+            + enough
+            - limit_bytes
+        )
         raise ValueError(
             f"--fit {format_size(limit_bytes)} is too small: {format_size(limit_bytes - left)} are needed besides "
             f"experts, and {format_size(least)} for experts of two bits; give at least {sufficient_size(enough)}"

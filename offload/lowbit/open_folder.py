@@ -1,7 +1,7 @@
 """A packed copy of quantised experts as a checkpoint of compressed-tensors, which other engines load.
 
-The bytes are the same: codes and scales of a record become tensors with the names of that format. Everything else of the
-model is copied.
+The bytes are the same: codes and scales of a record become tensors with the names of that format. Everything else of
+the model is copied.
 """
 
 from collections.abc import Callable, Mapping
@@ -73,8 +73,8 @@ def write_open_folder(
     (name,) = schemes
     if Scheme.named(name).has_zero:
         raise ValueError(
-            f"{pack}: its codes have zeros, which transformers' loader of compressed-tensors leaves out without a word; "
-            "for an open folder quantise by rtn, awq or gptq"
+            f"{pack}: its codes have zeros, which transformers' loader of compressed-tensors leaves out without a "
+            "word; for an open folder quantise by rtn, awq or gptq"
         )
     config = read_json(folder / "config.json", f"model {folder}: config.json")
     config = {**config, "quantization_config": quantization_config(Scheme.named(name))}
@@ -144,8 +144,8 @@ def _tensors(layer: ExpertLayer, parameter: Parameter, records: _Records) -> lis
             made += _named(source.entry_E[expert], scheme, shape, make)
     if not made or len(made) % len(parameter.runs or ()):
         raise ValueError(
-            f"{parameter.full_name}: the checkpoint does not hold one plain matrix for each expert, and compressed-tensors "
-            "has no names for anything else; use the packed copy"
+            f"{parameter.full_name}: the checkpoint does not hold one plain matrix for each expert, and "
+            "compressed-tensors has no names for anything else; use the packed copy"
         )
     return made
 
@@ -154,9 +154,7 @@ def _bytes_of(records: _Records, expert: int, name: str, first: int, role: str, 
     return records.rows(expert, name, role, first, count)
 
 
-def _named(
-    entry: TensorEntry, scheme: Scheme, shape: tuple[int, ...], make: Callable[..., bytes]
-) -> list[MadeEntry]:
+def _named(entry: TensorEntry, scheme: Scheme, shape: tuple[int, ...], make: Callable[..., bytes]) -> list[MadeEntry]:
     rows, columns = shape
     encoding: Encoding = scheme.encoding(entry.dtype)
     sizes: Mapping[str, int] = encoding.part_bytes(rows, columns)

@@ -27,7 +27,7 @@ GROUP = 64
 LEVELLED = {"planes": 3, "residual": 8}
 """Forms in levels, and how many levels are written by default."""
 RANK_COLUMNS = 128
-"""Columns for each rank of a residual block: two numbers of 16 bits for each row and column are then 0.25 bits a weight."""
+"""Columns for each rank of a residual block: its numbers of 16 bits then add 0.25 bits to a weight of a square."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +90,14 @@ class Source:
         """
         found = min((Scheme.for_columns("int4", columns, wanted).group for columns in self._columns), default=0)
         if not found:
-            raise ValueError(f"planes need groups of 16 columns or more, which {sorted(self._columns)} have not in common")
+            raise ValueError(
+                f"planes need groups of 16 columns or more, which {sorted(self._columns)} have not in common"
+            )
         return found
 
     @property
     def ranks(self) -> int:
-        """Ranks of a residual block: as many as add a quarter of a bit to a weight of the smallest matrix, at least 1."""
+        """Ranks of a residual block: one for each RANK_COLUMNS of the narrowest matrix, at least one."""
         narrow = min(self._columns, default=1)
         return max(1, narrow // RANK_COLUMNS)
 

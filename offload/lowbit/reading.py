@@ -51,9 +51,9 @@ class ExpertReader:
         for parameter in form.layer.parameters:
             stored_shape(parameter, is_transposed=is_transposed)
         return {
-            parameter.name: (
-                views[parameter.name].t() if is_transposed else views[parameter.name]
-            ).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+            parameter.name: (views[parameter.name].t() if is_transposed else views[parameter.name]).to(
+                torch.float32, memory_format=torch.contiguous_format, copy=True
+            )
             for parameter in form.layer.parameters
         }
 

@@ -11,7 +11,7 @@ import torch
 from ..checkpoint.experts import experts_modules
 
 NOISE_SHARE = 0.01
-"""Energy of the noise, of that of the experts' output: as much as four bits lose. Divergence grows with it in proportion
+"""Energy of the noise, of that of the experts' output: as much as four bits lose. Divergence grows in proportion to it
 while it is small."""
 
 

@@ -98,7 +98,9 @@ def write_low_bit(
     Returns:
         How many experts each method quantised; `stored` are copied as they were.
     """
-    experts = [(layer, expert) for layer, source in enumerate(work.sources) for expert in range(source.layer.num_experts)]
+    experts = [
+        (layer, expert) for layer, source in enumerate(work.sources) for expert in range(source.layer.num_experts)
+    ]
     part = beside(target, ".part")
     plan = {"source": index.source, "recipe": work.recipe, "schemes": [[*map(list, layer)] for layer in work.schemes_L]}
     plan["levels"] = work.levels and work.levels.name
@@ -158,16 +160,12 @@ def _record_in_levels(
     return data[: ends[-1]], {"method": scheme.kind, "level_xxh3": checksums, "level_errors": errors}
 
 
-def _relative_error(
-    scheme: LevelledScheme, levels: Sequence[Mapping[str, torch.Tensor]], w_OC: torch.Tensor
-) -> float:
+def _relative_error(scheme: LevelledScheme, levels: Sequence[Mapping[str, torch.Tensor]], w_OC: torch.Tensor) -> float:
     left_OC = scheme.decode(levels, *w_OC.shape) - w_OC
     return float(left_OC.square().sum() / w_OC.square().sum().clamp_min(1e-30))
 
 
-def quantised_expert(
-    work: Work, reader: ExpertReader, layer: int, expert: int, names: SchemeNames
-) -> QuantisedExpert:
+def quantised_expert(work: Work, reader: ExpertReader, layer: int, expert: int, names: SchemeNames) -> QuantisedExpert:
     """One expert of a layer, quantised to schemes of these names."""
     source = work.sources[layer]
     about = expert_module(work.model, source.layer)

@@ -214,9 +214,7 @@ def _read_by_model(
         gc.collect()
 
 
-def _errors(
-    openings: Sequence[OpenedCheckpoint], inputs: RecordedInputs, progress: Told
-) -> list[LayerErrors] | None:
+def _errors(openings: Sequence[OpenedCheckpoint], inputs: RecordedInputs, progress: Told) -> list[LayerErrors] | None:
     reference, model = openings
     if [_shapes(form) for form in reference.forms] != [_shapes(form) for form in model.forms]:
         return None

@@ -101,9 +101,7 @@ def open_checkpoint(options: LoadOptions) -> OpenedCheckpoint:
     drop_expert_weights(model)
     if (linears := linears_of(forms)) is not None:
         store_linears(model, linears)
-    return OpenedCheckpoint(
-        model=model, forms=forms, checksums=checksums, process_bytes=process_bytes, packed=packed
-    )
+    return OpenedCheckpoint(model=model, forms=forms, checksums=checksums, process_bytes=process_bytes, packed=packed)
 
 
 def _open_gguf(file: Path, options: LoadOptions) -> OpenedCheckpoint:

@@ -12,7 +12,6 @@ from .description import Quantisation
 from .found import Companions, Found, expect_shape, said, scale_name
 from .values import expect_quantiles, expect_usual_order, nf4_state, shape_in
 
-
 PACKED_BITS = (4, 8, 3, 2)
 """Of a code. Fewer than 32 columns may fill as many words with codes of 3 bits as of 4: the config decides then."""
 

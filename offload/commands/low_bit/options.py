@@ -25,7 +25,9 @@ class LowBitOptions:
         str | None,
         typer.Option("--method", help="rtn, hqq, gptq or awq; the last two need --calibrate. Default: hqq, or rtn."),
     ] = None
-    group: Annotated[int, typer.Option("--group", min=16, help="Columns that share a scale of integers or planes.")] = 64
+    group: Annotated[int, typer.Option("--group", min=16, help="Columns that share a scale of integers or planes.")] = (
+        64
+    )
     levels: Annotated[
         int | None, typer.Option("--levels", min=1, max=99, help="Levels of planes (default 3) or residual (8).")
     ] = None

@@ -85,9 +85,7 @@ def pack_low_bit(model: str, out: Path, form: str | None, options: LowBitOptions
         write_json(options.json_file, report)
 
 
-def _inputs(
-    model: str, folder: Path, options: LowBitOptions, form: str | None, tell: Any
-) -> RecordedInputs | None:
+def _inputs(model: str, folder: Path, options: LowBitOptions, form: str | None, tell: Any) -> RecordedInputs | None:
     """What the experts see, where it is asked for."""
     is_needed = options.method_for(form) in NEEDS_INPUTS or options.fit is not None or form in LEVELLED
     if options.calibrate is None or options.is_trace or not is_needed:
@@ -141,7 +139,11 @@ def _expectation(source: Source, bits: FittedBits, model: str, options: LowBitOp
 
 
 def _said(methods: dict[str, int], method: str) -> str:
-    parts = [f"{count} experts as {name}" if name in LEVELLED else f"{count} experts by {name}" for name, count in sorted(methods.items()) if name != "stored"]
+    parts = [
+        f"{count} experts as {name}" if name in LEVELLED else f"{count} experts by {name}"
+        for name, count in sorted(methods.items())
+        if name != "stored"
+    ]
     if "stored" in methods:
         parts.append(f"{methods['stored']} were quantised already and are copied")
     fallen = sum(count for name, count in methods.items() if name not in (method, "stored"))

@@ -54,7 +54,7 @@ def gptq(w_RC: torch.Tensor, scheme: Scheme, dtype: str, moment_CC: torch.Tensor
 
 
 def _inverse_factor(moment_CC: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of the damped moment; more damping where rounding makes it indefinite."""
+    """The upper Cholesky factor of the damped moment's inverse; damped more where rounding makes it indefinite."""
     damping = DAMPING * float(moment_CC.diagonal().mean()) or 1.0
     for _ in range(6):
         damped_CC = moment_CC + damping * torch.eye(len(moment_CC))
