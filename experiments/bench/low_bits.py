@@ -94,7 +94,7 @@ class _Trained:
     Args:
         folder: keeps everything.
         seed: of the training.
-        steps: of the optimiser.
+        steps: optimiser steps, at least 40.
         tokens: of held-out text to judge on.
         scratch: for the judge.
     """

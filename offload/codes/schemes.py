@@ -167,7 +167,7 @@ class Scheme:
         Args:
             number_RC: values of `numbers`.
             scale_RG: values of `rounded_scale`.
-            dtype: of the scales.
+            dtype: safetensors name of the dtype that scales have.
             zero_RG: in the units of the code values, where the scheme has zeros.
         """
         rows, columns = number_RC.shape
