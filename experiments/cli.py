@@ -19,6 +19,7 @@ from .bench.expert_kernels.bench import bench_kernels
 from .bench.flax import bench_flax
 from .bench.leverage import leverage
 from .bench.locality.bench import bench_locality
+from .bench.low_bits import bench_low_bits
 from .bench.memory_layers import bench_memory_layers
 from .bench.offloading.bench import bench_offload
 from .bench.placement_solvers import bench_placement
@@ -92,6 +93,7 @@ bench.command("duo")(bench_duo)
 bench.command("flax")(bench_flax)
 bench.command("kernels")(bench_kernels)
 bench.command("locality")(bench_locality)
+bench.command("low-bits")(bench_low_bits)
 bench.command("memory-layers")(bench_memory_layers)
 bench.command("offload")(bench_offload)
 bench.command("placement")(bench_placement)

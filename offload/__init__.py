@@ -25,8 +25,12 @@ if TYPE_CHECKING:
     from .forecast.product_rates import product_rates
     from .formats.plain_copy import dequantise
     from .gpu.devices import open_lane
+    from .lowbit.calibrating import calibrate
+    from .lowbit.fitting import quantise_to_bits
+    from .lowbit.quantise import quantise, quantise_in_levels
     from .members.members import load_members
     from .prefetch.softmax_gates import softmax_gates
+    from .quality.quality import Contestant, Judge, quality
     from .runtime.loading import load
     from .runtime.report import Offload
     from .store.packing import write_pack
@@ -45,6 +49,9 @@ _HOME = {
     "TokenEvent": ".engine.events",
     "TuneOptions": ".finetune.options",
     "dequantise": ".formats.plain_copy",
+    "Contestant": ".quality.quality",
+    "Judge": ".quality.quality",
+    "calibrate": ".lowbit.calibrating",
     "disk_bandwidth": ".forecast.calibrate",
     "fine_tune": ".finetune.tune",
     "load": ".runtime.loading",
@@ -52,17 +59,23 @@ _HOME = {
     "open_lane": ".gpu.devices",
     "product_rates": ".forecast.product_rates",
     "softmax_gates": ".prefetch.softmax_gates",
+    "quality": ".quality.quality",
+    "quantise": ".lowbit.quantise",
+    "quantise_in_levels": ".lowbit.quantise",
+    "quantise_to_bits": ".lowbit.fitting",
     "wire_bandwidth": ".forecast.calibrate_gpu",
     "write_pack": ".store.packing",
 }
 
 __all__ = [
     "CACHES",
+    "Contestant",
     "Engine",
     "EngineCounters",
     "EngineOptions",
     "Finished",
     "GenerationRequest",
+    "Judge",
     "NotReady",
     "Offload",
     "QueueFull",
@@ -71,6 +84,7 @@ __all__ = [
     "Stream",
     "TokenEvent",
     "TuneOptions",
+    "calibrate",
     "dequantise",
     "disk_bandwidth",
     "fine_tune",
@@ -81,6 +95,10 @@ __all__ = [
     "open_lane",
     "parse_size",
     "product_rates",
+    "quality",
+    "quantise",
+    "quantise_in_levels",
+    "quantise_to_bits",
     "simulate",
     "softmax_gates",
     "wire_bandwidth",

@@ -5,6 +5,7 @@ import typer
 from .commands.chat import chat
 from .commands.dequantise import dequantise
 from .commands.generate import generate
+from .commands.low_bit.quality import quality
 from .commands.machine import calibrate, fit
 from .commands.pack import pack
 from .commands.processes import Processes, join_processes
@@ -16,7 +17,7 @@ from .commands.tuning.finetune import finetune
 __all__ = ["Processes", "app", "join_processes", "join_trace"]
 
 app = typer.Typer()
-for command in (generate, chat, serve, finetune, pack, dequantise, fit, calibrate, simulate):
+for command in (generate, chat, serve, finetune, pack, dequantise, quality, fit, calibrate, simulate):
     app.command(command.__name__)(command)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.main import get_command
 
-from experiments.bench import flax, leverage, memory_layers, routers, starting_points, step, training
+from experiments.bench import flax, leverage, low_bits, memory_layers, routers, starting_points, step, training
 from experiments.bench.claims import bench as claims
 from experiments.bench.duo import bench as duo
 from experiments.bench.offloading import contestants
@@ -223,6 +223,11 @@ BENCHES = {
         right=("--out", "{folder}/locality", "--variants", "olmoe", "--seeds", "1", "--steps", "1"),
         redden=redden_locality,
     ),
+    "low-bits": Bench(
+        command=("bench", "low-bits"),
+        wrong=("--work", "{file}"),
+        words="pyproject.toml is a file; give a folder",
+    ),
     "memory-layers": Bench(
         command=("bench", "memory-layers"),
         wrong=("--experts", "1000"),
@@ -292,7 +297,13 @@ BENCHES = {
         redden=redden_train,
     ),
 }
-MODULES = {"claim": claims, "duo": duo, "leverage": leverage, "starts": starting_points}
+MODULES = {
+    "claim": claims,
+    "duo": duo,
+    "leverage": leverage,
+    "low-bits": low_bits,
+    "starts": starting_points,
+}
 
 
 def arguments(parts, folder):

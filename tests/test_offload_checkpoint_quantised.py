@@ -99,7 +99,7 @@ def test_a_shape_that_is_not_that_of_the_codes(tmp_path):
     pytest.importorskip("compressed_tensors")
     folder, _ = make_folders(tmp_path, "int4", num_shards=1)
     change(folder, lambda tensors: tensors.update({f"{EXPERT}.weight_shape": torch.tensor([96, 128])}))
-    expect_refused(folder, rf"{EXPERT}\.weight_packed I32 .*: not \[96, 128\] in codes of 4 or 8 bits")
+    expect_refused(folder, rf"{EXPERT}\.weight_packed I32 .*: not \[96, 128\] in codes of 2, 3, 4 or 8 bits")
 
 
 def test_missing_companions_of_packed_weights(tmp_path):

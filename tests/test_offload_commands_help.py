@@ -52,6 +52,7 @@ MISSING = {
     "pack": "nowhere --out new.experts",
     "dequantise": "nowhere --out new",
     "finetune": "nowhere --data nowhere.txt --method zo --steps 1 --out new",
+    "quality": "nowhere --against nowhere --data nowhere",
     "fit": "nowhere",
     "calibrate": "--folder nowhere --out new.toml",
     "simulate": "nowhere.npz --cache-experts 2",
@@ -94,8 +95,8 @@ MISSING = {
     "bench tiers": "--trace nowhere.npz",
 }
 READS_NOTHING = {
-    "bench claim", "bench flax", "bench kernels", "bench memory-layers", "bench products", "bench routers", "bench step",
-    "bench train",
+    "bench claim", "bench flax", "bench kernels", "bench low-bits", "bench memory-layers", "bench products",
+    "bench routers", "bench step", "bench train",
 }  # fmt: skip
 
 
@@ -121,6 +122,7 @@ GARBAGE = {
     "fit": "FOLDER",
     "pack": "FOLDER --out new",
     "dequantise": "FOLDER --out new",
+    "quality": "FOLDER --against FOLDER --data nowhere",
     "generate": "FOLDER --prompt a",
     "place score": "FILE --trace FILE",
     "place tiers": "--hardware FILE --expert-size 1MB --trace FILE --out new.json",

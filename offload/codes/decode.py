@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from .encoding import EXPONENT_SCALES, WORD_BYTES, Encoding
+from .encoding import CODE_BITS, EXPONENT_SCALES, WORD_BYTES, Encoding
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """Values of the sixteen codes, by the OCP standard of microscaling formats."""
@@ -59,16 +59,34 @@ def code_values(codes: str) -> torch.Tensor:
         return torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
     if codes == "int8":
         return torch.arange(256).to(torch.uint8).view(torch.int8).float()
-    first = {"offset4": -8, "uint4": 0, "offset8": -128, "uint8": 0}[codes]
-    return torch.arange(first, first + (16 if codes.endswith("4") else 256)).float()
+    count = 1 << CODE_BITS[codes]
+    first = -count // 2 if codes.startswith("offset") else 0
+    return torch.arange(first, first + count).float()
 
 
 def _code_numbers(encoding: Encoding, codes: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     byte_RB = codes.view(rows, encoding.row_bytes(columns))
     if encoding.bits == 8:
         return byte_RB[:, :columns].int()
+    if encoding.bits < 4:
+        return unpack_bits(byte_RB, encoding.bits, columns)
     halves = (byte_RB >> 4, byte_RB & 15) if encoding.is_high_first else (byte_RB & 15, byte_RB >> 4)
     return torch.stack(halves, dim=-1).view(rows, -1)[:, :columns].int()
+
+
+def unpack_bits(byte_RB: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Numbers of fewer than eight bits, `[R, columns]` int32.
+
+    Args:
+        byte_RB: rows of bytes, which the numbers fill from the lowest bit on.
+        bits: of a number.
+        columns: numbers of a row.
+    """
+    wide_RB = torch.nn.functional.pad(byte_RB, (0, 1)).int()
+    begin_C = bits * torch.arange(columns)
+    low_RC = wide_RB[:, begin_C // 8] >> (begin_C % 8).int()
+    high_RC = wide_RB[:, begin_C // 8 + 1] << (8 - begin_C % 8).int()
+    return (low_RC | high_RC) & ((1 << bits) - 1)
 
 
 def _scales(encoding: Encoding, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> torch.Tensor:
@@ -92,9 +110,14 @@ def _scales(encoding: Encoding, parts: Mapping[str, torch.Tensor], rows: int, co
 def _zeros(encoding: Encoding, zeros: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Zeros in the units of the codes' values, float32, `[down, across]`."""
     down, across = encoding.grid(rows, columns)
+    if encoding.zero == "floats":
+        return zeros.clone().view(SCALE_DTYPES[encoding.scale]).float().view(down, across)
     if encoding.zero == "bytes":
         return code_values(encoding.codes)[zeros.view(down, across).int() & ((1 << encoding.bits) - 1)]
     word = zeros.clone().view(torch.int32).view(-1, across)
+    if encoding.bits == 3:
+        number_XY = unpack_bits(word.t().contiguous().view(torch.uint8), 3, down)
+        return code_values(encoding.codes)[number_XY.t()]
     num_codes = 8 * WORD_BYTES // encoding.bits
     shift = encoding.bits * torch.arange(num_codes, dtype=torch.int32)
     number = (word[:, None, :] >> shift[None, :, None]) & ((1 << encoding.bits) - 1)

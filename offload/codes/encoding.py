@@ -13,6 +13,8 @@ EXP2, and the exact 2**128 before the product as LDEXP."""
 EXPONENT_SCALES = ("E8M0", "EXP2", "LDEXP")
 CODE_BITS = {
     "e2m1": 4,
+    "offset2": 2,
+    "offset3": 3,
     "offset4": 4,
     "uint4": 4,
     "nf4": 4,
@@ -22,7 +24,7 @@ CODE_BITS = {
     "uint8": 8,
 }
 """Kinds of codes: floats of 4 and 8 bits, integers as they are (int8, uint4, uint8) or stored plus half of their range
-(offset4, offset8), and the sixteen quantiles of QLoRA (nf4)."""
+(offset2 to offset8), and the sixteen quantiles of QLoRA (nf4). Codes of 3 bits cross the borders of bytes."""
 ROLES = ("codes", "scales", "zeros", "global")
 WORD_BYTES = 4
 """Of the int32 numbers that compressed-tensors, GPTQ and AWQ pack codes into."""
@@ -38,8 +40,8 @@ class Encoding:
         group_columns: columns that share a scale; 0 is all columns.
         scale: dtype of the scales, in ITEM_BYTES.
         product: dtype to which code times scale is rounded before it is rounded to the model's dtype; F64 is exact.
-        zero: `"none"`; `"packed"`, as codes that run down the columns in words of 32 bits; or `"bytes"`, one for each
-            scale.
+        zero: `"none"`; `"packed"`, as codes that run down the columns in words of 32 bits; `"bytes"`, a code for each
+            scale; or `"floats"`, a number for each scale, of its dtype and in the units of the codes' values.
         scale_of_scales: `"none"`, or whether one float32 number `"multiplies"` or `"divides"` all scales.
         is_high_first: whether the high half of a byte is the earlier column.
         is_word_aligned: whether the codes of a row fill whole words of 32 bits.
@@ -90,8 +92,8 @@ class Encoding:
         parts = {"codes": rows * self.row_bytes(columns), "scales": down * across * ITEM_BYTES[self.scale]}
         if self.zero == "packed":
             parts["zeros"] = -(-down * self.bits // (8 * WORD_BYTES)) * WORD_BYTES * across
-        elif self.zero == "bytes":
-            parts["zeros"] = down * across
+        elif self.zero != "none":
+            parts["zeros"] = down * across * (ITEM_BYTES[self.scale] if self.zero == "floats" else 1)
         if self.scale_of_scales != "none":
             parts["global"] = ITEM_BYTES["F32"]
         return parts

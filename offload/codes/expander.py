@@ -85,9 +85,11 @@ def expand(
 def has_exact_kernel(encoding: Encoding) -> bool:
     """Whether C expands to the bits of the definition.
 
-    It rounds products of float32; those of float64 are the same if a factor is a power of two.
+    It knows codes of four and eight bits, and zeros that are codes. It rounds products of float32; those of float64 are
+    the same if a factor is a power of two.
     """
-    return encoding.product != "F64" or encoding.scale == "LDEXP"
+    is_known = encoding.codes in CODE_KINDS and encoding.zero in ZERO_KINDS
+    return is_known and (encoding.product != "F64" or encoding.scale == "LDEXP")
 
 
 @cache

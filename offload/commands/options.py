@@ -59,6 +59,12 @@ LayersAhead = Annotated[
     int | None,
     typer.Option("--layers-ahead", min=0, help="Layers read while one is computed. Default: up to 2."),
 ]
+Depth = Annotated[
+    str,
+    typer.Option(
+        "--depth", help="Levels to read of --pack, if it has levels: a number, all, or auto: what memory holds."
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,7 @@ class LoadOptions:
         str, typer.Option("--io", help="direct: past the page cache. cached: through it. auto: by size and memory.")
     ] = "auto"
     pack: Pack = None
+    depth: Depth = "all"
     prefetch: Annotated[
         str, typer.Option("--prefetch", help=f"off, {', '.join(PREDICTORS)}, or a file of `trace predictor`.")
     ] = "auto"
@@ -103,6 +110,8 @@ class LoadOptions:
         for size in (self.cpu_memory, self.gpu_memory):
             if size not in ("auto", "0"):
                 parse_size(size)
+        if self.depth not in ("all", "auto") and not self.depth.isdecimal():
+            raise ValueError(f"--depth takes all, auto or a number of levels; got {self.depth!r}")
         if not self.prefetch.endswith(".npz"):
             expect_name(self.prefetch, ("auto", "off", *PREDICTORS), "way of prefetching")
         for what, file in (("plan", self.plan), ("pack", self.pack), ("predictor", self.predictor)):

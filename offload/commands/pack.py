@@ -1,4 +1,4 @@
-"""`expertier pack`: copy the experts of a model into one file of aligned records."""
+"""`expertier pack`: copy the experts of a model into one file of aligned records, as they are or quantised."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,9 +9,11 @@ from routing.ground.expect import expect_folder
 from routing.ground.quantity import format_size
 from routing.ground.terminal import plain_console
 
-from .options import Model, expect_model, quiet_transformers
+from .low_bit.options import LowBitOptions
+from .options import Model, expect_model, quiet_transformers, with_options
 
 
+@with_options(LowBitOptions)
 def pack(
     model: Model,
     out: Annotated[Path, typer.Option("--out", help="The file to write; its index goes beside it, as FILE.json.")],
@@ -21,27 +23,41 @@ def pack(
     ] = False,
     form: Annotated[
         str | None,
-        typer.Option("--form", help="plain expands quantised experts. Default: as the checkpoint stores them."),
+        typer.Option(
+            "--form",
+            help="plain expands quantised experts. int8, int4, int3, int2, mxfp4 and fp8 quantise plain ones (lossy). "
+            "Default: as the checkpoint stores them.",
+        ),
     ] = None,
+    *,
+    options: LowBitOptions,
 ) -> None:
     """Copy all experts of a model into one file of aligned, checksummed records; resumes if it was interrupted.
 
     Only an earlier packed copy of the same model is overwritten.
 
     Example: `expertier pack my-model --out my-model.experts --compress`
+
+    Or `expertier pack my-model --out my-model.int4 --form int4 --method gptq --calibrate book.txt`
     """
     expect_model(model)
     expect_folder(out)
     if compress and form not in (None, "compressed"):
         raise ValueError(f"--compress is short for --form compressed; got --form {form} as well, give one of them")
+    options.expect_usable(form, is_compressed=compress)
     from rich.progress import Progress
 
+    quiet_transformers()
+    if options.quantises(model, form):
+        from .low_bit.packing import pack_low_bit
+
+        pack_low_bit(model, out, form, options)
+        return
     console = plain_console(stderr=True)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("reading the checkpoint", total=None)
         from ..store.packing import write_pack
 
-        quiet_transformers()
         write_pack(
             model,
             out,

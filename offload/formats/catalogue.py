@@ -5,12 +5,20 @@ from collections.abc import Mapping
 from ..checkpoint.experts import ExpertLayer
 from .compressed import CompressedForm
 from .form import Form
+from .levelled import LevelledForm
+from .low_bit import LowBitForm
 from .plain import PlainForm
 from .quantised import form_name
 from .quantised_forms import QUANTISED_FORMS
 from .quantised_parts import is_quantised
 
-FORMS: Mapping[str, type[Form]] = {"plain": PlainForm, "compressed": CompressedForm, **QUANTISED_FORMS}
+FORMS: Mapping[str, type[Form]] = {
+    "plain": PlainForm,
+    "compressed": CompressedForm,
+    "lowbit": LowBitForm,
+    "levels": LevelledForm,
+    **QUANTISED_FORMS,
+}
 
 
 def form_in_place(layer: ExpertLayer) -> Form:

@@ -97,6 +97,11 @@ class Form(Protocol):
         ...
 
     @property
+    def own_slot_bytes(self) -> tuple[int, ...]:
+        """Bytes of a slot for each expert alone, multiples of BLOCK_BYTES: what all experts in memory take."""
+        ...
+
+    @property
     def guard_bytes(self) -> int:
         """Bytes after the last slot that reading a slot may touch."""
         ...

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,22 +13,34 @@ from routing.ground.files import write_json
 
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.tensors import TensorEntry
+from ..codes.levels import NAME as LEVELS
+from ..codes.levels import LevelledScheme
+from ..codes.schemes import NAME
 from .catalogue import FORMS
 from .form import BLOCK_BYTES, Form
+from .levelled import LevelledForm
+from .low_bit import LowBitForm
 
 # 100 bytes for each of two million experts; the largest models have some ten thousand
 MAX_INDEX_BYTES = 256 << 20
 Count = Field(ge=0, lt=1 << 62)
+Checksum = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+SchemeName = Annotated[str, Field(pattern=f"^(?:{NAME.pattern})$")]
 FormName = Annotated[str, AfterValidator(lambda name: expect_name(name, FORMS, "stored form"))]
 
 
 class PackedRecord(BaseModel):
-    """One expert: where it is, how long it is, and the XXH3 (64 bits, hexadecimal) of its bytes."""
+    """One expert: where it is, how long it is, and the XXH3 (64 bits, hexadecimal) of its bytes.
+
+    An expert in levels has the XXH3 up to the end of each, and the squared error that is left after each.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     offset: int = Count
     nbytes: int = Count
-    xxh3: str = Field(pattern="^[0-9a-f]{16}$")
+    xxh3: Checksum
+    level_xxh3: tuple[Checksum, ...] | None = None
+    level_errors: tuple[float, ...] | None = None
 
 
 class PackedParameter(BaseModel):
@@ -41,13 +53,19 @@ class PackedParameter(BaseModel):
 
 
 class PackedLayer(BaseModel):
-    """One layer's experts; `encoding` is the name of their form."""
+    """One layer's experts; `encoding` is the name of their form.
+
+    Quantised experts of ours have `schemes` too: of each expert, a name for each parameter; or `levels`, one name.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     module: str
     parameters: tuple[PackedParameter, ...]
     encoding: FormName
     records: tuple[PackedRecord, ...]
+    schemes: tuple[tuple[SchemeName, ...], ...] | None = None
+    levels: Annotated[str, Field(pattern=f"^(?:{LEVELS.pattern})$")] | None = None
+    is_transposed: bool = False
 
     def opened(self, file: Path, layer: ExpertLayer, end: int) -> Form:
         """The form of these experts in `file`, whose records end at byte `end`.
@@ -71,7 +89,25 @@ class PackedLayer(BaseModel):
             TensorEntry(f"{self.module}[{expert}]", file, record.offset, record.nbytes, "U8", (record.nbytes,))
             for expert, record in enumerate(self.records)
         )
-        return form.of_records(layer, tuple(entries))
+        opened = form.of_records(layer, tuple(entries))
+        try:
+            return self._described(opened)
+        except ValueError as error:
+            raise ValueError(f"{file}: {self.module}: {error}; make it again with `expertier pack`") from error
+
+    def _described(self, opened: Form) -> Form:
+        if isinstance(opened, LevelledForm):
+            scheme = LevelledScheme.named(self.levels or "")
+            counts = {len(each or ()) for record in self.records for each in (record.level_xxh3, record.level_errors)}
+            if counts != {scheme.levels}:
+                raise ValueError(f"some experts have no checksum and error for each of {scheme.levels} levels")
+            return opened.described(scheme, is_transposed=self.is_transposed)
+        if not isinstance(opened, LowBitForm):
+            return opened
+        names, wanted = self.schemes or (), len(opened.layer.parameters)
+        if len(names) != len(self.records) or any(len(several) != wanted for several in names):
+            raise ValueError("some experts have no scheme for each matrix")
+        return opened.described(names, is_transposed=self.is_transposed)
 
     def holds(self, layer: ExpertLayer) -> bool:
         """Whether these are that layer's experts."""
@@ -92,6 +128,8 @@ class PackIndex(BaseModel):
     is_compressed: bool
     form: FormName | None = None
     """What was asked for, if neither plain nor compressed; a layer that it does not suit is plain all the same."""
+    recipe: dict[str, Any] | None = None
+    """How experts were quantised, and what came of it, for people; None if they were not."""
     layers: list[PackedLayer] = []
 
     @classmethod

@@ -63,6 +63,11 @@ class PackedForm:
     def slot_bytes(self) -> int:
         return -(-self.regions[0].nbytes // BLOCK_BYTES) * BLOCK_BYTES
 
+    @cached_property
+    def own_slot_bytes(self) -> tuple[int, ...]:
+        """Bytes of a slot for each expert, where every expert has one of its own."""
+        return tuple(-(-record.nbytes // BLOCK_BYTES) * BLOCK_BYTES for record in self.record_E)
+
     def extents(self, expert: int) -> list[Extent]:
         record = self.record_E[expert]
         return [Extent(record, record.offset, record.nbytes, 0, 0)]

@@ -45,6 +45,11 @@ class PlainForm:
         return self.layer.plain_bytes
 
     @property
+    def own_slot_bytes(self) -> tuple[int, ...]:
+        """Experts are alike."""
+        return (self.slot_bytes,) * self.layer.num_experts
+
+    @property
     def guard_bytes(self) -> int:
         """Plain weights are read to their end and no further."""
         return 0

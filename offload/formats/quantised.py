@@ -67,6 +67,11 @@ class QuantisedForm:
         return pieces if self.record_E is None else _as_packed(pieces)
 
     @property
+    def own_slot_bytes(self) -> tuple[int, ...]:
+        """Experts are alike."""
+        return (self.slot_bytes,) * self.layer.num_experts
+
+    @property
     def guard_bytes(self) -> int:
         """Parts are read to their end and no further."""
         return 0
@@ -208,7 +213,8 @@ class QuantisedForm:
 
 
 def _is_in_rows(matrix: StoredMatrix | PlainRows) -> bool:
-    return isinstance(matrix, StoredMatrix) and isinstance(matrix.encoding, Encoding)
+    is_in_rows = isinstance(matrix, StoredMatrix) and isinstance(matrix.encoding, Encoding)
+    return is_in_rows and has_exact_kernel(matrix.encoding)
 
 
 def _kernel_matrix(matrix: StoredMatrix) -> KernelMatrix:

@@ -42,6 +42,18 @@ class Int8Form(QuantisedForm):
     name: ClassVar[str] = "int8"
 
 
+class Int2Form(QuantisedForm):
+    """Integers of two bits, a scale for each group."""
+
+    name: ClassVar[str] = "int2"
+
+
+class Int3Form(QuantisedForm):
+    """Integers of three bits, a scale for each group."""
+
+    name: ClassVar[str] = "int3"
+
+
 class Nf4Form(QuantisedForm):
     """Quantiles of four bits (bitsandbytes), a scale for each 64."""
 
@@ -66,5 +78,18 @@ class MixedForm(QuantisedForm):
     name: ClassVar[str] = "mixed"
 
 
-ALL = (Mxfp4Form, Nvfp4Form, Mxfp8Form, Fp8Form, Int4Form, Int8Form, Nf4Form, GptqForm, AwqForm, MixedForm)
+ALL = (
+    Mxfp4Form,
+    Nvfp4Form,
+    Mxfp8Form,
+    Fp8Form,
+    Int2Form,
+    Int3Form,
+    Int4Form,
+    Int8Form,
+    Nf4Form,
+    GptqForm,
+    AwqForm,
+    MixedForm,
+)
 QUANTISED_FORMS: Mapping[str, type[QuantisedForm]] = {form.name: form for form in ALL}

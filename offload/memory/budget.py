@@ -146,7 +146,12 @@ class Budgets:
 
 
 def expect_budgets(
-    needs: Needs, slot_bytes_L: Sequence[int], experts_L: Sequence[int], top_k: int, loading_bytes: int = 0
+    needs: Needs,
+    slot_bytes_L: Sequence[int],
+    experts_L: Sequence[int],
+    top_k: int,
+    loading_bytes: int = 0,
+    whole_bytes: int | None = None,
 ) -> Budgets:
     """The least budget of a model, and the one that holds all its experts, by the arithmetic of `plan_memory`.
 
@@ -156,10 +161,11 @@ def expect_budgets(
         experts_L: experts of each layer.
         top_k: experts that one token uses in one layer.
         loading_bytes: what loading takes for a moment, before there are slots.
+        whole_bytes: of all experts in slots of their own sizes; None if slots of a layer are alike.
     """
     besides = sum(vars(needs).values())
     least = sum(min(top_k, count) * size for count, size in zip(experts_L, slot_bytes_L, strict=True))
-    whole = besides + _bytes_of_all(slot_bytes_L, experts_L)
+    whole = besides + (_bytes_of_all(slot_bytes_L, experts_L) if whole_bytes is None else whole_bytes)
     least_bytes = max(_with_slack(besides + least, whole), loading_bytes)
     return Budgets(least_bytes=least_bytes, all_bytes=max(_with_slack(whole, whole), loading_bytes))
 
@@ -180,6 +186,11 @@ def _bytes_of_all(slot_bytes_L: Sequence[int], experts_L: Sequence[int]) -> int:
     return sum(count * size for count, size in zip(experts_L, slot_bytes_L, strict=True))
 
 
+def bytes_for_experts(limit_bytes: int, needs: Needs) -> int:
+    """What a budget leaves for expert slots."""
+    return limit_bytes - sum(vars(needs).values()) - _slack(limit_bytes, limit_bytes)
+
+
 def plan_memory(
     limit_bytes: int,
     needs: Needs,
@@ -188,8 +199,11 @@ def plan_memory(
     top_k: int,
     num_slots: Sequence[int] | None = None,
     loading_bytes: int = 0,
+    whole_bytes: int | None = None,
 ) -> MemoryPlan:
     """Divide a budget; slots are spread evenly over the layers, as many as fit and at most all experts.
+
+    Where all experts fit, each may have a slot of its own size.
 
     Args:
         limit_bytes: the whole budget.
@@ -199,6 +213,7 @@ def plan_memory(
         top_k: experts that one token uses in one layer; fewer slots are refused.
         num_slots: slots of each layer, if they are already decided.
         loading_bytes: what loading takes for a moment; only the budget that a refusal names looks at it.
+        whole_bytes: of all experts in slots of their own sizes; None if slots of a layer are alike.
 
     Raises:
         ValueError: if fewer than `top_k` slots per layer fit; the message says which budget would do.
@@ -208,6 +223,16 @@ def plan_memory(
     fixed = besides + slack
     least = [min(top_k, count) for count in experts_L]
     floor = sum(count * size for count, size in zip(least, slot_bytes_L, strict=True))
+    if whole_bytes is not None and num_slots in (None, list(experts_L)):
+        fixed_to_all = besides + _slack(limit_bytes, besides + whole_bytes)
+        if fixed_to_all + whole_bytes <= limit_bytes or num_slots is not None:
+            return MemoryPlan(
+                limit_bytes=limit_bytes,
+                **vars(needs),
+                slack_bytes=fixed_to_all - besides,
+                slot_bytes=whole_bytes,
+                num_slots=tuple(experts_L),
+            )
     if num_slots is None:
         if fixed + floor > limit_bytes:
             enough = expect_budgets(needs, slot_bytes_L, experts_L, top_k, loading_bytes).least_bytes

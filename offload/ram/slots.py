@@ -49,7 +49,8 @@ class LayerSlots:
         self.num_experts = self.form.layer.num_experts
         self.expert_bytes = self.form.expert_bytes
         self.is_grouped = can_group(self.form.layer)
-        self._slots = Slots(num_slots, self.form.slot_bytes, self.form.guard_bytes)
+        sizes = self.form.own_slot_bytes if self.has_all else self.form.slot_bytes
+        self._slots = Slots(num_slots, sizes, self.form.guard_bytes)
         self._policy = policy
         self.ahead_counters = AheadCounters()
         self.clear()
@@ -176,15 +177,18 @@ class LayerSlots:
 
     def _start(self, expert: int, pinned: Collection[int], landed: "SimpleQueue[Ticket]", *, is_demand: bool) -> Ticket:
         # The views are of memory that is still being written. Nobody computes with them before the ticket has landed.
-        slot = self._take_slot(pinned)
+        slot = self._take_slot(expert, pinned)
         ticket, shifts = self._store.read(self.layer, expert, slot, self._slots, landed, is_demand=is_demand)
         views = self.form.views(self._slots.slot(slot), shifts)
         self._resident[expert] = Resident(slot, views, self.form.kernel_matrices(views))
         self.cache.insert(expert)
         return ticket
 
-    def _take_slot(self, pinned: Collection[int]) -> int:
+    def _take_slot(self, expert: int, pinned: Collection[int]) -> int:
+        """A free slot: an expert's own where all have one, since those differ in size."""
         self._reclaim()
+        if self.has_all:
+            return self._take_own_slot(expert)
         # nothing may be evicted, but reads that were given up are about to end: wait for one instead of failing
         if not self._free and self._given_up and self._resident.keys() <= set(pinned):
             self._given_up[0][0].wait()
@@ -193,6 +197,14 @@ class LayerSlots:
             kept = {*pinned, *self._held}
             self.release(self.cache.evict(pinned if self._resident.keys() <= kept else kept))
         return self._free.pop()
+
+    def _take_own_slot(self, expert: int) -> int:
+        while expert not in self._free:
+            # a read of this very expert that was given up still writes there
+            next(ticket for ticket, slot in self._given_up if slot == expert).wait()
+            self._reclaim()
+        self._free.remove(expert)
+        return expert
 
     def _give_up(self, expert: int, ticket: Ticket) -> None:
         """Forget an expert that is still being read; its slot is free again when the last read has ended."""

@@ -87,7 +87,8 @@ def _plan_ram(
 ) -> MemoryPlan:
     try:
         return plan_memory(
-            limit_bytes, needs, opened.slot_bytes_L, opened.experts_L, opened.top_k, slots, loading_bytes
+            *(limit_bytes, needs, opened.slot_bytes_L, opened.experts_L, opened.top_k, slots, loading_bytes),
+            whole_bytes=opened.whole_bytes,
         )
     except ValueError as error:
         raise ValueError(f"{error}; {_held(needs)}") from error
@@ -102,14 +103,14 @@ def budgets_of(opened: OpenedCheckpoint, options: LoadOptions) -> Budgets:
     """The least budget that `load` accepts without a GPU, and the one that holds all experts."""
     shapes = opened.slot_bytes_L, opened.experts_L, opened.top_k
     whole = needs_of(replace(opened, window=None), options)
+    budgets = expect_budgets(whole, *shapes, _loading_bytes(opened, whole), whole_bytes=opened.whole_bytes)
     if not opened.guests.nbytes:
-        return expect_budgets(whole, *shapes, _loading_bytes(opened, whole))
+        return budgets
     smallest = smallest_window(opened.guests, options.resident_layers, options.layers_ahead)
     streaming = replace(opened, window=smallest)
     needs = needs_of(streaming, options)
-    least = expect_budgets(needs, *shapes, _loading_bytes(streaming, needs))
-    whole_bytes = expect_budgets(whole, *shapes, _loading_bytes(opened, whole)).all_bytes
-    return Budgets(least_bytes=least.least_bytes, all_bytes=whole_bytes)
+    least = expect_budgets(needs, *shapes, _loading_bytes(streaming, needs), whole_bytes=opened.whole_bytes)
+    return Budgets(least_bytes=least.least_bytes, all_bytes=budgets.all_bytes)
 
 
 def choose_window(opened: OpenedCheckpoint, options: LoadOptions) -> WindowPlan | None:

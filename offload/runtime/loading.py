@@ -15,6 +15,7 @@ from ..gpu.devices import open_lane
 from ..memory.budget import resident_bytes
 from ..memory.heap import return_free_blocks, return_large_blocks
 from .assembly import assemble
+from .depths import with_depth
 from .division import choose_window, divide_memory, expect_machine_has
 from .opening import open_checkpoint
 from .options import LoadOptions
@@ -35,6 +36,7 @@ def load(
     context: int = 2048,
     arithmetic: str = "auto",
     pack: str | Path | None = None,
+    depth: int | str = "all",
     prefetch: str | Path = "auto",
     plan: str | Path | None = None,
     record_trace: bool = False,
@@ -66,6 +68,8 @@ def load(
             computes a share of the experts that are not there. `"auto"`: exact where that is not slower than the
             resident model on this processor, else fixed; `model.offload.report()["arithmetic"]` says which.
         pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files.
+        depth: of a packed copy in levels, how many of each expert are read: a number, `"all"`, or as many as
+            `cpu_memory` holds with all experts in memory (`"auto"`), those first that gain most for their bytes.
         prefetch: `"gate"`, `"transitions"` or a predictor file (.npz, `expertier trace predictor`) reads what the next
             layers will probably need while the disk is idle, and stops when it does not pay; `"plan"` reads what the
             model's routers have decided ahead (pre-gated and resident routers, one router for all layers); `"off"` does
@@ -101,6 +105,7 @@ def load(
         context=context,
         arithmetic=arithmetic,
         pack=pack,
+        depth=depth,
         prefetch=prefetch,
         plan=plan,
         record_trace=record_trace,
@@ -111,7 +116,7 @@ def load(
     expect_machine_has(options)
     return_large_blocks()
     lane = open_lane(options.device, options.gpu_memory, options.gpu_experts)
-    opened = open_checkpoint(options, partial(choose_window, options=options))
+    opened = with_depth(open_checkpoint(options, partial(choose_window, options=options)), options)
 
     def settle() -> int:
         """Move the resident weights to where they stay; what the process has then, without them on the CPU."""

@@ -20,7 +20,7 @@ from ..formats.form import Form, MatrixForm
 from ..formats.gguf_blocks.expand import expand_tensor
 from ..formats.gguf_blocks.form import gguf_forms
 from ..memory.budget import resident_bytes
-from ..store.packing import read_pack
+from ..store.packing import Pack, read_pack
 from ..window.guests import Guests, find_guests
 from ..window.planning import WindowPlan
 from .options import LoadOptions
@@ -38,6 +38,7 @@ class OpenedCheckpoint:
         process_bytes: memory of the process without this model.
         guests: what could be streamed.
         window: what is; None if everything outside experts stays in memory.
+        packed: the packed copy that is read; None without one.
     """
 
     model: Any
@@ -46,6 +47,7 @@ class OpenedCheckpoint:
     process_bytes: int
     guests: Guests = field(default_factory=Guests)
     window: WindowPlan | None = None
+    packed: Pack | None = None
 
     @property
     def config(self) -> Any:
@@ -60,6 +62,11 @@ class OpenedCheckpoint:
     def slot_bytes_L(self) -> list[int]:
         """Bytes of one RAM slot of each layer."""
         return [form.slot_bytes for form in self.forms]
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of slots for all experts, each of its own size."""
+        return sum(sum(form.own_slot_bytes) for form in self.forms)
 
     @property
     def top_k(self) -> int:
@@ -118,7 +125,7 @@ def _opened_sketch(sketch: Sketch, entries: Mapping[str, TensorEntry], pack: str
     expect_plain_weights(sketch.folder, sketch.skeleton, entries, sketch.found)
     layers = sketch.layers(entries)
     forms: list[Form] = [form_in_place(layer) for layer in layers]
-    checksums = None
+    checksums, packed = None, None
     if pack is not None:
         packed = read_pack(Path(pack), layers, entries)
         forms, checksums = packed.forms, packed.checksums
@@ -129,6 +136,7 @@ def _opened_sketch(sketch: Sketch, entries: Mapping[str, TensorEntry], pack: str
         checksums=checksums,
         process_bytes=process_bytes,
         guests=find_guests(sketch.skeleton, entries, sketch.found),
+        packed=packed,
     )
 
 

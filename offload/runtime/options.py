@@ -39,6 +39,7 @@ class LoadOptions:
     context: int = 2048
     arithmetic: str = "auto"
     pack: str | Path | None = None
+    depth: int | str = "all"
     prefetch: str | Path = "auto"
     plan: str | Path | None = None
     record_trace: bool = False
@@ -69,6 +70,8 @@ class LoadOptions:
             expect_name(self.policy, CACHES, "cache policy")
         expect_choice(self.io, IO_MODES, "io")
         expect_choice(self.arithmetic, ARITHMETICS, "arithmetic")
+        if self.depth not in ("all", "auto") and not str(self.depth).isdecimal():
+            raise ValueError(f"depth must be all, auto or a number of levels; got {self.depth!r}")
         if not str(self.prefetch).endswith(".npz"):
             expect_choice(str(self.prefetch), ("auto", "off", *PREDICTORS, "a predictor file (.npz)"), "prefetch")
 

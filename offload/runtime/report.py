@@ -8,6 +8,7 @@ from routing.traces import RoutingTrace
 
 from ..compute.levels import described
 from ..compute.resident import embedding_bytes, weight_bytes
+from ..formats.levelled import LevelledForm
 from ..memory.budget import MemoryPlan, describe, peak_bytes
 from ..memory.cost import DecodeWork, Prediction, predict_decode
 from ..prefetch.cached_first import CachedFirst
@@ -83,6 +84,7 @@ class Offload:
             "peak_memory_bytes": peak_bytes(),
             "memory": dict(describe(self.plan)),
             "prefetch": prefetch,
+            **self._levels(),
             **({} if self._runtime.gpu is None else {"gpu": self._runtime.gpu.report()}),
             **({"window": streamed} if streamed else {}),
             "hit_rate_L": [layer.hits / max(layer.hits + layer.misses, 1) for layer in counters.layers],
@@ -113,6 +115,12 @@ class Offload:
         first = layers[0].form if layers else None
         rate = hardware.token_rate(is_fast=is_fast) if first is None else first.token_rate(hardware, is_fast=is_fast)
         return predict_decode(work, hardware, rate=rate, is_cached=is_cached)
+
+    def _levels(self) -> dict[str, Any]:
+        """Mean levels that are read of an expert of each layer, where experts are stored in levels."""
+        forms = [slots.form for slots in self._runtime.layers]
+        depth_L = [sum(form.depth_E) / len(form.depth_E) for form in forms if isinstance(form, LevelledForm)]
+        return {"depth_L": depth_L} if depth_L else {}
 
     def _floor(self) -> dict[str, Any]:
         """How long the disk was busy: no schedule of the same reads can be quicker, whatever is computed meanwhile."""

@@ -8,7 +8,7 @@ in any form of FORMS. Packing can be interrupted and resumed: what is finished s
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO
@@ -23,6 +23,8 @@ from ..checkpoint.model_folder import skeleton_of
 from ..checkpoint.tensors import TensorEntry
 from ..formats.catalogue import FORMS, form_in_place
 from ..formats.form import Form
+from ..formats.levelled import LevelledForm
+from ..formats.low_bit import LowBitForm
 from ..formats.pack_index import (
     MAX_INDEX_BYTES,
     PackedLayer,
@@ -40,10 +42,30 @@ from .store import ExpertStore, Slots
 
 @dataclass(frozen=True)
 class Pack:
-    """A packed copy: how each layer is stored in it, and the checksum of each expert of each layer."""
+    """A packed copy: how each layer is stored in it, and the checksum of each expert of each layer.
+
+    Of experts in levels, `level_checksums` and `level_errors` say more, for each expert and level.
+    """
 
     forms: list[Form]
     checksums: list[list[str]]
+    level_checksums: list[list[tuple[str, ...]]]
+    level_errors: list[list[tuple[float, ...]]]
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether some experts can be read in part."""
+        return any(isinstance(form, LevelledForm) for form in self.forms)
+
+    def to_depth(self, depth_LE: Sequence[Sequence[int]]) -> "Pack":
+        """The same copy, read to these levels; layers without levels stay as they are."""
+        forms, checksums = list(self.forms), [*map(list, self.checksums)]
+        for layer, form in enumerate(self.forms):
+            if isinstance(form, LevelledForm):
+                forms[layer] = form.to_depth(depth_LE[layer])
+                levels = zip(self.level_checksums[layer], depth_LE[layer], strict=True)
+                checksums[layer] = [found[depth - 1] for found, depth in levels]
+        return replace(self, forms=forms, checksums=checksums)
 
 
 def write_pack(
@@ -78,7 +100,7 @@ def write_pack(
     model, entries, layers = skeleton_of(path_or_id)
     sources = [form_in_place(layer) for layer in layers]
     wanted = _expect_stored(wanted, sources, str(path_or_id))
-    _expect_own(target, layers, entries)
+    expect_own(target, layers, entries)
     done, total = 0, sum(source.layer.num_experts * source.expert_bytes for source in sources)
 
     def advance(nbytes: int) -> None:
@@ -86,7 +108,7 @@ def write_pack(
         done += nbytes
         progress(done, total)
 
-    part, state_file = _beside(target, ".part"), _beside(target, ".part.json")
+    part, state_file = beside(target, ".part"), beside(target, ".part.json")
     index = _resume(state_file, part, PackIndex.of(entries, wanted), layers)
     store = ExpertStore(model, sources, num_threads=2)
     try:
@@ -102,7 +124,7 @@ def write_pack(
     # The index comes first: after a crash between the two lines `target` is missing, or an older copy that the index
     # does not fit, and `read_pack` refuses it. The next run finds its own part and index, and needs these lines only.
     # In the other order it would find a `target` without an index, and refuse to write over somebody else's file.
-    index.write(_beside(target, ".json"))
+    index.write(beside(target, ".json"))
     part.replace(target)
     state_file.unlink()
     return target
@@ -122,7 +144,7 @@ def read_pack(file: Path, layers: Sequence[ExpertLayer], entries: Mapping[str, T
     Raises:
         ValueError: if it is damaged, or was made from another checkpoint.
     """
-    index_file = _beside(file, ".json")
+    index_file = beside(file, ".json")
     for needed in (file, index_file):
         if not needed.is_file():
             raise ValueError(f"{needed}: no such file; make it with `expertier pack`")
@@ -136,13 +158,19 @@ def read_pack(file: Path, layers: Sequence[ExpertLayer], entries: Mapping[str, T
     return Pack(
         [packed.opened(file, layer, index.end) for packed, layer in zip(index.layers, layers, strict=True)],
         [[record.xxh3 for record in packed.records] for packed in index.layers],
+        [[record.level_xxh3 or () for record in packed.records] for packed in index.layers],
+        [[record.level_errors or () for record in packed.records] for packed in index.layers],
     )
 
 
-def _expect_own(target: Path, layers: Sequence[ExpertLayer], entries: Mapping[str, TensorEntry]) -> None:
-    """Refuse a target that replaces a file of the checkpoint, or anything but a packed copy of the same model."""
-    index_file, state_file = _beside(target, ".json"), _beside(target, ".part.json")
-    for file in (target, index_file, _beside(target, ".part"), state_file):
+def expect_own(target: Path, layers: Sequence[ExpertLayer], entries: Mapping[str, TensorEntry]) -> None:
+    """Refuse a target that replaces a file of the checkpoint, or anything but a packed copy of the same model.
+
+    Raises:
+        ValueError: if it does.
+    """
+    index_file, state_file = beside(target, ".json"), beside(target, ".part.json")
+    for file in (target, index_file, beside(target, ".part"), state_file):
         expect_not_an_input(file, *{shard for entry in entries.values() for shard in entry.files})
         expect_folder(file)
     if (target.exists() or index_file.exists()) and not _is_pack_of(index_file, layers):
@@ -178,9 +206,12 @@ def _expect_stored(wanted: str | None, sources: Sequence[Form], model: str) -> s
     stored = list(dict.fromkeys(source.name for source in sources if source.name in QUANTISED_FORMS))
     if wanted is None:
         return stored[0] if stored else "plain"
-    if wanted in QUANTISED_FORMS and wanted not in stored:
+    if (wanted in QUANTISED_FORMS and wanted not in stored) or wanted in (LowBitForm.name, LevelledForm.name):
         has = f"its experts are {', '.join(stored)}" if stored else "its experts are plain"
-        raise ValueError(f"{model} stores no experts as {wanted} ({has}), and packing does not quantise")
+        raise ValueError(
+            f"{model} stores no experts as {wanted} ({has}), and packing does not quantise "
+            "without a method; `expertier pack --method` does"
+        )
     return wanted
 
 
@@ -198,7 +229,7 @@ def _write_layer(
     source, landed = store.forms[number], SimpleQueue[Ticket]()
     layer, records, chosen = source.layer, list[PackedRecord](), wanted
     slots = Slots(1, source.slot_bytes)
-    room = None if wanted.name in QUANTISED_FORMS or not source.is_expanded else _room(layer)
+    room = None if wanted.name in QUANTISED_FORMS or not source.is_expanded else room_of(layer)
     for expert in range(layer.num_experts):
         _, shifts = store.read(number, expert, 0, slots, landed)
         ticket = landed.get()
@@ -219,7 +250,7 @@ def _write_layer(
     )
 
 
-def _room(layer: ExpertLayer) -> dict[str, torch.Tensor]:
+def room_of(layer: ExpertLayer) -> dict[str, torch.Tensor]:
     """A matrix for each parameter of one expert."""
     return {parameter.name: torch.empty(parameter.shape, dtype=parameter.dtype) for parameter in layer.parameters}
 
@@ -233,5 +264,6 @@ def _resume(state_file: Path, part: Path, fresh: PackIndex, layers: Sequence[Exp
     return state if is_same else fresh
 
 
-def _beside(file: Path, suffix: str) -> Path:
+def beside(file: Path, suffix: str) -> Path:
+    """The file that belongs to a packed copy, by its ending."""
     return file.with_name(file.name + suffix)

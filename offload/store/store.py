@@ -4,6 +4,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -26,15 +27,21 @@ MADV_POPULATE_WRITE = 23
 
 
 class Slots:
-    """A pool of equal, block-aligned slots in one anonymous mapping, whose memory is taken at once.
+    """A pool of block-aligned slots in one anonymous mapping, whose memory is taken at once.
 
     Reading with O_DIRECT into pages that do not exist yet is ten times slower than into pages that do. Each read would
     wait for the kernel to find and clear huge pages.
+
+    Args:
+        num_slots: how many.
+        slot_bytes: of each, or of all alike.
+        guard_bytes: after the last.
     """
 
-    def __init__(self, num_slots: int, slot_bytes: int, guard_bytes: int = 0) -> None:
-        self.slot_bytes = slot_bytes
-        self._mapping = huge_mapping(num_slots * slot_bytes + guard_bytes)
+    def __init__(self, num_slots: int, slot_bytes: int | Sequence[int], guard_bytes: int = 0) -> None:
+        sizes = [slot_bytes] * num_slots if isinstance(slot_bytes, int) else slot_bytes
+        self._starts = [0, *accumulate(sizes)]
+        self._mapping = huge_mapping(self._starts[-1] + guard_bytes)
         self.bytes = memoryview(self._mapping)
         self.tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
         try:
@@ -48,10 +55,10 @@ class Slots:
         self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def slot(self, index: int) -> torch.Tensor:
-        return self.tensor[index * self.slot_bytes : (index + 1) * self.slot_bytes]
+        return self.tensor[self._starts[index] : self._starts[index + 1]]
 
     def raw(self, index: int) -> memoryview:
-        return self.bytes[index * self.slot_bytes : (index + 1) * self.slot_bytes]
+        return self.bytes[self._starts[index] : self._starts[index + 1]]
 
 
 class ExpertStore:

@@ -1,4 +1,4 @@
-"""A quantised checkpoint written out as a plain one, a matrix at a time.
+"""A quantised checkpoint written out as a plain one, a matrix at a time; and any copy with other tensors.
 
 The copy grows in `OUT.part` and takes its name at the end. Shards that are complete stay there when a run is
 interrupted, and the next run of the same checkpoint goes on after them.
@@ -7,6 +7,7 @@ interrupted, and the next run of the same checkpoint goes on after them.
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,10 +63,37 @@ def dequantise(
     view = plain_view(folder, read_checkpoint(folder), find_quantisation(folder), _dtype(folder, config, dtype))
     if not any(isinstance(entry, QuantisedEntry) for entry in view.values()):
         raise ValueError(f"model {folder}: none of its weights is quantised; there is nothing to write")
+    plan = {"dtype": dtype}
+    return write_copy(folder, out, view, _plain_config(config), plan, shard_bytes=shard_bytes, progress=progress)
+
+
+def write_copy(
+    folder: Path,
+    out: Path,
+    view: Mapping[str, TensorEntry],
+    config: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Write a checkpoint whose tensors come from another one; goes on after the last complete file.
+
+    Args:
+        folder: of the other one; its tokenizer and other small files are copied.
+        out: the folder to write; must not exist.
+        view: the tensors by name, plain, quantised (written plainly) or made.
+        config: for config.json.
+        plan: what tells this copy from another of the same checkpoint; JSON values.
+        shard_bytes: size of a file at most.
+        progress: told after each matrix how many bytes are written, and how many there are.
+
+    Raises:
+        ValueError: if something is in the way.
+    """
     shards = _shards(view, shard_bytes)
-    part = _own_part(
-        out, {"source": _source(view), "dtype": dtype, "shards": {name: len(s) for name, s in shards.items()}}
-    )
+    counts = {name: len(entries) for name, entries in shards.items()}
+    part = _own_part(out, {"source": _source(view), **plan, "shards": counts})
     _write_shards(part, shards, progress)
     for file in folder.iterdir():
         if file.is_file() and file.name not in NOT_COPIED and not _is_weights(file):
@@ -74,10 +102,21 @@ def dequantise(
         weight_map = {entry.name: name for name, entries in shards.items() for entry in entries}
         total = sum(plain_bytes(entry) for entry in view.values())
         write_json(part / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(part / "config.json", _plain_config(config))
+    write_json(part / "config.json", dict(config))
     (part / PLAN_NAME).unlink()
     part.rename(out)
     return out
+
+
+@dataclass(frozen=True)
+class MadeEntry(TensorEntry):
+    """A tensor that is made when it is written. Its file is what it is made from.
+
+    Args:
+        make: gives its bytes.
+    """
+
+    make: Callable[[], bytes]
 
 
 def plain_bytes(entry: TensorEntry) -> int:
@@ -129,7 +168,7 @@ def _own_part(out: Path, plan: dict[str, Any]) -> Path:
     """
     part = out.with_name(f"{out.name}.part")
     if part.exists() and not (part / PLAN_NAME).is_file():
-        raise ValueError(f"cannot write {out}: {part} is in the way and is not of an interrupted `dequantise`")
+        raise ValueError(f"cannot write {out}: {part} is in the way and is not of an interrupted run")
     if part.exists() and json.loads((part / PLAN_NAME).read_text(encoding="utf-8")) != plan:
         shutil.rmtree(part)
     if not part.exists():
@@ -156,6 +195,9 @@ def _write_shards(part: Path, shards: Shards, progress: Callable[[int, int], Non
 
 def _write_tensor(entry: TensorEntry, file: IO[bytes]) -> Iterator[int]:
     """Write one tensor; gives the bytes of each piece when it is written."""
+    if isinstance(entry, MadeEntry):
+        yield file.write(entry.make())
+        return
     if isinstance(entry, QuantisedEntry):
         plain = torch.empty(entry.shape[-2:], dtype=entry.torch_dtype())
         for number in range(entry.num_matrices):

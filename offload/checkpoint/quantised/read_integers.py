@@ -12,15 +12,19 @@ from .description import Quantisation
 from .found import Companions, Found, expect_shape, said, scale_name
 from .values import expect_quantiles, expect_usual_order, nf4_state, shape_in
 
+PACKED_BITS = (4, 8, 3, 2)
+"""Of a code. Fewer than 32 columns may fill as many words with codes of 3 bits as of 4: the config decides then."""
+
 
 def packed_integers(codes: TensorEntry, companions: Companions, described: Quantisation) -> Found:
     """compressed-tensors: words of 32 bits along the columns, half of the range added to each code."""
     shape = shape_in(companions["shape"])
     lead, (rows, columns) = shape[:-2], shape[-2:]
-    bits = next((bits for bits in (4, 8) if codes.shape == (*lead, rows, -(-columns * bits // WORD_BITS))), 0)
+    fitting = [bits for bits in PACKED_BITS if codes.shape == (*lead, rows, -(-columns * bits // WORD_BITS))]
+    bits = next((bits for bits in fitting if bits in (described.bits or PACKED_BITS)), 0)
     if not bits:
         raise ValueError(
-            f"{said(codes)}: not {list(shape)} in codes of 4 or 8 bits, which {companions['shape'].name} names"
+            f"{said(codes)}: not {list(shape)} in codes of 2, 3, 4 or 8 bits, which {companions['shape'].name} names"
         )
     scales = companions["scales"]
     across = scales.shape[-1] if scales.shape else 1

@@ -1,0 +1,1 @@
+"""Methods that quantise one matrix: by its weights alone, or by its inputs too."""
