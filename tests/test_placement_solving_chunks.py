@@ -114,7 +114,7 @@ def most_above_slots(current, steps):
 
 
 def test_gains_are_those_of_the_plans(plans):
-    """Gains of all exchanges sum to the fall of the imbalance, by the objective's own code; the steep ones are first."""
+    """Gains sum to the fall of the imbalance, by the objective's own code; the steep ones are first."""
     current, target = plans
     found = exchanges(current, target)
     load_LE = np.array(target.metadata["load"])

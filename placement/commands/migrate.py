@@ -47,7 +47,7 @@ def migrate_command(
         raise ValueError("--chunks counts chunks; say how large they may be by --stall or --chunk-bytes")
     running = Plan.load(current)
     found = migrate_checked(running, Plan.load(target))
-    chunks: list["Chunk"] = []
+    chunks: list[Chunk] = []
     if chunk_bytes is not None or stall is not None:
         budget = {} if chunk_bytes is None else {"most_bytes": parse_bytes(chunk_bytes)}
         chunks = cut(running, found, **budget, **({} if stall is None else {"most_seconds": parse_seconds(stall)}))

@@ -32,10 +32,12 @@ def first_LP(load_LE: Float, slots: int, gpus: int) -> Integer:
     if slots == E:  # rounds suit the many small copies of replicated experts; else a GPU must be able to wait
         return eplb(load_LE, slots, 1, 1, gpus)
     count_LE = threshold_counts_LE(load_LE, slots, gpus)
-    weight_LE, expert_LE = _ranked(_shares_LE(load_LE) / count_LE.astype(np.float32), np.arange(E), falling=True)
+    per_copy_LE = np.asarray(_shares_LE(load_LE) / count_LE, np.float32)
+    weight_LE, expert_LE = _ranked(per_copy_LE, np.arange(E), falling=True)
     repeat_N = np.take_along_axis(count_LE, expert_LE, axis=1).ravel()
     turns = (L, slots // gpus, gpus)
-    expert_LSG, weight_LSG = (np.repeat(each.ravel(), repeat_N).reshape(turns) for each in (expert_LE, weight_LE))
+    expert_LSG = np.repeat(expert_LE.ravel(), repeat_N).reshape(turns)
+    weight_LSG = np.repeat(weight_LE.ravel(), repeat_N).reshape(turns)
     gpu_LSG = np.empty(turns, np.int64)
     load_LG, gpu_LG = np.zeros((L, gpus), np.float32), np.tile(np.arange(gpus), (L, 1))
     for turn in range(turns[1]):
@@ -68,14 +70,14 @@ def threshold_counts_LE(load_LE: Float, slots: int, gpus: int) -> Integer:
         return np.clip(needed_LE, 1, gpus, out=needed_LE)
 
     for _ in range(HALVINGS):
-        middle_L1 = (low_L1 + high_L1) / 2
+        middle_L1 = np.asarray((low_L1 + high_L1) / 2, np.float32)
         is_enough_L1 = needed(middle_L1).sum(axis=1, keepdims=True) <= slots
         low_L1 = np.where(is_enough_L1, low_L1, middle_L1)
         high_L1 = np.where(is_enough_L1, middle_L1, high_L1)
     count_LE = needed(high_L1).astype(np.int64)
     left_L = slots - count_LE.sum(axis=1)
     while np.any(left_L > 0):
-        worth_LE = np.where(count_LE < gpus, share_LE / count_LE.astype(np.float32), np.float32(-1))
+        worth_LE = np.asarray(np.where(count_LE < gpus, share_LE / count_LE, -1), np.float32)
         _, order_LE = _ranked(worth_LE, np.arange(E), falling=True)
         layer_N, rank_N = np.nonzero(np.arange(E) < left_L[:, None])
         expert_N = order_LE[layer_N, rank_N]
