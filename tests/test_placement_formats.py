@@ -187,7 +187,7 @@ def test_vllm_one_map_only_where_layers_agree(tmp_path):
 
 
 def test_unknown_format_lists_the_known_ones(plan, tmp_path):
-    with pytest.raises(ValueError, match="unknown format 'magic'; there are ktransformers, omni, sglang"):
+    with pytest.raises(ValueError, match="unknown format 'magic'; there are hygon, ktransformers, omni, sglang"):
         export_plan(plan, "magic", tmp_path / "x")
 
 
