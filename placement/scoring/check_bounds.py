@@ -2,7 +2,7 @@
 
 Shares no code with the bounds on purpose: loops instead of cumulated sums, bisection instead of greedy copies, the dual
 of the matching instead of the matching, and a linear programme instead of hulls. Every value is itself a valid bound.
-Shapes: T tokens, E experts, G GPUs, M nodes, S slots of a part.
+Shapes: T tokens, E experts, G GPUs, M nodes, S slots per part.
 """
 
 from collections import Counter

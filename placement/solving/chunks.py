@@ -80,7 +80,7 @@ def stop_after(current: Plan, migration: Migration, chunks: list[Chunk]) -> Migr
 
     Args:
         current: what runs now.
-        migration: the whole.
+        migration: of `migrate`, from which `chunks` were cut.
         chunks: the first ones of `cut`.
 
     Raises:
