@@ -175,7 +175,7 @@ def test_the_pareto_front_is_labelled_with_what_it_knew(tmp_path, monkeypatch):
     write_report(problem, solve(problem, solver="lpt"), tmp_path / "r.html", with_pareto=True)
     page = (tmp_path / "r.html").read_text()
     assert "a plan that was made knowing this data" in page
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
 
 
 def test_old_plans_without_new_metadata_still_score(folder):

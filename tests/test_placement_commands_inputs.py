@@ -211,4 +211,10 @@ def test_report_is_one_file_without_outside_references(tmp_path):
     page = (tmp_path / "r.html").read_text()
     assert "data:image/png;base64," in page
     assert "http" not in page
+    assert "batches of ep.batch_tokens tokens" in page
+    assert "Expected gain over the contiguous layout" in page
+    write_report(problem, plan, tmp_path / "r.html", other=solve(problem, solver="random"))
+    page = (tmp_path / "r.html").read_text()
+    assert "<td>other plan</td>" in page
+    assert "Expected gain over the other plan" in page
     assert traffic_GG(plan, trace).sum() == pytest.approx(plan.certificate.in_sample["gpu_fanout"])

@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 
 from placement import Plan, generate_trace
 from placement.cli import app
+from placement.commands.inputs import read_problem
 from placement.data.model_folder import read_model_experts
+from placement.solving import what_if
 from routing.ground.hardware import Hardware
 
 CLUSTER = """
@@ -57,12 +59,39 @@ def test_solve_puts_what_does_not_fit_on_lower_tiers(folder):
     assert "the rest goes to host memory and SSDs" in run(*arguments)
     done = CliRunner().invoke(app, [str(one) for one in (*arguments, "--objective", "fanout")])
     assert "--objective is of plans that keep all of them there" in str(done.exception)
-    for command, words in (("score", "judged by seconds"), ("report", "has no page yet")):
-        more = ["--objective", "balance"] if command == "score" else ["--out", folder / "x.html"]
-        done = CliRunner().invoke(app, [command, *map(str, (folder / "p.json", "--trace", folder / "t.npz", *more))])
-        assert words in str(done.exception)
+    wrong = ("score", folder / "p.json", "--trace", folder / "t.npz", "--objective", "balance")
+    done = CliRunner().invoke(app, [str(one) for one in wrong])
+    assert "judged by seconds" in str(done.exception)
     done = CliRunner().invoke(app, ["export", str(folder / "p.json"), "--format", "sglang", "--out", str(folder / "e")])
     assert "keeps every expert on GPUs" in str(done.exception)
+
+
+def test_the_page_of_tiers_tells_memories_prices_and_what_more_would_bring(folder, monkeypatch):
+    """GPUs are full and bind; one more holds experts that were in host memory, so the step gets faster."""
+    monkeypatch.setattr(what_if.what_more_brings, "__defaults__", (0.3,))
+    common = ("--trace", folder / "t.npz")
+    for name, batch in (("p", 4), ("q", 32)):
+        run("tiers", *common, "--cluster", folder / "c.yaml", "--time-limit", 0.5, "--batch", batch, "--out",
+            folder / f"{name}.json")  # fmt: skip
+    run("report", folder / "p.json", *common, "--out", folder / "r.html")
+    page = (folder / "r.html").read_text()
+    assert "http" not in page
+    for words in ("What is where", "What binds", "one more GPU on node 0", "64 GiB more host memory", "<td>full</td>"):
+        assert words in page
+    plan = Plan.load(folder / "p.json")
+    larger = what_if.with_gpu(plan.cluster, 0)
+    assert larger.node_G.tolist() == [0, 0, 0, 1, 1]
+    assert larger.memory_bytes_G.tolist() == [3e6] * 5
+    problem = read_problem(folder / "t.npz", None, None, plan.cluster, None, spare_slots=True)
+    gpu, memory = what_if.what_more_brings(problem, plan)
+    assert gpu.seconds < plan.certificate.objective
+    assert memory.bound <= memory.seconds
+    done = CliRunner().invoke(
+        app, [str(o) for o in ("report", folder / "p.json", *common, "--against", folder / "q.json", "--out", "x.html")]
+    )
+    assert "the same machines" in str(done.exception)
+    run("report", folder / "p.json", *common, "--against", folder / "p.json", "--out", folder / "r.html")
+    assert "0 experts have another home there" in (folder / "r.html").read_text()
 
 
 def write_checkpoint(folder, layers=2, experts=4, size=1000):

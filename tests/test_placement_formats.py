@@ -82,6 +82,8 @@ def test_draft_layers_follow_the_decoder_in_the_initial_layout(plan, name, tmp_p
         assert len(value.get("initial_global_assignments", value.get("layer_list"))) == 6
     elif name == "omni":
         assert np.load(path, allow_pickle=False).shape == (8, 6, 16)
+    elif name == "hygon":
+        assert json.loads(path.read_text())["physical_to_logical_map"][4:] == [initial, initial]
     else:
         count = np.array(json.loads(path.read_text())["logical_count"])
         assert (count.shape, np.ptp(count[6:])) == ((8, 16), 0)
@@ -139,7 +141,7 @@ def test_each_export_says_the_flag_and_the_version(plan, name, tmp_path):
     usage = export_plan(plan, name, tmp_path / "experts.out")
     assert str(tmp_path / "experts.out") in usage
     assert "checked with" in usage
-    assert "{" not in usage or name in ("tensorrt-llm", "vllm-ascend", "vllm")
+    assert "{" not in usage or name in ("tensorrt-llm", "vllm-ascend", "vllm", "hygon")
     assert ("pull request 41141; no release" in usage) == (name == "vllm")
     if name.startswith("sglang"):
         assert f"--ep-num-redundant-experts {plan.num_slots - 16}" in usage
@@ -185,5 +187,26 @@ def test_vllm_one_map_only_where_layers_agree(tmp_path):
 
 
 def test_unknown_format_lists_the_known_ones(plan, tmp_path):
-    with pytest.raises(ValueError, match="unknown format 'magic'; there are ktransformers, omni, sglang"):
+    with pytest.raises(ValueError, match="unknown format 'magic'; there are hygon, ktransformers, omni, sglang"):
         export_plan(plan, "magic", tmp_path / "x")
+
+
+def test_hygon_maps_are_read_as_the_plugin_reads_them(plan, tmp_path):
+    """Version 2 holds several models, of which one is the plan's; sizes that do not fit the map are refused."""
+    path = tmp_path / "map.json"
+    export_plan(plan, "hygon", path)
+    written = json.loads(path.read_text())
+    assert (written["num_physical_experts"], written["num_logical_experts"]) == (plan.num_slots, 16)
+    draft = {"physical_to_logical_map": [[0, 1, 1, 0]]}
+    by_model = {"version": 2, "format": "vllm_offline_eplb_physical_to_logical_by_model"}
+    path.write_text(json.dumps({**by_model, "model_maps": {"Model": written, "Draft": draft}}))
+    FORMATS["hygon"].validate(path, plan)
+    for value, words in (
+        ({**by_model, "model_maps": {"Draft": draft}}, "not what the plan says"),
+        ({**written, "num_redundant_experts": 99}, "num_redundant_experts is 99"),
+        ({**written, "version": 3}, "expected version 1"),
+        ({**written, "physical_to_logical_map": [[0, 2]]}, "every expert"),
+    ):
+        path.write_text(json.dumps(value))
+        with pytest.raises(ValueError, match=words):
+            FORMATS["hygon"].validate(path, plan)

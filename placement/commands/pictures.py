@@ -15,6 +15,7 @@ from ..contract.plan import Plan
 from ..contract.problem import Problem
 from ..objectives import weighted
 from ..objectives.balance import gpu_load_LG
+from ..objectives.batches import batch_imbalance_AL, batch_size, policy_of
 from ..scoring.score import score
 from ..solving.comparison import Row
 from ..solving.solve import solve
@@ -24,21 +25,21 @@ PARETO_PRICES = (0.05, 0.2, 0.5, 1.5, 5.0)  # of imbalance: from nearly free to 
 SAMPLE_TOKENS = 20_000  # a heat map of ranks needs no more; all of a long trace would take minutes
 
 
-def load_maps(problem: Problem, before: Plan, after: Plan) -> Figure:
+def load_maps(problem: Problem, before: Row, after: Plan) -> Figure:
     """Load of each GPU over the mean, layer by layer, of two plans."""
     load_LE = problem.load_WLE.mean(axis=0)
     maps = []
-    for plan in (before, after):
+    for plan in (before.plan, after):
         load_LG = gpu_load_LG(plan, load_LE)
         maps.append(load_LG / np.maximum(load_LG.mean(axis=1, keepdims=True), 1e-30))
-    return _pair_of_maps(maps, ("contiguous", "this plan"), "rank", "MoE layer")
+    return _pair_of_maps(maps, (before.name, "this plan"), "rank", "MoE layer")
 
 
-def traffic_maps(trace: RoutingTrace, before: Plan, after: Plan) -> Figure:
+def traffic_maps(trace: RoutingTrace, before: Row, after: Plan) -> Figure:
     """`traffic_GG` of two plans, on a sample of the tokens."""
     sample = trace.rows(0, SAMPLE_TOKENS)
-    maps = [traffic_GG(plan, sample) for plan in (before, after)]
-    return _pair_of_maps(maps, ("contiguous", "this plan"), "serving rank", "home rank")
+    maps = [traffic_GG(plan, sample) for plan in (before.plan, after)]
+    return _pair_of_maps(maps, (before.name, "this plan"), "serving rank", "home rank")
 
 
 def traffic_GG(plan: Plan, trace: RoutingTrace) -> Float:
@@ -54,6 +55,19 @@ def traffic_GG(plan: Plan, trace: RoutingTrace) -> Float:
             miss_TG *= 1 - padded[trace.expert_TLK[:, layer, k]]
         np.add.at(traffic, home_T, 1 - miss_TG)
     return traffic / max(trace.num_tokens * plan.num_layers, 1)
+
+
+def imbalance_over_time(trace: RoutingTrace, rows: list[Row]) -> Figure:
+    """Fullest over mean GPU of each batch in the order of the traffic, under each plan's own dispatch."""
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    axis: Any = figure.subplots()
+    for row in rows:
+        tokens = batch_size(trace, row.plan.cluster.ep.batch_tokens)
+        value_AL = batch_imbalance_AL(row.plan, trace, tokens, policy_of(row.plan.dispatch))
+        axis.plot(value_AL.mean(axis=1), label=row.name)
+    axis.set(xlabel="batch", ylabel="fullest over mean GPU")
+    axis.legend()
+    return figure
 
 
 def _pair_of_maps(maps: list[Float], names: tuple[str, str], across: str, down: str) -> Figure:

@@ -67,20 +67,30 @@ def report_command(
     trace: TraceOption = None,
     loads: LoadsOption = None,
     rows: RowsOption = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="PLAN", help="Another plan, judged on the same data beside this one.")
+    ] = None,
     pareto: Annotated[bool, typer.Option(help="Also solve for the front of balance against fan-out.")] = False,
 ) -> None:
-    """Write one self-contained page: loads per rank, traffic before and after, gaps, expected gain.
+    """Write one self-contained page: loads per rank, batches over time, traffic, gaps, expected gain.
+
+    A plan with tiers gets a page of its own: what is where, what binds, what more hardware would bring.
 
     Example: `expertier place report plan.json --trace routing.npz --pareto --out report.html`
     """
     from routing.ground.terminal import plain_console
 
     from ..contract.plan import Plan
+    from .inputs import read_problem
     from .report import write_report
+    from .tier_page import write_tier_page
 
-    expect_outputs(out, inputs=[plan_file, trace, *(loads or ())])
-    plan = Plan.load(plan_file)
+    expect_outputs(out, inputs=[plan_file, against, trace, *(loads or ())])
+    plan, other = Plan.load(plan_file), None if against is None else Plan.load(against)
     if plan.homes is not None:
-        raise ValueError(f"{plan_file}: a plan with tiers has no page yet; `expertier place score` prints its table")
-    write_report(judging_problem(plan, trace, loads, rows), plan, out, with_pareto=pareto)
+        write_tier_page(read_problem(trace, loads, rows, plan.cluster, None, spare_slots=True), plan, out, other)
+    elif other is not None and other.homes is not None:
+        raise ValueError(f"{against} has tiers and {plan_file} has none; they are not judged alike")
+    else:
+        write_report(judging_problem(plan, trace, loads, rows), plan, out, with_pareto=pareto, other=other)
     plain_console().print(f"wrote {out}", highlight=False)

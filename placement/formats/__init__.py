@@ -9,6 +9,7 @@ from routing.ground.expect import expect_name
 
 from ..contract.plan import Plan
 from .extra_layers import with_extra_layers
+from .hygon import export_hygon, validate_hygon
 from .ktransformers import export_ktransformers, validate_ktransformers
 from .omni import export_omni, validate_omni
 from .sglang import export_sglang, export_sglang_count, validate_sglang, validate_sglang_count
@@ -64,6 +65,12 @@ FORMATS: dict[str, Format] = {
         validate=validate_vllm,
         usage='--eplb-config \'{{"num_redundant_experts": {replicas}, "initial_mapping_path": "{file}"}}\'',
         checked="vLLM with pull request 41141; no release of vLLM loads it",
+    ),
+    "hygon": Format(
+        export=export_hygon,
+        validate=validate_hygon,
+        usage='--eplb-config \'{{"num_redundant_experts": {replicas}, "expert_map_path": "{file}"}}\'',
+        checked="the documentation of Hygon's vLLM plugin of 2026 (format version 1)",
     ),
     "omni": Format(
         export=export_omni,

@@ -2,6 +2,8 @@
 
 All layers and GPUs of a round advance in one operation. A round gives each GPU one copy, so the deal is LPT's with a
 lock on GPUs that have had one; on DeepSeek-R1 loads it is as balanced as EPLB. Without copies it is EPLB.
+Every sort is of integers, a value's bits above its index: NumPy sorts those by vector instructions and keeps ties in
+order, which it does not do for floats.
 Source: rounds instead of single steps as in the evolved EPLB of ADRS (arXiv:2510.06189); written anew.
 Shapes: L layers, E experts, G GPUs, P slots, S slots per GPU.
 """
@@ -12,7 +14,9 @@ from numpy.typing import NDArray
 from .eplb import eplb
 
 Float = NDArray[np.float64]
+Single = NDArray[np.float32]
 Integer = NDArray[np.int64]
+INDEX_BITS = 32  # of a sorted key, below the 32 bits of its value
 HALVINGS = 12  # of the interval of the largest load per copy: 1 part in 4,096; leftover slots go to the hottest
 
 
@@ -28,19 +32,21 @@ def first_LP(load_LE: Float, slots: int, gpus: int) -> Integer:
     if slots == E:  # rounds suit the many small copies of replicated experts; else a GPU must be able to wait
         return eplb(load_LE, slots, 1, 1, gpus)
     count_LE = threshold_counts_LE(load_LE, slots, gpus)
-    copy_LP = np.repeat(np.tile(np.arange(E), L), count_LE.ravel()).reshape(L, slots)
-    weight_LP = np.take_along_axis(load_LE / count_LE, copy_LP, axis=1)
-    order_LP = np.argsort(-weight_LP, axis=1, kind="stable")
-    copy_LP = np.take_along_axis(copy_LP, order_LP, axis=1)
-    weight_LP = np.take_along_axis(weight_LP, order_LP, axis=1)
-    load_LG, map_LGS = np.zeros((L, gpus)), np.empty((L, gpus, slots // gpus), np.int64)
-    row_L1 = np.arange(L)[:, None]
-    for turn in range(slots // gpus):
-        part = slice(turn * gpus, (turn + 1) * gpus)
-        emptiest_LG = np.argsort(load_LG, axis=1, kind="stable")
-        map_LGS[row_L1, emptiest_LG, turn] = copy_LP[:, part]
-        load_LG[row_L1, emptiest_LG] += weight_LP[:, part]
-    return map_LGS.reshape(L, slots)
+    per_copy_LE = np.asarray(_shares_LE(load_LE) / count_LE, np.float32)
+    weight_LE, expert_LE = _ranked(per_copy_LE, np.arange(E), falling=True)
+    repeat_N = np.take_along_axis(count_LE, expert_LE, axis=1).ravel()
+    turns = (L, slots // gpus, gpus)
+    expert_LSG = np.repeat(expert_LE.ravel(), repeat_N).reshape(turns)
+    weight_LSG = np.repeat(weight_LE.ravel(), repeat_N).reshape(turns)
+    gpu_LSG = np.empty(turns, np.int64)
+    load_LG, gpu_LG = np.zeros((L, gpus), np.float32), np.tile(np.arange(gpus), (L, 1))
+    for turn in range(turns[1]):
+        load_LG, gpu_LG = _ranked(load_LG, gpu_LG)
+        gpu_LSG[:, turn] = gpu_LG
+        load_LG = load_LG + weight_LSG[:, turn]
+    map_LSG = np.empty(turns, np.int64)
+    np.put_along_axis(map_LSG, gpu_LSG, expert_LSG, axis=2)
+    return map_LSG.swapaxes(1, 2).reshape(L, slots)
 
 
 def threshold_counts_LE(load_LE: Float, slots: int, gpus: int) -> Integer:
@@ -54,18 +60,45 @@ def threshold_counts_LE(load_LE: Float, slots: int, gpus: int) -> Integer:
     L, E = load_LE.shape
     if slots == E:
         return np.ones((L, E), np.int64)
-    high_L: Float = np.maximum(load_LE.max(axis=1), 1e-300)
-    low_L: Float = high_L / gpus
+    share_LE = _shares_LE(load_LE)
+    low_L1, high_L1 = np.full((L, 1), 1 / gpus, np.float32), np.ones((L, 1), np.float32)
+    needed_LE = np.empty_like(share_LE)
+
+    def needed(threshold_L1: Single) -> Single:
+        np.multiply(share_LE, 1 / threshold_L1, out=needed_LE)
+        np.ceil(needed_LE, out=needed_LE)
+        return np.clip(needed_LE, 1, gpus, out=needed_LE)
+
     for _ in range(HALVINGS):
-        middle_L: Float = (low_L + high_L) / 2
-        is_enough_L = np.maximum(np.ceil(load_LE / middle_L[:, None]), 1).sum(axis=1) <= slots
-        low_L = np.where(is_enough_L, low_L, middle_L)
-        high_L = np.where(is_enough_L, middle_L, high_L)
-    count_LE = np.clip(np.ceil(load_LE / high_L[:, None]), 1, gpus).astype(np.int64)
+        middle_L1 = np.asarray((low_L1 + high_L1) / 2, np.float32)
+        is_enough_L1 = needed(middle_L1).sum(axis=1, keepdims=True) <= slots
+        low_L1 = np.where(is_enough_L1, low_L1, middle_L1)
+        high_L1 = np.where(is_enough_L1, middle_L1, high_L1)
+    count_LE = needed(high_L1).astype(np.int64)
     left_L = slots - count_LE.sum(axis=1)
     while np.any(left_L > 0):
-        order_LE = np.argsort(-np.where(count_LE < gpus, load_LE / count_LE, -1), axis=1, kind="stable")
-        rank_LE = np.argsort(order_LE, axis=1)
-        count_LE += (rank_LE < left_L[:, None]) & (count_LE < gpus)
+        worth_LE = np.asarray(np.where(count_LE < gpus, share_LE / count_LE, -1), np.float32)
+        _, order_LE = _ranked(worth_LE, np.arange(E), falling=True)
+        layer_N, rank_N = np.nonzero(np.arange(E) < left_L[:, None])
+        expert_N = order_LE[layer_N, rank_N]
+        count_LE[layer_N, expert_N] += count_LE[layer_N, expert_N] < gpus
         left_L = slots - count_LE.sum(axis=1)
     return count_LE
+
+
+def _shares_LE(load_LE: Float) -> Single:
+    """Loads over the layer's largest, at most 1."""
+    largest_L1 = np.maximum(load_LE.max(axis=1, keepdims=True), 1e-300)
+    return np.asarray(load_LE / largest_L1, np.float32)
+
+
+def _ranked(value_LN: Single, id_LN: Integer, *, falling: bool = False) -> tuple[Single, Integer]:
+    """Values of each row in order, and their ids; equal values by id.
+
+    The bits of floats that are not negative rise with them; -1 comes last where values fall.
+    """
+    bits_LN = value_LN.view(np.int32).astype(np.int64)
+    key_LN = np.sort((-bits_LN if falling else bits_LN) << INDEX_BITS | id_LN, axis=1)
+    found_LN = key_LN >> INDEX_BITS
+    value_LN = (-found_LN if falling else found_LN).astype(np.int32).view(np.float32)
+    return value_LN, key_LN & ((1 << INDEX_BITS) - 1)

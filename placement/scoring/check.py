@@ -10,10 +10,11 @@ from routing.ground.quantity import format_size
 from ..contract.certificate import Certificate
 from ..contract.plan import Plan
 from ..contract.problem import Problem
-from .check_metrics import least_imbalance, metrics_again, objective_again
+from .check_metrics import bounds_again, layers_again, metrics_again, objective_again
 from .check_tiers import tier_faults
 
 TOLERANCE = 1e-6  # sums of float64 in another order differ by less
+GAP_TOLERANCE = 1e-5  # bounds of layers come from linear programmes, whose tolerance is 1e-7 of each row
 
 
 def check_plan(plan: Plan, data: Problem | None = None, *, made_from: Problem | None = None) -> list[str]:
@@ -109,14 +110,23 @@ def _metric_faults(plan: Plan, problem: Problem, certificate: Certificate) -> li
     own = objective_again(plan, problem)
     if own is not None and abs(own - certificate.objective) > TOLERANCE * max(1.0, abs(own)):
         faults.append(f"the objective {plan.objective_name} is {own}, the certificate claims {certificate.objective}")
-    is_own = (
-        plan.objective_name == "balance"
-        and certificate.bound_name == "copies"
-        and plan.experts_per_layer is None
-        and len(problem.scenarios) == 1
-    )
-    if is_own and certificate.bound is not None:
-        least = least_imbalance(plan, problem)
+    return faults + _bound_faults(plan, problem, certificate)
+
+
+def _bound_faults(plan: Plan, problem: Problem, certificate: Certificate) -> list[str]:
+    """The bound against what the data prove, and the gaps of the layers against both; not what a programme proved."""
+    faults = []
+    layers = layers_again(plan, problem)
+    if layers is None or certificate.bound is None:
+        return faults
+    if certificate.gap_L:
+        if len(certificate.gap_L) != len(layers) or not all(0 <= gap <= 1 for gap in certificate.gap_L):
+            return [f"the gaps of {len(layers)} layers must lie in 0..1; the certificate has {certificate.gap_L[:4]}"]
+        left = float(np.mean([value * (1 - gap) for value, gap in zip(layers, certificate.gap_L, strict=True)]))
+        if abs(left - certificate.bound) > GAP_TOLERANCE * max(1.0, abs(left)):
+            faults.append(f"the gaps of the layers leave a bound of {left}, the certificate claims {certificate.bound}")
+    if "MIP dual" not in certificate.bound_name and (proved := bounds_again(plan, problem)) is not None:
+        least = float(np.mean(proved))
         if certificate.bound > least * (1 + TOLERANCE):
             faults.append(f"the bound is {least}, the certificate claims {certificate.bound}")
     return faults

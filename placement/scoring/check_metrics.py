@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..contract.plan import Plan
 from ..contract.problem import Problem, Scenario
+from .check_bounds import least_fanouts, least_imbalances
 
 Float = NDArray[np.float64]
 CELLS = 1 << 23  # numbers of one table, 64 MiB
@@ -98,58 +99,48 @@ def metrics_again(plan: Plan, scenario: Scenario) -> dict[str, float]:
     return found
 
 
+def layers_again(plan: Plan, problem: Problem) -> list[float] | None:
+    """The objective of a certificate in each layer, of one scenario; None for objectives that are not derived here."""
+    return _layers_of(plan, problem, imbalances, fanouts)
+
+
+def bounds_again(plan: Plan, problem: Problem) -> list[float] | None:
+    """What the data prove of that objective in each layer."""
+    return _layers_of(plan, problem, least_imbalances, least_fanouts)
+
+
+def _layers_of(plan: Plan, problem: Problem, uneven: Any, spread: Any) -> list[float] | None:
+    """Layers of an objective made of imbalance and fan-out, or of bounds of both."""
+    if len(problem.scenarios) > 1 or plan.experts_per_layer is not None:
+        return None
+    scenario, name, one_node = problem.scenarios[0], plan.objective_name, plan.cluster.num_nodes == 1
+    if name == "balance":
+        return [float(value) for value in uneven(plan, scenario)]
+    if scenario.trace is None or name not in ("gpu-fanout", "node-fanout", "fanout", "fanout+balance"):
+        return None
+    over_gpus, over_nodes = (np.array(spread(plan, scenario, of_nodes=of_nodes)) for of_nodes in (False, True))
+    joined = over_gpus if one_node else over_nodes + over_gpus / _link_ratio(plan)
+    if name == "fanout+balance":
+        price = PRICE_ONE_NODE if one_node else PRICE_SEVERAL_NODES
+        joined = joined + price * np.array(uneven(plan, scenario))
+    return [float(value) for value in {"gpu-fanout": over_gpus, "node-fanout": over_nodes}.get(name, joined)]
+
+
+def _link_ratio(plan: Plan) -> float:
+    cluster = plan.cluster
+    return max(1.0, float(np.median(cluster.nvlink_bytes_per_s_G / cluster.nic_bytes_per_s_G)))
+
+
 def objective_again(plan: Plan, problem: Problem) -> float | None:
     """The objective of a certificate, of one scenario; None for objectives that are not derived here."""
     if len(problem.scenarios) > 1 or plan.cluster.rank_cost_GG is not None:
         return None
-    scenario, cluster = problem.scenarios[0], plan.cluster
-    uneven = float(np.mean(imbalances(plan, scenario)))
+    if (layers := layers_again(plan, problem)) is not None:
+        return float(np.mean(layers))
+    scenario = problem.scenarios[0]
     if plan.objective_name == "balance":
-        return uneven
-    if scenario.trace is None:
+        return float(np.mean(imbalances(plan, scenario)))
+    if scenario.trace is None or plan.objective_name not in ("hops", "hops+balance"):
         return None
-    one_node = cluster.num_nodes == 1
-    ratio = max(1.0, float(np.median(cluster.nvlink_bytes_per_s_G / cluster.nic_bytes_per_s_G)))
-    over_gpus = float(np.mean(fanouts(plan, scenario, of_nodes=False)))
-    over_nodes = float(np.mean(fanouts(plan, scenario, of_nodes=True)))
-    spread = over_gpus if one_node else over_nodes + over_gpus / ratio
-    moved = hops(plan, scenario)
-    return {
-        "gpu-fanout": over_gpus,
-        "node-fanout": over_nodes,
-        "fanout": spread,
-        "fanout+balance": spread + (PRICE_ONE_NODE if one_node else PRICE_SEVERAL_NODES) * uneven,
-        "hops": moved,
-        "hops+balance": moved + PRICE_OF_HOPS * uneven,
-    }.get(plan.objective_name)
-
-
-def least_imbalance(plan: Plan, problem: Problem) -> float:
-    """A bound on `balance` of one scenario by counting: some GPU holds the hottest copy and its lightest fellows.
-
-    With one copy each, some GPU holds the hottest expert and slots - 1 others, at best the lightest. With copies, those
-    of all experts at some largest load per copy must fit the slots; bisection finds the least such load.
-    """
-    loads, gpus = problem.scenarios[0].load_LE, plan.cluster.num_gpus
-    speeds, slots, total = plan.cluster.speed_G, plan.num_slots, 0.0
-    for load_E in loads:
-        mean = load_E.sum() / speeds.sum()
-        if not mean:
-            total += 1.0
-            continue
-        if slots == len(load_E):
-            ordered = np.sort(load_E)
-            peak = float(ordered[-1] + ordered[: plan.slots_per_gpu - 1].sum())
-        else:
-            peak = _least_copy(load_E, slots, gpus)
-        total += max(1.0, peak / float(speeds.max()) / mean)
-    return total / len(loads)
-
-
-def _least_copy(load_E: Float, slots: int, gpus: int) -> float:
-    low, high = float(load_E.max()) / gpus, float(load_E.max())
-    for _ in range(60):
-        middle = (low + high) / 2
-        needed = np.maximum(np.ceil(load_E / middle * (1 - 1e-12)), 1).sum()
-        low, high = (low, middle) if needed <= slots else (middle, high)
-    return low
+    price = PRICE_OF_HOPS if plan.objective_name == "hops+balance" else 0.0
+    return hops(plan, scenario) + price * float(np.mean(imbalances(plan, scenario)))

@@ -34,8 +34,8 @@ class Row:
     score: Score
 
 
-def compare_with_baselines(plan: Plan, data: Problem) -> list[Row]:
-    """The contiguous layout, EPLB on the plan's own planning data, EPLB that knows the data, and the plan.
+def compare_with_baselines(plan: Plan, data: Problem, other: Plan | None = None) -> list[Row]:
+    """The contiguous layout, EPLB on the plan's own planning data, EPLB that knows the data, another plan, the plan.
 
     EPLB that was made from the data it is judged on is no rival of a plan that was not. It is a row of its own, and the
     only EPLB where the plan does not say what it was made from.
@@ -47,6 +47,8 @@ def compare_with_baselines(plan: Plan, data: Problem) -> list[Row]:
         first.append(("EPLB", own, solve(planning, solver="eplb-global")))
     if not knows_data:
         first.append(("EPLB, knowing this data", THIS_DATA, solve(data, solver="eplb-global")))
+    if other is not None:
+        first.append(("other plan", _planned_on(other), other))
     first.append(("this plan", own, plan))
     return [Row(name=n, planned_on=p, plan=one, score=score(data, one, "balance")) for n, p, one in first]
 
