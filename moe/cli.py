@@ -1,4 +1,4 @@
-"""The commands of this package, joined: `export`, `convert`, `refactor`, `upcycle`, `prune`, `join`, `merge`, `bricks`."""
+"""The commands of this package, joined: `export`, `convert`, `refactor`, `upcycle`, `prune`, `join` and others."""
 
 import typer
 

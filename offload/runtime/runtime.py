@@ -153,7 +153,7 @@ class OffloadRuntime:
         self._is_whole = True
 
     @contextmanager
-    def hold(self, number: int) -> Iterator[dict[str, torch.Tensor]]:
+    def lend(self, number: int) -> Iterator[dict[str, torch.Tensor]]:
         """The weights of a streamed guest, while it is computed; other threads wait meanwhile.
 
         Args:

@@ -20,7 +20,7 @@ NO_COPY = "the weights of a streamed model are read for one model only; load it 
 class Holder(Protocol):
     """Who holds guests while they are computed."""
 
-    def hold(self, number: int) -> Any:
+    def lend(self, number: int) -> Any:
         """A context that gives the weights of `plan.streamed[number]` by name."""
         ...
 
@@ -71,7 +71,7 @@ class StreamedForward:
         Raises:
             RuntimeError: if gradients would need the weights later.
         """
-        with self.holder.hold(self.number) as weights:
+        with self.holder.lend(self.number) as weights:
             parameters = {name: getattr(*place) for name, place in self.places.items()}
             with _exchanged([(parameter, weights[name]) for name, parameter in parameters.items()]):
                 result = self.otherwise(*args, **kwargs)
