@@ -21,7 +21,7 @@ from .inference.skip_feed_forward import SkipReport, skip_feed_forward
 from .layers.layer import FeedForward, MoELayer, RoutedLayer
 from .layers.stack import LayerPasses
 from .model.decoder import MoEForCausalLM, MoEModel, MoEOutput
-from .model.denoiser import Denoiser, noise_levels, sample
+from .model.denoiser import Denoiser, noise_levels, noised, sample
 from .model.forecaster import Forecaster
 from .parts.config import MoEConfig
 from .parts.flops import LayerFlops, projection_flops
@@ -70,6 +70,7 @@ __all__ = [
     "most_used",
     "nearest_parts",
     "noise_levels",
+    "noised",
     "open_tokenizer",
     "projection_flops",
     "prune",

@@ -18,6 +18,7 @@ from routing.ground.terminal import plain_console
 
 from ..evidence.record import RECORDS, expect_records, save_record
 
+# small enough for a core to train in minutes, with as many experts as quantising by usage needs
 MODEL = {
     "hidden_size": 128,
     "num_hidden_layers": 4,
@@ -28,7 +29,9 @@ MODEL = {
     "moe_intermediate_size": 128,
     "qk_norm": "full",
 }
+# chosen once, not tuned
 SEQUENCE, BATCH, WARM_UP = 128, 8, 30
+# 4,096 rows for each expert that is visited as often as the others
 CALIBRATION_TOKENS = 16_384
 UNIFORM = (
     *(("int4", "rtn"), ("int4", "hqq"), ("int4", "awq"), ("int4", "gptq")),
@@ -93,7 +96,7 @@ class _Trained:
 
     Args:
         folder: keeps everything.
-        seed: of the training.
+        seed: of the training, 0 or more.
         steps: optimiser steps, at least 40.
         tokens: of held-out text to judge on.
         scratch: for the judge.

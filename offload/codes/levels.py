@@ -18,6 +18,7 @@ from .schemes import Scheme, pack_bits
 
 NAME = re.compile(r"(planes|residual)-(\d{1,5})x(\d{1,2})")
 BASE_BITS = 2
+"""Bits of the first level of planes, as in D2MoE."""
 LevelParts = Mapping[str, torch.Tensor]
 
 

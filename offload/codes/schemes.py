@@ -20,6 +20,7 @@ FORMS = ("int8", "int4", "int3", "int2", "mxfp4", "fp8")
 MX_COLUMNS = 32
 """Columns that share an exponent, by the OCP standard of microscaling formats."""
 E4M3_MOST = 448.0
+"""The largest number of E4M3, by the OCP standard of 8-bit floats."""
 LEAST_GROUP = 16
 """Columns below which groups are not divided: scales would take half a byte of every weight."""
 
@@ -56,7 +57,7 @@ class Scheme:
 
         Args:
             form: one of FORMS.
-            columns: of the matrix.
+            columns: of the matrix, 1 or more.
             wanted: columns that should share a scale; halved until it divides the columns, else a whole row.
             has_zero: give integers zeros.
 

@@ -22,7 +22,9 @@ from .quantised_parts import rounded
 
 MARK = b"levels01"
 HEAD_BYTES = 64
+"""Before the first level, so that it begins with a line of the cache."""
 NUMBER_BYTES = 4
+"""Of an expert's number in the head."""
 
 
 @dataclass(frozen=True, eq=False)

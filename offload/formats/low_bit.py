@@ -15,6 +15,7 @@ from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer, Parameter
 from ..checkpoint.tensors import TORCH_DTYPES
+from ..codes.encoding import Encoding
 from ..codes.expander import has_exact_kernel, kernel_number, kernel_parameters, kernel_parts
 from ..codes.schemes import Scheme
 from ..codes.stored_matrix import StoredMatrix
@@ -25,6 +26,7 @@ from .quantised_parts import rounded
 
 MARK = b"lowbits1"
 HEAD_BYTES = 64
+"""Before the first matrix, so that it begins with a line of the cache."""
 DTYPE_NAMES = {name: stored for stored, name in TORCH_DTYPES.items()}
 
 SchemeNames = tuple[str, ...]
@@ -69,8 +71,9 @@ class LowBitForm(PackedForm):
         return {parameter.name: record for parameter in self.layer.parameters}
 
     def can_multiply(self, *, is_transposed: bool) -> bool:
+        matrices = self._matrices(self._no_bytes, self.schemes_E[0]).values()
         return self.is_uniform and all(
-            has_exact_kernel(matrix.encoding) for matrix in self._matrices(self._no_bytes, self.schemes_E[0]).values()
+            isinstance(matrix.encoding, Encoding) and has_exact_kernel(matrix.encoding) for matrix in matrices
         )
 
     def kernel_matrices(self, views: Mapping[str, Any]) -> dict[str, tuple[KernelMatrix, ...]]:
@@ -194,7 +197,7 @@ def record_of(matrices: Sequence[StoredMatrix], names: SchemeNames, all_names: S
 
 
 def _kernel_matrix(matrix: StoredMatrix) -> KernelMatrix:
-    assert not isinstance(matrix.encoding, type)
+    assert isinstance(matrix.encoding, Encoding)
     parameters = kernel_parameters(matrix.encoding, matrix.rows, matrix.columns)
     parts = tuple(part or 0 for part in kernel_parts(matrix.parts))
     return KernelMatrix(kernel_number(matrix.encoding), matrix.rows, matrix.columns, parts, parameters)

@@ -213,8 +213,9 @@ class QuantisedForm:
 
 
 def _is_in_rows(matrix: StoredMatrix | PlainRows) -> bool:
-    is_in_rows = isinstance(matrix, StoredMatrix) and isinstance(matrix.encoding, Encoding)
-    return is_in_rows and has_exact_kernel(matrix.encoding)
+    if not isinstance(matrix, StoredMatrix) or not isinstance(matrix.encoding, Encoding):
+        return False
+    return has_exact_kernel(matrix.encoding)
 
 
 def _kernel_matrix(matrix: StoredMatrix) -> KernelMatrix:

@@ -31,7 +31,7 @@ def calibrate(
     """Record what experts see, or open the recording that an interrupted run of the same text left.
 
     Args:
-        path_or_id: the model.
+        path_or_id: folder or id of the model, not quantised.
         data: a text file, or a folder of them.
         folder: scratch; takes the tokens times the model's width and layers, in bfloat16.
         tokens: to read at most.

@@ -21,6 +21,7 @@ FITS_ZEROS = ("hqq",)
 LEAST_SHARE = 0.005
 """Share of the tokens below which an expert's inputs are too few to learn from; what GPTQModel takes, too."""
 LEAST_ROWS = 16
+"""Inputs below which a method that needs them says little, so that weights alone decide. Not tuned."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_LINE_BYTES = 1 << 20
+"""A longer line was not written by us."""
 SAVE_EVERY_S = 0.5
 """Work that a crash may cost. Each save waits for the disk twice, as long as quantising a small expert takes."""
 

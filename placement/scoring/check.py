@@ -115,7 +115,7 @@ def _metric_faults(plan: Plan, problem: Problem, certificate: Certificate) -> li
 
 def _bound_faults(plan: Plan, problem: Problem, certificate: Certificate) -> list[str]:
     """The bound against what the data prove, and the gaps of the layers against both; not what a programme proved."""
-    faults = []
+    faults: list[str] = []
     layers = layers_again(plan, problem)
     if layers is None or certificate.bound is None:
         return faults

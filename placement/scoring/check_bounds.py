@@ -128,7 +128,7 @@ def _least_parts(size: int, slots: int, parts: int, pairs: float) -> float:
 
     divisions = [one for one in _divisions(size) if max(one) <= slots and len(one) <= parts]
     together = [[sum(n * (n - 1) / 2 for n in one) for one in divisions]]
-    done = linprog(  # type: ignore[call-overload]
+    done = linprog(
         [len(one) for one in divisions],
         A_ub=together,
         b_ub=[pairs],
@@ -136,12 +136,12 @@ def _least_parts(size: int, slots: int, parts: int, pairs: float) -> float:
         b_eq=[1.0],
         method="highs",
     )
-    return float(done.fun) if done.status == 0 else float(min(len(one) for one in divisions))
+    return float(done.fun or 0) if done.status == 0 else float(min(len(one) for one in divisions))
 
 
 def _divisions(size: int) -> list[tuple[int, ...]]:
     """All ways to write a number as a sum of positive ones, each once."""
-    found = {(): 0}
+    found: dict[tuple[int, ...], int] = {(): 0}
     for _ in range(size):
         found |= {
             tuple(sorted((*one, n))): total + n

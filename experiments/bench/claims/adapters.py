@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 HELD_IN, HELD_OUT = ("prose", "tables", "markup", "sums"), ("python", "changes")
 BASE = (*HELD_IN, *HELD_OUT)
+# a small rank of LoRA, trigrams hashed to few places, a page of text for each task: toy sizes, chosen once
 RANK, EMBEDDING_WIDTH, TASK_BYTES = 8, 512, 4_096
 SCALES = {"held_in": 100.0, "held_out": 3.0}
 """Published scales of the bias, for tasks that were tuned on and for others."""

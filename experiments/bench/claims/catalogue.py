@@ -8,6 +8,7 @@ from .series import time_moe_rows
 from .two_modalities import mixture_of_transformers_rows
 from .unequal_members import hdee_rows
 
+# in the order in which `--help` lists them
 CLAIMS: dict[str, Claim] = {
     "architectures": Claim(
         question="Does every architecture learn, by the example of its row? Not at equal operations, so no ranking.",

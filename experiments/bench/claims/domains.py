@@ -17,6 +17,7 @@ from .claim import fit, small_decoder
 if TYPE_CHECKING:
     from torch import Tensor
 
+# toy sizes that a core trains in a minute, chosen once; the rate is that of the preset `smoke`
 LENGTH, BATCH, RATE, HELD_OUT_ROWS = 64, 16, 3e-3, 48
 DOMAIN_BYTES = 300_000
 """Read of each domain: far more than a hundred steps see, and small to keep."""

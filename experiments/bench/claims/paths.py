@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+# toy sizes that a core trains in a minute, chosen once; ten steps are MoDE's own number for sampling
 POINTS, BATCH, HELD_OUT, SAMPLER_STEPS, RATE = 8, 64, 256, 10, 3e-3
+# four ways round an obstacle, so that the mean of two is none of them
 BENDS = (0.9, 0.45, -0.45, -0.9)
+# what is trained, beside sizes
 MODE = {"architecture": "mode", "router": "qwen3_moe", "vocab_size": 1}
 DENSE = {"router": "olmoe", "num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 96}
 """One network as wide as the two experts of a token; `olmoe` weighs it by 1."""
@@ -101,7 +104,7 @@ def held_out_loss(denoise: Any, held_out: "Tensor") -> float:
     """EDM's weighted squared error at the same drawn noise for all."""
     import torch
 
-    from moe.model.denoiser import noised
+    from moe import noised
 
     noisy, sigma = noised(held_out, torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -15,6 +15,7 @@ from .claim import Row, fit, small_decoder
 if TYPE_CHECKING:
     from torch import Tensor
 
+# toy sizes that a core trains in a minute, chosen once
 CONTEXT, HORIZON, BATCH, RATE = 64, 32, 32, 2e-3
 TRAINING_SHARE = 0.8
 """The first part of a recorded series is trained on, the rest forecast."""

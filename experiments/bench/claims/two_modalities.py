@@ -14,6 +14,7 @@ from .series import TRAINING_SHARE, recorded
 if TYPE_CHECKING:
     from torch import Tensor
 
+# toy sizes that a core trains in a minute, chosen once
 TEXT, SERIES, LEVELS, BATCH, RATE, HELD_OUT_ROWS = 40, 40, 64, 16, 3e-3, 96
 FIRST_LEVEL = 256
 """Ids below are bytes, ids from here on levels of a series."""

@@ -79,6 +79,11 @@ class GgufForm:
         last = self.regions[-1]
         return last.start + -(-last.nbytes // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES
 
+    @property
+    def own_slot_bytes(self) -> tuple[int, ...]:
+        """Experts are alike."""
+        return (self.slot_bytes,) * self.layer.num_experts
+
     def extents(self, expert: int) -> list[Extent]:
         return [self._extent(region, expert) for region in range(len(self.matrices))]
 
