@@ -39,6 +39,7 @@ def without_times(run):
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_log(run / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, corpus, precision, tiny_training):
     """With jitter and a balancing bias, so that noise and variables are part of what must come back."""

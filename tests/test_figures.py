@@ -68,7 +68,7 @@ EXEMPT: dict[str, dict[str, str]] = {
         "LRU 25 %": "a definition",
     },
     "docs/finetune.md": {
-        "3.9 to 4.0 GB of host memory instead of 24.7 to 25.8 GB; steps 1.24 to 1.71 times as long": "of its repository",
+        "3.9 to 4.0 GB of host memory instead of 24.7 to 25.8 GB; steps 1.24 to 1.71 times as long": "its repository",
         "530 tokens/s in 6.1 GB; Hugging Face 304 in 32 GB": "of its documentation",
         "| 40 tokens/s |": "of its documentation",
         "1.96 times ZeRO-Infinity": "of GreedySnake's paper, named there",

@@ -136,10 +136,12 @@ def test_a_checkpoint_starts_the_next_stage(build, tmp_path):
     assert torch.equal(routed.model.layers[1].mlp.big.up_proj.weight, model.model.layers[1].mlp.big.up_proj.weight)
 
 
-def test_a_model_without_a_bank_of_experts_is_not_offloaded(build, tmp_path):
-    build().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="cannot be offloaded"):
-        offload.load(tmp_path)
+def test_a_model_without_a_bank_of_experts_loads_as_a_dense_one(build, tmp_path):
+    model = build().eval()
+    model.save_pretrained(tmp_path)
+    token_BS = torch.randint(96, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(offload.load(tmp_path)(token_BS).logits, model(token_BS).logits)
 
 
 def test_operations_count_the_modules_that_were_taken(build):

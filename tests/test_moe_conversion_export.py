@@ -10,7 +10,7 @@ from moe.cli import app
 from moe.conversion import export as export_module
 from moe.conversion.export import export
 from moe.conversion.same_function import TOLERANCE, expect_same_function
-from moe.conversion.source import INDEX_NAME, _files
+from moe.conversion.source import INDEX_NAME, files_of_tensors
 from moe.conversion.staging import staged_folder
 from routing import ROUTERS
 
@@ -45,7 +45,7 @@ def test_exported_checkpoint_gives_the_same_logits_in_transformers_own_class(tin
         ("olmoe", {"qk_norm": "full", "head_dim": 16}, "head_dim"),
         ("qwen3_moe", {"zero_compute_experts": ["copy"]}, "zero-compute"),
         ("qwen3_moe", {"router": "deepseek_v3"}, "softmax"),
-        ("llama", {}, "unknown family"),
+        ("gemma", {}, "unknown family"),
     ],
 )
 def test_what_a_family_cannot_express_is_refused_with_the_reason(tiny_config, family, overrides, reason):
@@ -178,7 +178,7 @@ def test_code_in_the_folder_is_never_run(tmp_path, run, monkeypatch, capsys, com
 def test_one_file_wins_over_a_stale_index(tmp_path):
     (tmp_path / INDEX_NAME).write_text('{"weight_map": {"a": "gone-00001-of-00001.safetensors"}}')
     save_file({"b": torch.ones(2)}, tmp_path / "model.safetensors")
-    assert _files(tmp_path) == {"b": tmp_path / "model.safetensors"}
+    assert files_of_tensors(tmp_path) == {"b": tmp_path / "model.safetensors"}
 
 
 def test_a_folder_appears_whole_or_not_and_leftovers_of_a_kill_go(tmp_path):

@@ -76,6 +76,7 @@ def compiled(commands):
     return entries
 
 
+@pytest.mark.slow
 def test_some_configurations():
     found = compiled(
         {

@@ -129,6 +129,7 @@ def test_gradients_on_every_mesh_equal_those_of_one_device():
     on_eight_devices(MODEL.format(overrides=overrides, meshes=meshes, products=["block", "ragged"]))
 
 
+@pytest.mark.slow
 def test_the_gradient_check_sees_the_argsort_trap_and_we_do_not_fall_into_it():
     relative_error = float(on_eight_devices(TRAP).split()[-1])
     # where jax has repaired its typing of argsort, nothing is left to see

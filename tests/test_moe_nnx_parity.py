@@ -117,6 +117,7 @@ def test_logits_losses_and_gradients_equal_those_of_torch(tiny_config, tmp_path,
         np.testing.assert_allclose(gradients[name], truth, **tolerance[torch.float32], err_msg=name)
 
 
+@pytest.mark.slow
 def test_padding_is_not_counted_by_the_router(tiny_config, tmp_path):
     model, twin = pair(tiny_config, tmp_path, {"router": "deepseek_v3"})
     token_BS = torch.randint(96, (2, 6))

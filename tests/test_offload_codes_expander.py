@@ -68,7 +68,13 @@ def test_c_agrees_with_the_definition_on_random_bytes(name):
         expect_same_bits(turned, expected.t())
 
 
-PAIRS = [(codes, scale) for codes in CODE_BITS for scale in ITEM_BYTES if scale not in ("F64", "LDEXP")]
+PAIRS = [
+    (codes, scale)
+    for codes in CODE_BITS
+    if CODE_BITS[codes] in (4, 8)
+    for scale in ITEM_BYTES
+    if scale not in ("F64", "LDEXP")
+]
 
 
 @pytest.mark.parametrize(("codes", "scale"), [*PAIRS, ("e2m1", "LDEXP")])

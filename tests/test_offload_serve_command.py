@@ -279,6 +279,7 @@ def test_a_trained_model_makes_sense_over_http():
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
+@pytest.mark.slow
 def test_members_answer_by_name_or_by_what_the_prompt_says(tmp_path):
     """Two models in one budget: each request gets the whole answer of one of them."""
     kinds = {"sea": "silu", "land": "gelu"}

@@ -24,6 +24,7 @@ nodes: [{type: n, count: 2}]
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_the_best_plan_so_far(tmp_path):
     trace = generate_trace(tokens=4000, layers=12, experts=64, top_k=4, blocks=8, tokens_per_sequence=20)
     trace.save(tmp_path / "t.npz")

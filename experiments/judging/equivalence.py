@@ -87,9 +87,14 @@ def _noncentrality(statistic: float, freedom: int, share: float) -> float:
     from scipy.optimize import brentq
     from scipy.stats import nct
 
+    def above(shift: float) -> float:
+        under = float(nct.cdf(statistic, freedom, shift))
+        # far from the statistic SciPy gives NaN instead of all or nothing
+        return (float(shift < statistic) if math.isnan(under) else under) - share
+
     # ten times the statistic and more hold every quantile that is asked for
     reach = 10 * (abs(statistic) + 10)
-    return float(brentq(lambda shift: float(nct.cdf(statistic, freedom, shift)) - share, -reach, reach))
+    return float(brentq(above, -reach, reach))
 
 
 def expect_margin(margin: float) -> None:

@@ -158,6 +158,8 @@ def locate_experts(
             full_name = f"{module_name}.{name}"
             keys = found.get(full_name)
             if not keys:
+                if full_name in (getattr(model, "all_tied_weights_keys", None) or {}):
+                    raise ValueError(f"the experts of {full_name} are shared by two modules, and cannot be offloaded")
                 raise ValueError(f"the checkpoint has no tensor for {full_name}; is a shard missing?")
             sources, converter = _sources(full_name, keys, entries, weight.shape[0], converters)
             parameters.append(

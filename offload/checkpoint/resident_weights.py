@@ -55,10 +55,6 @@ def load_resident(
             readable = [key for key, _ in keys if name in expected or entries[key].dtype in TORCH_DTYPES]
             state.update({key: lazy_tensor(entries[key]) for key in readable})
     for name in hollow & expected.keys():
-        if name not in found and name in (getattr(sketch.skeleton, "all_tied_weights_keys", None) or {}):
-            raise ValueError(
-                f"model {folder}: the experts of {name} are shared by two modules, and cannot be offloaded"
-            )
         if name not in found:
             raise ValueError(f"model {folder}: the checkpoint has no tensor for {name}; is a shard missing?")
         state[name] = _Hollow(tuple(expected[name].shape), expected[name].dtype)

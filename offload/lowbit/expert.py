@@ -66,9 +66,9 @@ class Calibration:
     """The inputs of one expert, and what tells whether they are enough.
 
     Args:
-        rows: the inputs.
-        up_bias: of the first product.
-        num_tokens: of the text.
+        rows: inputs that were kept, and how the router weighed them.
+        up_bias: what the first product adds; 0 without one.
+        num_tokens: tokens of the text, 1 or more.
     """
 
     rows: ExpertRows

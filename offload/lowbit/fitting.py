@@ -104,7 +104,7 @@ def quantise_to_bits(
     """Write a packed copy whose weights take so many stored bits on average, each matrix as many as it is worth.
 
     Args:
-        path_or_id: the model.
+        path_or_id: folder or id of the model, not quantised.
         target: the file to write.
         bits: stored bits of a weight, scales included.
         method: one of METHODS.

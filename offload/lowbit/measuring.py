@@ -61,7 +61,7 @@ def measure(
     expert's output, as a share of the layer's output, times the layer's sensitivity.
 
     Args:
-        source: the model.
+        source: the model, not quantised, opened for reading.
         candidates: forms with their groups, see `Scheme.for_columns`.
         usage: how much each expert counts.
         sensitivity_L: what a unit of relative error in each layer costs.

@@ -30,7 +30,7 @@ class Contestant:
     """A model and how it is loaded.
 
     Args:
-        path_or_id: of the model.
+        path_or_id: folder or id of the model, in any form that `load` opens.
         pack: a packed copy of its experts.
         depth: levels of it that are read, see `load`.
         cpu_memory: budget of the process.

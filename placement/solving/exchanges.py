@@ -177,7 +177,7 @@ def _steepest_first(layer: list[Exchange]) -> list[tuple[float, list[Exchange]]]
     runs: list[tuple[float, int, list[Exchange]]] = []
     for one in layer:
         gain, moves, run = one.gain, one.moves, [one]
-        while runs and runs[-1][0] * moves <= gain * runs[-1][1]:
+        while runs and runs[-1][0] / max(runs[-1][1], 1) <= gain / max(moves, 1):
             more, further, before = runs.pop()
             gain, moves, run = gain + more, moves + further, before + run
         runs.append((gain, moves, run))
