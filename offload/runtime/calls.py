@@ -64,8 +64,7 @@ class _Calls:
             tried = total_ahead(slots.ahead_counters for slots in runtime.layers)
             runtime.prefetcher.judge(tried.issued, tried.useful, tried.late)
         started_s, num_tokens = self._begun.pop()
-        runtime.counters.step_s.append(time.perf_counter() - started_s)
-        runtime.counters.step_tokens.append(num_tokens)
+        runtime.counters.end_call(time.perf_counter() - started_s, num_tokens)
 
 
 def _shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:

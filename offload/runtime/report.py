@@ -124,7 +124,7 @@ class Offload:
 
     def _floor(self) -> dict[str, Any]:
         """How long the disk was busy: no schedule of the same reads can be quicker, whatever is computed meanwhile."""
-        busy_s, achieved_s = self._runtime.store.busy_s - self._busy_before_s, sum(self._runtime.counters.step_s)
+        busy_s, achieved_s = self._runtime.store.busy_s - self._busy_before_s, self._runtime.counters.achieved_s
         return {
             "floor_s": busy_s,
             "achieved_s": achieved_s,
