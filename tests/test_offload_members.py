@@ -117,6 +117,8 @@ class Stop(BaseException):
     """What Ctrl-C raises."""
 
 
+# as in test_offload_window.py: a callback of the collector may be what is interrupted
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interrupts_while_switching(group):
     file, expected = group
     members, cut = squeezed(offload.load_members(file, context=64, io="cached"), 0.4), 0

