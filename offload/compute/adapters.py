@@ -7,6 +7,7 @@ wrappers compute is computed here, one expert at a time.
 Shapes: E experts, N rows, I inputs, O outputs.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +100,12 @@ def shown_to_peft(layers: Sequence[ExpertLayer], modules: Sequence[nn.Module]) -
             hollow = torch.zeros((), dtype=parameter.dtype).expand(shape)
             module.register_parameter(parameter.name, nn.Parameter(hollow, requires_grad=False))
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT asks transformers for a name that is going away, and looks for the patterns that it makes of fused
+            # experts among modules only; a user can change neither
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+            yield
     finally:
         for layer, module in zip(layers, modules, strict=True):
             for parameter in layer.parameters:
