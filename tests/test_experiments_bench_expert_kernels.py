@@ -121,6 +121,7 @@ def run(layer, _no_clock, monkeypatch, tmp_path):
     return command
 
 
+@pytest.mark.slow
 def test_the_whole_command_prints_times_of_kernels_that_are_right(run):
     result, kept = run()
     assert result.exit_code == 0, result.output

@@ -453,6 +453,7 @@ def test_what_cannot_run_is_refused_before_anything_starts(names, message, tiny,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_architectures_are_compared_with_or_without_routers(tiny, text, tmp_path):
     base = replace(tiny, model=tiny.model | {"num_hidden_layers": 4}, steps=2, held_out_tokens=128)
     names = ["chain-2", "chain-2-shared-gate", "dense", "mor-expert-2", "mor-token-2", "mor-expert-2-moe"]

@@ -52,6 +52,7 @@ def test_the_best_rate_and_the_sensitivity_by_hand():
     assert row["best_rate"] is None
 
 
+@pytest.mark.slow
 def test_a_comparison_takes_the_rates_of_a_sweep_and_warns_without_them(run, tmp_path, capfd):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {n}: {n * n % 97} and {n * 31 % 89}\n" for n in range(900)))

@@ -132,6 +132,7 @@ def test_sequences_of_one_token_are_refused(tiny_training):
 
 
 # Ctrl-C is also tried within this process, in every phase of a step
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_saves_the_step_it_came_in(text, tmp_path, number):
     command = [sys.executable, "-m", "experiments.cli", "train", "--preset", "smoke", "--data", str(text)]

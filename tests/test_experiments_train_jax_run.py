@@ -59,6 +59,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, corpus, pr
     assert [row["step"] for row in rows if "held_out_bits_per_byte" in row] == [4, 8]
 
 
+@pytest.mark.slow
 def test_from_the_same_weights_it_follows_torch_step_by_step_and_ends_in_a_torch_model(tmp_path, corpus, tiny_training):
     config = replace(
         tiny_training, model=tiny_training.model | {"router": "deepseek_v3", "router_options": {"bias_rate": 1e-2}}

@@ -50,6 +50,9 @@ VARIANTS = {
 }
 LONGER = (
     "moepp",
+    "deepseek-v2",
+    "adamoe",
+    "switch",
     "olmoe-dense-shared",
     "qwen3-tied",
     "longcat",
@@ -131,6 +134,7 @@ def test_padding_is_not_counted_by_the_router(tiny_config, tmp_path):
         np.testing.assert_allclose(one.entropy, other.entropy, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_counts_in_no_device_loss(tiny_config, tmp_path):
     options = {"num_groups": 3, "groups_kept": 2}
     model, twin = pair(tiny_config, tmp_path, {"router": "deepseek_v2", "router_options": options})

@@ -144,6 +144,7 @@ def test_what_goes_where():
     assert [ring_slots(count) for count in (1, 3, 200)] == [2, 3, 8]
 
 
+@pytest.mark.slow
 def test_the_benchmark_on_a_simulated_device(simulated, monkeypatch, tmp_path, capsys):
     rng = np.random.default_rng(0)
     expert_TLK = np.stack([[rng.permutation(8)[:2] for _ in range(2)] for _ in range(20)]).astype(np.int16)

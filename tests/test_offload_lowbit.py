@@ -87,7 +87,7 @@ def test_zeros_have_no_open_folder(model, tmp_path):
     assert not list(tmp_path.glob("open*"))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_methods_with_inputs_err_less_on_them_and_fall_back_where_there_are_few(model, inputs, tmp_path, method):
     methods = offload.quantise(model, tmp_path / method, form="int3", method=method, inputs=inputs)
     assert methods == {method: 8}

@@ -90,6 +90,7 @@ def test_a_report_says_what_each_row_was_planned_on(folder):
     assert "knowing this data" not in (folder / "own.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_report_models_milliseconds_where_sizes_are_known(folder):
     solved(folder)
     arguments = (folder / "plan.json", "--loads", folder / "decode.json", "--out", folder / "r.html")

@@ -49,6 +49,7 @@ def test_a_goal_is_kept_first_and_then_fanout_falls(problem):
         find_objective("fanout<=2,balance").weights(problem.cluster)
 
 
+@pytest.mark.slow
 def test_churn_weight_trades_moves_for_quality(problem):
     running = contiguous(problem)
     again = Problem.from_trace(problem.scenarios[0].trace, problem.cluster)

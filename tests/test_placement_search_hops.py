@@ -86,6 +86,7 @@ def test_price_follows_the_balance_floor():
     assert prices[0] < 0.3 < prices[1]
 
 
+@pytest.mark.slow
 def test_hops_alone_do_not_pile_up_the_popular_experts():
     trace = generate_trace(tokens=1500, layers=4, experts=16, top_k=2, blocks=4, tokens_per_sequence=20)
     problem = Problem.from_trace(trace, Cluster.grid(1, 4))
