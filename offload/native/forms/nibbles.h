@@ -5,16 +5,6 @@
 #include "quick_nibbles.h"
 #include "scales.h"
 
-static const float NIBBLE_VALUES[4][16] = {
-    [E2M1] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6},
-    [OFFSET4] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},
-    [UINT4] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
-    [NF4] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
-             -0.18477343022823334f, -0.09105003625154495f, 0, 0.07958029955625534f, 0.16093020141124725f,
-             0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
-             0.7229568362236023f, 1},
-};
-
 /* The sixteen weights that codes of the group at (down, across) of the grid can have. */
 static inline void nibble_table(const struct stored_matrix *m, int64_t down, int64_t across, uint16_t table[16]) {
     const float *values = NIBBLE_VALUES[m->parameter[CODE_KIND]];

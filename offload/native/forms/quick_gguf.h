@@ -8,9 +8,7 @@
 #ifdef HAS_QUICK_NIBBLES
 #define HAS_QUICK_GGUF 1
 
-/* What a code of four bits stands for, before it is scaled. */
-static const float GGUF_OFFSET_VALUES[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-static const float GGUF_PLAIN_VALUES[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+/* What codes of IQ4 stand for, before they are scaled. */
 static const float GGUF_IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 /* Where the codes of 32 columns lie: in 16 bytes, low halves before high ones; or the low or the high halves of 32 bytes. */
@@ -22,7 +20,7 @@ static struct byte_table gguf_mxfp4_tables[256] __attribute__((aligned(64)));
 static __attribute__((constructor)) void fill_gguf_tables(void) {
     for (int e = 0; e < 256; e++)
         for (int code = 0; code < 16; code++) {
-            uint16_t weight = code == 8 ? 0 : round_bf16(E2M1_VALUES[code] * 2 * half_of_exponent((uint8_t)e));
+            uint16_t weight = code == 8 ? 0 : round_bf16(NIBBLE_VALUES[E2M1][code] * 2 * half_of_exponent((uint8_t)e));
             gguf_mxfp4_tables[e].low[code] = (uint8_t)weight;
             gguf_mxfp4_tables[e].high[code] = (uint8_t)(weight >> 8);
         }
@@ -94,7 +92,7 @@ static inline void gguf_quick_q4_k(const uint8_t *stored, uint16_t *out) {
     float scale[8], minimum[8];
     gguf_k4_scales(stored, scale, minimum);
     for (int pair = 0; pair < 4; pair++, out += 64) {
-        __m512i table = gguf_tables(GGUF_PLAIN_VALUES, scale + 2 * pair, minimum + 2 * pair, 1);
+        __m512i table = gguf_tables(NIBBLE_VALUES[UINT4], scale + 2 * pair, minimum + 2 * pair, 1);
         __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(stored + 16 + 32 * pair)));
         bytes = _mm512_permutexvar_epi8(_mm512_load_si512(gguf_each_byte), bytes);
         gguf_look_up_words(bytes, 0, table, out);
@@ -127,8 +125,8 @@ static inline void gguf_quick_mxfp4(const uint8_t *stored, uint16_t *out) {
 static inline __attribute__((always_inline)) int64_t gguf_quick_row(const int type, const uint8_t *stored, int64_t columns, uint16_t *out) {
     int64_t c = 0;
     switch (type) {
-    case 2: for (; c + 64 <= columns; c += 64) gguf_small_pair(stored + c / 32 * 18, 18, GGUF_OFFSET_VALUES, 0, out + c); break;
-    case 3: for (; c + 64 <= columns; c += 64) gguf_small_pair(stored + c / 32 * 20, 20, GGUF_PLAIN_VALUES, 1, out + c); break;
+    case 2: for (; c + 64 <= columns; c += 64) gguf_small_pair(stored + c / 32 * 18, 18, NIBBLE_VALUES[OFFSET4], 0, out + c); break;
+    case 3: for (; c + 64 <= columns; c += 64) gguf_small_pair(stored + c / 32 * 20, 20, NIBBLE_VALUES[UINT4], 1, out + c); break;
     case 20: for (; c + 64 <= columns; c += 64) gguf_small_pair(stored + c / 32 * 18, 18, GGUF_IQ4_VALUES, 0, out + c); break;
     case 12: for (; c < columns; c += 256) gguf_quick_q4_k(stored + c / 256 * 144, out + c); break;
     case 23: for (; c < columns; c += 256) gguf_quick_iq4_xs(stored + c / 256 * 136, out + c); break;

@@ -24,13 +24,11 @@ struct byte_table {
    means, and in how they make the largest and the smallest weights. */
 static struct byte_table e2m1_tables[3][256] __attribute__((aligned(64)));
 
-static const float E2M1_VALUES[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
-
 static __attribute__((constructor)) void fill_e2m1_tables(void) {
     for (int kind = 0; kind < 3; kind++)
         for (int e = 0; e < 256; e++)
             for (int code = 0; code < 16; code++) {
-                uint16_t weight = round_bf16(E2M1_VALUES[code] * exponent_factor(SCALE_E8M0 + kind) *
+                uint16_t weight = round_bf16(NIBBLE_VALUES[E2M1][code] * exponent_factor(SCALE_E8M0 + kind) *
                                              scale_of_exponent(SCALE_E8M0 + kind, (uint8_t)e));
                 e2m1_tables[kind][e].low[code] = (uint8_t)weight;
                 e2m1_tables[kind][e].high[code] = (uint8_t)(weight >> 8);
