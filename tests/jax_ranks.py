@@ -28,7 +28,8 @@ def losses_of(mesh: str | None, folder: Path) -> list[float]:
     """Losses of three steps; `folder` has the state after two."""
     from moe import MoEConfig
     from moe.nnx import parse_mesh
-    from moe.nnx.training.training import Optimisation, Trainer
+    from moe.nnx.training.optimisation import Optimisation
+    from moe.nnx.training.training import Trainer
 
     how = Optimisation(weight_decay=0.1, betas=(0.9, 0.95), clip_norm=1.0, precision="float32", seed=0)
     trainer = Trainer(MoEConfig(**SIZES), how, mesh=None if mesh is None else parse_mesh(mesh))

@@ -79,7 +79,6 @@ def test_fewer_steps_shorten_the_warm_up_and_another_peak_moves_the_last_rate():
         ("model: {router_options: {nope: 1}}", "unknown router option 'nope'"),
         ("model: 3", "expected settings below `model:`"),
         ("mesh: data=2", "mesh is for the backend jax"),
-        ("backend: jax\noptimizer: muon", "the optimizer muon is not in the JAX trainer"),
         ("active: 1M", "give params as well"),
         ("params: lots", "expected a number of parameters such as 5M"),
         ("params: 1M\nactive: 2M", "a token cannot visit"),

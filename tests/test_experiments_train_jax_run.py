@@ -40,11 +40,11 @@ def without_times(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, corpus, precision, tiny_training):
+@pytest.mark.parametrize(("precision", "optimizer"), [("float32", "adamw"), ("bfloat16", "adamw"), ("float32", "muon")])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, corpus, precision, optimizer, tiny_training):
     """With jitter and a balancing bias, so that noise and variables are part of what must come back."""
     options = {"router_options": {"bias_rate": 1e-2}, "num_hidden_layers": 1}
-    config = replace(tiny_training, precision=precision, model=tiny_training.model | options)
+    config = replace(tiny_training, precision=precision, optimizer=optimizer, model=tiny_training.model | options)
     train(config, corpus, tmp_path / "whole", quiet=True)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(checkpoints(tmp_path / "cut")[-1])

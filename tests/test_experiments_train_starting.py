@@ -27,16 +27,19 @@ FAMILIES = {
     "mixtral": ("Mixtral", {**MIXTURE, "intermediate_size": 24, "num_local_experts": 6, "sliding_window": None}),
     "llama": ("Llama", {"intermediate_size": 48, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"intermediate_size": 48, "head_dim": 8, "sliding_window": None}),
+    "qwen2": ("Qwen2", {"intermediate_size": 48}),
     "qwen3": ("Qwen3", {"intermediate_size": 48, "head_dim": 8}),
 }
 
 
 @pytest.fixture
 def source(request, tmp_path):
-    """A random model of a family, and the folder that it was saved in."""
+    """A random model of a family, with biases that are not 0, and the folder that it was saved in."""
     name, extra = FAMILIES[request.param]
     config = getattr(transformers, f"{name}Config")(**SIZES, **extra)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter in (p for name, p in model.named_parameters() if name.endswith("bias")):
+        torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path / "source")
     return SimpleNamespace(family=request.param, model=model, folder=tmp_path / "source")
 
@@ -95,10 +98,10 @@ def test_a_run_of_ours_goes_on_from_another_with_its_bytes_as_tokens(run, tmp_pa
 
 
 def test_what_cannot_be_expressed_and_what_has_no_tokenizer_is_said(tmp_path, corpus, tiny_training):
-    config = transformers.Qwen2Config(**SIZES | {"intermediate_size": 48})
-    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen2")
-    with pytest.raises(ValueError, match="its attention has biases"):
-        described(options={"start_from": str(tmp_path / "qwen2")})
+    config = transformers.LlamaConfig(**SIZES, intermediate_size=48, attention_bias=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "biased")
+    with pytest.raises(ValueError, match="it has biases"):
+        described(options={"start_from": str(tmp_path / "biased")})
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, intermediate_size=48)).save_pretrained(
         tmp_path / "a"
     )

@@ -4,7 +4,7 @@ from dataclasses import MISSING, fields
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 import moe.cli
 import offload
@@ -217,7 +217,7 @@ def test_rounds_train_router_and_experts_apart(tmp_path, texts):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Qwen2Config(), "its attention has biases"),
+        (LlamaConfig(attention_bias=True), "attention_bias"),
         (LlamaConfig(mlp_bias=True), "mlp_bias"),
         (LlamaConfig(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0,
           "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}), "scaled"),

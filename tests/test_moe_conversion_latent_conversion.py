@@ -158,7 +158,7 @@ def test_command_reports_and_refuses_what_exists(tiny_config, tmp_path, text):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Qwen2MoeConfig(), "its attention has biases"),
+        (Qwen2MoeConfig(), "its shared experts are of another kind"),
         (OlmoeConfig(attention_bias=True), "it has biases"),
         (OlmoeConfig(clip_qkv=8.0), "clips"),
         (OlmoeConfig(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "scaled"),

@@ -47,6 +47,7 @@ CASES = [
     ("scaled", "auto", 1, "mixtral"),
     ("mistral", "auto", 3, "mixtral"),
     ("qwen2", "auto", 3, "qwen2_moe"),
+    ("qwen2", "expertier", 1, "expertier"),
     ("qwen3", "auto", 1, "qwen3_moe"),
 ]
 TOKENS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -241,7 +242,6 @@ def test_the_command_writes_text_files_report_and_all_or_nothing(dense, tmp_path
     [
         ("llama", {"granularity": 5}, "48 hidden channels do not divide by granularity 5"),
         ("llama", {"to": "qwen3_moe"}, "becomes mixtral or expertier"),
-        ("qwen2", {"to": "expertier"}, "its attention has biases"),
         ("scaled", {"to": "expertier"}, "rotary positions are scaled"),
         ("llama", {"to": "mixtrall"}, "mixtral"),
         (LlamaConfig(**SIZES, attention_bias=True), {}, "its attention has biases"),

@@ -147,7 +147,8 @@ def test_training_on_a_mesh_resumes_bit_by_bit_and_stays_close_to_one_device():
     on_eight_devices("""
 import tempfile
 from pathlib import Path
-from moe.nnx.training.training import Optimisation, Trainer
+from moe.nnx.training.optimisation import Optimisation
+from moe.nnx.training.training import Trainer
 
 how = Optimisation(weight_decay=0.1, betas=(0.9, 0.95), clip_norm=1.0, precision="float32", seed=0)
 config = MoEConfig(**(SIZES | dict(num_hidden_layers=2, router="deepseek_v3")))

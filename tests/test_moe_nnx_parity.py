@@ -16,7 +16,7 @@ NULLS = {"zero_compute_experts": ["zero"] * 3, "num_experts_per_tok": 4}
 VARIANTS = {
     "top2": {"router": "mixtral"},
     "olmoe-dense-shared": {"num_hidden_layers": 3, "num_dense_layers": 1, "num_shared_experts": 2},
-    "qwen3-tied": {"router": "qwen3_moe", "tie_word_embeddings": True, "qk_norm": "none"},
+    "qwen3-tied": {"router": "qwen3_moe", "tie_word_embeddings": True, "qk_norm": "none", "qkv_bias": True},
     "deepseek-v3": {"router": "deepseek_v3", "router_options": {"num_groups": 3, "groups_kept": 2}, "qk_norm": "full"},
     "deepseek-v2": {
         "router": "deepseek_v2",

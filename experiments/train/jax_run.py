@@ -10,7 +10,8 @@ import numpy as np
 
 from moe import MoEConfig, adopt
 from moe.nnx.parts.mesh import parse_mesh
-from moe.nnx.training.training import Optimisation, Trainer, resolve_precision
+from moe.nnx.training.optimisation import Optimisation
+from moe.nnx.training.training import Trainer, resolve_precision
 
 from .checkpoint import CheckpointPlace, write_checkpoint
 from .corpus import BatchOrder, Corpus, windows
@@ -117,6 +118,7 @@ def build(
     how = Optimisation(
         weight_decay=config.weight_decay,
         betas=config.betas,
+        muon_momentum=config.muon_momentum if config.optimizer == "muon" else None,
         clip_norm=config.clip_norm,
         precision=config.precision,
         seed=config.seed,

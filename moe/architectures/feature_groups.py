@@ -179,7 +179,16 @@ def fused(fusion: GroupFusion, shared: Tensor, grouped_TEW: Tensor) -> Tensor:
 
 
 class FeatureGroupAttention(Attention):
-    """Attention whose projections read and write the kept features of each token; keys and values too."""
+    """Attention whose projections read and write the kept features of each token; keys and values too.
+
+    Raises:
+        ValueError: if its projections were to have biases, which no group of features owns.
+    """
+
+    def __init__(self, config: MoEConfig, layer_idx: int) -> None:
+        if config.qkv_bias:
+            raise ValueError("projections by feature groups have no biases; got qkv_bias=True")
+        super().__init__(config, layer_idx)
 
     def attend(self, x_BSD: Tensor, active: ActiveFeatures, fusion: GroupFusion, inputs: StackInputs) -> Tensor:
         """[B, S, D]; appends this step's keys and values to the cache."""

@@ -65,6 +65,8 @@ class ModalityAttention(Attention):
     """Attention over all tokens, with projections and query/key norms per modality."""
 
     def __init__(self, config: MoEConfig, layer_idx: int) -> None:
+        if config.qkv_bias:
+            raise ValueError("projections per modality have no biases; got qkv_bias=True")
         super().__init__(config, layer_idx)
         E = config.num_experts
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):

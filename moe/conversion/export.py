@@ -88,8 +88,9 @@ def _common_obstacles(config: MoEConfig) -> list[str]:
     return found
 
 
-def _expect_qk_norm(config: MoEConfig, needed: str) -> list[str]:
-    return [] if config.qk_norm == needed else [f"qk_norm must be {needed!r}, it is {config.qk_norm!r}"]
+def _attention_obstacles(config: MoEConfig, qk_norm: str) -> list[str]:
+    found = [] if config.qk_norm == qk_norm else [f"qk_norm must be {qk_norm!r}, it is {config.qk_norm!r}"]
+    return [*found, "its queries, keys and values have biases"] if config.qkv_bias else found
 
 
 def _expect_no_dense_layers(config: MoEConfig) -> list[str]:
@@ -101,18 +102,18 @@ def _is_renormalised(rule: ClassicRule) -> bool:
 
 
 def _olmoe_obstacles(config: MoEConfig, rule: ClassicRule) -> list[str]:
-    found = [*_expect_qk_norm(config, "full"), *_expect_no_dense_layers(config)]
+    found = [*_attention_obstacles(config, "full"), *_expect_no_dense_layers(config)]
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         found.append(f"heads x head_dim must equal hidden_size {config.hidden_size}")
     return found
 
 
 def _qwen3_moe_obstacles(config: MoEConfig, rule: ClassicRule) -> list[str]:
-    return _expect_qk_norm(config, "head")
+    return _attention_obstacles(config, "head")
 
 
 def _mixtral_obstacles(config: MoEConfig, rule: ClassicRule) -> list[str]:
-    found = [*_expect_qk_norm(config, "none"), *_expect_no_dense_layers(config)]
+    found = [*_attention_obstacles(config, "none"), *_expect_no_dense_layers(config)]
     if not _is_renormalised(rule):
         found.append("its router does not renormalise the selected weights")
     return found

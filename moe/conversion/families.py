@@ -71,8 +71,6 @@ def _ours(config: PreTrainedConfig, families: dict[str, Callable[[Any], dict[str
 def _obstacles(config: Any) -> list[str]:
     """Everything in a config that our decoder has no place for."""
     found = [f"it has biases ({name})" for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)]
-    if getattr(config, "model_type", "") in ("qwen2", "qwen2_moe", "gpt_oss"):
-        found.append("its attention has biases")
     if getattr(config, "kv_lora_rank", None):
         found.append("its attention is multi-head latent attention")
     if getattr(config, "sliding_window", None):
@@ -134,9 +132,13 @@ def _llama(config: Any) -> dict[str, Any]:
     return {"qk_norm": "none", "intermediate_size": config.intermediate_size}
 
 
+def _qwen2(config: Any) -> dict[str, Any]:
+    return {"qk_norm": "none", "qkv_bias": True, "intermediate_size": config.intermediate_size}
+
+
 def _qwen3(config: Any) -> dict[str, Any]:
     return {"qk_norm": "head", "intermediate_size": config.intermediate_size}
 
 
 MOE_FAMILIES = {"olmoe": _olmoe, "qwen3_moe": _qwen3_moe, "mixtral": _mixtral}
-DENSE_FAMILIES = {"llama": _llama, "mistral": _llama, "qwen3": _qwen3}
+DENSE_FAMILIES = {"llama": _llama, "mistral": _llama, "qwen2": _qwen2, "qwen3": _qwen3}

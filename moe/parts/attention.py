@@ -92,9 +92,9 @@ class Attention(nn.Module):
         self.norms_heads = config.qk_norm == "head"
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, query_width)
-        self.k_proj = Linear(config.hidden_size, key_width)
-        self.v_proj = Linear(config.hidden_size, key_width)
+        self.q_proj = Linear(config.hidden_size, query_width, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, key_width, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, key_width, bias=config.qkv_bias)
         self.o_proj = Linear(query_width, config.hidden_size)
         if config.qk_norm == "none":
             self.q_norm, self.k_norm = nn.Identity(), nn.Identity()

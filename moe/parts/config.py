@@ -22,6 +22,7 @@ class MoEConfig(PreTrainedConfig):
         num_dense_layers: layers at the beginning that have a plain SwiGLU feed-forward of width `intermediate_size`.
         num_attention_heads, num_key_value_heads, head_dim: grouped-query attention; the number of heads is a multiple
             of the second.
+        qkv_bias: whether queries, keys and values have biases, as in Qwen2; the output projection has none.
         qk_norm: RMSNorm of queries and keys: `none`, per `head`, or over the `full` width.
         num_experts: E, FFN experts per layer; zero-compute experts come on top.
         num_experts_per_tok: K, choices per token, zero-compute experts included.
@@ -53,6 +54,7 @@ class MoEConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64
+    qkv_bias: bool = False
     qk_norm: str = "head"
     num_experts: int = 16
     num_experts_per_tok: int = 2

@@ -43,16 +43,17 @@ def builds_primitives(x: Tensor) -> bool:
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias whose training on a CPU uses `matmul`; everywhere else it is torch's own."""
+    """A linear layer whose training on a CPU uses `matmul`; everywhere else it is torch's own."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         is_plain = self.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
         if is_plain and library_for(x) != "torch" and is_large_cpu_training(x, self.weight):
-            return _Linear.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
-        return linear(x, self.weight)
+            y = _Linear.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+            return y if self.bias is None else y + self.bias
+        return linear(x, self.weight, self.bias)
 
 
 class _Linear(torch.autograd.Function):

@@ -93,5 +93,3 @@ class TrainConfig:
             raise ValueError("sequence_length must be at least 2, a token and the one that it predicts; got 1")
         if self.mesh is not None and self.backend != "jax":
             raise ValueError("mesh is for the backend jax; several processes of torch are started by --processes")
-        if self.backend == "jax" and self.optimizer == "muon":
-            raise ValueError("the optimizer muon is not in the JAX trainer; take adamw, or the backend torch")

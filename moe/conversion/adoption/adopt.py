@@ -16,7 +16,8 @@ def adopted_config(folder: Path) -> MoEConfig:
     """The config that `adopt` gives the model of a folder; weights are not read.
 
     Args:
-        folder: a checkpoint folder: ours, `olmoe`, `qwen3_moe`, `mixtral`, or a dense `llama`, `mistral` or `qwen3`.
+        folder: a checkpoint folder: ours, `olmoe`, `qwen3_moe`, `mixtral`, or a dense `llama`,
+            `mistral`, `qwen2` or `qwen3`.
 
     Raises:
         ValueError: if there is no checkpoint, or our decoder cannot express it; the message lists every reason.

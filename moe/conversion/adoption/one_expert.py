@@ -9,7 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from ...parts.config import MoEConfig
 from ..families import config_of_dense
@@ -17,6 +26,7 @@ from ..families import config_of_dense
 DENSE_MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig, "none"),
     "mistral": (MistralForCausalLM, MistralConfig, "none"),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, "none"),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, "head"),
 }
 """Per family its model, its config, and which norm of queries and keys it has."""
@@ -63,6 +73,8 @@ def dense_obstacles(config: MoEConfig, family: str) -> list[str]:
     needed = DENSE_MODELS[family][2]
     if config.qk_norm != needed:
         found.append(f"qk_norm must be {needed!r}, it is {config.qk_norm!r}")
+    if config.qkv_bias != (family == "qwen2"):
+        found.append(f"qkv_bias must be {family == 'qwen2'}, it is {config.qkv_bias}")
     return found
 
 

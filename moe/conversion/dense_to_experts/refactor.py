@@ -81,7 +81,7 @@ def refactor(folder: Path, out: Path, plan: RefactorPlan, advance: Callable[[], 
     """Cut, train, and write a checkpoint of ours (architecture `readme`).
 
     Args:
-        folder: a dense checkpoint: llama, mistral without a window, or qwen3.
+        folder: a dense checkpoint: llama, mistral without a window, qwen2 or qwen3.
         out: folder to write; appears whole or not at all.
         plan: texts, domains and training.
         advance: is called after every optimiser step.

@@ -39,9 +39,9 @@ class Attention(nnx.Module):
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
         width, std = config.hidden_size, config.initializer_range
-        self.q_proj = Linear(width, query_width, std, rngs)
-        self.k_proj = Linear(width, key_width, std, rngs)
-        self.v_proj = Linear(width, key_width, std, rngs)
+        self.q_proj = Linear(width, query_width, std, rngs, config.qkv_bias)
+        self.k_proj = Linear(width, key_width, std, rngs, config.qkv_bias)
+        self.v_proj = Linear(width, key_width, std, rngs, config.qkv_bias)
         self.o_proj = Linear(query_width, width, std, rngs)
         widths = (config.head_dim, config.head_dim) if self.norms_heads else (query_width, key_width)
         norms = [None if config.qk_norm == "none" else RMSNorm(width, config.rms_norm_eps) for width in widths]

@@ -35,20 +35,23 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
 
 
 class Linear(nnx.Module):
-    """A matrix product without bias, computed in the dtype of its weights.
+    """A matrix product, computed in the dtype of its weights.
 
     Args:
         width, out_width: of input and output; `kernel` is [width, out_width].
         std: of the initial weights.
         rngs: random streams; `params` draws the initial weights.
+        has_bias: whether a bias [out_width], zero at first, is added.
     """
 
-    def __init__(self, width: int, out_width: int, std: float, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, out_width: int, std: float, rngs: nnx.Rngs, has_bias: bool = False) -> None:
         self.kernel = normal(rngs, (width, out_width), std)
+        self.bias = nnx.Param(jnp.zeros(out_width, jnp.float32)) if has_bias else None
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...]
-        return x.astype(kernel.dtype) @ kernel
+        y = x.astype(kernel.dtype) @ kernel
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class RMSNorm(nnx.Module):

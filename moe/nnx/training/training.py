@@ -5,8 +5,6 @@ Shapes: A micro-batches per optimiser step, B batch, S positions, L MoE layers, 
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,29 +24,11 @@ from ..model.decoder import MoEForCausalLM
 from ..parts.mesh import place_batch
 from ..parts.processes import is_writing, whole_array
 from .distribute import distribute
+from .optimisation import Optimisation, directions
 
 STATE_FILE = "training_state.safetensors"
 # side of the square matrices whose product is timed, and how often: long enough for a clock, short beside a run
 PROBE_SIZE, PROBE_REPEATS = 768, 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimisation:
-    """How a `Trainer` moves weights: AdamW whose decay spares norms and biases, after clipping.
-
-    Args:
-        weight_decay: decoupled decay per unit of learning rate, of matrices only.
-        betas: decay of AdamW's first and second moments, each in [0, 1).
-        clip_norm: largest global gradient norm.
-        precision: `float32`, or `bfloat16` for matrix products outside routers; weights stay float32.
-        seed: of initial weights and noise.
-    """
-
-    weight_decay: float
-    betas: tuple[float, float]
-    clip_norm: float
-    precision: str
-    seed: int
 
 
 class State(NamedTuple):
@@ -81,7 +61,7 @@ class Trainer:
 
     Args:
         config: sizes, router and losses of the model.
-        how: settings of AdamW, clipping and precision.
+        how: settings of the optimiser, clipping and precision.
         mesh: devices to spread over, or None for the default device.
         product: how experts are computed; see `MoEForCausalLM`.
 
@@ -93,11 +73,7 @@ class Trainer:
         self, config: MoEConfig, how: Optimisation, *, mesh: Mesh | None = None, product: str | None = None
     ) -> None:
         self.how, self.mesh = how, mesh
-        self._optimizer = optax.chain(
-            optax.clip_by_global_norm(how.clip_norm),
-            optax.scale_by_adam(*how.betas, eps=1e-8),
-            optax.add_decayed_weights(how.weight_decay, mask=partial(jax.tree.map, lambda p: p.ndim >= 2)),
-        )
+        self._optimizer = directions(how)
         self._hold(MoEForCausalLM(config, nnx.Rngs(how.seed), product=product))
 
     @property
