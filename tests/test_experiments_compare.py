@@ -19,6 +19,7 @@ import torch
 import experiments.train.torch_run as train_module
 from experiments.compare.command import _all_fitting
 from experiments.compare.compare import SHOWN, compare, print_table
+from experiments.compare.engines import execute
 from experiments.compare.measures.choices import (
     mutual_information,
     router_metrics,
@@ -28,7 +29,7 @@ from experiments.compare.measures.choices import (
 )
 from experiments.compare.measures.flops import Usage, parameters, router_flops, token_flops
 from experiments.compare.page import TABLES, write_page
-from experiments.compare.runs import Text, execute, execute_one, plan_runs
+from experiments.compare.runs import Text, execute_one, plan_runs
 from experiments.compare.summary import METRICS, cell, summarise
 from experiments.train.corpus import load_corpus
 from experiments.train.presets import preset

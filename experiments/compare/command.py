@@ -11,7 +11,16 @@ from ..train.description.config import TrainConfig
 from ..train.description.description import described
 from ..train.fitting import fitting_model
 from ..train.interrupt import hint_when_interrupted
-from ..train.options import ConfigOption, DataOption, JsonOption, SetOption, StepsOption, TokenizerOption
+from ..train.options import (
+    ConfigOption,
+    DataOption,
+    EngineOption,
+    JsonOption,
+    ProcessesOption,
+    SetOption,
+    StepsOption,
+    TokenizerOption,
+)
 from .sweep_command import BaseOption, base_options, read_rates
 
 RoutersOption = Annotated[
@@ -35,7 +44,8 @@ def compare(
     rates: Annotated[Path | None, typer.Option(help="A sweep.json, for a learning rate of each variant's own.")] = None,
     margin: MarginOption = None,
     steps: StepsOption = None,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    processes: ProcessesOption = 1,
+    engine: EngineOption = "local",
     json_file: JsonOption = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the runs under experiments/records.")] = False,
     slug: Annotated[str, typer.Option(help="What the record is called, behind the date.")] = "router-comparison",
@@ -68,6 +78,7 @@ def compare(
             column=text.column,
             tokenizer=text.tokenizer,
             processes=processes,
+            engine=engine,
             rates=own_rates,
             margin=margin,
         )

@@ -20,9 +20,10 @@ from ..train.description.config import TrainConfig
 from ..train.metrics import read_log, without_nan
 from ..train.run_folder import LOG_FILE, expect_same_text
 from ..train.text.chosen import Text
+from .engines import execute
 from .judged import Judging, stated_margin
 from .page import write_page
-from .runs import Run, execute, plan_runs
+from .runs import Run, plan_runs
 from .summary import METRICS, cell, difference_cell, summarise
 
 SMOOTHED = 20
@@ -54,6 +55,7 @@ def compare(
     column: str = "text",
     tokenizer: str | None = None,
     processes: int = 1,
+    engine: str = "local",
     rates: Mapping[str, float] | None = None,
     margin: float | None = None,
     quiet: bool = False,
@@ -67,6 +69,7 @@ def compare(
         seeds: runs per variant, with the seeds `base.seed`, `base.seed + 1` and so on.
         data, column, tokenizer: the text, as `load_corpus` takes it.
         processes: runs at a time.
+        engine: who executes them, a key of `engines.ENGINES`.
         rates: learning rate of each variant, such as `expertier sweep` finds; None for the base's.
         margin: bits per byte within which variants count as equal; stated before the first run, or not at all.
         quiet: no progress bar.
@@ -104,7 +107,7 @@ def compare(
             if len(results) >= num_ended:  # figures take a second: one page for all that had ended before
                 content = report(runs, results, base, out, judging)
 
-        execute(runs, processes, done)
+        execute(runs, processes, done, engine)
     return content
 
 

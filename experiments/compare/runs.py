@@ -1,15 +1,10 @@
-"""The runs of a comparison: every variant with every seed, each in its own folder, resumable, in parallel processes."""
+"""The runs of a comparison: every variant with every seed, each in its own folder, resumable."""
 
 import json
 import math
-import os
-import signal
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from routing.ground.files import write_json
@@ -93,42 +88,6 @@ def plan_runs(
     ]
 
 
-def execute(runs: list[Run], processes: int, done: Callable[[Run, dict[str, Any]], None]) -> None:
-    """Finish every run that has no result yet; one that fails does not stop the others.
-
-    Args:
-        runs: as planned.
-        processes: how many at a time, sharing the cores.
-        done: called with each run and its result as it ends.
-
-    Raises:
-        ValueError: if a folder holds a run with other settings.
-    """
-    for run in runs:
-        _expect_same(run)
-    found = [(run, run.result) for run in runs]
-    waiting = [run for run, result in found if result is None]
-    for run, result in found:
-        if result is not None:
-            done(run, result)
-    if processes == 1:
-        for run in waiting:
-            done(run, execute_one(run, threads=None))
-        return
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_follow_parent) as pool:
-        futures = {pool.submit(execute_one, run, threads): run for run in waiting}
-        try:
-            for future in as_completed(futures):
-                done(futures[future], future.result())
-        except KeyboardInterrupt:
-            for future in futures:
-                future.cancel()
-            for worker in active_children():
-                os.kill(worker.pid, signal.SIGINT)
-            raise
-
-
 def execute_one(run: Run, threads: int | None) -> dict[str, Any]:
     """Train, or continue training, then measure; the result is on disk when this returns.
 
@@ -186,28 +145,13 @@ def _judged(model: Any, corpus: Any, run: Run) -> dict[str, Any]:
     }
 
 
-def _follow_parent() -> None:
-    """Make a worker die with the process that started it: two processes must never train in one folder.
-
-    It leaves the terminal's group, because Ctrl-C is passed on by that process, and a second one would end it at once.
-    """
-    os.setpgid(0, 0)
-
-    def watch() -> None:
-        parent = parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
-
-
 def _settings(run: Run) -> dict[str, Any]:
     """What makes a run this run besides its text, as it comes back from a JSON file."""
     return {"variant": run.variant, "config": plain(run.config)}
 
 
-def _expect_same(run: Run) -> None:
+def expect_same(run: Run) -> None:
+    """Raises ValueError if the folder of a run holds one with other settings."""
     begun, wanted = _read(run.folder / CONFIG_FILE), _settings(run)
     if begun is not None and (changed := differences(begun["config"], wanted["config"])):
         raise ValueError(f"{run.folder} holds a run with other settings ({changed}); use another --out or remove it")

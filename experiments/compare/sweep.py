@@ -18,7 +18,8 @@ from ..train.description.config import TrainConfig
 from ..train.metrics import without_nan
 from ..train.presets import with_rate
 from ..train.text.chosen import Text
-from .runs import Run, execute, plan_runs
+from .engines import execute
+from .runs import Run, plan_runs
 from .summary import JUDGED
 
 AROUND = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -35,6 +36,7 @@ def sweep(
     *,
     seeds: int = 1,
     processes: int = 1,
+    engine: str = "local",
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Run what is missing and report on everything; safe to kill and call again.
@@ -47,6 +49,7 @@ def sweep(
         out: folder of the sweep.
         seeds: runs per variant and rate.
         processes: runs at a time.
+        engine: who executes them, a key of `engines.ENGINES`.
         quiet: no progress bar.
 
     Returns:
@@ -69,7 +72,7 @@ def sweep(
             progress.update(task, advance=1, text=text)
             write_json(out / SWEEP_FILE, without_nan(summarised(runs, results, start_bits)))
 
-        execute(runs, processes, done)
+        execute(runs, processes, done, engine)
     return summarised(runs, results, start_bits)
 
 

@@ -10,7 +10,16 @@ from routing.ground.expect import expect_not_an_input, expect_outputs
 
 from ..train.description.description import described
 from ..train.interrupt import hint_when_interrupted
-from ..train.options import ConfigOption, DataOption, JsonOption, SetOption, StepsOption, TokenizerOption
+from ..train.options import (
+    ConfigOption,
+    DataOption,
+    EngineOption,
+    JsonOption,
+    ProcessesOption,
+    SetOption,
+    StepsOption,
+    TokenizerOption,
+)
 from ..train.presets import PRESETS
 
 COMPARED_PRESET = "routers"
@@ -35,7 +44,8 @@ def sweep(
     tokenizer: TokenizerOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per variant and rate.")] = 1,
     steps: StepsOption = None,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    processes: ProcessesOption = 1,
+    engine: EngineOption = "local",
     json_file: JsonOption = None,
 ) -> None:
     """Train each variant at several learning rates: its best rate, and how sensitive it is to a wrong one.
@@ -55,7 +65,7 @@ def sweep(
     asked = _numbers(rates) if rates else [base.config.learning_rate * factor for factor in AROUND]
     names = [name.strip() for name in routers.split(",") if name.strip()]
     with hint_when_interrupted(f"{out} keeps what was done; the same command continues"):
-        found = run(names, asked, base.config, base.text, out, seeds=seeds, processes=processes)
+        found = run(names, asked, base.config, base.text, out, seeds=seeds, processes=processes, engine=engine)
     print_sweep(found)
     if json_file:
         write_json(json_file, found)

@@ -20,3 +20,7 @@ SetOption = Annotated[
 ]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: from the preset.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the report there.")]
+ProcessesOption = Annotated[int, typer.Option(min=1, help="Runs at a time on one machine; they share its cores.")]
+EngineOption = Annotated[
+    str, typer.Option(metavar="local|ray", help="Who trains: this machine, or the machines of a Ray cluster.")
+]

@@ -10,7 +10,7 @@ from routing.ground.expect import expect_not_an_input, expect_outputs
 
 from ...evidence.record import expect_records
 from ...train.interrupt import hint_when_interrupted
-from ...train.options import DataOption, JsonOption
+from ...train.options import DataOption, EngineOption, JsonOption, ProcessesOption
 from ...train.presets import TrainConfig, preset, with_steps
 from ...train.text.documents import expect_data
 
@@ -38,7 +38,8 @@ def bench_locality(
     seeds: Annotated[int, typer.Option(min=1, help="Runs per variant.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Training tokens of a run.")] = DEFAULT_TOKENS,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps instead of --tokens.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, while training.")] = 1,
+    processes: ProcessesOption = 1,
+    engine: EngineOption = "local",
     json_file: JsonOption = None,
     records: Annotated[Path | None, typer.Option(help="Also save a record under this folder.")] = None,
 ) -> None:
@@ -58,7 +59,9 @@ def bench_locality(
     from routing.ground.files import write_json
 
     with hint_when_interrupted(f"{out} keeps what was done; the same command continues"):
-        report = compare_locality(_names(variants), base, out, seeds=seeds, data=data, processes=processes)
+        report = compare_locality(
+            _names(variants), base, out, seeds=seeds, data=data, processes=processes, engine=engine
+        )
     show(report)
     if json_file:
         write_json(json_file, report)
@@ -80,7 +83,14 @@ def _names(variants: str | None) -> list[str]:
 
 
 def compare_locality(
-    names: list[str], base: TrainConfig, out: Path, *, seeds: int, data: str | None, processes: int
+    names: list[str],
+    base: TrainConfig,
+    out: Path,
+    *,
+    seeds: int,
+    data: str | None,
+    processes: int,
+    engine: str = "local",
 ) -> dict[str, Any]:
     """Train what is missing, measure what is not measured, and put it together.
 
@@ -94,7 +104,8 @@ def compare_locality(
 
     from routing.ground.files import write_json
 
-    from ...compare.runs import Text, execute, plan_runs
+    from ...compare.engines import execute
+    from ...compare.runs import Text, plan_runs
     from ...train.metrics import without_nan
     from .measures import measure
     from .table import claims_of, rows_of
@@ -107,7 +118,7 @@ def compare_locality(
         ended[run.folder] = result
         typer.echo(f"{len(ended)} of {len(runs)}: {run.variant} seed {run.config.seed} {result['status']}", err=True)
 
-    execute(runs, processes, note)
+    execute(runs, processes, note, engine)
     corpus = text.load()
     results = []
     for run in runs:
