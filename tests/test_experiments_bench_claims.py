@@ -97,3 +97,15 @@ def test_every_claim_runs(name, run, tmp_path):
     numbers = [value for row in rows for key, value in row.items() if key != "variant" and value is not None]
     assert np.isfinite(numbers).all()
     assert len({row["variant"] for row in rows}) == len(rows) > 1
+
+
+def test_bits_of_decoded_bytes_are_those_of_one_pass(tiny_config):
+    from experiments.bench.claims.left_out import PROMPT, decoded_bits
+    from moe import MoEForCausalLM
+
+    model = MoEForCausalLM(tiny_config(vocab_size=256)).eval()
+    token_BS = held_out_rows("prose")
+    with torch.no_grad():
+        logits = model(token_BS, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, PROMPT - 1 : -1].transpose(1, 2), token_BS[:, PROMPT:])
+    assert decoded_bits(model) == pytest.approx(loss.item() / np.log(2), rel=1e-5)

@@ -3,6 +3,7 @@
 from .adapters import glider_rows
 from .claim import Claim
 from .every_row import architecture_rows, router_rows
+from .left_out import exit_rows, skip_rows
 from .paths import decentralised_rows, mode_rows
 from .series import time_moe_rows
 from .two_modalities import mixture_of_transformers_rows
@@ -57,5 +58,17 @@ CLAIMS: dict[str, Claim] = {
         source="Li et al. 2024, arXiv:2410.07172",
         run=glider_rows,
         steps=150,
+    ),
+    "skip-ffn": Claim(
+        question="How many feed-forwards can decoding leave out before it costs bits per byte?",
+        source="Jaiswal et al. 2024 (FFN-SkipLLM), arXiv:2404.03865",
+        run=skip_rows,
+        steps=400,
+    ),
+    "early-exit": Claim(
+        question="How many layers can decoding leave out before it costs bits per byte?",
+        source="Tang et al. 2022 (MuE), arXiv:2211.11152",
+        run=exit_rows,
+        steps=400,
     ),
 }
