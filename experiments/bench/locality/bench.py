@@ -1,5 +1,6 @@
 """`expertier bench locality`: variants and seeds trained alike, then judged by loss, caches, the SSD and placement."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +9,7 @@ import typer
 
 from routing.ground.expect import expect_not_an_input, expect_outputs
 
+from ...compare.sweep_command import read_rates
 from ...evidence.record import expect_records
 from ...train.interrupt import hint_when_interrupted
 from ...train.options import DataOption, EngineOption, JsonOption, ProcessesOption
@@ -38,6 +40,7 @@ def bench_locality(
     seeds: Annotated[int, typer.Option(min=1, help="Runs per variant.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Training tokens of a run.")] = DEFAULT_TOKENS,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps instead of --tokens.")] = None,
+    rates: Annotated[Path | None, typer.Option(help="A sweep.json, for a learning rate of each variant's own.")] = None,
     processes: ProcessesOption = 1,
     engine: EngineOption = "local",
     json_file: JsonOption = None,
@@ -50,7 +53,7 @@ def bench_locality(
 
     Example: `expertier bench locality --out runs/locality --tokens 4194304 --seeds 3`
     """
-    expect_outputs(json_file, inputs=[data])
+    expect_outputs(json_file, inputs=[data, rates])
     expect_not_an_input(out, *([Path(data)] if data else []))
     expect_data(data)
     if records is not None:
@@ -60,7 +63,14 @@ def bench_locality(
 
     with hint_when_interrupted(f"{out} keeps what was done; the same command continues"):
         report = compare_locality(
-            _names(variants), base, out, seeds=seeds, data=data, processes=processes, engine=engine
+            _names(variants),
+            base,
+            out,
+            seeds=seeds,
+            data=data,
+            rates=None if rates is None else read_rates(rates),
+            processes=processes,
+            engine=engine,
         )
     show(report)
     if json_file:
@@ -89,7 +99,8 @@ def compare_locality(
     *,
     seeds: int,
     data: str | None,
-    processes: int,
+    rates: Mapping[str, float] | None = None,
+    processes: int = 1,
     engine: str = "local",
 ) -> dict[str, Any]:
     """Train what is missing, measure what is not measured, and put it together.
@@ -111,7 +122,7 @@ def compare_locality(
     from .table import claims_of, rows_of
 
     text = Text(data=data)
-    runs = plan_runs(names, base, seeds, text, out)
+    runs = plan_runs(names, base, seeds, text, out, rates)
     ended: dict[Path, dict[str, Any]] = {}
 
     def note(run: "Run", result: dict[str, Any]) -> None:
