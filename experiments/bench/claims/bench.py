@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from routing.ground.expect import expect_name, expect_outputs
 from routing.ground.terminal import plain_console
@@ -53,7 +53,7 @@ def bench_claim(
 def summary(rows: list[dict[str, Any]]) -> Table:
     """One line per variant: the mean of each number over seeds, and its least and most where seeds differ."""
     columns = [column for column in rows[0] if column not in ("variant", "seed")]
-    table = Table("variant", *columns)
+    table = Table(Column("variant", no_wrap=True), *columns)
     for variant in dict.fromkeys(row["variant"] for row in rows):
         runs = [row for row in rows if row["variant"] == variant]
         table.add_row(variant, *(_cell([run[column] for run in runs]) for column in columns))
