@@ -57,6 +57,10 @@ class ServeOptions(LoadOptions):
     lookup: Annotated[str, typer.Option("--lookup", help=f"Guess tokens from words before: {', '.join(LOOKUPS)}.")] = (
         "auto"
     )
+    time_limit: Annotated[
+        float | None,
+        typer.Option("--time-limit", help="Seconds that an answer may take, its wait included; none if not given."),
+    ] = None
     prompt_cache_folder: Annotated[
         Path | None, typer.Option("--prompt-cache-folder", help="Keep read prompts here over a restart.")
     ] = None
@@ -74,6 +78,8 @@ class ServeOptions(LoadOptions):
         expect_choice(self.schedule, SCHEDULES, "--schedule")
         expect_choice(self.lookup, LOOKUPS, "--lookup")
         parse_size(self.prompt_cache_disk)
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise ValueError(f"--time-limit {self.time_limit:g}: give seconds above 0")
         if self.prompt_cache_folder is not None and not self.prompt_cache_folder.is_dir():
             raise ValueError(f"--prompt-cache-folder {self.prompt_cache_folder}: no such folder; create it first")
         for file, what in ((self.api_key_file, "--api-key-file"), (self.chat_template, "--chat-template")):

@@ -18,8 +18,17 @@ SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "typical_p"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
+NO_SEED = -1
+"""vLLM and llama-server read this seed as none."""
 NAME = r"^[A-Za-z0-9_.:/-]{1,128}$"
 
+LONGEST_TIMEOUT_S = 86400.0
+"""Seconds of a request's time limit at most: a day."""
+
+Timeout = Annotated[
+    float | None,
+    Field(gt=0, le=LONGEST_TIMEOUT_S, description="Seconds after which the answer ends with what there is of it."),
+]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
@@ -51,6 +60,7 @@ class Sampled(Wire):
     logit_bias: dict[str, float] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool | None = None
+    timeout: Timeout = None
 
     @field_validator("logit_bias")
     @classmethod
@@ -74,7 +84,7 @@ class Sampled(Wire):
         if self.repeat_penalty is not None:
             given.setdefault("repetition_penalty", self.repeat_penalty)
         return Sampling(
-            seed=None if self.seed is None else self.seed % (1 << 64),
+            seed=None if self.seed in (None, NO_SEED) else self.seed % (1 << 64),
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             top_logprobs=top_logprobs,
             **{"temperature": 1.0, **defaults, **given},
@@ -95,6 +105,7 @@ class Sampled(Wire):
             stops=tuple(stops),
             ignore_end=bool(self.ignore_eos),
             owner=owner,
+            time_limit_s=self.timeout,
         )
 
 

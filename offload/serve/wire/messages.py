@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..asks import Ask, Asker, ToolUse
-from .fields import LONGEST_STOP, MOST_STOPS, MOST_TOOLS, NAME, Sampled, Wire
+from .fields import LONGEST_STOP, MOST_STOPS, MOST_TOOLS, NAME, Sampled, Timeout, Wire
 
 BILLING_LINE = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*(?:\n|\Z)")
 """Claude Code's first system block. It changes with each request, so that nothing kept would match the prompt."""
@@ -161,6 +161,7 @@ class MessagesRequest(CountRequest):
     top_p: float | None = None
     top_k: int | None = None
     metadata: Metadata | None = None
+    timeout: Timeout = None
 
     def ask(self, asker: Asker, *, defaults: Mapping[str, float], owner: str) -> Ask:
         """What is asked.
@@ -169,7 +170,11 @@ class MessagesRequest(CountRequest):
             ValueError: if a value is out of range or the template refuses the messages.
         """
         sampled = Sampled(
-            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, stop=self.stop_sequences or None
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop=self.stop_sequences or None,
+            timeout=self.timeout,
         )
         last = self.messages[-1]
         return asker.chat(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ..asks import Ask, Asker, ToolUse
-from .fields import MOST_TOOLS, NAME, NamedFunction, Sampled, Wire, json_grammar
+from .fields import MOST_TOOLS, NAME, NamedFunction, Sampled, Timeout, Wire, json_grammar
 
 
 class InputPart(Wire):
@@ -92,6 +92,7 @@ class ResponsesRequest(Wire):
     stream: bool | None = None
     previous_response_id: str | None = None
     background: bool | None = None
+    timeout: Timeout = None
 
     @model_validator(mode="after")
     def _expect_stateless(self) -> "ResponsesRequest":
@@ -142,7 +143,7 @@ class ResponsesRequest(Wire):
         Raises:
             ValueError: if a value is out of range or the template refuses the messages.
         """
-        sampled = Sampled(temperature=self.temperature, top_p=self.top_p)
+        sampled = Sampled(temperature=self.temperature, top_p=self.top_p, timeout=self.timeout)
         form = self.text.format if self.text is not None else None
         effort = None if self.reasoning is None else self.reasoning.effort
         return asker.chat(
