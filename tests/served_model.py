@@ -60,13 +60,13 @@ def save_model(folder, template=CHATML, **changes):
 class Served:
     """A server in a thread; `url` is where it listens."""
 
-    def __init__(self, engine, tokenizer, gate=None, context=512, **service):
+    def __init__(self, engine, tokenizer, gate=None, context=512, time_limit_s=None, **service):
         vocabulary = Vocabulary(tokenizer, 262, end_ids=[257])
         asker = Asker(vocabulary, Conversations(tokenizer), context)
         metrics = Metrics("tiny")
         self.engine = engine
         self.service = Service(names=("tiny", "gpt-4o"), metrics=metrics, **service)
-        self._desk = Desk(engine, asker, Grammars(vocabulary), metrics)
+        self._desk = Desk(engine, asker, Grammars(vocabulary), metrics, time_limit_s)
         self._listening = listen("127.0.0.1", 0)
         self.url = address_of(self._listening)
         self.lifetime = Lifetime(make_app(self.service, gate or Gate()), self.service, grace_s=5.0)

@@ -12,6 +12,7 @@ from ...engine.events import TokenEvent
 from ..wire.chat import ChatRequest, ChatWriter
 from ..wire.completions import CompletionRequest, CompletionWriter
 from .answering import Desk
+from .described import ANSWER, OPENAI_ERRORS
 from .dialects import add_messages, add_responses
 from .faults import answer_errors
 from .guard import Gate, Guarded
@@ -27,7 +28,9 @@ def make_app(service: Service, gate: Gate) -> ASGIApp:
         service: the model, loaded or loading.
         gate: says who may ask.
     """
-    app = FastAPI(title="expertier", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app = FastAPI(
+        title="expertier", docs_url=None, redoc_url=None, openapi_url="/openapi.json", responses=OPENAI_ERRORS
+    )
     answer_errors(app)
     _add_openai(app, service)
     add_messages(app, service)
@@ -42,7 +45,7 @@ def make_app(service: Service, gate: Gate) -> ASGIApp:
 
 
 def _add_openai(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=ANSWER)
     @app.post("/chat/completions", response_model=None, include_in_schema=False)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next message of a conversation."""
@@ -56,7 +59,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         parts = streamed_answer(running, writer, progress=writer.progress if body.return_progress else None)
         return EventStream(parts, lambda: service.close(running))
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=ANSWER)
     @app.post("/completions", response_model=None, include_in_schema=False)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """The continuation of texts or token ids."""

@@ -38,7 +38,7 @@ def add_state(app: FastAPI, service: Service) -> None:
         except PackageNotFoundError:
             return {"version": "unknown"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Counts for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

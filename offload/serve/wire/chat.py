@@ -12,6 +12,7 @@ from ..asks import Ask, Asker
 from .fields import (
     MOST_ANSWERS,
     MOST_TOOLS,
+    WHOLE,
     NamedTool,
     ResponseFormat,
     Sampled,
@@ -73,11 +74,11 @@ class ChatRequest(Sampled):
     messages: Annotated[list[Message], Field(min_length=1)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-    n: Annotated[int | None, Field(ge=1, le=MOST_ANSWERS)] = None
+    max_tokens: Annotated[int | None, Field(ge=1), WHOLE] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1), WHOLE] = None
+    n: Annotated[int | None, Field(ge=1, le=MOST_ANSWERS), WHOLE] = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20), WHOLE] = None
     tools: Annotated[list[Tool] | None, Field(max_length=MOST_TOOLS)] = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None

@@ -104,5 +104,5 @@ def openai_error(error: ApiError) -> dict[str, Any]:
 def anthropic_error(error: ApiError) -> dict[str, Any]:
     """The body of an error, as Anthropic writes it."""
     kind = ANTHROPIC_TYPES.get(error.status, "api_error")
-    where = f"{error.param}: " if error.param else ""
+    where = f"{error.param}: " if error.param and error.param not in error.message else ""
     return {"type": "error", "error": {"type": kind, "message": where + error.message}}

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from ...engine.request import Sampling
+from ...engine.request import MOST_BIASED, Sampling
 from ..asks import Grammar, Limits, ToolUse
 
 MOST_ANSWERS = 4
@@ -18,9 +18,29 @@ SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "typical_p"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
+BIAS: dict[str, Any] = {
+    "propertyNames": {"pattern": "^[0-9]+$"},
+    "additionalProperties": {"minimum": -100, "maximum": 100},
+    "maxProperties": MOST_BIASED,
+}
 NO_SEED = -1
 """vLLM and llama-server read this seed as none."""
 NAME = r"^[A-Za-z0-9_.:/-]{1,128}$"
+
+
+def _whole(value: Any) -> Any:
+    """A whole number however it is written: 5.0 is an integer of JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+Integer = Annotated[int, WHOLE]
+
+
+def _documented(**limits: float) -> Any:
+    """A field whose range the engine checks: `Sampling` says what is wrong in words of its own."""
+    return Field(default=None, json_schema_extra=limits)
+
 
 LONGEST_TIMEOUT_S = 86400.0
 """Seconds of a request's time limit at most: a day."""
@@ -47,17 +67,21 @@ class StreamOptions(Wire):
 class Sampled(Wire):
     """How tokens are chosen, as OpenAI, vLLM and llama.cpp name it. Fields that are null have their default."""
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    repeat_penalty: float | None = Field(default=None, description="Ollama's name of repetition_penalty.")
-    logit_bias: dict[str, float] | None = None
+    temperature: float | None = _documented(minimum=0, maximum=100)
+    top_p: float | None = _documented(exclusiveMinimum=0, maximum=1)
+    top_k: Integer | None = _documented(minimum=-1)
+    min_p: float | None = _documented(minimum=0, maximum=1)
+    typical_p: float | None = _documented(exclusiveMinimum=0, maximum=1)
+    seed: Integer | None = None
+    presence_penalty: float | None = _documented(minimum=-2, maximum=2)
+    frequency_penalty: float | None = _documented(minimum=-2, maximum=2)
+    repetition_penalty: float | None = _documented(exclusiveMinimum=0, maximum=100)
+    repeat_penalty: float | None = Field(
+        default=None,
+        description="Ollama's name of repetition_penalty.",
+        json_schema_extra={"exclusiveMinimum": 0, "maximum": 100},
+    )
+    logit_bias: dict[str, float] | None = Field(default=None, json_schema_extra=BIAS)
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool | None = None
     timeout: Timeout = None

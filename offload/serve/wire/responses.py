@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ..asks import Ask, Asker, ToolUse
-from .fields import MOST_TOOLS, NAME, NamedFunction, Sampled, Timeout, Wire, json_grammar
+from .fields import MOST_TOOLS, NAME, WHOLE, NamedFunction, Sampled, Timeout, Wire, json_grammar
 
 
 class InputPart(Wire):
@@ -84,9 +84,9 @@ class ResponsesRequest(Wire):
     tools: Annotated[list[FunctionTool] | None, Field(max_length=MOST_TOOLS)] = None
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
-    max_output_tokens: Annotated[int | None, Field(ge=1)] = None
-    temperature: float | None = None
-    top_p: float | None = None
+    max_output_tokens: Annotated[int | None, Field(ge=1), WHOLE] = None
+    temperature: Annotated[float | None, Field(ge=0, le=100)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
     stream: bool | None = None
