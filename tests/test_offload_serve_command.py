@@ -160,8 +160,10 @@ def test_the_page_in_a_browser(url, tmp_path):
         check=True,
     ).stdout
     assert "tiny: ready" in seen
-    assert len(re.findall(r'aria-label="hit rate \d', seen)) == 2
-    assert re.search(r"<td>tokens generated</td><td[^>]*>[1-9]", seen)
+    layers = re.search(r'<tbody id="layers">(.*?)</tbody>', seen).group(1)
+    assert re.findall(r'<th scope="row">(\d)</th><td class="number">\d+\.\d %</td>', layers) == ["0", "1"]
+    assert re.search(r'<th scope="row">tokens generated</th><td class="number">[1-9]', seen)
+    assert "<title>tiny: ready" in seen
 
 
 def test_health_answers_while_the_model_works_and_a_full_queue_is_refused(url):
