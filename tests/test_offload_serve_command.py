@@ -238,6 +238,8 @@ def test_a_second_turn_reads_only_what_is_new_and_a_signal_lets_answers_end(fold
         (["--host", "0.0.0.0"], "--api-key-file"),
         (["--api-key-file", "none"], "no such file"),
         (["--schedule", "random"], "schedule"),
+        (["--reuse", "all"], "reuse"),
+        (["--time-limit", "0"], "above 0"),
         (["--cors", "*"], "--cors"),
         (["--chat-template", "none"], "no such file"),
         (["--prompt-cache-folder", "none"], "no such folder"),
