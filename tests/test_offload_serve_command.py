@@ -38,7 +38,7 @@ def process_of(folder, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.cli", "serve", str(folder), "--port", str(port), *arguments]
+    command = [sys.executable, "-m", "experiments.cli", "serve", str(folder), "--port", str(port), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
@@ -269,6 +269,23 @@ def test_a_damaged_model_ends_the_server_with_one_line(run, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert said.strip().splitlines()[-1].startswith("expertier: ")
+
+
+@pytest.mark.slow
+def test_after_kill_9_kept_prompts_are_used_or_absent_and_answers_are_the_same(folder, tmp_path):
+    options = ("--cache-experts", "2", "--arithmetic", "fixed", "--prompt-cache-folder", tmp_path, "--name", "tiny")
+    texts = [f"{number} is a number. " * 12 for number in range(6)]
+    with process_of(folder, *options) as (server, url):
+        with ThreadPoolExecutor(6) as users:
+            first = [answer.json() for answer in users.map(lambda text: ask(url, text), texts)]
+        server.kill()  # prefixes of the last answers are being written now
+        server.wait()
+    with process_of(folder, *options) as (_, url):
+        again = [ask(url, text).json() for text in texts]
+    assert [one["choices"] for one in again] == [one["choices"] for one in first]
+    cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in again]
+    opening = len("<|im_start|>user\n")  # is common to all, and in memory after the first
+    assert all(number < opening or number > 200 for number in cached)
 
 
 @pytest.mark.slow
