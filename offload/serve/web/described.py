@@ -45,3 +45,4 @@ OPENAI_ERRORS, ANTHROPIC_ERRORS = errors(OpenAIError), errors(AnthropicError)
 ANSWER: Responses = {
     200: {"description": "The whole answer, or its events.", "content": {"text/event-stream": {}}},
 }
+"""Added to what FastAPI says of an endpoint: its answer is JSON, or events if the request asks for them."""

@@ -165,7 +165,7 @@ class ChatWriter:
         """A chunk that says how far the prompt is read, as llama-server writes it.
 
         Args:
-            position: of the request.
+            position: how many tokens of the prompt are read.
             seconds: since it came.
         """
         read = {

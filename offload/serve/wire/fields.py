@@ -23,6 +23,7 @@ BIAS: dict[str, Any] = {
     "additionalProperties": {"minimum": -100, "maximum": 100},
     "maxProperties": MOST_BIASED,
 }
+"""The ranges of `logit_bias` in the schema; `Sampling` checks them."""
 NO_SEED = -1
 """vLLM and llama-server read this seed as none."""
 NAME = r"^[A-Za-z0-9_.:/-]{1,128}$"
