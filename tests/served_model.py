@@ -51,7 +51,7 @@ def save_model(folder, template=CHATML, **changes):
     sizes = {"vocab_size": 262, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}
     ends = {"eos_token_id": 257, "pad_token_id": 0, "initializer_range": 0.4, "max_position_embeddings": 1024}
-    model = AutoModelForCausalLM.from_config(OlmoeConfig(**sizes, **heads, **ends, **changes))
+    model = AutoModelForCausalLM.from_config(OlmoeConfig(**{**sizes, **heads, **ends, **changes}))
     model.save_pretrained(folder)
     make_tokenizer(template).save_pretrained(folder)
     return folder
@@ -60,13 +60,13 @@ def save_model(folder, template=CHATML, **changes):
 class Served:
     """A server in a thread; `url` is where it listens."""
 
-    def __init__(self, engine, tokenizer, gate=None, context=512, **service):
+    def __init__(self, engine, tokenizer, gate=None, context=512, max_output=None, time_limit_s=None, **service):
         vocabulary = Vocabulary(tokenizer, 262, end_ids=[257])
-        asker = Asker(vocabulary, Conversations(tokenizer), context)
+        asker = Asker(vocabulary, Conversations(tokenizer), context, max_output)
         metrics = Metrics("tiny")
         self.engine = engine
         self.service = Service(names=("tiny", "gpt-4o"), metrics=metrics, **service)
-        self._desk = Desk(engine, asker, Grammars(vocabulary), metrics)
+        self._desk = Desk(engine, asker, Grammars(vocabulary), metrics, time_limit_s)
         self._listening = listen("127.0.0.1", 0)
         self.url = address_of(self._listening)
         self.lifetime = Lifetime(make_app(self.service, gate or Gate()), self.service, grace_s=5.0)

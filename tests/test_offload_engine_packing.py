@@ -141,3 +141,22 @@ def test_users_together_have_the_bits_of_each_alone_where_rows_are_independent(t
             streams = [engine.submit(request) for request in requests]
             answers.append([collect(stream)[0] for stream in streams])
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("schedule", ["turns", "together"])
+def test_whole_pieces_that_users_share_leave_each_the_bits_of_a_cold_start_alone(tmp_path, schedule):
+    """One beginning for all, read by whoever comes first: it must not matter who that was."""
+    folder = write_model(tmp_path, torch.bfloat16)
+    begin, rest = [*range(10, 66)], prompts(4, seed=7)
+    sampling = Sampling(top_logprobs=20)
+    requests = [ask([*begin, *own], 10, ignore_end=True, sampling=sampling) for own in rest]
+    alone = {"schedule": "turns", "lookup": "off", "piece_tokens": 16}
+    expected = []
+    with serve(folder, options=EngineOptions(reuse="off", **alone), arithmetic="fixed") as engine:
+        for request in requests:
+            expected.append(collect(engine.submit(request))[0])
+    shared = EngineOptions(reuse="aligned", schedule=schedule, piece_tokens=16)
+    with serve(folder, options=shared, arithmetic="fixed") as engine:
+        answers = [collect(stream) for stream in [engine.submit(request) for request in requests]]
+    assert [tokens for tokens, _ in answers] == expected
+    assert sorted(finished.usage.cached_tokens for _, finished in answers)[1] >= 16

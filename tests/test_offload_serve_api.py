@@ -196,6 +196,37 @@ def test_an_answer_that_is_begun_is_continued(post, model):
     assert text in (raw, spaced["choices"][0]["text"])
 
 
+def test_an_answer_that_is_begun_is_answered_where_the_request_says_so(post):
+    begun = [*HI, {"role": "assistant", "content": "Hel"}]
+    sizes = [
+        post({**GREEDY, "messages": begun, **change}).json()["usage"]["prompt_tokens"]
+        for change in ({}, {"add_generation_prompt": True}, {"continue_final_message": False})
+    ]
+    assert sizes[0] < sizes[1] == sizes[2]
+
+
+def test_whole_numbers_may_be_written_with_a_point_and_a_seed_of_minus_one_is_none(post):
+    body = {**GREEDY, "temperature": 1, "max_tokens": 16.0, "seed": -1}
+    answers = {json.dumps(post(body).json()["choices"]) for _ in range(3)}
+    assert len(answers) > 1
+    assert json.dumps(post({**body, "seed": 7.0}).json()["choices"]) == json.dumps(
+        post({**body, "seed": 7}).json()["choices"]
+    )
+
+
+def test_every_response_is_described(served):
+    described = httpx.get(f"{served.url}/openapi.json").json()
+    for path, methods in described["paths"].items():
+        for method, operation in methods.items():
+            assert {"200", "4XX", "5XX"} == set(operation["responses"]), (path, method)
+    asked = described["components"]["schemas"]["ChatRequest"]["properties"]
+    assert asked["max_tokens"]["anyOf"][0] == {"type": "integer", "minimum": 1}
+    assert (asked["temperature"]["minimum"], asked["temperature"]["maximum"]) == (0, 100)
+    streams = described["paths"]["/v1/messages"]["post"]["responses"]
+    assert "text/event-stream" in streams["200"]["content"]
+    assert streams["4XX"]["content"]["application/json"]["schema"]["$ref"].endswith("AnthropicError")
+
+
 def test_reasoning_has_a_channel_of_its_own(post, model):
     body = {**GREEDY, "max_tokens": 200, "chat_template_kwargs": {"enable_thinking": True}, "logit_bias": {"257": -100}}
     whole = post(body).json()
@@ -338,6 +369,9 @@ def test_models_are_listed_with_and_without_v1(served):
         ({"logit_bias": {"a": 1}}, "logit_bias", "token ids"),
         ({"logit_bias": {"1": 101}}, "logit_bias", "100"),
         ({"top_logprobs": 21}, "top_logprobs", "20"),
+        ({"top_logprobs": 2}, "top_logprobs", "logprobs to true"),
+        ({"logit_bias": {"262": 1}}, "logit_bias", "262"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "add_generation_prompt", "together"),
         ({"tools": [WEATHER] * 129}, "tools", "128"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "pattern"),
         ({"tool_choice": "required"}, "tool_choice", "none"),

@@ -38,7 +38,7 @@ def process_of(folder, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.cli", "serve", str(folder), "--port", str(port), *arguments]
+    command = [sys.executable, "-m", "experiments.cli", "serve", str(folder), "--port", str(port), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
@@ -160,8 +160,10 @@ def test_the_page_in_a_browser(url, tmp_path):
         check=True,
     ).stdout
     assert "tiny: ready" in seen
-    assert len(re.findall(r'aria-label="hit rate \d', seen)) == 2
-    assert re.search(r"<td>tokens generated</td><td[^>]*>[1-9]", seen)
+    layers = re.search(r'<tbody id="layers">(.*?)</tbody>', seen).group(1)
+    assert re.findall(r'<th scope="row">(\d)</th><td class="number">\d+\.\d %</td>', layers) == ["0", "1"]
+    assert re.search(r'<th scope="row">tokens generated</th><td class="number">[1-9]', seen)
+    assert "<title>tiny: ready" in seen
 
 
 def test_health_answers_while_the_model_works_and_a_full_queue_is_refused(url):
@@ -236,6 +238,8 @@ def test_a_second_turn_reads_only_what_is_new_and_a_signal_lets_answers_end(fold
         (["--host", "0.0.0.0"], "--api-key-file"),
         (["--api-key-file", "none"], "no such file"),
         (["--schedule", "random"], "schedule"),
+        (["--reuse", "all"], "reuse"),
+        (["--time-limit", "0"], "above 0"),
         (["--cors", "*"], "--cors"),
         (["--chat-template", "none"], "no such file"),
         (["--prompt-cache-folder", "none"], "no such folder"),
@@ -265,6 +269,23 @@ def test_a_damaged_model_ends_the_server_with_one_line(run, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert said.strip().splitlines()[-1].startswith("expertier: ")
+
+
+@pytest.mark.slow
+def test_after_kill_9_kept_prompts_are_used_or_absent_and_answers_are_the_same(folder, tmp_path):
+    options = ("--cache-experts", "2", "--arithmetic", "fixed", "--prompt-cache-folder", tmp_path, "--name", "tiny")
+    texts = [f"{number} is a number. " * 12 for number in range(6)]
+    with process_of(folder, *options) as (server, url):
+        with ThreadPoolExecutor(6) as users:
+            first = [answer.json() for answer in users.map(lambda text: ask(url, text), texts)]
+        server.kill()  # prefixes of the last answers are being written now
+        server.wait()
+    with process_of(folder, *options) as (_, url):
+        again = [ask(url, text).json() for text in texts]
+    assert [one["choices"] for one in again] == [one["choices"] for one in first]
+    cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in again]
+    opening = len("<|im_start|>user\n")  # is common to all, and in memory after the first
+    assert all(number < opening or number > 200 for number in cached)
 
 
 @pytest.mark.slow

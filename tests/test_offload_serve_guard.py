@@ -215,6 +215,10 @@ def test_while_it_loads_the_server_says_so(model):
     assert early.status_code == 503
     assert early.headers["retry-after"] == "5"
     assert early.json()["error"]["code"] == "loading"
+    busy = httpx.post(f"{served.url}/v1/messages", json={**ASK, "model": "tiny"}, timeout=30)
+    assert (busy.status_code, busy.headers["retry-after"]) == (529, "5")
+    assert busy.json()["error"]["type"] == "overloaded_error"
+    assert httpx.head(f"{served.url}/health").status_code == 503
     loaded.set()
     deadline = time.monotonic() + 10
     while httpx.get(f"{served.url}/health").status_code != 200:

@@ -124,7 +124,7 @@ def _load_and_watch(
     service.defaults, service.created_s, service.budget = found.defaults, int(time.time()), found.budget
     service.counters, service.arithmetic = found.engine.counters, found.engine.model_info.arithmetic
     service.metrics.watch(found.engine.counters, found.budget)
-    service.desk = _desk_of(found, service)
+    service.desk = _desk_of(found, service, options)
     console = plain_console(stderr=True, soft_wrap=True)
     if found.note:
         console.print(found.note)
@@ -169,13 +169,14 @@ def _open_members(
         context = options.context
         found[name] = open_answering(folder, conversations, options.for_engine, {}, context=context, loaded=model)
         opened.append(found[name])
-    service.desks = {name: _desk_of(one, service) for name, one in found.items()}
+    service.desks = {name: _desk_of(one, service, options) for name, one in found.items()}
     service.route = lambda text, label: group.choose(text, label, is_next=False).name
     return found[group.chooser.default]
 
 
-def _desk_of(found: "Opened", service: "Service") -> "Desk":
+def _desk_of(found: "Opened", service: "Service", options: ServeOptions) -> "Desk":
     from ..serve.grammars import Grammars
     from ..serve.web.answering import Desk
 
-    return Desk(found.engine, found.asker, Grammars(found.asker.vocabulary), service.metrics)
+    grammars = Grammars(found.asker.vocabulary)
+    return Desk(found.engine, found.asker, grammars, service.metrics, options.time_limit)

@@ -10,7 +10,7 @@ import typer
 from routing.ground.expect import expect_choice
 from routing.ground.quantity import parse_size
 
-from ..engine.options import LOOKUPS, SCHEDULES, EngineOptions
+from ..engine.options import LOOKUPS, REUSES, SCHEDULES, EngineOptions
 from ..text.conversation import read_template
 from .options import LoadOptions
 
@@ -57,6 +57,16 @@ class ServeOptions(LoadOptions):
     lookup: Annotated[str, typer.Option("--lookup", help=f"Guess tokens from words before: {', '.join(LOOKUPS)}.")] = (
         "auto"
     )
+    reuse: Annotated[
+        str, typer.Option("--reuse", help=f"What a prompt starts from of read ones: {', '.join(REUSES)}.")
+    ] = "auto"
+    piece_tokens: Annotated[
+        int | None, typer.Option("--piece-tokens", min=1, help="Tokens of a prompt that are read at once.")
+    ] = None
+    time_limit: Annotated[
+        float | None,
+        typer.Option("--time-limit", help="Seconds that an answer may take, its wait included; none if not given."),
+    ] = None
     prompt_cache_folder: Annotated[
         Path | None, typer.Option("--prompt-cache-folder", help="Keep read prompts here over a restart.")
     ] = None
@@ -73,7 +83,10 @@ class ServeOptions(LoadOptions):
         super().__post_init__()
         expect_choice(self.schedule, SCHEDULES, "--schedule")
         expect_choice(self.lookup, LOOKUPS, "--lookup")
+        expect_choice(self.reuse, REUSES, "--reuse")
         parse_size(self.prompt_cache_disk)
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise ValueError(f"--time-limit {self.time_limit:g}: give seconds above 0")
         if self.prompt_cache_folder is not None and not self.prompt_cache_folder.is_dir():
             raise ValueError(f"--prompt-cache-folder {self.prompt_cache_folder}: no such folder; create it first")
         for file, what in ((self.api_key_file, "--api-key-file"), (self.chat_template, "--chat-template")):
@@ -90,6 +103,8 @@ class ServeOptions(LoadOptions):
             schedule=self.schedule,  # type: ignore[arg-type]
             longest_wait_s=self.longest_wait,
             lookup=self.lookup,  # type: ignore[arg-type]
+            reuse=self.reuse,  # type: ignore[arg-type]
+            piece_tokens=self.piece_tokens,
             prefix_folder=self.prompt_cache_folder,
             prefix_disk=self.prompt_cache_disk,
         )

@@ -119,16 +119,14 @@ class Engine:
     def counters(self) -> EngineCounters:
         """What the engine has done and does now."""
         with self._changed:
-            loop, tally = self._loop, self._tally
-            grown = {name: value for name, value in vars(tally).items() if name != "finished_total"}
-            finished = dict(tally.finished_total)
+            loop, grown = self._loop, self._tally.grown()
             if self._left_queue:
+                finished = grown["finished_total"]
                 finished["cancelled"] = finished.get("cancelled", 0) + self._left_queue
             return EngineCounters(
                 state=self._state,
                 queued=len(self._waiting) + self._starting,
                 refused_total=self._refused,
-                finished_total=finished,
                 **grown,
                 **({} if loop is None else loop.moment()),
             )

@@ -9,9 +9,10 @@ import torch
 from ..checkpoint.experts import experts_modules
 from .admission import Admission
 from .counters import Tally
-from .events import Reason
+from .events import Reads, Reason
 from .packing import Piece
 from .planning.schedule import Candidate, Schedule
+from .request import ConstraintError
 from .sequence import RunningSequence
 from .step import ModelSteps
 
@@ -47,6 +48,7 @@ class Loop:
         self._reading: RunningSequence | None = None
         """Whose prompt the model is reading now, if steps of others may run between its layers."""
         self._read_since_s = 0.0
+        self._read_in_steps = Reads()
         self._hooks = [
             module.register_forward_pre_hook(self._between_layers) for module in experts_modules(steps.model).values()
         ]
@@ -153,7 +155,7 @@ class Loop:
             tokens.begin_trial()
             ids = [sequences[0].last_token, *draft]
             pieces = [Piece(cached=tokens, token_ids=ids, num_logits=len(ids), by_row=True)]
-        started_s, stall_s, misses = time.monotonic(), self._counters.stall_s, self._misses()
+        started_s, stall_s, misses = time.monotonic(), self._counters.stall_s, self._reads().misses
         logits = self._run(pieces, sequences)
         seconds = time.monotonic() - started_s
         self.tally.decode_s += seconds
@@ -163,7 +165,7 @@ class Loop:
         if draft:
             self._take_draft(sequences[0], draft, logits[0], seconds)
             return
-        per_layer = (self._misses() - misses) / max(len(self._counters.layers), 1)
+        per_layer = (self._reads().misses - misses) / max(len(self._counters.layers), 1)
         self.schedule.note_decoding(len(sequences), seconds, self._counters.stall_s - stall_s, per_layer)
         for sequence, logits_NV in zip(sequences, logits, strict=True):
             if len(sequences) == 1 and sequence.lookup is not None:
@@ -187,19 +189,36 @@ class Loop:
         if end is not None:
             self.admission.end(sequence, *end)
 
-    def _misses(self) -> int:
-        return sum(layer.misses for layer in self._counters.layers)
-
     def _run(self, pieces: Sequence[Piece], sequences: Sequence[RunningSequence]) -> list[torch.Tensor] | None:
         """A step; None if it failed, in which case its requests have ended, each with the reason."""
         self.tally.steps_total += 1
         try:
-            return [logits.float().cpu() for logits in self._steps.run(pieces)]
+            return self._counted(pieces, sequences)
         except AbandonedPrefillError:
             self._fail(sequences, "cancelled", "")
         except Exception as error:  # a damaged file, no memory, a bug: these requests end, the engine goes on
             self._fail(sequences, "error", one_line(error))
         return None
+
+    def _counted(self, pieces: Sequence[Piece], sequences: Sequence[RunningSequence]) -> list[torch.Tensor]:
+        """A step whose tokens and experts are counted; steps between its layers have counted theirs."""
+        before, nested = self._reads(), self._read_in_steps
+        logits = [logits.float().cpu() for logits in self._steps.run(pieces)]
+        reads = self._reads() - before - (self._read_in_steps - nested)
+        self._read_in_steps += reads
+        for sequence in sequences:
+            sequence.reads += reads
+        self.tally.step_tokens.note(sum(len(piece.token_ids) for piece in pieces))
+        self.tally.step_experts.note((reads.hits + reads.misses) / max(len(self._counters.layers), 1))
+        return logits
+
+    def _reads(self) -> Reads:
+        layers = self._counters.layers
+        return Reads(
+            hits=sum(layer.hits for layer in layers),
+            misses=sum(layer.misses for layer in layers),
+            nbytes=sum(layer.bytes_read for layer in layers),
+        )
 
     def _fail(self, sequences: Sequence[RunningSequence], reason: Reason, message: str) -> None:
         for sequence in sequences:
@@ -216,6 +235,8 @@ class Loop:
         """Choose the next token; why the request ends with it, or None."""
         try:
             reason = sequence.take_token(logits_V)
+        except ConstraintError as error:
+            return "invalid", str(error)
         except Exception as error:  # its constraint or `is_stop` may raise anything; others must not suffer
             return "error", one_line(error)
         self.tally.completion_tokens_total += 1

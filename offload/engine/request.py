@@ -32,6 +32,10 @@ class TokenConstraint(Protocol):
         """The token that was chosen; called once per token, in order."""
 
 
+class ConstraintError(ValueError):
+    """What a request demands of its tokens cannot be met; a TokenConstraint raises it, too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen from the logits.

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from .events import TokenEvent
-from .request import GenerationRequest, Sampling
+from .request import ConstraintError, GenerationRequest, Sampling
 
 
 class Sampler:
@@ -39,7 +39,8 @@ class Sampler:
         """The next token, given the logits of the last one; later choices know of it.
 
         Raises:
-            ValueError: if the logits are not numbers, or no token is allowed.
+            ValueError: if the logits are not numbers.
+            ConstraintError: if no token is allowed.
         """
         logits_V = logits_V.float()
         if not torch.isfinite(logits_V.max()):  # the largest is NaN if any is
@@ -47,7 +48,7 @@ class Sampler:
         score_V = self._constrained(logits_V)
         token_id = int(score_V.argmax()) if self._sampling.is_greedy else self._draw(score_V)
         if score_V[token_id] == -torch.inf:
-            raise ValueError("no token is allowed here")
+            raise ConstraintError("no token is allowed here: logit_bias and grammar forbid all")
         event = self._event(token_id, logits_V)
         self._counts[token_id] += 1
         if self._constraint is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from .events import Finished, Position, Reason, State, TokenEvent, Usage
+from .events import Finished, Position, Reads, Reason, State, TokenEvent, Usage
 from .kept.cached import CachedTokens
 from .planning.lookup import Lookup
 from .request import GenerationRequest
@@ -44,6 +44,7 @@ class RunningSequence:
         self.cached: CachedTokens | None = None
         self.lookup: Lookup | None = None
         self.num_cached = self.num_tokens = 0
+        self.reads = Reads()
         self.came_s = self.served_s = time.monotonic()
         self._admitted_s = self._first_s = self.came_s
         self._end_ids = request.stop_ids | (frozenset() if request.ignore_end else frozenset(end_ids))
@@ -141,9 +142,16 @@ class RunningSequence:
             queue_s=admitted_s - self.came_s,
             prefill_s=first_s - admitted_s,
             decode_s=now_s - first_s,
+            reads=self.reads,
         )
 
     def _position(self, ahead: int) -> Position:
         prompt_tokens = len(self.request.prompt_ids)
         read = 0 if self.cached is None else min(len(self.cached), prompt_tokens)
-        return Position(state=self.state, ahead=ahead, prefilled_tokens=read, prompt_tokens=prompt_tokens)
+        return Position(
+            state=self.state,
+            ahead=ahead,
+            prefilled_tokens=read,
+            prompt_tokens=prompt_tokens,
+            cached_tokens=self.num_cached,
+        )

@@ -13,7 +13,7 @@ from ..text.tool_calls import read_calls
 from ..text.vocabulary import Vocabulary
 from .asks import Ask
 
-Ending = Literal["stop", "length", "tool_calls", "cancelled", "error"]
+Ending = Literal["stop", "length", "tool_calls", "timeout", "cancelled", "invalid", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Ended:
     """How an answer ended.
 
     Args:
-        reason: as the engine says; `tool_calls` if it stopped after calls.
+        reason: as the engine says; `tool_calls` if it stopped after calls, `timeout` if its time limit cancelled it.
         usage: what it took.
         stop_string: the stop string that ended it, or None.
         reasoning_tokens: tokens of its reasoning.

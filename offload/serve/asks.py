@@ -39,6 +39,7 @@ class Limits:
         stops: the answer ends before the first of these strings.
         ignore_end: whether end tokens do not end it.
         owner: who asks; kept prefixes are shared within one owner only.
+        time_limit_s: seconds, queue included, after which the answer ends with what there is; None: no limit.
     """
 
     max_new_tokens: int | None = None
@@ -46,6 +47,7 @@ class Limits:
     stops: tuple[str, ...] = ()
     ignore_end: bool = False
     owner: str = ""
+    time_limit_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +181,7 @@ class Asker:
 
         Raises:
             ContextFull: if the prompt leaves no room for an answer.
-            ValueError: if the template refuses the messages, or a tool is wanted that is not there.
+            ValueError: if the template refuses the messages, a tool is wanted that is not there, or a bias is of none.
         """
         use = use or ToolUse()
         forced = use.forced
@@ -208,6 +210,8 @@ class Asker:
 
     def _room(self, ids: Sequence[int], limits: Limits) -> int:
         """Most tokens of the answer: what is wished, within what there is room for."""
+        if unknown := next((one for one in limits.sampling.logit_bias if one >= self.vocabulary.vocab_size), None):
+            raise ValueError(f"logit_bias names token {unknown}; the model knows 0 to {self.vocabulary.vocab_size - 1}")
         left = self.context - len(ids)
         if left < 1:
             raise ContextFull(len(ids), self.context)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engine.request import ConstraintError
 from ..text.vocabulary import Vocabulary
 from .asks import Grammar
 
@@ -51,6 +52,8 @@ class Grammars:
         except ValueError as error:
             raise ValueError(f"the {grammar.kind} cannot be read: {error}") from error
         matcher = LLMatcher(self._tables, source, log_level=0)  # never raises; it says what is wrong
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # some are too complex for their first token; the client hears it at once
         if matcher.is_error():
             raise ValueError(f"the {grammar.kind} cannot be used: {matcher.get_error().splitlines()[0][:300]}")
         return GrammarConstraint(matcher, self._vocabulary, begins_after)
@@ -90,7 +93,11 @@ class GrammarConstraint:
         self._vocab_size = vocabulary.vocab_size
 
     def allowed_V(self) -> NDArray[np.bool_]:
-        """The tokens that may come next; see TokenConstraint."""
+        """The tokens that may come next; see TokenConstraint.
+
+        Raises:
+            ConstraintError: if the grammar has grown too complex.
+        """
         if self._awaited:
             return np.ones(self._vocab_size, dtype=bool)
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
@@ -101,7 +108,7 @@ class GrammarConstraint:
         """The token that was chosen.
 
         Raises:
-            ValueError: if the grammar does not allow it, or has grown too complex.
+            ConstraintError: if the grammar does not allow it, or has grown too complex.
         """
         if self._awaited:
             self._before = (self._before + self._pieces.put(token_id))[-2 * len(self._awaited) - 64 :]
@@ -114,4 +121,5 @@ class GrammarConstraint:
 
     def _expect_no_error(self) -> None:
         if self._matcher.is_error():
-            raise ValueError(f"the grammar of the answer failed: {self._matcher.get_error().splitlines()[0][:300]}")
+            reason = self._matcher.get_error().splitlines()[0][:300]
+            raise ConstraintError(f"the grammar of the answer failed: {reason}")

@@ -34,7 +34,7 @@ class Vocabulary:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt is not UTF-8 text (character {error.start})") from error
+            raise ValueError(f"prompt is not UTF-8 text (character {error.start})") from error
         return self.checked(self.tokenizer(text)["input_ids"])
 
     def checked(self, token_ids: Sequence[int]) -> list[int]:
@@ -44,10 +44,12 @@ class Vocabulary:
             ValueError: if there are none, or one is negative or too large.
         """
         if not token_ids:
-            raise ValueError("the prompt is empty; give at least one token")
+            raise ValueError("prompt is empty; give at least one token")
         least, most = min(token_ids), max(token_ids)
         if least < 0 or most >= self.vocab_size:
-            raise ValueError(f"token {least if least < 0 else most} is none of the model's {self.vocab_size} tokens")
+            raise ValueError(
+                f"prompt: token {least if least < 0 else most} is none of the model's {self.vocab_size} tokens"
+            )
         return list(token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:

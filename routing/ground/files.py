@@ -11,12 +11,13 @@ from typing import IO, Any
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_write(path: str | os.PathLike[str], mode: str = "w", *, is_private: bool = False) -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success it takes the name `path`, on any error it is removed.
 
     Args:
         path: where the finished file shall be; its folder must exist.
         mode: `"w"` for UTF-8 text, `"wb"` for bytes.
+        is_private: only its owner may read it.
 
     Yields:
         The open temporary file.
@@ -33,7 +34,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
+        os.chmod(name, 0o600 if is_private else 0o666 & ~_umask())
         os.replace(name, target)
     except BaseException:
         os.unlink(name)

@@ -58,7 +58,7 @@ class PrefixFolder:
     """A folder of kept prefixes of one model.
 
     Args:
-        folder: made if it is not there, for its owner's eyes only, because prompts can be read from it.
+        folder: made if it is not there.
         most_bytes: of all files; those that were not used for the longest time go first.
         model: the model, whose mark is on each file.
         empty: gives an empty sequence.
@@ -105,9 +105,9 @@ class PrefixFolder:
 
     def _list_files(self) -> None:
         for part in self._folder.glob(f".*{SUFFIX}.*.part"):
-            if time.time() - part.stat().st_mtime > ABANDONED_S:
+            if time.time() - _changed_s(part) > ABANDONED_S:
                 part.unlink(missing_ok=True)
-        for path in sorted(self._folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime):
+        for path in sorted(self._folder.glob(f"*{SUFFIX}"), key=_changed_s):
             try:
                 label, ids = read_label(path)
                 if label.model == self._mark:
@@ -125,7 +125,7 @@ class PrefixFolder:
             label, tensors = read_prefix(listed.path)
             cached = self._rebuilt(label, tensors)
             os.utime(listed.path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch raises the latter two without memory
             _log.warning("kept prefix left out: %s", error)
             self._forget(listed, delete=isinstance(error, ValueError))
             return None
@@ -145,9 +145,11 @@ class PrefixFolder:
             is_window = isinstance(layer, DynamicSlidingWindowLayer)
             if is_window:
                 layer.cumulative_length = len(cached)
-            if f"{number}.keys" not in tensors:
+            keys, values = (tensors.get(f"{number}.{name}") for name in ("keys", "values"))
+            if keys is None and values is None:
                 continue
-            keys, values = tensors[f"{number}.keys"], tensors[f"{number}.values"]
+            if keys is None or values is None:
+                raise ValueError(f"layer {number} has keys without values, or values without keys")
             length = min(len(cached), layer.sliding_window - 1) if is_window else len(cached)
             if not keys.dim() == values.dim() == 4 or not keys.shape[2] == values.shape[2] == length:
                 raise ValueError(f"layer {number} has keys of {list(keys.shape)}; expected {length} positions")
@@ -160,7 +162,7 @@ class PrefixFolder:
         while (item := self._pending.get()) is not None:
             try:
                 self._write(*item)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # a full disk, no memory, a bug: later prefixes are tried again
                 _log.warning("a prefix could not be kept on disk: %s", error)
 
     def _write(self, owner: str, cached: CachedTokens) -> None:
@@ -188,6 +190,14 @@ class PrefixFolder:
             self._listed = [one for one in self._listed if one is not listed]
         if delete:
             listed.path.unlink(missing_ok=True)
+
+
+def _changed_s(path: Path) -> float:
+    """When a file was written last, in seconds since 1970; 0 if another server has just deleted it."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def mark_of(model: Any) -> str:

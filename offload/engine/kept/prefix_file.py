@@ -48,7 +48,7 @@ class PrefixLabel:
 
 
 def write_prefix(folder: Path, label: PrefixLabel, tensors: Tensors) -> Path:
-    """Write a prefix, whole or not at all.
+    """Write a prefix, whole or not at all, for its owner's eyes only: prompts can be read from it.
 
     Args:
         folder: must exist.
@@ -70,7 +70,7 @@ def write_prefix(folder: Path, label: PrefixLabel, tensors: Tensors) -> Path:
     header = json.dumps({"__metadata__": metadata, **entries}).encode()
     header += b" " * (-len(header) % 8)
     path = folder / f"{_checksum(label, tensors)}{SUFFIX}"
-    with atomic_write(path, "wb") as file:
+    with atomic_write(path, "wb", is_private=True) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
             file.write(_bytes_of(tensor.contiguous().cpu()))

@@ -1,9 +1,11 @@
 """From an ask to its deltas in an event loop: worker threads for templates and grammars, the engine for tokens."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from ...engine.events import Event, NotReady, Position, QueueFull
@@ -37,10 +39,19 @@ class Desk:
         asker: makes asks of requests.
         grammars: compiles their grammars.
         metrics: counts tokens and endings.
+        time_limit_s: seconds that a request may take, in the queue and after; None: no limit but its own.
     """
 
-    def __init__(self, engine: Answering, asker: Asker, grammars: Grammars, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine: Answering,
+        asker: Asker,
+        grammars: Grammars,
+        metrics: Metrics,
+        time_limit_s: float | None = None,
+    ) -> None:
         self._engine, self.asker, self.grammars, self._metrics = engine, asker, grammars, metrics
+        self._time_limit_s = time_limit_s
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="prompt")
 
     async def prepare(self, work: Callable[[], T]) -> T:
@@ -75,6 +86,9 @@ class Desk:
         except BaseException as error:
             running.cancel()
             raise _refusal(error) from error
+        limits = [limit for limit in (self._time_limit_s, asks[0].limits.time_limit_s) if limit is not None]
+        if limits:
+            running.limit(min(limits))
         return running
 
     def close(self) -> None:
@@ -110,16 +124,35 @@ class Running:
         self._streams: list[Any] = []
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
+        self._came_s = time.monotonic()
+        self._timer: asyncio.TimerHandle | None = None
+        self._limit_s: float | None = None
+        """The time limit, once it is over."""
 
     def follow(self, index: int, stream: Any) -> None:
         """Take the events of answer `index` from a stream."""
         self._streams.append(stream)
         stream.subscribe(lambda event: self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event)))
 
+    def limit(self, seconds: float) -> None:
+        """End all answers after so many seconds, with what there is of them."""
+        self._timer = self._loop.call_later(seconds, self._time_out, seconds)
+
+    def _time_out(self, seconds: float) -> None:
+        self._limit_s = seconds
+        self.cancel()
+
     def cancel(self) -> None:
         """Stop all that still run."""
+        if self._timer is not None:
+            self._timer.cancel()
         for stream in self._streams:
             stream.cancel()
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the engine was asked."""
+        return time.monotonic() - self._came_s
 
     def position(self) -> Position:
         """How far the first answer is."""
@@ -144,10 +177,17 @@ class Running:
                 for delta in self._texts[index].put(event):
                     if isinstance(delta, Ended):
                         left -= 1
+                        delta = self._as_timeout(delta)
                         self._metrics.ended(delta)
                     yield index, delta
         finally:
             self.cancel()
+
+    def _as_timeout(self, ended: Ended) -> Ended:
+        """The end as it is told: one that the time limit has cancelled is no other cancellation."""
+        if self._limit_s is None or ended.reason != "cancelled":
+            return ended
+        return replace(ended, reason="timeout", message=f"the answer was not there within {self._limit_s:g} s")
 
     async def whole(self) -> list[list[Delta]]:
         """All deltas of each answer.
@@ -168,9 +208,16 @@ def expect_success(delta: Delta) -> None:
     """Refuse an ending that is none of an answer.
 
     Raises:
-        ApiError: 500 if it failed, 503 if the server cancelled it.
+        ApiError: 500 if it failed, 400 if the request's own grammar did, 504 if there was no token within its time
+            limit, 503 if the server cancelled it.
     """
-    if isinstance(delta, Ended) and delta.reason == "error":
+    if not isinstance(delta, Ended):
+        return
+    if delta.reason == "error":
         raise ApiError(500, delta.message or "the answer failed", code="server_error")
-    if isinstance(delta, Ended) and delta.reason == "cancelled":
+    if delta.reason == "invalid":
+        raise ApiError(400, delta.message, code="invalid_value")
+    if delta.reason == "timeout" and not delta.usage.completion_tokens:
+        raise ApiError(504, delta.message, code="timeout", is_final=True)
+    if delta.reason == "cancelled":
         raise ApiError(503, delta.message or "the server is shutting down", code="cancelled", retry_after_s=5)

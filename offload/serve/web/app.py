@@ -12,10 +12,11 @@ from ...engine.events import TokenEvent
 from ..wire.chat import ChatRequest, ChatWriter
 from ..wire.completions import CompletionRequest, CompletionWriter
 from .answering import Desk
+from .described import ANSWER, OPENAI_ERRORS
 from .dialects import add_messages, add_responses
 from .faults import answer_errors
 from .guard import Gate, Guarded
-from .service import Service, Writer, new_id, owner_of, streamed_answer, whole_answer
+from .service import Service, new_id, owner_of, streamed_answer, whole_answer
 from .sse import EventStream
 from .state import add_state
 
@@ -27,7 +28,9 @@ def make_app(service: Service, gate: Gate) -> ASGIApp:
         service: the model, loaded or loading.
         gate: says who may ask.
     """
-    app = FastAPI(title="expertier", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app = FastAPI(
+        title="expertier", docs_url=None, redoc_url=None, openapi_url="/openapi.json", responses=OPENAI_ERRORS
+    )
     answer_errors(app)
     _add_openai(app, service)
     add_messages(app, service)
@@ -42,7 +45,7 @@ def make_app(service: Service, gate: Gate) -> ASGIApp:
 
 
 def _add_openai(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=ANSWER)
     @app.post("/chat/completions", response_model=None, include_in_schema=False)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next message of a conversation."""
@@ -50,9 +53,13 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         ask = await desk.prepare(lambda: body.ask(desk.asker, defaults=service.defaults, owner=owner_of(request)))
         asks = [ask.nth(index) for index in range(body.n or 1)]
         writer = ChatWriter(new_id(), name, body, speller(desk))
-        return await _respond(service, desk, asks, writer, request, is_stream=bool(body.stream))
+        running = await service.open(desk, asks)
+        if not body.stream:
+            return JSONResponse(await whole_answer(service, running, request, writer))
+        parts = streamed_answer(running, writer, progress=writer.progress if body.return_progress else None)
+        return EventStream(parts, lambda: service.close(running))
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=ANSWER)
     @app.post("/completions", response_model=None, include_in_schema=False)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """The continuation of texts or token ids."""
@@ -61,7 +68,10 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         echoes = [desk.asker.vocabulary.decode(ask.prompt_ids) if body.echo else "" for ask in asks]
         asks = [ask.nth(index) for ask in asks for index in range(body.n or 1)]
         writer = CompletionWriter(new_id(), name, body, echoes, speller(desk))
-        return await _respond(service, desk, asks, writer, request, is_stream=bool(body.stream))
+        running = await service.open(desk, asks)
+        if not body.stream:
+            return JSONResponse(await whole_answer(service, running, request, writer))
+        return EventStream(streamed_answer(running, writer), lambda: service.close(running))
 
     @app.get("/v1/models")
     @app.get("/models", include_in_schema=False)
@@ -75,15 +85,6 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         if name not in service.names:
             service.model_name(name)
         return _model(service, name)
-
-
-async def _respond(
-    service: Service, desk: Desk, asks: list[Any], writer: Writer, request: Request, *, is_stream: bool
-) -> Response:
-    running = await service.open(desk, asks)
-    if is_stream:
-        return EventStream(streamed_answer(running, writer), lambda: service.close(running))
-    return JSONResponse(await whole_answer(service, running, request, writer))
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ..wire.message_writer import MessagesWriter
 from ..wire.messages import CountRequest, MessagesRequest
 from ..wire.response_writer import ResponsesWriter
 from ..wire.responses import ResponsesRequest
+from .described import ANSWER, ANTHROPIC_ERRORS
 from .service import Service, new_id, owner_of, streamed_answer, whole_answer
 from .sse import EventStream
 
@@ -17,7 +18,7 @@ from .sse import EventStream
 def add_messages(app: FastAPI, service: Service) -> None:
     """Add Anthropic's endpoints."""
 
-    @app.post("/v1/messages", response_model=None)
+    @app.post("/v1/messages", response_model=None, responses={**ANTHROPIC_ERRORS, **ANSWER})
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """The next message of a conversation."""
         name, desk = service.answering(body.model, body)
@@ -31,7 +32,7 @@ def add_messages(app: FastAPI, service: Service) -> None:
             return EventStream(parts, lambda: service.close(running))
         return JSONResponse(await whole_answer(service, running, request, writer))
 
-    @app.post("/v1/messages/count_tokens")
+    @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS)
     async def count(body: CountRequest) -> dict[str, int]:
         """Tokens of a conversation."""
         _, desk = service.answering(body.model, body)
@@ -41,7 +42,7 @@ def add_messages(app: FastAPI, service: Service) -> None:
 def add_responses(app: FastAPI, service: Service) -> None:
     """Add OpenAI's newer endpoint."""
 
-    @app.post("/v1/responses", response_model=None)
+    @app.post("/v1/responses", response_model=None, responses=ANSWER)
     @app.post("/responses", response_model=None, include_in_schema=False)
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         """The next items of a conversation."""

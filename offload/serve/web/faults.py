@@ -36,7 +36,7 @@ def answer_errors(app: FastAPI) -> None:
         return refusal(request.url.path, ApiError(error.status_code, message, code=code))
 
     async def fault(request: Request, error: Exception) -> Response:
-        logger.error("%s failed: %s: %s", request.url.path, type(error).__name__, error)
+        logger.error("%r failed: %s: %r", request.url.path, type(error).__name__, str(error))
         message = f"the server failed on this request ({type(error).__name__})"
         return refusal(request.url.path, ApiError(500, message, code="server_error"))
 

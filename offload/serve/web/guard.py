@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..wire.errors import ApiError, anthropic_error, openai_error
+from ..wire.errors import ApiError, anthropic_error, openai_error, status_of
 
 LARGEST_BODY = 8 << 20
 """Bytes of a request. The longest prompts of agents have some 300,000."""
@@ -157,10 +157,11 @@ def refusal(path: str, error: ApiError, *, is_final: bool = False) -> Response:
         error: what is wrong.
         is_final: close the connection, because the body was not read to its end.
     """
-    body = anthropic_error(error) if path.startswith("/v1/messages") else openai_error(error)
+    is_anthropic = path.startswith("/v1/messages")
+    body = anthropic_error(error) if is_anthropic else openai_error(error)
     headers = {**error.headers, **({"Connection": "close"} if is_final else {})}
     text = json.dumps(body, ensure_ascii=True)
-    return Response(text, error.status, headers, media_type="application/json")
+    return Response(text, status_of(error, is_anthropic=is_anthropic), headers, media_type="application/json")
 
 
 async def _whole_body(headers: Headers, receive: Receive) -> bytes | None:

@@ -5,13 +5,14 @@ Shapes: L MoE layers.
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ...engine.counters import EngineCounters
+from ...engine.counters import EngineCounters, Spread
 from ..answers import Ended
 
 SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
@@ -137,6 +138,10 @@ class EngineCollector(Collector):
         yield self._gauge("kv_reserved_tokens", "Tokens of the KV pool that are promised.", now.kv_reserved)
         yield self._gauge("kv_kept_tokens", "Tokens of the KV pool that hold kept prefixes.", now.kv_kept)
         yield self._counter("steps", "Calls of the model.", now.steps_total)
+        yield self._histogram("iteration_tokens_total", "Tokens in a step.", now.step_tokens)
+        yield self._histogram(
+            "experts_per_step", "Experts that a layer asked for in a step, the mean of all layers.", now.step_experts
+        )
         yield self._counter("batch_rows", "Tokens in steps that decode.", now.rows_total)
         yield self._counter("prefill_seconds", "Seconds of steps that read prompts.", now.prefill_s)
         yield self._counter("decode_seconds", "Seconds of other steps.", now.decode_s)
@@ -164,6 +169,14 @@ class EngineCollector(Collector):
         counter = CounterMetricFamily(f"expertier:{name}", what, labels=("model_name",))
         counter.add_metric((self._model_name,), number)
         return counter
+
+    def _histogram(self, name: str, what: str, spread: Spread) -> Metric:
+        histogram = HistogramMetricFamily(f"expertier:{name}", what, labels=("model_name",))
+        borders = [*map(float, spread.borders), "+Inf"]
+        counts = accumulate(spread.counts)
+        buckets = [(str(border), count) for border, count in zip(borders, counts, strict=True)]
+        histogram.add_metric((self._model_name,), buckets, spread.total)
+        return histogram
 
     def _layers(self, name: str, what: str, number_L: Sequence[int]) -> Metric:
         layers = CounterMetricFamily(f"expertier:{name}", what, labels=("model_name", "layer"))

@@ -11,11 +11,15 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from ...engine.counters import EngineCounters
+from ...engine.events import Position
 from ..answers import Delta
 from ..wire.errors import ApiError, openai_error
 from . import sse
 from .answering import LOADING_RETRY_S, Desk, Running, expect_success
 from .metrics import Metrics
+
+PROGRESS_S = 1.0
+"""Seconds between two reports of a prompt's progress to a client that asks for them; people read one a second."""
 
 
 class Writer(Protocol):
@@ -201,6 +205,7 @@ async def streamed_answer(
     is_named: bool = False,
     error_bodies: Callable[[ApiError], list[dict[str, Any]]] = lambda error: [openai_error(error)],
     last: bytes = sse.DONE,
+    progress: Callable[[Position, float], list[dict[str, Any]]] | None = None,
 ) -> AsyncGenerator[bytes, None]:
     """The events of a streamed answer.
 
@@ -210,13 +215,19 @@ async def streamed_answer(
         is_named: whether events bear names.
         error_bodies: writes an error that comes after the first event.
         last: what ends the stream.
+        progress: writes how far a prompt is, given that and the seconds since it came; None writes comments.
     """
+    idle_s = sse.PING_S if progress is None else PROGRESS_S
     try:
         yield sse.events(writer.begin(), is_named=is_named)
-        async with aclosing(running.deltas(sse.PING_S)) as deltas:
+        async with aclosing(running.deltas(idle_s)) as deltas:
             async for index, delta in deltas:
                 if delta is None:
-                    yield sse.comment(_progress(running))
+                    position = running.position()
+                    if progress is not None and position.state in ("queued", "prefill"):
+                        yield sse.events(progress(position, running.age_s))
+                    else:
+                        yield sse.comment(_progress(position))
                     continue
                 expect_success(delta)
                 if chunks := writer.chunks(index, delta):
@@ -226,9 +237,8 @@ async def streamed_answer(
         yield sse.events(error_bodies(error), is_named=is_named) + last
 
 
-def _progress(running: Running) -> str:
+def _progress(position: Position) -> str:
     """How far a request is that has no new token, for readers of the raw stream."""
-    position = running.position()
     if position.state == "queued":
         return f"queued, {position.ahead} ahead"
     return f"{position.state} {position.prefilled_tokens} of {position.prompt_tokens} prompt tokens"

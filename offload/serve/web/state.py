@@ -21,6 +21,7 @@ PAGE_HEADERS = {
 def add_state(app: FastAPI, service: Service) -> None:
     """Add `/health`, `/version`, `/metrics`, `/status` and the page at `/`."""
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         """Whether requests are answered."""
@@ -37,7 +38,7 @@ def add_state(app: FastAPI, service: Service) -> None:
         except PackageNotFoundError:
             return {"version": "unknown"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Counts for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -59,6 +60,7 @@ def add_state(app: FastAPI, service: Service) -> None:
 
     page = (files(__package__) / "status.html").read_text(encoding="utf-8")
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def show() -> Response:
         """A page for people."""

@@ -6,12 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ...engine.events import TokenEvent
+from ...engine.events import Position, TokenEvent
 from ..answers import Called, Delta, Ended, Said
 from ..asks import Ask, Asker
 from .fields import (
     MOST_ANSWERS,
     MOST_TOOLS,
+    WHOLE,
     NamedTool,
     ResponseFormat,
     Sampled,
@@ -20,7 +21,7 @@ from .fields import (
     Wire,
     tool_use,
 )
-from .usage import usage_of
+from .usage import timings_of, usage_of
 
 Spell = Callable[[TokenEvent], dict[str, Any]]
 
@@ -73,11 +74,11 @@ class ChatRequest(Sampled):
     messages: Annotated[list[Message], Field(min_length=1)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-    n: Annotated[int | None, Field(ge=1, le=MOST_ANSWERS)] = None
+    max_tokens: Annotated[int | None, Field(ge=1), WHOLE] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1), WHOLE] = None
+    n: Annotated[int | None, Field(ge=1, le=MOST_ANSWERS), WHOLE] = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20), WHOLE] = None
     tools: Annotated[list[Tool] | None, Field(max_length=MOST_TOOLS)] = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -86,6 +87,9 @@ class ChatRequest(Sampled):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    timings: bool | None = None
+    timings_per_token: bool | None = Field(default=None, description="llama-server's name of timings.")
+    return_progress: bool | None = None
     modalities: list[str] | None = None
     functions: list[dict[str, Any]] | None = None
 
@@ -95,6 +99,10 @@ class ChatRequest(Sampled):
             raise ValueError("modalities: this server writes text only")
         if self.functions:
             raise ValueError("functions: this old field is not supported; use tools")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: set logprobs to true as well")
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("add_generation_prompt: cannot be true together with continue_final_message")
         return self
 
     def ask(self, asker: Asker, *, defaults: Mapping[str, float], owner: str) -> Ask:
@@ -109,7 +117,8 @@ class ChatRequest(Sampled):
         top = (self.top_logprobs or 0) if self.logprobs else None
         is_continued = self.continue_final_message
         if is_continued is None:
-            is_continued = self.messages[-1].role == "assistant" and not self.messages[-1].tool_calls
+            last = self.messages[-1]
+            is_continued = last.role == "assistant" and not last.tool_calls and not self.add_generation_prompt
         return asker.chat(
             [message.shown() for message in self.messages],
             self.limits(self.sampling(defaults, top), self.max_completion_tokens or self.max_tokens, owner),
@@ -134,6 +143,7 @@ class ChatWriter:
         self._head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
         self._request, self._spell = request, spell
         self._has_usage = bool(request.stream_options and request.stream_options.include_usage)
+        self._has_timings = bool(request.timings or request.timings_per_token)
         self._ended: list[Ended] = []
 
     def begin(self) -> list[dict[str, Any]]:
@@ -148,7 +158,23 @@ class ChatWriter:
         if isinstance(delta, Called):
             return self._called(index, delta)
         self._ended.append(delta)
-        return [self._chunk(index, {}, finish_reason=finish_reason(delta))]
+        last = self._chunk(index, {}, finish_reason=finish_reason(delta))
+        return [{**last, **self._timings([delta])}]
+
+    def progress(self, position: Position, seconds: float) -> list[dict[str, Any]]:
+        """A chunk that says how far the prompt is read, as llama-server writes it.
+
+        Args:
+            position: how many tokens of the prompt are read.
+            seconds: since it came.
+        """
+        read = {
+            "total": position.prompt_tokens,
+            "cache": position.cached_tokens,
+            "processed": position.prefilled_tokens,
+            "time_ms": round(1000 * seconds),
+        }
+        return [{**self._chunk(0, {}), "prompt_progress": read}]
 
     def end(self) -> list[dict[str, Any]]:
         """The last chunk, if the request wants to know the usage."""
@@ -166,7 +192,11 @@ class ChatWriter:
             "system_fingerprint": None,
             "choices": choices,
             "usage": usage_of(ended),
+            **self._timings(ended),
         }
+
+    def _timings(self, ended: list[Ended]) -> dict[str, Any]:
+        return {"timings": timings_of(ended)} if self._has_timings else {}
 
     def _said(self, index: int, said: Said) -> list[dict[str, Any]]:
         field = "content" if said.channel == "content" else "reasoning_content"

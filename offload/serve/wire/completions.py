@@ -10,11 +10,12 @@ from ...engine.events import TokenEvent
 from ..answers import Delta, Ended, Said
 from ..asks import Ask, Asker
 from .chat import finish_reason
-from .fields import MOST_ANSWERS, ResponseFormat, Sampled, StreamOptions
+from .fields import MOST_ANSWERS, WHOLE, Integer, ResponseFormat, Sampled, StreamOptions
 from .usage import usage_of
 
 MOST_PROMPTS = 16
 """Prompts of one request; each takes a place of its own in the queue. Not tuned."""
+Words = Annotated[str, Field(min_length=1)]
 Ids = Annotated[list[int], Field(min_length=1)]
 Spell = Callable[[TokenEvent], dict[str, Any]]
 
@@ -23,13 +24,13 @@ class CompletionRequest(Sampled):
     """A request of `/v1/completions`."""
 
     model: str | None = None
-    prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    prompt: Words | Ids | Annotated[list[Words] | list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int | None, Field(ge=1)] = 16
-    n: Annotated[int | None, Field(ge=1, le=MOST_ANSWERS)] = None
-    best_of: int | None = None
-    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    max_tokens: Annotated[int | None, Field(ge=1), WHOLE] = 16
+    n: Annotated[int | None, Field(ge=1, le=MOST_ANSWERS), WHOLE] = None
+    best_of: Integer | None = None
+    logprobs: Annotated[int | None, Field(ge=0, le=20), WHOLE] = None
     echo: bool | None = None
     suffix: str | None = None
     response_format: ResponseFormat | None = None

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from ...engine.request import Sampling
+from ...engine.request import MOST_BIASED, Sampling
 from ..asks import Grammar, Limits, ToolUse
 
 MOST_ANSWERS = 4
@@ -18,8 +18,38 @@ SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "typical_p"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
+BIAS: dict[str, Any] = {
+    "propertyNames": {"pattern": "^[0-9]+$"},
+    "additionalProperties": {"minimum": -100, "maximum": 100},
+    "maxProperties": MOST_BIASED,
+}
+"""The ranges of `logit_bias` in the schema; `Sampling` checks them."""
+NO_SEED = -1
+"""vLLM and llama-server read this seed as none."""
 NAME = r"^[A-Za-z0-9_.:/-]{1,128}$"
 
+
+def _whole(value: Any) -> Any:
+    """A whole number however it is written: 5.0 is an integer of JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+Integer = Annotated[int, WHOLE]
+
+
+def _documented(**limits: float) -> Any:
+    """A field whose range the engine checks: `Sampling` says what is wrong in words of its own."""
+    return Field(default=None, json_schema_extra=limits)
+
+
+LONGEST_TIMEOUT_S = 86400.0
+"""Seconds of a request's time limit at most: a day."""
+
+Timeout = Annotated[
+    float | None,
+    Field(gt=0, le=LONGEST_TIMEOUT_S, description="Seconds after which the answer ends with what there is of it."),
+]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
@@ -38,19 +68,24 @@ class StreamOptions(Wire):
 class Sampled(Wire):
     """How tokens are chosen, as OpenAI, vLLM and llama.cpp name it. Fields that are null have their default."""
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    repeat_penalty: float | None = Field(default=None, description="Ollama's name of repetition_penalty.")
-    logit_bias: dict[str, float] | None = None
+    temperature: float | None = _documented(minimum=0, maximum=100)
+    top_p: float | None = _documented(exclusiveMinimum=0, maximum=1)
+    top_k: Integer | None = _documented(minimum=-1)
+    min_p: float | None = _documented(minimum=0, maximum=1)
+    typical_p: float | None = _documented(exclusiveMinimum=0, maximum=1)
+    seed: Integer | None = None
+    presence_penalty: float | None = _documented(minimum=-2, maximum=2)
+    frequency_penalty: float | None = _documented(minimum=-2, maximum=2)
+    repetition_penalty: float | None = _documented(exclusiveMinimum=0, maximum=100)
+    repeat_penalty: float | None = Field(
+        default=None,
+        description="Ollama's name of repetition_penalty.",
+        json_schema_extra={"exclusiveMinimum": 0, "maximum": 100},
+    )
+    logit_bias: dict[str, float] | None = Field(default=None, json_schema_extra=BIAS)
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool | None = None
+    timeout: Timeout = None
 
     @field_validator("logit_bias")
     @classmethod
@@ -74,7 +109,7 @@ class Sampled(Wire):
         if self.repeat_penalty is not None:
             given.setdefault("repetition_penalty", self.repeat_penalty)
         return Sampling(
-            seed=None if self.seed is None else self.seed % (1 << 64),
+            seed=None if self.seed in (None, NO_SEED) else self.seed % (1 << 64),
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             top_logprobs=top_logprobs,
             **{"temperature": 1.0, **defaults, **given},
@@ -95,6 +130,7 @@ class Sampled(Wire):
             stops=tuple(stops),
             ignore_end=bool(self.ignore_eos),
             owner=owner,
+            time_limit_s=self.timeout,
         )
 
 

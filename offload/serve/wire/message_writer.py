@@ -5,7 +5,7 @@ from typing import Any
 
 from ..answers import Called, Delta, Ended, Said
 
-STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "timeout": "max_tokens", "tool_calls": "tool_use"}
 
 
 class MessagesWriter:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..asks import Ask, Asker, ToolUse
-from .fields import LONGEST_STOP, MOST_STOPS, MOST_TOOLS, NAME, Sampled, Wire
+from .fields import LONGEST_STOP, MOST_STOPS, MOST_TOOLS, NAME, WHOLE, Sampled, Timeout, Wire
 
 BILLING_LINE = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*(?:\n|\Z)")
 """Claude Code's first system block. It changes with each request, so that nothing kept would match the prompt."""
@@ -151,16 +151,17 @@ class CountRequest(Wire):
 class MessagesRequest(CountRequest):
     """A request of `/v1/messages`."""
 
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: Annotated[int, Field(ge=1), WHOLE]
     stream: bool | None = None
     stop_sequences: (
         Annotated[list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]], Field(max_length=MOST_STOPS)]
         | None
     ) = None
     temperature: Annotated[float | None, Field(ge=0, le=1)] = None
-    top_p: float | None = None
-    top_k: int | None = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    top_k: Annotated[int | None, Field(ge=-1), WHOLE] = None
     metadata: Metadata | None = None
+    timeout: Timeout = None
 
     def ask(self, asker: Asker, *, defaults: Mapping[str, float], owner: str) -> Ask:
         """What is asked.
@@ -169,7 +170,11 @@ class MessagesRequest(CountRequest):
             ValueError: if a value is out of range or the template refuses the messages.
         """
         sampled = Sampled(
-            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, stop=self.stop_sequences or None
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop=self.stop_sequences or None,
+            timeout=self.timeout,
         )
         last = self.messages[-1]
         return asker.chat(

@@ -38,7 +38,7 @@ class ResponsesWriter:
         if isinstance(delta, Called):
             return [*self._close(), *self._called(delta)]
         events = self._close()
-        status = "incomplete" if delta.reason == "length" else "completed"
+        status = "incomplete" if delta.reason in ("length", "timeout") else "completed"
         return [*events, self._event(f"response.{status}", response=self._response(status, delta))]
 
     def end(self) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ..asks import Ask, Asker, ToolUse
-from .fields import MOST_TOOLS, NAME, NamedFunction, Sampled, Wire, json_grammar
+from .fields import MOST_TOOLS, NAME, WHOLE, NamedFunction, Sampled, Timeout, Wire, json_grammar
 
 
 class InputPart(Wire):
@@ -84,14 +84,15 @@ class ResponsesRequest(Wire):
     tools: Annotated[list[FunctionTool] | None, Field(max_length=MOST_TOOLS)] = None
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
-    max_output_tokens: Annotated[int | None, Field(ge=1)] = None
-    temperature: float | None = None
-    top_p: float | None = None
+    max_output_tokens: Annotated[int | None, Field(ge=1), WHOLE] = None
+    temperature: Annotated[float | None, Field(ge=0, le=100)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
     stream: bool | None = None
     previous_response_id: str | None = None
     background: bool | None = None
+    timeout: Timeout = None
 
     @model_validator(mode="after")
     def _expect_stateless(self) -> "ResponsesRequest":
@@ -142,7 +143,7 @@ class ResponsesRequest(Wire):
         Raises:
             ValueError: if a value is out of range or the template refuses the messages.
         """
-        sampled = Sampled(temperature=self.temperature, top_p=self.top_p)
+        sampled = Sampled(temperature=self.temperature, top_p=self.top_p, timeout=self.timeout)
         form = self.text.format if self.text is not None else None
         effort = None if self.reasoning is None else self.reasoning.effort
         return asker.chat(
