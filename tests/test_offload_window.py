@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import offload
 from offload.forecast.fit import fit
-from offload.memory.budget import MIN_SLACK_BYTES
+from offload.memory.budget import MIN_SLACK_BYTES, resident_bytes
 from offload.store import store
 from offload.window.guests import Guest, Guests
 from offload.window.planning import plan_window, spread
@@ -153,6 +153,15 @@ def test_budgets_down_to_one_layer(large):
     assert 5 < most < 13
     with pytest.raises(ValueError, match=r"too small for a dense model's layers .* give at least"):
         offload.load(folder, context=64, cpu_memory=budgets.least_bytes - (16 << 20))
+
+
+def test_closing_gives_the_memory_back_at_once(large):
+    model = offload.load(large[0], context=64, resident_layers=0, layers_ahead=12)
+    logits(model)
+    window, before = model.offload.report()["window"], resident_bytes()
+    assert window["memory_bytes"] > 60 << 20
+    model.offload.close()
+    assert before - resident_bytes() > 0.95 * window["memory_bytes"]
 
 
 def test_reads_run_while_a_layer_computes(saved):

@@ -263,7 +263,7 @@ class OffloadRuntime:
         return self._fused[key]
 
     def close(self) -> None:
-        """Stop reading and give the slots' memory back; the model cannot run afterwards."""
+        """Stop reading and give the memory of slots and window back; the model cannot run afterwards."""
         self._enter_process()
         with self._lock:
             if self.gpu is not None:
@@ -271,6 +271,8 @@ class OffloadRuntime:
             self.store.close()
             for slots in self.layers:
                 slots.close()
+            if self.window is not None:
+                self.window.close()
 
     def _look_ahead(self, layer: int, x_TD: torch.Tensor, expert_TK: torch.Tensor) -> None:
         """Once this layer's reads are on their way: start what the next layers will probably ask for."""

@@ -90,6 +90,12 @@ class Streamed:
         """Forget every guest; nothing may be on its way."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Forget every guest and give the memory back; nothing may be on its way."""
+        self.clear()
+        for slots in self._rows:
+            slots.give_back()
+
     def begin(self) -> None:
         """Start to read what a pass from the first guest on needs."""
         raise NotImplementedError
@@ -167,6 +173,11 @@ class Window(Streamed):
         self._held: deque[_Held] = deque()
         self._ring.clear()
         self.turn += 1
+
+    def close(self) -> None:
+        super().close()
+        if self._memory is not None:
+            self._memory.give_back()
 
     def enter(self, number: int) -> dict[str, torch.Tensor]:
         """A guest's weights, which stay until it is left; waits until they are there.
