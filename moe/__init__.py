@@ -5,6 +5,7 @@ implementation of that name with transformers.
 """
 
 from .architectures import ARCHITECTURES, Architecture, build_body
+from .architectures.read_me.token_router import TokenTransformer, context_of
 from .conversion.adoption.adopt import adopt, adopted_config
 from .conversion.export import export
 from .conversion.opening import load_model
@@ -54,10 +55,12 @@ __all__ = [
     "PartitionRouter",
     "RoutedLayer",
     "SkipReport",
+    "TokenTransformer",
     "TokenizerText",
     "adopt",
     "adopted_config",
     "build_body",
+    "context_of",
     "drawn",
     "early_exit",
     "ensemble",

@@ -3,12 +3,17 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..cache.catalogue import Cache, make_cache
+from ..cache.predicted import PredictedUse
 from ..compute.routed_rows import can_group
 from ..native.kernel_matrix import KernelMatrix
+from ..prefetch.predictor import likely_first
 from ..store.reading import Ticket
 from ..store.store import ExpertStore, Slots
 from .counters import AheadCounters
@@ -122,6 +127,24 @@ class LayerSlots:
             return False
         self._start_ahead(expert, pinned)
         return True
+
+    def expect_use(self, use_E: NDArray[np.floating[Any]], most: int) -> None:
+        """A pass begins: start to read what it will probably use, and let the policy `predicted` keep that.
+
+        Args:
+            use_E: how likely each expert is, 0..1.
+            most: experts that may be on their way at the same time.
+        """
+        if isinstance(self.cache, PredictedUse):
+            self.cache.expect(use_E)
+        likely = likely_first(use_E)
+        for expert in [expert for expert in likely if expert not in self._resident][:most]:
+            self.read_ahead(expert, likely, most)
+
+    def keep_ahead(self, experts: Collection[int]) -> None:
+        """Give up reads ahead of experts that are no longer expected; what has arrived stays."""
+        for expert in [expert for expert in self._ahead if expert not in experts and expert not in self._held]:
+            self._end_ahead(expert)
 
     def hold(self, experts: Collection[int]) -> None:
         """Keep experts until this is called again, and start reading those that are missing.

@@ -6,6 +6,7 @@ from typing import Any
 
 from routing.ground.model_config import text_config
 
+from ..cache.catalogue import NEEDS_PREDICTOR
 from ..checkpoint.experts import experts_modules
 from ..compute.attention import quicken_attention
 from ..compute.levels import best_arithmetic
@@ -15,6 +16,7 @@ from ..compute.norms import quicken_norms
 from ..gpu.lanes import Lane
 from ..gpu.tier import GpuTier
 from ..prefetch.find_routers import make_prefetcher
+from ..prefetch.pass_predictor import PassPrefetcher
 from ..store.io_mode import wants_direct
 from ..store.store import ExpertStore
 from ..window.binding import bind
@@ -60,6 +62,11 @@ def assemble(
     recorder = _recorder(opened, options) if options.record_trace else None
     running = OffloadRuntime(store, division.ram.num_slots, options.policy_name, recorder, matvecs)
     running.prefetcher = make_prefetcher(str(options.prefetch), model, [form.layer for form in forms], opened.top_k)
+    if options.policy_name in NEEDS_PREDICTOR and not isinstance(running.prefetcher, PassPrefetcher):
+        raise ValueError(
+            f"policy {options.policy_name} keeps what a predictor of whole passes expects; give prefetch= a file of "
+            "`expertier trace predictor --before-pass`"
+        )
     if lane is None:
         quicken_linears(model, matvecs)
         quicken_norms(model)

@@ -16,7 +16,9 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..compute.adapters import adapted_of
@@ -223,6 +225,18 @@ class OffloadRuntime:
                 for expert in waiting:
                     slots.read_ahead(expert, present, len(waiting))
             self._is_whole = True
+
+    def expect_use(self, use_LE: NDArray[np.floating[Any]], most: int) -> None:
+        """A pass begins: start to read what it will probably use, the first layers first.
+
+        Args:
+            use_LE: how likely each expert is, 0..1; E is that of the widest layer.
+            most: experts of one layer that may be on their way at the same time.
+        """
+        self._enter_process()
+        with self._lock, self._changes():
+            for slots, use_E in zip(self.layers, use_LE, strict=True):
+                slots.expect_use(use_E[: slots.num_experts], most)
 
     def hold(self, experts: Mapping[int, Sequence[int]]) -> None:
         """Keep what a router says that its next tokens can visit, and start reading what is missing of it.
