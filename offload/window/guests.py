@@ -25,7 +25,12 @@ Matches = Mapping[str, Sequence[tuple[str, str | None]]]
 SMALL_SHARE = 1 / 256
 """Weights below this share of their guest stay in memory: norms, biases, routers. They are read in no time and save no
 memory, and the next layer's router is asked before its layer is there. A layer has a dozen of them; not tuned."""
+ROWS = 64
+"""Rows of an embedding that are read at a time: enough for the reading threads, and at most 1 MiB of memory. Tables of
+no more rows stay: the memory that they would be read into is no smaller, and some are used without being asked."""
 HEADS = (nn.Linear, Linear)
+WRITES_WEIGHTS = "layers_are_rescaled"
+"""Of modules of transformers that divide weights in their forward pass (rwkv): what is read anew would lack it."""
 
 
 class GuestForm(PlainForm):
@@ -111,7 +116,12 @@ def find_guests(model: Any, entries: Mapping[str, TensorEntry], found: Matches) 
         model: on the meta device, in the dtype it will run in, without its experts' weights.
         entries: the checkpoint's tensors.
         found: what `match_checkpoint` says of the two.
+
+    Returns:
+        Nothing for a model that writes to its weights while it computes.
     """
+    if any(hasattr(module, WRITES_WEIGHTS) for module in model.modules()):
+        return Guests()
     owners: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(name)
@@ -180,9 +190,9 @@ class _Locator:
         return self._guest(name, {"weight": weight})
 
     def rows(self, name: str, table: nn.Embedding) -> Guest | None:
-        """A table by its rows; None if it must be changed while it is read, or norms them in place."""
+        """A table by its rows; None if it is small, must be changed while it is read, or norms them in place."""
         stored = self._stored(table.weight)
-        if stored is None or stored.torch_dtype() != table.weight.dtype or table.max_norm is not None:
+        if stored is None or len(table.weight) <= ROWS or stored.torch_dtype() != table.weight.dtype or table.max_norm is not None:
             return None
         source = Source(stored.name, (stored,) * len(table.weight), is_fused=True)
         runs = ((0, 0, 0, table.embedding_dim),)

@@ -16,8 +16,8 @@ import torch
 from ..formats.form import BLOCK_BYTES
 from ..store.reading import WAIT_S, Ticket
 from ..store.store import ExpertStore, Slots
-from .guests import Guest
-from .planning import ROWS, WindowPlan
+from .guests import ROWS, Guest
+from .planning import WindowPlan
 from .ring import Ring, RingMemory
 
 
