@@ -11,8 +11,9 @@ from offload.cache.simulate import simulate
 from offload.prefetch import pass_fit, predictor_fit
 from offload.prefetch.find_routers import make_prefetcher
 from offload.prefetch.pass_model import CONTEXT, PassModel, PassSizes
-from offload.prefetch.pass_predictor import LastTokens, PassPredictor
+from offload.prefetch.pass_predictor import LastTokens, PassPredictor, PassPrefetcher
 from offload.prefetch.predictor import TrainedPredictor, read_predictor
+from offload.serve.batch_answers import form
 from routing.traces import RoutingTrace
 
 
@@ -163,3 +164,15 @@ def test_the_policy_without_its_predictor_is_refused(learned):
 def test_logits_of_a_whole_vocabulary_are_bounded():
     model = PassModel(PassSizes(vocab_size=4, num_layers=2, num_experts=3)).eval()
     assert np.array_equal(model.logits(np.array([[99]])), model.logits(np.array([[3]])))
+
+
+def test_batches_are_formed_from_prompts_with_like_experts(fitted):
+    """Prompts of token 0 alone and of token 2 alone come in turn; their experts differ."""
+    prompts = [[2 * (place % 2)] * 6 for place in range(8)]
+    runtime = type("Runtime", (), {"prefetcher": PassPrefetcher(fitted, 2)})
+    model = torch.nn.Module()
+    model.offload = type("Offload", (), {"runtime": runtime})
+    formed = form(model, prompts, 4)
+    assert sorted(map(sorted, formed.batches)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert formed.experts_after < formed.experts_before
+    assert "2 batches by the predictor" in str(formed)

@@ -33,6 +33,10 @@ def generate(
     out: Annotated[
         Path | None, typer.Option("--out", help="Where answers to --prompts go, as JSON lines; a later run goes on.")
     ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option("--batch-size", min=1, help="With --prompts: answer so many together, chosen to share experts."),
+    ] = 1,
     trace: Annotated[Path | None, typer.Option("--trace", help="Record the routing into this .npz file.")] = None,
     members: Annotated[
         Path | None,
@@ -60,7 +64,8 @@ def generate(
 
     As a chat: `expertier generate my-model --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1`
 
-    Many prompts: `expertier generate my-model --prompts questions.jsonl --out answers.jsonl`
+    Many prompts: `expertier generate my-model --prompts questions.jsonl --out answers.jsonl`; with `--batch-size 8`
+    eight at a time, which share experts as far as --prefetch FILE of `trace predictor --before-pass` foresees them
 
     With a GPU: `expertier generate my-model --prompt "def main():" --device cuda --gpu-memory 8GiB --cpu-memory 32GiB`
 
@@ -87,8 +92,10 @@ def generate(
             raise ValueError(
                 "--trace, --hardware, --processes, --skip-ffn and --json are of one prompt; drop them with --prompts"
             )
-        answer_file(model, prompts, out, max_new_tokens, options)
+        answer_file(model, prompts, out, max_new_tokens, options, batch_size)
         return
+    if batch_size > 1:
+        raise ValueError("--batch-size is for --prompts FILE; one prompt is no batch")
     rates = None if hardware is None else Rates.load(hardware)
     several = None if processes is None else processes_of(options.cpu_memory, trace)
     if several is not None and not several.are_started():

@@ -5,7 +5,7 @@ Source: He et al. 2024 (ExpertFlow), arXiv:2410.17954, whose routing-path predic
 Shapes: B sequences, S positions, T = B * S tokens, L MoE layers, E experts, D width of the transformer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moe import MoEConfig, TokenTransformer, context_of
+
+from .predictor import LIKELY_LOGIT
 
 CONTEXT = 32
 """Tokens that a prediction looks back on. Each step computes all of them anew, 10 million products at the sizes below,
@@ -75,6 +77,14 @@ class PassModel(TokenTransformer):
         known_BS = torch.from_numpy(token_BS).clamp(0, self.of.vocab_size - 1)
         logit_BSLE: NDArray[np.float32] = self(known_BS).numpy()
         return logit_BSLE
+
+    def uses(self, token_ids: Sequence[int]) -> NDArray[np.bool_]:
+        """[L, E]: the experts that some token of a text is likely to use; each CONTEXT tokens are looked at alone."""
+        use_LE = np.zeros((self.of.num_layers, self.of.num_experts), bool)
+        for start in range(0, len(token_ids), CONTEXT):
+            logit_SLE = self.logits(np.array([token_ids[start : start + CONTEXT]], np.int64))[0]
+            use_LE |= (logit_SLE >= LIKELY_LOGIT).any(axis=0)
+        return use_LE
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What a file keeps of it."""

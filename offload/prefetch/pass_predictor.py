@@ -85,8 +85,7 @@ class PassPrefetcher(Prefetcher):
 
     def __init__(self, predictor: PassPredictor, most: int) -> None:
         super().__init__(predictor.corrections, most)
-        self._predictor, self._tokens = predictor.corrections, LastTokens()
-        self._model = predictor.model
+        self.predictor, self._tokens = predictor, LastTokens()
         self._logit_LE: NDArray[np.float32] | None = None
         """Of the one token of the pass that is going on; None in prompts and batches."""
 
@@ -103,13 +102,14 @@ class PassPrefetcher(Prefetcher):
     def look_ahead(self, layer: int, x_1D: Any, expert_1K: Any, layers: Sequence[Any]) -> None:
         """Now that `layer` is routed: correct what was guessed of the next ones."""
         num_experts = layers[layer].num_experts
-        self._predictor.note(layer, [expert for expert in expert_1K[0].tolist() if 0 <= expert < num_experts])
+        corrections = self.predictor.corrections
+        corrections.note(layer, [expert for expert in expert_1K[0].tolist() if 0 <= expert < num_experts])
         if not self.is_active or self._logit_LE is None:
             return
-        for ahead in self._predictor.distances:
+        for ahead in corrections.distances:
             if layer + ahead < len(layers):
                 before_E = self._logit_LE[layer + ahead]
-                likely = likely_first(self._predictor.probability_E(layer + ahead, ahead, before_E))
+                likely = likely_first(corrections.probability_E(layer + ahead, ahead, before_E))
                 layers[layer + ahead].keep_ahead(likely)
                 for expert in likely[: self._most]:
                     layers[layer + ahead].read_ahead(expert, likely, self._most)
@@ -122,7 +122,7 @@ class PassPrefetcher(Prefetcher):
         known_BS = self._tokens.add(tokens.cpu().numpy().astype(np.int64), past)
         if not self.is_active:
             return
-        logit_BSLE = self._model.logits(known_BS)[:, -tokens.shape[1] :]
+        logit_BSLE = self.predictor.model.logits(known_BS)[:, -tokens.shape[1] :]
         logit_NLE = logit_BSLE.reshape(-1, *logit_BSLE.shape[2:])
         if len(logit_NLE) == 1:
             self._logit_LE = logit_NLE[0]
