@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 import offload
+from moe import MoEForCausalLM
 from offload.forecast import calibrate_gpu as gpu_calibrate
 from offload.gpu import devices as gpu_devices
 from offload.gpu import rows as gpu_rows
@@ -338,3 +339,36 @@ def test_on_a_gpu(saved, tolerance, name, dtype):
     model = offload.load(folder, gpu_experts=2, arithmetic="fast", **arguments)
     torch.testing.assert_close(run(model, device="cuda").cpu(), expected, **tolerance[dtype])
     model.offload.close()
+
+
+@pytest.mark.parametrize(("ahead", "gpu_experts"), [(1, 2), (2, 4), (3, 3)])
+def test_experts_that_are_decided_ahead_are_copied_ahead(load, tiny_config, tmp_path, ahead, gpu_experts):
+    """Of each decoded token only the first layers, whose gates are their own, ask for what is not on the GPU."""
+    config = tiny_config(router="pregate", router_options={"ahead": ahead}, num_hidden_layers=5)
+    torch.manual_seed(4)
+    MoEForCausalLM(config).save_pretrained(tmp_path)
+    prompt, settings = torch.randint(96, (1, 5)), {"max_new_tokens": 6, "do_sample": False}
+    expected = load(tmp_path, gpu_experts=6, cache_experts=6).generate(prompt, **settings)
+    planned = {"gpu_experts": gpu_experts, "cache_experts": 6, "prefetch": "plan"}
+    for seed, copy_share in ((1, 0.0), (2, 0.7)):
+        model = load(tmp_path, seed=seed, copy_share=copy_share, **planned)
+        assert torch.equal(model.generate(prompt, **settings), expected)
+        model.offload.reset()
+        with torch.no_grad():
+            for token in range(4):
+                model(torch.tensor([[token]]), use_cache=False)
+        found = model.offload.report()["gpu"]
+        assert found["copied_ahead"] > 0
+        assert found["misses"] <= 4 * ahead * config.num_experts_per_tok
+        few = load(tmp_path, seed=seed, copy_share=copy_share, **planned | {"cache_experts": 3})
+        assert torch.equal(few.generate(prompt, **settings), expected)  # what the disk still reads comes late
+
+
+def test_a_missing_wait_for_a_copy_ahead_would_be_seen(load, tiny_config, tmp_path, monkeypatch):
+    MoEForCausalLM(tiny_config(router="pregate", num_hidden_layers=4)).save_pretrained(tmp_path)
+    token = torch.tensor([[7]])
+    with torch.no_grad():
+        expected = load(tmp_path, gpu_experts=6, cache_experts=6)(token).logits
+        model = load(tmp_path, gpu_experts=2, cache_experts=6, prefetch="plan", copy_share=0.0)
+        monkeypatch.setattr(model.lane, "compute_after", lambda copy: None)
+        assert not torch.equal(model(token).logits, expected)

@@ -19,6 +19,8 @@ class GpuCounters:
     misses: int = 0
     copied_bytes: int = 0
     copied_s: float = 0.0
+    ahead: int = 0
+    """Experts whose copy was queued before their layer was asked."""
     cpu_experts: int = 0
     cpu_s: float = 0.0
     ids_wait_s: float = 0.0
@@ -46,7 +48,7 @@ class GpuCounters:
             self.harvest()
 
     def reset(self) -> None:
-        self.hits = self.misses = self.copied_bytes = self.cpu_experts = 0
+        self.hits = self.misses = self.copied_bytes = self.ahead = self.cpu_experts = 0
         self.copied_s = self.cpu_s = self.ids_wait_s = 0.0
         self.copies.clear()
 
@@ -60,6 +62,7 @@ class GpuCounters:
             "copied_bytes": self.copied_bytes,
             "copied_s": self.copied_s,
             "copied_bytes_per_s": self.copied_bytes / self.copied_s if self.copied_s else None,
+            "copied_ahead": self.ahead,
             "cpu_experts": self.cpu_experts,
             "cpu_s": self.cpu_s,
             "ids_wait_s": self.ids_wait_s,

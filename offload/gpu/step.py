@@ -91,15 +91,26 @@ class GpuStep:
         is_early = not self._layer.experts.needs_ids
         if is_early and hits.slot_of:
             self._compute(self._slots, hits)
+        arrivals = self._slots.arrivals()
         self._wait_for_ids()
         self._feed = self._look_up()
         if not is_early and hits.slot_of:
             self._compute(self._slots, hits)
+        self._compute_arrivals(arrivals)
         self._bring(look_ahead)
         combined = self._lane.hand_over(lambda: self._rows.combine(weight_TK))
         self._slots.publish()
         self._gpu_counters.harvest_many()
         return combined
+
+    def _compute_arrivals(self, arrivals: Mapping[int, tuple[int, Copy]]) -> None:
+        """What was copied before the layer was asked, expert by expert in the order of the copies.
+
+        All are waited for, also those that have no rows: from now on they are hits like any other.
+        """
+        for expert, (slot, copy) in arrivals.items():
+            self._lane.compute_after(copy)
+            self._compute_in(self._slots, {expert: slot})
 
     def _wait_for_ids(self) -> None:
         started = time.perf_counter()

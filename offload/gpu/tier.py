@@ -12,6 +12,7 @@ from ..compute.matvec import Matvecs
 from ..memory.budget import MemoryPlan, describe
 from ..ram.counters import Counters
 from ..ram.slots import LayerSlots
+from .ahead import CopiesAhead
 from .counters import GpuCounters
 from .lanes import Lane
 from .layer import CpuShare, make_layers
@@ -52,6 +53,7 @@ class GpuTier:
         ]
         shares = [self._cpu_share(module, matvecs) for module in modules]
         self._layers = make_layers(lane, layers, plan.num_slots, ram, self._experts, shares)
+        self._ahead = CopiesAhead(self._layers, self._counters)
         pinned = [slots.memory for slots in ram if lane.pin(slots.memory)]
         self.is_pinned = len(pinned) == len(ram)
         # The driver must forget the memory before it is freed, else the next owner of these addresses cannot pin them.
@@ -68,14 +70,36 @@ class GpuTier:
         look_ahead: LookAhead,
     ) -> torch.Tensor:
         """The experts' output for one layer, `[T, D]`."""
+        self._ahead.begin(layer)
         if expert_TK.numel() == 0:
             return torch.zeros_like(x_TD)
+
+        def look_further(ids_TK: torch.Tensor) -> None:
+            look_ahead(ids_TK)
+            self._ahead.advance()
+
         step = GpuStep(self._layers[layer], self._run_counters, self._counters, x_TD, expert_TK)
-        return step.run(weight_TK, look_ahead)
+        return step.run(weight_TK, look_further)
+
+    def prepare(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """A router has decided what a later layer of this pass will use; gives what of it is not on the GPU.
+
+        Args:
+            layer: whose experts these are.
+            experts: most used first.
+        """
+        self._ahead.plan(layer, experts)
+        slots = self._layers[layer].slots
+        return [expert for expert in experts if expert not in slots]
+
+    def lent(self, layer: int) -> list[int]:
+        """Experts whose RAM slots a copy may still read."""
+        return list(self._layers[layer].lent)
 
     def clear(self) -> None:
         """Forget what the slots hold, once nothing that was queued reads or writes them any more."""
         self.lane.drain()
+        self._ahead.clear()
         for layer in self._layers:
             layer.slots.clear()
             layer.ring.clear()

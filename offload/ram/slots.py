@@ -161,6 +161,18 @@ class LayerSlots:
         for expert in sorted(self._held - self._resident.keys()):
             self._start_ahead(expert, self._held)
 
+    def take_early(self, expert: int) -> dict[str, torch.Tensor] | None:
+        """The weights of an expert before the layer's turn, for a copy that will be used; None if it is not there yet."""
+        ticket = self._ahead.get(expert)
+        if expert not in self._resident or not (ticket is None or ticket.is_complete):
+            return None
+        if ticket is not None:
+            self._end_ahead(expert)
+        if expert in self._unproven:
+            self._unproven.discard(expert)
+            self.ahead_counters.useful += 1
+        return self._resident[expert].weights
+
     def settle_ahead(self, needed: Collection[int], landed: "SimpleQueue[Ticket]") -> dict[int, Ticket]:
         """When the layer's turn has come: keep what has arrived, hurry what is needed, give up what is not held.
 

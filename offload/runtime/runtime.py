@@ -220,8 +220,12 @@ class OffloadRuntime:
             self._begin_changes()
             for layer, experts in sorted(plan.items()):
                 slots = self.layers[layer]
-                waiting = [expert for expert in experts if 0 <= expert < slots.num_experts and expert not in slots]
+                experts = [expert for expert in experts if 0 <= expert < slots.num_experts]
                 present = [expert for expert in experts if expert in slots]
+                if self.gpu is not None:
+                    experts = self.gpu.prepare(layer, experts)
+                    present += self.gpu.lent(layer)
+                waiting = [expert for expert in experts if expert not in slots]
                 for expert in waiting:
                     slots.read_ahead(expert, present, len(waiting))
             self._is_whole = True
