@@ -13,7 +13,7 @@ from routing.ground.quantity import parse_size
 from routing.ground.terminal import plain_console
 from routing.traces import RoutingTrace
 
-from .options import CacheExperts, CpuMemory, JsonFile, Model, expect_model, quiet_transformers
+from ..options import CacheExperts, CpuMemory, JsonFile, Model, expect_model, quiet_transformers
 
 Trace = Annotated[Path, typer.Argument(help="A routing trace (.npz).")]
 LEAST_ROWS = 500
@@ -60,8 +60,8 @@ def _of_layers(learnt: RoutingTrace, judging: RoutingTrace, out: Path) -> dict[s
     """Train, judge and save regressions on the layers before."""
     from rich.progress import Progress
 
-    from ..prefetch.predictor import AHEAD
-    from ..prefetch.predictor_fit import fit_predictor, precision_and_recall
+    from ...prefetch.predictor import AHEAD
+    from ...prefetch.predictor_fit import fit_predictor, precision_and_recall
 
     with Progress(console=plain_console(stderr=True)) as progress:
         task = progress.add_task("train", total=len(AHEAD) * learnt.num_layers)
@@ -78,7 +78,7 @@ def _of_passes(learnt: RoutingTrace, judging: RoutingTrace, out: Path) -> dict[s
 
     from rich.progress import Progress
 
-    from ..prefetch.pass_fit import fit_pass_predictor, score
+    from ...prefetch.pass_fit import fit_pass_predictor, score
 
     with Progress(console=plain_console(stderr=True)) as progress:
         task = progress.add_task("train", total=None)
@@ -111,7 +111,7 @@ def batches(
     Example: `expertier trace batches routing.npz --batch-size 8`
     """
     expect_outputs(json_file, inputs=[trace])
-    from ..serve.batches import experts_touched, form_batches, in_order, signatures
+    from ...serve.batches import experts_touched, form_batches, in_order, signatures
 
     signature = signatures(RoutingTrace.load(trace))
     if not len(signature):
@@ -148,11 +148,11 @@ def record(
 
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"reading {model}", total=None)
-        from ..checkpoint.location import local_folder
-        from ..runtime.loading import load
-        from ..serve.corpus import sequences, text_files
-        from ..serve.recording import record_over
-        from ..serve.text import open_text
+        from ...checkpoint.location import local_folder
+        from ...runtime.loading import load
+        from ...serve.corpus import sequences, text_files
+        from ...serve.recording import record_over
+        from ...serve.text import open_text
 
         text_files(data)
         quiet_transformers()
