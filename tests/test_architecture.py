@@ -63,7 +63,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("formats", "cache", "prefetch"),
         ("store", "compute"),
         ("ram", "window"),
-        ("gpu",),
+        ("gpu", "neurons"),
         ("runtime",),
         ("engine", "forecast", "finetune", "members"),
         ("serve",),

@@ -96,6 +96,12 @@ class LoadOptions:
     gpu_memory: GpuMemory = "auto"
     resident_layers: ResidentLayers = None
     layers_ahead: LayersAhead = None
+    cache_units: Annotated[
+        int | None,
+        typer.Option(
+            "--cache-units", min=0, help="With --pack of `pack --bundle`: hidden units of each layer that stay in memory."
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before torch is imported.
@@ -131,7 +137,7 @@ class LoadOptions:
     def only_for_one_model(self) -> list[str]:
         """Options that are given, and are about one model's experts, layers or device."""
         names = ("cache_experts", "policy", "pack", "prefetch", "plan", "device", "gpu_memory")
-        names += ("resident_layers", "layers_ahead")
+        names += ("resident_layers", "layers_ahead", "cache_units")
         return [name for name in names if getattr(self, name) not in (None, "auto")]
 
     @property

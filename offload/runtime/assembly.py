@@ -15,6 +15,7 @@ from ..compute.matvec import Matvecs
 from ..compute.norms import quicken_norms
 from ..gpu.lanes import Lane
 from ..gpu.tier import GpuTier
+from ..neurons.binding import BundledUnits
 from ..prefetch.find_routers import make_prefetcher
 from ..prefetch.pass_predictor import PassPrefetcher
 from ..store.io_mode import wants_direct
@@ -76,11 +77,14 @@ def assemble(
     if window is not None:
         running.window = make_window(store, window, len(forms))
         bind(model, window, running)
+    if opened.bundle is not None:
+        running.units = BundledUnits(opened.bundle, list(opened.unit_slots), options.io_threads)
+        running.units.bind(model)
     if division.starting is not None:
         running.fill(division.starting.experts_L)
     _attach(model, running)
     read_prompts_in_pieces(model, options.context)
-    if forms or window is not None:
+    if forms or opened.streamed:
         guard_model(model, forms)
     model.offload = Offload(model, running, division.ram, options.policy_name)
     return model

@@ -104,6 +104,10 @@ def budgets_of(opened: OpenedCheckpoint, options: LoadOptions) -> Budgets:
     shapes = opened.slot_bytes_L, opened.experts_L, opened.top_k
     whole = needs_of(replace(opened, window=None), options)
     budgets = expect_budgets(whole, *shapes, _loading_bytes(opened, whole), whole_bytes=opened.whole_bytes)
+    if opened.bundle is not None:
+        everything = replace(opened, unit_slots=tuple(layer.num_units for layer in opened.bundle.layers))
+        most = expect_budgets(needs_of(everything, options), *shapes, _loading_bytes(everything, whole))
+        return Budgets(least_bytes=budgets.least_bytes, all_bytes=most.least_bytes)
     if not opened.guests.nbytes:
         return budgets
     smallest = smallest_window(opened.guests, options.resident_layers, options.layers_ahead)
@@ -111,6 +115,25 @@ def budgets_of(opened: OpenedCheckpoint, options: LoadOptions) -> Budgets:
     needs = needs_of(streaming, options)
     least = expect_budgets(needs, *shapes, _loading_bytes(streaming, needs), whole_bytes=opened.whole_bytes)
     return Budgets(least_bytes=least.least_bytes, all_bytes=budgets.all_bytes)
+
+
+def choose_units(opened: OpenedCheckpoint, options: LoadOptions) -> OpenedCheckpoint:
+    """The same checkpoint, with as many units of its feed-forwards in memory as a budget holds, of each the same share.
+
+    Args:
+        opened: with or without a bundle.
+        options: the budget, or how many units stay.
+    """
+    if opened.bundle is None:
+        if options.cache_units is not None:
+            raise ValueError("cache_units is about the units of a bundle; give pack= a file of `pack --bundle`")
+        return opened
+    counts = [layer.num_units for layer in opened.bundle.layers]
+    if options.cache_units is not None:
+        return replace(opened, unit_slots=tuple(min(options.cache_units, count) for count in counts))
+    room = room_besides(cpu_limit(options), memory_needs(opened, options), (), (), 0)
+    share = min(max(room, 0) / opened.bundle.nbytes, 1.0)
+    return replace(opened, unit_slots=tuple(int(share * count) for count in counts))
 
 
 def choose_window(opened: OpenedCheckpoint, options: LoadOptions) -> WindowPlan | None:

@@ -19,7 +19,7 @@ from .pieces import piece_tokens
 
 def memory_needs(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:
     """The parts of a budget that are not expert slots, with `options.context` tokens of KV cache."""
-    return with_window(_needs_of_all(opened, options), opened.window)
+    return _with_units(with_window(_needs_of_all(opened, options), opened.window), opened)
 
 
 def _predictor_bytes(options: LoadOptions) -> int:
@@ -38,6 +38,16 @@ def with_window(needs: Needs, window: WindowPlan | None) -> Needs:
     if window is None:
         return needs
     return replace(needs, weight_bytes=needs.weight_bytes - window.saved_bytes, window_bytes=window.nbytes)
+
+
+def _with_units(needs: Needs, opened: OpenedCheckpoint) -> Needs:
+    """What is needed if feed-forwards come by units: the bounds of their gates, units that stay, and one whole."""
+    bundle = opened.bundle
+    if bundle is None:
+        return needs
+    slots = zip(opened.unit_slots, bundle.layers, strict=False)
+    held = bundle.bounds_bytes + bundle.work_bytes + sum(count * layer.of.unit_bytes for count, layer in slots)
+    return replace(needs, weight_bytes=needs.weight_bytes - bundle.nbytes, window_bytes=needs.window_bytes + held)
 
 
 def _needs_of_all(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:

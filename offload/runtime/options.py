@@ -46,6 +46,7 @@ class LoadOptions:
     adapter: str | Path | None = None
     resident_layers: int | None = None
     layers_ahead: int | None = None
+    cache_units: int | None = None
 
     def __post_init__(self) -> None:
         expect_device(self.device, self.gpu_memory, self.gpu_experts)
@@ -60,6 +61,8 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and (value < 0 or self.wants_gpu):
                 raise ValueError(f"{name} must be 0 or more, and streams to the CPU only; got {value}")
+        if self.cache_units is not None and self.cache_units < 0:
+            raise ValueError(f"cache_units must be 0 or more; got {self.cache_units}")
         if self.plan is not None and self.cache_experts is not None:
             raise ValueError("plan and cache_experts both say how many slots a layer has; give one of them")
         if self.adapter is not None and (self.device == "cuda" or self.gpu_memory not in ("auto", 0, "0")):

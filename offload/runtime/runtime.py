@@ -26,6 +26,7 @@ from ..compute.fused_experts import FusedExperts, FusedRows, fuse_experts
 from ..compute.matvec import Matvecs
 from ..compute.routed_rows import RoutedRows, eager_forward
 from ..gpu.tier import GpuTier
+from ..neurons.binding import BundledUnits
 from ..prefetch.prefetch import Prefetcher
 from ..ram.counters import Counters, LayerCounters
 from ..ram.expanded import ExpandedWeights, make_rooms
@@ -72,6 +73,7 @@ class OffloadRuntime:
         self._fused: dict[tuple[int, int, int], FusedExperts | None] = {}
         self.gpu: GpuTier | None = None
         self.window: Streamed | None = None
+        self.units: BundledUnits | None = None
         self._policy, self._num_slots = policy, tuple(num_slots)
         # re-entrant: a signal handler that calls the model within a call must not wait for itself for ever
         self._lock, self._process, self._is_whole = threading.RLock(), os.getpid(), True
@@ -291,6 +293,8 @@ class OffloadRuntime:
                 slots.close()
             if self.window is not None:
                 self.window.close()
+            if self.units is not None:
+                self.units.close()
 
     def _look_ahead(self, layer: int, x_TD: torch.Tensor, expert_TK: torch.Tensor) -> None:
         """Once this layer's reads are on their way: start what the next layers will probably ask for."""

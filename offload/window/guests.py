@@ -219,9 +219,24 @@ class _Locator:
 
     def _stored(self, parameter: torch.Tensor) -> TensorEntry | None:
         """The one plain tensor that a parameter is; None if it is made of several, or of codes."""
-        keys = [key for name in sorted(self.owners[id(parameter)]) for key in self.found.get(name, ())]
-        entries = [self.entries[key] for key, pattern in keys if pattern is None]
-        if not entries or len(entries) < len(keys):
-            return None
-        is_plain = type(entries[0]) is TensorEntry and entries[0].dtype in TORCH_DTYPES
-        return entries[0] if is_plain and entries[0].shape == tuple(parameter.shape) else None
+        names = sorted(self.owners[id(parameter)])
+        return plain_entry(names, tuple(parameter.shape), self.entries, self.found)
+
+
+def plain_entry(
+    names: Sequence[str], shape: tuple[int, ...], entries: Mapping[str, TensorEntry], found: Matches
+) -> TensorEntry | None:
+    """The one plain tensor that a parameter is; None if it is made of several, or of codes.
+
+    Args:
+        names: all full names of the parameter.
+        shape: of the parameter.
+        entries: the checkpoint's tensors.
+        found: what `match_checkpoint` says of them.
+    """
+    keys = [key for name in names for key in found.get(name, ())]
+    plain = [entries[key] for key, pattern in keys if pattern is None]
+    if not plain or len(plain) < len(keys):
+        return None
+    is_plain = type(plain[0]) is TensorEntry and plain[0].dtype in TORCH_DTYPES
+    return plain[0] if is_plain and plain[0].shape == shape else None
