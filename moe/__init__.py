@@ -18,6 +18,7 @@ from .inference.early_exit import ExitReport, early_exit
 from .inference.ensemble import EnsembleConfig, EnsembleForCausalLM, ensemble
 from .inference.fused_condition import FusedCache, fused_experts
 from .inference.mixture_of_thoughts import MixtureOfThoughts
+from .inference.rewiring import Rewiring, generate_rewired
 from .inference.skip_feed_forward import SkipReport, skip_feed_forward
 from .layers.layer import FeedForward, MoELayer, RoutedLayer
 from .layers.stack import LayerPasses
@@ -53,6 +54,7 @@ __all__ = [
     "MoEModel",
     "MoEOutput",
     "PartitionRouter",
+    "Rewiring",
     "RoutedLayer",
     "SkipReport",
     "TokenTransformer",
@@ -67,6 +69,7 @@ __all__ = [
     "expertier_experts",
     "export",
     "fused_experts",
+    "generate_rewired",
     "grouped_experts",
     "join",
     "load_model",

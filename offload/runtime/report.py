@@ -32,6 +32,8 @@ class Offload:
         self._model, self._runtime = model, runtime
         self._busy_before_s = runtime.store.busy_s
         self._preference: CachedFirst | None = None
+        self.passes_gradients = False
+        """Whether experts compute anew in a backward pass; see `gradients_pass`."""
         follow_calls(model, runtime)
 
     @property

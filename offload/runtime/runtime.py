@@ -196,6 +196,27 @@ class OffloadRuntime:
             assert self.window is not None
             return self.window.rows(table, row_N)
 
+    def visit(self, layer: int, expert_TK: torch.Tensor) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
+        """The experts of some tokens again, one after the other, each with its weights until the next one is asked for.
+
+        Args:
+            layer: number of the MoE layer.
+            expert_TK: ids; those outside 0..E-1 are left out.
+
+        Raises:
+            OSError: if reading fails.
+        """
+        self._enter_process()
+        with self._lock, self._changes():
+            slots = self.layers[layer]
+            expert_ids, counts = expert_TK.unique(return_counts=True)
+            found = zip(expert_ids.tolist(), counts.tolist(), strict=True)
+            num_rows = {expert: count for expert, count in found if 0 <= expert < slots.num_experts}
+            step = ExpertStep(slots, self._plain_weights(slots), self.counters, num_rows, expert_TK)
+            step.prepare()
+            for expert in num_rows:
+                yield expert, step.fetch(expert)
+
     def fill(self, experts_L: Sequence[Sequence[int]]) -> None:
         """Read experts into free slots before anything asks for them; gives up none that is there.
 
