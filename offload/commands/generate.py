@@ -244,7 +244,9 @@ def show(report: dict[str, Any]) -> None:
     if rewired := report.get("rewired"):
         losses = zip(rewired["loss_before"], rewired["loss_after"], strict=True)
         fits = ", ".join(f"{before:.3f} to {after:.3f}" for before, after in losses)
-        console.print(f"LOSSY: routers were shifted to the text, whose loss went from {fits}; it is not the model's own")
+        console.print(
+            f"LOSSY: routers were shifted to the text, whose loss went from {fits}; it is not the model's own"
+        )
     if (skipped := report.get("skipped_share")) is not None:
         console.print(f"{skipped:.0%} of feed-forwards left out: this is not the model's own answer")
     console.print(f"read {format_size(report['bytes_read'])}, peak memory {format_size(report['peak_memory_bytes'])}")

@@ -56,13 +56,23 @@ class CopiesAhead:
         for layer, waiting in sorted(self._waiting.items()):
             here = self._layers[layer]
             for expert in list(waiting):
-                if (weights := here.ram.take_early(expert)) is not None:
-                    here.slots.take_ahead(expert, self._planned[layer], partial(self._copy, here, expert, weights))
-                    waiting.remove(expert)
+                peer = here.peer if here.peer is not None and expert in here.peer else None
+                if peer is not None:
+                    with peer.holding((expert,)):
+                        copy = partial(self._copy, here, peer.weights(expert))
+                        here.slots.take_ahead(expert, self._planned[layer], copy)
+                elif (weights := here.ram.take_early(expert)) is not None:
+                    here.slots.take_ahead(expert, self._planned[layer], partial(self._lend, here, expert, weights))
+                else:
+                    continue
+                waiting.remove(expert)
 
-    def _copy(self, layer: GpuLayer, expert: int, weights: Tensors, slot: int) -> Copy:
+    def _lend(self, layer: GpuLayer, expert: int, weights: Tensors, slot: int) -> Copy:
+        layer.lent[expert] = copy = self._copy(layer, weights, slot)
+        return copy
+
+    def _copy(self, layer: GpuLayer, weights: Tensors, slot: int) -> Copy:
         copy = layer.lane.copy_in(layer.slots.pairs(slot, weights), layer.slots.released)
-        layer.lent[expert] = copy
         self._counters.copies.append(copy)
         self._counters.ahead += 1
         return copy

@@ -68,6 +68,8 @@ class LayerGpuSlots(GpuSlots):
     def __init__(self, tensors: Tensors, num_experts: int, rank: Callable[[int], Any], lane: Lane) -> None:
         super().__init__(tensors)
         self._num_experts, self._rank, self._lane = num_experts, rank, lane
+        self.leaving: Callable[[int, int], None] | None = None
+        """Told expert and slot before the expert is given up for another."""
         self.clear()
 
     def clear(self) -> None:
@@ -98,6 +100,8 @@ class LayerGpuSlots(GpuSlots):
         """
         if not self._free:
             victim = min((other for other in self._slot_of if other not in pinned), key=self._rank)
+            if self.leaving is not None:
+                self.leaving(victim, self._slot_of[victim])
             self.drop(victim)
         self._slot_of[expert] = slot = self._free.pop()
         return slot

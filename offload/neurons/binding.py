@@ -8,7 +8,6 @@ Shapes: T tokens, F hidden units, D model width, n chosen units, W = parts times
 """
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,5 +146,3 @@ class _UnitLinear:
         self.units.slots.counters.active += int((hidden_Tn != 0).any(dim=0).sum())
         out_TD = hidden_Tn @ self.units.part(self.place)
         return out_TD if self.module.bias is None else out_TD + self.module.bias
-
-

@@ -7,13 +7,11 @@ before the activation if there is one, and a column of the matrix after it.
 Shapes: F hidden units, D model width, W numbers of a unit, n units.
 """
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 import torch
@@ -282,9 +280,7 @@ class BundleReader:
             raise OSError(f"{self._file} ends within the units of {layer.of.name}; it was changed while it was open")
 
 
-def _runs(
-    unit_m: NDArray[np.int64], place_m: NDArray[np.int64], unit_bytes: int
-) -> Iterator[tuple[int, int, int]]:
+def _runs(unit_m: NDArray[np.int64], place_m: NDArray[np.int64], unit_bytes: int) -> Iterator[tuple[int, int, int]]:
     """First unit, place in the target and length in bytes of each piece whose units and places are neighbours."""
     breaks = np.flatnonzero((np.diff(unit_m) != 1) | (np.diff(place_m) != 1)) + 1
     most = max(RUN_BYTES // unit_bytes, 1)

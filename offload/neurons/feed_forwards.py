@@ -65,9 +65,7 @@ class FeedForward:
         return frozenset(f"{self.name}.{part}.weight" for part in self.parts)
 
 
-def find_feed_forwards(
-    model: nn.Module, entries: Mapping[str, TensorEntry], found: Matches
-) -> tuple[FeedForward, ...]:
+def find_feed_forwards(model: nn.Module, entries: Mapping[str, TensorEntry], found: Matches) -> tuple[FeedForward, ...]:
     """All feed-forwards of a model, in its order.
 
     Args:

@@ -17,7 +17,7 @@ from ..cache.predicted import PredictedUse
 from ..cache.simulate import simulate
 from .pass_model import CONTEXT, PassModel, PassSizes
 from .pass_predictor import PassPredictor
-from .predictor import LIKELY_LOGIT, TrainedPredictor, hot_TLE
+from .predictor import LIKELY_LOGIT, hot_TLE
 from .predictor_fit import fit_predictor, precision_and_recall
 
 WINDOWS, LEAST_STEPS, EPOCHS, RATE = 32, 300, 6, 3e-3

@@ -36,7 +36,10 @@ class PassSizes:
     num_experts: int
 
     def __post_init__(self) -> None:
-        if min(astuple(self)) < 1 or max(self.vocab_size * WIDTH, self.num_layers * self.num_experts * WIDTH) > MOST_VALUES:
+        if (
+            min(astuple(self)) < 1
+            or max(self.vocab_size * WIDTH, self.num_layers * self.num_experts * WIDTH) > MOST_VALUES
+        ):
             raise ValueError(f"a predictor of a pass cannot have these sizes: {self}")
 
     @property

@@ -60,9 +60,7 @@ class TrainedPredictor:
         """This token's experts of one layer; layers come in order."""
         self._latest[layer] = list(experts)
 
-    def probability_E(
-        self, layer: int, ahead: int, before_E: NDArray[np.float32] | None = None
-    ) -> NDArray[np.float32]:
+    def probability_E(self, layer: int, ahead: int, before_E: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """How likely each expert of `layer` is, when layer - ahead has just been noted.
 
         Args:

@@ -175,7 +175,9 @@ def _down_matrices(model: nn.Module) -> list[Tensor]:
     for name, module in model.named_modules():
         if id(module) in banks:
             if getattr(module, "is_transposed", False):
-                raise ValueError(f"{name}: {type(module).__name__} holds its matrices transposed, which is not read yet")
+                raise ValueError(
+                    f"{name}: {type(module).__name__} holds its matrices transposed, which is not read yet"
+                )
             found.append(getattr(module, weight_names(module)[1]))
         elif name.rpartition(".")[2] in DOWN_NAMES and isinstance(getattr(module, "weight", None), Tensor):
             found.append(module.weight)

@@ -118,7 +118,9 @@ def _add_gpu_tier(opened: OpenedCheckpoint, division: Division, lane: Lane, runn
     modules = list(experts_modules(opened.model).values())
     layers = [form.layer for form in opened.forms]
     share = running.matvecs if running.matvecs.arithmetic == "fast" else None
-    running.gpu = GpuTier(lane, layers, modules, running.layers, division.gpu, running.counters, share)
+    running.gpu = GpuTier(
+        *(lane, layers, modules, running.layers, division.gpu, running.counters, share), division.peer_slots
+    )
 
 
 def _attach(model: Any, running: OffloadRuntime) -> None:

@@ -8,9 +8,9 @@ from routing.ground.quantity import format_size, parse_size
 from ..cache.starting import StartingPlan, TracedSlots, read_starting_plan
 from ..checkpoint.experts import experts_modules
 from ..compute.resident import expected_saving, moved_twice_bytes
-from ..gpu.budget import plan_gpu, split_needs
 from ..gpu.lanes import Lane
-from ..gpu.planning import gpu_limit, gpu_slot_bytes, hold_to
+from ..gpu.plan.budget import plan_gpu, split_needs
+from ..gpu.plan.planning import gpu_limit, gpu_slot_bytes, hold_to
 from ..memory.budget import (
     AUTO_SHARE,
     Budgets,
@@ -21,6 +21,7 @@ from ..memory.budget import (
     machine_bytes,
     plan_memory,
     room_besides,
+    spread_slots,
     sufficient_size,
 )
 from ..window.planning import WindowPlan, plan_window, smallest_window
@@ -37,11 +38,13 @@ class Division:
         ram: the budget of the process.
         gpu: the budget on the GPU; None without one.
         starting: the experts that are in slots from the start; None leaves them empty.
+        peer_slots: slots of each layer in another GPU's memory; empty for none.
     """
 
     ram: MemoryPlan
     gpu: MemoryPlan | None
     starting: StartingPlan | TracedSlots | None
+    peer_slots: tuple[int, ...] = ()
 
 
 def divide_memory(
@@ -79,7 +82,21 @@ def divide_memory(
         least = [min(opened.top_k, count) for count in counts]
         slots = starting.slots(opened.slot_bytes_L, least, limit - ram.fixed_bytes)
         ram = _plan_ram(opened, needs, limit, slots, loading)
-    return Division(ram=ram, gpu=gpu, starting=starting)
+    return Division(ram=ram, gpu=gpu, starting=starting, peer_slots=_peer_slots(opened, options))
+
+
+def _peer_slots(opened: OpenedCheckpoint, options: LoadOptions) -> tuple[int, ...]:
+    """As many slots in another GPU's memory as it is given, of each layer alike; the rest of that GPU is not ours."""
+    if options.peer_memory is None:
+        return ()
+    sizes = [form.layer.plain_bytes for form in opened.forms]
+    limit = parse_size(options.peer_memory)
+    slots = spread_slots(limit, sizes, opened.experts_L, [0] * len(sizes))
+    if not any(slots):
+        raise ValueError(
+            f"peer_memory={options.peer_memory} holds no expert, the smallest of which takes {format_size(min(sizes))}"
+        )
+    return tuple(slots)
 
 
 def _plan_ram(

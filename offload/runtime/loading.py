@@ -44,6 +44,7 @@ def load(
     resident_layers: int | None = None,
     layers_ahead: int | None = None,
     cache_units: int | None = None,
+    peer_memory: str | int | None = None,
 ) -> Any:
     """Load a model without ever holding all of it in memory: not all experts, nor all layers if they do not fit.
 
@@ -87,6 +88,8 @@ def load(
         layers_ahead: streamed layers that are read while one is computed, 0 or more; None chooses up to 2.
         cache_units: of a bundle of feed-forwards (`pack --bundle`), hidden units of each layer that stay in memory, 0 or
             more, instead of what a budget pays for.
+        peer_memory: memory of another GPU, such as `"8GiB"`: experts that the first one gives up go there and come back
+            from there, before RAM and disk are asked.
 
     Returns:
         The transformers model, in eval mode; `model.offload` is its Offload.
@@ -117,6 +120,7 @@ def load(
         resident_layers=resident_layers,
         layers_ahead=layers_ahead,
         cache_units=cache_units,
+        peer_memory=peer_memory,
     )
     expect_machine_has(options)
     return_large_blocks()

@@ -47,6 +47,7 @@ class LoadOptions:
     resident_layers: int | None = None
     layers_ahead: int | None = None
     cache_units: int | None = None
+    peer_memory: str | int | None = None
 
     def __post_init__(self) -> None:
         expect_device(self.device, self.gpu_memory, self.gpu_experts)
@@ -61,6 +62,10 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and (value < 0 or self.wants_gpu):
                 raise ValueError(f"{name} must be 0 or more, and streams to the CPU only; got {value}")
+        if self.peer_memory is not None:
+            parse_size(self.peer_memory)
+            if not self.wants_gpu:
+                raise ValueError('peer_memory is a tier below a GPU; give device="cuda" with it')
         if self.cache_units is not None and self.cache_units < 0:
             raise ValueError(f"cache_units must be 0 or more; got {self.cache_units}")
         if self.plan is not None and self.cache_experts is not None:

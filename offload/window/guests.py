@@ -192,7 +192,12 @@ class _Locator:
     def rows(self, name: str, table: nn.Embedding) -> Guest | None:
         """A table by its rows; None if it is small, must be changed while it is read, or norms them in place."""
         stored = self._stored(table.weight)
-        if stored is None or len(table.weight) <= ROWS or stored.torch_dtype() != table.weight.dtype or table.max_norm is not None:
+        if (
+            stored is None
+            or len(table.weight) <= ROWS
+            or stored.torch_dtype() != table.weight.dtype
+            or table.max_norm is not None
+        ):
             return None
         source = Source(stored.name, (stored,) * len(table.weight), is_fused=True)
         runs = ((0, 0, 0, table.embedding_dim),)

@@ -28,7 +28,9 @@ def gradients_pass(model: Any) -> Iterator[None]:
     """
     runtime, modules = model.offload.runtime, list(experts_modules(model).values())
     if runtime.gpu is not None or runtime.window is not None or runtime.units is not None:
-        raise ValueError("gradients pass on the CPU only, and through layers that are in memory; give more --cpu-memory")
+        raise ValueError(
+            "gradients pass on the CPU only, and through layers that are in memory; give more --cpu-memory"
+        )
     if any(getattr(module, "is_own_loop", False) for module in modules):
         raise ValueError(f"{type(modules[0]).__name__} computes its experts by itself, and passes no gradients")
     before = [module.forward for module in modules]
