@@ -150,7 +150,7 @@ def test_a_call_within_a_call_and_a_damaged_read_are_errors(bundled, monkeypatch
     size = pack.stat().st_size
     with pack.open("r+b") as file:
         file.truncate(2000)
-    with pytest.raises(OSError, match="ends within the units of model.layers"):
+    with pytest.raises(OSError, match=r"ends within the units of model\.layers"):
         logits(model, torch.randint(96, (1, 40)))
     model.offload.close()
     with pytest.raises(ValueError, match=rf"2000 bytes; {size} were expected"):

@@ -61,8 +61,8 @@ def simulate(
         expect_name(name, CACHES, "cache policy")
         if name in NEEDS_PREDICTOR:
             raise ValueError(
-                f"policy {name} needs a predictor, which a trace is not; `expertier trace predictor --before-pass` says "
-                "what its hit rate would be"
+                f"policy {name} needs a predictor, which a trace is not; `trace predictor --before-pass` says what its "
+                "hit rate would be"
             )
     steps = _steps(trace)
     run = _per_layer if per_layer else _shared

@@ -147,9 +147,8 @@ def _together(
     for place, answer in answer_batches(loaded, text, asked, formed.batches):
         yield ready[place][0], answer
     report = loaded.offload.report()
-    say(
-        f"{report['misses']} experts and {format_size(report['bytes_read'])} were read, hit rate {report['hit_rate']:.3f}"
-    )
+    read = format_size(report["bytes_read"])
+    say(f"{report['misses']} experts and {read} were read, hit rate {report['hit_rate']:.3f}")
 
 
 def _choice_of(prompt: "PromptLine", options: GenerateOptions) -> "Choice":

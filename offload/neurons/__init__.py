@@ -1,1 +1,1 @@
-"""Feed-forwards by hidden units: a file of bundled rows and columns, proven bounds of what is active, units in memory."""
+"""Feed-forwards by hidden units: bundled rows and columns on disk, proven bounds of what is active, units in memory."""

@@ -1,15 +1,15 @@
 """Which units cannot be active, proven from a copy of the gate in eight bits.
 
-Of a row g of the gate there are codes q and a scale s, so that g = s q + r, and of an input x likewise x = t p + u. Then
-g x = s t (q p) + s q u + r x, where (q p) is a sum of integers, without error. So g x is at most
+Of a row g of the gate there are codes q and a scale s, so that g = s q + r, and of an input x likewise x = t p + u.
+Then g x = s t (q p) + s q u + r x, where (q p) is a sum of integers, without error. So g x is at most
 
     s t (q p) + |s q| |u| + |r| |x|
 
 by Cauchy's and Schwarz's inequality. Where that is not positive, the unit is not active, whatever is in its row. So the
 choice errs to one side only: it holds every active unit, and some others. Nothing is trained.
 
-LLM in a flash (Alizadeh et al. 2023, arXiv:2312.11514, section 3.1) trains a predictor of low rank here, which takes less
-memory and misses some active units.
+LLM in a flash (Alizadeh et al. 2023, arXiv:2312.11514, section 3.1) trains a predictor of low rank here, which takes
+less memory and misses some active units.
 
 Shapes: T tokens, F hidden units, D model width.
 """

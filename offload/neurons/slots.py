@@ -1,7 +1,7 @@
 """The units of one feed-forward in memory: those of the last tokens stay, and only the difference is read.
 
-Source: Alizadeh et al. 2023 (LLM in a flash), arXiv:2312.11514, section 3.1: the sliding window and the bundled rows and
-columns. There the window is a number of tokens; here it is as many as the slots hold.
+Source: Alizadeh et al. 2023 (LLM in a flash), arXiv:2312.11514, section 3.1: the sliding window and the bundled rows
+and columns. There the window is a number of tokens; here it is as many as the slots hold.
 
 Shapes: F hidden units, C slots, n units of a call, W = parts times D numbers of a unit.
 """
@@ -20,7 +20,7 @@ from .bundle import BundledLayer, BundleReader
 class UnitCounters:
     """Counts of one feed-forward since loading or `reset`.
 
-    `calls` asked for `chosen` units, of which `active` ones were not zero for some token; `read` ones came from the file.
+    `calls` asked for `chosen` units, of which `active` ones were not zero for some token; `read` ones came from disk.
     """
 
     calls: int = 0

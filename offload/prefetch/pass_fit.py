@@ -5,6 +5,7 @@ Shapes: T rows, S positions of a window, L MoE layers, E experts.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -97,7 +98,8 @@ class _Windows:
     Args:
         row_NS: row ids; the last one again where a sequence has no more.
         is_real_NS: whether it does.
-        is_new_NS: whether no earlier window has that row; such a row looks back as far as the sequence or half a window.
+        is_new_NS: whether no earlier window has that row; such a row looks back as far as the sequence, or half a
+            window.
     """
 
     row_NS: NDArray[np.int64]
@@ -107,9 +109,11 @@ class _Windows:
 
 def _windows(trace: RoutingTrace) -> _Windows:
     order_T = np.argsort(trace.sequence_T, kind="stable")
-    place_S, starts, ends = np.arange(CONTEXT), [], []
+    place_S = np.arange(CONTEXT)
+    starts: list[int] = []
+    ends: list[int] = []
     bounds = np.flatnonzero(np.diff(trace.sequence_T[order_T], prepend=-1, append=-1))
-    for first, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, end in pairwise(bounds.tolist()):
         more = range(first, max(end - CONTEXT // 2, first + 1), CONTEXT // 2)
         starts += more
         ends += [end] * len(more)

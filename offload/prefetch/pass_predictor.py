@@ -93,7 +93,7 @@ class PassPrefetcher(Prefetcher):
         """Guess before each call of the model."""
 
         # a compiler would trace the prediction
-        @torch.compiler.disable
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._begin(runtime, kwargs.get("input_ids", args[0] if args else None), kwargs.get("past_key_values"))
 

@@ -124,7 +124,7 @@ def likely_first(probability_E: NDArray[np.float32]) -> list[int]:
 def write_predictor(path: str | Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write the arrays of a predictor as `.npz`, atomically."""
     with atomic_write(path, "wb") as file:
-        np.savez(file, version=np.array(FORMAT), **arrays)
+        np.savez(file, allow_pickle=False, version=np.array(FORMAT), **arrays)
 
 
 def read_predictor(path: str | Path) -> dict[str, NDArray[Any]]:

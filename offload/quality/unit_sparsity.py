@@ -35,8 +35,8 @@ QUANTILES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.94, 0.97
 HALVINGS = 8
 """Of the interval in which CETT lies: it is known to 0.4 %."""
 WORTHWHILE = 0.5
-"""Least share of zeros at which reading units alone is called worthwhile. A unit is read in pieces of its rows, and each
-layer keeps what tells active units: below half, at most a factor of two is there to win. Not measured."""
+"""Least share of zeros at which reading units alone is called worthwhile. A unit is read in pieces of its rows, and
+each layer keeps what tells active units: below half, at most a factor of two is there to win. Not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,7 +162,7 @@ class LayerSlots:
             self._start_ahead(expert, self._held)
 
     def take_early(self, expert: int) -> dict[str, torch.Tensor] | None:
-        """The weights of an expert before the layer's turn, for a copy that will be used; None if it is not there yet."""
+        """The weights of an expert before the layer's turn, for a copy that will be used; None if it is not there."""
         ticket = self._ahead.get(expert)
         if expert not in self._resident or not (ticket is None or ticket.is_complete):
             return None

@@ -86,8 +86,8 @@ def load(
         resident_layers: decoder layers that stay in memory, the head counting as one; the others are streamed from the
             checkpoint in order of use. None keeps as many as the budget holds, which are all if it is large enough.
         layers_ahead: streamed layers that are read while one is computed, 0 or more; None chooses up to 2.
-        cache_units: of a bundle of feed-forwards (`pack --bundle`), hidden units of each layer that stay in memory, 0 or
-            more, instead of what a budget pays for.
+        cache_units: of a bundle of feed-forwards (`pack --bundle`), hidden units of each layer that stay in memory, 0
+            or more, instead of what a budget pays for.
         peer_memory: memory of another GPU, such as `"8GiB"`: experts that the first one gives up go there and come back
             from there, before RAM and disk are asked.
 
