@@ -20,7 +20,9 @@ from typing import Self
 import torch
 
 LARGEST = 127
+"""Of int8 codes, which are as large below zero as above."""
 TINY = 1e-30
+"""Least scale: rows of zeros have codes of zero, and nothing is divided by zero."""
 ROUNDING = 2.0**-23
 """Of the model's own sum of D products in float32, per product; it may call a unit active that is zero by a hair."""
 

@@ -27,6 +27,7 @@ from .feed_forwards import FeedForward
 
 MAGIC = b"XPUNITS1"
 MOST_HEADER = 64 << 20
+"""Bytes of a header that is taken for one: a thousand feed-forwards take half a megabyte."""
 STAMP_BYTES = 1 << 16
 """Of each tensor's beginning: another checkpoint of the same shapes differs there."""
 RUN_BYTES = 1 << 20
@@ -223,7 +224,7 @@ class BundleReader:
     """Reads units by several threads, neighbours in one piece, through the page cache.
 
     Args:
-        bundle: the file.
+        bundle: where each feed-forward's units are; its file stays open until `close`.
         num_threads: reads in flight at most.
     """
 

@@ -1,6 +1,6 @@
 """Trains a predictor of whole passes from a trace with token ids, and says how good it is on rows it has not seen.
 
-Shapes: T rows, S positions of a window, L MoE layers, E experts.
+Shapes: T tokens, S positions of a window, L MoE layers, E experts.
 """
 
 from collections.abc import Callable

@@ -27,6 +27,7 @@ LIKELY = 0.5
 """Least probability of a guess: at 0.5 a read is of use more often than not. Lower ones read more and waste more; they
 were not tried."""
 LIKELY_LOGIT = float(np.log(LIKELY / (1 - LIKELY)))
+"""The same as a logit."""
 MOST_BYTES = 256 << 20
 """Of a file: 24 layers of 32 experts take 0.6 MB, 60 layers of 256 experts 94 MB."""
 FORMAT = 1
