@@ -103,7 +103,7 @@ def answer_batches(
     Args:
         model: of `load`.
         text: turns tokens into text.
-        asked: the prompts.
+        asked: what is answered, with tokens and limits; at least one.
         batches: places of `asked`.
 
     Raises:
