@@ -235,7 +235,7 @@ def plain_entry(
 
     Args:
         names: all full names of the parameter.
-        shape: of the parameter.
+        shape: of the parameter, which its tensor must have as well.
         entries: the checkpoint's tensors.
         found: what `match_checkpoint` says of them.
     """
