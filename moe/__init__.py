@@ -5,6 +5,7 @@ implementation of that name with transformers.
 """
 
 from .architectures import ARCHITECTURES, Architecture, build_body
+from .architectures.read_me.token_router import TokenTransformer, context_of
 from .conversion.adoption.adopt import adopt, adopted_config
 from .conversion.export import export
 from .conversion.opening import load_model
@@ -17,6 +18,7 @@ from .inference.early_exit import ExitReport, early_exit
 from .inference.ensemble import EnsembleConfig, EnsembleForCausalLM, ensemble
 from .inference.fused_condition import FusedCache, fused_experts
 from .inference.mixture_of_thoughts import MixtureOfThoughts
+from .inference.rewiring import Rewiring, generate_rewired
 from .inference.skip_feed_forward import SkipReport, skip_feed_forward
 from .layers.layer import FeedForward, MoELayer, RoutedLayer
 from .layers.stack import LayerPasses
@@ -52,18 +54,22 @@ __all__ = [
     "MoEModel",
     "MoEOutput",
     "PartitionRouter",
+    "Rewiring",
     "RoutedLayer",
     "SkipReport",
+    "TokenTransformer",
     "TokenizerText",
     "adopt",
     "adopted_config",
     "build_body",
+    "context_of",
     "drawn",
     "early_exit",
     "ensemble",
     "expertier_experts",
     "export",
     "fused_experts",
+    "generate_rewired",
     "grouped_experts",
     "join",
     "load_model",

@@ -11,7 +11,8 @@ from .commands.pack import pack
 from .commands.processes import Processes, join_processes
 from .commands.serve import serve
 from .commands.simulate import simulate
-from .commands.traces import batches, predictor, record
+from .commands.tracing.neurons import neurons
+from .commands.tracing.routing import batches, predictor, record
 from .commands.tuning.finetune import finetune
 
 __all__ = ["Processes", "app", "join_processes", "join_trace"]
@@ -23,5 +24,5 @@ for command in (generate, chat, serve, finetune, pack, dequantise, quality, fit,
 
 def join_trace(trace_app: typer.Typer) -> None:
     """Add to `expertier trace` what needs a model or a cache."""
-    for command in (record, batches, predictor):
+    for command in (record, batches, predictor, neurons):
         trace_app.command(command.__name__)(command)

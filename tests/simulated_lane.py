@@ -41,6 +41,7 @@ class SimulatedLane:
         self._random, self._copy_share, self._pins = random.Random(seed), copy_share, pins
         self._compute, self._copies = deque(), deque()
         self.pinned, self.limited_to, self.pool_bytes, self.num_copies = [], None, 0, 0
+        self.peer_bytes = 0
         self.fail_at_copy = None
 
     def available_bytes(self):
@@ -55,6 +56,11 @@ class SimulatedLane:
     def pool(self, shape, dtype):
         memory = _garbage(shape, dtype)
         self.pool_bytes += memory.nbytes
+        return memory
+
+    def peer_pool(self, shape, dtype):
+        memory = _garbage(shape, dtype)
+        self.peer_bytes += memory.nbytes
         return memory
 
     def host(self, shape, dtype):

@@ -70,6 +70,7 @@ def test_a_chat_uses_the_template(generate, tmp_path):
         ((), "either --prompt TEXT or --prompts FILE"),
         (("--prompt", "a", "--prompts", "b"), "either --prompt TEXT or --prompts FILE"),
         (("--prompts", "b"), "--prompts needs --out FILE"),
+        (("--prompt", "a", "--batch-size", 2), "one prompt is no batch"),
     ],
 )
 def test_what_cannot_work_is_refused(run, folder, capsys, arguments, words):
@@ -99,6 +100,12 @@ def test_a_file_of_prompts_is_answered_and_a_second_run_goes_on(run, folder, tmp
     assert out.read_bytes() == first + second + third == whole
     capsys.readouterr()
     assert answers[0]["token_ids"] == generate("--prompt", "ab")["token_ids"]
+    batched = ("--batch-size", 2, "--arithmetic", "fixed")
+    assert run("generate", folder, "--prompts", prompts, "--out", tmp_path / "b", *batched, *SHORT) == 0
+    assert "2 batches in order: nothing foresees the experts" in capsys.readouterr().err
+    alone = tmp_path / "alone.jsonl"
+    assert run("generate", folder, "--prompts", prompts, "--out", alone, "--arithmetic", "fixed", *SHORT) == 0
+    assert sorted((tmp_path / "b").read_text().splitlines()) == sorted(alone.read_text().splitlines())
 
 
 @pytest.mark.parametrize(

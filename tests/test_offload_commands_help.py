@@ -60,6 +60,7 @@ MISSING = {
     "trace import": "nowhere.npz --format npz --out new.npz",
     "trace predictor": "nowhere.npz --out new.npz",
     "trace batches": "nowhere.npz",
+    "trace neurons": "nowhere --data nowhere.txt",
     "trace record": "nowhere --data nowhere.txt --out new.npz",
     "place solve": "--cluster nowhere.yaml --trace nowhere.npz --out new.json",
     "place score": "nowhere.json --trace nowhere.npz",

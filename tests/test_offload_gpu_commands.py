@@ -15,8 +15,8 @@ from experiments.bench.offloading import gpu as bench_offload_gpu
 from experiments.evidence.replay import ReplaySize, build_replay
 from offload.gpu import devices as gpu_devices
 from offload.gpu import rows as gpu_rows
-from offload.gpu.budget import CONTEXT_BYTES, gpu_table, plan_gpu, ring_slots, split_needs
-from offload.gpu.cost import predict_gpu_decode
+from offload.gpu.plan.budget import CONTEXT_BYTES, gpu_table, plan_gpu, ring_slots, split_needs
+from offload.gpu.plan.cost import predict_gpu_decode
 from offload.memory.budget import Needs
 from offload.memory.cost import DecodeWork
 from routing.ground.hardware import Hardware

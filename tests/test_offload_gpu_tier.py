@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 import offload
+from moe import MoEForCausalLM
 from offload.forecast import calibrate_gpu as gpu_calibrate
 from offload.gpu import devices as gpu_devices
 from offload.gpu import rows as gpu_rows
@@ -73,7 +74,7 @@ def load(monkeypatch):
     def load_simulated(folder, *, seed=0, copy_share=0.5, pins=True, kernels=False, **arguments):
         lane = SimulatedLane(seed, copy_share, pins)
         monkeypatch.setattr(gpu_devices, "LANES", {"cuda": lambda: lane})
-        monkeypatch.setattr("offload.gpu.budget.RING_SLOTS", 2)
+        monkeypatch.setattr("offload.gpu.plan.budget.RING_SLOTS", 2)
         if not kernels:
             monkeypatch.setattr(
                 "offload.gpu.tier.experts_for", lambda module, count, *_: gpu_rows.LoopExperts(module, count)
@@ -338,3 +339,71 @@ def test_on_a_gpu(saved, tolerance, name, dtype):
     model = offload.load(folder, gpu_experts=2, arithmetic="fast", **arguments)
     torch.testing.assert_close(run(model, device="cuda").cpu(), expected, **tolerance[dtype])
     model.offload.close()
+
+
+@pytest.mark.parametrize(("ahead", "gpu_experts"), [(1, 2), (2, 4), (3, 3)])
+def test_experts_that_are_decided_ahead_are_copied_ahead(load, tiny_config, tmp_path, ahead, gpu_experts):
+    """Of each decoded token only the first layers, whose gates are their own, ask for what is not on the GPU."""
+    config = tiny_config(router="pregate", router_options={"ahead": ahead}, num_hidden_layers=5)
+    torch.manual_seed(4)
+    MoEForCausalLM(config).save_pretrained(tmp_path)
+    prompt, settings = torch.randint(96, (1, 5)), {"max_new_tokens": 6, "do_sample": False}
+    expected = load(tmp_path, gpu_experts=6, cache_experts=6).generate(prompt, **settings)
+    planned = {"gpu_experts": gpu_experts, "cache_experts": 6, "prefetch": "plan"}
+    for seed, copy_share in ((1, 0.0), (2, 0.7)):
+        model = load(tmp_path, seed=seed, copy_share=copy_share, **planned)
+        assert torch.equal(model.generate(prompt, **settings), expected)
+        model.offload.runtime.fill([range(6)] * 5)  # what the disk has to read first may come late
+        model.offload.reset()
+        with torch.no_grad():
+            for token in range(4):
+                model(torch.tensor([[token]]), use_cache=False)
+        found = model.offload.report()["gpu"]
+        assert found["copied_ahead"] > 0
+        assert found["misses"] <= 4 * ahead * config.num_experts_per_tok
+        few = load(tmp_path, seed=seed, copy_share=copy_share, **planned | {"cache_experts": 3})
+        assert torch.equal(few.generate(prompt, **settings), expected)  # what the disk still reads comes late
+
+
+def test_a_missing_wait_for_a_copy_ahead_would_be_seen(load, tiny_config, tmp_path, monkeypatch):
+    MoEForCausalLM(tiny_config(router="pregate", num_hidden_layers=4)).save_pretrained(tmp_path)
+    token = torch.tensor([[7]])
+    with torch.no_grad():
+        expected = load(tmp_path, gpu_experts=6, cache_experts=6)(token).logits
+        model = load(tmp_path, gpu_experts=2, cache_experts=6, prefetch="plan", copy_share=0.0)
+        monkeypatch.setattr(model.lane, "compute_after", lambda copy: None)
+        assert not torch.equal(model(token).logits, expected)
+
+
+@pytest.mark.parametrize(("peer_experts", "seed"), [(1, 1), (3, 2), (8, 3)])
+def test_what_the_gpu_gives_up_comes_back_from_its_peer(saved, load, all_there, peer_experts, seed):
+    """With a slot for every expert on the other GPU, each comes from RAM until it is first given up."""
+    folder, _ = saved("olmoe")
+    size = 3 * 32 * 24 * 4
+    model = load(folder, seed=seed, gpu_experts=2, cache_experts=2, peer_memory=2 * peer_experts * size)
+    assert model.lane.peer_bytes == 2 * peer_experts * size
+    for found, expected in zip(run(model), all_there("olmoe"), strict=True):
+        assert torch.equal(found, expected)
+    report = model.offload.report()
+    assert report["gpu"]["peer_slots_per_layer"] == [peer_experts] * 2
+    alone = load(folder, seed=seed, gpu_experts=2, cache_experts=2)
+    run(alone)
+    assert report["gpu"]["peer_hits"] > 0
+    assert report["bytes_read"] < alone.offload.report()["bytes_read"]
+    if peer_experts == 8:
+        model.offload.reset()
+        with torch.inference_mode():
+            for token in range(20):
+                model(torch.tensor([[token]]), use_cache=False)
+        steady = model.offload.report()
+        assert steady["gpu"]["peer_hits"] >= steady["gpu"]["misses"] - 2 * 8
+        assert steady["misses"] <= 2 * 8
+    model.offload.close()
+
+
+def test_peer_memory_that_cannot_be_is_refused(saved, load):
+    folder, _ = saved("olmoe")
+    with pytest.raises(ValueError, match="is a tier below a GPU"):
+        offload.load(folder, peer_memory="1MiB")
+    with pytest.raises(ValueError, match="peer_memory=100 holds no expert"):
+        load(folder, gpu_experts=2, cache_experts=2, peer_memory=100)

@@ -143,6 +143,16 @@ def test_interrupts_while_switching(group):
     members.close()
 
 
+def test_closing_gives_the_pool_back(group):
+    members = offload.load_members(group[0], context=64)
+    logits(members.models["code"])
+    assert members.pool.memory.tensor.any()
+    members.close()
+    assert not members.pool.memory.tensor.any()  # what the system has taken back reads as zeros
+    with pytest.raises(RuntimeError, match="this model was closed"):
+        logits(members.models["code"])
+
+
 def test_members_in_two_threads(group):
     file, expected = group
     members, found = offload.load_members(file, context=64), {}

@@ -65,7 +65,7 @@ def generate_rewired(
     are then recomputed with them.
 
     Args:
-        model: a resident model, ours or transformers'.
+        model: a resident model, ours or transformers', or an offloaded one that passes gradients.
         token_1S: int64 [1, S], the prompt, at least 2 tokens.
         settings: steps and learning rate of the fit, and how often it is repeated.
         max_new_tokens: in all stretches together.
@@ -78,8 +78,8 @@ def generate_rewired(
     Raises:
         ValueError: if the model is offloaded, there is more than one request, or offsets have no gradient.
     """
-    if hasattr(model, "offload"):
-        raise ValueError("experts that are offloaded pass no gradients; load the model whole to rewire it")
+    if hasattr(model, "offload") and not model.offload.passes_gradients:
+        raise ValueError("experts that are offloaded pass no gradients; rewire it by `generate --rewire`")
     if token_1S.shape[0] != 1 or token_1S.shape[1] < 2:
         raise ValueError(f"offsets belong to one request of at least 2 tokens; got {list(token_1S.shape)}")
     report: dict[str, Any] = {"fit_s": 0.0, "generate_s": 0.0, "fitted_tokens": 0, "loss_before": [], "loss_after": []}

@@ -6,6 +6,7 @@ from routing.ground.expect import expect_name
 
 from .learned import LearnedReuse
 from .policies import LFU, LRU, ActivationAware, Belady, Cache, DecayedFrequency, StaticHotList
+from .predicted import PredictedUse
 
 CACHES: dict[str, Callable[[int, int], Cache]] = {
     "lru": lambda capacity, num_keys: LRU(capacity),
@@ -14,9 +15,12 @@ CACHES: dict[str, Callable[[int, int], Cache]] = {
     "eam": ActivationAware,
     "score": lambda capacity, num_keys: DecayedFrequency(capacity),
     "learned": LearnedReuse,
+    "predicted": PredictedUse,
     "belady": lambda capacity, num_keys: Belady(capacity),
 }
 NEEDS_FUTURE = frozenset({"belady"})
+NEEDS_PREDICTOR = frozenset({"predicted"})
+"""Policies that a predictor of whole passes tells what is coming (`trace predictor --before-pass`)."""
 
 
 def make_cache(policy: str, capacity: int, num_keys: int) -> Cache:

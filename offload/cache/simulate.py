@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from routing.ground.expect import expect_name
 from routing.traces import EMPTY, NEVER, RoutingTrace, next_use_TK
 
-from .catalogue import CACHES, make_cache
+from .catalogue import CACHES, NEEDS_PREDICTOR, make_cache
 
 DEFAULT_POLICIES = ("lru", "lfu", "score", "learned", "belady")
 
@@ -55,10 +55,15 @@ def simulate(
         One result per policy name.
 
     Raises:
-        ValueError: if a policy is unknown, or a cache has no slot.
+        ValueError: if a policy is unknown or needs a predictor, or a cache has no slot.
     """
     for name in policies:
         expect_name(name, CACHES, "cache policy")
+        if name in NEEDS_PREDICTOR:
+            raise ValueError(
+                f"policy {name} needs a predictor, which a trace is not; `trace predictor --before-pass` says what its "
+                "hit rate would be"
+            )
     steps = _steps(trace)
     run = _per_layer if per_layer else _shared
     accesses_L = np.array([sum(len(keys) for keys, _, _ in layer) for layer in steps], dtype=np.int64)

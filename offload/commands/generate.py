@@ -33,6 +33,10 @@ def generate(
     out: Annotated[
         Path | None, typer.Option("--out", help="Where answers to --prompts go, as JSON lines; a later run goes on.")
     ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option("--batch-size", min=1, help="With --prompts: answer so many together, chosen to share experts."),
+    ] = 1,
     trace: Annotated[Path | None, typer.Option("--trace", help="Record the routing into this .npz file.")] = None,
     members: Annotated[
         Path | None,
@@ -60,7 +64,8 @@ def generate(
 
     As a chat: `expertier generate my-model --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1`
 
-    Many prompts: `expertier generate my-model --prompts questions.jsonl --out answers.jsonl`
+    Many prompts: `expertier generate my-model --prompts questions.jsonl --out answers.jsonl`; with `--batch-size 8`
+    eight at a time, which share experts as far as --prefetch FILE of `trace predictor --before-pass` foresees them
 
     With a GPU: `expertier generate my-model --prompt "def main():" --device cuda --gpu-memory 8GiB --cpu-memory 32GiB`
 
@@ -80,15 +85,18 @@ def generate(
     expect_outputs(trace, json_file, out, inputs=inputs)
     if (prompt is None) == (prompts is None):
         raise ValueError("give either --prompt TEXT or --prompts FILE")
-    if options.prefer_cached is not None and (prompts is not None or processes is not None):
-        raise ValueError("--prefer-cached is of one prompt on one process; leave out --prompts and --processes")
+    for name, value in (("prefer-cached", options.prefer_cached), ("rewire", options.rewire)):
+        if value is not None and (prompts is not None or processes is not None):
+            raise ValueError(f"--{name} is of one prompt on one process; leave out --prompts and --processes")
     if prompts is not None:
         if any(given is not None for given in (trace, hardware, json_file, processes, options.skip_ffn)):
             raise ValueError(
                 "--trace, --hardware, --processes, --skip-ffn and --json are of one prompt; drop them with --prompts"
             )
-        answer_file(model, prompts, out, max_new_tokens, options)
+        answer_file(model, prompts, out, max_new_tokens, options, batch_size)
         return
+    if batch_size > 1:
+        raise ValueError("--batch-size is for --prompts FILE; one prompt is no batch")
     rates = None if hardware is None else Rates.load(hardware)
     several = None if processes is None else processes_of(options.cpu_memory, trace)
     if several is not None and not several.are_started():
@@ -115,6 +123,8 @@ def _continue(
     from ..checkpoint.location import local_folder, local_name
 
     screen.stage(f"downloading {model}" if local_name(model) is None else f"starting; {model} is read next")
+    from moe import Rewiring
+
     from ..runtime.loading import load
     from ..serve.generation import generate_text
     from ..serve.text import expect_room, open_text
@@ -145,6 +155,7 @@ def _continue(
             trace_file=trace,
             hardware=rates,
             choice=options.choice,
+            rewiring=None if options.rewire is None else Rewiring(every=options.rewire),
         )
     left_out = {} if skipped is None else {"skipped_share": skipped.skipped_share, "skipped_L": skipped.skipped}
     return {**result, **left_out, "note": text.note}
@@ -172,7 +183,8 @@ def _answer_by_member(
     expect_outputs(json_file, inputs=[members])
     if model is not None or prompt is None:
         raise ValueError("--members takes the place of MODEL, and answers one --prompt")
-    if others := [*options.only_for_one_model, *(["skip_ffn"] if options.skip_ffn is not None else [])]:
+    changing = [name for name in ("skip_ffn", "rewire") if getattr(options, name) is not None]
+    if others := [*options.only_for_one_model, *changing]:
         raise ValueError(f"--{others[0].replace('_', '-')} is for one model; leave it out with --members")
     from ..members.members import load_members
     from ..serve.generation import generate_text
@@ -228,6 +240,12 @@ def show(report: dict[str, Any]) -> None:
         console.print(
             f"LOSSY: {preference['changed']} of {preference['choices']} experts were chosen for being in memory; "
             "the text is not the model's"
+        )
+    if rewired := report.get("rewired"):
+        losses = zip(rewired["loss_before"], rewired["loss_after"], strict=True)
+        fits = ", ".join(f"{before:.3f} to {after:.3f}" for before, after in losses)
+        console.print(
+            f"LOSSY: routers were shifted to the text, whose loss went from {fits}; it is not the model's own"
         )
     if (skipped := report.get("skipped_share")) is not None:
         console.print(f"{skipped:.0%} of feed-forwards left out: this is not the model's own answer")

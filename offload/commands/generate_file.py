@@ -1,10 +1,11 @@
 """`expertier generate --prompts`: answers to a file of prompts, in one run or several."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from routing.ground.quantity import format_size
 from routing.ground.terminal import plain_console
 
 from ..text.conversation import Conversations, read_template
@@ -12,6 +13,7 @@ from .generate_options import GenerateOptions
 from .options import quiet_transformers
 
 if TYPE_CHECKING:
+    from ..serve.choosing import Choice
     from ..serve.prompt_file import PromptLine
     from ..serve.text import ModelText
 
@@ -51,7 +53,9 @@ class Prompts:
         return self._conversations
 
 
-def answer_file(model: str, prompts: Path, out: Path | None, max_new_tokens: int, options: GenerateOptions) -> None:
+def answer_file(
+    model: str, prompts: Path, out: Path | None, max_new_tokens: int, options: GenerateOptions, batch_size: int
+) -> None:
     """Answer the prompts of a file that have no answer yet.
 
     Args:
@@ -60,6 +64,7 @@ def answer_file(model: str, prompts: Path, out: Path | None, max_new_tokens: int
         out: JSON lines of answers; those that are there already stay.
         max_new_tokens: most tokens of an answer whose prompt does not say.
         options: of loading and choosing.
+        batch_size: prompts that are answered together; those that are foreseen to use the same experts, if more than 1.
 
     Raises:
         ValueError: if there is no `out`, or a file has a wrong line.
@@ -80,16 +85,22 @@ def answer_file(model: str, prompts: Path, out: Path | None, max_new_tokens: int
 
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"loading {model}", total=None)
-        for done, (prompt, answer) in enumerate(_answers(model, left, max_new_tokens, options), 1):
+        found = _answers(model, left, max_new_tokens, options, batch_size, console.print)
+        for done, (prompt, answer) in enumerate(found, 1):
             answers.append(prompt, answer)
             progress.update(task, total=len(left), completed=done, description="answering")
     console.print(f"{len(left)} answers added to {out}")
 
 
 def _answers(
-    model: str, asked: "Sequence[PromptLine]", max_new_tokens: int, options: GenerateOptions
+    model: str,
+    asked: "Sequence[PromptLine]",
+    max_new_tokens: int,
+    options: GenerateOptions,
+    batch_size: int,
+    say: Callable[[str], None],
 ) -> "Iterator[tuple[PromptLine, dict[str, Any]]]":
-    """Pairs of prompt and answer, one after the other."""
+    """Pairs of prompt and answer, one after the other, or batch by batch."""
     from ..checkpoint.location import local_folder
     from ..runtime.loading import load
     from ..serve.generation import generate_text
@@ -102,10 +113,47 @@ def _answers(
     ready = [(prompt, prompts.ids(prompt.prompt), prompt.max_new_tokens or max_new_tokens) for prompt in asked]
     for _, ids, count in ready:  # before the model is read: the last prompt shall not end a night's work
         expect_room(len(ids), count, options.context)
+    if batch_size > 1:
+        yield from _together(folder, text, ready, options, batch_size, say)
+        return
     loaded = load(folder, **options.for_loading)
     for prompt, ids, count in ready:
-        choice = options.choice
-        if prompt.seed is not None:
-            choice = replace(choice, sampling=replace(choice.sampling, seed=prompt.seed))
+        choice = _choice_of(prompt, options)
         found = generate_text(loaded, text, ids, max_new_tokens=count, show=lambda piece: None, choice=choice)
         yield prompt, {name: found[name] for name in ("text", "finish_reason", "prompt_tokens", "token_ids")}
+
+
+def _together(
+    folder: Path,
+    text: "ModelText",
+    ready: "Sequence[tuple[PromptLine, list[int], int]]",
+    options: GenerateOptions,
+    batch_size: int,
+    say: Callable[[str], None],
+) -> "Iterator[tuple[PromptLine, dict[str, Any]]]":
+    """Pairs of prompt and answer, by batches that are foreseen to use the same experts; says what came of it."""
+    from ..runtime.loading import load
+    from ..serve.batch_answers import Asked, answer_batches, form
+    from ..serve.opening import arithmetic_for_many
+
+    room = {"arithmetic": arithmetic_for_many(options.arithmetic), "context": batch_size * options.context}
+    loaded = load(folder, **options.for_loading | room)
+    formed = form(loaded, [ids for _, ids, _ in ready], batch_size)
+    say(str(formed))
+    asked = [
+        Asked(prompt_ids=tuple(ids), max_new_tokens=count, choice=_choice_of(prompt, options))
+        for prompt, ids, count in ready
+    ]
+    for place, answer in answer_batches(loaded, text, asked, formed.batches):
+        yield ready[place][0], answer
+    report = loaded.offload.report()
+    read = format_size(report["bytes_read"])
+    say(f"{report['misses']} experts and {read} were read, hit rate {report['hit_rate']:.3f}")
+
+
+def _choice_of(prompt: "PromptLine", options: GenerateOptions) -> "Choice":
+    """How the tokens of one answer are chosen."""
+    choice = options.choice
+    if prompt.seed is None:
+        return choice
+    return replace(choice, sampling=replace(choice.sampling, seed=prompt.seed))

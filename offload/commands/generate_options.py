@@ -44,6 +44,14 @@ class GenerateOptions(LoadOptions):
             "state so little (cosine, such as 0.98).",
         ),
     ] = None
+    rewire: Annotated[
+        int | None,
+        typer.Option(
+            "--rewire",
+            min=1,
+            help="LOSSY: every so many tokens, such as 128, fit offsets on router logits to the text so far.",
+        ),
+    ] = None
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; repeat for more.", show_default=False)
     ] = None
@@ -72,6 +80,8 @@ class GenerateOptions(LoadOptions):
         _ = self.sampling
         if self.skip_ffn is not None and not 0 < self.skip_ffn <= 1:
             raise ValueError(f"--skip-ffn is a cosine above 0 and at most 1; got {self.skip_ffn:g}")
+        if self.rewire is not None and (self.skip_ffn is not None or self.prefer_cached is not None):
+            raise ValueError("--rewire, --skip-ffn and --prefer-cached each make another model; give one of them")
         if "" in (self.stop or ()):
             raise ValueError("--stop is empty; leave it out")
         if not self.chat and (self.system is not None or self.chat_template is not None):

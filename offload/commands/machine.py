@@ -247,7 +247,7 @@ def _show_variants(fitted: Any, rates: Rates) -> list[Any]:
 
 def _gpu_fit(fitted: Any, rates: Rates | None) -> dict[str, Any]:
     """What goes to the GPU, and how fast it may be."""
-    from ..gpu.budget import gpu_table
+    from ..gpu.plan.budget import gpu_table
 
     console = plain_console(soft_wrap=True)
     table = Table("GPU memory", "size")

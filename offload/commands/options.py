@@ -94,8 +94,20 @@ class LoadOptions:
         "auto"
     )
     gpu_memory: GpuMemory = "auto"
+    peer_memory: Annotated[
+        str | None,
+        typer.Option("--peer-memory", help="Memory of another GPU for experts that the first gives up, such as 8GiB."),
+    ] = None
     resident_layers: ResidentLayers = None
     layers_ahead: LayersAhead = None
+    cache_units: Annotated[
+        int | None,
+        typer.Option(
+            "--cache-units",
+            min=0,
+            help="With --pack of `pack --bundle`: hidden units of each layer that stay in memory.",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before torch is imported.
@@ -110,6 +122,8 @@ class LoadOptions:
         for size in (self.cpu_memory, self.gpu_memory):
             if size not in ("auto", "0"):
                 parse_size(size)
+        if self.peer_memory is not None:
+            parse_size(self.peer_memory)
         if self.depth not in ("all", "auto") and not self.depth.isdecimal():
             raise ValueError(f"--depth takes all, auto or a number of levels; got {self.depth!r}")
         if not self.prefetch.endswith(".npz"):
@@ -130,8 +144,8 @@ class LoadOptions:
     @property
     def only_for_one_model(self) -> list[str]:
         """Options that are given, and are about one model's experts, layers or device."""
-        names = ("cache_experts", "policy", "pack", "prefetch", "plan", "device", "gpu_memory")
-        names += ("resident_layers", "layers_ahead")
+        names = ("cache_experts", "policy", "pack", "prefetch", "plan", "device", "gpu_memory", "peer_memory")
+        names += ("resident_layers", "layers_ahead", "cache_units")
         return [name for name in names if getattr(self, name) not in (None, "auto")]
 
     @property

@@ -29,6 +29,14 @@ def pack(
             "Default: as the checkpoint stores them.",
         ),
     ] = None,
+    bundle: Annotated[
+        bool,
+        typer.Option(
+            "--bundle",
+            help="Of a dense model whose hidden units can be zero (ReLU): its feed-forwards, row by row and column by "
+            "column, so that a token's units alone are read.",
+        ),
+    ] = False,
     *,
     options: LowBitOptions,
 ) -> None:
@@ -39,15 +47,22 @@ def pack(
     Example: `expertier pack my-model --out my-model.experts --compress`
 
     Or `expertier pack my-model --out my-model.int4 --form int4 --method gptq --calibrate book.txt`
+
+    Or, of a dense model with ReLU: `expertier pack my-model --out my-model.units --bundle`
     """
     expect_model(model)
     expect_folder(out)
     if compress and form not in (None, "compressed"):
         raise ValueError(f"--compress is short for --form compressed; got --form {form} as well, give one of them")
     options.expect_usable(form, is_compressed=compress)
+    if bundle and (compress or form is not None):
+        raise ValueError("--bundle copies the weights of feed-forwards as they are; leave out --compress and --form")
     from rich.progress import Progress
 
     quiet_transformers()
+    if bundle:
+        _pack_units(model, out)
+        return
     if options.quantises(model, form):
         from .low_bit.packing import pack_low_bit
 
@@ -66,3 +81,25 @@ def pack(
             progress=lambda done, total: progress.update(task, completed=done, total=total, description="packing"),
         )
     console.print(f"experts packed in {out}, {format_size(out.stat().st_size)}", soft_wrap=True)
+
+
+def _pack_units(model: str, out: Path) -> None:
+    """Write the feed-forwards of a dense model by units."""
+    from rich.progress import Progress
+
+    console = plain_console(stderr=True)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("reading the checkpoint", total=None)
+        from ..checkpoint.model_folder import local_folder, sketch_of
+        from ..neurons.bundle import expect_replaceable, write_bundle
+        from ..neurons.feed_forwards import find_feed_forwards
+
+        expect_replaceable(out)
+        sketch, entries = sketch_of(local_folder(model), "auto", needs_experts=False)
+        found = find_feed_forwards(sketch.skeleton, entries, sketch.found)
+        write_bundle(
+            out,
+            found,
+            lambda done, total: progress.update(task, completed=done, total=total, description="packing"),
+        )
+    console.print(f"units packed in {out}, {format_size(out.stat().st_size)}", soft_wrap=True)

@@ -134,7 +134,7 @@ class SiblingLinears:
 
     def _may_multiply(self, linear: nn.Linear, x: torch.Tensor) -> bool:
         needs_gradient = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
-        if needs_gradient or x.dtype != torch.bfloat16 or x.shape[-1:] != (linear.in_features,):
+        if needs_gradient or not x.numel() or x.dtype != torch.bfloat16 or x.shape[-1:] != (linear.in_features,):
             return False
         return self._matvecs.accepts(x.numel() // linear.in_features)
 

@@ -75,7 +75,7 @@ def _epsilon(module: nn.Module) -> float | None:
     if list(module.children()) or [name for name, _ in module.named_parameters()] != ["weight"]:
         return None
     weight = module.weight
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype != torch.bfloat16:
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype != torch.bfloat16 or not len(weight):
         return None
     found = next((getattr(module, name) for name in EPSILONS if hasattr(module, name)), None)
     return found if isinstance(found, float) and weight.device.type == "cpu" and weight.is_contiguous() else None

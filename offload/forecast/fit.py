@@ -11,8 +11,8 @@ from ..cache.simulate import simulate
 from ..checkpoint.location import heads_of
 from ..compute.resident import embedding_bytes
 from ..formats.form import Form
-from ..gpu.cost import GpuPrediction, predict_gpu_decode
-from ..gpu.planning import expect_forms_on_gpu
+from ..gpu.plan.cost import GpuPrediction, predict_gpu_decode
+from ..gpu.plan.planning import expect_forms_on_gpu
 from ..memory.budget import Budgets, MemoryPlan, Needs
 from ..memory.cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
 from ..runtime.division import budgets_of, choose_window, divide_memory, needs_of

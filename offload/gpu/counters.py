@@ -19,6 +19,10 @@ class GpuCounters:
     misses: int = 0
     copied_bytes: int = 0
     copied_s: float = 0.0
+    peer_hits: int = 0
+    """Misses that lay in another GPU's memory."""
+    ahead: int = 0
+    """Experts whose copy was queued before their layer was asked."""
     cpu_experts: int = 0
     cpu_s: float = 0.0
     ids_wait_s: float = 0.0
@@ -46,7 +50,7 @@ class GpuCounters:
             self.harvest()
 
     def reset(self) -> None:
-        self.hits = self.misses = self.copied_bytes = self.cpu_experts = 0
+        self.hits = self.misses = self.copied_bytes = self.peer_hits = self.ahead = self.cpu_experts = 0
         self.copied_s = self.cpu_s = self.ids_wait_s = 0.0
         self.copies.clear()
 
@@ -60,6 +64,8 @@ class GpuCounters:
             "copied_bytes": self.copied_bytes,
             "copied_s": self.copied_s,
             "copied_bytes_per_s": self.copied_bytes / self.copied_s if self.copied_s else None,
+            "peer_hits": self.peer_hits,
+            "copied_ahead": self.ahead,
             "cpu_experts": self.cpu_experts,
             "cpu_s": self.cpu_s,
             "ids_wait_s": self.ids_wait_s,

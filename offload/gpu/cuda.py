@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .budget import CONTEXT_BYTES
 from .lanes import Mark, Pairs, Result
+from .plan.budget import CONTEXT_BYTES
 
 
 class CudaMark:
@@ -66,6 +66,14 @@ class CudaLane:
         # the allocator may have given memory that queued kernels still use
         torch.cuda.synchronize(self.device)
         return memory
+
+    def peer_pool(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        others = [number for number in range(torch.cuda.device_count()) if number != self.device.index]
+        if not others:
+            raise ValueError("peer memory is another GPU's, and torch finds one GPU only; leave out --peer-memory")
+        roomiest = max(others, key=lambda number: torch.cuda.mem_get_info(number)[0])
+        self._peer = getattr(self, "_peer", torch.device("cuda", roomiest))
+        return torch.empty(shape, dtype=dtype, device=self._peer)
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)

@@ -59,6 +59,14 @@ class Lane(Protocol):
         """Device memory that both streams may use from now on."""
         ...
 
+    def peer_pool(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of another device, to and from which `copy_in` copies too.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        ...
+
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Pinned host memory; it may be dropped while work that uses it is queued."""
         ...
@@ -84,7 +92,8 @@ class Lane(Protocol):
         ...
 
     def copy_in(self, pairs: Pairs, after: Mark | None) -> Copy:
-        """Queue copies from host memory to device memory on the copy stream, once `after` has been reached."""
+        """Queue copies on the copy stream, once `after` has been reached: from host or peer memory to the device's, or
+        from the device's to the peer's."""
         ...
 
     def drain(self) -> None:

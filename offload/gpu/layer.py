@@ -3,7 +3,7 @@
 Shapes: E experts, n rows of one expert, D model width, F expert width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from ..checkpoint.experts import ExpertLayer
 from ..compute.matvec import Matvecs
 from ..ram.slots import LayerSlots
-from .budget import ring_slots
 from .lanes import Copy, Lane
+from .peer import PeerSlots
+from .plan.budget import ring_slots
 from .rows import KernelExperts, LoopExperts, one_expert
 from .slots import LayerGpuSlots, Ring, make_pools
 from .split import Splitter
@@ -67,8 +68,25 @@ class GpuLayer:
         cpu: CpuShare | None,
     ) -> None:
         self.lane, self.slots, self.ring, self.ram, self.experts, self.cpu = lane, slots, ring, ram, experts, cpu
+        self.peer: PeerSlots | None = None
         self.lent: dict[int, Copy] = {}
         """Expert -> the copy that may still read its RAM slot. It outlives a call: the host runs ahead of the GPU."""
+
+    def use_peer(self, peer: PeerSlots, note: Callable[[Copy], None]) -> None:
+        """From now on, what the GPU gives up goes to another GPU.
+
+        Args:
+            peer: its slots there.
+            note: told each copy.
+        """
+
+        def leave(expert: int, slot: int) -> None:
+            here = {name: tensor[slot] for name, tensor in self.slots.tensors.items()}
+            if pairs := peer.keep(expert, here):
+                # behind the copy that brought the expert, before the one that overwrites it: all are on one stream
+                note(self.lane.copy_in(pairs, None))
+
+        self.peer, self.slots.leaving = peer, leave
 
 
 def make_layers(
@@ -94,7 +112,7 @@ def make_layers(
     return [
         GpuLayer(
             lane,
-            LayerGpuSlots(stretch, layer.num_experts, partial(_rank, ram), lane),
+            LayerGpuSlots(stretch, layer.num_experts, partial(rank_in, ram), lane),
             rings[id(ring_of_layer)],
             ram,
             experts,
@@ -106,6 +124,6 @@ def make_layers(
     ]
 
 
-def _rank(ram: LayerSlots, expert: int) -> tuple[float, float]:
+def rank_in(ram: LayerSlots, expert: int) -> tuple[float, float]:
     """How much an expert is worth keeping; asks the RAM tier each time, whose policy is a new one after `clear`."""
     return ram.cache.rank(expert)

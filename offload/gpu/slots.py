@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.experts import ExpertLayer
-from .lanes import Lane, Mark
+from .lanes import Copy, Lane, Mark
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -68,11 +68,15 @@ class LayerGpuSlots(GpuSlots):
     def __init__(self, tensors: Tensors, num_experts: int, rank: Callable[[int], Any], lane: Lane) -> None:
         super().__init__(tensors)
         self._num_experts, self._rank, self._lane = num_experts, rank, lane
+        self.leaving: Callable[[int, int], None] | None = None
+        """Told expert and slot before the expert is given up for another."""
         self.clear()
 
     def clear(self) -> None:
         """Forget what the slots hold; nothing that is queued may read or write them."""
         self._slot_of: dict[int, int] = {}
+        self._coming: dict[int, Copy] = {}
+        """Experts that are copied before the layer is asked; `map` does not have them."""
         self._free = list(range(self.num_slots))[::-1]
         self.map = SlotMap({}, self._num_experts, self._lane)
         self.released: Mark | None = None
@@ -96,20 +100,42 @@ class LayerGpuSlots(GpuSlots):
         """
         if not self._free:
             victim = min((other for other in self._slot_of if other not in pinned), key=self._rank)
+            if self.leaving is not None:
+                self.leaving(victim, self._slot_of[victim])
             self.drop(victim)
         self._slot_of[expert] = slot = self._free.pop()
         return slot
 
+    def take_ahead(self, expert: int, pinned: Collection[int], copy_into: Callable[[int], Copy]) -> None:
+        """Let an expert come before the layer is asked; whoever it replaces is not on the GPU any more.
+
+        Args:
+            pinned: experts that must stay.
+            copy_into: queues its copy into a slot.
+        """
+        self._coming[expert] = copy_into(self.take(expert, pinned))
+        self._show({other: slot for other, slot in self._slot_of.items() if other not in self._coming})
+
+    def arrivals(self) -> dict[int, tuple[int, Copy]]:
+        """Slot and copy of each expert that was let come; the caller lets what it launches wait for the copies."""
+        found = {expert: (self._slot_of[expert], copy) for expert, copy in self._coming.items()}
+        self._coming.clear()
+        return found
+
     def drop(self, expert: int) -> None:
         """Forget an expert."""
+        self._coming.pop(expert, None)
         self._free.append(self._slot_of.pop(expert))
 
     def publish(self) -> None:
         """Let the next call see which experts the slots hold, and take slots as soon as this call's work is done."""
-        # a new map only when something changed, because each has to be copied to the device
-        if self.map.slot_of != self._slot_of:
-            self.map = SlotMap(self._slot_of, self._num_experts, self._lane)
+        self._show(self._slot_of)
         self.released = self._lane.mark()
+
+    def _show(self, slot_of: Mapping[int, int]) -> None:
+        # a new map only when something changed, because each has to be copied to the device
+        if self.map.slot_of != slot_of:
+            self.map = SlotMap(slot_of, self._num_experts, self._lane)
 
 
 class Ring(GpuSlots):

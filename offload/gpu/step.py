@@ -72,6 +72,8 @@ class GpuStep:
         """Rows of each expert that has any; empty until the ids have come."""
         self._feed: RamFeed
         """The misses; there is none until the ids have come."""
+        self._at_peer: list[int] = []
+        """Misses that lie in another GPU's memory."""
         self._wave: dict[int, int] = {}
         """Expert -> ring slot, for what was copied into the ring and is not launched yet."""
         self._last_copy: Copy | None = None
@@ -91,15 +93,26 @@ class GpuStep:
         is_early = not self._layer.experts.needs_ids
         if is_early and hits.slot_of:
             self._compute(self._slots, hits)
+        arrivals = self._slots.arrivals()
         self._wait_for_ids()
         self._feed = self._look_up()
         if not is_early and hits.slot_of:
             self._compute(self._slots, hits)
+        self._compute_arrivals(arrivals)
         self._bring(look_ahead)
         combined = self._lane.hand_over(lambda: self._rows.combine(weight_TK))
         self._slots.publish()
         self._gpu_counters.harvest_many()
         return combined
+
+    def _compute_arrivals(self, arrivals: Mapping[int, tuple[int, Copy]]) -> None:
+        """What was copied before the layer was asked, expert by expert in the order of the copies.
+
+        All are waited for, also those that have no rows: from now on they are hits like any other.
+        """
+        for expert, (slot, copy) in arrivals.items():
+            self._lane.compute_after(copy)
+            self._compute_in(self._slots, {expert: slot})
 
     def _wait_for_ids(self) -> None:
         started = time.perf_counter()
@@ -115,10 +128,14 @@ class GpuStep:
         for experts in self._ids_TK[-LEARN_FROM_TOKENS:].tolist():
             ram.cache.demand([expert for expert in dict.fromkeys(experts) if expert in num_rows])
         misses = [expert for expert in num_rows if expert not in self._slots]
-        feed = RamFeed(ram, misses, self._slots, self._layer.lent, self._counters)
+        if (peer := self._layer.peer) is not None:
+            self._at_peer = [expert for expert in misses if expert in peer]
+        below = [expert for expert in misses if expert not in self._at_peer]
+        feed = RamFeed(ram, below, self._slots, self._layer.lent, self._counters)
         self._gpu_counters.hits += len(num_rows) - len(misses)
         self._gpu_counters.misses += len(misses)
-        self._counters.layers[ram.layer].hits += len(num_rows) - len(misses) + len(feed.present)
+        self._gpu_counters.peer_hits += len(self._at_peer)
+        self._counters.layers[ram.layer].hits += len(num_rows) - len(below) + len(feed.present)
         return feed
 
     def _bring(self, look_ahead: LookAhead) -> None:
@@ -127,6 +144,10 @@ class GpuStep:
         # before the copies: the disk is the slowest, and works while the host queues them
         feed.start_reads()
         staying = self._staying()
+        if (peer := self._layer.peer) is not None:
+            with peer.holding(frozenset(self._at_peer)):
+                for expert in self._at_peer:
+                    self._send(expert, is_staying=expert in staying)
         on_cpu = [] if self._cpu is None else self._choose_for(self._cpu)
         for expert in [expert for expert in feed.present if expert not in on_cpu]:
             self._send(expert, is_staying=expert in staying)
@@ -154,13 +175,13 @@ class GpuStep:
             self._send_through(expert)
             return
         slot = self._slots.take(expert, self._num_rows)
-        copy = self._copy(expert, self._slots.pairs(slot, self._feed[expert]), self._slots.released)
+        copy = self._copy(expert, self._slots.pairs(slot, self._source(expert)), self._slots.released)
         self._lane.compute_after(copy)
         self._compute_in(self._slots, {expert: slot})
 
     def _send_through(self, expert: int) -> None:
         slot, after = self._ring.take()
-        self._last_copy = self._copy(expert, self._ring.pairs(slot, self._feed[expert]), after)
+        self._last_copy = self._copy(expert, self._ring.pairs(slot, self._source(expert)), after)
         self._wave[expert] = slot
         if len(self._wave) == self._ring.wave:
             self._compute_wave()
@@ -187,9 +208,15 @@ class GpuStep:
 
     def _copy(self, expert: int, pairs: Pairs, after: Mark | None) -> Copy:
         copy = self._lane.copy_in(pairs, after)
-        self._feed.lend(expert, copy)
+        if expert not in self._at_peer:
+            self._feed.lend(expert, copy)
         self._gpu_counters.copies.append(copy)
         return copy
+
+    def _source(self, expert: int) -> Mapping[str, torch.Tensor]:
+        """Where an expert that is not on the GPU lies: in another GPU's memory, or in RAM."""
+        peer = self._layer.peer
+        return peer.weights(expert) if peer is not None and expert in self._at_peer else self._feed[expert]
 
     def _choose_for(self, cpu: CpuShare) -> list[int]:
         self._gpu_counters.harvest(cpu.splitter.wire)

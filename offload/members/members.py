@@ -62,9 +62,10 @@ class Members:
         return {name: {"popularity": popularity[name], **report} for name, report in reports.items()}
 
     def close(self) -> None:
-        """Stop all reading threads; no member can run afterwards."""
+        """Stop all reading threads and give the pool's memory back; no member can run afterwards."""
         for model in self.models.values():
             model.offload.close()
+        self.pool.close()
 
 
 def load_members(

@@ -95,6 +95,11 @@ class Pool:
             del self.places[key]
         self.in_use.pop(member, None)
 
+    def close(self) -> None:
+        """Give the memory back; no member may run afterwards."""
+        self.places.clear()
+        self.memory.give_back()
+
     def others(self, member: int) -> Iterator[Key]:
         """Guests of other members, the least popular member's last one first; none that is computed now."""
         keys = [key for key in self.places if key[0] != member and self.in_use.get(key[0]) != key[1]]

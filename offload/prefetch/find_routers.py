@@ -8,7 +8,8 @@ from torch import nn
 
 from ..checkpoint.experts import ExpertLayer
 from .lookahead import ExactPlan, holds_experts
-from .predictor import TrainedPredictor
+from .pass_predictor import PassPredictor, PassPrefetcher
+from .predictor import TrainedPredictor, read_predictor
 from .prefetch import GatePredictor, Predictor, Prefetcher, TransitionPredictor
 
 MOST_AHEAD = 2
@@ -31,8 +32,17 @@ def make_prefetcher(name: str, model: nn.Module, layers: Sequence[ExpertLayer], 
     elif name in ("off", "auto"):
         return None
     else:
-        predictor = TrainedPredictor.load(name).expect(len(layers), max(layer.num_experts for layer in layers))
+        return _of_file(name, len(layers), max(layer.num_experts for layer in layers), min(MOST_AHEAD, top_k))
     return Prefetcher(predictor, min(MOST_AHEAD, top_k))
+
+
+def _of_file(file: str, num_layers: int, num_experts: int, most: int) -> Prefetcher:
+    """The prefetcher of a file of `trace predictor`: of whole passes, or of the next two layers."""
+    stored = read_predictor(file)
+    routed = TrainedPredictor.of_arrays(file, stored).expect(num_layers, num_experts)
+    if "pass_sizes" not in stored:
+        return Prefetcher(routed, most)
+    return PassPrefetcher(PassPredictor.of_arrays(file, stored, routed), most)
 
 
 def router_of(model: nn.Module, layer: ExpertLayer) -> tuple[torch.Tensor, torch.Tensor | None] | None:

@@ -3,12 +3,17 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..cache.catalogue import Cache, make_cache
+from ..cache.predicted import PredictedUse
 from ..compute.routed_rows import can_group
 from ..native.kernel_matrix import KernelMatrix
+from ..prefetch.predictor import likely_first
 from ..store.reading import Ticket
 from ..store.store import ExpertStore, Slots
 from .counters import AheadCounters
@@ -123,6 +128,24 @@ class LayerSlots:
         self._start_ahead(expert, pinned)
         return True
 
+    def expect_use(self, use_E: NDArray[np.floating[Any]], most: int) -> None:
+        """A pass begins: start to read what it will probably use, and let the policy `predicted` keep that.
+
+        Args:
+            use_E: how likely each expert is, 0..1.
+            most: experts that may be on their way at the same time.
+        """
+        if isinstance(self.cache, PredictedUse):
+            self.cache.expect(use_E)
+        likely = likely_first(use_E)
+        for expert in [expert for expert in likely if expert not in self._resident][:most]:
+            self.read_ahead(expert, likely, most)
+
+    def keep_ahead(self, experts: Collection[int]) -> None:
+        """Give up reads ahead of experts that are no longer expected; what has arrived stays."""
+        for expert in [expert for expert in self._ahead if expert not in experts and expert not in self._held]:
+            self._end_ahead(expert)
+
     def hold(self, experts: Collection[int]) -> None:
         """Keep experts until this is called again, and start reading those that are missing.
 
@@ -137,6 +160,18 @@ class LayerSlots:
             self._end_ahead(expert)
         for expert in sorted(self._held - self._resident.keys()):
             self._start_ahead(expert, self._held)
+
+    def take_early(self, expert: int) -> dict[str, torch.Tensor] | None:
+        """The weights of an expert before the layer's turn, for a copy that will be used; None if it is not there."""
+        ticket = self._ahead.get(expert)
+        if expert not in self._resident or not (ticket is None or ticket.is_complete):
+            return None
+        if ticket is not None:
+            self._end_ahead(expert)
+        if expert in self._unproven:
+            self._unproven.discard(expert)
+            self.ahead_counters.useful += 1
+        return self._resident[expert].weights
 
     def settle_ahead(self, needed: Collection[int], landed: "SimpleQueue[Ticket]") -> dict[int, Ticket]:
         """When the layer's turn has come: keep what has arrived, hurry what is needed, give up what is not held.

@@ -6,6 +6,7 @@ from typing import Any
 
 from routing.ground.model_config import text_config
 
+from ..cache.catalogue import NEEDS_PREDICTOR
 from ..checkpoint.experts import experts_modules
 from ..compute.attention import quicken_attention
 from ..compute.levels import best_arithmetic
@@ -14,7 +15,9 @@ from ..compute.matvec import Matvecs
 from ..compute.norms import quicken_norms
 from ..gpu.lanes import Lane
 from ..gpu.tier import GpuTier
+from ..neurons.binding import BundledUnits
 from ..prefetch.find_routers import make_prefetcher
+from ..prefetch.pass_predictor import PassPrefetcher
 from ..store.io_mode import wants_direct
 from ..store.store import ExpertStore
 from ..window.binding import bind
@@ -60,6 +63,11 @@ def assemble(
     recorder = _recorder(opened, options) if options.record_trace else None
     running = OffloadRuntime(store, division.ram.num_slots, options.policy_name, recorder, matvecs)
     running.prefetcher = make_prefetcher(str(options.prefetch), model, [form.layer for form in forms], opened.top_k)
+    if options.policy_name in NEEDS_PREDICTOR and not isinstance(running.prefetcher, PassPrefetcher):
+        raise ValueError(
+            f"policy {options.policy_name} keeps what a predictor of whole passes expects; give prefetch= a file of "
+            "`expertier trace predictor --before-pass`"
+        )
     if lane is None:
         quicken_linears(model, matvecs)
         quicken_norms(model)
@@ -69,11 +77,14 @@ def assemble(
     if window is not None:
         running.window = make_window(store, window, len(forms))
         bind(model, window, running)
+    if opened.bundle is not None:
+        running.units = BundledUnits(opened.bundle, list(opened.unit_slots), options.io_threads)
+        running.units.bind(model)
     if division.starting is not None:
         running.fill(division.starting.experts_L)
     _attach(model, running)
     read_prompts_in_pieces(model, options.context)
-    if forms or window is not None:
+    if forms or opened.streamed:
         guard_model(model, forms)
     model.offload = Offload(model, running, division.ram, options.policy_name)
     return model
@@ -107,7 +118,9 @@ def _add_gpu_tier(opened: OpenedCheckpoint, division: Division, lane: Lane, runn
     modules = list(experts_modules(opened.model).values())
     layers = [form.layer for form in opened.forms]
     share = running.matvecs if running.matvecs.arithmetic == "fast" else None
-    running.gpu = GpuTier(lane, layers, modules, running.layers, division.gpu, running.counters, share)
+    running.gpu = GpuTier(
+        *(lane, layers, modules, running.layers, division.gpu, running.counters, share), division.peer_slots
+    )
 
 
 def _attach(model: Any, running: OffloadRuntime) -> None:

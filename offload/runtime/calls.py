@@ -6,6 +6,7 @@ Shapes: B sequences in a call, S positions of each.
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..compute.kv_cache import grow_in_place
@@ -49,8 +50,11 @@ class _Calls:
             mask_BS = kwargs.get("attention_mask")
             # masks of more dimensions say which token may see which, not which token is padding
             is_padding = isinstance(mask_BS, torch.Tensor) and mask_BS.dim() == 2
+            token_BS = kwargs.get("input_ids", args[0] if args else None)
             self._runtime.recorder.begin_call(
-                batch, num_tokens, _cached_tokens(kwargs), mask_BS.bool().cpu().numpy() if is_padding else None
+                *(batch, num_tokens, _cached_tokens(kwargs)),
+                mask_BS.bool().cpu().numpy() if is_padding else None,
+                token_BS.cpu().numpy().astype(np.int32) if isinstance(token_BS, torch.Tensor) else None,
             )
         del self._begun[:-MOST_NESTED]
         self._begun.append((time.perf_counter(), num_tokens))

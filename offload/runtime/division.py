@@ -8,9 +8,9 @@ from routing.ground.quantity import format_size, parse_size
 from ..cache.starting import StartingPlan, TracedSlots, read_starting_plan
 from ..checkpoint.experts import experts_modules
 from ..compute.resident import expected_saving, moved_twice_bytes
-from ..gpu.budget import plan_gpu, split_needs
 from ..gpu.lanes import Lane
-from ..gpu.planning import gpu_limit, gpu_slot_bytes, hold_to
+from ..gpu.plan.budget import plan_gpu, split_needs
+from ..gpu.plan.planning import gpu_limit, gpu_slot_bytes, hold_to
 from ..memory.budget import (
     AUTO_SHARE,
     Budgets,
@@ -21,6 +21,7 @@ from ..memory.budget import (
     machine_bytes,
     plan_memory,
     room_besides,
+    spread_slots,
     sufficient_size,
 )
 from ..window.planning import WindowPlan, plan_window, smallest_window
@@ -37,11 +38,13 @@ class Division:
         ram: the budget of the process.
         gpu: the budget on the GPU; None without one.
         starting: the experts that are in slots from the start; None leaves them empty.
+        peer_slots: slots of each layer in another GPU's memory; empty for none.
     """
 
     ram: MemoryPlan
     gpu: MemoryPlan | None
     starting: StartingPlan | TracedSlots | None
+    peer_slots: tuple[int, ...] = ()
 
 
 def divide_memory(
@@ -79,7 +82,21 @@ def divide_memory(
         least = [min(opened.top_k, count) for count in counts]
         slots = starting.slots(opened.slot_bytes_L, least, limit - ram.fixed_bytes)
         ram = _plan_ram(opened, needs, limit, slots, loading)
-    return Division(ram=ram, gpu=gpu, starting=starting)
+    return Division(ram=ram, gpu=gpu, starting=starting, peer_slots=_peer_slots(opened, options))
+
+
+def _peer_slots(opened: OpenedCheckpoint, options: LoadOptions) -> tuple[int, ...]:
+    """As many slots in another GPU's memory as it is given, of each layer alike; the rest of that GPU is not ours."""
+    if options.peer_memory is None:
+        return ()
+    sizes = [form.layer.plain_bytes for form in opened.forms]
+    limit = parse_size(options.peer_memory)
+    slots = spread_slots(limit, sizes, opened.experts_L, [0] * len(sizes))
+    if not any(slots):
+        raise ValueError(
+            f"peer_memory={options.peer_memory} holds no expert, the smallest of which takes {format_size(min(sizes))}"
+        )
+    return tuple(slots)
 
 
 def _plan_ram(
@@ -104,6 +121,10 @@ def budgets_of(opened: OpenedCheckpoint, options: LoadOptions) -> Budgets:
     shapes = opened.slot_bytes_L, opened.experts_L, opened.top_k
     whole = needs_of(replace(opened, window=None), options)
     budgets = expect_budgets(whole, *shapes, _loading_bytes(opened, whole), whole_bytes=opened.whole_bytes)
+    if opened.bundle is not None:
+        everything = replace(opened, unit_slots=tuple(layer.num_units for layer in opened.bundle.layers))
+        most = expect_budgets(needs_of(everything, options), *shapes, _loading_bytes(everything, whole))
+        return Budgets(least_bytes=budgets.least_bytes, all_bytes=most.least_bytes)
     if not opened.guests.nbytes:
         return budgets
     smallest = smallest_window(opened.guests, options.resident_layers, options.layers_ahead)
@@ -111,6 +132,25 @@ def budgets_of(opened: OpenedCheckpoint, options: LoadOptions) -> Budgets:
     needs = needs_of(streaming, options)
     least = expect_budgets(needs, *shapes, _loading_bytes(streaming, needs), whole_bytes=opened.whole_bytes)
     return Budgets(least_bytes=least.least_bytes, all_bytes=budgets.all_bytes)
+
+
+def choose_units(opened: OpenedCheckpoint, options: LoadOptions) -> OpenedCheckpoint:
+    """The same checkpoint, with as many units of its feed-forwards in memory as a budget holds, of each the same share.
+
+    Args:
+        opened: with or without a bundle.
+        options: the budget, or how many units stay.
+    """
+    if opened.bundle is None:
+        if options.cache_units is not None:
+            raise ValueError("cache_units is about the units of a bundle; give pack= a file of `pack --bundle`")
+        return opened
+    counts = [layer.num_units for layer in opened.bundle.layers]
+    if options.cache_units is not None:
+        return replace(opened, unit_slots=tuple(min(options.cache_units, count) for count in counts))
+    room = room_besides(cpu_limit(options), memory_needs(opened, options), (), (), 0)
+    share = min(max(room, 0) / opened.bundle.nbytes, 1.0)
+    return replace(opened, unit_slots=tuple(int(share * count) for count in counts))
 
 
 def choose_window(opened: OpenedCheckpoint, options: LoadOptions) -> WindowPlan | None:

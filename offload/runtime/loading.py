@@ -16,7 +16,7 @@ from ..memory.budget import resident_bytes
 from ..memory.heap import return_free_blocks, return_large_blocks
 from .assembly import assemble
 from .depths import with_depth
-from .division import choose_window, divide_memory, expect_machine_has
+from .division import choose_units, choose_window, divide_memory, expect_machine_has
 from .opening import open_checkpoint
 from .options import LoadOptions
 
@@ -43,6 +43,8 @@ def load(
     adapter: str | Path | None = None,
     resident_layers: int | None = None,
     layers_ahead: int | None = None,
+    cache_units: int | None = None,
+    peer_memory: str | int | None = None,
 ) -> Any:
     """Load a model without ever holding all of it in memory: not all experts, nor all layers if they do not fit.
 
@@ -67,7 +69,8 @@ def load(
             every budget, batch and number of threads, of our own products. `"fast"`: nothing; with a GPU the CPU then
             computes a share of the experts that are not there. `"auto"`: exact where that is not slower than the
             resident model on this processor, else fixed; `model.offload.report()["arithmetic"]` says which.
-        pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files.
+        pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files; of a dense
+            model, its feed-forwards by hidden units (`pack --bundle`).
         depth: of a packed copy in levels, how many of each expert are read: a number, `"all"`, or as many as
             `cpu_memory` holds with all experts in memory (`"auto"`), those first that gain most for their bytes.
         prefetch: `"gate"`, `"transitions"` or a predictor file (.npz, `expertier trace predictor`) reads what the next
@@ -83,6 +86,10 @@ def load(
         resident_layers: decoder layers that stay in memory, the head counting as one; the others are streamed from the
             checkpoint in order of use. None keeps as many as the budget holds, which are all if it is large enough.
         layers_ahead: streamed layers that are read while one is computed, 0 or more; None chooses up to 2.
+        cache_units: of a bundle of feed-forwards (`pack --bundle`), hidden units of each layer that stay in memory, 0
+            or more, instead of what a budget pays for.
+        peer_memory: memory of another GPU, such as `"8GiB"`: experts that the first one gives up go there and come back
+            from there, before RAM and disk are asked.
 
     Returns:
         The transformers model, in eval mode; `model.offload` is its Offload.
@@ -112,11 +119,14 @@ def load(
         adapter=adapter,
         resident_layers=resident_layers,
         layers_ahead=layers_ahead,
+        cache_units=cache_units,
+        peer_memory=peer_memory,
     )
     expect_machine_has(options)
     return_large_blocks()
     lane = open_lane(options.device, options.gpu_memory, options.gpu_experts)
     opened = with_depth(open_checkpoint(options, partial(choose_window, options=options)), options)
+    opened = choose_units(opened, options)
 
     def settle() -> int:
         """Move the resident weights to where they stay; what the process has then, without them on the CPU."""

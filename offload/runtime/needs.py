@@ -1,6 +1,7 @@
 """What the process needs in memory besides expert slots."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -18,7 +19,13 @@ from .pieces import piece_tokens
 
 def memory_needs(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:
     """The parts of a budget that are not expert slots, with `options.context` tokens of KV cache."""
-    return with_window(_needs_of_all(opened, options), opened.window)
+    return _with_units(with_window(_needs_of_all(opened, options), opened.window), opened)
+
+
+def _predictor_bytes(options: LoadOptions) -> int:
+    """A predictor's file holds its weights as they are in memory."""
+    file = Path(options.prefetch)
+    return file.stat().st_size if file.suffix == ".npz" and file.is_file() else 0
 
 
 def with_window(needs: Needs, window: WindowPlan | None) -> Needs:
@@ -33,6 +40,16 @@ def with_window(needs: Needs, window: WindowPlan | None) -> Needs:
     return replace(needs, weight_bytes=needs.weight_bytes - window.saved_bytes, window_bytes=window.nbytes)
 
 
+def _with_units(needs: Needs, opened: OpenedCheckpoint) -> Needs:
+    """What is needed if feed-forwards come by units: the bounds of their gates, units that stay, and one whole."""
+    bundle = opened.bundle
+    if bundle is None:
+        return needs
+    slots = zip(opened.unit_slots, bundle.layers, strict=False)
+    held = bundle.bounds_bytes + bundle.work_bytes + sum(count * layer.of.unit_bytes for count, layer in slots)
+    return replace(needs, weight_bytes=needs.weight_bytes - bundle.nbytes, window_bytes=needs.window_bytes + held)
+
+
 def _needs_of_all(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:
     config, model = opened.config, opened.model
     dtype: torch.dtype = model.dtype
@@ -41,7 +58,7 @@ def _needs_of_all(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:
     expanded = 0 if opened.linears is None else expansion_bytes(model, opened.linears)
     return Needs(
         process_bytes=opened.process_bytes,
-        weight_bytes=weight_bytes(model),
+        weight_bytes=weight_bytes(model) + _predictor_bytes(options),
         kv_bytes=room_positions(options.context) * kv_bytes_per_token(config, dtype.itemsize),
         activation_bytes=activations + expanded,
         staging_bytes=options.io_threads * READ_BYTES + room_bytes(opened.forms),

@@ -20,6 +20,8 @@ from ..formats.form import Form, MatrixForm
 from ..formats.gguf_blocks.expand import expand_tensor
 from ..formats.gguf_blocks.form import gguf_forms
 from ..memory.budget import resident_bytes
+from ..neurons.bundle import Bundle, is_bundle, read_bundle
+from ..neurons.feed_forwards import find_feed_forwards
 from ..store.packing import Pack, read_pack
 from ..window.guests import Guests, find_guests
 from ..window.planning import WindowPlan
@@ -39,6 +41,8 @@ class OpenedCheckpoint:
         guests: what could be streamed.
         window: what is; None if everything outside experts stays in memory.
         packed: the packed copy that is read; None without one.
+        bundle: feed-forwards by their units; None if they are in memory like everything else.
+        unit_slots: units of each of them that stay in memory; empty before that is known.
     """
 
     model: Any
@@ -48,6 +52,8 @@ class OpenedCheckpoint:
     guests: Guests = field(default_factory=Guests)
     window: WindowPlan | None = None
     packed: Pack | None = None
+    bundle: Bundle | None = None
+    unit_slots: tuple[int, ...] = ()
 
     @property
     def config(self) -> Any:
@@ -76,7 +82,8 @@ class OpenedCheckpoint:
     @property
     def streamed(self) -> frozenset[str]:
         """Full names of the parameters outside experts that are not in memory."""
-        return frozenset() if self.window is None else self.window.names
+        names = frozenset() if self.window is None else self.window.names
+        return names if self.bundle is None else names | self.bundle.weight_names
 
     @property
     def linears(self) -> MatrixForm | None:
@@ -109,13 +116,15 @@ def open_checkpoint(options: LoadOptions, choose: Chooser = lambda headers: None
     if not experts_modules(sketch.skeleton):
         _expect_dense_options(folder, options)
     headers = _opened_sketch(sketch, entries, options.pack)
-    window = choose(headers)
-    model = load_resident(sketch, entries, IMPLEMENTATION, window.names if window else ())
+    if headers.bundle is not None and options.resident_layers is not None:
+        raise ValueError("layers stay whole, or their feed-forwards come by units; leave resident_layers or pack out")
+    headers = replace(headers, window=None if headers.bundle is not None else choose(headers))
+    model = load_resident(sketch, entries, IMPLEMENTATION, headers.streamed)
     # hollow experts must be gone before anything looks at the size of the model's parameters
     drop_expert_weights(model)
     if (linears := headers.linears) is not None:
-        store_linears(model, linears, window.names if window else ())
-    return replace(headers, model=model, window=window)
+        store_linears(model, linears, headers.streamed)
+    return replace(headers, model=model)
 
 
 def _opened_sketch(sketch: Sketch, entries: Mapping[str, TensorEntry], pack: str | Path | None) -> OpenedCheckpoint:
@@ -125,8 +134,12 @@ def _opened_sketch(sketch: Sketch, entries: Mapping[str, TensorEntry], pack: str
     expect_plain_weights(sketch.folder, sketch.skeleton, entries, sketch.found)
     layers = sketch.layers(entries)
     forms: list[Form] = [form_in_place(layer) for layer in layers]
-    checksums, packed = None, None
-    if pack is not None:
+    checksums, packed, bundle = None, None, None
+    if pack is not None and is_bundle(Path(pack)):
+        if layers:
+            raise ValueError(f"bundle {pack}: it is of a dense model, and {sketch.folder} has experts")
+        bundle = read_bundle(Path(pack), find_feed_forwards(sketch.skeleton, entries, sketch.found))
+    elif pack is not None:
         packed = read_pack(Path(pack), layers, entries)
         forms, checksums = packed.forms, packed.checksums
     drop_expert_weights(sketch.skeleton)
@@ -137,6 +150,7 @@ def _opened_sketch(sketch: Sketch, entries: Mapping[str, TensorEntry], pack: str
         process_bytes=process_bytes,
         guests=find_guests(sketch.skeleton, entries, sketch.found),
         packed=packed,
+        bundle=bundle,
     )
 
 

@@ -46,6 +46,8 @@ class LoadOptions:
     adapter: str | Path | None = None
     resident_layers: int | None = None
     layers_ahead: int | None = None
+    cache_units: int | None = None
+    peer_memory: str | int | None = None
 
     def __post_init__(self) -> None:
         expect_device(self.device, self.gpu_memory, self.gpu_experts)
@@ -60,6 +62,12 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and (value < 0 or self.wants_gpu):
                 raise ValueError(f"{name} must be 0 or more, and streams to the CPU only; got {value}")
+        if self.peer_memory is not None:
+            parse_size(self.peer_memory)
+            if not self.wants_gpu:
+                raise ValueError('peer_memory is a tier below a GPU; give device="cuda" with it')
+        if self.cache_units is not None and self.cache_units < 0:
+            raise ValueError(f"cache_units must be 0 or more; got {self.cache_units}")
         if self.plan is not None and self.cache_experts is not None:
             raise ValueError("plan and cache_experts both say how many slots a layer has; give one of them")
         if self.adapter is not None and (self.device == "cuda" or self.gpu_memory not in ("auto", 0, "0")):

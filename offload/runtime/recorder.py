@@ -24,16 +24,26 @@ class TraceRecorder:
     def __init__(self, num_layers: int, num_experts: int, metadata: dict[str, Any]) -> None:
         self._num_layers, self._num_experts, self._metadata = num_layers, num_experts, metadata
         self._calls: list[tuple[NDArray[np.int16], NDArray[np.float16], NDArray[np.int32], NDArray[np.int32]]] = []
+        self._tokens: list[NDArray[np.int32] | None] = []
+        """Token ids of each call; None where it was given embeddings."""
         self._layers: dict[int, tuple[NDArray[np.int16], NDArray[np.float16]]] = {}
         self._sequence_T: NDArray[np.int32] | None = None
         self._position_T: NDArray[np.int32] | None = None
+        self._token_T: NDArray[np.int32] | None = None
         self._keep_T: NDArray[np.bool_] | None = None
         self._lengths_B: NDArray[np.int32] = np.zeros(0, np.int32)
         self._next_sequence = 0
         self._before: tuple[int, NDArray[np.int32]] | None = None
         """Sequences and lengths before the call that is going on; None between calls."""
 
-    def begin_call(self, batch: int, length: int, past: int, mask_BS: NDArray[np.bool_] | None) -> None:
+    def begin_call(
+        self,
+        batch: int,
+        length: int,
+        past: int,
+        mask_BS: NDArray[np.bool_] | None,
+        token_BS: NDArray[np.int32] | None = None,
+    ) -> None:
         """A call of the model starts: `batch` sequences of `length` new tokens after `past` cached ones."""
         self._leave_out_what_was_cut_short()
         self._finish_call()
@@ -47,6 +57,7 @@ class TraceRecorder:
         self._lengths_B = self._lengths_B + keep_BS.sum(axis=1, dtype=np.int32)
         self._keep_T, self._position_T = keep_BS.reshape(-1), position_BS.reshape(-1).astype(np.int32)
         self._sequence_T = sequence_BS.reshape(-1)
+        self._token_T = None if token_BS is None else token_BS.reshape(-1)
 
     def end_call(self) -> None:
         """The call has given its result; without this, what it noted is left out."""
@@ -90,8 +101,13 @@ class TraceRecorder:
             weight_TLK=np.concatenate([_pad(call[1], width, 0) for call in self._calls]),
             sequence_T=np.concatenate([call[2] for call in self._calls]),
             position_T=np.concatenate([call[3] for call in self._calls]),
+            token_T=self._all_tokens(),
             metadata={**self._metadata, "num_experts": self._num_experts},
         )
+
+    def _all_tokens(self) -> NDArray[np.int32] | None:
+        known = [token_T for token_T in self._tokens if token_T is not None]
+        return np.concatenate(known) if len(known) == len(self._tokens) else None
 
     def _finish_call(self) -> None:
         layers, self._layers = self._layers, {}
@@ -106,11 +122,13 @@ class TraceRecorder:
                 expert_TLK[:, layer, : ids.shape[1]] = ids
                 weight_TLK[:, layer, : ids.shape[1]] = weights
         keep_T, sequence_T, position_T = self._keep_T, self._sequence_T, self._position_T
+        token_T = self._token_T
         if keep_T is None or sequence_T is None or position_T is None or len(keep_T) != num_tokens:
             keep_T = np.ones(num_tokens, bool)
             sequence_T = np.full(num_tokens, self._next_sequence, np.int32)
-            position_T = np.arange(num_tokens, dtype=np.int32)
+            position_T, token_T = np.arange(num_tokens, dtype=np.int32), None
         self._calls.append((expert_TLK[keep_T], weight_TLK[keep_T], sequence_T[keep_T], position_T[keep_T]))
+        self._tokens.append(None if token_T is None else token_T[keep_T])
 
 
 def _pad(array: NDArray[Any], width: int, fill: int) -> NDArray[Any]:

@@ -32,6 +32,8 @@ class Offload:
         self._model, self._runtime = model, runtime
         self._busy_before_s = runtime.store.busy_s
         self._preference: CachedFirst | None = None
+        self.passes_gradients = False
+        """Whether experts compute anew in a backward pass; see `gradients_pass`."""
         follow_calls(model, runtime)
 
     @property
@@ -67,9 +69,10 @@ class Offload:
         """Hits, misses, bytes, seconds and memory since loading or `reset`, JSON-serialisable."""
         counters, prefetch, window = self._runtime.counters, self._prefetch(), self._runtime.window
         summary, streamed = counters.summary(), {} if window is None else window.report()
+        units = {} if self._runtime.units is None else self._runtime.units.report()
         return {
             **summary,
-            "bytes_read": summary["bytes_read"] + prefetch["bytes_read"] + streamed.get("bytes_read", 0),
+            "bytes_read": sum(each.get("bytes_read", 0) for each in (summary, prefetch, streamed, units)),
             "stall_s": summary["stall_s"] + streamed.get("stall_s", 0.0),
             "bytes_missed": sum(
                 layer.misses * slots.expert_bytes
@@ -87,6 +90,7 @@ class Offload:
             **self._levels(),
             **({} if self._runtime.gpu is None else {"gpu": self._runtime.gpu.report()}),
             **({"window": streamed} if streamed else {}),
+            **({"units": units} if units else {}),
             "hit_rate_L": [layer.hits / max(layer.hits + layer.misses, 1) for layer in counters.layers],
         }
 
@@ -144,6 +148,8 @@ class Offload:
             self._runtime.gpu.reset()
         if self._runtime.window is not None:
             self._runtime.window.reset()
+        if self._runtime.units is not None:
+            self._runtime.units.reset()
         for slots in self._runtime.layers:
             slots.ahead_counters = AheadCounters()
 

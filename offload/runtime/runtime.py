@@ -16,7 +16,9 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..compute.adapters import adapted_of
@@ -24,6 +26,7 @@ from ..compute.fused_experts import FusedExperts, FusedRows, fuse_experts
 from ..compute.matvec import Matvecs
 from ..compute.routed_rows import RoutedRows, eager_forward
 from ..gpu.tier import GpuTier
+from ..neurons.binding import BundledUnits
 from ..prefetch.prefetch import Prefetcher
 from ..ram.counters import Counters, LayerCounters
 from ..ram.expanded import ExpandedWeights, make_rooms
@@ -70,6 +73,7 @@ class OffloadRuntime:
         self._fused: dict[tuple[int, int, int], FusedExperts | None] = {}
         self.gpu: GpuTier | None = None
         self.window: Streamed | None = None
+        self.units: BundledUnits | None = None
         self._policy, self._num_slots = policy, tuple(num_slots)
         # re-entrant: a signal handler that calls the model within a call must not wait for itself for ever
         self._lock, self._process, self._is_whole = threading.RLock(), os.getpid(), True
@@ -192,6 +196,27 @@ class OffloadRuntime:
             assert self.window is not None
             return self.window.rows(table, row_N)
 
+    def visit(self, layer: int, expert_TK: torch.Tensor) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
+        """The experts of some tokens again, one after the other, each with its weights until the next one is asked for.
+
+        Args:
+            layer: number of the MoE layer.
+            expert_TK: ids; those outside 0..E-1 are left out.
+
+        Raises:
+            OSError: if reading fails.
+        """
+        self._enter_process()
+        with self._lock, self._changes():
+            slots = self.layers[layer]
+            expert_ids, counts = expert_TK.unique(return_counts=True)
+            found = zip(expert_ids.tolist(), counts.tolist(), strict=True)
+            num_rows = {expert: count for expert, count in found if 0 <= expert < slots.num_experts}
+            step = ExpertStep(slots, self._plain_weights(slots), self.counters, num_rows, expert_TK)
+            step.prepare()
+            for expert in num_rows:
+                yield expert, step.fetch(expert)
+
     def fill(self, experts_L: Sequence[Sequence[int]]) -> None:
         """Read experts into free slots before anything asks for them; gives up none that is there.
 
@@ -218,11 +243,27 @@ class OffloadRuntime:
             self._begin_changes()
             for layer, experts in sorted(plan.items()):
                 slots = self.layers[layer]
-                waiting = [expert for expert in experts if 0 <= expert < slots.num_experts and expert not in slots]
+                experts = [expert for expert in experts if 0 <= expert < slots.num_experts]
                 present = [expert for expert in experts if expert in slots]
+                if self.gpu is not None:
+                    experts = self.gpu.prepare(layer, experts)
+                    present += self.gpu.lent(layer)
+                waiting = [expert for expert in experts if expert not in slots]
                 for expert in waiting:
                     slots.read_ahead(expert, present, len(waiting))
             self._is_whole = True
+
+    def expect_use(self, use_LE: NDArray[np.floating[Any]], most: int) -> None:
+        """A pass begins: start to read what it will probably use, the first layers first.
+
+        Args:
+            use_LE: how likely each expert is, 0..1; E is that of the widest layer.
+            most: experts of one layer that may be on their way at the same time.
+        """
+        self._enter_process()
+        with self._lock, self._changes():
+            for slots, use_E in zip(self.layers, use_LE, strict=True):
+                slots.expect_use(use_E[: slots.num_experts], most)
 
     def hold(self, experts: Mapping[int, Sequence[int]]) -> None:
         """Keep what a router says that its next tokens can visit, and start reading what is missing of it.
@@ -263,7 +304,7 @@ class OffloadRuntime:
         return self._fused[key]
 
     def close(self) -> None:
-        """Stop reading and give the slots' memory back; the model cannot run afterwards."""
+        """Stop reading and give the memory of slots and window back; the model cannot run afterwards."""
         self._enter_process()
         with self._lock:
             if self.gpu is not None:
@@ -271,6 +312,10 @@ class OffloadRuntime:
             self.store.close()
             for slots in self.layers:
                 slots.close()
+            if self.window is not None:
+                self.window.close()
+            if self.units is not None:
+                self.units.close()
 
     def _look_ahead(self, layer: int, x_TD: torch.Tensor, expert_TK: torch.Tensor) -> None:
         """Once this layer's reads are on their way: start what the next layers will probably ask for."""

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from moe import Rewiring, generate_rewired
 from routing.ground.hardware import Hardware
 from routing.ground.model_config import experts_per_token
 from routing.ground.quantity import format_size
 
 from ..engine.request import GenerationRequest, Sampling
 from ..engine.sampling import Sampler
+from ..finetune.passing.through import gradients_pass
 from .choosing import Choice, SampledToken, StopsWith
-from .live_text import LiveText, Text
+from .live_text import LiveText, Stretches, Text
 from .prefill import Prefill
 
 
@@ -31,6 +33,7 @@ def generate_text(
     say: Callable[[str], None] | None = None,
     hardware: Hardware | None = None,
     choice: Choice | None = None,
+    rewiring: Rewiring | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt.
 
@@ -45,11 +48,12 @@ def generate_text(
         say: receives a line about speed, hits and bytes twice a second.
         hardware: rates of this machine, to predict the speed of decoding with the hit rate that it had.
         choice: how tokens are chosen and what ends the text; None is greedy, without stop strings.
+        rewiring: offsets on router logits that are fitted to the text while it grows; lossy. None leaves routers alone.
 
     Returns:
         tokens_per_second (of decoding), predicted (on the CPU, with `hardware`), prefill_seconds, hit_rate, bytes_read,
-        peak_memory_bytes, prompt_tokens, token_ids, their text, finish_reason (`stop` or `length`) and the report of
-        the offloading.
+        peak_memory_bytes, prompt_tokens, token_ids, their text, finish_reason (`stop` or `length`), the report of the
+        offloading, and that of `generate_rewired` as `rewired` (None without `rewiring`).
 
     Raises:
         ValueError: if there is no prompt.
@@ -73,9 +77,13 @@ def generate_text(
         choice.stops,
     )
     model.offload.reset()
-    started = time.perf_counter()
+    started, rewired = time.perf_counter(), None
     try:
-        _continue(model, prompt_ids, max_new_tokens, live, choice.sampling)
+        options = _options(model, prompt_ids, max_new_tokens, live, choice.sampling)
+        if rewiring is None:
+            model.generate(torch.tensor([list(prompt_ids)], device=model.device), **options)
+        else:
+            rewired = _rewire(model, prompt_ids, rewiring, max_new_tokens, live, options)
     finally:
         prefill.close()
         if trace_file is not None and live.time_s:
@@ -88,6 +96,7 @@ def generate_text(
         "finish_reason": "stop" if live.is_stopped or _is_end(model, live.token_ids[-1]) else "length",
         "prompt_tokens": len(prompt_ids),
         "predicted": predicted,
+        "rewired": rewired,
     }
 
 
@@ -96,21 +105,40 @@ def _is_end(model: Any, token_id: int) -> bool:
     return token_id in (ends if isinstance(ends, list) else [ends])
 
 
-def _continue(model: Any, prompt_ids: Sequence[int], max_new_tokens: int, live: LiveText, sampling: Sampling) -> None:
-    """Generate; tokens go to `live` as they come."""
+def _options(
+    model: Any, prompt_ids: Sequence[int], max_new_tokens: int, live: LiveText, sampling: Sampling
+) -> dict[str, Any]:
+    """How `generate` chooses tokens, which go to `live` as they come."""
     request = GenerationRequest(prompt_ids=tuple(prompt_ids), max_new_tokens=max_new_tokens, sampling=sampling)
     # plain greedy needs no sampler: `generate` takes the largest logit itself
     processors = [] if sampling == Sampling() else [SampledToken(Sampler(request))]
-    model.generate(
-        torch.tensor([list(prompt_ids)], device=model.device),
-        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        logits_processor=LogitsProcessorList(processors),
-        stopping_criteria=StoppingCriteriaList([StopsWith(live)]),
-        streamer=live,
-    )
+    return {
+        "attention_mask": torch.ones(1, len(prompt_ids), dtype=torch.long, device=model.device),
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "logits_processor": LogitsProcessorList(processors),
+        "stopping_criteria": StoppingCriteriaList([StopsWith(live)]),
+        "streamer": live,
+    }
+
+
+def _rewire(
+    model: Any,
+    prompt_ids: Sequence[int],
+    rewiring: Rewiring,
+    max_new_tokens: int,
+    live: LiveText,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Generate in stretches, before each of which offsets are fitted; gives the report of that."""
+    left_out = ("attention_mask", "max_new_tokens")
+    given = {name: value for name, value in options.items() if name not in left_out} | {"streamer": Stretches(live)}
+    with gradients_pass(model):
+        token_1S = torch.tensor([list(prompt_ids)], device=model.device)
+        _, report = generate_rewired(model, token_1S, rewiring, max_new_tokens=max_new_tokens, **given)
+    live.end()
+    return {**report, "exactness": "lossy", "every": rewiring.every, "steps": rewiring.steps}
 
 
 def _result(live: LiveText, started_s: float, report: dict[str, Any]) -> dict[str, Any]:

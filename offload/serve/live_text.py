@@ -84,3 +84,22 @@ class LiveText(BaseStreamer):  # type: ignore[misc]
     def _add(self, piece: str) -> None:
         self.whole += piece
         self._show(piece)
+
+
+class Stretches(BaseStreamer):  # type: ignore[misc]
+    """One text that `generate` gives in several calls: the prompt of a further call was given already.
+
+    Args:
+        live: receives the first prompt, and all tokens; ended by the caller.
+    """
+
+    def __init__(self, live: LiveText) -> None:
+        self._live, self._is_prompt, self._is_first = live, True, True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._is_prompt or self._is_first:
+            self._live.put(value)
+        self._is_prompt = self._is_first = False
+
+    def end(self) -> None:
+        self._is_prompt = True

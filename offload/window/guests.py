@@ -25,7 +25,12 @@ Matches = Mapping[str, Sequence[tuple[str, str | None]]]
 SMALL_SHARE = 1 / 256
 """Weights below this share of their guest stay in memory: norms, biases, routers. They are read in no time and save no
 memory, and the next layer's router is asked before its layer is there. A layer has a dozen of them; not tuned."""
+ROWS = 64
+"""Rows of an embedding that are read at a time: enough for the reading threads, and at most 1 MiB of memory. Tables of
+no more rows stay: the memory that they would be read into is no smaller, and some are used without being asked."""
 HEADS = (nn.Linear, Linear)
+WRITES_WEIGHTS = "layers_are_rescaled"
+"""Of modules of transformers that divide weights in their forward pass (rwkv): what is read anew would lack it."""
 
 
 class GuestForm(PlainForm):
@@ -111,7 +116,12 @@ def find_guests(model: Any, entries: Mapping[str, TensorEntry], found: Matches) 
         model: on the meta device, in the dtype it will run in, without its experts' weights.
         entries: the checkpoint's tensors.
         found: what `match_checkpoint` says of the two.
+
+    Returns:
+        Nothing for a model that writes to its weights while it computes.
     """
+    if any(hasattr(module, WRITES_WEIGHTS) for module in model.modules()):
+        return Guests()
     owners: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(name)
@@ -180,9 +190,14 @@ class _Locator:
         return self._guest(name, {"weight": weight})
 
     def rows(self, name: str, table: nn.Embedding) -> Guest | None:
-        """A table by its rows; None if it must be changed while it is read, or norms them in place."""
+        """A table by its rows; None if it is small, must be changed while it is read, or norms them in place."""
         stored = self._stored(table.weight)
-        if stored is None or stored.torch_dtype() != table.weight.dtype or table.max_norm is not None:
+        if (
+            stored is None
+            or len(table.weight) <= ROWS
+            or stored.torch_dtype() != table.weight.dtype
+            or table.max_norm is not None
+        ):
             return None
         source = Source(stored.name, (stored,) * len(table.weight), is_fused=True)
         runs = ((0, 0, 0, table.embedding_dim),)
@@ -209,9 +224,24 @@ class _Locator:
 
     def _stored(self, parameter: torch.Tensor) -> TensorEntry | None:
         """The one plain tensor that a parameter is; None if it is made of several, or of codes."""
-        keys = [key for name in sorted(self.owners[id(parameter)]) for key in self.found.get(name, ())]
-        entries = [self.entries[key] for key, pattern in keys if pattern is None]
-        if not entries or len(entries) < len(keys):
-            return None
-        is_plain = type(entries[0]) is TensorEntry and entries[0].dtype in TORCH_DTYPES
-        return entries[0] if is_plain and entries[0].shape == tuple(parameter.shape) else None
+        names = sorted(self.owners[id(parameter)])
+        return plain_entry(names, tuple(parameter.shape), self.entries, self.found)
+
+
+def plain_entry(
+    names: Sequence[str], shape: tuple[int, ...], entries: Mapping[str, TensorEntry], found: Matches
+) -> TensorEntry | None:
+    """The one plain tensor that a parameter is; None if it is made of several, or of codes.
+
+    Args:
+        names: all full names of the parameter.
+        shape: of the parameter, which its tensor must have as well.
+        entries: the checkpoint's tensors.
+        found: what `match_checkpoint` says of them.
+    """
+    keys = [key for name in names for key in found.get(name, ())]
+    plain = [entries[key] for key, pattern in keys if pattern is None]
+    if not plain or len(plain) < len(keys):
+        return None
+    is_plain = type(plain[0]) is TensorEntry and plain[0].dtype in TORCH_DTYPES
+    return plain[0] if is_plain and plain[0].shape == shape else None

@@ -9,14 +9,12 @@ Source: Superpipeline (arXiv:2410.08791), whose two knobs are the layers in fast
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .guests import Guest, Guests
+from .guests import ROWS, Guest, Guests
 
 MOST_AHEAD = 2
 """Guests ahead, if nobody says. The second one is a reserve for reads of uneven length; not measured."""
 RESERVE_SHARE = 0.1
 """What the second guest ahead may cost: so much more to stream, as a share. Other values were not tried."""
-ROWS = 64
-"""Rows of an embedding that are read at a time: enough for the reading threads, and at most 1 MiB of memory."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,8 +16,8 @@ import torch
 from ..formats.form import BLOCK_BYTES
 from ..store.reading import WAIT_S, Ticket
 from ..store.store import ExpertStore, Slots
-from .guests import Guest
-from .planning import ROWS, WindowPlan
+from .guests import ROWS, Guest
+from .planning import WindowPlan
 from .ring import Ring, RingMemory
 
 
@@ -89,6 +89,12 @@ class Streamed:
     def clear(self) -> None:
         """Forget every guest; nothing may be on its way."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Forget every guest and give the memory back; nothing may be on its way."""
+        self.clear()
+        for slots in self._rows:
+            slots.give_back()
 
     def begin(self) -> None:
         """Start to read what a pass from the first guest on needs."""
@@ -167,6 +173,11 @@ class Window(Streamed):
         self._held: deque[_Held] = deque()
         self._ring.clear()
         self.turn += 1
+
+    def close(self) -> None:
+        super().close()
+        if self._memory is not None:
+            self._memory.give_back()
 
     def enter(self, number: int) -> dict[str, torch.Tensor]:
         """A guest's weights, which stay until it is left; waits until they are there.

@@ -31,6 +31,7 @@ class RoutingTrace:
         weight_TLK: float16 combine weights, or None.
         score_TLE: float16 router scores over all experts, or None.
         position_T: int32 position of the row within its sequence, or None.
+        token_T: int32 vocabulary id of the row's token, or None.
         metadata: JSON-serialisable facts; `num_experts` is E, `layer_ids` are the decoder layers of the L MoE layers,
             `hidden_layers` counts dense layers too, `model` and `source` say where the trace came from.
 
@@ -43,6 +44,7 @@ class RoutingTrace:
     weight_TLK: NDArray[np.float16] | None = None
     score_TLE: NDArray[np.float16] | None = None
     position_T: NDArray[np.int32] | None = None
+    token_T: NDArray[np.int32] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,9 +57,10 @@ class RoutingTrace:
             raise ValueError(f"expert_TLK needs at least one layer and one slot; got shape {self.expert_TLK.shape}")
         _expect_integer("sequence_T", self.sequence_T)
         _expect_shape("sequence_T", self.sequence_T, (T,))
-        if self.position_T is not None:
-            _expect_integer("position_T", self.position_T)
-            _expect_shape("position_T", self.position_T, (T,))
+        for name in ("position_T", "token_T"):
+            if (array := getattr(self, name)) is not None:
+                _expect_integer(name, array)
+                _expect_shape(name, array, (T,))
         if self.weight_TLK is not None:
             _expect_shape("weight_TLK", self.weight_TLK, (T, L, K))
         E = _declared_experts(self.metadata)
@@ -108,7 +111,7 @@ class RoutingTrace:
         """The trace of the given rows (ids or a boolean mask); E stays that of the whole trace."""
         optional = {
             name: None if (array := getattr(self, name)) is None else array[row_ids]
-            for name in ("weight_TLK", "score_TLE", "position_T")
+            for name in ("weight_TLK", "score_TLE", "position_T", "token_T")
         }
         return replace(
             self,
@@ -122,7 +125,7 @@ class RoutingTrace:
         """Write the compressed `.npz` of this trace, atomically."""
         arrays: dict[str, Any] = {
             name: array
-            for name in ("expert_TLK", "sequence_T", "weight_TLK", "score_TLE", "position_T")
+            for name in ("expert_TLK", "sequence_T", "weight_TLK", "score_TLE", "position_T", "token_T")
             if (array := getattr(self, name)) is not None
         }
         arrays["metadata"] = np.array(json.dumps({**self.metadata, "num_experts": self.num_experts}, allow_nan=False))
@@ -152,7 +155,8 @@ class RoutingTrace:
 
 
 # the arrays of a trace file and their dimensions
-_KEY_NDIM = {"expert_TLK": 3, "sequence_T": 1, "weight_TLK": 3, "score_TLE": 3, "position_T": 1, "metadata": 0}
+_KEY_NDIM = {"expert_TLK": 3, "weight_TLK": 3, "score_TLE": 3, "metadata": 0}
+_KEY_NDIM |= {"sequence_T": 1, "position_T": 1, "token_T": 1}
 
 
 def _read_arrays(archive: zipfile.ZipFile) -> dict[str, Any]:

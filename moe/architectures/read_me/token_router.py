@@ -47,33 +47,26 @@ class TokenRouterBlock(nn.Module):
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
 
-class TokenRouter(nn.Module):
-    """Logits [T, E] of every token from the ids up to it; the same for all layers of the model that it routes.
-
-    Its keys and values live in the model's own cache, after those of the decoder layers, so that what reorders or crops
-    that cache treats them alike.
+class TokenTransformer(nn.Module):
+    """A small causal transformer over token ids, without a head.
 
     Args:
-        config: of the model that is routed.
-        sizes: width, heads, blocks and feed-forward width of the router, as a config of its own.
-
-    Source: Cai et al. 2024 (Read-ME), arXiv:2410.19123, section 3.2.
+        vocab_size: ids that there are.
+        sizes: width, heads, blocks and feed-forward width, as a config of its own.
+        first_cache_index: where the keys of its first block stand in a cache that it is given.
     """
 
-    def __init__(self, config: MoEConfig, sizes: MoEConfig) -> None:
+    def __init__(self, vocab_size: int, sizes: MoEConfig, first_cache_index: int = 0) -> None:
         super().__init__()
-        self.sizes, self.first_cache_index = sizes, config.num_hidden_layers
-        self.embed_tokens = nn.Embedding(config.vocab_size, sizes.hidden_size)
+        self.sizes, self.first_cache_index = sizes, first_cache_index
+        self.embed_tokens = nn.Embedding(vocab_size, sizes.hidden_size)
         self.blocks = nn.ModuleList(
-            TokenRouterBlock(sizes, self.first_cache_index + block) for block in range(sizes.num_hidden_layers)
+            TokenRouterBlock(sizes, first_cache_index + block) for block in range(sizes.num_hidden_layers)
         )
         self.norm = RMSNorm(sizes.hidden_size, eps=sizes.rms_norm_eps)
-        self.head = nn.Linear(sizes.hidden_size, config.num_experts, bias=False)
-        self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
-        self.num_routed_layers = config.num_moe_layers
 
-    def forward(self, context: RoutingContext) -> Tensor:
-        """[T, E] in float32 or wider.
+    def normed(self, context: RoutingContext) -> Tensor:
+        """[T, D] in float32 or wider: what a head reads.
 
         Raises:
             ValueError: if the context has no token ids, or a cache that cannot grow.
@@ -88,7 +81,47 @@ class TokenRouter(nn.Module):
         for block in self.blocks:
             x_BSD = block(x_BSD, angles, context.attention_mask, context.cache)
         with torch.autocast(x_BSD.device.type, enabled=False):
-            x_TD = at_least_float32(self.norm(x_BSD)).flatten(0, 1)
+            return at_least_float32(self.norm(x_BSD)).flatten(0, 1)
+
+    def _make_room(self, cache: Cache | None) -> None:
+        if cache is None:
+            return
+        missing = self.first_cache_index + len(self.blocks) - len(cache.layers)
+        if missing > 0 and not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"the router keeps its own keys and values beside the model's, which a {type(cache).__name__} has no "
+                "room for; generate with the default (dynamic) cache"
+            )
+        cache.layers.extend(DynamicLayer() for _ in range(missing))
+
+
+class TokenRouter(TokenTransformer):
+    """Logits [T, E] of every token from the ids up to it; the same for all layers of the model that it routes.
+
+    Its keys and values live in the model's own cache, after those of the decoder layers, so that what reorders or crops
+    that cache treats them alike.
+
+    Args:
+        config: of the model that is routed.
+        sizes: width, heads, blocks and feed-forward width of the router, as a config of its own.
+
+    Source: Cai et al. 2024 (Read-ME), arXiv:2410.19123, section 3.2.
+    """
+
+    def __init__(self, config: MoEConfig, sizes: MoEConfig) -> None:
+        super().__init__(config.vocab_size, sizes, config.num_hidden_layers)
+        self.head = nn.Linear(sizes.hidden_size, config.num_experts, bias=False)
+        self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
+        self.num_routed_layers = config.num_moe_layers
+
+    def forward(self, context: RoutingContext) -> Tensor:
+        """[T, E] in float32 or wider.
+
+        Raises:
+            ValueError: if the context has no token ids, or a cache that cannot grow.
+        """
+        x_TD = self.normed(context)
+        with torch.autocast(x_TD.device.type, enabled=False):
             return linear(x_TD, self.head.weight.to(x_TD.dtype))
 
     def exact_plan(self, logit_TE: Tensor, context: RoutingContext) -> Mapping[int, Tensor]:
@@ -101,17 +134,6 @@ class TokenRouter(nn.Module):
     def plan_of_ids(self, token_BS: Tensor) -> Tensor:
         """Every layer's experts for whole sequences of token ids, int64 [T, K], without running the model."""
         return top_experts(self(context_of(token_BS)), self.top_k)
-
-    def _make_room(self, cache: Cache | None) -> None:
-        if cache is None:
-            return
-        missing = self.first_cache_index + len(self.blocks) - len(cache.layers)
-        if missing > 0 and not isinstance(cache, DynamicCache):
-            raise ValueError(
-                f"the router keeps its own keys and values beside the model's, which a {type(cache).__name__} has no "
-                "room for; generate with the default (dynamic) cache"
-            )
-        cache.layers.extend(DynamicLayer() for _ in range(missing))
 
 
 def context_of(token_BS: Tensor) -> RoutingContext:

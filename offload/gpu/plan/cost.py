@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from routing.ground.hardware import Hardware
 
-from ..memory.cost import DecodeWork
+from ...memory.cost import DecodeWork
 
 
 @dataclass(frozen=True, kw_only=True)

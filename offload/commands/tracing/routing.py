@@ -1,7 +1,8 @@
 """`expertier trace record`, `predictor` and `batches`: record a trace, learn from it, form batches by it."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,7 +13,7 @@ from routing.ground.quantity import parse_size
 from routing.ground.terminal import plain_console
 from routing.traces import RoutingTrace
 
-from .options import CacheExperts, CpuMemory, JsonFile, Model, expect_model, quiet_transformers
+from ..options import CacheExperts, CpuMemory, JsonFile, Model, expect_model, quiet_transformers
 
 Trace = Annotated[Path, typer.Argument(help="A routing trace (.npz).")]
 LEAST_ROWS = 500
@@ -23,9 +24,19 @@ def predictor(
     trace: Trace,
     out: Annotated[Path, typer.Option("--out", help="Where to write the predictor (.npz).")],
     rows: Annotated[int | None, typer.Option("--rows", min=LEAST_ROWS, help="Use the first rows of the trace.")] = None,
+    before_pass: Annotated[
+        bool,
+        typer.Option(
+            "--before-pass",
+            help="Predict all layers' experts from token ids, before a pass begins; the trace must have them.",
+        ),
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Train a predictor of the next layers' experts, for `--prefetch FILE`; the last tenth of the rows judges it.
+    """Train a predictor of experts, for `--prefetch FILE`; the last tenth of the rows judges it.
+
+    Without more it is one of the next two layers, from the layers that are routed. With `--before-pass` it is a small
+    transformer, which the layers that are routed correct; `--policy predicted` then keeps what it expects.
 
     Example: `expertier trace predictor routing.npz --out predictor.npz`
     """
@@ -38,25 +49,56 @@ def predictor(
             f"trace {trace}: {num_rows} rows are too few to train a predictor and to judge it; record at least "
             f"{LEAST_ROWS}, better 10,000 (`expertier trace record --tokens 10000`)"
         )
+    split = num_rows - num_rows // 10
+    learnt, judging = recorded.rows(0, split), recorded.rows(split, num_rows)
+    report = _of_passes(learnt, judging, out) if before_pass else _of_layers(learnt, judging, out)
+    if json_file:
+        write_json(json_file, report)
+
+
+def _of_layers(learnt: RoutingTrace, judging: RoutingTrace, out: Path) -> dict[str, Any]:
+    """Train, judge and save regressions on the layers before."""
     from rich.progress import Progress
 
-    from ..prefetch.predictor import AHEAD
-    from ..prefetch.predictor_fit import fit_predictor, precision_and_recall
+    from ...prefetch.predictor import AHEAD
+    from ...prefetch.predictor_fit import fit_predictor, precision_and_recall
 
-    split = num_rows - num_rows // 10
     with Progress(console=plain_console(stderr=True)) as progress:
-        task = progress.add_task("train", total=len(AHEAD) * recorded.num_layers)
-        fitted = fit_predictor(recorded.rows(0, split), progress=lambda: progress.advance(task))
-    scores = precision_and_recall(fitted, recorded.rows(split, num_rows))
+        task = progress.add_task("train", total=len(AHEAD) * learnt.num_layers)
+        fitted = fit_predictor(learnt, progress=lambda: progress.advance(task))
+    scores = precision_and_recall(fitted, judging)
     fitted.save(out)
+    plain_console().print(_guesses({str(ahead): found for ahead, found in scores.items()}))
+    return {str(ahead): {"precision": found[0], "recall": found[1]} for ahead, found in scores.items()}
+
+
+def _of_passes(learnt: RoutingTrace, judging: RoutingTrace, out: Path) -> dict[str, Any]:
+    """Train, judge and save a predictor of all layers before a pass."""
+    from dataclasses import asdict
+
+    from rich.progress import Progress
+
+    from ...prefetch.pass_fit import fit_pass_predictor, score
+
+    with Progress(console=plain_console(stderr=True)) as progress:
+        task = progress.add_task("train", total=None)
+        fitted = fit_pass_predictor(learnt, progress=lambda steps: progress.update(task, advance=1, total=steps))
+    found = score(fitted, judging)
+    fitted.save(out)
+    console = plain_console(soft_wrap=True)
+    corrected = {f"corrected, {ahead} ahead": rates for ahead, rates in found.corrected.items()}
+    console.print(_guesses({"before the pass": found.before, **corrected}))
+    console.print(f"{found.top:.3f} of the experts are among the likeliest, as many as a token visits")
+    rates = ", ".join(f"{name} {rate:.3f}" for name, rate in found.hit_rates.items())
+    console.print(f"hit rates with a slot for every fourth expert: {rates}")
+    return asdict(found)
+
+
+def _guesses(rows: Mapping[str, tuple[float, float]]) -> Table:
     table = Table("layers ahead", "guesses that are right", "experts that are guessed")
-    for ahead, (precision, recall) in scores.items():
-        table.add_row(str(ahead), f"{precision:.3f}", f"{recall:.3f}")
-    plain_console().print(table)
-    if json_file:
-        write_json(
-            json_file, {str(ahead): {"precision": found[0], "recall": found[1]} for ahead, found in scores.items()}
-        )
+    for name, (precision, recall) in rows.items():
+        table.add_row(name, f"{precision:.3f}", f"{recall:.3f}")
+    return table
 
 
 def batches(
@@ -69,7 +111,7 @@ def batches(
     Example: `expertier trace batches routing.npz --batch-size 8`
     """
     expect_outputs(json_file, inputs=[trace])
-    from ..serve.batches import experts_touched, form_batches, in_order, signatures
+    from ...serve.batches import experts_touched, form_batches, in_order, signatures
 
     signature = signatures(RoutingTrace.load(trace))
     if not len(signature):
@@ -106,11 +148,11 @@ def record(
 
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"reading {model}", total=None)
-        from ..checkpoint.location import local_folder
-        from ..runtime.loading import load
-        from ..serve.corpus import sequences, text_files
-        from ..serve.recording import record_over
-        from ..serve.text import open_text
+        from ...checkpoint.location import local_folder
+        from ...runtime.loading import load
+        from ...serve.corpus import sequences, text_files
+        from ...serve.recording import record_over
+        from ...serve.text import open_text
 
         text_files(data)
         quiet_transformers()

@@ -5,13 +5,13 @@ from typing import Any
 
 from routing.ground.quantity import parse_size
 
-from ..checkpoint.experts import experts_modules
-from ..formats.form import Form
-from ..memory.budget import AUTO_SHARE
+from ...checkpoint.experts import experts_modules
+from ...formats.form import Form
+from ...memory.budget import AUTO_SHARE
+from ..lanes import Lane
+from ..rows import biases_of
+from ..slots import slot_shapes
 from .budget import ring_slots
-from .lanes import Lane
-from .rows import biases_of
-from .slots import slot_shapes
 
 UNLIMITED = 1 << 62
 """More bytes than any GPU has; the lane cuts it down to the whole memory."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..memory.budget import MemoryPlan, Needs, plan_memory
+from ...memory.budget import MemoryPlan, Needs, plan_memory
 
 CONTEXT_BYTES = 600 << 20
 """CUDA context, loaded kernels and cuBLAS workspaces; outside of torch's allocator, so it cannot be asked for."""

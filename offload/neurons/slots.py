@@ -1,0 +1,95 @@
+"""The units of one feed-forward in memory: those of the last tokens stay, and only the difference is read.
+
+Source: Alizadeh et al. 2023 (LLM in a flash), arXiv:2312.11514, section 3.1: the sliding window and the bundled rows
+and columns. There the window is a number of tokens; here it is as many as the slots hold.
+
+Shapes: F hidden units, C slots, n units of a call, W = parts times D numbers of a unit.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .bundle import BundledLayer, BundleReader
+
+
+@dataclass
+class UnitCounters:
+    """Counts of one feed-forward since loading or `reset`.
+
+    `calls` asked for `chosen` units, of which `active` ones were not zero for some token; `read` ones came from disk.
+    """
+
+    calls: int = 0
+    chosen: int = 0
+    active: int = 0
+    read: int = 0
+
+
+class UnitSlots:
+    """The slots of one feed-forward. One thread at a time calls it.
+
+    Args:
+        layer: where its units are.
+        reader: reads them.
+        num_slots: units that stay; 0 reads all that a call needs.
+        work_nW: memory for the units of one call, in order of their numbers, shared by all feed-forwards.
+    """
+
+    def __init__(self, layer: BundledLayer, reader: BundleReader, num_slots: int, work_nW: torch.Tensor) -> None:
+        self._layer, self.reader, self._work_nW = layer, reader, work_nW
+        self._unit_CW = torch.zeros(num_slots, work_nW.shape[1], dtype=work_nW.dtype)
+        self.counters = UnitCounters()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all units."""
+        self._slot_F = np.full(self._layer.num_units, -1, np.int64)
+        self._unit_C = np.full(len(self._unit_CW), -1, np.int64)
+        self._used_C = np.full(len(self._unit_CW), -1, np.int64)
+        self._time = 0
+        self._is_whole = True
+
+    def gather(self, unit_n: NDArray[np.int64]) -> torch.Tensor:
+        """[n, W]: units by number, in memory that the next call of any feed-forward overwrites.
+
+        Args:
+            unit_n: rising.
+
+        Raises:
+            OSError: if reading fails.
+        """
+        if not self._is_whole:  # an exception cut an earlier call short
+            self.clear()
+        self._is_whole = False
+        self._time += 1
+        self.reader.turn += 1
+        slot_n, gathered_nW = self._slot_F[unit_n], self._work_nW[: len(unit_n)]
+        is_here_n = slot_n >= 0
+        here_n, missing_n = np.flatnonzero(is_here_n), np.flatnonzero(~is_here_n)
+        gathered_nW[here_n] = self._unit_CW[slot_n[here_n]]
+        self._used_C[slot_n[here_n]] = self._time
+        self.reader.read(self._layer, unit_n[missing_n], missing_n, gathered_nW)
+        self._keep(unit_n[missing_n], gathered_nW[missing_n])
+        self.counters.calls += 1
+        self.counters.chosen += len(unit_n)
+        self.counters.read += len(missing_n)
+        self._is_whole = True
+        return gathered_nW
+
+    def _keep(self, unit_m: NDArray[np.int64], read_mW: torch.Tensor) -> None:
+        """Give slots to what was read: those of units that were not used for longest, none that is used now."""
+        oldest_C = np.argsort(self._used_C, kind="stable")
+        slot_m = oldest_C[self._used_C[oldest_C] < self._time][: len(unit_m)]
+        unit_m = unit_m[: len(slot_m)]
+        gone_m = self._unit_C[slot_m]
+        self._slot_F[gone_m[gone_m >= 0]] = -1
+        self._unit_CW[slot_m] = read_mW[: len(slot_m)]
+        self._unit_C[slot_m], self._slot_F[unit_m], self._used_C[slot_m] = unit_m, slot_m, self._time
+
+    def report(self) -> dict[str, Any]:
+        """Counts, JSON-serialisable."""
+        return {"slots": len(self._unit_C), **vars(self.counters)}
