@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from moe import open_tokenizer, text_of
 
 from ..text.conversation import PLAIN_TEMPLATE
+from .options import TuneOptions
 
 NO_LOSS = -100
 """The label of a token that is not to be learnt; torch's cross entropy leaves it out."""
@@ -45,6 +46,13 @@ class Rows:
     token_NS: NDArray[np.int64]
     label_NS: NDArray[np.int64]
     fingerprint: str
+
+    def batches(self, step: int, options: TuneOptions) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Ids and labels of all micro-batches of the step after `step` others."""
+        return [
+            self.batch(step, micro, options.accumulation, options.batch_size, options.seed)
+            for micro in range(options.accumulation)
+        ]
 
     def batch(
         self, step: int, micro: int, accumulation: int, batch_size: int, seed: int

@@ -4,9 +4,9 @@
 `OUT/experts` at places that the commit names. A run continues after its last commit, bit by bit.
 """
 
+import errno
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -18,16 +18,20 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from routing.ground.files import atomic_write, write_json
 
 from .options import TuneOptions
 from .passing.experts import TunedExperts
+from .storage.records import force_to_disk
 
 SETTINGS_FILE, LOG_FILE, STATE_FILE, TABLE_FILE = "finetune.json", "metrics.jsonl", "state.safetensors", "commit.json"
 EXPERTS_FOLDER, CHECKPOINTS = "experts", "checkpoints"
 UNFINISHED = ".unfinished-"
+ENTRIES = ("config.json", "adapter_config.json")
+"""Files without which nobody takes a folder for a model or an adapter."""
 
 
 class Tuning(Protocol):
@@ -52,7 +56,7 @@ class Tuning(Protocol):
         ...
 
     def publish(self, out: Path) -> None:
-        """Write what the run was for into its folder."""
+        """Write what the run was for into an empty folder."""
         ...
 
 
@@ -78,8 +82,9 @@ def begin(out: Path, options: TuneOptions, model: str, fingerprint: str, *, resu
     elif not settings.is_file() and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    for leftover in (out / CHECKPOINTS).glob(f"{UNFINISHED}*"):
-        shutil.rmtree(leftover)
+    for folder in (out, out / CHECKPOINTS):
+        for leftover in folder.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(leftover)
     write_json(settings, {"model": model, "options": options.as_json(), "data": fingerprint})
     return found[-1] if found else None
 
@@ -144,8 +149,42 @@ def run_steps(
                 commit(tuning, out, number + 1)
             if is_interrupted() and not is_last:
                 raise KeyboardInterrupt
-    tuning.publish(out)
+        _publish(tuning, out)
     return row
+
+
+@contextmanager
+def full_disk_named(out: Path) -> Iterator[None]:
+    """Say that the disk is full, whichever file it came to light with.
+
+    Raises:
+        OSError: in place of those of a full disk.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if _error_number(error) not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        told = "the disk is full; the run is intact up to its last commit: make room, then --resume"
+        raise OSError(errno.ENOSPC, f"{out}: {told}") from error
+
+
+def _error_number(error: OSError | SafetensorError) -> int | None:
+    """The system's number of an error; safetensors has it in its text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def _publish(tuning: Tuning, out: Path) -> None:
+    """Write the result beside its place, then move it there: a folder that loads is whole."""
+    with tempfile.TemporaryDirectory(dir=out, prefix=UNFINISHED) as staging:
+        tuning.publish(Path(staging))
+        for name in ENTRIES:
+            (out / name).unlink(missing_ok=True)
+        for file in sorted(Path(staging).iterdir(), key=lambda file: file.name in ENTRIES):
+            file.replace(out / file.name)
 
 
 def _timed_step(tuning: Tuning, options: TuneOptions, number: int) -> dict[str, Any]:
@@ -193,22 +232,14 @@ def commit(tuning: Tuning, out: Path, step: int) -> Path:
         finished.mkdir()
         save_file(tensors, finished / STATE_FILE)
         write_json(finished / TABLE_FILE, {"step": step, **facts})
-        _sync(finished / STATE_FILE)
-        _sync(finished)
+        force_to_disk(finished / STATE_FILE)
+        force_to_disk(finished)
         finished.rename(target)
-    _sync(folder)
+    force_to_disk(folder)
     tuning.committed()
     for old in commits(out)[:-1]:
         shutil.rmtree(old)
     return target
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

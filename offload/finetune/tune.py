@@ -12,7 +12,7 @@ from .methods.adapters import Adapters
 from .methods.all_parameters import AllParameters
 from .methods.forward_only import ForwardOnly
 from .options import TuneOptions
-from .run import begin, continue_from, run_steps
+from .run import begin, continue_from, full_disk_named, run_steps
 
 METHODS: dict[str, Callable[..., Any]] = {"zo": ForwardOnly, "lora": Adapters, "full": AllParameters}
 
@@ -57,10 +57,11 @@ def fine_tune(
         )
     vocabulary = int(read_config(folder).get_text_config().vocab_size)
     rows = read_rows(data, folder, vocabulary, options.sequence_length)
-    found = begin(out, options, str(model), rows.fingerprint, resume=resume)
-    tuning = METHODS[options.method](model, out, options, rows, cache_experts=cache_experts, cpu_memory=cpu_memory)
-    try:
-        done = continue_from(tuning, found)
-        return run_steps(tuning, options, out, done, advance, is_interrupted)
-    finally:
-        tuning.close()
+    with full_disk_named(out):
+        found = begin(out, options, str(model), rows.fingerprint, resume=resume)
+        tuning = METHODS[options.method](model, out, options, rows, cache_experts=cache_experts, cpu_memory=cpu_memory)
+        try:
+            done = continue_from(tuning, found)
+            return run_steps(tuning, options, out, done, advance, is_interrupted)
+        finally:
+            tuning.close()

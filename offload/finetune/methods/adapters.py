@@ -10,7 +10,6 @@ stored in fewer bits.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ...runtime.opening import OpenedCheckpoint
 from ..examples import Rows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
-from ..passing.losses import backward_pass, learnt_tokens
+from ..passing.losses import backward_passes
 from ..passing.opening import TunedModel, open_tuned
 
 ADAM_BYTES = 16
@@ -77,16 +76,9 @@ class Adapters:
 
     def gradients(self, number: int) -> float:
         """Add a step's gradients to those of the adapters; its loss."""
-        options = self._options
-        batches = [
-            self._rows.batch(number, micro, options.accumulation, options.batch_size, options.seed)
-            for micro in range(options.accumulation)
-        ]
-        num_learnt = learnt_tokens([labels for _, labels in batches])
-        passes = [partial(backward_pass, self.peft, ids, labels, num_learnt) for ids, labels in batches]
-        losses = self.experts.lockstep.run(passes, self.experts.answer)
+        loss = backward_passes(self.peft, self.experts, self._rows.batches(number, self._options))
         self.of_experts.finish()
-        return float(sum(losses))
+        return loss
 
     def enter(self, number: int) -> None:
         """All passes see the same model."""

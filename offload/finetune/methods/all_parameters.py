@@ -15,7 +15,6 @@ and Qian 2025, arXiv:2512.17570.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,19 +26,17 @@ from ...runtime.opening import OpenedCheckpoint
 from ..examples import Rows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
-from ..passing.losses import backward_pass, learnt_tokens
-from ..passing.opening import TunedModel, open_tuned
-from ..storage.export import LayerWeights, write_model
+from ..passing.losses import backward_passes
 from ..storage.gradients import KeptGradients
-from ..storage.overlay import OverlaidForm, expect_plain
-from ..storage.records import ExpertRecords
+from ..storage.overlay import OverlaidForm
 from .adamw import AdamVector, AdamW
+from .whole_model import WholeModel
 
 GRADIENT_BYTES = 1 << 30
 """Gradients of experts that stay in memory until the step; the rest is written and read once more. Not tuned."""
 
 
-class AllParameters:
+class AllParameters(WholeModel):
     """The method `full`.
 
     Args:
@@ -51,39 +48,22 @@ class AllParameters:
     """
 
     def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: Rows, **memory: Any) -> None:
-        self._source, self._out, self._options, self._rows = source, out, options, rows
-        self._tuned: TunedModel = open_tuned(source, options, **memory, overlay=self._overlay, kept_bytes=held_bytes)
-        self._model, self.experts = self._tuned.model, self._tuned.experts
+        super().__init__(source, out, options, rows, record_bytes=record_bytes, kept_bytes=held_bytes, **memory)
         self.experts.method = self
         self._adamw = AdamW(options.rate_at, options.beta1, options.beta2, options.weight_decay)
-        self._parameters = [value for value in self._model.parameters() if value.is_floating_point()]
         for parameter in self._parameters:
             parameter.requires_grad_(True)
         self._resident = [AdamVector.begun(value.detach().float().clone()) for value in self._parameters]
         self._kept = KeptGradients(GRADIENT_BYTES, out / "experts")
-        self._step = 0
-
-    def _overlay(self, forms: Sequence[Form]) -> list[Form]:
-        plain = expect_plain(forms, "full")
-        self._records = ExpertRecords(self._out / "experts", [record_bytes(form) for form in plain])
-        return [OverlaidForm(form.layer, number, self._records) for number, form in enumerate(plain)]
 
     def close(self) -> None:
-        """End threads, close files."""
-        self._tuned.close()
-        self._records.close()
+        super().close()
         self._kept.close()
 
     def step(self, number: int) -> dict[str, Any]:
         """One step of AdamW on everything."""
         options, self._step = self._options, number + 1
-        batches = [
-            self._rows.batch(number, micro, options.accumulation, options.batch_size, options.seed)
-            for micro in range(options.accumulation)
-        ]
-        num_learnt = learnt_tokens([labels for _, labels in batches])
-        passes = [partial(backward_pass, self._model, ids, labels, num_learnt) for ids, labels in batches]
-        loss = float(sum(self.experts.lockstep.run(passes, self.experts.answer)))
+        loss = backward_passes(self._model, self.experts, self._rows.batches(number, options))
         norm = self._norm()
         scale = min(1.0, options.clip_norm / (norm + 1e-6)) if options.clip_norm else 1.0
         self._step_resident(scale)
@@ -119,7 +99,7 @@ class AllParameters:
                 self._adamw.step(vector, self._kept.take(key) * scale, self._step)
                 if writing is not None:
                     writing.result()
-                writing = threads.submit(self._write, *key, vector, self._step)
+                writing = threads.submit(self._write_vector, *key, vector, self._step)
             if writing is not None:
                 writing.result()
 
@@ -148,7 +128,7 @@ class AllParameters:
         vector = self._begun(layer, stored) if place is None else self._vector(layer, expert)
         if place is not None or self._options.weight_decay:
             self._adamw.catch_up(vector, 0 if place is None else place.step, upto)
-        self._write(layer, expert, vector, upto)
+        self._write_vector(layer, expert, vector, upto)
 
     def _begun(self, layer: int, stored: Weights) -> AdamVector:
         return AdamVector.begun(torch.cat([weight.float().reshape(-1) for weight in self._form(layer).ordered(stored)]))
@@ -160,21 +140,15 @@ class AllParameters:
         numbers = data[form.layer.plain_bytes if _has_copy(form) else 0 :].view(torch.float32)
         return AdamVector(*(part.clone() for part in numbers.view(3, -1)))
 
-    def _write(self, layer: int, expert: int, vector: AdamVector, step: int) -> None:
+    def _write_vector(self, layer: int, expert: int, vector: AdamVector, step: int) -> None:
         """Write an expert's record, and its new weights into its slot if it is in one."""
         form = self._form(layer)
         weights = _as_stored(form, vector.value)
         parts = [*form.ordered(weights), vector.value] if _has_copy(form) else [vector.value]
-        self._records.write(layer, expert, [*parts, vector.mean, vector.square], step)
-        self.experts.visits.traffic.bytes_written += record_bytes(form)
+        self._write(layer, expert, [*parts, vector.mean, vector.square], step)
         if (held := self.experts.visits.held(layer, expert)) is not None:
             for name, weight in weights.items():
                 held[name].copy_(weight)
-
-    def _form(self, layer: int) -> OverlaidForm:
-        form = self._tuned.forms[layer]
-        assert isinstance(form, OverlaidForm)
-        return form
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Float32 copies and moments of everything outside experts, and the table of records."""
@@ -185,32 +159,21 @@ class AllParameters:
         }
         return tensors, {"records": self._records.secure()}
 
-    def committed(self) -> None:
-        self._records.commit()
-
     def restore(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         """Continue from a commit.
 
         Raises:
             KeyError, RuntimeError: if it is of another model.
         """
-        for number, (parameter, vector) in enumerate(zip(self._parameters, self._resident, strict=True)):
+        self._restore([tensors[f"value.{number}"] for number in range(len(self._parameters))], facts)
+        for number, vector in enumerate(self._resident):
             for name, value in vars(vector).items():
                 value.copy_(tensors[f"{name}.{number}"])
-            parameter.data.copy_(vector.value)
-        self._records.restore(facts["records"])
         self._step = int(facts["step"])
 
-    def publish(self, out: Path) -> None:
-        """Write the model, every expert after the last step."""
-        layers = ((form.layer, self._up_to_date(number)) for number, form in enumerate(self._tuned.forms))
-        write_model(out, self._source, self._model, layers)
-
-    def _up_to_date(self, layer: int) -> LayerWeights:
-        for expert, stored in self.experts.visits(layer, range(self._form(layer).layer.num_experts)):
-            if self._records.place(layer, expert) is not None or self._options.weight_decay:
-                self._catch_up(layer, expert, stored, self._options.steps)
-            yield expert, stored
+    def _finish(self, layer: int, expert: int, stored: Weights) -> None:
+        if self._records.place(layer, expert) is not None or self._options.weight_decay:
+            self._catch_up(layer, expert, stored, self._options.steps)
 
 
 def _as_stored(form: OverlaidForm, value: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -22,16 +22,13 @@ import numpy as np
 import torch
 
 from ...compute.resident import weight_bytes
-from ...formats.form import Form
 from ...runtime.opening import OpenedCheckpoint
 from ..examples import Rows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
 from ..passing.losses import learnt_tokens, share_of_loss
-from ..passing.opening import TunedModel, open_tuned
-from ..storage.export import LayerWeights, write_model
-from ..storage.overlay import OverlaidForm, expect_plain
-from ..storage.records import ExpertRecords, Key
+from ..storage.records import Key
+from .whole_model import WholeModel
 
 RESIDENT = 0
 """In place of a layer's number, which counts from 1 here, in the seeds of everything outside experts."""
@@ -77,7 +74,7 @@ def moved(weights: Sequence[torch.Tensor], by: Direction, size: float) -> list[t
     return [by.round(value, weight.dtype) for value, weight in zip(found, weights, strict=True)]
 
 
-class ForwardOnly:
+class ForwardOnly(WholeModel):
     """The method `zo`.
 
     Args:
@@ -89,39 +86,28 @@ class ForwardOnly:
     """
 
     def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: Rows, **memory: Any) -> None:
-        self._source, self._out, self._options, self._rows = source, out, options, rows
-        self._tuned: TunedModel = open_tuned(
-            source, options, **memory, overlay=self._overlay, kept_bytes=versions_bytes
+        super().__init__(
+            source,
+            out,
+            options,
+            rows,
+            record_bytes=lambda form: form.layer.plain_bytes,
+            kept_bytes=versions_bytes,
+            **memory,
         )
-        self._model, self.experts = self._tuned.model, self._tuned.experts
         self.experts.method = self
         self.experts.lockstep.enter = self.enter
-        self._parameters = [value for value in self._model.parameters() if value.is_floating_point()]
         self._base = [parameter.data for parameter in self._parameters]
         self._versions: list[list[torch.Tensor]] = []
         self._entered = -1
-        self._step = 0
         self._pending: dict[Key, int] = {}
         self._sizes: dict[int, float] = {}
         """How far the steps went that some expert has yet to go: rate * (L+ - L-) / (2 epsilon)."""
 
-    def _overlay(self, forms: Sequence[Form]) -> list[Form]:
-        plain = expect_plain(forms, "zo")
-        self._records = ExpertRecords(self._out / "experts", [form.layer.plain_bytes for form in plain])
-        return [OverlaidForm(form.layer, number, self._records) for number, form in enumerate(plain)]
-
-    def close(self) -> None:
-        """End threads, close files."""
-        self._tuned.close()
-        self._records.close()
-
     def step(self, number: int) -> dict[str, Any]:
         """One step; `loss` is the mean of both passes, `gradient_norm` that along the direction."""
         options, self._step = self._options, number + 1
-        batches = [
-            self._rows.batch(number, micro, options.accumulation, options.batch_size, options.seed)
-            for micro in range(options.accumulation)
-        ]
+        batches = self._rows.batches(number, options)
         num_learnt = learnt_tokens([labels for _, labels in batches])
         self._perturb_resident()
         losses = self.experts.lockstep.run(
@@ -169,7 +155,7 @@ class ForwardOnly:
 
     def seen(self, layer: int, expert: int, stored: Weights) -> Callable[[int], Seen]:
         """An expert in its slot: brought up to date there, then perturbed in both ways."""
-        self._bring_up_to_date(layer, expert, stored)
+        self._finish(layer, expert, stored)
         self._pending[layer, expert] = self._step
         direction = Direction(self._options.seed, self._step, (layer + 1, expert))
         form = self._form(layer)
@@ -187,7 +173,7 @@ class ForwardOnly:
 
         return of_pass
 
-    def _bring_up_to_date(self, layer: int, expert: int, stored: Weights) -> None:
+    def _finish(self, layer: int, expert: int, stored: Weights) -> None:
         """Give an expert in its slot the update that it has yet to get, and write its record."""
         step = self._pending.pop((layer, expert), None)
         if step is None:
@@ -196,13 +182,7 @@ class ForwardOnly:
         by = Direction(self._options.seed, step, (layer + 1, expert))
         for weight, new in zip(weights, moved(weights, by, self._sizes[step]), strict=True):
             weight.copy_(new)
-        self._records.write(layer, expert, weights, step)
-        self.experts.visits.traffic.bytes_written += self._form(layer).layer.plain_bytes
-
-    def _form(self, layer: int) -> OverlaidForm:
-        form = self._tuned.forms[layer]
-        assert isinstance(form, OverlaidForm)
-        return form
+        self._write(layer, expert, weights, step)
 
     def take(self, layer: int, expert: int, seen: Sequence[Seen]) -> None:
         raise AssertionError("a method without a backward pass takes no gradients")
@@ -215,36 +195,19 @@ class ForwardOnly:
             "sizes": {str(step): size for step, size in self._sizes.items()},
         }
 
-    def committed(self) -> None:
-        self._records.commit()
-
     def restore(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         """Continue from a commit.
 
         Raises:
             KeyError, ValueError: if it is of another model.
         """
-        for number, parameter in enumerate(self._parameters):
-            if tensors[str(number)].shape != parameter.shape:
-                raise ValueError(f"tensor {number} of the commit has another shape than the model's")
-            parameter.data.copy_(tensors[str(number)])
-        self._records.restore(facts["records"])
+        self._restore([tensors[str(number)] for number in range(len(self._parameters))], facts)
         self._sizes = {int(step): float(size) for step, size in facts["sizes"].items()}
         self._pending = {
             (int(layer), int(expert)): int(step)
             for key, step in facts["pending"].items()
             for layer, expert in [key.split(".")]
         }
-
-    def publish(self, out: Path) -> None:
-        """Write the model with all updates."""
-        layers = ((form.layer, self._up_to_date(number)) for number, form in enumerate(self._tuned.forms))
-        write_model(out, self._source, self._model, layers)
-
-    def _up_to_date(self, layer: int) -> LayerWeights:
-        for expert, stored in self.experts.visits(layer, range(self._form(layer).layer.num_experts)):
-            self._bring_up_to_date(layer, expert, stored)
-            yield expert, stored
 
 
 def versions_bytes(opened: OpenedCheckpoint) -> int:
