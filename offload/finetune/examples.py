@@ -34,7 +34,7 @@ Example = tuple[list[int], list[bool]]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class PackedRows:
     """Packed rows.
 
     Args:
@@ -75,7 +75,7 @@ class Rows:
         return int(np.random.default_rng([seed, epoch]).permutation(len(self.token_NS))[inside])
 
 
-def read_rows(data: str | Path, model_folder: Path, vocab_size: int, length: int) -> Rows:
+def read_rows(data: str | Path, model_folder: Path, vocab_size: int, length: int) -> PackedRows:
     """Read and pack examples.
 
     A `.jsonl` file has one object per line: `{"text": ...}`, `{"prompt": ..., "completion": ...}` or
@@ -103,7 +103,7 @@ def read_rows(data: str | Path, model_folder: Path, vocab_size: int, length: int
             f"data {data}: token id {largest}, but the model has {vocab_size} tokens; is this its tokenizer?"
         )
     digest = hashlib.blake2b(token_NS.tobytes() + label_NS.tobytes(), digest_size=8).hexdigest()
-    return Rows(token_NS, label_NS, digest)
+    return PackedRows(token_NS, label_NS, digest)
 
 
 class _Encoder:

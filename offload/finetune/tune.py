@@ -7,7 +7,7 @@ from typing import Any
 from ..checkpoint.gguf.head import is_gguf
 from ..checkpoint.location import local_folder
 from ..checkpoint.model_folder import read_config
-from .examples import read_rows
+from .examples import PackedRows, read_rows
 from .methods.adapters import Adapters
 from .methods.all_parameters import AllParameters
 from .methods.forward_only import ForwardOnly
@@ -19,7 +19,7 @@ METHODS: dict[str, Callable[..., Any]] = {"zo": ForwardOnly, "lora": Adapters, "
 
 def fine_tune(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | PackedRows,
     out: str | Path,
     options: TuneOptions,
     *,
@@ -33,7 +33,7 @@ def fine_tune(
 
     Args:
         model: a Hugging Face model folder, or a model id.
-        data: a text, a `.jsonl` file of examples, or a folder of either.
+        data: a text, a `.jsonl` file of examples, a folder of either, or rows of tokens.
         out: the run's folder.
         options: method and settings.
         cache_experts: slots of each MoE layer instead of what a budget pays for.
@@ -56,7 +56,7 @@ def fine_tune(
             f"model {folder}: a GGUF file cannot be fine-tuned; take the safetensors checkpoint that it is of"
         )
     vocabulary = int(read_config(folder).get_text_config().vocab_size)
-    rows = read_rows(data, folder, vocabulary, options.sequence_length)
+    rows = data if isinstance(data, PackedRows) else read_rows(data, folder, vocabulary, options.sequence_length)
     with full_disk_named(out):
         found = begin(out, options, str(model), rows.fingerprint, resume=resume)
         tuning = METHODS[options.method](model, out, options, rows, cache_experts=cache_experts, cpu_memory=cpu_memory)

@@ -19,7 +19,7 @@ from torch import nn
 from ...checkpoint.experts import ExpertLayer, experts_modules
 from ...compute.adapters import Adapted, LowRank, shown_to_peft, take_over
 from ...runtime.opening import OpenedCheckpoint
-from ..examples import Rows
+from ..examples import PackedRows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
 from ..passing.losses import backward_passes
@@ -40,7 +40,7 @@ class Adapters:
         memory: `cache_experts` or `cpu_memory`, as `open_tuned` takes them.
     """
 
-    def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: Rows, **memory: Any) -> None:
+    def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: PackedRows, **memory: Any) -> None:
         self._source, self._options, self._rows = source, options, rows
         self._tuned: TunedModel = open_tuned(
             source, options, **memory, kept_bytes=lambda opened: adapter_bytes(opened, options)

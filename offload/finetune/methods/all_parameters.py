@@ -23,7 +23,7 @@ import torch
 
 from ...formats.form import Form
 from ...runtime.opening import OpenedCheckpoint
-from ..examples import Rows
+from ..examples import PackedRows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
 from ..passing.losses import backward_passes
@@ -47,7 +47,7 @@ class AllParameters(WholeModel):
         memory: `cache_experts` or `cpu_memory`, as `open_tuned` takes them.
     """
 
-    def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: Rows, **memory: Any) -> None:
+    def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: PackedRows, **memory: Any) -> None:
         super().__init__(source, out, options, rows, record_bytes=record_bytes, kept_bytes=held_bytes, **memory)
         self.experts.method = self
         self._adamw = AdamW(options.rate_at, options.beta1, options.beta2, options.weight_decay)

@@ -23,7 +23,7 @@ import torch
 
 from ...compute.resident import weight_bytes
 from ...runtime.opening import OpenedCheckpoint
-from ..examples import Rows
+from ..examples import PackedRows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
 from ..passing.losses import learnt_tokens, share_of_loss
@@ -85,7 +85,7 @@ class ForwardOnly(WholeModel):
         memory: `cache_experts` or `cpu_memory`, as `open_tuned` takes them.
     """
 
-    def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: Rows, **memory: Any) -> None:
+    def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: PackedRows, **memory: Any) -> None:
         super().__init__(
             source,
             out,

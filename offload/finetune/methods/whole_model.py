@@ -9,7 +9,7 @@ import torch
 
 from ...formats.form import Form
 from ...runtime.opening import OpenedCheckpoint
-from ..examples import Rows
+from ..examples import PackedRows
 from ..options import TuneOptions
 from ..passing.experts import Weights
 from ..passing.opening import TunedModel, open_tuned
@@ -36,7 +36,7 @@ class WholeModel(ABC):
         source: str | Path,
         out: Path,
         options: TuneOptions,
-        rows: Rows,
+        rows: PackedRows,
         *,
         record_bytes: Callable[[Form], int],
         kept_bytes: Callable[[OpenedCheckpoint], int],
