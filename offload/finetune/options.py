@@ -7,7 +7,7 @@ from typing import Any
 from routing.ground.expect import expect_choice
 
 METHODS = ("zo", "lora", "full")
-EXPERT_ADAPTERS = ("each", "shared", "none")
+EXPERT_ADAPTERS = ("each", "shared", "used", "none")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 RATES = {"zo": 1e-6, "lora": 2e-4, "full": 1e-5}
 """Learning rates where none is given: MeZO's for large models (arXiv:2305.17333, appendix), LoRA's and AdamW's usual
@@ -40,7 +40,9 @@ class TuneOptions:
         rank: of adapters (`lora`).
         alpha: adapters are scaled by `alpha / rank`.
         targets: names of linear layers to adapt, as PEFT matches them; `"all-linear"` takes all outside experts.
-        experts: adapters of experts: one for each, one shared by a layer, or none.
+        experts: adapters of experts: one for each, one shared by a layer, one for each of the most used, or none.
+        usage: a routing trace of the model, which says what `used` experts are.
+        expert_share: of a layer's experts that count as used, in (0, 1].
         adapt_routers: whether routers whose weight is a plain matrix get adapters.
 
     Raises:
@@ -67,6 +69,8 @@ class TuneOptions:
     alpha: float = 16.0
     targets: tuple[str, ...] = ("all-linear",)
     experts: str = "each"
+    usage: str | None = None
+    expert_share: float = 0.25
     adapt_routers: bool = False
 
     def __post_init__(self) -> None:
@@ -83,6 +87,12 @@ class TuneOptions:
         for name, value in (("learning_rate", self.rate), ("epsilon", self.epsilon), ("alpha", self.alpha)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be more than 0; got {value}")
+        if (self.experts == "used") != (self.usage is not None):
+            raise ValueError(
+                "experts used and a usage trace come together; record one with `expertier trace record MODEL`"
+            )
+        if not 0 < self.expert_share <= 1:
+            raise ValueError(f"expert_share must lie in (0, 1]; got {self.expert_share}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")

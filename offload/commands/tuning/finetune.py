@@ -36,7 +36,7 @@ def finetune(
     Example: `expertier finetune my-model --data chats.jsonl --method lora --steps 200 --out tuned --cpu-memory 12GiB`
     """
     expect_model(model)
-    expect_there(data)
+    expect_there(data, Path(options.usage) if options.usage else None)
     settings = options.for_run()
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

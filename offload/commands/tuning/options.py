@@ -56,6 +56,10 @@ class FinetuneOptions:
     experts: Annotated[
         str, typer.Option("--experts", help=f"lora: adapters of experts: {', '.join(EXPERT_ADAPTERS)}.")
     ] = "each"
+    usage: Annotated[str | None, typer.Option("--usage", help="lora: a trace of the model, for --experts used.")] = None
+    expert_share: Annotated[
+        float, typer.Option("--expert-share", help="lora: of each layer's experts, the most used ones of --usage.")
+    ] = 0.25
     adapt_routers: Annotated[bool, typer.Option("--adapt-routers", help="lora: adapt routers, too.")] = False
 
     def __post_init__(self) -> None:
