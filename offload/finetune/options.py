@@ -27,6 +27,7 @@ class TuneOptions:
         sequence_length: S, tokens of a packed row, at least 2.
         batch_size: rows of a micro-batch.
         accumulation: micro-batches of a step; a layer's experts are read once for all of them.
+        processes: that share the passes of a step (`zo`); equally many for each.
         learning_rate: of the first step after the warm-up; None takes the method's (RATES).
         warmup_steps: steps in which the rate rises linearly.
         decay: whether the rate falls linearly to 0 from the warm-up to `steps`.
@@ -54,6 +55,7 @@ class TuneOptions:
     sequence_length: int = 512
     batch_size: int = 1
     accumulation: int = 1
+    processes: int = 1
     learning_rate: float | None = None
     warmup_steps: int = 0
     decay: bool = False
@@ -77,8 +79,23 @@ class TuneOptions:
         expect_choice(self.method, METHODS, "method")
         expect_choice(self.experts, EXPERT_ADAPTERS, "experts")
         expect_choice(self.dtype, DTYPES, "dtype")
-        least = {"steps": 1, "sequence_length": 2, "batch_size": 1, "accumulation": 1, "warmup_steps": 0, "seed": 0}
-        for name, smallest in (least | {"checkpoint_every": 1, "rank": 1}).items():
+        self._expect_ranges()
+        if (self.experts == "used") != (self.usage is not None):
+            raise ValueError(
+                "experts used and a usage trace come together; record one with `expertier trace record MODEL`"
+            )
+        if self.processes > 1 and self.method != "zo":
+            raise ValueError(f"method {self.method} runs in one process; several share the passes of zo")
+        if self.passes % self.processes:
+            raise ValueError(
+                f"{self.processes} processes cannot share out {self.passes} passes, two for each of accumulation "
+                f"{self.accumulation}; take numbers that divide"
+            )
+
+    def _expect_ranges(self) -> None:
+        ones = ("steps", "batch_size", "accumulation", "processes", "checkpoint_every", "rank")
+        least = dict.fromkeys(ones, 1) | {"sequence_length": 2, "warmup_steps": 0, "seed": 0}
+        for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} must be at least {smallest}; got {getattr(self, name)}")
         for name in ("weight_decay", "clip_norm"):
@@ -87,15 +104,21 @@ class TuneOptions:
         for name, value in (("learning_rate", self.rate), ("epsilon", self.epsilon), ("alpha", self.alpha)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be more than 0; got {value}")
-        if (self.experts == "used") != (self.usage is not None):
-            raise ValueError(
-                "experts used and a usage trace come together; record one with `expertier trace record MODEL`"
-            )
-        if not 0 < self.expert_share <= 1:
-            raise ValueError(f"expert_share must lie in (0, 1]; got {self.expert_share}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
+        if not 0 < self.expert_share <= 1:
+            raise ValueError(f"expert_share must lie in (0, 1]; got {self.expert_share}")
+
+    @property
+    def passes(self) -> int:
+        """Passes of a step in all processes: one for each micro-batch, `zo` has two."""
+        return self.accumulation * (2 if self.method == "zo" else 1)
+
+    @property
+    def own_passes(self) -> int:
+        """Passes of a step in each process."""
+        return self.passes // self.processes
 
     @property
     def rate(self) -> float:

@@ -33,6 +33,10 @@ class FinetuneOptions:
         int,
         typer.Option("--accumulation", min=1, help="Micro-batches per step; experts are read once for all of them."),
     ] = 1
+    processes: Annotated[
+        int,
+        typer.Option("--processes", min=1, help="zo: processes that share a step; --cpu-memory is that of each one."),
+    ] = 1
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", help="Default: 1e-6 for zo, 2e-4 for lora, 1e-5 for full.")
     ] = None

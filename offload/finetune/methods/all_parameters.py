@@ -165,7 +165,7 @@ class AllParameters(WholeModel):
         Raises:
             KeyError, RuntimeError: if it is of another model.
         """
-        self._restore([tensors[f"value.{number}"] for number in range(len(self._parameters))], facts)
+        self._restore([tensors[f"value.{number}"] for number in range(len(self._parameters))], facts["records"])
         for number, vector in enumerate(self._resident):
             for name, value in vars(vector).items():
                 value.copy_(tensors[f"{name}.{number}"])

@@ -1,7 +1,7 @@
 """What methods share that change every weight: experts in records on the disk, everything else in memory."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class WholeModel(ABC):
         rows: what to learn.
         record_bytes: of one expert's record, from its form.
         kept_bytes: what the method holds besides the model.
+        number: of this process among those that do the run; each has records of its own.
         memory: `cache_experts` or `cpu_memory`, as `open_tuned` takes them.
     """
 
@@ -40,14 +41,16 @@ class WholeModel(ABC):
         *,
         record_bytes: Callable[[Form], int],
         kept_bytes: Callable[[OpenedCheckpoint], int],
+        number: int = 0,
         **memory: Any,
     ) -> None:
         self._source, self._options, self._rows = source, options, rows
 
         def overlay(forms: Sequence[Form]) -> list[Form]:
             plain = expect_plain(forms, options.method)
-            self._records = ExpertRecords(out / "experts", [record_bytes(form) for form in plain])
-            return [OverlaidForm(form.layer, number, self._records) for number, form in enumerate(plain)]
+            folder = out / (f"experts-{number}" if number else "experts")
+            self._records = ExpertRecords(folder, [record_bytes(form) for form in plain])
+            return [OverlaidForm(form.layer, layer, self._records) for layer, form in enumerate(plain)]
 
         self._tuned: TunedModel = open_tuned(source, options, **memory, overlay=overlay, kept_bytes=kept_bytes)
         self._model, self.experts = self._tuned.model, self._tuned.experts
@@ -73,17 +76,17 @@ class WholeModel(ABC):
     def committed(self) -> None:
         self._records.commit()
 
-    def _restore(self, weights: Sequence[torch.Tensor], facts: Mapping[str, Any]) -> None:
+    def _restore(self, weights: Sequence[torch.Tensor], table: dict[str, list[Any]]) -> None:
         """Put a commit's weights outside experts and its table of records in place.
 
         Raises:
             KeyError, ValueError: if it is of another model.
         """
-        for number, (parameter, weight) in enumerate(zip(self._parameters, weights, strict=True)):
+        for place, (parameter, weight) in enumerate(zip(self._parameters, weights, strict=True)):
             if weight.shape != parameter.shape:
-                raise ValueError(f"tensor {number} of the commit has another shape than the model's")
+                raise ValueError(f"tensor {place} of the commit has another shape than the model's")
             parameter.data.copy_(weight)
-        self._records.restore(facts["records"])
+        self._records.restore(table)
 
     @abstractmethod
     def _finish(self, layer: int, expert: int, stored: Weights) -> None:

@@ -88,9 +88,8 @@ def open_tuned(
     plan = divide_for_tuning(opened, loading, options, kept_bytes(opened))
     store = ExpertStore(opened.model, forms, is_direct=wants_direct("auto", plan, forms), checksums=None)
     visits = ExpertVisits(store, plan.num_slots)
-    passes = options.accumulation * (2 if options.method == "zo" else 1)
     modules = list(experts_modules(opened.model).values())
-    experts = TunedExperts(modules, visits, Lockstep(passes))
+    experts = TunedExperts(modules, visits, Lockstep(options.own_passes))
     opened.model.eval().requires_grad_(False)
     return TunedModel(opened.model, experts, forms, plan)
 
@@ -118,8 +117,7 @@ def divide_for_tuning(
         ValueError: if the budget is too small; the message says which would do.
     """
     needs = memory_needs(opened, loading)
-    passes = options.accumulation * (2 if options.method == "zo" else 1)
-    activations = needs.activation_bytes + passes * kept_activation_bytes(opened, options)
+    activations = needs.activation_bytes + options.own_passes * kept_activation_bytes(opened, options)
     needs = replace(needs, kv_bytes=0, activation_bytes=activations + kept_bytes)
     fixed = None
     if loading.cache_experts is not None:
