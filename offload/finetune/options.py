@@ -33,6 +33,7 @@ class TuneOptions:
         decay: whether the rate falls linearly to 0 from the warm-up to `steps`.
         weight_decay: decoupled, of AdamW; matrices only.
         beta1, beta2: decay rates of AdamW's moments, in [0, 1).
+        state_bits: of one number of experts' moments, 32 or 8 (`full`); 8 is not exact.
         clip_norm: largest norm of the gradient of all parameters together; 0 does not clip.
         seed: of the order of rows, of perturbations and of new adapters.
         checkpoint_every: steps between two commits; a killed run continues after the last one.
@@ -62,6 +63,7 @@ class TuneOptions:
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
+    state_bits: int = 32
     clip_norm: float = 1.0
     seed: int = 0
     checkpoint_every: int = 50
@@ -84,6 +86,8 @@ class TuneOptions:
             raise ValueError(
                 "experts used and a usage trace come together; record one with `expertier trace record MODEL`"
             )
+        if self.state_bits != 32 and self.method != "full":
+            raise ValueError(f"state_bits are of method full, whose moments are on disk; {self.method} has none there")
         if self.processes > 1 and self.method != "zo":
             raise ValueError(f"method {self.method} runs in one process; several share the passes of zo")
         if self.passes % self.processes:
@@ -93,6 +97,8 @@ class TuneOptions:
             )
 
     def _expect_ranges(self) -> None:
+        if self.state_bits not in (8, 32):
+            raise ValueError(f"state_bits must be 8 or 32; got {self.state_bits}")
         ones = ("steps", "batch_size", "accumulation", "processes", "checkpoint_every", "rank")
         least = dict.fromkeys(ones, 1) | {"sequence_length": 2, "warmup_steps": 0, "seed": 0}
         for name, smallest in least.items():

@@ -43,6 +43,9 @@ class FinetuneOptions:
     warmup_steps: Annotated[int, typer.Option("--warmup-steps", min=0, help="Steps in which the rate rises.")] = 0
     decay: Annotated[bool, typer.Option("--decay", help="Let the rate fall to 0 at the last step.")] = False
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0, help="Of AdamW, on matrices.")] = 0.0
+    state_bits: Annotated[
+        int, typer.Option("--state-bits", help="full: 32; or 8, not exact: half the bytes of an expert's record.")
+    ] = 32
     clip_norm: Annotated[
         float, typer.Option("--clip-norm", min=0, help="Largest norm of a step's gradient; 0 does not clip.")
     ] = 1.0

@@ -7,13 +7,14 @@ One step, with all micro-batches at a layer before any goes on:
 3. The norm of all gradients is known now. Each touched expert's record is read, stepped and written back, while the
    next one is read and the last one written.
 
-Everything outside experts stays in memory, with its own float32 copies and moments.
+Everything outside experts stays in memory, with its own float32 copies and moments. Moments of experts may be stored
+in bytes (`state_bits` 8), which is not exact: they are rounded whenever a record is written.
 
 Source: exact replay of missed steps as in `adamw.py`; all micro-batches of a layer first: GreedySnake, Yue, Yin
 and Qian 2025, arXiv:2512.17570.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -21,15 +22,14 @@ from typing import Any
 
 import torch
 
-from ...formats.form import Form
 from ...runtime.opening import OpenedCheckpoint
 from ..examples import PackedRows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
 from ..passing.losses import backward_passes
 from ..storage.gradients import KeptGradients
-from ..storage.overlay import OverlaidForm
 from .adamw import AdamVector, AdamW
+from .record_layout import RecordLayout
 from .whole_model import WholeModel
 
 GRADIENT_BYTES = 1 << 30
@@ -48,7 +48,8 @@ class AllParameters(WholeModel):
     """
 
     def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: PackedRows, **memory: Any) -> None:
-        super().__init__(source, out, options, rows, record_bytes=record_bytes, kept_bytes=held_bytes, **memory)
+        super().__init__(source, out, options, rows, **sizes_of(options), **memory)
+        self._layouts = [RecordLayout(form, options.state_bits) for form in self._tuned.forms]
         self.experts.method = self
         self._adamw = AdamW(options.rate_at, options.beta1, options.beta2, options.weight_decay)
         for parameter in self._parameters:
@@ -135,19 +136,15 @@ class AllParameters(WholeModel):
 
     def _vector(self, layer: int, expert: int) -> AdamVector:
         """An expert's weights and moments as of the last step that is in its record."""
-        form, data = self._form(layer), self._records.read(layer, expert)
+        data = self._records.read(layer, expert)
         self.experts.visits.traffic.bytes_read += data.nbytes
-        numbers = data[form.layer.plain_bytes if _has_copy(form) else 0 :].view(torch.float32)
-        return AdamVector(*(part.clone() for part in numbers.view(3, -1)))
+        return self._layouts[layer].vector(data)
 
     def _write_vector(self, layer: int, expert: int, vector: AdamVector, step: int) -> None:
         """Write an expert's record, and its new weights into its slot if it is in one."""
-        form = self._form(layer)
-        weights = _as_stored(form, vector.value)
-        parts = [*form.ordered(weights), vector.value] if _has_copy(form) else [vector.value]
-        self._write(layer, expert, [*parts, vector.mean, vector.square], step)
+        self._write(layer, expert, self._layouts[layer].parts(vector), step)
         if (held := self.experts.visits.held(layer, expert)) is not None:
-            for name, weight in weights.items():
+            for name, weight in self._layouts[layer].matrices(vector.value).items():
                 held[name].copy_(weight)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -176,38 +173,19 @@ class AllParameters(WholeModel):
             self._catch_up(layer, expert, stored, self._options.steps)
 
 
-def _as_stored(form: OverlaidForm, value: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Flat float32 weights as the matrices of the model."""
-    return dict(_split(form, value))
+def sizes_of(options: TuneOptions) -> dict[str, Any]:
+    """How many bytes the method needs on the disk for an expert, and in memory besides the model."""
+    return {
+        "record_bytes": lambda form: RecordLayout(form, options.state_bits).nbytes,
+        "kept_bytes": lambda opened: held_bytes(opened, options),
+    }
 
 
-def _split(form: OverlaidForm, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    start = 0
-    for parameter in form.parameters:
-        count = parameter.nbytes // parameter.dtype.itemsize
-        yield parameter.name, value[start : start + count].to(parameter.dtype).view(parameter.shape)
-        start += count
-
-
-def _has_copy(form: Any) -> bool:
-    """Whether the model computes with other numbers than the float32 ones that are stepped."""
-    return any(parameter.dtype != torch.float32 for parameter in form.layer.parameters)
-
-
-def num_elements(form: Form) -> int:
-    """Parameters of one expert."""
-    return sum(parameter.nbytes // parameter.dtype.itemsize for parameter in form.layer.parameters)
-
-
-def record_bytes(form: Form) -> int:
-    """Of one expert's record: its weights, a float32 copy of them if they are not that themselves, two moments."""
-    return (form.layer.plain_bytes if _has_copy(form) else 0) + 12 * num_elements(form)
-
-
-def held_bytes(opened: OpenedCheckpoint) -> int:
+def held_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int:
     """What the method holds besides the model: float32 copies, gradients and moments of everything outside experts;
-    gradients of experts up to the limit; three experts on their way through the step."""
+    gradients of experts up to the limit; three experts with their moments on their way through the step."""
     resident = sum(parameter.numel() for parameter in opened.model.parameters())
-    elements = [num_elements(form) for form in opened.forms]
-    gradients = sum(4 * count * form.layer.num_experts for count, form in zip(elements, opened.forms, strict=True))
-    return 16 * resident + min(GRADIENT_BYTES, gradients) + 3 * max(record_bytes(form) for form in opened.forms)
+    layouts = [RecordLayout(form, options.state_bits) for form in opened.forms]
+    gradients = sum(4 * layout.num_elements * layout.form.layer.num_experts for layout in layouts)
+    passing = max(layout.nbytes + 12 * layout.num_elements for layout in layouts)
+    return 16 * resident + min(GRADIENT_BYTES, gradients) + 3 * passing
