@@ -12,7 +12,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 RATES = {"zo": 1e-6, "lora": 2e-4, "full": 1e-5}
 """Learning rates where none is given: MeZO's for large models (arXiv:2305.17333, appendix), LoRA's and AdamW's usual
 ones for fine-tuning. None was tuned here."""
-HARMLESS = ("steps", "checkpoint_every")
+HARMLESS = ("steps", "checkpoint_every", "activation_bytes")
 """Settings that may differ when a run is continued. More steps change the schedule of the rate only after a warm-up
 with `decay`; that is refused."""
 
@@ -37,6 +37,8 @@ class TuneOptions:
         clip_norm: largest norm of the gradient of all parameters together; 0 does not clip.
         seed: of the order of rows, of perturbations and of new adapters.
         checkpoint_every: steps between two commits; a killed run continues after the last one.
+        activation_bytes: of what autograd keeps between two experts modules, in memory; the rest is spilled to the
+            disk (`lora`, `full`). None spills nothing.
         dtype: of the running model; `"auto"` is that of the checkpoint.
         epsilon: size of a perturbation (`zo`).
         rank: of adapters (`lora`).
@@ -67,6 +69,7 @@ class TuneOptions:
     clip_norm: float = 1.0
     seed: int = 0
     checkpoint_every: int = 50
+    activation_bytes: int | None = None
     dtype: str = "auto"
     epsilon: float = 1e-3
     rank: int = 8
@@ -88,6 +91,8 @@ class TuneOptions:
             )
         if self.state_bits != 32 and self.method != "full":
             raise ValueError(f"state_bits are of method full, whose moments are on disk; {self.method} has none there")
+        if self.activation_bytes is not None and self.method == "zo":
+            raise ValueError("activation_bytes are of methods with a backward pass; zo keeps one layer's activations")
         if self.processes > 1 and self.method != "zo":
             raise ValueError(f"method {self.method} runs in one process; several share the passes of zo")
         if self.passes % self.processes:
@@ -113,6 +118,8 @@ class TuneOptions:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
+        if self.activation_bytes is not None and self.activation_bytes < 0:
+            raise ValueError(f"activation_bytes must be 0 or more; got {self.activation_bytes}")
         if not 0 < self.expert_share <= 1:
             raise ValueError(f"expert_share must lie in (0, 1]; got {self.expert_share}")
 

@@ -10,6 +10,9 @@ from routing.ground.quantity import parse_size
 from ...finetune.options import DTYPES, EXPERT_ADAPTERS, METHODS, TuneOptions
 from ..options import CacheExperts, CpuMemory
 
+OF_THE_COMMAND = ("cpu_memory", "cache_experts", "targets", "activation_memory")
+"""Flags that TuneOptions lacks, or has in another form."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions:
@@ -53,6 +56,10 @@ class FinetuneOptions:
     checkpoint_every: Annotated[
         int, typer.Option("--checkpoint-every", min=1, help="Steps between commits; a killed run goes on after one.")
     ] = 50
+    activation_memory: Annotated[
+        str | None,
+        typer.Option("--activation-memory", help="lora, full: a share of memory such as 2GiB; the rest is spilled."),
+    ] = None
     dtype: Annotated[str, typer.Option("--dtype", help=f"Of the running model: {', '.join(DTYPES)}.")] = "auto"
     epsilon: Annotated[float, typer.Option("--epsilon", help="zo: size of a perturbation.")] = 1e-3
     rank: Annotated[int, typer.Option("--rank", min=1, help="lora: rank of each adapter.")] = 8
@@ -78,8 +85,8 @@ class FinetuneOptions:
 
     def for_run(self) -> TuneOptions:
         """The settings that the run keeps."""
-        own: dict[str, Any] = {
-            name: value for name, value in vars(self).items() if name not in ("cpu_memory", "cache_experts", "targets")
-        }
+        own: dict[str, Any] = {name: value for name, value in vars(self).items() if name not in OF_THE_COMMAND}
+        if self.activation_memory is not None:
+            own["activation_bytes"] = parse_size(self.activation_memory)
         targets = () if self.targets == "none" else tuple(name.strip() for name in self.targets.split(","))
         return TuneOptions(**own, targets=targets)

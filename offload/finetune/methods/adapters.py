@@ -25,7 +25,7 @@ from ..examples import PackedRows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
 from ..passing.losses import backward_passes
-from ..passing.opening import TunedModel, open_tuned
+from ..passing.opening import TunedModel, open_tuned, spilled_activations
 from .expert_adapters import ExpertAdapters, OwnedAdapters, most_used, num_chosen
 
 ADAM_BYTES, WRITTEN_BYTES = 16, 4
@@ -55,6 +55,7 @@ class Adapters:
         self.of_experts = OwnedAdapters(adapted, self._owner_LE) if self._owner_LE else ExpertAdapters(adapted)
         others = [value for value in self.peft.parameters() if value.requires_grad]
         self._trained = [*others, *self.of_experts.parameters]
+        self._spilled = spilled_activations(self._tuned, out, options)
         self._optimizer = torch.optim.AdamW(
             self._trained,
             lr=options.rate,
@@ -66,6 +67,8 @@ class Adapters:
     def close(self) -> None:
         """End threads, close files."""
         self._tuned.close()
+        if self._spilled is not None:
+            self._spilled.close()
 
     def step(self, number: int) -> dict[str, Any]:
         """One step of AdamW on all adapters."""
@@ -79,7 +82,8 @@ class Adapters:
 
     def gradients(self, number: int) -> float:
         """Add a step's gradients to those of the adapters; its loss."""
-        loss = backward_passes(self.peft, self.experts, self._rows.batches(number, self._options))
+        batches = self._rows.batches(number, self._options)
+        loss = backward_passes(self.peft, self.experts, batches, self._spilled)
         self.of_experts.finish()
         return loss
 

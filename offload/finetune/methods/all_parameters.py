@@ -27,6 +27,7 @@ from ..examples import PackedRows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
 from ..passing.losses import backward_passes
+from ..passing.opening import spilled_activations
 from ..storage.gradients import KeptGradients
 from .adamw import AdamVector, AdamW
 from .record_layout import RecordLayout
@@ -55,16 +56,19 @@ class AllParameters(WholeModel):
         for parameter in self._parameters:
             parameter.requires_grad_(True)
         self._resident = [AdamVector.begun(value.detach().float().clone()) for value in self._parameters]
+        self._spilled = spilled_activations(self._tuned, out, options)
         self._kept = KeptGradients(GRADIENT_BYTES, out / "experts")
 
     def close(self) -> None:
         super().close()
         self._kept.close()
+        if self._spilled is not None:
+            self._spilled.close()
 
     def step(self, number: int) -> dict[str, Any]:
         """One step of AdamW on everything."""
         options, self._step = self._options, number + 1
-        loss = backward_passes(self._model, self.experts, self._rows.batches(number, options))
+        loss = backward_passes(self._model, self.experts, self._rows.batches(number, options), self._spilled)
         norm = self._norm()
         scale = min(1.0, options.clip_norm / (norm + 1e-6)) if options.clip_norm else 1.0
         self._step_resident(scale)
@@ -109,7 +113,9 @@ class AllParameters(WholeModel):
 
     def seen(self, layer: int, expert: int, stored: Weights) -> Callable[[int], Seen]:
         """An expert after all earlier steps, with a gradient of its own for each pass."""
-        self._catch_up(layer, expert, stored, self._step - 1)
+        vector = self._caught_up(layer, expert, stored, self._step - 1)
+        if vector is not None:
+            self._write_vector(layer, expert, vector, self._step - 1)
         return lambda number: Seen({name: value.detach().requires_grad_() for name, value in stored.items()})
 
     def take(self, layer: int, expert: int, seen: Sequence[Seen]) -> None:
@@ -121,15 +127,15 @@ class AllParameters(WholeModel):
             total = flat if not len(total) else total + flat
         self._kept.keep((layer, expert), total)
 
-    def _catch_up(self, layer: int, expert: int, stored: Weights, upto: int) -> None:
-        """Let an expert make up for the steps that it missed; its first record is made of the checkpoint's weights."""
+    def _caught_up(self, layer: int, expert: int, stored: Weights, upto: int) -> AdamVector | None:
+        """An expert after the steps that it missed, begun with the checkpoint's weights; None if its record is that."""
         place = self._records.place(layer, expert)
         if place is not None and place.step >= upto:
-            return
+            return None
         vector = self._begun(layer, stored) if place is None else self._vector(layer, expert)
         if place is not None or self._options.weight_decay:
             self._adamw.catch_up(vector, 0 if place is None else place.step, upto)
-        self._write_vector(layer, expert, vector, upto)
+        return vector
 
     def _begun(self, layer: int, stored: Weights) -> AdamVector:
         return AdamVector.begun(torch.cat([weight.float().reshape(-1) for weight in self._form(layer).ordered(stored)]))
@@ -169,8 +175,12 @@ class AllParameters(WholeModel):
         self._step = int(facts["step"])
 
     def _finish(self, layer: int, expert: int, stored: Weights) -> None:
-        if self._records.place(layer, expert) is not None or self._options.weight_decay:
-            self._catch_up(layer, expert, stored, self._options.steps)
+        if self._records.place(layer, expert) is None and not self._options.weight_decay:
+            return
+        vector = self._caught_up(layer, expert, stored, self._options.steps)
+        if vector is not None:
+            for name, weight in self._layouts[layer].matrices(vector.value).items():
+                stored[name].copy_(weight)
 
 
 def sizes_of(options: TuneOptions) -> dict[str, Any]:

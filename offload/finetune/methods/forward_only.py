@@ -190,7 +190,8 @@ class ForwardOnly(WholeModel):
 
     def seen(self, layer: int, expert: int, stored: Weights) -> Callable[[int], Seen]:
         """An expert in its slot: brought up to date there, then perturbed in both ways."""
-        self._finish(layer, expert, stored)
+        if (step := self._bring_up_to_date(layer, expert, stored)) is not None:
+            self._write(layer, expert, self._form(layer).ordered(stored), step)
         self._touched.add((layer, expert))
         direction = Direction(self._options.seed, self._step, (layer + 1, expert))
         form = self._form(layer)
@@ -208,16 +209,18 @@ class ForwardOnly(WholeModel):
 
         return of_pass
 
-    def _finish(self, layer: int, expert: int, stored: Weights) -> None:
-        """Give an expert in its slot the updates that it has yet to get, and write its record."""
+    def _bring_up_to_date(self, layer: int, expert: int, stored: Weights) -> int | None:
+        """Give an expert in its slot the updates that it has yet to get; the last one's step, None without any."""
         steps = self._pending.pop((layer, expert), [])
         weights = self._form(layer).ordered(stored)
         for step in steps:
             by = Direction(self._options.seed, step, (layer + 1, expert))
             for weight, new in zip(weights, moved(weights, by, self._sizes[step]), strict=True):
                 weight.copy_(new)
-        if steps:
-            self._write(layer, expert, weights, steps[-1])
+        return steps[-1] if steps else None
+
+    def _finish(self, layer: int, expert: int, stored: Weights) -> None:
+        self._bring_up_to_date(layer, expert, stored)
 
     def take(self, layer: int, expert: int, seen: Sequence[Seen]) -> None:
         raise AssertionError("a method without a backward pass takes no gradients")

@@ -16,6 +16,7 @@ from ...runtime.options import LoadOptions
 from ...store.io_mode import wants_direct
 from ...store.store import ExpertStore
 from ..options import TuneOptions
+from ..storage.activations import SpilledActivations
 from ..storage.visits import ExpertVisits
 from .experts import TunedExperts
 from .lockstep import Lockstep
@@ -94,6 +95,15 @@ def open_tuned(
     return TunedModel(opened.model, experts, forms, plan)
 
 
+def spilled_activations(tuned: TunedModel, out: Path, options: TuneOptions) -> SpilledActivations | None:
+    """Where activations go that exceed their share of memory; None if all of them stay."""
+    if options.activation_bytes is None:
+        return None
+    out.mkdir(parents=True, exist_ok=True)
+    resident = [*tuned.model.parameters(), *tuned.model.buffers()]
+    return SpilledActivations(options.activation_bytes, out, tuned.experts.visits.traffic, resident)
+
+
 def _expect_experts(opened: OpenedCheckpoint, model: str | Path) -> None:
     if not opened.forms:
         raise ValueError(f"model {model}: a dense model has no experts to keep on disk; fine-tune it with PEFT")
@@ -137,4 +147,9 @@ def kept_activation_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int
     logits = 3 * 4 * tokens * int(config.vocab_size)
     if options.method == "zo":
         return tokens * width * item * 2 + logits
-    return tokens * width * item * KEPT_ARRAYS * int(config.num_hidden_layers) + logits
+    kept = tokens * width * item * KEPT_ARRAYS * int(config.num_hidden_layers)
+    if options.activation_bytes is not None:
+        # of the layer that is computed, everything is in memory; the limit is of all passes together
+        one_layer = tokens * width * item * KEPT_ARRAYS
+        kept = min(kept, one_layer + options.activation_bytes // options.own_passes)
+    return kept + logits
