@@ -106,7 +106,7 @@ def test_passes_are_shared_out_by_hand():
         dataclasses.replace(OPTIONS, method="full", processes=2)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_several_do_what_one_does(folder, count):
     options = dataclasses.replace(OPTIONS, processes=count)
     together(folder, f"first{count}", dataclasses.replace(options, steps=2))

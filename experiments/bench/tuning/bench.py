@@ -25,7 +25,6 @@ from routing.ground.terminal import plain_console
 from ...evidence.memory_limit import drop_cached, run_limited
 from ...evidence.record import RECORDS, expect_records, save_record
 from ..offloading.bench import ensure_checkpoint, read_bandwidth
-from .parity import check_parity
 from .work import Work
 from .write_rate import write_bandwidth
 
@@ -63,6 +62,9 @@ def bench_finetune(
 
     Example: `expertier bench finetune /tmp/replay --trace routing.npz --limit 4GiB --contestant lora`
     """
+    # here, because it builds a checkpoint, and `expertier --help` does without torch
+    from .parity import check_parity
+
     names = contestant or list(METHODS if form == "plain" else ("lora",))
     for name in names:
         expect_name(name, NAMES, "contestant")
