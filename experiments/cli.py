@@ -30,6 +30,7 @@ from .bench.serving.bench import bench_serve
 from .bench.starting_points import bench_starts
 from .bench.step import bench_step
 from .bench.training import bench_train
+from .bench.tuning.bench import bench_finetune
 from .compare.command import compare
 from .compare.sweep_command import sweep
 from .demo.command import demo
@@ -90,6 +91,7 @@ app.command("leverage")(leverage)
 bench.command("claim")(bench_claim)
 app.command("tune-router")(tune_router)
 bench.command("duo")(bench_duo)
+bench.command("finetune")(bench_finetune)
 bench.command("flax")(bench_flax)
 bench.command("kernels")(bench_kernels)
 bench.command("locality")(bench_locality)

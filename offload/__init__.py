@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .engine.options import EngineOptions
     from .engine.request import GenerationRequest, Sampling
     from .engine.stream import Stream
+    from .finetune.examples import PackedRows
     from .finetune.options import TuneOptions
     from .finetune.tune import fine_tune
     from .forecast.calibrate import disk_bandwidth
@@ -43,6 +44,7 @@ _HOME = {
     "GenerationRequest": ".engine.request",
     "NotReady": ".engine.events",
     "Offload": ".runtime.report",
+    "PackedRows": ".finetune.examples",
     "QueueFull": ".engine.events",
     "Sampling": ".engine.request",
     "Stream": ".engine.stream",
@@ -78,6 +80,7 @@ __all__ = [
     "Judge",
     "NotReady",
     "Offload",
+    "PackedRows",
     "QueueFull",
     "Sampling",
     "Simulated",

@@ -74,7 +74,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("cli",),
     ),
     "offload/finetune": (
-        ("options", "examples", "storage"),
+        ("options", "peers", "storage"),
+        ("examples",),
         ("passing",),
         ("methods", "run"),
         ("tune", "forecast"),

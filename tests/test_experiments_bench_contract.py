@@ -60,6 +60,19 @@ def redden_flax(monkeypatch):
     monkeypatch.setattr(probe, "grouped_product_calls", wrong)
 
 
+def redden_finetune(monkeypatch):
+    from experiments.evidence import resident
+
+    right = resident.load_resident
+
+    def wrong(folder):
+        model = right(folder)
+        model.lm_head.weight.data.mul_(1.5)
+        return model
+
+    monkeypatch.setattr(resident, "load_resident", wrong)
+
+
 def redden_kernels(monkeypatch):
     import moe
     from experiments.bench.expert_kernels import shapes
@@ -196,6 +209,13 @@ BENCHES = {
         command=("bench", "duo"),
         wrong=("--out", "{folder}/duo", "--budgets", "2,two"),
         words="--budgets takes whole numbers from 0 on with commas between them; got 'two'",
+    ),
+    "finetune": Bench(
+        command=("bench", "finetune"),
+        wrong=("{folder}", "--contestant", "lore"),
+        words="unknown contestant 'lore' (did you mean 'lora'?)",
+        right=("{folder}", "--limit", "none", "--contestant", "zo"),
+        redden=redden_finetune,
     ),
     "flax": Bench(
         command=("bench", "flax"),

@@ -88,6 +88,7 @@ MISSING = {
     "demo": "--data nowhere.txt --out new",
     "tune-router": "nowhere --out new",
     "bench offload": "nowhere",
+    "bench finetune": "nowhere",
     "bench locality": "--data nowhere.txt --out new",
     "bench duo": "--data nowhere.txt --out new",
     "bench placement": "--loads nowhere.json",

@@ -1,6 +1,10 @@
 """What all methods of fine-tuning share: examples, settings, passes that meet, records, the run's folder, `fit`."""
 
 import json
+import os
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ import offload
 from offload.finetune.examples import NO_LOSS, read_rows
 from offload.finetune.forecast import TuneForecast, default_options, foresee
 from offload.finetune.passing.lockstep import Lockstep
+from offload.finetune.run import read_log
 from offload.finetune.storage.records import ExpertRecords
 from tests.small_tuning import LENGTH, save_examples, save_model
 
@@ -101,6 +106,26 @@ def test_a_run_is_not_continued_with_other_settings_or_examples(folder, tmp_path
     (tmp_path / "other.txt").write_text("another text to learn from, long enough")
     assert run("finetune", folder / "model", *flags, "--data", tmp_path / "other.txt", "--steps", 2, "--resume") == 2
     assert run("finetune", folder / "model", *flags, "--steps", 2, "--resume") == 0
+
+
+def test_ctrl_c_commits_the_step_that_it_comes_in(folder, tmp_path, run, capsys):
+    flags = ("--data", folder / "data.jsonl", "--sequence-length", LENGTH, "--out", tmp_path / "out")
+    flags += ("--cache-experts", 2, "--method", "zo")
+
+    def interrupt():
+        while not (tmp_path / "out" / "metrics.jsonl").is_file() or not read_log(tmp_path / "out" / "metrics.jsonl"):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    presser = threading.Thread(target=interrupt)
+    presser.start()
+    assert run("finetune", folder / "model", *flags, "--steps", 1000) == 130
+    presser.join()
+    assert capsys.readouterr().err.splitlines()[-1] == "expertier: interrupted"
+    done = read_log(tmp_path / "out" / "metrics.jsonl")[-1]["step"]
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == [f"step_{done:08}"]
+    assert run("finetune", folder / "model", *flags, "--steps", done + 1, "--resume") == 0
+    assert [row["step"] for row in read_log(tmp_path / "out" / "metrics.jsonl")] == list(range(1, done + 2))
 
 
 def test_passes_meet_in_order_and_errors_end_all_of_them():

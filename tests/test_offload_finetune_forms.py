@@ -7,7 +7,7 @@ from peft import PeftModel
 
 import offload
 from experiments.evidence.resident import load_resident
-from offload.finetune.examples import Rows
+from offload.finetune.examples import PackedRows
 from offload.finetune.methods.adapters import Adapters
 from offload.finetune.methods.forward_only import ForwardOnly
 from tests.test_offload_finetune_lora import relative
@@ -28,7 +28,7 @@ def options(method="lora", **changes):
 
 def random_rows(vocab_size=64):
     token_NS = np.random.default_rng(0).integers(3, vocab_size, (2, LENGTH))
-    return Rows(token_NS, token_NS, "random")
+    return PackedRows(token_NS, token_NS, "random")
 
 
 def gradients(model, out, rows, settings, **memory):

@@ -12,6 +12,7 @@ from offload.finetune.examples import NO_LOSS
 from offload.finetune.methods import all_parameters
 from offload.finetune.passing import opening
 from offload.finetune.run import read_log
+from offload.finetune.storage.byte_moments import BLOCK, MEAN, SQUARE
 from tests.small_tuning import LENGTH, rows_of, save_examples, save_model
 
 OPTIONS = offload.TuneOptions(
@@ -155,3 +156,41 @@ def test_a_damaged_record_is_named(folder):
     file.write_bytes(data)
     with pytest.raises(OSError, match=r"layer_000.bin: expert \d+ has checksum"):
         tune(folder, "damaged", dataclasses.replace(OPTIONS, steps=2), cache_experts=2, resume=True)
+
+
+def test_moments_in_bytes_by_hand_and_their_error():
+    x = torch.zeros(BLOCK + 3)
+    x[:4] = torch.tensor([4.0, -1.0, 1e-9, 0.0])
+    code, scale = MEAN.encode(x)
+    # the root of 1/4 is half of 127, rounded up; one in a billion of the largest is 0
+    assert code[:4].view(torch.int8).tolist() == [127, -64, 0, 0]
+    assert scale.tolist() == [4.0, 0.0]
+    assert MEAN.decode(code, scale)[1].item() == pytest.approx(-4 * (64 / 127) ** 2)
+    code, scale = SQUARE.encode(x.abs())
+    # the fourth root of 1/4 is 180.3 of 255; what is not 0 stays above it
+    assert code[:4].tolist() == [255, 180, 1, 0]
+    moments = torch.randn(10_000)
+    errors = [
+        ((code.decode(*code.encode(values)) - values).norm() / values.norm()).item()
+        for code, values in ((MEAN, moments), (SQUARE, moments.square()))
+    ]
+    assert 0.001 < errors[0] < 0.008
+    assert 0.001 < errors[1] < 0.010
+
+
+@pytest.mark.slow
+def test_moments_in_bytes_are_near_float32_ones_and_equal_at_every_number_of_slots(folder):
+    eight = dataclasses.replace(OPTIONS, state_bits=8)
+    expected = tune(folder, "bits32", cache_experts=4)
+    found = tune(folder, "bits8", eight, cache_experts=4)
+    tune(folder, "bits8_again", dataclasses.replace(eight, steps=4), cache_experts=1)
+    again = tune(folder, "bits8_again", eight, cache_experts=16, resume=True)
+    assert all(torch.equal(value, again[key]) for key, value in found.items())
+    begun = AutoModelForCausalLM.from_pretrained(folder / "float32").state_dict()
+    experts = [key for key in begun if ".experts." in key]
+    change = sum((expected[key] - begun[key]).double().square().sum() for key in experts) ** 0.5
+    error = sum((found[key] - expected[key]).double().square().sum() for key in experts) ** 0.5
+    assert 0 < error < 0.02 * change, error / change
+    layer = [(folder / name / "experts" / "layer_000.bin").stat().st_size for name in ("bits8", "bits32")]
+    # 4 + 1 + 1 bytes and scales against 4 + 4 + 4, in blocks of the disk
+    assert 36 * layer[0] == 19 * layer[1]

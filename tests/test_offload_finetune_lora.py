@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -11,6 +12,8 @@ import offload
 from experiments.evidence.resident import load_resident
 from offload.finetune.examples import NO_LOSS
 from offload.finetune.methods.adapters import Adapters
+from offload.finetune.methods.expert_adapters import most_used
+from routing.traces import RoutingTrace
 from tests.small_tuning import LENGTH, rows_of, save_examples, save_model
 
 OPTIONS = offload.TuneOptions(
@@ -119,6 +122,54 @@ def test_shared_adapters_are_those_of_one_adapter_for_all_experts(folder, tmp_pa
     of_layer = [value for name, value in expected.items() if "layers.0.mlp.experts.base_layer" in name]
     assert torch.allclose(grads[0][2], of_layer[0].view(8, 4, -1).sum(0), rtol=1e-9)
     assert torch.allclose(grads[0][3], of_layer[1].view(-1, 4, 8).sum(-1), rtol=1e-9)
+
+
+def usage_trace(file, chosen_LE):
+    """A trace in which expert `e` of a layer is chosen as often as the layer's list says."""
+    columns = [np.repeat(np.arange(8), counts) for counts in chosen_LE]
+    expert_TLK = np.stack(columns, axis=1)[:, :, None].astype(np.int16)
+    RoutingTrace(
+        expert_TLK=expert_TLK, sequence_T=np.zeros(len(expert_TLK), np.int32), metadata={"num_experts": 8}
+    ).save(file)
+    return str(file)
+
+
+def test_the_most_used_experts_have_adapters_by_hand(folder, tmp_path):
+    usage = usage_trace(tmp_path / "usage.npz", [[1, 5, 0, 2, 2, 0, 0, 0], [0, 0, 3, 0, 3, 0, 4, 0]])
+    owners = most_used(RoutingTrace.load(usage), 0.25, [8, 8])
+    # of equals, 3 and 4 of the first layer, the lower id goes first
+    assert owners == [[None, 0, None, 1, None, None, None, None], [None, None, 0, None, None, None, 1, None]]
+    with pytest.raises(ValueError, match="2 layers of 8 experts, the model 3 of 8"):
+        most_used(RoutingTrace.load(usage), 0.25, [8, 8, 8])
+    with pytest.raises(ValueError, match="come together"):
+        dataclasses.replace(OPTIONS, experts="used")
+    options = dataclasses.replace(OPTIONS, experts="used", usage=usage, targets=(), adapt_routers=False)
+    rows = rows_of(folder / "float32", folder / "data.jsonl")
+    grads = []
+    for slots in (1, 8):
+        method = Adapters(folder / "float64", tmp_path, options, rows, cache_experts=slots)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for value in method._trained:
+                value.normal_(0.0, 0.05)
+        method.gradients(0)
+        grads.append([value.grad.clone() for value in method.of_experts.parameters])
+        (tmp_path / "used").mkdir(exist_ok=True)
+        method.publish(tmp_path / "used")
+        method.close()
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    # PEFT loads the file by itself, and its gradients at the chosen experts are ours
+    resident = load_resident(folder / "float64", experts_implementation="eager")
+    expected = resident_gradients(folder, resident, tmp_path / "used", options)
+    of_layer = [value for name, value in expected.items() if "layers.0.mlp.experts.base_layer" in name]
+    b_OrE = of_layer[1].view(-1, 4, 8)
+    for place, expert in enumerate((1, 3)):
+        first = 4 * place
+        assert torch.allclose(grads[0][first + 2], of_layer[0].view(8, 4, -1)[expert], rtol=1e-9)
+        assert torch.allclose(grads[0][first + 3], b_OrE[:, :, expert], rtol=1e-9)
+    saved = load_file(tmp_path / "used" / "adapter_model.safetensors")
+    (written,) = [value for name, value in saved.items() if "layers.0" in name and "base_layer.lora_B" in name]
+    assert [e for e in range(8) if written.view(-1, 4, 8)[:, :, e].any()] == [1, 3]
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])

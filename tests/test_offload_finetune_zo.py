@@ -1,7 +1,6 @@
 """Forward-only fine-tuning: bit-equal to the same method on a resident model, at every number of slots."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from offload.checkpoint.model_folder import skeleton_of
 from offload.finetune.examples import NO_LOSS
 from offload.finetune.methods.forward_only import RESIDENT, Direction, moved, perturbed
 from offload.finetune.run import read_log
-from offload.finetune.storage import records
 from offload.formats.catalogue import form_in_place
 from tests.small_tuning import LENGTH, rows_of, save_examples, save_model
 
@@ -139,24 +137,3 @@ def test_continues_bit_by_bit_after_its_last_commit(folder):
     tune(folder, "killed", cache_experts=5, resume=True)
     expected = weights_of(folder / "whole")
     assert all(torch.equal(value, expected[name]) for name, value in weights_of(folder / "killed").items())
-
-
-@pytest.mark.slow
-def test_the_full_disk_is_one_line_and_leaves_the_last_commit(folder, monkeypatch):
-    written, pwrite = [], os.pwrite
-
-    def write(descriptor, data, offset):
-        written.append(len(data))
-        if len(written) > 40:
-            raise OSError(28, "No space left on device")
-        return pwrite(descriptor, data, offset)
-
-    monkeypatch.setattr(records.os, "pwrite", write)
-    with pytest.raises(OSError, match="the disk is full; the run is intact"):
-        tune(folder, "full_disk", dataclasses.replace(OPTIONS, steps=6, checkpoint_every=1), cache_experts=2)
-    monkeypatch.undo()
-    options = dataclasses.replace(OPTIONS, steps=3, checkpoint_every=1)
-    tune(folder, "full_disk", options, cache_experts=2, resume=True)
-    tune(folder, "whole_again", options, cache_experts=2)
-    expected = weights_of(folder / "whole_again")
-    assert all(torch.equal(value, expected[name]) for name, value in weights_of(folder / "full_disk").items())

@@ -67,6 +67,12 @@ def _spread(model: Any, plan_file: Path | None) -> None:
         SharedBatchExperts(bank, torch.from_numpy(rank_E), distributed.group.WORLD)
 
 
+def _peers() -> Any:
+    from ..train.distributed.peers import GroupPeers
+
+    return GroupPeers()
+
+
 PROCESSES = Processes(
-    are_started=is_worker, start=lambda count: launch(sys.argv[1:], count), join=_join, spread=_spread
+    are_started=is_worker, peers=_peers, start=lambda count: launch(sys.argv[1:], count), join=_join, spread=_spread
 )

@@ -21,12 +21,14 @@ class Processes:
 
     Args:
         are_started: whether this is one of them.
+        peers: meets the others for a run of fine-tuning, as `offload.fine_tune` takes them.
         start: runs this command line on so many processes; the exit code.
         join: meets the others; every process but one says nothing from then on. True for the one that speaks.
         spread: leaves each expert of a loaded model to one process, as a plan file says, or in equal parts (None).
     """
 
     are_started: Callable[[], bool]
+    peers: Callable[[], Any]
     start: Callable[[int], int]
     join: Callable[[], bool]
     spread: Callable[[Any, Path | None], None]
@@ -40,6 +42,17 @@ def join_processes(processes: Processes) -> None:
     _joined[:] = [processes]
 
 
+def joined_processes() -> Processes:
+    """How a command runs on several processes.
+
+    Raises:
+        ValueError: if nobody said it.
+    """
+    if not _joined:
+        raise ValueError("several processes are started by the command `expertier` only")
+    return _joined[0]
+
+
 def processes_of(cpu_memory: str, trace: Path | None) -> Processes:
     """How to run on several processes.
 
@@ -50,6 +63,4 @@ def processes_of(cpu_memory: str, trace: Path | None) -> Processes:
         raise ValueError("--trace records one process; leave --processes out")
     if cpu_memory == "auto":
         raise ValueError("with --processes say what each process may use: --cpu-memory SIZE")
-    if not _joined:
-        raise ValueError("several processes are started by the command `expertier` only")
-    return _joined[0]
+    return joined_processes()

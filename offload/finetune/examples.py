@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from moe import open_tokenizer, text_of
 
 from ..text.conversation import PLAIN_TEMPLATE
+from .options import TuneOptions
 
 NO_LOSS = -100
 """The label of a token that is not to be learnt; torch's cross entropy leaves it out."""
@@ -33,7 +34,7 @@ Example = tuple[list[int], list[bool]]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class PackedRows:
     """Packed rows.
 
     Args:
@@ -45,6 +46,13 @@ class Rows:
     token_NS: NDArray[np.int64]
     label_NS: NDArray[np.int64]
     fingerprint: str
+
+    def batches(self, step: int, options: TuneOptions) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Ids and labels of all micro-batches of the step after `step` others."""
+        return [
+            self.batch(step, micro, options.accumulation, options.batch_size, options.seed)
+            for micro in range(options.accumulation)
+        ]
 
     def batch(
         self, step: int, micro: int, accumulation: int, batch_size: int, seed: int
@@ -67,7 +75,7 @@ class Rows:
         return int(np.random.default_rng([seed, epoch]).permutation(len(self.token_NS))[inside])
 
 
-def read_rows(data: str | Path, model_folder: Path, vocab_size: int, length: int) -> Rows:
+def read_rows(data: str | Path, model_folder: Path, vocab_size: int, length: int) -> PackedRows:
     """Read and pack examples.
 
     A `.jsonl` file has one object per line: `{"text": ...}`, `{"prompt": ..., "completion": ...}` or
@@ -95,7 +103,7 @@ def read_rows(data: str | Path, model_folder: Path, vocab_size: int, length: int
             f"data {data}: token id {largest}, but the model has {vocab_size} tokens; is this its tokenizer?"
         )
     digest = hashlib.blake2b(token_NS.tobytes() + label_NS.tobytes(), digest_size=8).hexdigest()
-    return Rows(token_NS, label_NS, digest)
+    return PackedRows(token_NS, label_NS, digest)
 
 
 class _Encoder:

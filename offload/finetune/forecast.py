@@ -23,8 +23,9 @@ from ..memory.budget import MemoryPlan
 from ..runtime.opening import OpenedCheckpoint, open_headers
 from ..runtime.options import LoadOptions
 from .methods.adapters import adapter_bytes
-from .methods.all_parameters import GRADIENT_BYTES, held_bytes, num_elements, record_bytes
+from .methods.all_parameters import GRADIENT_BYTES, held_bytes
 from .methods.forward_only import versions_bytes
+from .methods.record_layout import RecordLayout
 from .options import TuneOptions
 from .passing.opening import divide_for_tuning
 
@@ -52,6 +53,7 @@ class TuneForecast:
         shortfall: which budget would do, if it is too small.
         other_elements: parameters outside experts, input embedding excluded.
         disk_bytes: what a run keeps on the disk at most, besides the checkpoint.
+        state_bits: of moments in records.
     """
 
     method: str
@@ -61,6 +63,7 @@ class TuneForecast:
     shortfall: str | None
     other_elements: int
     disk_bytes: int
+    state_bits: int = 32
 
     def touched(self, tokens: int) -> list[float]:
         """Experts of each layer that a step of so many tokens touches."""
@@ -82,15 +85,16 @@ class TuneForecast:
                 written += touched * form.layer.plain_bytes
             if self.method == "full":
                 late = touched * (1 - touched / form.layer.num_experts)
-                read += (touched + late) * record_bytes(form)
-                written += (touched + late) * record_bytes(form)
-                gradients += touched * 4 * num_elements(form)
+                layout = RecordLayout(form, self.state_bits)
+                read += (touched + late) * layout.nbytes
+                written += (touched + late) * layout.nbytes
+                gradients += touched * 4 * layout.num_elements
         spilled = max(gradients - GRADIENT_BYTES, 0.0)
         return read + spilled, written + spilled
 
     def compute_s(self, tokens: int, flops_per_s: float) -> float:
         """Seconds of a step's products."""
-        active = sum(num_elements(form) * min(self.top_k, form.layer.num_experts) for form in self.forms)
+        active = sum(RecordLayout(form).num_elements * min(self.top_k, form.layer.num_experts) for form in self.forms)
         flops = FLOPS_OF_EXPERTS[self.method] * active + FLOPS_OF_OTHERS[self.method] * self.other_elements
         return tokens * flops / flops_per_s
 
@@ -165,13 +169,14 @@ def foresee(model: str | Path, options: TuneOptions, cpu_memory: str | int = "au
         shortfall=shortfall,
         other_elements=(weight_bytes(opened.model) - embedding_bytes(opened.model)) // opened.model.dtype.itemsize,
         disk_bytes=_disk_bytes(opened, options),
+        state_bits=options.state_bits,
     )
 
 
 def _kept(options: TuneOptions) -> Callable[[OpenedCheckpoint], int]:
     kept: dict[str, Callable[[OpenedCheckpoint], int]] = {
         "zo": versions_bytes,
-        "full": held_bytes,
+        "full": lambda opened: held_bytes(opened, options),
         "lora": lambda opened: adapter_bytes(opened, options),
     }
     return kept[options.method]
@@ -181,8 +186,12 @@ def _disk_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int:
     """Records of all experts, twice: a commit keeps its places until the next one is whole."""
     if options.method == "lora":
         return adapter_bytes(opened, options)
-    of_one = record_bytes if options.method == "full" else (lambda form: form.layer.plain_bytes)
-    return 2 * sum(of_one(form) * form.layer.num_experts for form in opened.forms)
+    total = 0
+    for form in opened.forms:
+        is_full = options.method == "full"
+        of_one = RecordLayout(form, options.state_bits).nbytes if is_full else form.layer.plain_bytes
+        total += of_one * form.layer.num_experts
+    return 2 * total
 
 
 def product_flops(forms: list[Form]) -> float:

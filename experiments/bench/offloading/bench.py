@@ -68,8 +68,8 @@ def bench_offload(
     contestants = tuple(contestant or defaults_of(form))
     check_contestants(contestants, predictor, form)
     check_parity(form)
-    _ensure_checkpoint(checkpoint, trace, rows, form)
-    bandwidth, console, results = _read_bandwidth(checkpoint), plain_console(), []
+    ensure_checkpoint(checkpoint, trace, rows, form)
+    bandwidth, console, results = read_bandwidth(checkpoint), plain_console(), []
     console.print(f"the disk gives {bandwidth / 1e9:.2f} GB/s to 4 threads, 4 MiB a read, O_DIRECT", highlight=False)
     for text in limit or DEFAULT_LIMITS:
         for name in contestants:
@@ -109,7 +109,7 @@ def _bench_gpu(
     from .gpu import CONTESTANTS, bench_gpu
 
     open_lane(device, "auto", None)
-    _ensure_checkpoint(checkpoint, trace, rows, form)
+    ensure_checkpoint(checkpoint, trace, rows, form)
     limits, contestants = limit or ["8GiB", "4GiB"], contestant or list(CONTESTANTS)
     bench_gpu(checkpoint, limits, contestants, prefill, decode, json_file, record=record)
 
@@ -208,7 +208,18 @@ def _bound(result: dict[str, Any], bandwidth: float) -> float | None:
     return bandwidth / missed if missed else None
 
 
-def _ensure_checkpoint(checkpoint: Path, trace: Path | None, rows: int, form: str) -> None:
+def ensure_checkpoint(checkpoint: Path, trace: Path | None, rows: int, form: str) -> None:
+    """Build a replay checkpoint where there is none, and check that it routes as recorded.
+
+    Args:
+        checkpoint: its folder.
+        trace: to build it from, or to check it against; None for a checkpoint that is there.
+        rows: of the trace.
+        form: how its experts are stored.
+
+    Raises:
+        ValueError: if it cannot be built, or is of another form or trace.
+    """
     from routing.traces import RoutingTrace
 
     from ...evidence.replay import build_replay, check_replay, form_of, usual_size
@@ -225,7 +236,8 @@ def _ensure_checkpoint(checkpoint: Path, trace: Path | None, rows: int, form: st
             raise ValueError(f"{checkpoint} routes only {share:.2%} of the experts as recorded; build it again")
 
 
-def _read_bandwidth(checkpoint: Path) -> float:
+def read_bandwidth(checkpoint: Path) -> float:
+    """Bytes per second that 4 threads read of a checkpoint's largest file, 4 MiB at a time, past the page cache."""
     from offload import disk_bandwidth
 
     drop_cached(checkpoint)

@@ -105,11 +105,16 @@ def load_model(name: str, checkpoint: Path, limit: str, context: int, predictor:
         return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     if row.engine == "accelerate":
         folder = tempfile.mkdtemp(prefix="expertier-accelerate-", dir=os.environ.get("TMPDIR"))
-        room = int(parse_size(limit) * WEIGHTS_SHARE) - WORKING_BYTES
+        room = {"cpu": weights_room(limit)}
         return transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.bfloat16, device_map="auto", max_memory={"cpu": room}, offload_folder=folder
+            checkpoint, dtype=torch.bfloat16, device_map="auto", max_memory=room, offload_folder=folder
         ).eval()
     raise ValueError(f"{name} runs in {row.engine}, not in torch")
+
+
+def weights_room(limit: str) -> int:
+    """Bytes that accelerate may fill with weights under a memory limit such as `6GiB`."""
+    return int(parse_size(limit) * WEIGHTS_SHARE) - WORKING_BYTES
 
 
 def compressed_of(checkpoint: Path) -> Path:

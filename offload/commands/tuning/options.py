@@ -10,6 +10,9 @@ from routing.ground.quantity import parse_size
 from ...finetune.options import DTYPES, EXPERT_ADAPTERS, METHODS, TuneOptions
 from ..options import CacheExperts, CpuMemory
 
+OF_THE_COMMAND = ("cpu_memory", "cache_experts", "targets", "activation_memory")
+"""Flags that TuneOptions lacks, or has in another form."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions:
@@ -33,12 +36,19 @@ class FinetuneOptions:
         int,
         typer.Option("--accumulation", min=1, help="Micro-batches per step; experts are read once for all of them."),
     ] = 1
+    processes: Annotated[
+        int,
+        typer.Option("--processes", min=1, help="zo: processes that share a step; --cpu-memory is that of each one."),
+    ] = 1
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", help="Default: 1e-6 for zo, 2e-4 for lora, 1e-5 for full.")
     ] = None
     warmup_steps: Annotated[int, typer.Option("--warmup-steps", min=0, help="Steps in which the rate rises.")] = 0
     decay: Annotated[bool, typer.Option("--decay", help="Let the rate fall to 0 at the last step.")] = False
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0, help="Of AdamW, on matrices.")] = 0.0
+    state_bits: Annotated[
+        int, typer.Option("--state-bits", help="full: 32; or 8, not exact: half the bytes of an expert's record.")
+    ] = 32
     clip_norm: Annotated[
         float, typer.Option("--clip-norm", min=0, help="Largest norm of a step's gradient; 0 does not clip.")
     ] = 1.0
@@ -46,6 +56,10 @@ class FinetuneOptions:
     checkpoint_every: Annotated[
         int, typer.Option("--checkpoint-every", min=1, help="Steps between commits; a killed run goes on after one.")
     ] = 50
+    activation_memory: Annotated[
+        str | None,
+        typer.Option("--activation-memory", help="lora, full: a share of memory such as 2GiB; the rest is spilled."),
+    ] = None
     dtype: Annotated[str, typer.Option("--dtype", help=f"Of the running model: {', '.join(DTYPES)}.")] = "auto"
     epsilon: Annotated[float, typer.Option("--epsilon", help="zo: size of a perturbation.")] = 1e-3
     rank: Annotated[int, typer.Option("--rank", min=1, help="lora: rank of each adapter.")] = 8
@@ -56,6 +70,10 @@ class FinetuneOptions:
     experts: Annotated[
         str, typer.Option("--experts", help=f"lora: adapters of experts: {', '.join(EXPERT_ADAPTERS)}.")
     ] = "each"
+    usage: Annotated[str | None, typer.Option("--usage", help="lora: a trace of the model, for --experts used.")] = None
+    expert_share: Annotated[
+        float, typer.Option("--expert-share", help="lora: of each layer's experts, the most used ones of --usage.")
+    ] = 0.25
     adapt_routers: Annotated[bool, typer.Option("--adapt-routers", help="lora: adapt routers, too.")] = False
 
     def __post_init__(self) -> None:
@@ -67,8 +85,8 @@ class FinetuneOptions:
 
     def for_run(self) -> TuneOptions:
         """The settings that the run keeps."""
-        own: dict[str, Any] = {
-            name: value for name, value in vars(self).items() if name not in ("cpu_memory", "cache_experts", "targets")
-        }
+        own: dict[str, Any] = {name: value for name, value in vars(self).items() if name not in OF_THE_COMMAND}
+        if self.activation_memory is not None:
+            own["activation_bytes"] = parse_size(self.activation_memory)
         targets = () if self.targets == "none" else tuple(name.strip() for name in self.targets.split(","))
         return TuneOptions(**own, targets=targets)

@@ -10,24 +10,26 @@ stored in fewer bits.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from routing.traces import RoutingTrace
+
 from ...checkpoint.experts import ExpertLayer, experts_modules
-from ...compute.adapters import Adapted, LowRank, shown_to_peft, take_over
+from ...compute.adapters import Adapted, shown_to_peft, take_over
 from ...runtime.opening import OpenedCheckpoint
-from ..examples import Rows
+from ..examples import PackedRows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
-from ..passing.losses import backward_pass, learnt_tokens
-from ..passing.opening import TunedModel, open_tuned
+from ..passing.losses import backward_passes
+from ..passing.opening import TunedModel, open_tuned, spilled_activations
+from .expert_adapters import ExpertAdapters, OwnedAdapters, most_used, num_chosen
 
-ADAM_BYTES = 16
-"""Of one parameter of an adapter in float32: itself, its gradient and two moments."""
+ADAM_BYTES, WRITTEN_BYTES = 16, 4
+"""Of one parameter of an adapter in float32: itself, its gradient and two moments; and where it is only written."""
 
 
 class Adapters:
@@ -41,18 +43,19 @@ class Adapters:
         memory: `cache_experts` or `cpu_memory`, as `open_tuned` takes them.
     """
 
-    def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: Rows, **memory: Any) -> None:
+    def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: PackedRows, **memory: Any) -> None:
         self._source, self._options, self._rows = source, options, rows
         self._tuned: TunedModel = open_tuned(
             source, options, **memory, kept_bytes=lambda opened: adapter_bytes(opened, options)
         )
         self.experts = self._tuned.experts
         self.experts.method = self
+        self._owner_LE = _owners(self._tuned.layers, options)
         self.peft, adapted = _adapted(self._tuned, source, options)
-        kind = SharedAdapters if options.experts == "shared" else ExpertAdapters
-        self.of_experts: ExpertAdapters = kind(adapted)
+        self.of_experts = OwnedAdapters(adapted, self._owner_LE) if self._owner_LE else ExpertAdapters(adapted)
         others = [value for value in self.peft.parameters() if value.requires_grad]
         self._trained = [*others, *self.of_experts.parameters]
+        self._spilled = spilled_activations(self._tuned, out, options)
         self._optimizer = torch.optim.AdamW(
             self._trained,
             lr=options.rate,
@@ -64,6 +67,8 @@ class Adapters:
     def close(self) -> None:
         """End threads, close files."""
         self._tuned.close()
+        if self._spilled is not None:
+            self._spilled.close()
 
     def step(self, number: int) -> dict[str, Any]:
         """One step of AdamW on all adapters."""
@@ -77,16 +82,10 @@ class Adapters:
 
     def gradients(self, number: int) -> float:
         """Add a step's gradients to those of the adapters; its loss."""
-        options = self._options
-        batches = [
-            self._rows.batch(number, micro, options.accumulation, options.batch_size, options.seed)
-            for micro in range(options.accumulation)
-        ]
-        num_learnt = learnt_tokens([labels for _, labels in batches])
-        passes = [partial(backward_pass, self.peft, ids, labels, num_learnt) for ids, labels in batches]
-        losses = self.experts.lockstep.run(passes, self.experts.answer)
+        batches = self._rows.batches(number, self._options)
+        loss = backward_passes(self.peft, self.experts, batches, self._spilled)
         self.of_experts.finish()
-        return float(sum(losses))
+        return loss
 
     def enter(self, number: int) -> None:
         """All passes see the same model."""
@@ -105,7 +104,7 @@ class Adapters:
         for number, value in enumerate(self._trained):
             for name, moment in self._optimizer.state[value].items():
                 tensors[f"{name}.{number}"] = moment.clone()
-        return tensors, {}
+        return tensors, {"owners": self._owner_LE}
 
     def committed(self) -> None:
         """Nothing on the disk waits for a commit."""
@@ -114,8 +113,10 @@ class Adapters:
         """Continue from a commit.
 
         Raises:
-            KeyError, RuntimeError: if it is of other adapters.
+            KeyError, RuntimeError, ValueError: if it is of other adapters.
         """
+        if facts["owners"] != self._owner_LE:
+            raise ValueError("the run was begun with adapters of other experts; give it the same --usage")
         for number, value in enumerate(self._trained):
             value.data.copy_(tensors[f"adapter.{number}"])
             moments = (name for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{number}" in tensors)
@@ -154,6 +155,17 @@ def _adapted(tuned: TunedModel, source: str | Path, options: TuneOptions) -> tup
     return peft.eval(), take_over(peft, tuned.layers, modules)
 
 
+def _owners(layers: Sequence[ExpertLayer], options: TuneOptions) -> list[list[int | None]]:
+    """Which adapter each expert has, where there are fewer than experts; else empty."""
+    if options.experts == "shared":
+        return [[0] * layer.num_experts for layer in layers]
+    if options.experts == "used":
+        assert options.usage is not None
+        trace = RoutingTrace.load(options.usage)
+        return most_used(trace, options.expert_share, [layer.num_experts for layer in layers])
+    return []
+
+
 def _of_experts(layers: Sequence[ExpertLayer]) -> list[str]:
     """Names of the matrices of experts without the numbers of layers, as PEFT's configuration has them."""
     names = {_without_number(parameter.full_name) for layer in layers for parameter in layer.parameters}
@@ -184,105 +196,16 @@ def _router_parameters(model: Any, layers: Sequence[ExpertLayer]) -> list[str]:
 
 def adapter_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int:
     """What adapters take, AdamW's moments and gradients included."""
-    elements = sum(
-        form.layer.num_experts * options.rank * sum(sum(parameter.shape) for parameter in form.layer.parameters)
-        for form in (() if options.experts == "none" else opened.forms)
-    )
     linears = (module for module in opened.model.modules() if isinstance(module, nn.Linear))
-    elements += sum(options.rank * (linear.in_features + linear.out_features) for linear in linears)
-    return ADAM_BYTES * elements
-
-
-class ExpertAdapters:
-    """One adapter for each expert, in PEFT's own tensors.
-
-    Args:
-        adapted_L: PEFT's wrappers of each layer; none where experts are not adapted.
-    """
-
-    def __init__(self, adapted_L: Sequence[Adapted]) -> None:
-        self._adapted_L = list(adapted_L)
-        self.parameters: list[nn.Parameter] = []
-        """Trained tensors that PEFT does not know."""
-
-    def factors(self, layer: int, expert: int) -> dict[str, LowRank]:
-        """An expert's adapters by parameter name; their factors collect gradients."""
-        return {name: _leaf(matrix.of(expert)) for name, matrix in self._adapted_L[layer].items()}
-
-    def take(self, layer: int, expert: int, factors: Mapping[str, LowRank]) -> None:
-        """Add what the factors of one expert have collected to the gradients of PEFT's tensors."""
-        for name, matrix in self._adapted_L[layer].items():
-            grad_a, grad_b = (_grad_of(weight) for weight in matrix.weights)
-            grad_a.view(matrix.a_ErI.shape)[expert] += factors[name].a_rI.grad
-            grad_b.view(matrix.b_OrE.shape)[:, :, expert] += factors[name].b_Or.grad
-
-    def finish(self) -> None:
-        """All gradients of a step are there; experts that no token visited have zeros, as in a resident model."""
-        for adapted in self._adapted_L:
-            for matrix in adapted.values():
-                for weight in matrix.weights:
-                    _grad_of(weight)
-
-    def publish(self) -> None:
-        """PEFT's tensors hold everything already."""
-
-
-class SharedAdapters(ExpertAdapters):
-    """One adapter for all experts of a layer. PEFT's format has one for each, so it is written once for each.
-
-    Args:
-        adapted_L: PEFT's wrappers of each layer; the first expert's share is where the shared adapter begins.
-    """
-
-    def __init__(self, adapted_L: Sequence[Adapted]) -> None:
-        super().__init__(adapted_L)
-        self._shared_L = [{name: _own(matrix.of(0)) for name, matrix in adapted.items()} for adapted in adapted_L]
-        self.parameters = [part for shared in self._shared_L for low in shared.values() for part in _factors(low)]
-        self._collected: dict[tuple[int, int], Mapping[str, LowRank]] = {}
-        for adapted in adapted_L:
-            for matrix in adapted.values():
-                for weight in matrix.weights:
-                    weight.requires_grad_(False)
-
-    def factors(self, layer: int, expert: int) -> dict[str, LowRank]:
-        return {name: _leaf(low) for name, low in self._shared_L[layer].items()}
-
-    def take(self, layer: int, expert: int, factors: Mapping[str, LowRank]) -> None:
-        self._collected[layer, expert] = factors
-
-    def finish(self) -> None:
-        """Add the gradients of all experts, in the order of their ids whichever was there first."""
-        for weight in self.parameters:
-            _grad_of(weight)
-        for (layer, _), factors in sorted(self._collected.items(), key=lambda pair: pair[0]):
-            for name, low in self._shared_L[layer].items():
-                for weight, part in zip(_factors(low), _factors(factors[name]), strict=True):
-                    _grad_of(weight).add_(part.grad)
-        self._collected.clear()
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Write the shared adapter into each expert's place."""
-        for adapted, shared in zip(self._adapted_L, self._shared_L, strict=True):
-            for name, matrix in adapted.items():
-                matrix.a_ErI.copy_(shared[name].a_rI.expand_as(matrix.a_ErI))
-                matrix.b_OrE.copy_(shared[name].b_Or.unsqueeze(-1).expand_as(matrix.b_OrE))
-
-
-def _leaf(low: LowRank) -> LowRank:
-    return LowRank(*(part.detach().clone().requires_grad_() for part in _factors(low)), low.scale)
-
-
-def _own(low: LowRank) -> LowRank:
-    return LowRank(*(nn.Parameter(part.detach().clone()) for part in _factors(low)), low.scale)
-
-
-def _factors(low: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
-    return low.a_rI, low.b_Or
-
-
-def _grad_of(weight: torch.Tensor) -> torch.Tensor:
-    """The gradient of a trained tensor, zeros at first."""
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    return weight.grad
+    found = ADAM_BYTES * sum(options.rank * (linear.in_features + linear.out_features) for linear in linears)
+    if options.experts == "none":
+        return found
+    for form in opened.forms:
+        of_one = options.rank * sum(sum(parameter.shape) for parameter in form.layer.parameters)
+        count = form.layer.num_experts
+        if options.experts == "each":
+            found += ADAM_BYTES * of_one * count
+        else:
+            trained = 1 if options.experts == "shared" else num_chosen(options.expert_share, count)
+            found += ADAM_BYTES * of_one * trained + WRITTEN_BYTES * of_one * count
+    return found

@@ -7,39 +7,37 @@ One step, with all micro-batches at a layer before any goes on:
 3. The norm of all gradients is known now. Each touched expert's record is read, stepped and written back, while the
    next one is read and the last one written.
 
-Everything outside experts stays in memory, with its own float32 copies and moments.
+Everything outside experts stays in memory, with its own float32 copies and moments. Moments of experts may be stored
+in bytes (`state_bits` 8), which is not exact: they are rounded whenever a record is written.
 
 Source: exact replay of missed steps as in `adamw.py`; all micro-batches of a layer first: GreedySnake, Yue, Yin
 and Qian 2025, arXiv:2512.17570.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...formats.form import Form
 from ...runtime.opening import OpenedCheckpoint
-from ..examples import Rows
+from ..examples import PackedRows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
-from ..passing.losses import backward_pass, learnt_tokens
-from ..passing.opening import TunedModel, open_tuned
-from ..storage.export import LayerWeights, write_model
+from ..passing.losses import backward_passes
+from ..passing.opening import spilled_activations
 from ..storage.gradients import KeptGradients
-from ..storage.overlay import OverlaidForm, expect_plain
-from ..storage.records import ExpertRecords
 from .adamw import AdamVector, AdamW
+from .record_layout import RecordLayout
+from .whole_model import WholeModel
 
 GRADIENT_BYTES = 1 << 30
 """Gradients of experts that stay in memory until the step; the rest is written and read once more. Not tuned."""
 
 
-class AllParameters:
+class AllParameters(WholeModel):
     """The method `full`.
 
     Args:
@@ -50,40 +48,27 @@ class AllParameters:
         memory: `cache_experts` or `cpu_memory`, as `open_tuned` takes them.
     """
 
-    def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: Rows, **memory: Any) -> None:
-        self._source, self._out, self._options, self._rows = source, out, options, rows
-        self._tuned: TunedModel = open_tuned(source, options, **memory, overlay=self._overlay, kept_bytes=held_bytes)
-        self._model, self.experts = self._tuned.model, self._tuned.experts
+    def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: PackedRows, **memory: Any) -> None:
+        super().__init__(source, out, options, rows, **sizes_of(options), **memory)
+        self._layouts = [RecordLayout(form, options.state_bits) for form in self._tuned.forms]
         self.experts.method = self
         self._adamw = AdamW(options.rate_at, options.beta1, options.beta2, options.weight_decay)
-        self._parameters = [value for value in self._model.parameters() if value.is_floating_point()]
         for parameter in self._parameters:
             parameter.requires_grad_(True)
         self._resident = [AdamVector.begun(value.detach().float().clone()) for value in self._parameters]
+        self._spilled = spilled_activations(self._tuned, out, options)
         self._kept = KeptGradients(GRADIENT_BYTES, out / "experts")
-        self._step = 0
-
-    def _overlay(self, forms: Sequence[Form]) -> list[Form]:
-        plain = expect_plain(forms, "full")
-        self._records = ExpertRecords(self._out / "experts", [record_bytes(form) for form in plain])
-        return [OverlaidForm(form.layer, number, self._records) for number, form in enumerate(plain)]
 
     def close(self) -> None:
-        """End threads, close files."""
-        self._tuned.close()
-        self._records.close()
+        super().close()
         self._kept.close()
+        if self._spilled is not None:
+            self._spilled.close()
 
     def step(self, number: int) -> dict[str, Any]:
         """One step of AdamW on everything."""
         options, self._step = self._options, number + 1
-        batches = [
-            self._rows.batch(number, micro, options.accumulation, options.batch_size, options.seed)
-            for micro in range(options.accumulation)
-        ]
-        num_learnt = learnt_tokens([labels for _, labels in batches])
-        passes = [partial(backward_pass, self._model, ids, labels, num_learnt) for ids, labels in batches]
-        loss = float(sum(self.experts.lockstep.run(passes, self.experts.answer)))
+        loss = backward_passes(self._model, self.experts, self._rows.batches(number, options), self._spilled)
         norm = self._norm()
         scale = min(1.0, options.clip_norm / (norm + 1e-6)) if options.clip_norm else 1.0
         self._step_resident(scale)
@@ -119,7 +104,7 @@ class AllParameters:
                 self._adamw.step(vector, self._kept.take(key) * scale, self._step)
                 if writing is not None:
                     writing.result()
-                writing = threads.submit(self._write, *key, vector, self._step)
+                writing = threads.submit(self._write_vector, *key, vector, self._step)
             if writing is not None:
                 writing.result()
 
@@ -128,7 +113,9 @@ class AllParameters:
 
     def seen(self, layer: int, expert: int, stored: Weights) -> Callable[[int], Seen]:
         """An expert after all earlier steps, with a gradient of its own for each pass."""
-        self._catch_up(layer, expert, stored, self._step - 1)
+        vector = self._caught_up(layer, expert, stored, self._step - 1)
+        if vector is not None:
+            self._write_vector(layer, expert, vector, self._step - 1)
         return lambda number: Seen({name: value.detach().requires_grad_() for name, value in stored.items()})
 
     def take(self, layer: int, expert: int, seen: Sequence[Seen]) -> None:
@@ -140,41 +127,31 @@ class AllParameters:
             total = flat if not len(total) else total + flat
         self._kept.keep((layer, expert), total)
 
-    def _catch_up(self, layer: int, expert: int, stored: Weights, upto: int) -> None:
-        """Let an expert make up for the steps that it missed; its first record is made of the checkpoint's weights."""
+    def _caught_up(self, layer: int, expert: int, stored: Weights, upto: int) -> AdamVector | None:
+        """An expert after the steps that it missed, begun with the checkpoint's weights; None if its record is that."""
         place = self._records.place(layer, expert)
         if place is not None and place.step >= upto:
-            return
+            return None
         vector = self._begun(layer, stored) if place is None else self._vector(layer, expert)
         if place is not None or self._options.weight_decay:
             self._adamw.catch_up(vector, 0 if place is None else place.step, upto)
-        self._write(layer, expert, vector, upto)
+        return vector
 
     def _begun(self, layer: int, stored: Weights) -> AdamVector:
         return AdamVector.begun(torch.cat([weight.float().reshape(-1) for weight in self._form(layer).ordered(stored)]))
 
     def _vector(self, layer: int, expert: int) -> AdamVector:
         """An expert's weights and moments as of the last step that is in its record."""
-        form, data = self._form(layer), self._records.read(layer, expert)
+        data = self._records.read(layer, expert)
         self.experts.visits.traffic.bytes_read += data.nbytes
-        numbers = data[form.layer.plain_bytes if _has_copy(form) else 0 :].view(torch.float32)
-        return AdamVector(*(part.clone() for part in numbers.view(3, -1)))
+        return self._layouts[layer].vector(data)
 
-    def _write(self, layer: int, expert: int, vector: AdamVector, step: int) -> None:
+    def _write_vector(self, layer: int, expert: int, vector: AdamVector, step: int) -> None:
         """Write an expert's record, and its new weights into its slot if it is in one."""
-        form = self._form(layer)
-        weights = _as_stored(form, vector.value)
-        parts = [*form.ordered(weights), vector.value] if _has_copy(form) else [vector.value]
-        self._records.write(layer, expert, [*parts, vector.mean, vector.square], step)
-        self.experts.visits.traffic.bytes_written += record_bytes(form)
+        self._write(layer, expert, self._layouts[layer].parts(vector), step)
         if (held := self.experts.visits.held(layer, expert)) is not None:
-            for name, weight in weights.items():
+            for name, weight in self._layouts[layer].matrices(vector.value).items():
                 held[name].copy_(weight)
-
-    def _form(self, layer: int) -> OverlaidForm:
-        form = self._tuned.forms[layer]
-        assert isinstance(form, OverlaidForm)
-        return form
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Float32 copies and moments of everything outside experts, and the table of records."""
@@ -185,66 +162,40 @@ class AllParameters:
         }
         return tensors, {"records": self._records.secure()}
 
-    def committed(self) -> None:
-        self._records.commit()
-
     def restore(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         """Continue from a commit.
 
         Raises:
             KeyError, RuntimeError: if it is of another model.
         """
-        for number, (parameter, vector) in enumerate(zip(self._parameters, self._resident, strict=True)):
+        self._restore([tensors[f"value.{number}"] for number in range(len(self._parameters))], facts["records"])
+        for number, vector in enumerate(self._resident):
             for name, value in vars(vector).items():
                 value.copy_(tensors[f"{name}.{number}"])
-            parameter.data.copy_(vector.value)
-        self._records.restore(facts["records"])
         self._step = int(facts["step"])
 
-    def publish(self, out: Path) -> None:
-        """Write the model, every expert after the last step."""
-        layers = ((form.layer, self._up_to_date(number)) for number, form in enumerate(self._tuned.forms))
-        write_model(out, self._source, self._model, layers)
-
-    def _up_to_date(self, layer: int) -> LayerWeights:
-        for expert, stored in self.experts.visits(layer, range(self._form(layer).layer.num_experts)):
-            if self._records.place(layer, expert) is not None or self._options.weight_decay:
-                self._catch_up(layer, expert, stored, self._options.steps)
-            yield expert, stored
+    def _finish(self, layer: int, expert: int, stored: Weights) -> None:
+        if self._records.place(layer, expert) is None and not self._options.weight_decay:
+            return
+        vector = self._caught_up(layer, expert, stored, self._options.steps)
+        if vector is not None:
+            for name, weight in self._layouts[layer].matrices(vector.value).items():
+                stored[name].copy_(weight)
 
 
-def _as_stored(form: OverlaidForm, value: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Flat float32 weights as the matrices of the model."""
-    return dict(_split(form, value))
+def sizes_of(options: TuneOptions) -> dict[str, Any]:
+    """How many bytes the method needs on the disk for an expert, and in memory besides the model."""
+    return {
+        "record_bytes": lambda form: RecordLayout(form, options.state_bits).nbytes,
+        "kept_bytes": lambda opened: held_bytes(opened, options),
+    }
 
 
-def _split(form: OverlaidForm, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    start = 0
-    for parameter in form.parameters:
-        count = parameter.nbytes // parameter.dtype.itemsize
-        yield parameter.name, value[start : start + count].to(parameter.dtype).view(parameter.shape)
-        start += count
-
-
-def _has_copy(form: Any) -> bool:
-    """Whether the model computes with other numbers than the float32 ones that are stepped."""
-    return any(parameter.dtype != torch.float32 for parameter in form.layer.parameters)
-
-
-def num_elements(form: Form) -> int:
-    """Parameters of one expert."""
-    return sum(parameter.nbytes // parameter.dtype.itemsize for parameter in form.layer.parameters)
-
-
-def record_bytes(form: Form) -> int:
-    """Of one expert's record: its weights, a float32 copy of them if they are not that themselves, two moments."""
-    return (form.layer.plain_bytes if _has_copy(form) else 0) + 12 * num_elements(form)
-
-
-def held_bytes(opened: OpenedCheckpoint) -> int:
+def held_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int:
     """What the method holds besides the model: float32 copies, gradients and moments of everything outside experts;
-    gradients of experts up to the limit; three experts on their way through the step."""
+    gradients of experts up to the limit; three experts with their moments on their way through the step."""
     resident = sum(parameter.numel() for parameter in opened.model.parameters())
-    elements = [num_elements(form) for form in opened.forms]
-    gradients = sum(4 * count * form.layer.num_experts for count, form in zip(elements, opened.forms, strict=True))
-    return 16 * resident + min(GRADIENT_BYTES, gradients) + 3 * max(record_bytes(form) for form in opened.forms)
+    layouts = [RecordLayout(form, options.state_bits) for form in opened.forms]
+    gradients = sum(4 * layout.num_elements * layout.form.layer.num_experts for layout in layouts)
+    passing = max(layout.nbytes + 12 * layout.num_elements for layout in layouts)
+    return 16 * resident + min(GRADIENT_BYTES, gradients) + 3 * passing

@@ -9,8 +9,13 @@ last step that touched it, whose size is known by now. Then it is perturbed twic
 A step touches the experts that either of its passes routes a token to. Others are neither perturbed nor changed: their
 weights are not in the two losses, so MeZO's change of them would be noise only.
 
+Several processes share a step: each does some of its passes, and all learn every loss and every touched expert. Then
+each moves its own copy of the model by the same numbers. An expert that only others touched is moved when it is
+visited here next, by all steps that it has missed, or in the end.
+
 Source: Malladi et al. 2023 (MeZO), arXiv:2305.17333, algorithm 1; Wang et al. 2025 (ZO2), arXiv:2503.12668
-(the update of the last step at the next visit).
+(the update of the last step at the next visit); Wang et al. 2025 (DistZO2), arXiv:2507.03211 (processes that share
+perturbations).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,17 +27,18 @@ import numpy as np
 import torch
 
 from ...compute.resident import weight_bytes
-from ...formats.form import Form
 from ...runtime.opening import OpenedCheckpoint
-from ..examples import Rows
+from ..examples import PackedRows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
 from ..passing.losses import learnt_tokens, share_of_loss
-from ..passing.opening import TunedModel, open_tuned
-from ..storage.export import LayerWeights, write_model
-from ..storage.overlay import OverlaidForm, expect_plain
-from ..storage.records import ExpertRecords, Key
+from ..peers import Alone, Peers
+from ..storage.records import Key
+from .whole_model import WholeModel
 
+ALONE = Alone()
+Pass = tuple[int, int]
+"""Which side of the weights, 0 or 1, and which micro-batch."""
 RESIDENT = 0
 """In place of a layer's number, which counts from 1 here, in the seeds of everything outside experts."""
 
@@ -52,7 +58,7 @@ class Direction:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Standard normal numbers in float32, of the shape of a tensor."""
-        return torch.randn(tensor.shape, generator=self._generator)
+        return torch.randn(tensor.shape, generator=self._generator, dtype=torch.float32)
 
     def round(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Round float32 numbers to what weights are stored in, in bfloat16 up or down by chance.
@@ -77,7 +83,7 @@ def moved(weights: Sequence[torch.Tensor], by: Direction, size: float) -> list[t
     return [by.round(value, weight.dtype) for value, weight in zip(found, weights, strict=True)]
 
 
-class ForwardOnly:
+class ForwardOnly(WholeModel):
     """The method `zo`.
 
     Args:
@@ -85,56 +91,71 @@ class ForwardOnly:
         out: the run's folder.
         options: the run's settings.
         rows: what to learn.
+        peers: the processes that do the run together.
         memory: `cache_experts` or `cpu_memory`, as `open_tuned` takes them.
     """
 
-    def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: Rows, **memory: Any) -> None:
-        self._source, self._out, self._options, self._rows = source, out, options, rows
-        self._tuned: TunedModel = open_tuned(
-            source, options, **memory, overlay=self._overlay, kept_bytes=versions_bytes
+    def __init__(
+        self,
+        source: str | Path,
+        out: Path,
+        options: TuneOptions,
+        rows: PackedRows,
+        *,
+        peers: Peers = ALONE,
+        **memory: Any,
+    ) -> None:
+        super().__init__(
+            source,
+            out,
+            options,
+            rows,
+            record_bytes=lambda form: form.layer.plain_bytes,
+            kept_bytes=versions_bytes,
+            number=peers.number,
+            **memory,
         )
-        self._model, self.experts = self._tuned.model, self._tuned.experts
+        self._peers = peers
+        self._passes = own_passes(options, peers.number)
         self.experts.method = self
         self.experts.lockstep.enter = self.enter
-        self._parameters = [value for value in self._model.parameters() if value.is_floating_point()]
         self._base = [parameter.data for parameter in self._parameters]
         self._versions: list[list[torch.Tensor]] = []
         self._entered = -1
-        self._step = 0
-        self._pending: dict[Key, int] = {}
+        self._touched: set[Key] = set()
+        self._pending: dict[Key, list[int]] = {}
+        """Steps that an expert has yet to get, in their order."""
         self._sizes: dict[int, float] = {}
         """How far the steps went that some expert has yet to go: rate * (L+ - L-) / (2 epsilon)."""
-
-    def _overlay(self, forms: Sequence[Form]) -> list[Form]:
-        plain = expect_plain(forms, "zo")
-        self._records = ExpertRecords(self._out / "experts", [form.layer.plain_bytes for form in plain])
-        return [OverlaidForm(form.layer, number, self._records) for number, form in enumerate(plain)]
-
-    def close(self) -> None:
-        """End threads, close files."""
-        self._tuned.close()
-        self._records.close()
 
     def step(self, number: int) -> dict[str, Any]:
         """One step; `loss` is the mean of both passes, `gradient_norm` that along the direction."""
         options, self._step = self._options, number + 1
-        batches = [
-            self._rows.batch(number, micro, options.accumulation, options.batch_size, options.seed)
-            for micro in range(options.accumulation)
-        ]
+        batches = self._rows.batches(number, options)
         num_learnt = learnt_tokens([labels for _, labels in batches])
         self._perturb_resident()
-        losses = self.experts.lockstep.run(
-            [partial(self._loss, ids, labels, num_learnt) for _ in range(2) for ids, labels in batches],
-            self.experts.answer,
-        )
-        plus, minus = sum(losses[: len(batches)]), sum(losses[len(batches) :])
+        passes = [partial(self._loss, *batches[micro], num_learnt) for _, micro in self._passes]
+        own = self.experts.lockstep.run(passes, self.experts.answer)
+        plus, minus = self._shared(dict(zip(self._passes, own, strict=True)))
         slope = (plus - minus) / (2 * options.epsilon)
         self._sizes[self._step] = options.rate_at(self._step) * slope
         self._move_resident()
-        self._sizes = {step: size for step, size in self._sizes.items() if step in set(self._pending.values())}
+        waited_for = {step for steps in self._pending.values() for step in steps}
+        self._sizes = {step: size for step, size in self._sizes.items() if step in waited_for}
         loss = (plus + minus) / 2
         return {"loss": loss, "lm_loss": loss, "gradient_norm": abs(slope)}
+
+    def _shared(self, own: dict[Pass, float]) -> tuple[float, float]:
+        """Both losses of the step over all processes, whose touched experts are noted; sums in one order."""
+        losses: dict[Pass, float] = {}
+        for others, touched in self._peers.gather((own, self._touched)):
+            losses |= others
+            self._touched |= touched
+        for key in sorted(self._touched):
+            self._pending.setdefault(key, []).append(self._step)
+        self._touched = set()
+        plus, minus = (sum(losses[sign, micro] for micro in range(self._options.accumulation)) for sign in (0, 1))
+        return plus, minus
 
     @torch.no_grad()
     def _loss(self, token_BS: torch.Tensor, label_BS: torch.Tensor, num_learnt: int) -> float:
@@ -143,7 +164,7 @@ class ForwardOnly:
 
     def enter(self, number: int) -> None:
         """Let the model outside experts be what pass `number` sees."""
-        sign = 0 if number < self._options.accumulation else 1
+        sign, _ = self._passes[number]
         if sign != self._entered:
             for parameter, data in zip(self._parameters, self._versions[sign], strict=True):
                 parameter.data = data
@@ -169,15 +190,16 @@ class ForwardOnly:
 
     def seen(self, layer: int, expert: int, stored: Weights) -> Callable[[int], Seen]:
         """An expert in its slot: brought up to date there, then perturbed in both ways."""
-        self._bring_up_to_date(layer, expert, stored)
-        self._pending[layer, expert] = self._step
+        if (step := self._bring_up_to_date(layer, expert, stored)) is not None:
+            self._write(layer, expert, self._form(layer).ordered(stored), step)
+        self._touched.add((layer, expert))
         direction = Direction(self._options.seed, self._step, (layer + 1, expert))
         form = self._form(layer)
         drawn = [direction.of(weight) for weight in form.ordered(stored)]
         made: dict[int, Seen] = {}
 
         def of_pass(number: int) -> Seen:
-            sign = 0 if number < self._options.accumulation else 1
+            sign, _ = self._passes[number]
             if sign not in made:
                 pairs = zip(form.parameters, drawn, strict=True)
                 names = {parameter.name: z for parameter, z in pairs}
@@ -187,36 +209,31 @@ class ForwardOnly:
 
         return of_pass
 
-    def _bring_up_to_date(self, layer: int, expert: int, stored: Weights) -> None:
-        """Give an expert in its slot the update that it has yet to get, and write its record."""
-        step = self._pending.pop((layer, expert), None)
-        if step is None:
-            return
+    def _bring_up_to_date(self, layer: int, expert: int, stored: Weights) -> int | None:
+        """Give an expert in its slot the updates that it has yet to get; the last one's step, None without any."""
+        steps = self._pending.pop((layer, expert), [])
         weights = self._form(layer).ordered(stored)
-        by = Direction(self._options.seed, step, (layer + 1, expert))
-        for weight, new in zip(weights, moved(weights, by, self._sizes[step]), strict=True):
-            weight.copy_(new)
-        self._records.write(layer, expert, weights, step)
-        self.experts.visits.traffic.bytes_written += self._form(layer).layer.plain_bytes
+        for step in steps:
+            by = Direction(self._options.seed, step, (layer + 1, expert))
+            for weight, new in zip(weights, moved(weights, by, self._sizes[step]), strict=True):
+                weight.copy_(new)
+        return steps[-1] if steps else None
 
-    def _form(self, layer: int) -> OverlaidForm:
-        form = self._tuned.forms[layer]
-        assert isinstance(form, OverlaidForm)
-        return form
+    def _finish(self, layer: int, expert: int, stored: Weights) -> None:
+        self._bring_up_to_date(layer, expert, stored)
 
     def take(self, layer: int, expert: int, seen: Sequence[Seen]) -> None:
         raise AssertionError("a method without a backward pass takes no gradients")
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Weights outside experts, the table of records, and what experts have yet to get."""
-        return {f"{number}": weight for number, weight in enumerate(self._base)}, {
+        """Weights outside experts; for each process the table of records, and what experts have yet to get."""
+        own = {
             "records": self._records.secure(),
-            "pending": {f"{layer}.{expert}": step for (layer, expert), step in self._pending.items()},
+            "pending": {f"{layer}.{expert}": steps for (layer, expert), steps in self._pending.items()},
             "sizes": {str(step): size for step, size in self._sizes.items()},
         }
-
-    def committed(self) -> None:
-        self._records.commit()
+        weights = {f"{number}": weight for number, weight in enumerate(self._base)}
+        return weights, {"processes": self._peers.gather(own)}
 
     def restore(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         """Continue from a commit.
@@ -224,27 +241,20 @@ class ForwardOnly:
         Raises:
             KeyError, ValueError: if it is of another model.
         """
-        for number, parameter in enumerate(self._parameters):
-            if tensors[str(number)].shape != parameter.shape:
-                raise ValueError(f"tensor {number} of the commit has another shape than the model's")
-            parameter.data.copy_(tensors[str(number)])
-        self._records.restore(facts["records"])
-        self._sizes = {int(step): float(size) for step, size in facts["sizes"].items()}
+        own = facts["processes"][self._peers.number]
+        self._restore([tensors[str(number)] for number in range(len(self._parameters))], own["records"])
+        self._sizes = {int(step): float(size) for step, size in own["sizes"].items()}
         self._pending = {
-            (int(layer), int(expert)): int(step)
-            for key, step in facts["pending"].items()
+            (int(layer), int(expert)): [int(step) for step in steps]
+            for key, steps in own["pending"].items()
             for layer, expert in [key.split(".")]
         }
 
-    def publish(self, out: Path) -> None:
-        """Write the model with all updates."""
-        layers = ((form.layer, self._up_to_date(number)) for number, form in enumerate(self._tuned.forms))
-        write_model(out, self._source, self._model, layers)
 
-    def _up_to_date(self, layer: int) -> LayerWeights:
-        for expert, stored in self.experts.visits(layer, range(self._form(layer).layer.num_experts)):
-            self._bring_up_to_date(layer, expert, stored)
-            yield expert, stored
+def own_passes(options: TuneOptions, number: int) -> list[Pass]:
+    """The passes of one process: those of one side together, and both sides of a micro-batch in as few processes."""
+    order = [(sign, micro) for micro in range(options.accumulation) for sign in (0, 1)]
+    return sorted(order[number * options.own_passes :][: options.own_passes])
 
 
 def versions_bytes(opened: OpenedCheckpoint) -> int:

@@ -1,11 +1,16 @@
 """The loss of a micro-batch: the mean over the tokens of a whole step that are to be learnt."""
 
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from ..examples import NO_LOSS
+from ..storage.activations import SpilledActivations
+from .experts import TunedExperts
 
 
 def learnt_tokens(labels: list[torch.Tensor]) -> int:
@@ -28,9 +33,36 @@ def share_of_loss(model: Any, token_BS: torch.Tensor, label_BS: torch.Tensor, nu
     return total / num_learnt
 
 
-def backward_pass(model: Any, token_BS: torch.Tensor, label_BS: torch.Tensor, num_learnt: int) -> float:
+def backward_passes(
+    model: Any,
+    experts: TunedExperts,
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    spilled: SpilledActivations | None = None,
+) -> float:
+    """All micro-batches of a step side by side in both directions; the step's loss.
+
+    Args:
+        model: of transformers, with or without adapters.
+        experts: of the model.
+        batches: ids and labels of each micro-batch.
+        spilled: takes what autograd keeps; None leaves all of it in memory.
+    """
+    if spilled is not None:
+        spilled.begin()
+    num_learnt = learnt_tokens([labels for _, labels in batches])
+    passes = [partial(_backward_pass, model, ids, labels, num_learnt, spilled) for ids, labels in batches]
+    return float(sum(experts.lockstep.run(passes, experts.answer)))
+
+
+def _backward_pass(
+    model: Any,
+    token_BS: torch.Tensor,
+    label_BS: torch.Tensor,
+    num_learnt: int,
+    spilled: SpilledActivations | None,
+) -> float:
     """One micro-batch in both directions; what it adds to the step's loss."""
-    with torch.enable_grad():
+    with torch.enable_grad(), nullcontext() if spilled is None else spilled.hooks():
         loss = share_of_loss(model, token_BS, label_BS, num_learnt)
         loss.backward()
     return loss.item()

@@ -16,6 +16,7 @@ from ...runtime.options import LoadOptions
 from ...store.io_mode import wants_direct
 from ...store.store import ExpertStore
 from ..options import TuneOptions
+from ..storage.activations import SpilledActivations
 from ..storage.visits import ExpertVisits
 from .experts import TunedExperts
 from .lockstep import Lockstep
@@ -88,11 +89,19 @@ def open_tuned(
     plan = divide_for_tuning(opened, loading, options, kept_bytes(opened))
     store = ExpertStore(opened.model, forms, is_direct=wants_direct("auto", plan, forms), checksums=None)
     visits = ExpertVisits(store, plan.num_slots)
-    passes = options.accumulation * (2 if options.method == "zo" else 1)
     modules = list(experts_modules(opened.model).values())
-    experts = TunedExperts(modules, visits, Lockstep(passes))
+    experts = TunedExperts(modules, visits, Lockstep(options.own_passes))
     opened.model.eval().requires_grad_(False)
     return TunedModel(opened.model, experts, forms, plan)
+
+
+def spilled_activations(tuned: TunedModel, out: Path, options: TuneOptions) -> SpilledActivations | None:
+    """Where activations go that exceed their share of memory; None if all of them stay."""
+    if options.activation_bytes is None:
+        return None
+    out.mkdir(parents=True, exist_ok=True)
+    resident = [*tuned.model.parameters(), *tuned.model.buffers()]
+    return SpilledActivations(options.activation_bytes, out, tuned.experts.visits.traffic, resident)
 
 
 def _expect_experts(opened: OpenedCheckpoint, model: str | Path) -> None:
@@ -118,8 +127,7 @@ def divide_for_tuning(
         ValueError: if the budget is too small; the message says which would do.
     """
     needs = memory_needs(opened, loading)
-    passes = options.accumulation * (2 if options.method == "zo" else 1)
-    activations = needs.activation_bytes + passes * kept_activation_bytes(opened, options)
+    activations = needs.activation_bytes + options.own_passes * kept_activation_bytes(opened, options)
     needs = replace(needs, kv_bytes=0, activation_bytes=activations + kept_bytes)
     fixed = None
     if loading.cache_experts is not None:
@@ -139,4 +147,9 @@ def kept_activation_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int
     logits = 3 * 4 * tokens * int(config.vocab_size)
     if options.method == "zo":
         return tokens * width * item * 2 + logits
-    return tokens * width * item * KEPT_ARRAYS * int(config.num_hidden_layers) + logits
+    kept = tokens * width * item * KEPT_ARRAYS * int(config.num_hidden_layers)
+    if options.activation_bytes is not None:
+        # of the layer that is computed, everything is in memory; the limit is of all passes together
+        one_layer = tokens * width * item * KEPT_ARRAYS
+        kept = min(kept, one_layer + options.activation_bytes // options.own_passes)
+    return kept + logits

@@ -28,7 +28,7 @@ def write_model(out: Path, source: str | Path, model: Any, layers: Iterable[tupl
     """Write a model, one layer's experts at a time; the index and config.json come last.
 
     Args:
-        out: the run's folder.
+        out: an empty folder.
         source: the model that was fine-tuned, whose other files are copied.
         model: everything but its experts.
         layers: the experts of each MoE layer.
@@ -70,8 +70,6 @@ def _stacked(layer: ExpertLayer, experts: LayerWeights) -> dict[str, torch.Tenso
 def _write_shard(out: Path, name: str, tensors: dict[str, torch.Tensor], model: Any, weight_map: dict[str, str]) -> int:
     """Write tensors under the names that the checkpoint's family gives them; their bytes."""
     renamed = {key: value.contiguous().clone() for key, value in revert_weight_conversion(model, tensors).items()}
-    part = out / f".{name}.part"
-    save_file(renamed, part, metadata={"format": "pt"})
-    part.replace(out / name)
+    save_file(renamed, out / name, metadata={"format": "pt"})
     weight_map.update(dict.fromkeys(renamed, name))
     return sum(value.nbytes for value in renamed.values())

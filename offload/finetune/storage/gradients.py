@@ -4,15 +4,13 @@ The step has to wait: it is scaled by the norm of all gradients together, and th
 first layer's backward pass.
 """
 
-import errno
-import os
 import tempfile
 from pathlib import Path
 
 import torch
 
 from ...checkpoint.tensors import read_into
-from .records import FULL, Key
+from .records import Key, write_all
 
 OPENED = "kept gradients"
 
@@ -50,17 +48,8 @@ class KeptGradients:
             self._here[key] = grad
             self._held_bytes += grad.nbytes
             return
-        data, done = memoryview(grad.contiguous().numpy()).cast("B"), 0
-        try:
-            while done < len(data):
-                done += os.pwrite(self._file.fileno(), data[done:], self._end + done)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OSError(
-                    error.errno,
-                    f"{self._folder}: {FULL}",
-                ) from error
-            raise
+        data = memoryview(grad.contiguous().numpy()).cast("B")
+        write_all(self._file.fileno(), data, self._end)
         self._there[key] = (self._end, len(data))
         self._end += len(data)
 

@@ -4,7 +4,6 @@ A record is written to a place that the last commit does not use. So a commit st
 a process that is killed, a disk that is full. Places that a commit no longer uses are free from then on.
 """
 
-import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from xxhash import xxh3_64_hexdigest
 from ...checkpoint.tensors import TensorEntry, read_into
 from ...formats.form import BLOCK_BYTES
 
-FULL = "the disk is full; the run is intact up to its last commit: make room, then --resume"
 Key = tuple[int, int]
 """(MoE layer, expert)."""
 
@@ -54,6 +52,7 @@ class ExpertRecords:
     def __init__(self, folder: Path, record_bytes_L: Sequence[int]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._files = [_open(folder / f"layer_{layer:03}.bin", size) for layer, size in enumerate(record_bytes_L)]
+        force_to_disk(folder)
         self._now: dict[Key, Place] = {}
         self._committed: dict[Key, Place] = {}
         self.bytes_written = 0
@@ -173,16 +172,22 @@ def _open(path: Path, nbytes: int) -> _LayerFile:
 
 def _write_at(file: _LayerFile, offset: int, data: memoryview) -> None:
     """Write a record, and extend the file to the end of its last block, so that whole blocks can be read."""
+    write_all(file.descriptor, data, offset)
+    if os.fstat(file.descriptor).st_size < offset + file.stride:
+        os.ftruncate(file.descriptor, offset + file.stride)
+
+
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write bytes at a place of a file, however many calls that takes."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def force_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(file.descriptor, data[done:], offset + done)
-        if os.fstat(file.descriptor).st_size < offset + file.stride:
-            os.ftruncate(file.descriptor, offset + file.stride)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                error.errno,
-                f"{file.path}: {FULL}",
-            ) from error
-        raise
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""`expertier bench finetune`: steps of fine-tuning beside what their bytes would take on this disk."""
