@@ -37,6 +37,7 @@ from .judging.command import judge
 from .placed.command import place_run
 from .placed.serving import PROCESSES
 from .train.command import train
+from .train.distributed.launch import LOST, is_worker
 from .tune_router.command import tune_router
 
 app = typer.Typer(
@@ -205,6 +206,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, ConnectionError) and is_worker():
+            sys.exit(LOST)
         is_input = isinstance(error, ValueError | FileNotFoundError | IsADirectoryError | PermissionError)
         _complain(_one_line(error) if is_input else f"{type(error).__name__}: {_one_line(error)}")
         sys.exit(BAD_INPUT if is_input else FAILURE)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .prefetch.softmax_gates import softmax_gates
     from .quality.quality import Contestant, Judge, quality
     from .runtime.loading import load
+    from .runtime.options import Part
     from .runtime.report import Offload
     from .store.packing import write_pack
 
@@ -43,6 +44,7 @@ _HOME = {
     "GenerationRequest": ".engine.request",
     "NotReady": ".engine.events",
     "Offload": ".runtime.report",
+    "Part": ".runtime.options",
     "QueueFull": ".engine.events",
     "Sampling": ".engine.request",
     "Stream": ".engine.stream",
@@ -78,6 +80,7 @@ __all__ = [
     "Judge",
     "NotReady",
     "Offload",
+    "Part",
     "QueueFull",
     "Sampling",
     "Simulated",

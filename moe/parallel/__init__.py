@@ -6,6 +6,7 @@ caller's to start.
 
 from ..inference.logit_offsets import experts_modules
 from .copies import Copies
+from .dealt import DealtExperts, ExpertFailure, LostProcess, Questions, answer_questions
 from .dispatch import DISPATCHES, dispatch
 from .floors import StepFloor, step_floor
 from .gradients import average_gradients, clip_gradients
@@ -13,22 +14,25 @@ from .layout import Layout
 from .moving import Move, MovingLayer
 from .placed import PlacedExperts, place_experts
 from .shard import Split, expect_splittable, split
-from .shared import SharedBatchExperts
 from .slicing import SlicedExperts, slice_of
 from .traffic import Traffic
 
 __all__ = [
     "DISPATCHES",
     "Copies",
+    "DealtExperts",
+    "ExpertFailure",
     "Layout",
+    "LostProcess",
     "Move",
     "MovingLayer",
     "PlacedExperts",
-    "SharedBatchExperts",
+    "Questions",
     "SlicedExperts",
     "Split",
     "StepFloor",
     "Traffic",
+    "answer_questions",
     "average_gradients",
     "clip_gradients",
     "dispatch",

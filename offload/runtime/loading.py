@@ -18,7 +18,7 @@ from .assembly import assemble
 from .depths import with_depth
 from .division import choose_window, divide_memory, expect_machine_has
 from .opening import open_checkpoint
-from .options import LoadOptions
+from .options import LoadOptions, Part
 
 
 def load(
@@ -43,6 +43,7 @@ def load(
     adapter: str | Path | None = None,
     resident_layers: int | None = None,
     layers_ahead: int | None = None,
+    part: Part | None = None,
 ) -> Any:
     """Load a model without ever holding all of it in memory: not all experts, nor all layers if they do not fit.
 
@@ -83,6 +84,7 @@ def load(
         resident_layers: decoder layers that stay in memory, the head counting as one; the others are streamed from the
             checkpoint in order of use. None keeps as many as the budget holds, which are all if it is large enough.
         layers_ahead: streamed layers that are read while one is computed, 0 or more; None chooses up to 2.
+        part: the experts that this process computes, where others compute the rest; None has all of the model.
 
     Returns:
         The transformers model, in eval mode; `model.offload` is its Offload.
@@ -112,6 +114,7 @@ def load(
         adapter=adapter,
         resident_layers=resident_layers,
         layers_ahead=layers_ahead,
+        part=part,
     )
     expect_machine_has(options)
     return_large_blocks()
