@@ -182,7 +182,7 @@ def main() -> None:
     try:
         code = app(arguments, standalone_mode=False)
         if code == INTERRUPTED:  # what Typer makes of Ctrl-C
-            _complain("interrupted")
+            _say_interrupted()
         sys.stdout.flush()
         sys.exit(code)
     except typer.Exit as exit_request:
@@ -191,7 +191,7 @@ def main() -> None:
         error.show()
         sys.exit(BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted")
+        _say_interrupted()
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         _leave_closed_pipe()
@@ -219,6 +219,12 @@ def _one_line(error: Exception) -> str:
 
 def _complain(message: str) -> None:
     plain_console(stderr=True, soft_wrap=True).print(Text.assemble(("expertier:", "bold red"), " ", message))
+
+
+def _say_interrupted() -> None:
+    """Once, however many processes there are: who started the others says it."""
+    if not is_worker():
+        _complain("interrupted")
 
 
 def _leave_closed_pipe() -> None:
