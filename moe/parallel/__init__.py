@@ -15,13 +15,16 @@ from .moving import Move, MovingLayer
 from .placed import PlacedExperts, place_experts
 from .shard import Split, expect_splittable, split
 from .slicing import SlicedExperts, slice_of
+from .staying import Crossing, Here, go_on
 from .traffic import Traffic
 
 __all__ = [
     "DISPATCHES",
     "Copies",
+    "Crossing",
     "DealtExperts",
     "ExpertFailure",
+    "Here",
     "Layout",
     "LostProcess",
     "Move",
@@ -38,6 +41,7 @@ __all__ = [
     "dispatch",
     "expect_splittable",
     "experts_modules",
+    "go_on",
     "place_experts",
     "slice_of",
     "split",
