@@ -48,7 +48,7 @@ class _Pass:
             next_N = _stays(rank_NK, rank, G)
         self.moves += int((next_N != rank).sum())
         self.here, crossing = go_on(
-            *(here, rank_NK, local_NK, weight_NK, next_N, layer.placed.compute, _follow, distributed.group.WORLD),
+            *(here, rank_NK, local_NK, weight_NK, next_N, layer.placed.compute, follow, distributed.group.WORLD),
             empty_id=layer.placed.copies.slots,
         )
         self.table_L2G.append(torch.stack([crossing.there_G, crossing.on_G]))
@@ -63,7 +63,8 @@ def _stays(rank_NK: Tensor, rank: int, processes: int) -> Tensor:
     return torch.where(is_here_N, rank, slots_NG.argmax(dim=1))
 
 
-def _follow(x_ND: Tensor, sum_ND: Tensor) -> Tensor:
+def follow(x_ND: Tensor, sum_ND: Tensor) -> Tensor:
+    """Hidden states of the next layer."""
     return torch.nn.functional.rms_norm(x_ND + sum_ND, x_ND.shape[1:])
 
 
@@ -103,7 +104,7 @@ def stay_and_return(plan: Plan, trace: RoutingTrace, size: Size, context_width: 
         for one in passes.values():
             one.through(layer, home_T)
         if len(number_N):
-            right_ND = _follow(right_ND, layer.whole(right_ND, *layer.routed(number_N.numpy())))
+            right_ND = follow(right_ND, layer.whole(right_ND, *layer.routed(number_N.numpy())))
     error = max(relative(one.here.x_ND, right_ND) for one in passes.values())
     is_there = all(torch.equal(one.here.number_N, number_N) for one in passes.values())
     worst = gathered(torch.tensor([error if is_there else np.inf])).max()

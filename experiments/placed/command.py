@@ -9,7 +9,7 @@ import typer
 from routing.ground.expect import expect_outputs, expect_there
 
 from ..train.distributed.launch import is_leader, is_worker, launch, started_processes
-from .report import print_migration, print_plans, print_staying
+from .report import print_migration, print_plans, print_staying, print_woven
 
 if TYPE_CHECKING:
     from placement import Plan
@@ -50,6 +50,9 @@ def place_run(
             "per token and layer.",
         ),
     ] = None,
+    woven: Annotated[
+        bool, typer.Option("--woven", help="Also exchange one half of the tokens while the other is computed.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.")] = None,
 ) -> None:
     """Carry out plans on processes of this machine: rows and bytes as counted beside what the plan predicts.
@@ -81,6 +84,7 @@ def place_run(
         then=target,
         forwards=forwards,
         context_width=stay,
+        is_woven=woven,
     )
     if is_leader():
         _publish(found, json_file)
@@ -91,6 +95,7 @@ def _publish(found: dict[str, Any], json_file: Path | None) -> None:
 
     print_plans(found)
     print_staying(found)
+    print_woven(found)
     if "migration" in found:
         print_migration(found["migration"])
     if json_file:

@@ -12,6 +12,7 @@ from ..train.distributed.run import process_group
 from .coherent import stay_and_return
 from .forecast import Moved, forecast
 from .moving import migrate_live
+from .overlap import woven_halves
 from .work import Layer, Size, calls_of, carry_out, source_T
 
 LARGEST_ERROR = 1e-5
@@ -28,6 +29,7 @@ def run_plans(
     then: Plan | None = None,
     forwards: int = 1,
     context_width: int | None = None,
+    is_woven: bool = False,
 ) -> dict[str, Any]:
     """Carry out plans on a trace; all processes that torchrun started call this together.
 
@@ -39,6 +41,7 @@ def run_plans(
         rows: `rank` or `pair`.
         context_width: entries of the keys and values of a token in a layer; with it, tokens also pass all layers of each
             plan and stay where their experts are, where that moves fewer bytes.
+        is_woven: also pass halves of the tokens through all layers, one exchanged while the other computes.
         then: where the first plan goes afterwards, in at least so many `forwards`; or None.
 
     Returns:
@@ -59,6 +62,8 @@ def run_plans(
         }
         for name, plan in every.items() if context_width is not None else ():
             found["plans"][name]["staying"] = _stayed(plan, trace, size, context_width)
+        for name, plan in every.items() if is_woven else ():
+            found["plans"][name]["woven"] = _woven(plan, trace, size)
         if then is not None:
             found["migration"] = migrate_live(first, then, trace, size, forwards)
     return found
@@ -96,6 +101,13 @@ def _stayed(plan: Plan, trace: RoutingTrace, size: Size, context_width: int) -> 
     found = stay_and_return(plan, trace, size, context_width)
     if not found["error"] < LARGEST_ERROR:
         raise RuntimeError(f"outputs of tokens that stay differ from those of whole experts by {found['error']:.2e}")
+    return found
+
+
+def _woven(plan: Plan, trace: RoutingTrace, size: Size) -> dict[str, Any]:
+    found = woven_halves(plan, trace, size)
+    if not (found["is_equal"] and found["error"] < LARGEST_ERROR):
+        raise RuntimeError(f"woven halves differ from one after the other, or from whole experts: {found}")
     return found
 
 

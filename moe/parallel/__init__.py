@@ -17,6 +17,7 @@ from .shard import Split, expect_splittable, split
 from .slicing import SlicedExperts, slice_of
 from .staying import Crossing, Here, go_on
 from .traffic import Traffic
+from .woven import Steps, Wire, in_steps, weave
 
 __all__ = [
     "DISPATCHES",
@@ -34,7 +35,9 @@ __all__ = [
     "SlicedExperts",
     "Split",
     "StepFloor",
+    "Steps",
     "Traffic",
+    "Wire",
     "answer_questions",
     "average_gradients",
     "clip_gradients",
@@ -42,8 +45,10 @@ __all__ = [
     "expect_splittable",
     "experts_modules",
     "go_on",
+    "in_steps",
     "place_experts",
     "slice_of",
     "split",
     "step_floor",
+    "weave",
 ]

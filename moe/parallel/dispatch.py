@@ -113,11 +113,7 @@ def dispatch(
         [T, D] in the dtype of `x_TD`. A token's partial sums are added by rising process.
     """
     way = ways(rank_TK, group)
-    missing = way.num_slots - rank_TK.shape[1]
-    is_there_NK = rank_TK[way.token_N] == way.target_N[:, None]
-    id_NK = torch.where(is_there_NK, local_TK[way.token_N], empty_id).int()
-    weight_NK = torch.where(is_there_NK, weight_TK[way.token_N], 0.0)
-    id_NK, weight_NK = pad(id_NK, (0, missing), value=empty_id), pad(weight_NK, (0, missing))
+    id_NK, weight_NK = slots_of(way, rank_TK, local_TK, weight_TK, empty_id)
     id_MK = exchanged(id_NK, way.sent, way.received, group).long()
     x_MD = _Exchange.apply(x_TD[way.token_N], way.sent, way.received, group)
     weight_MK = _Exchange.apply(weight_NK, way.sent, way.received, group)
@@ -127,8 +123,24 @@ def dispatch(
         traffic.note(torch.tensor(way.sent), pair_G, row_bytes, int((id_MK != empty_id).sum()))
     y_MD = _computed(compute, x_MD, id_MK, weight_MK, empty_id)
     y_ND = _Exchange.apply(y_MD, way.received, way.sent, group)
+    return added(y_ND, way).to(x_TD.dtype)
+
+
+def slots_of(
+    way: Way, rank_TK: Tensor, local_TK: Tensor, weight_TK: Tensor, empty_id: int
+) -> tuple[Tensor, Tensor]:
+    """Local ids [N, K] as int32 and weights of each row; slots of other processes are empty."""
+    missing = way.num_slots - rank_TK.shape[1]
+    is_there_NK = rank_TK[way.token_N] == way.target_N[:, None]
+    id_NK = torch.where(is_there_NK, local_TK[way.token_N], empty_id).int()
+    weight_NK = torch.where(is_there_NK, weight_TK[way.token_N], 0.0)
+    return pad(id_NK, (0, missing), value=empty_id), pad(weight_NK, (0, missing))
+
+
+def added(y_ND: Tensor, way: Way) -> Tensor:
+    """The sum of each token's rows, by rising process."""
     # a gather and a sum in fixed order: `index_add_` would add in any order on a GPU
-    return torch.cat([y_ND, y_ND.new_zeros(1, y_ND.shape[1])])[way.place_TJ].sum(dim=1).to(x_TD.dtype)
+    return torch.cat([y_ND, y_ND.new_zeros(1, y_ND.shape[1])])[way.place_TJ].sum(dim=1)
 
 
 def _computed(compute: Compute, x_MD: Tensor, id_MK: Tensor, weight_MK: Tensor, empty_id: int) -> Tensor:
