@@ -22,6 +22,7 @@ from .bench.locality.bench import bench_locality
 from .bench.low_bits import bench_low_bits
 from .bench.memory_layers import bench_memory_layers
 from .bench.offloading.bench import bench_offload
+from .bench.overlap import bench_overlap
 from .bench.placement_solvers import bench_placement
 from .bench.placement_tiers import bench_tiers
 from .bench.products import bench_products
@@ -97,6 +98,7 @@ bench.command("locality")(bench_locality)
 bench.command("low-bits")(bench_low_bits)
 bench.command("memory-layers")(bench_memory_layers)
 bench.command("offload")(bench_offload)
+bench.command("overlap")(bench_overlap)
 bench.command("placement")(bench_placement)
 bench.command("products")(bench_products)
 bench.command("routers")(bench_routers)

@@ -4,7 +4,8 @@ Shapes: N tokens that are on this process, G processes.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, distributed
 
 from moe.parallel import Steps, Wire, in_steps, weave
-from placement import Plan
+from placement import Cluster, Plan, Problem, solve
 from routing.traces import RoutingTrace
 
+from ..train.distributed.launch import is_worker
+from ..train.distributed.run import process_group
 from .coherent import follow
 from .work import Layer, Size, gathered, relative, source_T, tokens
 
@@ -150,7 +153,8 @@ def time_overlap(
         raise RuntimeError("woven halves have other bits than one half after the other; no time is shown")
     ways: dict[str, Callable[[], Any]] = {
         "compute": lambda: [call() for call in halves.calls],
-        "exchange": lambda: [wire.begin(*given)() for given in recorder.sent],
+        # all rows begun at once: what the connection takes, without the latency of each exchange
+        "exchange": lambda: [landed() for landed in [wire.begin(*given) for given in recorder.sent]],
         "in_turn": lambda: halves.in_turn(wire),
         "woven": lambda: halves.woven(wire),
     }
@@ -162,3 +166,48 @@ def time_overlap(
             run()
             seconds[name].append(float(gathered(torch.tensor([time.perf_counter() - begun])).max()))
     return {f"{name}_s": float(np.median(values)) for name, values in seconds.items()}
+
+
+def measure(
+    *,
+    tokens: int,
+    layers: int,
+    experts: int,
+    top_k: int,
+    width: int,
+    inner_width: int,
+    seed: int,
+    repeats: int,
+    simulated_bytes_per_s: float | None,
+) -> dict[str, Any]:
+    """`time_overlap` of random routing under the contiguous plan, on the processes that torchrun started, or on one.
+
+    Args:
+        tokens: of all processes.
+        layers, experts, top_k: of the routing, in which every expert is as likely as any other.
+        width, inner_width, seed: of the experts.
+        simulated_bytes_per_s, repeats: as for `time_overlap`.
+    """
+    random = np.random.default_rng(seed)
+    score_TLE = random.random((tokens, layers, experts))
+    trace = RoutingTrace(
+        expert_TLK=np.argpartition(score_TLE, -top_k, axis=2)[..., -top_k:].astype(np.int16),
+        sequence_T=np.arange(tokens, dtype=np.int32),
+        metadata={"num_experts": experts},
+    )
+    with process_group() if is_worker() else _alone():
+        torch.set_num_threads(1)
+        problem = Problem.from_trace(trace, Cluster.grid(1, distributed.get_world_size()))
+        plan = solve(problem, solver="contiguous", processes=1)
+        size = Size(width=width, inner_width=inner_width, seed=seed)
+        return time_overlap(plan, trace, size, simulated_bytes_per_s, repeats)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """A group of this process."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
