@@ -33,19 +33,25 @@ class LayerKeys:
     It changes while a function is traced, as the arrays that it holds cannot.
 
     Args:
-        key_BCHA, value_BCHA: of earlier calls, then room.
+        key_BCHA, value_BCHA: of earlier calls, then room; None for none, of the first call.
         start: place of this call's first position.
         mask_BSC: which places this call's positions may look at.
     """
 
-    def __init__(self, key_BCHA: Array, value_BCHA: Array, start: Array, mask_BSC: Array) -> None:
+    def __init__(
+        self, key_BCHA: Array | None, value_BCHA: Array | None, start: Array | int, mask_BSC: Array
+    ) -> None:
         self.key_BCHA, self.value_BCHA, self.start, self.mask_BSC = key_BCHA, value_BCHA, start, mask_BSC
 
     def update(self, key_BSHA: Array, value_BSHA: Array) -> tuple[Array, Array]:
         """Write this call's keys and values; all that there are."""
-        place = (0, self.start, 0, 0)
-        self.key_BCHA = lax.dynamic_update_slice(self.key_BCHA, key_BSHA, place)
-        self.value_BCHA = lax.dynamic_update_slice(self.value_BCHA, value_BSHA, place)
+        if self.key_BCHA is None or self.value_BCHA is None:
+            room = ((0, 0), (0, self.mask_BSC.shape[2] - key_BSHA.shape[1]), (0, 0), (0, 0))
+            self.key_BCHA, self.value_BCHA = jnp.pad(key_BSHA, room), jnp.pad(value_BSHA, room)
+        else:
+            place = (0, self.start, 0, 0)
+            self.key_BCHA = lax.dynamic_update_slice(self.key_BCHA, key_BSHA, place)
+            self.value_BCHA = lax.dynamic_update_slice(self.value_BCHA, value_BSHA, place)
         return self.key_BCHA, self.value_BCHA
 
 

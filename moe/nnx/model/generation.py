@@ -17,6 +17,10 @@ from .attention import LayerKeys
 from .decoder import MoEForCausalLM
 
 
+NO_TOKEN = -1
+"""Ends no answer."""
+
+
 class _Text(NamedTuple):
     """What the loop carries.
 
@@ -25,15 +29,15 @@ class _Text(NamedTuple):
         is_valid_BC: False for padding and for places without a token yet.
         is_done_B: rows that have ended.
         length: places with tokens.
-        keys, values: per decoder layer, [B, C, H, A].
+        keys, values: per decoder layer, [B, C, H, A]; None before the prompt has passed.
     """
 
     token_BC: Array
     is_valid_BC: Array
     is_done_B: Array
     length: Array
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
+    keys: tuple[Array | None, ...]
+    values: tuple[Array | None, ...]
 
 
 def generate(
@@ -67,46 +71,45 @@ def generate(
     if mask.shape != token_BS.shape or not mask[:, -1].all():
         raise ValueError("prompts are padded before their first token: the mask must end with ones, in their shape")
     graph, state = nnx.split(model)
-    text = _continue(graph, state, token_BS.astype(np.int32), mask, max_new_tokens, end_id, pad_id)
+    ends = NO_TOKEN if end_id is None else end_id
+    text = _continue(graph, state, token_BS.astype(np.int32), mask, max_new_tokens, ends, pad_id)
     return np.asarray(text.token_BC)[:, : int(text.length)]
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5, 6))
+@partial(jax.jit, static_argnums=(0, 4))
 def _continue(
     graph: nnx.GraphDef,
     state: nnx.State,
     token_BS: Array,
     is_valid_BS: Array,
     count: int,
-    end_id: int | None,
-    pad_id: int,
+    end_id: Array,
+    pad_id: Array,
 ) -> _Text:
     model: MoEForCausalLM = nnx.merge(graph, state)
-    (B, S), config = token_BS.shape, model.config
-    room = ((0, 0), (0, count))
-    shape = (B, S + count, config.num_key_value_heads, config.head_dim)
-    dtype = model.model.layers[0].self_attn.k_proj.kernel[...].dtype
-    empty = tuple(jnp.zeros(shape, dtype) for _ in model.model.layers)
+    B, S = token_BS.shape
+    room, empty = ((0, 0), (0, count)), (None,) * len(model.model.layers)
     text = _Text(
         token_BC=jnp.pad(token_BS, room, constant_values=pad_id),
         is_valid_BC=jnp.pad(is_valid_BS, room),
         is_done_B=jnp.zeros(B, bool),
-        length=jnp.int32(0),
+        length=jnp.int32(S),
         keys=empty,
         values=empty,
     )
-    text = _extended(model, text, S, end_id, pad_id)
+    text = _extended(model, text, 0, S, end_id, pad_id)
     return lax.while_loop(
         lambda text: (text.length < S + count) & ~text.is_done_B.all(),
-        lambda text: _extended(model, text, 1, end_id, pad_id),
+        lambda text: _extended(model, text, text.length - 1, 1, end_id, pad_id),
         text,
     )
 
 
-def _extended(model: MoEForCausalLM, text: _Text, positions: int, end_id: int | None, pad_id: int) -> _Text:
-    """Compute some positions that have tokens, and choose the token after them."""
+def _extended(
+    model: MoEForCausalLM, text: _Text, start: Array | int, positions: int, end_id: Array, pad_id: Array
+) -> _Text:
+    """Compute the last positions that have tokens, from `start` on, and choose the token after them."""
     B, C = text.token_BC.shape
-    start = text.length if positions > 1 else text.length - 1
     token_BS = lax.dynamic_slice(text.token_BC, (0, start), (B, positions))
     is_valid_BS = lax.dynamic_slice(text.is_valid_BC, (0, start), (B, positions))
     position_BC = jnp.maximum(jnp.cumsum(text.is_valid_BC, axis=1) - 1, 0)
@@ -122,7 +125,7 @@ def _extended(model: MoEForCausalLM, text: _Text, positions: int, end_id: int | 
     return _Text(
         token_BC=lax.dynamic_update_slice(text.token_BC, chosen_B[:, None], (0, end)),
         is_valid_BC=lax.dynamic_update_slice(text.is_valid_BC, ~text.is_done_B[:, None], (0, end)),
-        is_done_B=text.is_done_B if end_id is None else text.is_done_B | (chosen_B == end_id),
+        is_done_B=text.is_done_B | (chosen_B == end_id),
         length=end + 1,
         keys=tuple(cache.key_BCHA for cache in cache_L),
         values=tuple(cache.value_BCHA for cache in cache_L),
