@@ -9,8 +9,8 @@ from moe import MoEForCausalLM
 pytest.importorskip("jax", reason="needs the extra expertier[jax]")
 pytest.importorskip("flax", reason="needs the extra expertier[jax]")
 
-from moe.nnx import generate, load_pretrained  # noqa: E402
-from tests.test_moe_nnx_parity import VARIANTS  # noqa: E402
+from moe.nnx import generate, load_pretrained
+from tests.test_moe_nnx_parity import VARIANTS
 
 NEW = 9
 FAST = "top2"

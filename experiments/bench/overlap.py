@@ -29,7 +29,7 @@ QUEUE = "400ms"
 """How long a packet may wait for the bucket before it is dropped; connections send less when they meet drops."""
 LEAST_RATIO, MOST_RATIO = 0.2, 5.0
 """Of exchange over computation: beyond them so little can be hidden that noise would be printed."""
-SEED = 0
+SEED = 0  # of weights, tokens and routing
 
 
 def bench_overlap(

@@ -3,7 +3,7 @@
 Each layer adds its experts' sum to the hidden states and divides by their root mean square, so that a layer sees what
 the layers before it computed. There is no attention: keys and values are counted, not sent.
 
-Shapes: T rows of a trace, D model width, N tokens that are on this process, G processes.
+Shapes: T rows of a trace, D model width, N rows of tokens on this process, G processes.
 """
 
 from dataclasses import dataclass, field

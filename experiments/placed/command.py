@@ -46,8 +46,8 @@ def place_run(
             "--stay",
             metavar="WIDTH",
             min=0,
-            help="Also let tokens stay where their experts are, where that pays beside keys and values of WIDTH entries "
-            "per token and layer.",
+            help="Also let tokens stay where their experts are, where that pays beside keys and values of WIDTH "
+            "entries per token and layer.",
         ),
     ] = None,
     woven: Annotated[

@@ -1,6 +1,6 @@
 """Halves of the tokens woven through all layers of a plan: bits of one half after the other, and what that hides.
 
-Shapes: N tokens that are on this process, G processes.
+Shapes: N rows of tokens on this process, G processes.
 """
 
 import time
@@ -121,7 +121,7 @@ class Halves:
 
 
 def woven_halves(plan: Plan, trace: RoutingTrace, size: Size) -> dict[str, Any]:
-    """`is_equal`: whether woven halves have the bits of one after the other, on all processes; `error`: the largest."""
+    """`is_equal`: whether woven halves are bit-identical to one after the other, everywhere; `error`: the largest."""
     halves = Halves(plan, trace, size)
     woven, in_turn = halves.woven(halves.wire), halves.in_turn(halves.wire)
     is_equal = all(torch.equal(*pair) for pair in zip(woven, in_turn, strict=True))

@@ -39,8 +39,8 @@ def run_plans(
         against: solvers whose plans of this trace are carried out as well, on the first plan's machines.
         width: D, floats of a token; bytes grow with it, rows do not.
         rows: `rank` or `pair`.
-        context_width: entries of the keys and values of a token in a layer; with it, tokens also pass all layers of each
-            plan and stay where their experts are, where that moves fewer bytes.
+        context_width: entries of the keys and values of a token in a layer; with it, tokens also pass all layers and
+            stay where their experts are, where that moves fewer bytes.
         is_woven: also pass halves of the tokens through all layers, one exchanged while the other computes.
         then: where the first plan goes afterwards, in at least so many `forwards`; or None.
 

@@ -1,4 +1,4 @@
-"""`expertier generate|serve --processes N`: the experts of a model on disk, spread over processes with their own memory.
+"""`generate` and `serve` with `--processes N`: experts of a model on disk, spread over processes with own memory.
 
 Process 0 has the model: weights outside experts, KV cache, requests. Every process, 0 included, has slots for its own
 experts within its own budget, and reads them from the same checkpoint or packed copy.
@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 

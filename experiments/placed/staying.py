@@ -91,7 +91,7 @@ def crossed(
     """One layer: what is sent, and where each token is afterwards.
 
     Args:
-        turns: of the layer.
+        turns: made by `Turns.of` for this layer.
         expert_TK: experts of each token; -1 for an empty slot.
         at_T: where the tokens are.
         home_T: where they go on; None lets them stay where their experts are.
@@ -128,7 +128,7 @@ def passed(
 
     Args:
         turns_L: of each layer.
-        expert_TLK: the trace.
+        expert_TLK: ids of a trace; -1 for an empty slot.
         home_T: where tokens start and end.
         is_home_L: after which layers they come home; the last is one.
     """
@@ -140,9 +140,7 @@ def passed(
     return found, away
 
 
-def homecomings(
-    turns_L: Sequence[Turns], expert_TLK: NDArray[np.int16], home_T: Integer, row: RowBytes
-) -> list[bool]:
+def homecomings(turns_L: Sequence[Turns], expert_TLK: NDArray[np.int16], home_T: Integer, row: RowBytes) -> list[bool]:
     """After which layers tokens come home, so that fewest bytes move, context included; exact for these rows.
 
     A layer that is reached away from home needs the keys and values of every token on every process.

@@ -6,8 +6,8 @@ computes nothing.
 
 from .model.checkpoint import load_pretrained, save_pretrained
 from .model.decoder import MoEForCausalLM, MoEOutput
-from .model.generation import generate
 from .model.experts import Experts, compute_experts
+from .model.generation import generate
 from .parts.grouped import GROUPED_PRODUCTS
 from .parts.mesh import build_mesh, parse_mesh
 from .training.distribute import distribute

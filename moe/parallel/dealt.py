@@ -6,7 +6,8 @@ who has which expert. The price are K rows back where a weighted sum would be on
 
 All messages are one header of integers and one block of bytes. A connection that breaks ends the wait at once.
 
-Shapes: T tokens, K slots, E experts, D model width, M rows that travel, N slots that they stand for.
+Shapes: T tokens, K slots, E experts, D model width, G processes, M rows that a process receives, N rows of
+products that come back.
 """
 
 from collections.abc import Callable, Iterator
@@ -87,7 +88,7 @@ class Questions:
         """Ask a process for slots of its experts.
 
         Args:
-            rank: the process.
+            rank: whom to ask, 1 to G - 1.
             layer: number of the MoE layer.
             x_MD: rows.
             row_N, expert_N: the row and the expert of each slot.

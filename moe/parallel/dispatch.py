@@ -126,9 +126,7 @@ def dispatch(
     return added(y_ND, way).to(x_TD.dtype)
 
 
-def slots_of(
-    way: Way, rank_TK: Tensor, local_TK: Tensor, weight_TK: Tensor, empty_id: int
-) -> tuple[Tensor, Tensor]:
+def slots_of(way: Way, rank_TK: Tensor, local_TK: Tensor, weight_TK: Tensor, empty_id: int) -> tuple[Tensor, Tensor]:
     """Local ids [N, K] as int32 and weights of each row; slots of other processes are empty."""
     missing = way.num_slots - rank_TK.shape[1]
     is_there_NK = rank_TK[way.token_N] == way.target_N[:, None]

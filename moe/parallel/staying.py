@@ -6,7 +6,8 @@ this decides whether that pays.
 
 Source: Yao et al. 2024 (ExFlow), arXiv:2401.08383, section IV-B, "context coherence".
 
-Shapes: N tokens that are here, K slots, D model width, G processes, M rows that this process receives.
+Shapes: N rows of tokens that are here, K slots, D model width, G processes, M rows that this process receives,
+R rows of one exchange.
 """
 
 from collections.abc import Callable
@@ -73,7 +74,7 @@ def go_on(
     Returns:
         The tokens that are here now, and what was sent. A token's partial sums are added by rising process.
     """
-    (N, K), G, rank = rank_NK.shape, group.size(), group.rank()
+    K, G, rank = rank_NK.shape[1], group.size(), group.rank()
     # a process without experts of a token that goes on there gets its hidden state all the same
     moves_N1 = torch.where(next_N == rank, G, next_N)[:, None]
     way = ways(torch.cat([rank_NK, moves_N1], dim=1), group)

@@ -39,9 +39,7 @@ class Wire:
         """Send rows, ordered by process; calling what is returned waits for those that come."""
         row_ND = row_ND.contiguous()
         row_MD = row_ND.new_empty(sum(received), *row_ND.shape[1:])
-        work = distributed.all_to_all_single(
-            row_MD, row_ND, list(received), list(sent), group=self.rows, async_op=True
-        )
+        work = distributed.all_to_all_single(row_MD, row_ND, list(received), list(sent), group=self.rows, async_op=True)
 
         def landed() -> Tensor:
             work.wait()

@@ -38,9 +38,7 @@ class LayerKeys:
         mask_BSC: which places this call's positions may look at.
     """
 
-    def __init__(
-        self, key_BCHA: Array | None, value_BCHA: Array | None, start: Array | int, mask_BSC: Array
-    ) -> None:
+    def __init__(self, key_BCHA: Array | None, value_BCHA: Array | None, start: Array | int, mask_BSC: Array) -> None:
         self.key_BCHA, self.value_BCHA, self.start, self.mask_BSC = key_BCHA, value_BCHA, start, mask_BSC
 
     def update(self, key_BSHA: Array, value_BSHA: Array) -> tuple[Array, Array]:

@@ -16,7 +16,6 @@ from ..routing.assignment import RoutingContext
 from .attention import LayerKeys
 from .decoder import MoEForCausalLM
 
-
 NO_TOKEN = -1
 """Ends no answer."""
 

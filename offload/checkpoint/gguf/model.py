@@ -51,9 +51,7 @@ def open_gguf_model(file: Path, dtype: str | torch.dtype = "auto") -> GgufModel:
     return GgufModel(head=head, config=config, skeleton=skeleton, names=names)
 
 
-def load_gguf_resident(
-    opened: GgufModel, implementation: str, expand: Expand, left_out: Collection[str] = ()
-) -> Any:
+def load_gguf_resident(opened: GgufModel, implementation: str, expand: Expand, left_out: Collection[str] = ()) -> Any:
     """Let transformers load everything but the experts' matrices and what is left out, which stay hollow.
 
     Args:
