@@ -14,12 +14,12 @@ from tests.test_moe_nnx_parity import VARIANTS
 
 NEW = 9
 FAST = "top2"
-OTHERS = ("olmoe-dense-shared", "qwen3-tied", "deepseek-v3", "moepp", "rmoe", "pregate", "tutel")
+OTHERS = (FAST, "olmoe-dense-shared", "qwen3-tied", "deepseek-v3", "moepp", "rmoe", "pregate", "tutel")
 
 
-def both(tiny_config, tmp_path, name):
+def both(tiny_config, tmp_path, name, layers=2):
     torch.manual_seed(0)
-    right = MoEForCausalLM(tiny_config(**({"num_hidden_layers": 2} | VARIANTS[name]))).eval()
+    right = MoEForCausalLM(tiny_config(**({"num_hidden_layers": layers} | VARIANTS[name]))).eval()
     right.save_pretrained(tmp_path)
     return right, load_pretrained(tmp_path)
 
@@ -42,7 +42,8 @@ def expect_same_tokens(right, ours):
 
 
 def test_greedy_tokens_are_those_of_torch(tiny_config, tmp_path):
-    expect_same_tokens(*both(tiny_config, tmp_path, FAST))
+    # one layer: what compiles is what this takes
+    expect_same_tokens(*both(tiny_config, tmp_path, FAST, layers=1))
 
 
 @pytest.mark.slow
