@@ -22,6 +22,7 @@ from .bench.locality.bench import bench_locality
 from .bench.low_bits import bench_low_bits
 from .bench.memory_layers import bench_memory_layers
 from .bench.offloading.bench import bench_offload
+from .bench.overlap import bench_overlap
 from .bench.placement_solvers import bench_placement
 from .bench.placement_tiers import bench_tiers
 from .bench.products import bench_products
@@ -38,6 +39,7 @@ from .judging.command import judge
 from .placed.command import place_run
 from .placed.serving import PROCESSES
 from .train.command import train
+from .train.distributed.launch import LOST, is_worker
 from .tune_router.command import tune_router
 
 app = typer.Typer(
@@ -98,6 +100,7 @@ bench.command("locality")(bench_locality)
 bench.command("low-bits")(bench_low_bits)
 bench.command("memory-layers")(bench_memory_layers)
 bench.command("offload")(bench_offload)
+bench.command("overlap")(bench_overlap)
 bench.command("placement")(bench_placement)
 bench.command("products")(bench_products)
 bench.command("routers")(bench_routers)
@@ -183,7 +186,7 @@ def main() -> None:
     try:
         code = app(arguments, standalone_mode=False)
         if code == INTERRUPTED:  # what Typer makes of Ctrl-C
-            _complain("interrupted")
+            _say_interrupted()
         sys.stdout.flush()
         sys.exit(code)
     except typer.Exit as exit_request:
@@ -192,7 +195,7 @@ def main() -> None:
         error.show()
         sys.exit(BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted")
+        _say_interrupted()
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         _leave_closed_pipe()
@@ -207,6 +210,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, ConnectionError) and is_worker():
+            sys.exit(LOST)
         is_input = isinstance(error, ValueError | FileNotFoundError | IsADirectoryError | PermissionError)
         _complain(_one_line(error) if is_input else f"{type(error).__name__}: {_one_line(error)}")
         sys.exit(BAD_INPUT if is_input else FAILURE)
@@ -218,6 +223,12 @@ def _one_line(error: Exception) -> str:
 
 def _complain(message: str) -> None:
     plain_console(stderr=True, soft_wrap=True).print(Text.assemble(("expertier:", "bold red"), " ", message))
+
+
+def _say_interrupted() -> None:
+    """Once, however many processes there are: who started the others says it."""
+    if not is_worker():
+        _complain("interrupted")
 
 
 def _leave_closed_pipe() -> None:

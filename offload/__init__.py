@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .prefetch.softmax_gates import softmax_gates
     from .quality.quality import Contestant, Judge, quality
     from .runtime.loading import load
+    from .runtime.options import Part
     from .runtime.report import Offload
     from .store.packing import write_pack
 
@@ -45,6 +46,7 @@ _HOME = {
     "NotReady": ".engine.events",
     "Offload": ".runtime.report",
     "PackedRows": ".finetune.examples",
+    "Part": ".runtime.options",
     "QueueFull": ".engine.events",
     "Sampling": ".engine.request",
     "Stream": ".engine.stream",
@@ -81,6 +83,7 @@ __all__ = [
     "NotReady",
     "Offload",
     "PackedRows",
+    "Part",
     "QueueFull",
     "Sampling",
     "Simulated",

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, distributed
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -14,12 +15,15 @@ from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, Mixtral
 from moe import Experts, MoEConfig, MoEForCausalLM
 from moe.parallel import (
     Copies,
+    DealtExperts,
+    ExpertFailure,
     Move,
     MovingLayer,
     PlacedExperts,
-    SharedBatchExperts,
+    Questions,
     SlicedExperts,
     Traffic,
+    answer_questions,
     dispatch,
     experts_modules,
     place_experts,
@@ -196,29 +200,43 @@ def counted() -> dict[str, Any]:
     return traffic.to_json() | {"remote_rows": traffic.remote_rows, "remote_bytes": traffic.remote_bytes}
 
 
-def shared() -> dict[str, bool]:
-    """Whether tokens that both processes have come out of shared experts with the bits of one process."""
-    alone = [distributed.new_group([rank]) for rank in range(distributed.get_world_size())][distributed.get_rank()]
+def dealt() -> dict[str, bool]:
+    """Whether experts dealt to two processes give the bits of one, and what a failing process says."""
+    rank = distributed.get_rank()
+    alone = [distributed.new_group([0]), distributed.new_group([1])][rank]
+    rank_E = torch.tensor([1, 0, 1, 1, 0, 1])
+    if rank:
+        banks = {0: bank(), 1: bank().to(torch.bfloat16)}
+
+        def compute(layer: int, x_ND: Tensor, expert_N: Tensor) -> Tensor:
+            return banks[layer](x_ND, expert_N[:, None], torch.ones(len(expert_N), 1))
+
+        answer_questions(compute, lambda: "process 1 is well", distributed.group.WORLD)
+        return {}
     generator = torch.Generator().manual_seed(7)
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    found, questions = {}, Questions(distributed.group.WORLD)
+    for layer, dtype in enumerate((torch.float32, torch.bfloat16)):
         for num_tokens in (1, 2, 40):
             ids = torch.rand(num_tokens, E, generator=generator).topk(K).indices
             ids[0, 1] = E
             x_TD = torch.randn(num_tokens, D, generator=generator).to(dtype)
             weights = torch.rand(num_tokens, K, generator=generator)
             outputs = []
-            for group in (distributed.group.WORLD, alone):
-                rank_E = torch.tensor([1, 0, 1, 1, 0, 1]) % group.size()
+            for owners, asked in ((rank_E, questions), (torch.zeros(E, dtype=torch.int64), Questions(alone))):
                 experts = bank().to(dtype)
-                SharedBatchExperts(experts, rank_E if group.size() > 1 else torch.full((E,), group.rank()), group)
+                DealtExperts(experts, layer, owners, asked)
                 with torch.no_grad():
                     outputs.append(experts.forward(x_TD, ids, weights))
-            whole = bank().to(dtype)
             with torch.no_grad():
-                right = whole(x_TD, ids, weights).float()
+                right = bank().to(dtype)(x_TD, ids, weights).float()
             is_right = difference(outputs[0].float(), right) < (1e-6 if dtype == torch.float32 else 1e-2)
             found[f"{dtype}, {num_tokens} tokens"] = torch.equal(*outputs) and is_right
+    lost = bank()
+    DealtExperts(lost, 7, rank_E, questions)
+    with pytest.raises(ExpertFailure, match="process 1: KeyError: 7"), torch.no_grad():
+        lost.forward(x_TD, ids, weights)
+    found["after a failure"] = questions.reports() == ["process 1 is well"]
+    questions.stop()
     return found
 
 
@@ -250,7 +268,7 @@ def main() -> None:
         "gloo", init_method=f"file://{place}/store", rank=rank, world_size=count, timeout=timedelta(seconds=300)
     )
     own = {"dispatched": dispatched(), "models": models(), "moved": moved(), "counted": counted()}
-    own["shared"] = shared()
+    own["dealt"] = dealt()
     own["sliced"] = sliced()
     everyone: list[Any] = [None] * count
     distributed.all_gather_object(everyone, own)

@@ -119,6 +119,12 @@ def redden_offload(monkeypatch):
     monkeypatch.setattr(contestants, "load_model", wrong)
 
 
+def redden_overlap(monkeypatch):
+    overlap = importlib.import_module("experiments.placed.overlap")
+    right = overlap.Halves.woven
+    monkeypatch.setattr(overlap.Halves, "woven", lambda *given: [1.1 * one for one in right(*given)])
+
+
 def redden_placement(monkeypatch):
     import placement
 
@@ -261,6 +267,13 @@ BENCHES = {
         words="unknown contestant 'our' (did you mean 'ours'?)",
         right=("{folder}",),
         redden=redden_offload,
+    ),
+    "overlap": Bench(
+        command=("bench", "overlap"),
+        wrong=("--top-k", "17"),
+        words="--top-k 17 is more than the 16 experts of a layer",
+        right=("--processes", "1", "--tokens", "6", "--layers", "1", "--width", "8", "--inner-width", "8"),
+        redden=redden_overlap,
     ),
     "placement": Bench(
         command=("bench", "placement"),

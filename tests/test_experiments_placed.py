@@ -126,7 +126,7 @@ def test_plans_and_a_migration_are_carried_out_on_processes(trace, tmp_path):
     plan_of(shuffled[:, np.arange(E) // 2 + np.arange(E) % 2 * (E // 2)], 2).save(tmp_path / "other.json")
     files = [f"{name}.json" for name in plans]
     options = ("--trace", "trace.npz", "--against", "contiguous", "--json", "run.json")
-    done = place_run(tmp_path, *files, *options, "--then", "other.json", "--forwards", 6)
+    done = place_run(tmp_path, *files, *options, "--then", "other.json", "--forwards", 6, "--stay", 0)
     assert done.returncode == 0, done.stderr
     assert "0 missed" in done.stdout
     found = json.loads((tmp_path / "run.json").read_text())
@@ -142,6 +142,15 @@ def test_plans_and_a_migration_are_carried_out_on_processes(trace, tmp_path):
         if name in ("shuffled.json", "contiguous"):
             assert counted["gpu_fanout"] == pytest.approx(report["scored"]["gpu_fanout"], abs=1e-12)
             assert counted["balancedness"] == pytest.approx(report["scored"]["balancedness"], abs=1e-12)
+    for name, report in found["plans"].items():
+        stayed = report["staying"]
+        assert stayed["is_equal"], name
+        assert stayed["error"] < 1e-6
+        assert stayed["home_after"][-1] == L - 1
+        # bytes decide: a row to experts has K ids and weights more than a partial sum
+        assert stayed["staying"]["counted"]["bytes"] <= stayed["home"]["counted"]["bytes"]
+        assert stayed["home"]["counted"]["rows"] == 2 * report["counted"]["remote_rows"] or "shuffled" not in name
+    assert any(report["staying"]["staying"]["counted"]["moves"] for report in found["plans"].values())
     moved = found["migration"]
     assert (moved["missed"], moved["forwards"] > moved["rounds"] > 0) == (0, True)
     assert moved["error"] < 1e-6

@@ -45,6 +45,8 @@ MORE = {
         )
     ],
     "latent": [{"options": {"group": 4, "rank": 5}, "router": router} for router in ("rmoe", "pregate")],
+    "ladder": [{"num_dense_layers": 1, "num_shared_experts": 1}],
+    "shortcut": [{"num_dense_layers": 1, "num_shared_experts": 1}],
     "parallel_streams": [{"options": {"streams": 3, "prefix": 0}}, {"options": {"streams": 1, "prefix": 2}}],
     "feature_groups": [{"options": {"shared_width": 8, "attention": True}, "router": "mixtral"}],
     "hydra": [

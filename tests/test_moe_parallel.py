@@ -17,8 +17,8 @@ def test_dispatch_placement_migration_and_counts_on_two_processes(subtests):
         for name, errors in found["models"].items():
             with subtests.test(f"logits of {name}, process {rank}"):
                 assert max(errors) < 2e-6
-        for name, is_equal in found["shared"].items():
-            with subtests.test(f"bits of tokens that all processes have, {name}, process {rank}"):
+        for name, is_equal in found["dealt"].items():
+            with subtests.test(f"experts dealt to processes: bits of one process, {name}"):
                 assert is_equal
         with subtests.test(f"outputs and gradients of experts in slices, process {rank}"):
             assert found["sliced"]["units"] == F // 2

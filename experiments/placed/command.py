@@ -9,7 +9,7 @@ import typer
 from routing.ground.expect import expect_outputs, expect_there
 
 from ..train.distributed.launch import is_leader, is_worker, launch, started_processes
-from .report import print_migration, print_plans
+from .report import print_migration, print_plans, print_staying, print_woven
 
 if TYPE_CHECKING:
     from placement import Plan
@@ -40,6 +40,19 @@ def place_run(
     one_row_per_expert: Annotated[
         bool, typer.Option("--pairs", help="Send a row per expert instead of one per process.")
     ] = False,
+    stay: Annotated[
+        int | None,
+        typer.Option(
+            "--stay",
+            metavar="WIDTH",
+            min=0,
+            help="Also let tokens stay where their experts are, where that pays beside keys and values of WIDTH "
+            "entries per token and layer.",
+        ),
+    ] = None,
+    woven: Annotated[
+        bool, typer.Option("--woven", help="Also exchange one half of the tokens while the other is computed.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.")] = None,
 ) -> None:
     """Carry out plans on processes of this machine: rows and bytes as counted beside what the plan predicts.
@@ -63,7 +76,16 @@ def place_run(
     from .run import run_plans
 
     sent = "pair" if one_row_per_expert else "rank"
-    found = run_plans(plans, data, against=against or (), width=width, rows=sent, then=target, forwards=forwards)
+    found = run_plans(
+        *(plans, data),
+        against=against or (),
+        width=width,
+        rows=sent,
+        then=target,
+        forwards=forwards,
+        context_width=stay,
+        is_woven=woven,
+    )
     if is_leader():
         _publish(found, json_file)
 
@@ -72,6 +94,8 @@ def _publish(found: dict[str, Any], json_file: Path | None) -> None:
     from routing.ground.files import write_json
 
     print_plans(found)
+    print_staying(found)
+    print_woven(found)
     if "migration" in found:
         print_migration(found["migration"])
     if json_file:

@@ -52,7 +52,7 @@ def forecast(calls: list[list[NDArray[np.int16]]], turns: list[Integer]) -> Move
     G = len(turns)
     row_GG, pair_GG = np.zeros((G, G), np.int64), np.zeros((G, G), np.int64)
     for source in range(G):
-        order = [_turns_in_order(row) for row in turns[source]]
+        order = [turns_in_order(row) for row in turns[source]]
         for expert_TK in calls[source]:
             for token, experts in enumerate(expert_TK.tolist()):
                 first = token * len(experts)
@@ -68,7 +68,7 @@ def forecast(calls: list[list[NDArray[np.int16]]], turns: list[Integer]) -> Move
     return Moved(row_GG=row_GG, pair_GG=pair_GG)
 
 
-def _turns_in_order(turns_G: Integer) -> list[int]:
+def turns_in_order(turns_G: Integer) -> list[int]:
     """Processes in the order in which they take turns, each spread evenly over the whole."""
     due = [((2 * turn + 1) / (2 * turns), rank) for rank, turns in enumerate(turns_G.tolist()) for turn in range(turns)]
     return [rank for _, rank in sorted(due)]

@@ -33,6 +33,32 @@ def print_plans(found: dict[str, Any]) -> None:
     )
 
 
+def print_staying(found: dict[str, Any]) -> None:
+    """A line for each plan whose tokens also stayed where their experts are."""
+    for name, report in found["plans"].items():
+        if stayed := report.get("staying"):
+            home, staying = stayed["home"]["counted"], stayed["staying"]["counted"]
+            is_right = "as predicted" if stayed["is_equal"] else "NOT as predicted"
+            plain_console().print(
+                f"{Path(name).name}: staying, {staying['rows']:,} rows instead of {home['rows']:,}, "
+                f"{format_size(staying['bytes'] + stayed['context_bytes'])} instead of {format_size(home['bytes'])} "
+                f"({format_size(stayed['context_bytes'])} of it keys and values), {staying['moves']:,} moves, "
+                f"home after {len(stayed['home_after'])} layers; {is_right}; outputs equal to {stayed['error']:.0e}",
+                highlight=False,
+            )
+
+
+def print_woven(found: dict[str, Any]) -> None:
+    """One line, if halves were woven: a run in which their bits differ has failed before."""
+    errors = [report["woven"]["error"] for report in found["plans"].values() if "woven" in report]
+    if errors:
+        plain_console().print(
+            f"halves woven, one exchanged while the other computed: bits of one after the other, in {len(errors)} "
+            f"plans; outputs equal those of whole experts to {max(errors):.0e}",
+            highlight=False,
+        )
+
+
 def print_migration(found: dict[str, Any]) -> None:
     """One line: what moved between forwards."""
     planned = found["planned"]

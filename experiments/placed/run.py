@@ -9,8 +9,10 @@ from placement import Plan, Problem, score, solve
 from routing.traces import RoutingTrace
 
 from ..train.distributed.run import process_group
+from .coherent import stay_and_return
 from .forecast import Moved, forecast
 from .moving import migrate_live
+from .overlap import woven_halves
 from .work import Layer, Size, calls_of, carry_out, source_T
 
 LARGEST_ERROR = 1e-5
@@ -26,6 +28,8 @@ def run_plans(
     rows: str = "rank",
     then: Plan | None = None,
     forwards: int = 1,
+    context_width: int | None = None,
+    is_woven: bool = False,
 ) -> dict[str, Any]:
     """Carry out plans on a trace; all processes that torchrun started call this together.
 
@@ -35,6 +39,9 @@ def run_plans(
         against: solvers whose plans of this trace are carried out as well, on the first plan's machines.
         width: D, floats of a token; bytes grow with it, rows do not.
         rows: `rank` or `pair`.
+        context_width: entries of the keys and values of a token in a layer; with it, tokens also pass all layers and
+            stay where their experts are, where that moves fewer bytes.
+        is_woven: also pass halves of the tokens through all layers, one exchanged while the other computes.
         then: where the first plan goes afterwards, in at least so many `forwards`; or None.
 
     Returns:
@@ -53,6 +60,10 @@ def run_plans(
             "sent": rows,
             "plans": {name: _report(plan, trace, size, rows) for name, plan in every.items()},
         }
+        for name, plan in every.items() if context_width is not None else ():
+            found["plans"][name]["staying"] = _stayed(plan, trace, size, context_width)
+        for name, plan in every.items() if is_woven else ():
+            found["plans"][name]["woven"] = _woven(plan, trace, size)
         if then is not None:
             found["migration"] = migrate_live(first, then, trace, size, forwards)
     return found
@@ -84,6 +95,20 @@ def _report(plan: Plan, trace: RoutingTrace, size: Size, rows: str) -> dict[str,
         "largest_error": counted["error"],
         "rows": sum(moved.row_GG for moved in counted["moved"]).tolist(),
     }
+
+
+def _stayed(plan: Plan, trace: RoutingTrace, size: Size, context_width: int) -> dict[str, Any]:
+    found = stay_and_return(plan, trace, size, context_width)
+    if not found["error"] < LARGEST_ERROR:
+        raise RuntimeError(f"outputs of tokens that stay differ from those of whole experts by {found['error']:.2e}")
+    return found
+
+
+def _woven(plan: Plan, trace: RoutingTrace, size: Size) -> dict[str, Any]:
+    found = woven_halves(plan, trace, size)
+    if not (found["is_equal"] and found["error"] < LARGEST_ERROR):
+        raise RuntimeError(f"woven halves differ from one after the other, or from whole experts: {found}")
+    return found
 
 
 def predict(plan: Plan, trace: RoutingTrace, size: Size) -> list[Moved]:

@@ -94,11 +94,15 @@ class Layer:
 
     def inputs(self, x_TD: Tensor, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, ids and weights of some rows; an empty slot has the id E."""
+        return x_TD[rows], *self.routed(rows)
+
+    def routed(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Ids and weights of some rows."""
         expert_TK = torch.from_numpy(self.trace.expert_TLK[rows, self.number].astype(np.int64))
         weight_TK = torch.full(expert_TK.shape, 1 / expert_TK.shape[1])
         if self.trace.weight_TLK is not None:
             weight_TK = torch.from_numpy(self.trace.weight_TLK[rows, self.number].astype(np.float32))
-        return x_TD[rows], torch.where(expert_TK < 0, self.plan.num_experts, expert_TK), weight_TK
+        return torch.where(expert_TK < 0, self.plan.num_experts, expert_TK), weight_TK
 
 
 def _load_E(plan: Plan, number: int, trace: RoutingTrace) -> NDArray[np.float64]:
@@ -157,8 +161,8 @@ def carry_out(plan: Plan, trace: RoutingTrace, size: Size, *, rows: str = "rank"
         traffic = layer.placed.traffic
         counted.append(torch.stack([traffic.row_G, traffic.pair_G]))
         remote_bytes += traffic.remote_bytes
-    row_GL2G = _gathered(torch.stack(counted))
-    totals = _gathered(torch.tensor([float(remote_bytes), error], dtype=torch.float64))
+    row_GL2G = gathered(torch.stack(counted))
+    totals = gathered(torch.tensor([float(remote_bytes), error], dtype=torch.float64))
     return {
         "moved": [Moved(row_GG=table[:, 0], pair_GG=table[:, 1]) for table in row_GL2G.transpose(0, 1).numpy()],
         "bytes": int(totals[:, 0].sum()),
@@ -171,7 +175,7 @@ def relative(found: Tensor, right: Tensor) -> float:
     return float((found - right).norm() / right.norm()) if right.any() else float(found.norm())
 
 
-def _gathered(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """[G, ...] the tensors of all processes."""
     found = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
     distributed.all_gather(found, tensor)

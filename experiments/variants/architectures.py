@@ -70,6 +70,11 @@ def _moex(model: Settings) -> Settings:
     return {"architecture": "moex", "moe_intermediate_size": round(1.5 * model["moe_intermediate_size"])}
 
 
+def _late(architecture: str) -> Callable[[Settings], Settings]:
+    """The variant `top2` with sums that arrive late; as many weights."""
+    return lambda model: {"architecture": architecture, "router": "mixtral"}
+
+
 def _readme(weigh: str) -> Callable[[Settings], Settings]:
     """One router for all layers; without weights it takes one expert per token, as wide as the preset's K together."""
 
@@ -106,6 +111,8 @@ ARCHITECTURE_VARIANTS: dict[str, Callable[[Settings], Settings]] = {
     "latent": _latent(4, 0.25),
     "latent-half": _latent(4, 0.5),
     "moe-x": _moex,
+    "ladder": _late("ladder"),
+    "shortcut": _late("shortcut"),
     "read-me": _readme("one"),
     "read-me-weighted": _readme("probability"),
 } | MEMORY_VARIANTS

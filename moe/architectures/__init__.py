@@ -26,6 +26,7 @@ from .signals.glider import glider
 from .signals.hydra import hydra
 from .signals.mode import mode
 from .time_moe import time_moe
+from .whole_layer.late_sums import ladder, shortcut
 from .whole_layer.parallel_streams import parallel_streams
 from .whole_layer.routed_heads import routed_heads
 
@@ -105,6 +106,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "time_moe": Architecture(
         build=time_moe, source="Shi et al. 2024, arXiv:2409.16040", example={"num_shared_experts": 1}
     ),
+    "ladder": Architecture(build=ladder, source="Zhang et al. 2025, arXiv:2501.06589"),
+    "shortcut": Architecture(build=shortcut, source="Cai et al. 2024, arXiv:2404.05019"),
     "parallel_streams": Architecture(build=parallel_streams, source="Chen et al. 2025, arXiv:2505.10475"),
     "routed_heads": Architecture(
         build=routed_heads,

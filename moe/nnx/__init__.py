@@ -7,6 +7,7 @@ computes nothing.
 from .model.checkpoint import load_pretrained, save_pretrained
 from .model.decoder import MoEForCausalLM, MoEOutput
 from .model.experts import Experts, compute_experts
+from .model.generation import generate
 from .parts.grouped import GROUPED_PRODUCTS
 from .parts.mesh import build_mesh, parse_mesh
 from .training.distribute import distribute
@@ -19,6 +20,7 @@ __all__ = [
     "build_mesh",
     "compute_experts",
     "distribute",
+    "generate",
     "load_pretrained",
     "parse_mesh",
     "save_pretrained",

@@ -6,6 +6,7 @@ caller's to start.
 
 from ..inference.logit_offsets import experts_modules
 from .copies import Copies
+from .dealt import DealtExperts, ExpertFailure, LostProcess, Questions, answer_questions
 from .dispatch import DISPATCHES, dispatch
 from .floors import StepFloor, step_floor
 from .gradients import average_gradients, clip_gradients
@@ -13,29 +14,41 @@ from .layout import Layout
 from .moving import Move, MovingLayer
 from .placed import PlacedExperts, place_experts
 from .shard import Split, expect_splittable, split
-from .shared import SharedBatchExperts
 from .slicing import SlicedExperts, slice_of
+from .staying import Crossing, Here, go_on
 from .traffic import Traffic
+from .woven import Steps, Wire, in_steps, weave
 
 __all__ = [
     "DISPATCHES",
     "Copies",
+    "Crossing",
+    "DealtExperts",
+    "ExpertFailure",
+    "Here",
     "Layout",
+    "LostProcess",
     "Move",
     "MovingLayer",
     "PlacedExperts",
-    "SharedBatchExperts",
+    "Questions",
     "SlicedExperts",
     "Split",
     "StepFloor",
+    "Steps",
     "Traffic",
+    "Wire",
+    "answer_questions",
     "average_gradients",
     "clip_gradients",
     "dispatch",
     "expect_splittable",
     "experts_modules",
+    "go_on",
+    "in_steps",
     "place_experts",
     "slice_of",
     "split",
     "step_floor",
+    "weave",
 ]

@@ -35,21 +35,22 @@ class _Exchange(torch.autograd.Function):
         ctx: FunctionCtx, row_ND: Tensor, sent: list[int], received: list[int], group: distributed.ProcessGroup
     ) -> Tensor:
         ctx.way_back = (received, sent, group)  # type: ignore[attr-defined]
-        return _exchanged(row_ND, sent, received, group)
+        return exchanged(row_ND, sent, received, group)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_MD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return _exchanged(grad_MD, *ctx.way_back), None, None, None  # type: ignore[attr-defined]
+        return exchanged(grad_MD, *ctx.way_back), None, None, None  # type: ignore[attr-defined]
 
 
-def _exchanged(row_ND: Tensor, sent: Sequence[int], received: Sequence[int], group: distributed.ProcessGroup) -> Tensor:
+def exchanged(row_ND: Tensor, sent: Sequence[int], received: Sequence[int], group: distributed.ProcessGroup) -> Tensor:
+    """Rows to other processes without gradient: `sent` to each, ordered by process, and `received` from each."""
     row_MD = row_ND.new_empty(sum(received), *row_ND.shape[1:])
     distributed.all_to_all_single(row_MD, row_ND.contiguous(), list(received), list(sent), group=group)
     return row_MD
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Way:
+class Way:
     """Which rows this process sends where.
 
     Args:
@@ -67,7 +68,8 @@ class _Way:
     num_slots: int
 
 
-def _way(rank_TK: Tensor, group: distributed.ProcessGroup) -> _Way:
+def ways(rank_TK: Tensor, group: distributed.ProcessGroup) -> Way:
+    """Which rows go where, once for each process among a token's slots; tells the others how many to expect."""
     (T, K), G = rank_TK.shape, group.size()
     is_sent_TG = rank_TK.new_zeros(T, G + 1, dtype=torch.bool).scatter_(1, rank_TK, True)[:, :G]
     target_N, token_N = is_sent_TG.T.nonzero(as_tuple=True)
@@ -79,7 +81,7 @@ def _way(rank_TK: Tensor, group: distributed.ProcessGroup) -> _Way:
     place_TJ[token_N, column_TG[token_N, target_N]] = torch.arange(len(token_N), device=rank_TK.device)
     # the one wait for the device of a layer: split sizes are numbers of the host
     sent, received, slots = torch.stack([sent_G2[:, 0], *received_G2.T]).tolist()
-    return _Way(
+    return Way(
         target_N=target_N, token_N=token_N, place_TJ=place_TJ, sent=sent, received=received, num_slots=max(slots)
     )
 
@@ -110,13 +112,9 @@ def dispatch(
     Returns:
         [T, D] in the dtype of `x_TD`. A token's partial sums are added by rising process.
     """
-    way = _way(rank_TK, group)
-    missing = way.num_slots - rank_TK.shape[1]
-    is_there_NK = rank_TK[way.token_N] == way.target_N[:, None]
-    id_NK = torch.where(is_there_NK, local_TK[way.token_N], empty_id).int()
-    weight_NK = torch.where(is_there_NK, weight_TK[way.token_N], 0.0)
-    id_NK, weight_NK = pad(id_NK, (0, missing), value=empty_id), pad(weight_NK, (0, missing))
-    id_MK = _exchanged(id_NK, way.sent, way.received, group).long()
+    way = ways(rank_TK, group)
+    id_NK, weight_NK = slots_of(way, rank_TK, local_TK, weight_TK, empty_id)
+    id_MK = exchanged(id_NK, way.sent, way.received, group).long()
     x_MD = _Exchange.apply(x_TD[way.token_N], way.sent, way.received, group)
     weight_MK = _Exchange.apply(weight_NK, way.sent, way.received, group)
     if traffic is not None:
@@ -125,8 +123,22 @@ def dispatch(
         traffic.note(torch.tensor(way.sent), pair_G, row_bytes, int((id_MK != empty_id).sum()))
     y_MD = _computed(compute, x_MD, id_MK, weight_MK, empty_id)
     y_ND = _Exchange.apply(y_MD, way.received, way.sent, group)
+    return added(y_ND, way).to(x_TD.dtype)
+
+
+def slots_of(way: Way, rank_TK: Tensor, local_TK: Tensor, weight_TK: Tensor, empty_id: int) -> tuple[Tensor, Tensor]:
+    """Local ids [N, K] as int32 and weights of each row; slots of other processes are empty."""
+    missing = way.num_slots - rank_TK.shape[1]
+    is_there_NK = rank_TK[way.token_N] == way.target_N[:, None]
+    id_NK = torch.where(is_there_NK, local_TK[way.token_N], empty_id).int()
+    weight_NK = torch.where(is_there_NK, weight_TK[way.token_N], 0.0)
+    return pad(id_NK, (0, missing), value=empty_id), pad(weight_NK, (0, missing))
+
+
+def added(y_ND: Tensor, way: Way) -> Tensor:
+    """The sum of each token's rows, by rising process."""
     # a gather and a sum in fixed order: `index_add_` would add in any order on a GPU
-    return torch.cat([y_ND, y_ND.new_zeros(1, y_ND.shape[1])])[way.place_TJ].sum(dim=1).to(x_TD.dtype)
+    return torch.cat([y_ND, y_ND.new_zeros(1, y_ND.shape[1])])[way.place_TJ].sum(dim=1)
 
 
 def _computed(compute: Compute, x_MD: Tensor, id_MK: Tensor, weight_MK: Tensor, empty_id: int) -> Tensor:

@@ -41,7 +41,8 @@ class PlacedExperts:
         self.copies = copies
         self.num_experts = experts.num_experts
         self.traffic = Traffic(num_ranks=group.size(), rank=group.rank())
-        self._compute = experts.forward
+        self.compute = experts.forward
+        """Of the experts that this process has, by their places."""
         self._keep(held[group.rank()])
         experts.forward = self
         experts.placed = self
@@ -61,7 +62,7 @@ class PlacedExperts:
             rank_TK,
             local_TK,
             weight_TK,
-            self._compute,
+            self.compute,
             self.group,
             empty_id=self.copies.slots,
             traffic=self.traffic,

@@ -16,7 +16,7 @@ from routing.ground.terminal import plain_console
 from .generate_file import Prompts, answer_file
 from .generate_options import GenerateOptions
 from .options import Hardware, JsonFile, expect_model, quiet_transformers, with_options
-from .processes import Processes, ProcessesOption, processes_of
+from .processes import Processes, ProcessesOption, follow, for_processes, processes_of
 from .screen import Screen
 
 
@@ -98,15 +98,17 @@ def generate(
     if batch_size > 1:
         raise ValueError("--batch-size is for --prompts FILE; one prompt is no batch")
     rates = None if hardware is None else Rates.load(hardware)
-    several = None if processes is None else processes_of(options.cpu_memory, trace)
+    several = None if processes is None else processes_of(options, trace)
     if several is not None and not several.are_started():
         raise typer.Exit(several.start(processes or 1))
-    is_speaking = several is None or several.join()
+    if several is not None and not several.join():
+        follow(several, model, options)
+        return
     text = _read_stdin() if prompt == "-" else prompt or ""
     with Screen(is_live=live) as screen:
         result = _continue(model, text, max_new_tokens, options, screen, trace, rates, several)
     show(result)
-    if json_file and is_speaking:
+    if json_file:
         write_json(json_file, {"model": model, "prompt": text, **result})
 
 
@@ -138,9 +140,7 @@ def _continue(
     if several is None:
         loaded = load(folder, **options.for_loading, record_trace=trace is not None)
     else:
-        # a predictor would read experts that are other processes'
-        loaded = load(folder, **options.for_loading | {"plan": None, "prefetch": "off"})
-        several.spread(loaded, options.plan)
+        loaded = several.lead(folder, **for_processes(options))
     if options.prefer_cached is not None:
         loaded.offload.prefer_cached(options.prefer_cached)
     with _skipping(loaded, options.skip_ffn) as skipped:
@@ -158,7 +158,9 @@ def _continue(
             rewiring=None if options.rewire is None else Rewiring(every=options.rewire),
         )
     left_out = {} if skipped is None else {"skipped_share": skipped.skipped_share, "skipped_L": skipped.skipped}
-    return {**result, **left_out, "note": text.note}
+    others = {} if several is None else {"processes": [result["report"], *loaded.offload.of_others()]}
+    loaded.offload.close()
+    return {**result, **left_out, **others, "note": text.note}
 
 
 def _skipping(loaded: Any, threshold: float | None) -> AbstractContextManager[Any]:

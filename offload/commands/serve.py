@@ -1,6 +1,7 @@
 """`expertier serve`: answer over HTTP as OpenAI and Anthropic do."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 from routing.ground.terminal import plain_console
 
 from .options import expect_model, quiet_transformers, with_options
+from .processes import Processes, ProcessesOption, follow, processes_of
 from .serve_options import ServeOptions
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def serve(
     grace: Annotated[
         float, typer.Option("--grace", min=0, help="Seconds that running answers have after Ctrl-C or SIGTERM.")
     ] = 30.0,
+    processes: ProcessesOption = None,
     *,
     options: ServeOptions,
 ) -> None:
@@ -50,11 +53,19 @@ def serve(
     Example: `expertier serve my-model --cpu-memory 6GiB --name my-model`
 
     Several models in one budget: `expertier serve --members models.yaml --cpu-memory 6GiB`
+
+    On two processes, each with a part of the experts: `expertier serve my-model --processes 2 --cpu-memory 3GiB`
     """
     if (model is None) == (members is None):
         raise ValueError("give either a MODEL or --members FILE")
     if model is not None:
         expect_model(model)
+    several = None if processes is None else _several(members, options)
+    if several is not None and not several.are_started():
+        raise typer.Exit(several.start(processes or 1))
+    if several is not None and not several.join():
+        follow(several, str(model), options)
+        return
     from ..serve.web.app import make_app
     from ..serve.web.guard import expect_safe
     from ..serve.web.lifetime import Lifetime, address_of, listen
@@ -71,11 +82,19 @@ def serve(
         lifetime = Lifetime(make_app(service, gate), service, grace)
         opened: list[Opened] = []
         try:
-            lifetime.run_with(listening, lambda: _load_and_watch(model, members, template, service, options, opened))
+            load = partial(_load_and_watch, model, members, template, service, options, opened, several)
+            lifetime.run_with(listening, load)
         finally:
             for one in opened:
                 one.engine.close(grace_s=0)
     console.print("the server has ended")
+
+
+def _several(members: Path | None, options: ServeOptions) -> Processes:
+    """How to run on several processes; `--members` share one."""
+    if members is not None:
+        raise ValueError("--processes is for one model; leave it out with --members")
+    return processes_of(options)
 
 
 def _names(model: str | None, members: Path | None, options: ServeOptions) -> tuple[str, ...]:
@@ -113,12 +132,13 @@ def _load_and_watch(
     service: "Service",
     options: ServeOptions,
     opened: "list[Opened]",
+    several: Processes | None,
 ) -> None:
     """Get the model ready, then wait for the engine's end; runs in a thread of its own."""
     service.stage = "starting"
     quiet_transformers()
     if members is None:
-        found = _open_one(str(model), template, service, options, opened)
+        found = _open_one(str(model), template, service, options, opened, several)
     else:
         found = _open_members(members, template, service, options, opened)
     service.defaults, service.created_s, service.budget = found.defaults, int(time.time()), found.budget
@@ -138,16 +158,26 @@ def _load_and_watch(
 
 
 def _open_one(
-    model: str, template: str | None, service: "Service", options: ServeOptions, opened: "list[Opened]"
+    model: str,
+    template: str | None,
+    service: "Service",
+    options: ServeOptions,
+    opened: "list[Opened]",
+    several: Processes | None,
 ) -> "Opened":
     from ..checkpoint.location import local_folder, local_name
+    from ..runtime.loading import load
     from ..serve.opening import open_answering, open_conversations
 
     service.stage = f"downloading {model}" if local_name(model) is None else "reading weights"
     folder = local_folder(model)
     conversations = open_conversations(folder, template)
     service.stage = "reading weights"
-    found = open_answering(folder, conversations, options.for_engine, options.for_loading, context=options.context)
+    found = open_answering(
+        *(folder, conversations, options.for_engine, options.for_loading),
+        context=options.context,
+        open_with=load if several is None else several.lead,
+    )
     opened.append(found)
     return found
 

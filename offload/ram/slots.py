@@ -1,6 +1,6 @@
 """The RAM slots of one layer: which expert is in which slot, which is on its way, and which goes when room is short."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -52,6 +52,8 @@ class LayerSlots:
         self.layer, self.num_slots = layer, num_slots
         self._store, self.form = store, store.forms[layer]
         self.num_experts = self.form.layer.num_experts
+        self.own: Sequence[int] = range(self.num_experts)
+        """The experts that this process is asked for."""
         self.expert_bytes = self.form.expert_bytes
         self.is_grouped = can_group(self.form.layer)
         sizes = self.form.own_slot_bytes if self.has_all else self.form.slot_bytes

@@ -62,6 +62,9 @@ def assemble(
     )
     recorder = _recorder(opened, options) if options.record_trace else None
     running = OffloadRuntime(store, division.ram.num_slots, options.policy_name, recorder, matvecs)
+    if opened.own_L is not None:
+        for slots, own in zip(running.layers, opened.own_L, strict=True):
+            slots.own = own
     running.prefetcher = make_prefetcher(str(options.prefetch), model, [form.layer for form in forms], opened.top_k)
     if options.policy_name in NEEDS_PREDICTOR and not isinstance(running.prefetcher, PassPrefetcher):
         raise ValueError(

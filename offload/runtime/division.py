@@ -71,8 +71,8 @@ def divide_memory(
         # what the GPU's libraries take on the host is only known when they are loaded
         needs = replace(needs, process_bytes=host_bytes())
     limit = cpu_limit(options)
-    counts = opened.experts_L
-    fixed = None if options.cache_experts is None else [min(options.cache_experts, count) for count in counts]
+    counts, most = opened.experts_L, opened.most_slots_L
+    fixed = None if options.cache_experts is None else [min(options.cache_experts, count) for count in most]
     loading = _loading_bytes(opened, needs) if gpu is None else 0
     ram = _plan_ram(opened, needs, limit, fixed, loading)
     _expect_room_to_load(needs, limit, loading)
@@ -104,7 +104,7 @@ def _plan_ram(
 ) -> MemoryPlan:
     try:
         return plan_memory(
-            *(limit_bytes, needs, opened.slot_bytes_L, opened.experts_L, opened.top_k, slots, loading_bytes),
+            *(limit_bytes, needs, opened.slot_bytes_L, opened.most_slots_L, opened.top_k, slots, loading_bytes),
             whole_bytes=opened.whole_bytes,
         )
     except ValueError as error:
@@ -118,7 +118,7 @@ def _held(needs: Needs) -> str:
 
 def budgets_of(opened: OpenedCheckpoint, options: LoadOptions) -> Budgets:
     """The least budget that `load` accepts without a GPU, and the one that holds all experts."""
-    shapes = opened.slot_bytes_L, opened.experts_L, opened.top_k
+    shapes = opened.slot_bytes_L, opened.most_slots_L, opened.top_k
     whole = needs_of(replace(opened, window=None), options)
     budgets = expect_budgets(whole, *shapes, _loading_bytes(opened, whole), whole_bytes=opened.whole_bytes)
     if opened.bundle is not None:
@@ -162,7 +162,7 @@ def choose_window(opened: OpenedCheckpoint, options: LoadOptions) -> WindowPlan 
     """
     if options.wants_gpu:
         return None
-    limit, shapes = cpu_limit(options), (opened.slot_bytes_L, opened.experts_L, opened.top_k)
+    limit, shapes = cpu_limit(options), (opened.slot_bytes_L, opened.most_slots_L, opened.top_k)
     if options.resident_layers is None and room_besides(limit, needs_of(opened, options), *shapes) >= 0:
         return None
     # streamed weights are plain, whatever the form of those in memory, and what stays may be no smaller

@@ -18,7 +18,7 @@ from .assembly import assemble
 from .depths import with_depth
 from .division import choose_units, choose_window, divide_memory, expect_machine_has
 from .opening import open_checkpoint
-from .options import LoadOptions
+from .options import LoadOptions, Part
 
 
 def load(
@@ -45,6 +45,7 @@ def load(
     layers_ahead: int | None = None,
     cache_units: int | None = None,
     peer_memory: str | int | None = None,
+    part: Part | None = None,
 ) -> Any:
     """Load a model without ever holding all of it in memory: not all experts, nor all layers if they do not fit.
 
@@ -90,6 +91,7 @@ def load(
             or more, instead of what a budget pays for.
         peer_memory: memory of another GPU, such as `"8GiB"`: experts that the first one gives up go there and come back
             from there, before RAM and disk are asked.
+        part: the experts that this process computes, where others compute the rest; None has all of the model.
 
     Returns:
         The transformers model, in eval mode; `model.offload` is its Offload.
@@ -121,6 +123,7 @@ def load(
         layers_ahead=layers_ahead,
         cache_units=cache_units,
         peer_memory=peer_memory,
+        part=part,
     )
     expect_machine_has(options)
     return_large_blocks()

@@ -19,7 +19,11 @@ from .pieces import piece_tokens
 
 def memory_needs(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:
     """The parts of a budget that are not expert slots, with `options.context` tokens of KV cache."""
-    return _with_units(with_window(_needs_of_all(opened, options), opened.window), opened)
+    needs = _with_units(with_window(_needs_of_all(opened, options), opened.window), opened)
+    if not opened.left_out:
+        return needs
+    left = [weight.nbytes for name, weight in opened.model.named_parameters() if name in opened.left_out]
+    return replace(needs, weight_bytes=needs.weight_bytes - sum(left), kv_bytes=0)
 
 
 def _predictor_bytes(options: LoadOptions) -> int:

@@ -25,7 +25,7 @@ from ..neurons.feed_forwards import find_feed_forwards
 from ..store.packing import Pack, read_pack
 from ..window.guests import Guests, find_guests
 from ..window.planning import WindowPlan
-from .options import LoadOptions
+from .options import LoadOptions, Part
 from .runtime import IMPLEMENTATION
 
 
@@ -40,6 +40,8 @@ class OpenedCheckpoint:
         process_bytes: memory of the process without this model.
         guests: what could be streamed.
         window: what is; None if everything outside experts stays in memory.
+        left_out: full names of parameters that are neither loaded nor read.
+        own_L: the experts of each layer that this process computes; None for all.
         packed: the packed copy that is read; None without one.
         bundle: feed-forwards by their units; None if they are in memory like everything else.
         unit_slots: units of each of them that stay in memory; empty before that is known.
@@ -51,6 +53,8 @@ class OpenedCheckpoint:
     process_bytes: int
     guests: Guests = field(default_factory=Guests)
     window: WindowPlan | None = None
+    left_out: frozenset[str] = frozenset()
+    own_L: tuple[tuple[int, ...], ...] | None = None
     packed: Pack | None = None
     bundle: Bundle | None = None
     unit_slots: tuple[int, ...] = ()
@@ -65,13 +69,20 @@ class OpenedCheckpoint:
         return [form.layer.num_experts for form in self.forms]
 
     @property
+    def most_slots_L(self) -> list[int]:
+        """Slots of each layer that are of use: one for each expert that this process computes."""
+        return self.experts_L if self.own_L is None else [max(len(experts), 1) for experts in self.own_L]
+
+    @property
     def slot_bytes_L(self) -> list[int]:
         """Bytes of one RAM slot of each layer."""
         return [form.slot_bytes for form in self.forms]
 
     @property
     def whole_bytes(self) -> int:
-        """Bytes of slots for all experts, each of its own size."""
+        """Bytes of slots for all experts of this process, each of its own size where it has all of them."""
+        if self.own_L is not None:
+            return sum(count * size for count, size in zip(self.most_slots_L, self.slot_bytes_L, strict=True))
         return sum(sum(form.own_slot_bytes) for form in self.forms)
 
     @property
@@ -82,7 +93,7 @@ class OpenedCheckpoint:
     @property
     def streamed(self) -> frozenset[str]:
         """Full names of the parameters outside experts that are not in memory."""
-        names = frozenset() if self.window is None else self.window.names
+        names = self.left_out if self.window is None else self.left_out | self.window.names
         return names if self.bundle is None else names | self.bundle.weight_names
 
     @property
@@ -111,20 +122,43 @@ def open_checkpoint(options: LoadOptions, choose: Chooser = lambda headers: None
     """
     folder = local_folder(options.path_or_id)
     if is_gguf(folder):
-        return _open_gguf(folder, options)
+        return _with_part(_open_gguf(folder, options), options.part)
     sketch, entries = sketch_of(folder, options.dtype, needs_experts=False)
     if not experts_modules(sketch.skeleton):
         _expect_dense_options(folder, options)
     headers = _opened_sketch(sketch, entries, options.pack)
+    headers = _with_part(headers, options.part)
     if headers.bundle is not None and options.resident_layers is not None:
         raise ValueError("layers stay whole, or their feed-forwards come by units; leave resident_layers or pack out")
-    headers = replace(headers, window=None if headers.bundle is not None else choose(headers))
+    window = None if headers.bundle is not None or headers.left_out else choose(headers)
+    headers = replace(headers, window=window)
     model = load_resident(sketch, entries, IMPLEMENTATION, headers.streamed)
     # hollow experts must be gone before anything looks at the size of the model's parameters
     drop_expert_weights(model)
     if (linears := headers.linears) is not None:
         store_linears(model, linears, headers.streamed)
     return replace(headers, model=model)
+
+
+def _with_part(opened: OpenedCheckpoint, part: Part | None) -> OpenedCheckpoint:
+    """A checkpoint of which a process has a part.
+
+    Raises:
+        ValueError: if the model has no experts.
+    """
+    if part is None:
+        return opened
+    if not opened.forms:
+        raise ValueError("this model has no experts to spread over processes")
+    own_L = tuple(tuple(experts) for experts in part.experts_of(opened.experts_L))
+    left_out = frozenset() if part.has_rest else _outside_experts(opened.model)
+    return replace(opened, own_L=own_L, left_out=left_out)
+
+
+def _outside_experts(model: Any) -> frozenset[str]:
+    inside = tuple(f"{name}." for name in experts_modules(model))
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    return frozenset(name for name in names if not name.startswith(inside))
 
 
 def _opened_sketch(sketch: Sketch, entries: Mapping[str, TensorEntry], pack: str | Path | None) -> OpenedCheckpoint:
@@ -161,7 +195,9 @@ def _open_gguf(file: Path, options: LoadOptions) -> OpenedCheckpoint:
     if not opened.names.experts:
         _expect_dense_options(file, options)
     process_bytes = resident_bytes()
-    model = load_gguf_resident(opened, IMPLEMENTATION, expand_tensor)
+    is_part = options.part is not None and not options.part.has_rest
+    left_out = _outside_experts(opened.skeleton) if is_part else frozenset()
+    model = load_gguf_resident(opened, IMPLEMENTATION, expand_tensor, left_out)
     forms = gguf_forms(opened)
     drop_expert_weights(model)
     return OpenedCheckpoint(model=model, forms=forms, checksums=None, process_bytes=process_bytes)

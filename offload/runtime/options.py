@@ -1,5 +1,6 @@
 """What a caller of `load` asked for, checked before anything is read."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,19 @@ from ..store.io_mode import IO_MODES
 
 DEFAULT_POLICY = "learned"
 """The policy with the best hit rates on recorded traces; see docs/offload.md, "Which policy"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one of several processes has of a model.
+
+    Args:
+        experts_of: told how many experts each MoE layer has, gives those that this process computes.
+        has_rest: whether it has the weights outside experts; without them only the experts can be called.
+    """
+
+    experts_of: Callable[[Sequence[int]], Sequence[Sequence[int]]]
+    has_rest: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +62,7 @@ class LoadOptions:
     layers_ahead: int | None = None
     cache_units: int | None = None
     peer_memory: str | int | None = None
+    part: Part | None = None
 
     def __post_init__(self) -> None:
         expect_device(self.device, self.gpu_memory, self.gpu_experts)
@@ -70,6 +85,8 @@ class LoadOptions:
             raise ValueError(f"cache_units must be 0 or more; got {self.cache_units}")
         if self.plan is not None and self.cache_experts is not None:
             raise ValueError("plan and cache_experts both say how many slots a layer has; give one of them")
+        if self.part is not None and (self.wants_gpu or self.plan is not None or self.prefetch != "off"):
+            raise ValueError("a part of a model is on the CPU, without prefetching or a plan of tiers")
         if self.adapter is not None and (self.device == "cuda" or self.gpu_memory not in ("auto", 0, "0")):
             raise ValueError("adapters of an offloaded model are computed on the CPU only; leave out the GPU, or merge")
         if self.policy in NEEDS_FUTURE:

@@ -1,5 +1,6 @@
 """`model.offload`: what the offloading did, what it should have taken, and the routing it saw."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ class Offload:
         self._preference: CachedFirst | None = None
         self.passes_gradients = False
         """Whether experts compute anew in a backward pass; see `gradients_pass`."""
+        self.of_others: Callable[[], list[dict[str, Any]]] = list
+        """Gives the reports of other processes that compute some of the experts."""
+        self.at_close: list[Callable[[], None]] = []
+        """Called when the model is closed: whoever works for it may end."""
         follow_calls(model, runtime)
 
     @property
@@ -170,3 +175,5 @@ class Offload:
     def close(self) -> None:
         """Stop the reading threads and close the files; the model cannot run afterwards."""
         self._runtime.close()
+        while self.at_close:
+            self.at_close.pop()()

@@ -329,8 +329,8 @@ class OffloadRuntime:
         if layer + 1 == len(self.layers) or self.gpu is not None:
             return
         slots = self.layers[layer + 1]
-        if num_rows >= ROWS_FOR_ALL * slots.num_experts:
-            missing = [expert for expert in range(slots.num_experts) if expert not in slots]
+        if num_rows >= ROWS_FOR_ALL * len(slots.own):
+            missing = [expert for expert in slots.own if expert not in slots]
             for expert in missing[: slots.num_free]:
                 slots.read_ahead(expert, (), slots.num_experts)
 

@@ -1,6 +1,6 @@
 """Opens a model with its tokenizer and template for many requests: what the server and the terminal chat share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def open_answering(
     *,
     context: int,
     loaded: Any = None,
+    open_with: Callable[..., Any] = load,
 ) -> Opened:
     """Load a model and start its engine; takes as long as reading all that is not experts.
 
@@ -69,6 +70,7 @@ def open_answering(
             together, and each gets the answer that he would get alone.
         context: most tokens of one request, prompt and answer together.
         loaded: the model, if it is loaded already; the engine owns it from now on.
+        open_with: takes the arguments of `offload.load`.
 
     Raises:
         ValueError: as `offload.load`, and for families that the engine cannot serve.
@@ -77,7 +79,8 @@ def open_answering(
 
     def open_model() -> Any:
         arithmetic = arithmetic_for_many(load_options.get("arithmetic", "auto"))
-        model = load(folder, **{**load_options, "arithmetic": arithmetic}) if loaded is None else loaded
+        options = {**load_options, "arithmetic": arithmetic}
+        model = open_with(folder, **options) if loaded is None else loaded
         found.update(defaults=_recommended(model), budget=_parts(model.offload.plan))
         return model
 

@@ -1,17 +1,22 @@
 """Start a command on several processes of this machine by torchrun, and how many there are; without torch."""
 
+import logging
 import os
+import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..description.config import TrainConfig
 from ..run_folder import checkpoints
 
 OLDEST_TRANSFORMERS = "5.23"
 """Its expert parallelism takes implementations of others; earlier releases had other names for it."""
+LOST = 75
+"""Exit code of a process that ended because another one did, which is the one to be told of; `EX_TEMPFAIL`."""
 ENDED_BY_SIGNAL = 128
 """What a shell adds to a signal's number when it reports how a program ended."""
 
@@ -59,6 +64,9 @@ def launch(arguments: Sequence[str], processes: int, *, restarts: int = 0) -> in
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # what torchrun and its rendezvous log of a failure takes pages; what is to be known of it is one line
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     # as torchrun does: more threads than cores would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     settings = LaunchConfig(
@@ -74,12 +82,22 @@ def launch(arguments: Sequence[str], processes: int, *, restarts: int = 0) -> in
     try:
         elastic_launch(settings, sys.executable)("-m", "experiments.cli", *arguments)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        code = failure.exitcode
-        return ENDED_BY_SIGNAL - code if code < 0 else code
+        return _told(error.failures, processes)
     except SignalException as error:
         return ENDED_BY_SIGNAL + error.sigval
     return 0
+
+
+def _told(failures: Mapping[int, Any], processes: int) -> int:
+    """The exit code of a launch of which processes have failed; a process that a signal ended could not say so."""
+    causes = [pair for pair in failures.items() if pair[1].exitcode != LOST] or list(failures.items())
+    rank, failure = min(causes, key=lambda pair: pair[1].timestamp)
+    code: int = failure.exitcode
+    if code >= 0:
+        return code
+    name = signal.Signals(-code).name
+    print(f"expertier: process {rank} of {processes} was ended by {name}; the others were stopped", file=sys.stderr)
+    return ENDED_BY_SIGNAL - code
 
 
 def expect_launchable(config: TrainConfig, parallel: str | None, processes: int) -> None:

@@ -1,13 +1,13 @@
-"""Grouped-query attention with rotary positions and optional query/key norm; twin of `moe.attention`, without a cache.
+"""Grouped-query attention with rotary positions and optional query/key norm; twin of `moe.attention`.
 
-Shapes: B batch, S positions, D model width, H heads, A = head width.
+Shapes: B batch, S positions, D model width, H heads, A = head width, C places of a cache.
 """
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from ...parts.config import MoEConfig
 from ..parts.dense import Linear, RMSNorm
@@ -25,6 +25,32 @@ def rotate(x_BSHA: Array, cos: Array, sin: Array) -> Array:
     first, second = jnp.split(x_BSHA, 2, axis=-1)
     turned = jnp.concatenate((-second, first), axis=-1)
     return x_BSHA * cos.astype(x_BSHA.dtype) + turned * sin.astype(x_BSHA.dtype)
+
+
+class LayerKeys:
+    """Keys and values of one layer, with room for all positions that a text may get; twin of `moe.parts.KeyValues`.
+
+    It changes while a function is traced, as the arrays that it holds cannot.
+
+    Args:
+        key_BCHA, value_BCHA: of earlier calls, then room; None for none, of the first call.
+        start: place of this call's first position.
+        mask_BSC: which places this call's positions may look at.
+    """
+
+    def __init__(self, key_BCHA: Array | None, value_BCHA: Array | None, start: Array | int, mask_BSC: Array) -> None:
+        self.key_BCHA, self.value_BCHA, self.start, self.mask_BSC = key_BCHA, value_BCHA, start, mask_BSC
+
+    def update(self, key_BSHA: Array, value_BSHA: Array) -> tuple[Array, Array]:
+        """Write this call's keys and values; all that there are."""
+        if self.key_BCHA is None or self.value_BCHA is None:
+            room = ((0, 0), (0, self.mask_BSC.shape[2] - key_BSHA.shape[1]), (0, 0), (0, 0))
+            self.key_BCHA, self.value_BCHA = jnp.pad(key_BSHA, room), jnp.pad(value_BSHA, room)
+        else:
+            place = (0, self.start, 0, 0)
+            self.key_BCHA = lax.dynamic_update_slice(self.key_BCHA, key_BSHA, place)
+            self.value_BCHA = lax.dynamic_update_slice(self.value_BCHA, value_BSHA, place)
+        return self.key_BCHA, self.value_BCHA
 
 
 class Attention(nnx.Module):
@@ -47,13 +73,23 @@ class Attention(nnx.Module):
         norms = [None if config.qk_norm == "none" else RMSNorm(width, config.rms_norm_eps) for width in widths]
         self.q_norm, self.k_norm = norms
 
-    def __call__(self, x_BSD: Array, angles: tuple[Array, Array], is_valid_BS: Array | None) -> Array:
-        """[B, S, D]."""
+    def __call__(
+        self,
+        x_BSD: Array,
+        angles: tuple[Array, Array],
+        is_valid_BS: Array | None,
+        cache: LayerKeys | None = None,
+    ) -> Array:
+        """[B, S, D]; with a cache its mask says who sees what, else causality and `is_valid_BS` do."""
         query = rotate(self._normed_heads(self.q_proj(x_BSD), self.q_norm), *angles)
         key = rotate(self._normed_heads(self.k_proj(x_BSD), self.k_norm), *angles)
         value = self._heads(self.v_proj(x_BSD)).astype(query.dtype)
-        mask = None if is_valid_BS is None else is_valid_BS[:, None, None, :]
-        y_BSHA = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True, scale=self.head_dim**-0.5)
+        mask, is_causal = None if is_valid_BS is None else is_valid_BS[:, None, None, :], True
+        if cache is not None:
+            key, value = cache.update(key, value)
+            mask, is_causal = cache.mask_BSC[:, None], False
+        scale = self.head_dim**-0.5
+        y_BSHA = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal, scale=scale)
         return self.o_proj(rearrange(y_BSHA, "b s h a -> b s (h a)"))
 
     def _normed_heads(self, x: Array, norm: RMSNorm | None) -> Array:

@@ -1,9 +1,10 @@
-"""The decoder language model in Flax NNX; twin of `moe.decoder`, for training and scoring (decoding is torch's).
+"""The decoder language model in Flax NNX; twin of `moe.decoder`.
 
 Shapes: B batch, S positions, T = B * S tokens, D model width, V vocabulary, L MoE layers, R routable experts.
 """
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from ..parts.dense import FeedForward, Linear, RMSNorm, normal
 from ..routing.assignment import Carry, RouterStats, RoutingContext
 from ..routing.losses import auxiliary_loss
 from ..routing.routers import build_twins, deciding_gates
-from .attention import Attention, rotary_angles
+from .attention import Attention, LayerKeys, rotary_angles
 from .layer import MoELayer
 
 
@@ -64,8 +65,9 @@ class DecoderLayer(nnx.Module):
         is_valid_BS: Array | None,
         carry: Carry,
         context: RoutingContext,
+        cache: LayerKeys | None = None,
     ) -> tuple[Array, Carry, RouterStats | None]:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), angles, is_valid_BS)
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), angles, is_valid_BS, cache)
         normed_BSD = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, FeedForward):
             return x_BSD + self.mlp(normed_BSD), carry, None
@@ -97,14 +99,31 @@ class MoEModel(nnx.Module):
         self, token_BS: Array, is_valid_BS: Array | None, context: RoutingContext
     ) -> tuple[Array, list[RouterStats]]:
         """Final hidden states [B, S, D] and the routers' statistics."""
-        x_BSD = self.embed_tokens(token_BS)
         position_BS = jnp.arange(token_BS.shape[1])[None]
         if is_valid_BS is not None:
             position_BS = jnp.maximum(jnp.cumsum(is_valid_BS, axis=1) - 1, 0)
+        return self._through(token_BS, position_BS, is_valid_BS, context, [None] * len(self.layers))
+
+    def extend(
+        self, token_BS: Array, position_BS: Array, context: RoutingContext, cache_L: Sequence[LayerKeys]
+    ) -> Array:
+        """Final hidden states [B, S, D] of tokens after those in the caches, which take them up."""
+        x_BSD, _ = self._through(token_BS, position_BS, None, context, cache_L)
+        return x_BSD
+
+    def _through(
+        self,
+        token_BS: Array,
+        position_BS: Array,
+        is_valid_BS: Array | None,
+        context: RoutingContext,
+        cache_L: Sequence[LayerKeys | None],
+    ) -> tuple[Array, list[RouterStats]]:
+        x_BSD = self.embed_tokens(token_BS)
         angles = rotary_angles(position_BS, self.head_dim, self.rope_theta)
         carry, all_stats = {}, []
-        for layer in self.layers:
-            x_BSD, carry, stats = layer(x_BSD, angles, is_valid_BS, carry, context)
+        for layer, cache in zip(self.layers, cache_L, strict=True):
+            x_BSD, carry, stats = layer(x_BSD, angles, is_valid_BS, carry, context, cache)
             if stats is not None:
                 all_stats.append(stats)
         return self.norm(x_BSD), all_stats
@@ -160,7 +179,7 @@ class MoEForCausalLM(nnx.Module):
             key=key,
         )
         x_BSD, stats = self.model(token_BS, is_valid_BS, context)
-        logits = self._logits(x_BSD)
+        logits = self.logits_of(x_BSD)
         if labels_BS is None:
             return MoEOutput(logits, stats)
         loss = lm_loss = cross_entropy(logits[:, :-1], labels_BS[:, 1:])
@@ -175,7 +194,8 @@ class MoEForCausalLM(nnx.Module):
         for gate, count_R in zip(gates, count_LR, strict=True):
             gate.post_step(count_R)
 
-    def _logits(self, x_BSD: Array) -> Array:
+    def logits_of(self, x_BSD: Array) -> Array:
+        """[B, S, V] of final hidden states."""
         if self.lm_head is not None:
             return self.lm_head(x_BSD)
         table_VD = self.model.embed_tokens.weight[...]

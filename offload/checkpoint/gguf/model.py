@@ -1,5 +1,6 @@
 """A GGUF model opened: its class without weights, what each tensor is, and everything but experts loaded."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,20 +51,26 @@ def open_gguf_model(file: Path, dtype: str | torch.dtype = "auto") -> GgufModel:
     return GgufModel(head=head, config=config, skeleton=skeleton, names=names)
 
 
-def load_gguf_resident(opened: GgufModel, implementation: str, expand: Expand) -> Any:
-    """Let transformers load everything but the experts' matrices, which stay hollow.
+def load_gguf_resident(opened: GgufModel, implementation: str, expand: Expand, left_out: Collection[str] = ()) -> Any:
+    """Let transformers load everything but the experts' matrices and what is left out, which stay hollow.
 
     Args:
         opened: what to load; only its skeleton and names are used.
         implementation: name of the experts implementation; a dense model needs none.
         expand: makes numbers of stored bytes.
+        left_out: full names of parameters outside experts.
     """
     file, dtype = opened.head.file, opened.skeleton.dtype
     shapes = {name: tuple(value.shape) for name, value in opened.skeleton.state_dict().items()}
     change = change_of(opened.head.architecture, opened.config)
     state: dict[str, Any] = {}
     for name, entries in opened.names.dense.items():
-        state[name] = GgufTensor(entries, shapes[name], dtype, change, expand)
+        is_hollow = name in left_out
+        state[name] = (
+            hollow_weight(shapes[name], dtype)
+            if is_hollow
+            else GgufTensor(entries, shapes[name], dtype, change, expand)
+        )
     for module_name, module in experts_modules(opened.skeleton).items():
         for weight in weight_names(module):
             name = f"{module_name}.{weight}"

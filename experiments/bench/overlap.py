@@ -1,0 +1,130 @@
+"""`expertier bench overlap`: how much of an exchange woven halves hide behind computation, at a limited rate.
+
+The rate is that of a token bucket (`tbf`) on the loopback interface of a network namespace, which all processes share.
+Where namespaces may not be made, `--simulated` holds rows back in our own code, and says so.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from routing.ground.expect import expect_outputs
+from routing.ground.files import write_json
+from routing.ground.quantity import format_size, parse_size
+from routing.ground.terminal import plain_console
+
+from ..evidence.record import RECORDS, expect_records, save_record
+from ..train.distributed.launch import is_leader, is_worker, launch
+
+INSIDE = "EXPERTIER_LIMITED"
+"""Set in the namespace whose interface is limited."""
+BURST_BYTES = 1 << 17
+"""Bytes that pass at once: two of the largest packets of a loopback interface, which a smaller bucket would drop."""
+QUEUE = "400ms"
+"""How long a packet may wait for the bucket before it is dropped; connections send less when they meet drops."""
+LEAST_RATIO, MOST_RATIO = 0.2, 5.0
+"""Of exchange over computation: beyond them so little can be hidden that noise would be printed."""
+SEED = 0  # of weights, tokens and routing
+
+
+def bench_overlap(
+    rate: Annotated[str, typer.Option(help="Bytes per second of the connection.")] = "16MiB",
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="Hold rows back in this program instead of limiting an interface.")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of all processes together.")] = 4096,
+    layers: Annotated[int, typer.Option(min=1, help="Layers with experts.")] = 6,
+    experts: Annotated[int, typer.Option(min=1, help="Experts of a layer.")] = 16,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 2,
+    width: Annotated[int, typer.Option(min=1, help="D, entries of a token.")] = 512,
+    inner_width: Annotated[int, typer.Option(min=1, help="F of an expert.")] = 1024,
+    repeats: Annotated[int, typer.Option(min=3, help="Runs of each way, which take turns.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Keep the result under experiments/records.")] = False,
+    records: Annotated[Path, typer.Option(help="Where records live.")] = RECORDS,
+) -> None:
+    """Time computation alone, exchange alone, halves one after the other, and halves woven, in one run.
+
+    The bound is the longer of the first two. Bits of both orders must be equal, or no time is printed. Each process
+    should have a core of its own.
+
+    Example: `expertier bench overlap --rate 16MiB`
+    """
+    expect_records(records)
+    expect_outputs(json_file, inputs=[])
+    bytes_per_s = parse_size(rate)
+    if top_k > experts:
+        raise ValueError(f"--top-k {top_k} is more than the {experts} experts of a layer")
+    if processes > 1 and not is_worker():
+        if simulated or INSIDE in os.environ:
+            raise typer.Exit(launch(sys.argv[1:], processes))
+        raise typer.Exit(_in_namespace(bytes_per_s))
+    from ..placed.overlap import measure
+
+    sizes = {"layers": layers, "experts": experts, "top_k": top_k, "width": width, "inner_width": inner_width}
+    found = measure(
+        **sizes, tokens=tokens, seed=SEED, repeats=repeats, simulated_bytes_per_s=bytes_per_s if simulated else None
+    )
+    if not is_leader():
+        return
+    kind = "simulated" if simulated else "tbf on loopback" if processes > 1 else "none: one process"
+    row = {"processes": processes, "rate": rate, "limit": kind, **found, **_judged(found)}
+    _print(row, bytes_per_s)
+    if json_file:
+        write_json(json_file, row)
+    if record:
+        config = {**sizes, "tokens": tokens, "repeats": repeats}
+        typer.echo(f"record: {save_record('overlap', [row], config=config, seed=SEED, folder=records)}")
+
+
+def _in_namespace(bytes_per_s: int) -> int:
+    """Run this command line where the loopback interface has a rate; the exit code.
+
+    Raises:
+        ValueError: if network namespaces may not be made here.
+    """
+    tools = all(shutil.which(tool) for tool in ("unshare", "ip", "tc"))
+    if not tools or subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+        raise ValueError(
+            "limiting an interface needs unshare, ip, tc and the right to make network namespaces; take --simulated"
+        )
+    limit = f"rate {8 * bytes_per_s}bit burst {BURST_BYTES} latency {QUEUE}"
+    shell = f'ip link set lo up && tc qdisc add dev lo root tbf {limit} && exec "$@"'
+    command = [sys.executable, "-m", "experiments.cli", *sys.argv[1:]]
+    inside = os.environ | {INSIDE: "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(["unshare", "--net", "sh", "-c", shell, "sh", *command], env=inside).returncode
+
+
+def _judged(found: dict[str, Any]) -> dict[str, Any]:
+    """The bound, and what was hidden of the shorter of computation and exchange; None where noise would be told."""
+    compute_s, exchange_s = found["compute_s"], found["exchange_s"]
+    is_told = compute_s > 0 and LEAST_RATIO <= exchange_s / compute_s <= MOST_RATIO
+    hidden = (found["in_turn_s"] - found["woven_s"]) / min(compute_s, exchange_s) if is_told else None
+    bound_s = max(compute_s, exchange_s)
+    return {"bound_s": bound_s, "woven_over_bound": found["woven_s"] / bound_s if is_told else None, "hidden": hidden}
+
+
+def _print(row: dict[str, Any], bytes_per_s: int) -> None:
+    console = plain_console()
+    console.print(
+        f"{row['processes']} processes, {format_size(bytes_per_s)} per second ({row['limit']}): "
+        f"computation alone {row['compute_s']:.3f} s, exchange alone {row['exchange_s']:.3f} s, "
+        f"halves in turn {row['in_turn_s']:.3f} s, woven {row['woven_s']:.3f} s; bits equal",
+        highlight=False,
+    )
+    if row["hidden"] is None:
+        console.print(
+            f"exchange over computation is outside {LEAST_RATIO} to {MOST_RATIO}: nothing is said of what is hidden"
+        )
+    else:
+        console.print(
+            f"woven is {row['woven_over_bound']:.2f} of the bound {row['bound_s']:.3f} s; "
+            f"{row['hidden']:.0%} of the shorter is hidden",
+            highlight=False,
+        )
