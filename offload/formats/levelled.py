@@ -15,7 +15,7 @@ from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer
 from ..codes.levels import LevelledScheme
-from .form import Extent, MatrixForm
+from .form import BLOCK_BYTES, Extent, MatrixForm
 from .low_bit import stored_shape
 from .packed import PackedForm
 from .quantised_parts import rounded
@@ -33,7 +33,7 @@ class LevelledForm(PackedForm):
 
     Args:
         scheme: of all its matrices.
-        depth_E: levels that are read of each expert, at least one.
+        depth_E: levels that are computed with of each expert, at least one; as many are read, but of `base`.
         is_transposed: whether the model's parameters have inputs as rows.
     """
 
@@ -76,18 +76,33 @@ class LevelledForm(PackedForm):
         )
         return replace(self, record_E=records, depth_E=tuple(depth_E))
 
-    def deeper(self, expert: int) -> Extent | None:
-        """What makes an expert one level finer; None at the last."""
-        depth = self.depth_E[expert]
-        if depth == len(self.level_ends):
-            return None
-        begin, end = self.level_ends[depth - 1 : depth + 1]
+    def base(self) -> "LevelledForm":
+        """The same records, of which slots hold the first level; what is there of the others is read besides."""
+        return replace(self.to_depth((1,) * len(self.record_E)), depth_E=(len(self.level_ends),) * len(self.record_E))
+
+    def level_extent(self, expert: int, level: int) -> Extent:
+        """Where a level of an expert is, the first being level 0; it fills its place from the first byte on."""
+        begin, end = self._level_bounds(level)
         record = self.record_E[expert]
-        return Extent(record, record.offset + begin, end - begin, 0, begin)
+        return Extent(record, record.offset + begin, end - begin, 0, 0)
+
+    def level_room(self, level: int) -> int:
+        """Bytes of the blocks that a level reaches into: memory that it can be read to without a copy."""
+        begin, end = self._level_bounds(level)
+        return -(-end // BLOCK_BYTES) * BLOCK_BYTES - begin // BLOCK_BYTES * BLOCK_BYTES
 
     def views(self, slot: torch.Tensor, shifts: Sequence[int]) -> dict[str, Any]:
-        """The record, which says whose it is once it is there; parameters share it."""
-        return {parameter.name: slot[shifts[0] :] for parameter in self.layer.parameters}
+        """The levels that fit in a slot; the first says whose they are once it is there. Parameters share them."""
+        record = slot[shifts[0] :]
+        bounds = [self._level_bounds(level) for level in range(len(self.level_ends))]
+        return self.views_of([record[begin:end] for begin, end in bounds if end <= len(record)])
+
+    def views_of(self, levels: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """The same of levels that lie anywhere in memory."""
+        return {parameter.name: levels for parameter in self.layer.parameters}
+
+    def _level_bounds(self, level: int) -> tuple[int, int]:
+        return (0, *self.level_ends)[level], self.level_ends[level]
 
     def check(self, expert: int, slot: torch.Tensor) -> None:
         """Refuse a head of another expert, whose levels may not be there.
@@ -102,22 +117,22 @@ class LevelledForm(PackedForm):
             )
 
     def expand(self, views: Mapping[str, Any], room: Mapping[str, torch.Tensor]) -> None:
-        record = next(iter(views.values()))
-        expert = int.from_bytes(bytes(record[len(MARK) : len(MARK) + NUMBER_BYTES].numpy()), "little")
-        for name, w_OC in self.matrices(record, self.depth_E[expert]).items():
+        levels = next(iter(views.values()))
+        expert = int.from_bytes(bytes(levels[0][len(MARK) : len(MARK) + NUMBER_BYTES].numpy()), "little")
+        for name, w_OC in self.matrices(levels[: self.depth_E[expert]]).items():
             room[name].copy_(w_OC.t() if self.is_transposed else w_OC)
 
-    def matrices(self, record: torch.Tensor, depth: int) -> dict[str, torch.Tensor]:
+    def matrices(self, levels: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Each matrix from its first levels, outputs as rows, float32."""
         assert self.scheme is not None
         found: dict[str, list[dict[str, torch.Tensor]]] = {parameter.name: [] for parameter in self.layer.parameters}
-        start = HEAD_BYTES
-        for level in range(depth):
+        for level, stored in enumerate(levels):
+            start = 0 if level else HEAD_BYTES
             for parameter in self.layer.parameters:
                 shape = stored_shape(parameter, is_transposed=self.is_transposed)
                 parts = {}
                 for role, nbytes in self.scheme.part_bytes(level, *shape).items():
-                    parts[role] = record[start : start + nbytes]
+                    parts[role] = stored[start : start + nbytes]
                     start += rounded(nbytes)
                 found[parameter.name].append(parts)
         return {

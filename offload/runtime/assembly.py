@@ -12,14 +12,20 @@ from ..compute.levels import best_arithmetic
 from ..compute.linears import quicken_linears
 from ..compute.matvec import Matvecs
 from ..compute.norms import quicken_norms
+from ..formats.levelled import LevelledForm
 from ..gpu.lanes import Lane
 from ..gpu.tier import GpuTier
+from ..memory.budget import MemoryPlan
 from ..prefetch.find_routers import make_prefetcher
+from ..ram.depth_rules import make_rule
+from ..ram.level_slots import LevelSlots
+from ..ram.slots import LayerSlots
 from ..store.io_mode import wants_direct
 from ..store.store import ExpertStore
 from ..window.binding import bind
 from ..window.planning import WindowPlan
 from ..window.window import Streamed, Window
+from .depths import Deepening
 from .division import Division
 from .guards import guard_model
 from .opening import OpenedCheckpoint
@@ -36,6 +42,7 @@ def assemble(
     options: LoadOptions,
     lane: Lane | None,
     make_window: Callable[[ExpertStore, WindowPlan, int], Streamed] = Window,
+    deepening: Deepening | None = None,
 ) -> Any:
     """The model with its tiers, ready to run.
 
@@ -45,6 +52,7 @@ def assemble(
         options: how to read, compute and record.
         lane: the GPU, or None.
         make_window: where streamed weights live.
+        deepening: the rule that chooses depths while the model runs; None if there is none.
     """
     model, forms, window = opened.model, opened.forms, opened.window
     passing = [guest.form for guest in window.streamed] if window else []
@@ -56,9 +64,11 @@ def assemble(
         num_threads=options.io_threads,
         is_direct=wants_direct(options.io, division.ram, [*forms, *passing]),
         checksums=opened.checksums,
+        level_checksums=None if deepening is None else deepening.packed.level_checksums,
     )
     recorder = _recorder(opened, options) if options.record_trace else None
-    running = OffloadRuntime(store, division.ram.num_slots, options.policy_name, recorder, matvecs)
+    plan, layers = _make_layers(store, division.ram, options.policy_name, deepening)
+    running = OffloadRuntime(store, layers, recorder, matvecs)
     running.prefetcher = make_prefetcher(str(options.prefetch), model, [form.layer for form in forms], opened.top_k)
     if lane is None:
         quicken_linears(model, matvecs)
@@ -75,8 +85,25 @@ def assemble(
     read_prompts_in_pieces(model, options.context)
     if forms or window is not None:
         guard_model(model, forms)
-    model.offload = Offload(model, running, division.ram, options.policy_name)
+    model.offload = Offload(model, running, plan, options.policy_name, deepening)
     return model
+
+
+def _make_layers(
+    store: ExpertStore, plan: MemoryPlan, policy: str, deepening: Deepening | None
+) -> tuple[MemoryPlan, list[LayerSlots]]:
+    """The slots of each layer, and the budget as they divide it."""
+    if deepening is None:
+        return plan, [LayerSlots(store, layer, count, policy) for layer, count in enumerate(plan.num_slots)]
+    plan, rooms = deepening.rooms(plan)
+    layers: list[LayerSlots] = []
+    for layer, room in enumerate(rooms):
+        if isinstance(form := store.forms[layer], LevelledForm):
+            rule = make_rule(deepening.choice, len(form.level_ends))
+            layers.append(LevelSlots(store, layer, room, policy, rule))
+        else:
+            layers.append(LayerSlots(store, layer, room.num_slots, policy))
+    return plan, layers
 
 
 def _arithmetic(opened: OpenedCheckpoint, options: LoadOptions, lane: Lane | None) -> str:
