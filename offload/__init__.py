@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .gpu.devices import open_lane
     from .lowbit.calibrating import calibrate
     from .lowbit.fitting import quantise_to_bits
-    from .lowbit.quantise import quantise, quantise_in_levels
+    from .lowbit.quantise import quantise, quantise_in_levels, quantise_to_ternary
     from .members.members import load_members
     from .prefetch.softmax_gates import softmax_gates
     from .quality.quality import Contestant, Judge, quality
@@ -63,6 +63,7 @@ _HOME = {
     "quantise": ".lowbit.quantise",
     "quantise_in_levels": ".lowbit.quantise",
     "quantise_to_bits": ".lowbit.fitting",
+    "quantise_to_ternary": ".lowbit.quantise",
     "wire_bandwidth": ".forecast.calibrate_gpu",
     "write_pack": ".store.packing",
 }
@@ -99,6 +100,7 @@ __all__ = [
     "quantise",
     "quantise_in_levels",
     "quantise_to_bits",
+    "quantise_to_ternary",
     "simulate",
     "softmax_gates",
     "wire_bandwidth",

@@ -76,7 +76,7 @@ class Heat:
     """How much each expert of a layer was used lately: rows, each counting less with every call that comes after it.
 
     Args:
-        num_experts: of the layer.
+        num_experts: of the layer, 1 or more.
     """
 
     KEPT = 0.98

@@ -25,7 +25,8 @@ def pack(
         str | None,
         typer.Option(
             "--form",
-            help="plain expands quantised experts. int8, int4, int3, int2, mxfp4 and fp8 quantise plain ones (lossy). "
+            help="plain expands quantised experts. int8, int4, int3, int2, mxfp4, fp8, planes, residual and ternary "
+            "quantise plain ones (lossy). "
             "Default: as the checkpoint stores them.",
         ),
     ] = None,

@@ -11,12 +11,14 @@ from .plain import PlainForm
 from .quantised import form_name
 from .quantised_forms import QUANTISED_FORMS
 from .quantised_parts import is_quantised
+from .ternary import TernaryForm
 
 FORMS: Mapping[str, type[Form]] = {
     "plain": PlainForm,
     "compressed": CompressedForm,
     "lowbit": LowBitForm,
     "levels": LevelledForm,
+    "ternary": TernaryForm,
     **QUANTISED_FORMS,
 }
 

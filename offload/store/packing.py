@@ -36,8 +36,12 @@ from ..formats.pack_index import (
 from ..formats.plain import PlainForm
 from ..formats.quantised import packed_name
 from ..formats.quantised_forms import QUANTISED_FORMS
+from ..formats.ternary import TernaryForm
 from .reading import Ticket
 from .store import ExpertStore, Slots
+
+NEED_A_METHOD = (LowBitForm.name, LevelledForm.name, TernaryForm.name)
+"""Forms that plain weights become only by rounding."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ def _expect_stored(wanted: str | None, sources: Sequence[Form], model: str) -> s
     stored = list(dict.fromkeys(source.name for source in sources if source.name in QUANTISED_FORMS))
     if wanted is None:
         return stored[0] if stored else "plain"
-    if (wanted in QUANTISED_FORMS and wanted not in stored) or wanted in (LowBitForm.name, LevelledForm.name):
+    if (wanted in QUANTISED_FORMS and wanted not in stored) or wanted in NEED_A_METHOD:
         has = f"its experts are {', '.join(stored)}" if stored else "its experts are plain"
         raise ValueError(
             f"{model} stores no experts as {wanted} ({has}), and packing does not quantise "

@@ -19,11 +19,11 @@ from ...lowbit.expert import NEEDS_INPUTS
 from ...lowbit.fitting import FittedBits, expected_speed, fit_bits
 from ...lowbit.inputs import RecordedInputs
 from ...lowbit.open_folder import write_open_folder
-from ...lowbit.quantise import LEVELLED, Source, quantise, quantise_in_levels
+from ...lowbit.quantise import LEVELLED, Source, quantise, quantise_in_levels, quantise_to_ternary
 from ...lowbit.usage import Usage
 from ...lowbit.writing import Work, write_low_bit
 from ...store.packing import beside, expect_own
-from .options import LowBitOptions
+from .options import TERNARY, LowBitOptions
 
 
 def pack_low_bit(model: str, out: Path, form: str | None, options: LowBitOptions) -> None:
@@ -62,6 +62,13 @@ def pack_low_bit(model: str, out: Path, form: str | None, options: LowBitOptions
                 usage=_usage(inputs, options),
                 progress=lambda done, total: tell("quantising", done, total),
             )
+        elif form == TERNARY:
+            methods = quantise_to_ternary(
+                model,
+                out,
+                inputs=inputs if method in NEEDS_INPUTS else None,
+                progress=lambda done, total: tell("quantising", done, total),
+            )
         else:
             assert form is not None
             methods = quantise(
@@ -79,8 +86,12 @@ def pack_low_bit(model: str, out: Path, form: str | None, options: LowBitOptions
             )
     if inputs_folder.exists():
         shutil.rmtree(inputs_folder)
-    report |= {"methods": methods, "bytes": out.stat().st_size}
-    console.print(f"experts packed in {out}, {format_size(out.stat().st_size)}: {_said(methods, method)}")
+    size = out.stat().st_size
+    report |= {"methods": methods, "bytes": size, "bits_per_weight": 8 * size / source.num_weights}
+    console.print(
+        f"experts packed in {out}, {format_size(size)}, {report['bits_per_weight']:.2f} bits per weight: "
+        f"{_said(methods, method)}"
+    )
     if options.json_file:
         write_json(options.json_file, report)
 
