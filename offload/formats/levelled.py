@@ -4,17 +4,20 @@ A record begins with a head of 64 bytes: a mark and the number of its expert. Le
 level the parts of all matrices. So the first levels are the beginning of the record, and one more is one more extent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.functional import pad
 
 from routing.ground.hardware import Hardware
 
-from ..checkpoint.experts import ExpertLayer
+from ..checkpoint.experts import ExpertLayer, Parameter
+from ..codes.expander import expand_matrix, kernel_number, kernel_parameters
 from ..codes.levels import LevelledScheme
+from ..native.kernel_matrix import MOST_PLANES, KernelMatrix, part_addresses
 from .form import BLOCK_BYTES, Extent, MatrixForm
 from .low_bit import stored_shape
 from .packed import PackedForm
@@ -119,31 +122,62 @@ class LevelledForm(PackedForm):
     def expand(self, views: Mapping[str, Any], room: Mapping[str, torch.Tensor]) -> None:
         levels = next(iter(views.values()))
         expert = int.from_bytes(bytes(levels[0][len(MARK) : len(MARK) + NUMBER_BYTES].numpy()), "little")
+        kernels = self.kernel_matrices(views, expert)
+        if kernels and all(
+            expand_matrix(kernel, room[name], is_transposed=self.is_transposed) for name, (kernel,) in kernels.items()
+        ):
+            return
         for name, w_OC in self.matrices(levels[: self.depth_E[expert]]).items():
             room[name].copy_(w_OC.t() if self.is_transposed else w_OC)
+
+    def can_multiply(self, *, is_transposed: bool) -> bool:
+        """Planes, as many as our C adds; blocks of few ranks are expanded."""
+        assert self.scheme is not None
+        is_known = self.scheme.kind == "planes" and self.scheme.levels <= 1 + MOST_PLANES
+        return is_known and all(parameter.dtype == torch.bfloat16 for parameter in self.layer.parameters)
+
+    def kernel_matrices(self, views: Mapping[str, Any], expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
+        if not self.can_multiply(is_transposed=self.is_transposed):
+            return {}
+        assert self.scheme is not None
+        levels = next(iter(views.values()))[: self.depth_E[expert]]
+        found = {}
+        for parameter, parts_V in self._parts(levels):
+            shape = stored_shape(parameter, is_transposed=self.is_transposed)
+            base, *planes = parts_V
+            addresses = [*(base[role].data_ptr() for role in ("codes", "scales", "zeros")), 0]
+            addresses += [plane["codes"].data_ptr() for plane in planes]
+            parameters = kernel_parameters(self.scheme.base, *shape, is_sum=True)
+            kernel = KernelMatrix(kernel_number(self.scheme.base), *shape, part_addresses(*addresses), parameters)
+            found[parameter.name] = (kernel,)
+        return found
 
     def matrices(self, levels: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Each matrix from its first levels, outputs as rows, float32."""
         assert self.scheme is not None
-        found: dict[str, list[dict[str, torch.Tensor]]] = {parameter.name: [] for parameter in self.layer.parameters}
-        for level, stored in enumerate(levels):
-            start = 0 if level else HEAD_BYTES
-            for parameter in self.layer.parameters:
-                shape = stored_shape(parameter, is_transposed=self.is_transposed)
-                parts = {}
-                for role, nbytes in self.scheme.part_bytes(level, *shape).items():
-                    parts[role] = stored[start : start + nbytes]
-                    start += rounded(nbytes)
-                found[parameter.name].append(parts)
         return {
-            parameter.name: self.scheme.decode(
-                found[parameter.name], *stored_shape(parameter, is_transposed=self.is_transposed)
-            )
-            for parameter in self.layer.parameters
+            parameter.name: self.scheme.decode(parts_V, *stored_shape(parameter, is_transposed=self.is_transposed))
+            for parameter, parts_V in self._parts(levels)
         }
 
+    def _parts(self, levels: Sequence[torch.Tensor]) -> Iterator[tuple[Parameter, list[dict[str, torch.Tensor]]]]:
+        """Each matrix, and its parts of each level."""
+        assert self.scheme is not None
+        starts = [HEAD_BYTES, *[0] * (len(levels) - 1)]
+        for parameter in self.layer.parameters:
+            shape, parts_V = stored_shape(parameter, is_transposed=self.is_transposed), []
+            for level, stored in enumerate(levels):
+                parts = {}
+                for role, nbytes in self.scheme.part_bytes(level, *shape).items():
+                    parts[role] = stored[starts[level] : starts[level] + nbytes]
+                    starts[level] += rounded(nbytes)
+                parts_V.append(parts)
+            yield parameter, parts_V
+
     def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
-        return hardware.exact_bytes_per_s * self.expert_bytes / self.layer.plain_bytes
+        share = self.expert_bytes / self.layer.plain_bytes
+        is_multiplied = self.can_multiply(is_transposed=self.is_transposed)
+        return hardware.stored_rate(2 * share) if is_multiplied else hardware.exact_bytes_per_s * share
 
     @classmethod
     def suits(cls, layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> bool:
@@ -183,7 +217,10 @@ def record_of(expert: int, levels_M: Sequence[Sequence[Mapping[str, torch.Tensor
         expert: its number.
         levels_M: of each matrix, in the order of the layer's parameters, the parts of each level.
     """
-    parts = [
-        part.numpy().tobytes() for level in zip(*levels_M, strict=True) for matrix in level for part in matrix.values()
-    ]
-    return head(expert) + b"".join(part.ljust(rounded(len(part)), b"\0") for part in parts)
+    matrices = [matrix for level in zip(*levels_M, strict=True) for matrix in level]
+    return head(expert) + b"".join(joined(matrix).numpy().tobytes() for matrix in matrices)
+
+
+def joined(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The parts of one level of a matrix as they lie in a record, each on a whole multiple of 64 bytes."""
+    return torch.cat([pad(part, (0, rounded(part.numel()) - part.numel())) for part in parts.values()])

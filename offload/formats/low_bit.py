@@ -76,7 +76,7 @@ class LowBitForm(PackedForm):
             isinstance(matrix.encoding, Encoding) and has_exact_kernel(matrix.encoding) for matrix in matrices
         )
 
-    def kernel_matrices(self, views: Mapping[str, Any]) -> dict[str, tuple[KernelMatrix, ...]]:
+    def kernel_matrices(self, views: Mapping[str, Any], expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
         if not self.can_multiply(is_transposed=self.is_transposed):
             return {}
         record = next(iter(views.values()))

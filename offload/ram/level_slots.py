@@ -204,7 +204,7 @@ class LevelSlots(LayerSlots):
         return self.levels.views_of(levels)
 
     def matrices(self, expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
-        return self.levels.kernel_matrices(self[expert])
+        return self.levels.kernel_matrices(self[expert], expert)
 
     def all_of(self, experts: Collection[int]) -> list[dict[str, tuple[KernelMatrix, ...]]] | None:
         if self._ahead or not self._unproven.isdisjoint(experts) or not all(map(self.is_ready, experts)):

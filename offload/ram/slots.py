@@ -235,7 +235,7 @@ class LayerSlots:
         slot = self._take_slot(expert, pinned)
         ticket, shifts = self._store.read(self.layer, expert, slot, self._slots, landed, is_demand=is_demand)
         views = self.form.views(self._slots.slot(slot), shifts)
-        self._resident[expert] = Resident(slot, views, self.form.kernel_matrices(views))
+        self._resident[expert] = Resident(slot, views, self.form.kernel_matrices(views, expert))
         self.cache.insert(expert)
         return ticket
 
