@@ -279,7 +279,7 @@ def test_levels_are_read_as_deep_as_asked_and_compute_like_their_twin(model, tmp
         reader = ExpertReader(loaded, packed.to_depth([[depth] * 4] * 2).forms)
         twin = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
         for layer, expert in itertools.product(range(2), range(4)):
-            form = reader._store.forms[layer]
+            form = reader.form(layer)
             levels = next(iter(reader.views(layer, expert).values()))[:depth]
             for name, w_OC in form.matrices(levels).items():
                 twin.model.layers[layer].mlp.experts.get_parameter(name).data[expert] = w_OC.bfloat16()

@@ -106,11 +106,10 @@ def test_urgent_reads_come_first_among_those_that_nothing_needs():
 @pytest.mark.parametrize(("cached", "io"), [(EXPERTS, "cached"), (3, "direct"), (1, "cached")])
 def test_whole_reading_by_weight_is_the_copy_with_all_levels(model, cached, io):
     """With thresholds of 1 every expert is read whole: the bits of `depth="all"`, at every number of slots."""
-    expected = logits_of(loaded(model, cache_experts=EXPERTS), TOKENS)
+    whole = loaded(model, cache_experts=EXPERTS)
     running = loaded(model, cache_experts=cached, depth="weight:1,1", io=io)
-    assert torch.equal(logits_of(running, TOKENS), expected)
-    for token in range(5):
-        logits_of(running, TOKENS[:, token : token + 1])
+    for tokens in (TOKENS, *TOKENS[0, :5, None, None], TOKENS[:, 3:9]):
+        assert torch.equal(logits_of(running, tokens), logits_of(whole, tokens))
     report = running.offload.report()["depth_rule"]
     assert report["is_lossy"]
     assert set(report["rows_by_depth"]) <= {0, 3}

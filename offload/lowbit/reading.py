@@ -36,6 +36,10 @@ class ExpertReader:
         """Stop the threads and close the files."""
         self._store.close()
 
+    def form(self, layer: int) -> Any:
+        """How a layer's experts are stored."""
+        return self._store.forms[layer]
+
     def matrices(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """Each matrix of an expert, `[O, C]` float32, by parameter name.
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from ..cache.depth import DepthChoice
+from .bit_router import BitGate
 
 
 class DepthRule(Protocol):
@@ -84,13 +85,16 @@ class Hottest:
         return torch.ones_like(expert_TK)
 
 
-def make_rule(choice: DepthChoice, levels: int) -> DepthRule:
+def make_rule(choice: DepthChoice, levels: int, gate: BitGate | None = None) -> DepthRule:
     """The rule of a layer.
 
     Args:
         choice: what was asked for.
         levels: of its experts.
+        gate: of the bit router, if that is asked for.
     """
+    if gate is not None:
+        return gate
     if choice.rule == "weight":
         return ByWeight(levels, choice.thresholds)
     return Hottest(choice.num_hot)

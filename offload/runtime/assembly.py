@@ -99,7 +99,7 @@ def _make_layers(
     layers: list[LayerSlots] = []
     for layer, room in enumerate(rooms):
         if isinstance(form := store.forms[layer], LevelledForm):
-            rule = make_rule(deepening.choice, len(form.level_ends))
+            rule = make_rule(deepening.choice, len(form.level_ends), deepening.gates.get(layer))
             layers.append(LevelSlots(store, layer, room, policy, rule))
         else:
             layers.append(LayerSlots(store, layer, room.num_slots, policy))

@@ -7,16 +7,21 @@ for first levels and for the others, and divided anew when the budget changes.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from operator import mul
+from pathlib import Path
+from typing import Any
 
 from routing.ground.quantity import format_size
 
 from ..cache.depth import DepthChoice
+from ..checkpoint.experts import weight_names
 from ..formats.form import BLOCK_BYTES, Form
 from ..formats.levelled import LevelledForm
+from ..formats.low_bit import stored_shape
 from ..memory.budget import MemoryPlan, bytes_for_experts, spread_slots
+from ..ram.bit_router import BitGate, load_router
 from ..ram.level_slots import LevelRoom
 from ..store.packing import Pack
 from .division import cpu_limit, needs_of
@@ -59,20 +64,31 @@ class Deepening:
         packed: the packed copy, with all levels.
         top_k: experts that a token visits in a layer.
         is_fixed: whether slots per layer were given instead of a budget.
+        gates: of the bit router, by layer; none without one.
     """
 
     choice: DepthChoice
     packed: Pack
     top_k: int
     is_fixed: bool
+    gates: Mapping[int, BitGate] = field(default_factory=dict)
 
     @classmethod
     def of(cls, opened: OpenedCheckpoint, options: LoadOptions) -> "Deepening | None":
-        """What `options` ask for; None if depths stay as they are."""
+        """What `options` ask for; None if depths stay as they are.
+
+        Raises:
+            ValueError: if a bit router is asked for that is not there, or is another copy's.
+        """
         if options.depth_choice is None:
             return None
         assert opened.packed is not None
-        return cls(options.depth_choice, opened.packed, opened.top_k, options.cache_experts is not None)
+        assert options.pack is not None
+        gates: Mapping[int, BitGate] = {}
+        if options.depth_choice.rule == "router":
+            forms = opened.packed.forms
+            gates = load_router(Path(options.pack), forms, [_width(opened.model, form) for form in forms])
+        return cls(options.depth_choice, opened.packed, opened.top_k, options.cache_experts is not None, gates)
 
     def at_base(self, opened: OpenedCheckpoint) -> OpenedCheckpoint:
         """A checkpoint whose slots hold first levels."""
@@ -123,6 +139,13 @@ class Deepening:
             tuple(sum(depth > level for depth in depth_E) for level in range(1, 1 + _further(form)))
             for depth_E, form in zip(depth_LE, self.packed.forms, strict=True)
         ]
+
+
+def _width(model: Any, form: Form) -> int:
+    """Columns of a layer's first product: the model's width."""
+    module = model.get_submodule(form.layer.module_name)
+    up = next(parameter for parameter in form.layer.parameters if parameter.name == weight_names(module)[0])
+    return stored_shape(up, is_transposed=bool(module.is_transposed))[1]
 
 
 def _further(form: Form) -> int:

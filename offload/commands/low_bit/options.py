@@ -32,6 +32,15 @@ class LowBitOptions:
     levels: Annotated[
         int | None, typer.Option("--levels", min=1, max=99, help="Levels of planes (default 3) or residual (8).")
     ] = None
+    router_bits: Annotated[
+        float | None,
+        typer.Option(
+            "--router-bits",
+            min=0.1,
+            help="With planes or residual: train a bit router that spends so many stored bits of a weight in the mean, "
+            "for --depth router. Needs --calibrate TEXT.",
+        ),
+    ] = None
     calibrate: Annotated[
         Path | None,
         typer.Option(
@@ -77,6 +86,8 @@ class LowBitOptions:
             raise ValueError(f"{form} has a method of its own and no open form; leave out --method and --open-folder")
         if form == TERNARY and (self.method in ("hqq", "awq") or self.open_folder):
             raise ValueError("ternary weights are rounded by rtn or gptq, and have no open form")
+        if self.router_bits is not None and (form not in LEVELLED or self.calibrate is None or self.is_trace):
+            raise ValueError("--router-bits is for --form planes or residual, and learns from --calibrate TEXT")
         if self.method == "hqq" and form is not None and not form.startswith("int"):
             raise ValueError(f"hqq fits the zeros of integers; {form} has none, use --method rtn or gptq")
         if self.calibrate is not None and not self.calibrate.exists():

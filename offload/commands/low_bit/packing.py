@@ -1,6 +1,7 @@
 """What `expertier pack` does when it quantises: calibrate, choose, write, and say what came of it."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from routing.traces import RoutingTrace
 
 from ...forecast.fit import fit as fit_model
 from ...formats.pack_index import PackIndex
+from ...lowbit.bit_router import RouterResult, train_bit_router
 from ...lowbit.calibrating import calibrate
 from ...lowbit.expert import NEEDS_INPUTS
 from ...lowbit.fitting import FittedBits, expected_speed, fit_bits
@@ -80,6 +82,11 @@ def pack_low_bit(model: str, out: Path, form: str | None, options: LowBitOptions
                 inputs=inputs,
                 progress=lambda done, total: tell("quantising", done, total),
             )
+        if options.router_bits is not None:
+            assert inputs is not None
+            routed = train_bit_router(model, out, inputs, options.router_bits, tell)
+            console.print(_routed(routed))
+            report["router"] = asdict(routed)
         if options.open_folder is not None:
             write_open_folder(
                 model, out, options.open_folder, progress=lambda done, total: tell("writing the folder", done, total)
@@ -108,7 +115,7 @@ def _inputs(model: str, folder: Path, options: LowBitOptions, form: str | None, 
         tokens=options.tokens,
         length=options.length,
         cpu_memory=options.cpu_memory,
-        needs_sensitivity=options.fit is not None,
+        needs_sensitivity=options.fit is not None or options.router_bits is not None,
         progress=tell,
     )
 
@@ -147,6 +154,13 @@ def _expectation(source: Source, bits: FittedBits, model: str, options: LowBitOp
         return f"{said}; for the speed, add --hardware FILE of `expertier calibrate`"
     speed = expected_speed(source, fit_model(model), bits, Hardware.load(options.hardware))
     return f"{said}; {speed:.1f} tokens/s with all experts in memory"
+
+
+def _routed(found: RouterResult) -> str:
+    return (
+        f"bit router, on rows held out: {found.bits:.2f} bits of a weight cost {found.cost:.3g} nats for each expert "
+        f"of a token; the same bits without a router {found.mixed_cost:.3g}"
+    )
 
 
 def _said(methods: dict[str, int], method: str) -> str:
