@@ -65,7 +65,7 @@ Depth = Annotated[
     typer.Option(
         "--depth",
         help="Levels to read of --pack, if it has levels: a number, all, or auto: what memory holds. While running, "
-        "and lossy: weight[:WHOLE,FEW] by routing weight, hottest[:N] for the hottest experts, router as trained by pack.",
+        "and lossy: weight[:WHOLE,FEW] by routing weight, hottest[:N] for the hottest experts, router by its gates.",
     ),
 ]
 

@@ -124,7 +124,7 @@ class LevelledForm(PackedForm):
         expert = int.from_bytes(bytes(levels[0][len(MARK) : len(MARK) + NUMBER_BYTES].numpy()), "little")
         kernels = self.kernel_matrices(views, expert)
         if kernels and all(
-            expand_matrix(kernel, room[name], is_transposed=self.is_transposed) for name, (kernel,) in kernels.items()
+            expand_matrix(pieces[0], room[name], is_transposed=self.is_transposed) for name, pieces in kernels.items()
         ):
             return
         for name, w_OC in self.matrices(levels[: self.depth_E[expert]]).items():
@@ -141,7 +141,7 @@ class LevelledForm(PackedForm):
             return {}
         assert self.scheme is not None
         levels = next(iter(views.values()))[: self.depth_E[expert]]
-        found = {}
+        found: dict[str, tuple[KernelMatrix, ...]] = {}
         for parameter, parts_V in self._parts(levels):
             shape = stored_shape(parameter, is_transposed=self.is_transposed)
             base, *planes = parts_V

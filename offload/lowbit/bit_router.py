@@ -252,7 +252,7 @@ def _mean_bits(rows_L: Sequence[LayerRows], depth_L: Sequence[torch.Tensor]) -> 
 
 
 def _within(gates: Sequence[BitGate], rows_L: Sequence[LayerRows], bits: float) -> list[BitGate]:
-    """The gates, whose firm choices spend other bits than their chances, with the lowest price that keeps the budget."""
+    """The gates, whose choices spend other bits than their chances, with the lowest price that keeps the budget."""
     logits_L = [gate.logits(rows.x_ND, rows.expert_N) for gate, rows in zip(gates, rows_L, strict=True)]
 
     def spent(price: float) -> float:

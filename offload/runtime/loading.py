@@ -73,7 +73,7 @@ def load(
             rule that chooses while the model runs, lossy: `"weight"` reads experts that miss in few levels where their
             routing weight is small (`"weight:0.6,0.9"` are the sums of larger weights up to which they are read whole,
             and read at all); `"hottest"` deepens the hottest experts of each layer (`"hottest:8"`: so many) while
-            nothing else is read; `"router"` asks the gates that `expertier pack --router-bits` trained. On the CPU only.
+            nothing else is read; `"router"` asks the gates of `expertier pack --router-bits`. On the CPU only.
         prefetch: `"gate"`, `"transitions"` or a predictor file (.npz, `expertier trace predictor`) reads what the next
             layers will probably need while the disk is idle, and stops when it does not pay; `"plan"` reads what the
             model's routers have decided ahead (pre-gated and resident routers, one router for all layers); `"off"` does
