@@ -8,7 +8,7 @@ from offload.codes.encoding import Encoding
 from offload.codes.expander import expand, has_exact_kernel, kernel_number, kernel_parameters
 from offload.codes.levels import LevelledScheme
 from offload.compute.orders import orders
-from offload.formats.levelled import joined
+from offload.formats.lossy.levelled import joined
 from offload.native.kernel_matrix import KernelMatrix, part_addresses, plain_matrix
 
 

@@ -6,7 +6,7 @@ import torch
 
 from offload.codes import ternary
 from offload.codes.ternary import dictionary, encode, expand, most_words, part_bytes
-from offload.formats.ternary import HEAD_BYTES
+from offload.formats.lossy.ternary import HEAD_BYTES
 from offload.lowbit.methods.compensation import second_moment
 from offload.lowbit.methods.ternary import ternary as rounded
 

@@ -34,9 +34,6 @@ def kernel_parameters(
     """Group rows, group columns, kind of codes and everything else: `parameter` of `struct stored_matrix`.
 
     Args:
-        encoding: of the codes.
-        rows: of the matrix.
-        columns: of the matrix.
         is_sum: whether planes may be added to the codes.
     """
     details = (

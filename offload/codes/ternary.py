@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 from ..native.library import library
 
 WORDS = 1 << 16
+"""Runs that have a word, as in QMoE: their table takes half a megabyte, which the second cache of a core holds."""
 MOST_PAIRS = 14
 """Pairs of weights of a run: 28 weights of two bits, and four bits for the length, as in QMoE."""
 LENGTH_BITS = 4
+"""Of an entry, for the number of its pairs; 60 bits in all with the longest run."""
 ZERO_SHARES = (0.7, 0.8, 0.885, 0.94)
 """Shares of zeros that dictionaries are made for; the third is QMoE's, the others are spread around it, not tuned."""
 ROLES = ("low", "high", "starts", "words")

@@ -15,7 +15,7 @@ from ..codes.schemes import Scheme
 from ..compute.orders import Order, orders
 from ..formats.compression import CompressedMatrix, expand
 from ..formats.gguf_blocks.expand import expand_rows, kernel_parameter
-from ..formats.levelled import joined
+from ..formats.lossy.levelled import joined
 from ..native.kernel_matrix import COMPRESSED, GGUF, PLAIN, KernelMatrix, part_addresses, plain_matrix
 
 SHAPE = (1024, 2048)

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from ..checkpoint.experts import ExpertLayer
 from .compressed import CompressedForm
 from .form import Form
-from .levelled import LevelledForm
-from .low_bit import LowBitForm
+from .lossy.levelled import LevelledForm
+from .lossy.low_bit import LowBitForm
+from .lossy.ternary import TernaryForm
 from .plain import PlainForm
 from .quantised import form_name
 from .quantised_forms import QUANTISED_FORMS
 from .quantised_parts import is_quantised
-from .ternary import TernaryForm
 
 FORMS: Mapping[str, type[Form]] = {
     "plain": PlainForm,

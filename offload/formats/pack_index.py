@@ -18,9 +18,9 @@ from ..codes.levels import LevelledScheme
 from ..codes.schemes import NAME
 from .catalogue import FORMS
 from .form import BLOCK_BYTES, Form
-from .levelled import LevelledForm
-from .low_bit import LowBitForm
-from .ternary import TernaryForm
+from .lossy.levelled import LevelledForm
+from .lossy.low_bit import LowBitForm
+from .lossy.ternary import TernaryForm
 
 # 100 bytes for each of two million experts; the largest models have some ten thousand
 MAX_INDEX_BYTES = 256 << 20

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..formats.levelled import LevelledForm
+from ..formats.lossy.levelled import LevelledForm
 from ..ram.bit_router import BitGate, save_router
 from ..runtime.opening import OpenedCheckpoint, open_headers
 from .inputs import RecordedInputs

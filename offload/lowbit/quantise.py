@@ -15,9 +15,9 @@ from ..codes.levels import LevelledScheme
 from ..codes.schemes import FORMS, Scheme
 from ..formats.catalogue import form_in_place
 from ..formats.form import Form
-from ..formats.low_bit import SchemeNames, stored_shape
+from ..formats.lossy.low_bit import SchemeNames, stored_shape
+from ..formats.lossy.ternary import TernaryForm
 from ..formats.pack_index import PackIndex
-from ..formats.ternary import TernaryForm
 from ..store.packing import expect_own
 from .expert import FITS_ZEROS, METHODS, NEEDS_INPUTS
 from .inputs import RecordedInputs

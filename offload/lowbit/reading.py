@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint.experts import experts_modules
 from ..formats.form import Form
-from ..formats.low_bit import stored_shape
+from ..formats.lossy.low_bit import stored_shape
 from ..store.packing import room_of
 from ..store.reading import Ticket
 from ..store.store import ExpertStore, Slots

@@ -17,15 +17,15 @@ from ..checkpoint.experts import ExpertLayer, weight_names
 from ..codes.levels import LevelledScheme
 from ..codes.schemes import Scheme
 from ..codes.ternary import encode
-from ..formats import levelled
 from ..formats.form import Form
-from ..formats.levelled import LevelledForm
-from ..formats.low_bit import DTYPE_NAMES, LowBitForm, SchemeNames, record_of, scheme_list, stored_shape
+from ..formats.lossy import levelled
+from ..formats.lossy.levelled import LevelledForm
+from ..formats.lossy.low_bit import DTYPE_NAMES, LowBitForm, SchemeNames, record_of, scheme_list, stored_shape
+from ..formats.lossy.ternary import TernaryForm
+from ..formats.lossy.ternary import record_of as ternary_record
 from ..formats.pack_index import PackedLayer, PackedRecord, PackIndex, describe_parameters, rounded_up
 from ..formats.quantised import packed_name
 from ..formats.quantised_forms import QUANTISED_FORMS
-from ..formats.ternary import TernaryForm
-from ..formats.ternary import record_of as ternary_record
 from ..store.packing import NEED_A_METHOD, beside
 from .expert import Calibration, ExpertModule, QuantisedExpert, quantise_expert, ternary_expert
 from .inputs import MOST_ROWS, RecordedInputs

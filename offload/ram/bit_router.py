@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..formats.levelled import LevelledForm
+from ..formats.lossy.levelled import LevelledForm
 
 MOST_BYTES = 1 << 30
 """Of a file: 60 layers of 256 experts, 7,168 wide and with four levels, take 7 MB."""

@@ -14,7 +14,7 @@ import torch
 
 from ..cache.catalogue import make_cache
 from ..cache.depth import Heat, hottest_first
-from ..formats.levelled import LevelledForm
+from ..formats.lossy.levelled import LevelledForm
 from ..native.kernel_matrix import KernelMatrix
 from ..store.reading import Ticket
 from ..store.store import ExpertStore

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 import torch
 
 from ..cache.depth import Heat
-from ..formats.levelled import LevelledForm
+from ..formats.lossy.levelled import LevelledForm
 from ..store.reading import Ticket
 from ..store.store import ExpertStore, Slots
 

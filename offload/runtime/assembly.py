@@ -12,7 +12,7 @@ from ..compute.levels import best_arithmetic
 from ..compute.linears import quicken_linears
 from ..compute.matvec import Matvecs
 from ..compute.norms import quicken_norms
-from ..formats.levelled import LevelledForm
+from ..formats.lossy.levelled import LevelledForm
 from ..gpu.lanes import Lane
 from ..gpu.tier import GpuTier
 from ..memory.budget import MemoryPlan

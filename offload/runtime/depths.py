@@ -18,8 +18,8 @@ from routing.ground.quantity import format_size
 from ..cache.depth import DepthChoice
 from ..checkpoint.experts import weight_names
 from ..formats.form import BLOCK_BYTES, Form
-from ..formats.levelled import LevelledForm
-from ..formats.low_bit import stored_shape
+from ..formats.lossy.levelled import LevelledForm
+from ..formats.lossy.low_bit import stored_shape
 from ..memory.budget import MemoryPlan, bytes_for_experts, spread_slots
 from ..ram.bit_router import BitGate, load_router
 from ..ram.level_slots import LevelRoom

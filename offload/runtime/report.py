@@ -11,7 +11,7 @@ from routing.traces import RoutingTrace
 
 from ..compute.levels import described
 from ..compute.resident import embedding_bytes, weight_bytes
-from ..formats.levelled import LevelledForm
+from ..formats.lossy.levelled import LevelledForm
 from ..memory.budget import MemoryPlan, describe, machine_bytes, peak_bytes
 from ..memory.cost import DecodeWork, Prediction, predict_decode
 from ..prefetch.cached_first import CachedFirst

@@ -23,8 +23,9 @@ from ..checkpoint.model_folder import skeleton_of
 from ..checkpoint.tensors import TensorEntry
 from ..formats.catalogue import FORMS, form_in_place
 from ..formats.form import Form
-from ..formats.levelled import LevelledForm
-from ..formats.low_bit import LowBitForm
+from ..formats.lossy.levelled import LevelledForm
+from ..formats.lossy.low_bit import LowBitForm
+from ..formats.lossy.ternary import TernaryForm
 from ..formats.pack_index import (
     MAX_INDEX_BYTES,
     PackedLayer,
@@ -36,7 +37,6 @@ from ..formats.pack_index import (
 from ..formats.plain import PlainForm
 from ..formats.quantised import packed_name
 from ..formats.quantised_forms import QUANTISED_FORMS
-from ..formats.ternary import TernaryForm
 from .reading import Ticket
 from .store import ExpertStore, Slots
 

@@ -14,7 +14,7 @@ from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from ..checkpoint.tensors import TensorEntry, read_into
 from ..formats.form import BLOCK_BYTES, Extent, Form
-from ..formats.levelled import LevelledForm
+from ..formats.lossy.levelled import LevelledForm
 from ..memory.huge_pages import huge_mapping, huge_pages, small_pages
 from .reading import ReadingThreads, Ticket
 

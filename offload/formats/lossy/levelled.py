@@ -14,14 +14,14 @@ from torch.nn.functional import pad
 
 from routing.ground.hardware import Hardware
 
-from ..checkpoint.experts import ExpertLayer, Parameter
-from ..codes.expander import expand_matrix, kernel_number, kernel_parameters
-from ..codes.levels import LevelledScheme
-from ..native.kernel_matrix import MOST_PLANES, KernelMatrix, part_addresses
-from .form import BLOCK_BYTES, Extent, MatrixForm
+from ...checkpoint.experts import ExpertLayer, Parameter
+from ...codes.expander import expand_matrix, kernel_number, kernel_parameters
+from ...codes.levels import LevelledScheme
+from ...native.kernel_matrix import MOST_PLANES, KernelMatrix, part_addresses
+from ..form import BLOCK_BYTES, Extent, MatrixForm
+from ..packed import PackedForm
+from ..quantised_parts import rounded
 from .low_bit import stored_shape
-from .packed import PackedForm
-from .quantised_parts import rounded
 
 MARK = b"levels01"
 HEAD_BYTES = 64

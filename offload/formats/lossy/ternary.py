@@ -13,12 +13,12 @@ import torch
 
 from routing.ground.hardware import Hardware
 
-from ..checkpoint.experts import ExpertLayer, Parameter
-from ..codes.ternary import ZERO_SHARES, expand, most_words, part_bytes
-from .form import MatrixForm
+from ...checkpoint.experts import ExpertLayer, Parameter
+from ...codes.ternary import ZERO_SHARES, expand, most_words, part_bytes
+from ..form import MatrixForm
+from ..packed import PackedForm
+from ..quantised_parts import rounded
 from .low_bit import stored_shape
-from .packed import PackedForm
-from .quantised_parts import rounded
 
 MARK = b"ternary1"
 HEAD_BYTES = 64
