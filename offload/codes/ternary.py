@@ -151,7 +151,7 @@ def expand(number: int, parts: Mapping[str, torch.Tensor], out: torch.Tensor, *,
     """Write a matrix as the model computes with it, in C where there is a compiler.
 
     Args:
-        number: of the dictionary.
+        number: of the dictionary, a place in ZERO_SHARES.
         parts: uint8, by role.
         out: contiguous; `[C, R]` if `is_transposed`, else `[R, C]`.
         is_transposed: write the transpose.
