@@ -323,9 +323,8 @@ def test_ternary_experts_compute_like_their_twin_and_err_less_with_inputs(model,
         left_OC = low.matrices(0, 1)["gate_up_proj"] - plain.matrices(0, 1)["gate_up_proj"]
         errors.append(float((x_NC @ left_OC.T).square().sum()))
         low.close()
-        for slots in (2, 4):
-            offloaded = logits_of(offload.load(model, pack=pack, cache_experts=slots), TOKENS)
-            assert torch.equal(offloaded, logits_of(resident_twin(model, pack), TOKENS))
+        offloaded = logits_of(offload.load(model, pack=pack, cache_experts=2), TOKENS)
+        assert torch.equal(offloaded, logits_of(resident_twin(model, pack), TOKENS))
     plain.close()
     assert errors[1] < errors[0]
     data = bytearray((tmp_path / "rtn").read_bytes())

@@ -30,7 +30,8 @@ def model(tmp_path_factory):
     pack = folder.parent / "experts"
     offload.quantise_in_levels(folder, pack, form="planes")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bit_router, "EPOCHS", 10)
+        patch.setattr(bit_router, "EPOCHS", 6)
+        patch.setattr(bit_router, "MOST_ROWS", 200)
         result = offload.train_bit_router(folder, pack, inputs, bits=3.6)
     (folder.parent / "result.json").write_text(json.dumps(vars(result)))
     return folder
@@ -75,7 +76,7 @@ def test_the_router_keeps_its_budget_when_the_model_runs(model):
     assert result["bits"] == pytest.approx(3.6, abs=0.2)
     assert result["cost"] < result["mixed_cost"]
     running = loaded(model, cache_experts=EXPERTS)
-    text = (model.parent / "book.txt").read_bytes()[:120]
+    text = (model.parent / "book.txt").read_bytes()[:60]
     for token in text:
         logits_of(running, torch.tensor([[token]]))
     report = running.offload.report()["depth_rule"]
@@ -91,9 +92,9 @@ def test_the_router_keeps_its_budget_when_the_model_runs(model):
 def test_the_same_bits_at_every_number_of_slots(model):
     prompts = (TOKENS, TOKENS[:, 3:4], TOKENS[:, 5:9])
     expected = [logits_of(loaded(model, cache_experts=EXPERTS), tokens) for tokens in prompts]
-    for options in ({"cache_experts": 2}, {"cache_experts": 1, "io": "direct"}, {"cpu_memory": "4GiB"}):
+    for options in ({"cache_experts": 1, "io": "direct"}, {"cpu_memory": "4GiB"}):
         running = loaded(model, **options)
-        for _ in range(3):
+        for _ in range(2):
             assert all(map(torch.equal, [logits_of(running, tokens) for tokens in prompts], expected))
 
 
