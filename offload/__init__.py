@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from .forecast.product_rates import product_rates
     from .formats.plain_copy import dequantise
     from .gpu.devices import open_lane
+    from .lowbit.bit_router import train_bit_router
     from .lowbit.calibrating import calibrate
     from .lowbit.fitting import quantise_to_bits
-    from .lowbit.quantise import quantise, quantise_in_levels
+    from .lowbit.quantise import quantise, quantise_in_levels, quantise_to_ternary
     from .members.members import load_members
     from .prefetch.softmax_gates import softmax_gates
     from .quality.quality import Contestant, Judge, quality
@@ -67,6 +68,8 @@ _HOME = {
     "quantise": ".lowbit.quantise",
     "quantise_in_levels": ".lowbit.quantise",
     "quantise_to_bits": ".lowbit.fitting",
+    "quantise_to_ternary": ".lowbit.quantise",
+    "train_bit_router": ".lowbit.bit_router",
     "wire_bandwidth": ".forecast.calibrate_gpu",
     "write_pack": ".store.packing",
 }
@@ -105,8 +108,10 @@ __all__ = [
     "quantise",
     "quantise_in_levels",
     "quantise_to_bits",
+    "quantise_to_ternary",
     "simulate",
     "softmax_gates",
+    "train_bit_router",
     "wire_bandwidth",
     "write_pack",
 ]

@@ -52,7 +52,7 @@ def fuse(module, form, matvecs):
 
 
 def matrices(form, weights, experts):
-    return [form.kernel_matrices(weights[expert]) for expert in experts]
+    return [form.kernel_matrices(weights[expert], expert) for expert in experts]
 
 
 @pytest.mark.parametrize("arithmetic", ["exact", "fixed", "fast"])
@@ -76,7 +76,7 @@ def test_bits_of_the_path_for_many_tokens(arithmetic, activation, has_gate):
         for expert in many.num_rows:
             many.finish(expert, weights[expert])
         first, *others = one.num_rows
-        one.start(first, form.kernel_matrices(weights[first]))
+        one.start(first, form.kernel_matrices(weights[first], first))
         one.compute_several(others, matrices(form, weights, others))
         assert torch.equal(one.combine(), many.combine())
 
@@ -102,9 +102,9 @@ def test_an_expert_that_is_left_out_contributes_nothing():
     fused = fuse(module, form, Matvecs("fast"))
     weights, x_1D, weight_1K = operands(form, 0)
     rows = FusedRows(fused, NUM_EXPERTS, x_1D, torch.tensor([[2, NUM_EXPERTS, -1]]), weight_1K)
-    rows.compute(2, form.kernel_matrices(weights[2]))
+    rows.compute(2, form.kernel_matrices(weights[2], 2))
     alone = FusedRows(fused, NUM_EXPERTS, x_1D, torch.tensor([[2]]), weight_1K[:, :1])
-    alone.compute(2, form.kernel_matrices(weights[2]))
+    alone.compute(2, form.kernel_matrices(weights[2], 2))
     assert torch.equal(rows.combine(), alone.combine())
 
 

@@ -74,7 +74,9 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture(params=[*(name for name in FORMS if name not in (*QUANTISED_FORMS, "lowbit", "levels")), "inverted"])
+@pytest.fixture(
+    params=[*(name for name in FORMS if name not in (*QUANTISED_FORMS, "lowbit", "levels", "ternary")), "inverted"]
+)
 def form_name(request, monkeypatch):
     monkeypatch.setitem(FORMS, "inverted", InvertedForm)
     return request.param

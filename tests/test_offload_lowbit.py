@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, OlmoeConfig
+from xxhash import xxh3_64_hexdigest
 
 import offload
 from offload.lowbit import writing
@@ -278,10 +279,13 @@ def test_levels_are_read_as_deep_as_asked_and_compute_like_their_twin(model, tmp
         reader = ExpertReader(loaded, packed.to_depth([[depth] * 4] * 2).forms)
         twin = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
         for layer, expert in itertools.product(range(2), range(4)):
-            for name, w_OC in reader.matrices(layer, expert).items():
+            form = reader.form(layer)
+            levels = next(iter(reader.views(layer, expert).values()))[:depth]
+            for name, w_OC in form.matrices(levels).items():
                 twin.model.layers[layer].mlp.experts.get_parameter(name).data[expert] = w_OC.bfloat16()
         reader.close()
         assert torch.equal(logits, logits_of(twin, TOKENS))
+        assert torch.equal(logits_of(loaded, TOKENS[:, :1]), logits_of(twin, TOKENS[:, :1]))
         report = loaded.offload.report()
         assert report["depth_L"] == [depth, depth]
         read.append(report["bytes_read"])
@@ -307,6 +311,35 @@ def test_memory_decides_depths_and_never_exceeds_the_budget(model, tmp_path):
     assert depth_LE == [[8] * 4] * 2
 
 
+def test_ternary_experts_compute_like_their_twin_and_err_less_with_inputs(model, inputs, tmp_path):
+    errors, source = [], Source.opened(model)
+    plain = ExpertReader(source.model, source.forms)
+    for name, given, method in (("rtn", None, "rtn"), ("gptq", inputs, "gptq")):
+        pack = tmp_path / name
+        assert offload.quantise_to_ternary(model, pack, inputs=given) == {method: 8}
+        opened = open_headers(model, pack)
+        low = ExpertReader(opened.model, opened.forms, opened.checksums)
+        x_NC = inputs.rows(0, 1).x_NC
+        left_OC = low.matrices(0, 1)["gate_up_proj"] - plain.matrices(0, 1)["gate_up_proj"]
+        errors.append(float((x_NC @ left_OC.T).square().sum()))
+        low.close()
+        offloaded = logits_of(offload.load(model, pack=pack, cache_experts=2), TOKENS)
+        assert torch.equal(offloaded, logits_of(resident_twin(model, pack), TOKENS))
+    plain.close()
+    assert errors[1] < errors[0]
+    data = bytearray((tmp_path / "rtn").read_bytes())
+    index = json.loads((tmp_path / "rtn.json").read_text())
+    record = index["layers"][0]["records"][2]
+    assert len({each["nbytes"] for layer in index["layers"] for each in layer["records"]}) > 1
+    data[record["offset"] + 9] ^= 1
+    end = record["offset"] + record["nbytes"]
+    record["xxh3"] = xxh3_64_hexdigest(bytes(data[record["offset"] : end]))
+    (tmp_path / "rtn").write_bytes(bytes(data))
+    (tmp_path / "rtn.json").write_text(json.dumps(index))
+    with pytest.raises(OSError, match="not stored as its record says"):
+        logits_of(offload.load(model, pack=tmp_path / "rtn", cache_experts=4), TOKENS)
+
+
 def test_a_transposed_model_with_biases_and_interleaved_gates(tmp_path):
     sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -327,3 +360,17 @@ def test_a_transposed_model_with_biases_and_interleaved_gates(tmp_path):
     low.close()
     offloaded = offload.load(tmp_path / "model", pack=tmp_path / "experts", cache_experts=2)
     assert torch.isfinite(logits_of(offloaded, TOKENS)).all()
+    offload.quantise_to_ternary(tmp_path / "model", tmp_path / "ternary", inputs=inputs)
+    offloaded = offload.load(tmp_path / "model", pack=tmp_path / "ternary", cache_experts=2)
+    assert torch.equal(logits_of(offloaded, TOKENS), logits_of(resident_twin_of_transposed(tmp_path), TOKENS))
+
+
+def resident_twin_of_transposed(tmp_path):
+    opened = open_headers(tmp_path / "model", tmp_path / "ternary")
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    reader = ExpertReader(opened.model, opened.forms)
+    for expert in range(4):
+        for name, w_OC in reader.matrices(0, expert).items():
+            twin.model.layers[0].mlp.experts.get_parameter(name).data[expert] = w_OC.t().bfloat16()
+    reader.close()
+    return twin

@@ -6,29 +6,36 @@ from functools import cache
 
 import torch
 
+from ..native.kernel_matrix import PARTS, KernelMatrix
 from ..native.library import library
-from .encoding import CODE_BITS, ITEM_BYTES, ROLES, Encoding
+from .encoding import ITEM_BYTES, ROLES, Encoding
 
-NIBBLES, BYTES = 2, 3
+NIBBLES, BYTES, FEW_BITS = 2, 3, 5
 """Numbers of stored forms in C; `stored_matrix.h` has the same ones, and the orders of the names below."""
-CODE_KINDS = ("e2m1", "offset4", "uint4", "nf4", "e4m3", "int8", "offset8", "uint8")
+CODE_KINDS = ("e2m1", "offset4", "uint4", "nf4", "e4m3", "int8", "offset8", "uint8", "offset2", "offset3")
 SCALE_KINDS = ("F32", "BF16", "F16", "E4M3", "E8M0", "EXP2", "LDEXP")
 PRODUCT_KINDS = ("F32", "BF16", "F16", "F64")
-ZERO_KINDS = ("none", "packed", "bytes")
+ZERO_KINDS = ("none", "packed", "bytes", "floats")
 GLOBAL_KINDS = ("none", "multiplies", "divides")
 
-Parts = ctypes.c_void_p * len(ROLES)
+Parts = ctypes.c_void_p * PARTS
 Parameters = ctypes.c_int32 * 4
 
 
 def kernel_number(encoding: Encoding) -> int:
     """Number by which the C knows matrices of an encoding."""
-    return NIBBLES if CODE_BITS[encoding.codes] == 4 else BYTES
+    return {4: NIBBLES, 8: BYTES}.get(encoding.bits, FEW_BITS)
 
 
 @cache
-def kernel_parameters(encoding: Encoding, rows: int, columns: int) -> "ctypes.Array[ctypes.c_int32]":
-    """Group rows, group columns, kind of codes and everything else: `parameter` of `struct stored_matrix`."""
+def kernel_parameters(
+    encoding: Encoding, rows: int, columns: int, *, is_sum: bool = False
+) -> "ctypes.Array[ctypes.c_int32]":
+    """Group rows, group columns, kind of codes and everything else: `parameter` of `struct stored_matrix`.
+
+    Args:
+        is_sum: whether planes may be added to the codes.
+    """
     details = (
         SCALE_KINDS.index(encoding.scale)
         | PRODUCT_KINDS.index(encoding.product) << 4
@@ -36,13 +43,14 @@ def kernel_parameters(encoding: Encoding, rows: int, columns: int) -> "ctypes.Ar
         | GLOBAL_KINDS.index(encoding.scale_of_scales) << 12
         | encoding.is_high_first << 16
         | encoding.is_word_aligned << 17
+        | is_sum << 18
     )
     group_rows, group_columns = encoding.group_rows or rows, encoding.group_columns or columns
     return Parameters(group_rows, group_columns, CODE_KINDS.index(encoding.codes), details)
 
 
 def kernel_parts(parts: Mapping[str, torch.Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
-    """Addresses of the parts in the order of ROLES: `part` of `struct stored_matrix`."""
+    """Addresses of the parts in the order of ROLES, without planes: `part` of `struct stored_matrix`."""
     return Parts(*(parts[role].data_ptr() if role in parts else None for role in ROLES))
 
 
@@ -68,16 +76,21 @@ def expand(
     Returns:
         Whether it was done; not where there is no C compiler.
     """
-    if not has_exact_kernel(encoding) or (function := _function()) is None:
+    if not has_exact_kernel(encoding):
+        return False
+    addresses = tuple(part or 0 for part in kernel_parts(parts))
+    parameters = kernel_parameters(encoding, rows, columns)
+    matrix = KernelMatrix(kernel_number(encoding), rows, columns, addresses, parameters)
+    return expand_matrix(matrix, out, is_transposed=is_transposed)
+
+
+def expand_matrix(matrix: KernelMatrix, out: torch.Tensor, *, is_transposed: bool) -> bool:
+    """Write a matrix of codes as bfloat16, as `expand` does."""
+    if (function := _function()) is None:
         return False
     function(
-        kernel_number(encoding),
-        kernel_parts(parts),
-        kernel_parameters(encoding, rows, columns),
-        rows,
-        columns,
-        out.data_ptr(),
-        is_transposed,
+        *(matrix.form, Parts(*matrix.parts), matrix.parameter, matrix.rows, matrix.columns),
+        *(out.data_ptr(), is_transposed),
     )
     return True
 
@@ -85,10 +98,14 @@ def expand(
 def has_exact_kernel(encoding: Encoding) -> bool:
     """Whether C expands to the bits of the definition.
 
-    It knows codes of four and eight bits, and zeros that are codes. It rounds products of float32; those of float64 are
-    the same if a factor is a power of two.
+    It knows codes of four and eight bits with zeros that are codes, and codes of two and three bits whose scales and
+    zeros are numbers of bfloat16. It rounds products of float32; those of float64 are the same if a factor is a power
+    of two.
     """
-    is_known = encoding.codes in CODE_KINDS and encoding.zero in ZERO_KINDS
+    if encoding.bits < 4:
+        is_usual = (encoding.scale, encoding.scale_of_scales, encoding.group_rows) == ("BF16", "none", 1)
+        return is_usual and encoding.zero in ("none", "floats") and encoding.product in ("BF16", "F32")
+    is_known = encoding.codes in CODE_KINDS and encoding.zero in ("none", "packed", "bytes")
     return is_known and (encoding.product != "F64" or encoding.scale == "LDEXP")
 
 

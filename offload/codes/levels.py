@@ -10,10 +10,12 @@ Shapes: R rows (outputs), C columns (inputs), G groups of columns, X columns of 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from .decode import decode, unpack_bits
+from .encoding import Encoding
 from .schemes import Scheme, pack_bits
 
 NAME = re.compile(r"(planes|residual)-(\d{1,5})x(\d{1,2})")
@@ -60,7 +62,7 @@ class LevelledScheme:
             return {"codes": signs, "left": 2 * rows * self.size, "right": 2 * self.size * columns}
         groups = rows * -(-columns // self.size)
         if level == 0:
-            return dict(self._base.encoding("BF16").part_bytes(rows, columns))
+            return dict(self.base.part_bytes(rows, columns))
         return {"codes": signs, "scales": 2 * groups}
 
     def encode(self, w_RC: torch.Tensor) -> list[dict[str, torch.Tensor]]:
@@ -72,10 +74,15 @@ class LevelledScheme:
         w_RC = torch.zeros(rows, columns)
         for level, parts in enumerate(levels):
             if self.kind == "planes" and level == 0:
-                w_RC += decode(self._base.encoding("BF16"), parts, rows, columns, torch.float32)
+                w_RC += decode(self.base, parts, rows, columns, torch.float32)
             else:
                 w_RC += _signs(parts["codes"], rows, columns) * self._sizes(parts, rows, columns)
         return w_RC
+
+    @cached_property
+    def base(self) -> Encoding:
+        """What the first level of planes means."""
+        return self._base.encoding("BF16")
 
     @property
     def _base(self) -> Scheme:

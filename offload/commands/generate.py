@@ -249,6 +249,9 @@ def show(report: dict[str, Any]) -> None:
         console.print(
             f"LOSSY: routers were shifted to the text, whose loss went from {fits}; it is not the model's own"
         )
+    if rule := report["report"].get("depth_rule"):
+        rows = ", ".join(f"{count} from {depth}" for depth, count in rule["rows_by_depth"].items())
+        console.print(f"LOSSY: --depth {rule['rule']} chose levels of experts for each row: {rows}")
     if (skipped := report.get("skipped_share")) is not None:
         console.print(f"{skipped:.0%} of feed-forwards left out: this is not the model's own answer")
     console.print(f"read {format_size(report['bytes_read'])}, peak memory {format_size(report['peak_memory_bytes'])}")

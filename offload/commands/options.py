@@ -13,6 +13,7 @@ from routing.ground.expect import expect_name
 from routing.ground.quantity import parse_size
 
 from ..cache.catalogue import CACHES, NEEDS_FUTURE
+from ..cache.depth import expect_depth
 from ..prefetch.prefetch import PREDICTORS
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face model folder (safetensors), or a model id.")]
@@ -62,7 +63,9 @@ LayersAhead = Annotated[
 Depth = Annotated[
     str,
     typer.Option(
-        "--depth", help="Levels to read of --pack, if it has levels: a number, all, or auto: what memory holds."
+        "--depth",
+        help="Levels to read of --pack, if it has levels: a number, all, or auto: what memory holds. While running, "
+        "and lossy: weight[:WHOLE,FEW] by routing weight, hottest[:N] for the hottest experts, router by its gates.",
     ),
 ]
 
@@ -124,8 +127,7 @@ class LoadOptions:
                 parse_size(size)
         if self.peer_memory is not None:
             parse_size(self.peer_memory)
-        if self.depth not in ("all", "auto") and not self.depth.isdecimal():
-            raise ValueError(f"--depth takes all, auto or a number of levels; got {self.depth!r}")
+        expect_depth(self.depth)
         if not self.prefetch.endswith(".npz"):
             expect_name(self.prefetch, ("auto", "off", *PREDICTORS), "way of prefetching")
         for what, file in (("plan", self.plan), ("pack", self.pack), ("predictor", self.predictor)):

@@ -13,6 +13,11 @@ from .low_bit.options import LowBitOptions
 from .options import Model, expect_model, quiet_transformers, with_options
 
 
+def index_of(out: Path) -> Path:
+    """The index that is written beside a packed copy."""
+    return out.with_name(f"{out.name}.json")
+
+
 @with_options(LowBitOptions)
 def pack(
     model: Model,
@@ -25,7 +30,8 @@ def pack(
         str | None,
         typer.Option(
             "--form",
-            help="plain expands quantised experts. int8, int4, int3, int2, mxfp4 and fp8 quantise plain ones (lossy). "
+            help="plain expands quantised experts. int8, int4, int3, int2, mxfp4, fp8, planes, residual and ternary "
+            "quantise plain ones (lossy). "
             "Default: as the checkpoint stores them.",
         ),
     ] = None,
@@ -54,6 +60,8 @@ def pack(
     expect_folder(out)
     if compress and form not in (None, "compressed"):
         raise ValueError(f"--compress is short for --form compressed; got --form {form} as well, give one of them")
+    if options.json_file is not None and options.json_file.resolve() in (out.resolve(), index_of(out).resolve()):
+        raise ValueError(f"--json {options.json_file} is a file of the packed copy itself; give another name")
     options.expect_usable(form, is_compressed=compress)
     if bundle and (compress or form is not None):
         raise ValueError("--bundle copies the weights of feed-forwards as they are; leave out --compress and --form")

@@ -77,8 +77,8 @@ def processes_of(options: LoadOptions, trace: Path | None = None) -> Processes:
         raise ValueError(
             "several processes keep the bits of our own products, not of transformers'; take --arithmetic fixed"
         )
-    if options.depth == "auto":
-        raise ValueError("--depth auto would differ between processes; give a number of levels, or all")
+    if options.depth != "all" and not options.depth.isdecimal():
+        raise ValueError(f"--depth {options.depth} would differ between processes; give a number of levels, or all")
     return joined_processes()
 
 

@@ -10,10 +10,13 @@ import torch
 from ..codes.decode import decode
 from ..codes.encoding import Encoding
 from ..codes.expander import kernel_number, kernel_parameters
+from ..codes.levels import BASE_BITS, LevelledScheme
+from ..codes.schemes import Scheme
 from ..compute.orders import Order, orders
 from ..formats.compression import CompressedMatrix, expand
 from ..formats.gguf_blocks.expand import expand_rows, kernel_parameter
-from ..native.kernel_matrix import COMPRESSED, GGUF, PARTS, PLAIN, KernelMatrix, plain_matrix
+from ..formats.lossy.levelled import joined
+from ..native.kernel_matrix import COMPRESSED, GGUF, PLAIN, KernelMatrix, part_addresses, plain_matrix
 
 SHAPE = (1024, 2048)
 """Rows and columns of a matrix: 4 MiB of bfloat16, as an expert of common sizes has."""
@@ -24,8 +27,12 @@ ENCODINGS = {
     "fp8": Encoding(codes="e4m3", group_rows=128, group_columns=128, scale="F32"),
     "int4": Encoding(codes="offset4", group_rows=1, group_columns=32, scale="BF16", product="BF16"),
     "int8": Encoding(codes="int8", group_rows=1, group_columns=0, scale="F32"),
+    "int3": Scheme("int3", 64).encoding("BF16"),
+    "int2": Scheme("int2", 64).encoding("BF16"),
 }
-"""As the most used checkpoints have them: gpt-oss, DeepSeek, Kimi-K2, and int8 rows of llm-compressor."""
+"""As the most used checkpoints have them: gpt-oss, DeepSeek, Kimi-K2, and int8 rows of llm-compressor; then our own."""
+PLANES = {f"planes-{bits}": LevelledScheme("planes", 128, bits - BASE_BITS + 1) for bits in (2, 3, 4)}
+"""By the bits of a weight that are read."""
 USUAL_EXPONENTS = (110, 130)
 """Of scales that are powers of two: weights of 2^-17 to 2^5."""
 GGUF_TYPES = {"q4_0": 18, "q8_0": 34, "q4_k": 144, "q6_k": 210}
@@ -34,7 +41,7 @@ BLOCK_COLUMNS = {"q4_0": 32, "q8_0": 32, "q4_k": 256, "q6_k": 256}
 """Columns of a block, as ggml defines them."""
 HALVES = {"q4_0": (0,), "q8_0": (0,), "q4_k": (0, 2), "q6_k": (208,)}
 """Where in a block its scales of float16 stand."""
-FORMS = ("plain", "compressed", *ENCODINGS, *GGUF_TYPES)
+FORMS = ("plain", "compressed", *ENCODINGS, *PLANES, *GGUF_TYPES)
 
 
 class Sample(NamedTuple):
@@ -56,7 +63,7 @@ class Sample(NamedTuple):
 
     def matrix(self) -> KernelMatrix:
         addresses = [0 if part is None else part.data_ptr() for part in self.parts]
-        return KernelMatrix(self.number, *SHAPE, (*addresses, *[0] * (PARTS - len(addresses))), self.parameter)
+        return KernelMatrix(self.number, *SHAPE, part_addresses(*addresses), self.parameter)
 
 
 def product_rates(forms: Sequence[str], rows: Sequence[int], *, nbytes: int, repeats: int) -> list[dict[str, Any]]:
@@ -125,6 +132,8 @@ def _require_equal(order: Order, sample: Sample, x_nD: torch.Tensor, form: str) 
 def _make(form: str, generator: torch.Generator) -> Sample:
     if form in ENCODINGS:
         return _make_codes(ENCODINGS[form], generator)
+    if form in PLANES:
+        return _make_planes(PLANES[form], generator)
     if form in GGUF_TYPES:
         return _make_blocks(form, generator)
     weight_FD = torch.randn(SHAPE, generator=generator).bfloat16()
@@ -155,6 +164,14 @@ def _make_codes(encoding: Encoding, generator: torch.Generator) -> Sample:
     return Sample(
         kernel_number(encoding), (parts["codes"], parts["scales"]), kernel_parameters(encoding, *SHAPE), plain_FD
     )
+
+
+def _make_planes(scheme: LevelledScheme, generator: torch.Generator) -> Sample:
+    base, *planes = scheme.encode(torch.randn(SHAPE, generator=generator))
+    parts = [base["codes"], base["scales"], base["zeros"], None, *(joined(plane) for plane in planes)]
+    plain_FD = scheme.decode([base, *planes], *SHAPE).bfloat16()
+    parameter = kernel_parameters(scheme.base, *SHAPE, is_sum=True)
+    return Sample(kernel_number(scheme.base), tuple(parts), parameter, plain_FD)
 
 
 def _make_blocks(form: str, generator: torch.Generator) -> Sample:

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from ..checkpoint.experts import ExpertLayer
 from .compressed import CompressedForm
 from .form import Form
-from .levelled import LevelledForm
-from .low_bit import LowBitForm
+from .lossy.levelled import LevelledForm
+from .lossy.low_bit import LowBitForm
+from .lossy.ternary import TernaryForm
 from .plain import PlainForm
 from .quantised import form_name
 from .quantised_forms import QUANTISED_FORMS
@@ -17,6 +18,7 @@ FORMS: Mapping[str, type[Form]] = {
     "compressed": CompressedForm,
     "lowbit": LowBitForm,
     "levels": LevelledForm,
+    "ternary": TernaryForm,
     **QUANTISED_FORMS,
 }
 

@@ -15,7 +15,7 @@ import torch
 from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer
-from ..native.kernel_matrix import COMPRESSED, KernelMatrix
+from ..native.kernel_matrix import COMPRESSED, KernelMatrix, part_addresses
 from .compression import (
     BLOCK_ROWS,
     GUARD_BYTES,
@@ -51,10 +51,10 @@ class CompressedForm(PackedForm):
     def can_multiply(self, *, is_transposed: bool) -> bool:
         return not is_transposed
 
-    def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
+    def kernel_matrices(self, views: Mapping[str, torch.Tensor], expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
         shapes = _shapes(self.layer)
         return {
-            name: (KernelMatrix(COMPRESSED, shapes[name].rows, shapes[name].columns, (view.data_ptr(), 0, 0, 0)),)
+            name: (KernelMatrix(COMPRESSED, shapes[name].rows, shapes[name].columns, part_addresses(view.data_ptr())),)
             for name, view in views.items()
         }
 

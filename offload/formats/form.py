@@ -162,8 +162,13 @@ class Form(Protocol):
         """
         ...
 
-    def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
-        """Each parameter as our C multiplies it, in pieces from the first row to the last; empty if it does not."""
+    def kernel_matrices(self, views: Mapping[str, torch.Tensor], expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
+        """Each parameter as our C multiplies it, in pieces from the first row to the last; empty if it does not.
+
+        Args:
+            views: of `views`, whose memory may still be written.
+            expert: whose they are.
+        """
         ...
 
     def check(self, expert: int, slot: torch.Tensor) -> None:

@@ -18,8 +18,9 @@ from ..codes.levels import LevelledScheme
 from ..codes.schemes import NAME
 from .catalogue import FORMS
 from .form import BLOCK_BYTES, Form
-from .levelled import LevelledForm
-from .low_bit import LowBitForm
+from .lossy.levelled import LevelledForm
+from .lossy.low_bit import LowBitForm
+from .lossy.ternary import TernaryForm
 
 # 100 bytes for each of two million experts; the largest models have some ten thousand
 MAX_INDEX_BYTES = 256 << 20
@@ -102,6 +103,8 @@ class PackedLayer(BaseModel):
             if counts != {scheme.levels}:
                 raise ValueError(f"some experts have no checksum and error for each of {scheme.levels} levels")
             return opened.described(scheme, is_transposed=self.is_transposed)
+        if isinstance(opened, TernaryForm):
+            return opened.described(is_transposed=self.is_transposed)
         if not isinstance(opened, LowBitForm):
             return opened
         names, wanted = self.schemes or (), len(opened.layer.parameters)

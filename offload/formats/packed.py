@@ -80,7 +80,7 @@ class PackedForm:
         """Not, unless a form says otherwise."""
         return False
 
-    def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
+    def kernel_matrices(self, views: Mapping[str, torch.Tensor], expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
         """None, unless a form says otherwise."""
         return {}
 

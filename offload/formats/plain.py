@@ -73,7 +73,7 @@ class PlainForm:
     def can_multiply(self, *, is_transposed: bool) -> bool:
         return not is_transposed
 
-    def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
+    def kernel_matrices(self, views: Mapping[str, torch.Tensor], expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
         if any(view.dtype != torch.bfloat16 or view.dim() != 2 for view in views.values()):
             return {}
         return {name: (plain_matrix(view),) for name, view in views.items()}

@@ -155,7 +155,7 @@ class QuantisedForm:
             for piece in pieces
         )
 
-    def kernel_matrices(self, views: Mapping[str, Any]) -> dict[str, tuple[KernelMatrix, ...]]:
+    def kernel_matrices(self, views: Mapping[str, Any], expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
         if not all(_is_in_rows(matrix) for matrices in views.values() for matrix in matrices):
             return {}
         return {name: tuple(_kernel_matrix(matrix) for matrix in matrices) for name, matrices in views.items()}

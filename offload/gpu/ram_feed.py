@@ -82,7 +82,8 @@ class RamFeed:
     def _read_next(self) -> None:
         expert = self._waiting.pop()
         # everything is pinned: the RAM tier does not know which slots are lent, so it must not evict by itself
-        self._in_flight[expert] = self._ram.start_read(expert, list(self._ram.cache.resident), self._landed)
+        self._ram.start_read(expert, list(self._ram.cache.resident), self._landed)
+        self._in_flight[expert] = 1
 
     def _make_room(self) -> bool:
         """Whether a slot is free, or could be made free."""

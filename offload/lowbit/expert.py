@@ -3,9 +3,9 @@
 Shapes: D model width, F expert width, O outputs of any matrix, C its inputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from ..compute.gating import Gating, find_gating
 from .inputs import ExpertRows
 from .methods.compensation import balancing_scales, gptq, second_moment
 from .methods.rounding import Rounded, hqq, least_squares, rtn
+from .methods.ternary import Ternary, ternary
 
 METHODS = ("rtn", "hqq", "gptq", "awq")
 NEEDS_INPUTS = ("gptq", "awq")
@@ -124,12 +125,11 @@ def _with_inputs(
     dtype: str,
     calibration: Calibration,
 ) -> QuantisedExpert:
-    up_OC, down_OC = weights[about.up_name].clone(), weights[about.down_name].clone()
-    up, down = schemes[about.up_name], schemes[about.down_name]
-    rows = calibration.rows
-    # an error of an expert's output reaches the layer's output times the routing weight, and its square counts
-    cost_N = rows.weight_N.square()
     if method == "awq":
+        up_OC, down_OC = weights[about.up_name].clone(), weights[about.down_name].clone()
+        up, down = schemes[about.up_name], schemes[about.down_name]
+        rows = calibration.rows
+        cost_N = rows.weight_N.square()
         hidden = _hidden(about, up_OC, calibration)
         moment_CC = second_moment(hidden.x_NC, cost_N)
         if about.can_balance:
@@ -139,11 +139,61 @@ def _with_inputs(
             moment_CC = moment_CC / (factor_C[:, None] * factor_C)
         first = least_squares(up_OC, up, dtype, (cost_N[:, None] * rows.x_NC.square()).sum(0))
         second = least_squares(down_OC, down, dtype, moment_CC.diagonal())
-    else:
-        first = gptq(up_OC, up, dtype, second_moment(rows.x_NC, cost_N))
-        hidden = _hidden(about, first.weight_RC, calibration)
-        second = gptq(down_OC, down, dtype, second_moment(hidden.x_NC, cost_N))
-    return QuantisedExpert({about.up_name: first, about.down_name: second}, method)
+        return QuantisedExpert({about.up_name: first, about.down_name: second}, method)
+    found = _in_turn(
+        about,
+        weights,
+        calibration,
+        lambda name, w_OC, moment_CC: gptq(w_OC, schemes[name], dtype, moment_CC),
+    )
+    return QuantisedExpert(found, method)
+
+
+def ternary_expert(
+    about: ExpertModule, weights: Mapping[str, torch.Tensor], calibration: Calibration | None = None
+) -> tuple[dict[str, Ternary], str]:
+    """Both matrices in three values for each row, and the method: `gptq` where there are enough inputs, else `rtn`.
+
+    Args:
+        about: the expert's module.
+        weights: each matrix `[O, C]`, float32.
+        calibration: the expert's inputs, if there are any.
+    """
+    if calibration is None or not calibration.is_enough:
+        return {name: ternary(w_OC) for name, w_OC in weights.items()}, "rtn"
+    return _in_turn(about, weights, calibration, lambda name, w_OC, moment_CC: ternary(w_OC, moment_CC)), "gptq"
+
+
+class HasWeight(Protocol):
+    """A matrix that was rounded."""
+
+    @property
+    def weight_RC(self) -> torch.Tensor:
+        """What it stands for."""
+        ...
+
+
+R = TypeVar("R", bound=HasWeight)
+
+
+def _in_turn(
+    about: ExpertModule,
+    weights: Mapping[str, torch.Tensor],
+    calibration: Calibration,
+    rounded: Callable[[str, torch.Tensor, torch.Tensor], R],
+) -> dict[str, R]:
+    """The first matrix rounded by its inputs, then the second by what the first has become makes of them.
+
+    Args:
+        rounded: told a name, a matrix and the second moment of its inputs.
+    """
+    rows = calibration.rows
+    # an error of an expert's output reaches the layer's output times the routing weight, and its square counts
+    cost_N = rows.weight_N.square()
+    first = rounded(about.up_name, weights[about.up_name], second_moment(rows.x_NC, cost_N))
+    hidden = _hidden(about, first.weight_RC, calibration)
+    second = rounded(about.down_name, weights[about.down_name], second_moment(hidden.x_NC, cost_N))
+    return {about.up_name: first, about.down_name: second}
 
 
 def _hidden(about: ExpertModule, up_OC: torch.Tensor, calibration: Calibration) -> ExpertRows:

@@ -11,7 +11,7 @@ from routing.ground.quantity import format_size
 
 from ..forecast.fit import Fit
 from ..formats.form import BLOCK_BYTES
-from ..formats.low_bit import HEAD_BYTES, SchemeNames, record_bytes
+from ..formats.lossy.low_bit import HEAD_BYTES, SchemeNames, record_bytes
 from ..formats.pack_index import PackIndex
 from ..memory.budget import bytes_for_experts, sufficient_size
 from ..memory.cost import DecodeWork, predict_decode

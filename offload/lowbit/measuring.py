@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..codes.schemes import Scheme
-from ..formats.low_bit import DTYPE_NAMES, matrix_bytes
+from ..formats.lossy.low_bit import DTYPE_NAMES, matrix_bytes
 from .expert import FITS_ZEROS, Calibration, ExpertModule, quantise_expert
 from .inputs import ExpertRows, RecordedInputs
 from .journal import Journal

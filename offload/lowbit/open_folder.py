@@ -22,7 +22,7 @@ from ..checkpoint.tensors import TensorEntry, read_into
 from ..codes.encoding import Encoding
 from ..codes.schemes import Scheme
 from ..codes.stored_matrix import StoredMatrix
-from ..formats.low_bit import LowBitForm
+from ..formats.lossy.low_bit import LowBitForm
 from ..store.packing import read_pack
 
 EXPERTS = r"re:.*\.experts\.\d+\..*"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from ..codes.levels import LevelledScheme
 from ..codes.schemes import FORMS, Scheme
 from ..formats.catalogue import form_in_place
 from ..formats.form import Form
-from ..formats.low_bit import SchemeNames, stored_shape
+from ..formats.lossy.low_bit import SchemeNames, stored_shape
+from ..formats.lossy.ternary import TernaryForm
 from ..formats.pack_index import PackIndex
 from ..store.packing import expect_own
 from .expert import FITS_ZEROS, METHODS, NEEDS_INPUTS
@@ -94,6 +96,11 @@ class Source:
                 f"planes need groups of 16 columns or more, which {sorted(self._columns)} have not in common"
             )
         return found
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all experts."""
+        return sum(layer.num_experts * prod(parameter.shape) for layer in self.layers for parameter in layer.parameters)
 
     @property
     def ranks(self) -> int:
@@ -202,4 +209,36 @@ def quantise_in_levels(
     recipe: dict[str, Any] = {"form": form, "levels": scheme.name}
     nothing: list[list[SchemeNames]] = [[] for _ in source.layers]
     work = Work(source.model, source.forms, nothing, "rtn", None, recipe, levels=scheme, usage=usage)
+    return write_low_bit(target, work, PackIndex.of(source.entries), progress)
+
+
+def quantise_to_ternary(
+    path_or_id: str | Path,
+    target: Path,
+    *,
+    inputs: RecordedInputs | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, int]:
+    """Write a packed copy of ternary experts in words of variable length; goes on where a run that was killed stopped.
+
+    Args:
+        path_or_id: a model folder with safetensors weights, or a model id.
+        target: the file to write; its index goes beside it.
+        inputs: what the experts see, so that errors are spread by GPTQ; without, each weight is rounded alone.
+        progress: told after each expert how many are done, and how many there are.
+
+    Returns:
+        How many experts each method quantised: those that inputs hardly reach fall back to `rtn`.
+
+    Raises:
+        ValueError: if the experts are quantised already.
+    """
+    expect_folder(target)
+    source = Source.opened(path_or_id)
+    expect_own(target, source.layers, source.entries)
+    recipe: dict[str, Any] = {"form": TernaryForm.name, "method": "rtn" if inputs is None else "gptq"}
+    if inputs is not None:
+        recipe["calibration"] = inputs.about
+    nothing: list[list[SchemeNames]] = [[] for _ in source.layers]
+    work = Work(source.model, source.forms, nothing, recipe["method"], inputs, recipe, is_ternary=True)
     return write_low_bit(target, work, PackIndex.of(source.entries), progress)

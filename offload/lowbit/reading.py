@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint.experts import experts_modules
 from ..formats.form import Form
-from ..formats.low_bit import stored_shape
+from ..formats.lossy.low_bit import stored_shape
 from ..store.packing import room_of
 from ..store.reading import Ticket
 from ..store.store import ExpertStore, Slots
@@ -35,6 +35,10 @@ class ExpertReader:
     def close(self) -> None:
         """Stop the threads and close the files."""
         self._store.close()
+
+    def form(self, layer: int) -> Any:
+        """How a layer's experts are stored."""
+        return self._store.forms[layer]
 
     def matrices(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """Each matrix of an expert, `[O, C]` float32, by parameter name.

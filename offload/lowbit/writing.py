@@ -16,14 +16,18 @@ from xxhash import xxh3_64_hexdigest
 from ..checkpoint.experts import ExpertLayer, weight_names
 from ..codes.levels import LevelledScheme
 from ..codes.schemes import Scheme
-from ..formats import levelled
+from ..codes.ternary import encode
 from ..formats.form import Form
-from ..formats.low_bit import DTYPE_NAMES, LowBitForm, SchemeNames, record_of, scheme_list, stored_shape
+from ..formats.lossy import levelled
+from ..formats.lossy.levelled import LevelledForm
+from ..formats.lossy.low_bit import DTYPE_NAMES, LowBitForm, SchemeNames, record_of, scheme_list, stored_shape
+from ..formats.lossy.ternary import TernaryForm
+from ..formats.lossy.ternary import record_of as ternary_record
 from ..formats.pack_index import PackedLayer, PackedRecord, PackIndex, describe_parameters, rounded_up
 from ..formats.quantised import packed_name
 from ..formats.quantised_forms import QUANTISED_FORMS
-from ..store.packing import beside
-from .expert import Calibration, ExpertModule, QuantisedExpert, quantise_expert
+from ..store.packing import NEED_A_METHOD, beside
+from .expert import Calibration, ExpertModule, QuantisedExpert, quantise_expert, ternary_expert
 from .inputs import MOST_ROWS, RecordedInputs
 from .journal import Journal
 from .reading import ExpertReader
@@ -46,6 +50,7 @@ class Work:
         recipe: of the index: what was asked for.
         levels: becomes of the experts that are not quantised yet, in place of schemes.
         usage: how much each expert counts; orders levels by what they gain.
+        is_ternary: whether experts that are not quantised yet become ternary, in place of schemes.
     """
 
     model: Any
@@ -56,10 +61,18 @@ class Work:
     recipe: dict[str, Any]
     levels: LevelledScheme | None = None
     usage: Usage | None = None
+    is_ternary: bool = False
 
-    def has_levels(self, layer: int) -> bool:
-        """Whether the experts of a layer are written in levels."""
-        return self.levels is not None and self.sources[layer].name == "plain"
+    def form_of(self, layer: int) -> str:
+        """Name of the form that a layer's experts are written in."""
+        source = self.sources[layer]
+        if source.name == "plain" and self.levels is not None:
+            return LevelledForm.name
+        if source.name == "plain" and self.is_ternary:
+            return TernaryForm.name
+        if self.schemes_L[layer]:
+            return LowBitForm.name
+        return packed_name(source.layer) if source.name in QUANTISED_FORMS else source.name
 
 
 def is_transposed_in(model: Any, layer: ExpertLayer) -> bool:
@@ -131,8 +144,10 @@ def write_low_bit(
 def _record(work: Work, reader: ExpertReader, layer: int, expert: int) -> tuple[bytes, dict[str, Any]]:
     """The bytes of an expert, and what the journal says of them besides."""
     source, schemes = work.sources[layer], work.schemes_L[layer]
-    if work.levels is not None and work.has_levels(layer):
-        return _record_in_levels(work, work.levels, reader, layer, expert)
+    if work.form_of(layer) == LevelledForm.name:
+        return _record_in_levels(work, reader, layer, expert)
+    if work.form_of(layer) == TernaryForm.name:
+        return _ternary_record(work, reader, layer, expert)
     if not schemes:
         form = QUANTISED_FORMS.get(packed_name(source.layer)) if source.name in QUANTISED_FORMS else type(source)
         return b"".join(form.encode(source.layer, reader.views(layer, expert))), {"method": "stored"}
@@ -142,10 +157,19 @@ def _record(work: Work, reader: ExpertReader, layer: int, expert: int) -> tuple[
     return record_of(matrices, names, scheme_list(schemes)), {"method": quantised.method}
 
 
-def _record_in_levels(
-    work: Work, scheme: LevelledScheme, reader: ExpertReader, layer: int, expert: int
-) -> tuple[bytes, dict[str, Any]]:
+def _ternary_record(work: Work, reader: ExpertReader, layer: int, expert: int) -> tuple[bytes, dict[str, Any]]:
     stored = work.sources[layer].layer
+    about = expert_module(work.model, stored)
+    with torch.no_grad():
+        calibration = calibration_of(work.inputs, about, layer, expert)
+        rounded, method = ternary_expert(about, reader.matrices(layer, expert), calibration)
+    found = [rounded[parameter.name] for parameter in stored.parameters]
+    return ternary_record([encode(each.sign_RC, each.low_R, each.high_R) for each in found]), {"method": method}
+
+
+def _record_in_levels(work: Work, reader: ExpertReader, layer: int, expert: int) -> tuple[bytes, dict[str, Any]]:
+    stored, scheme = work.sources[layer].layer, work.levels
+    assert scheme is not None
     weights = reader.matrices(layer, expert)
     levels = {name: scheme.encode(w_OC) for name, w_OC in weights.items()}
     data = levelled.record_of(expert, [levels[parameter.name] for parameter in stored.parameters])
@@ -203,22 +227,21 @@ def _index(work: Work, index: PackIndex, done: Sequence[Mapping[str, Any]], meth
     index.recipe = {**work.recipe, "methods": dict(methods)}
     first = 0
     for number, (source, schemes) in enumerate(zip(work.sources, work.schemes_L, strict=True)):
-        layer, has_levels = source.layer, work.has_levels(number)
+        layer, form = source.layer, work.form_of(number)
         records = tuple(
             PackedRecord(**{key: value for key, value in each.items() if key != "method"})
             for each in done[first : first + layer.num_experts]
         )
         first += layer.num_experts
-        kept = packed_name(layer) if source.name in QUANTISED_FORMS else source.name
         index.layers.append(
             PackedLayer(
                 module=layer.module_name,
                 parameters=describe_parameters(layer),
-                encoding=levelled.LevelledForm.name if has_levels else LowBitForm.name if schemes else kept,
+                encoding=form,
                 records=records,
                 schemes=tuple(schemes) if schemes else None,
-                levels=work.levels.name if work.levels is not None and has_levels else None,
-                is_transposed=(has_levels or bool(schemes)) and is_transposed_in(work.model, layer),
+                levels=work.levels.name if work.levels is not None and form == LevelledForm.name else None,
+                is_transposed=form in NEED_A_METHOD and is_transposed_in(work.model, layer),
             )
         )
     return index

@@ -106,6 +106,11 @@ class MemoryPlan:
             + self.window_bytes
         )
 
+    @property
+    def room_bytes(self) -> int:
+        """What the budget leaves for expert slots, with the slack of a budget that is used up."""
+        return self.limit_bytes - (self.fixed_bytes - self.slack_bytes) - _slack(self.limit_bytes, self.limit_bytes)
+
     def table(self) -> list[tuple[str, int]]:
         """What the budget goes to, for people."""
         return [

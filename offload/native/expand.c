@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "forms/bytes.h"
+#include "forms/few_bits.h"
 #include "forms/nibbles.h"
 #include "stored_matrix.h"
 
@@ -14,7 +15,10 @@ enum { BLOCK_ROWS = 32, BLOCK_COLUMNS = 64, TURNED_ROWS = 256 };
 
 static void expand_rows(const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns,
                         uint16_t *out, int64_t stride) {
-    (m->form == NIBBLES ? expand_nibbles : expand_bytes)(m, row, rows, column, columns, out, stride);
+    if (m->form == FEW_BITS)
+        expand_few_bits(m, row, rows, column, columns, out, stride, nothing_ahead(m->part[CODES]));
+    else
+        (m->form == NIBBLES ? expand_nibbles : expand_bytes)(m, row, rows, column, columns, out, stride);
 }
 
 #ifdef __SSE2__
@@ -63,10 +67,11 @@ static void expand_turned(const struct stored_matrix *m, int64_t row, int64_t ro
 }
 
 /* A matrix [rows, columns] written to `out` row by row, or as its transpose. */
-void expertier_expand_stored(int form, const uint8_t *const part[4], const int32_t parameter[4], int64_t rows,
+void expertier_expand_stored(int form, const uint8_t *const part[PARTS], const int32_t parameter[PARAMETERS], int64_t rows,
                              int64_t columns, uint16_t *out, int is_transposed) {
-    struct stored_matrix m = {.form = form, .rows = rows, .columns = columns, .part = {part[0], part[1], part[2], part[3]}};
+    struct stored_matrix m = {.form = form, .rows = rows, .columns = columns};
     int64_t most = is_transposed ? TURNED_ROWS : BLOCK_ROWS;
+    memcpy(m.part, part, sizeof m.part);
     memcpy(m.parameter, parameter, sizeof m.parameter);
     measure(&m);
 #pragma omp parallel for schedule(static)

@@ -8,6 +8,7 @@
 #include "bfloat16.h"
 #include "forms/compressed.h"
 #include "forms/bytes.h"
+#include "forms/few_bits.h"
 #include "forms/gguf.h"
 #include "forms/nibbles.h"
 #include "stored_matrix.h"
@@ -36,14 +37,24 @@ struct strip {
 
 /* Columns that are expanded at a time: a segment of compressed weights, a line of the cache of codes of four bits, two of codes of
    eight bits, the largest block of GGUF. */
-static inline int64_t span_of(int form) { return form == GGUF ? MOST_SPAN : form == NIBBLES || form == BYTES ? 2 * CHUNK : CHUNK; }
+static inline int64_t span_of(int form) { return form == GGUF ? MOST_SPAN : form == PLAIN || form == COMPRESSED ? CHUNK : 2 * CHUNK; }
+
+/* Bytes of the codes of one row of a span. */
+static inline int64_t span_bytes_of(const struct stored_matrix *m, int form) {
+    switch (form) {
+    case GGUF: return gguf_row_bytes(m->parameter[0], MOST_SPAN);
+    case NIBBLES: return CHUNK;
+    case FEW_BITS: return 2 * CHUNK * code_bits(m) / 8;
+    default: return 2 * CHUNK;
+    }
+}
 
 static inline struct strip begin_strip(const struct stored_matrix *m, int64_t row, const uint16_t *bias) {
     struct strip s = {m, row, m->rows - row < STRIP_ROWS ? m->rows - row : STRIP_ROWS, bias ? bias + row : NULL};
     if (m->form == COMPRESSED) s.block = compressed_block(m->part[0], m->rows, m->columns, row / STRIP_ROWS);
     if (m->form == COMPRESSED || m->form == PLAIN) return s;
     s.row_bytes = m->form == GGUF ? gguf_row_bytes(m->parameter[0], m->columns) : m->row_bytes;
-    s.span_bytes = m->form == GGUF ? gguf_row_bytes(m->parameter[0], MOST_SPAN) : m->form == NIBBLES ? CHUNK : 2 * CHUNK;
+    s.span_bytes = span_bytes_of(m, m->form);
     s.codes = m->part[CODES] + row * s.row_bytes;
     s.next_scales = s.codes;
     if (m->form != GGUF && m->parameter[GROUP_ROWS] == 1 && m->parameter[GROUP_COLUMNS] <= span_of(m->form)) {
@@ -68,7 +79,7 @@ static inline uint16_t finish(const struct strip *s, int64_t row, float sum) {
 /* --- spans --------------------------------------------------------------------------------------------------------- */
 
 static inline struct ahead ahead_of(const struct strip *s, const int form, int64_t column, int begin) {
-    int64_t bytes = form == GGUF ? s->span_bytes : form == NIBBLES ? CHUNK : 2 * CHUNK, piece = column / span_of(form) * STRIP_ROWS + begin;
+    int64_t bytes = form == NIBBLES ? CHUNK : form == BYTES ? 2 * CHUNK : s->span_bytes, piece = column / span_of(form) * STRIP_ROWS + begin;
     const uint8_t *next_strip = s->codes + STRIP_ROWS * s->row_bytes;
     return (struct ahead){next_strip + piece * bytes, s->next_scales + piece * s->scale_bytes, bytes, s->scale_bytes};
 }
@@ -129,6 +140,8 @@ static inline __attribute__((always_inline)) void expand_span_of(struct strip *s
             expand_nibbles_of(s, begin, rows, column, columns, out, stride, ahead);
         else if (form == BYTES)
             expand_bytes_of(s, begin, rows, column, columns, out, stride, ahead);
+        else if (form == FEW_BITS)
+            expand_few_bits(s->m, s->row + begin, rows, column, columns, out, stride, ahead);
         else if (form == GGUF)
             gguf_expander_of(s->m->parameter[0])(s->m, s->row + begin, rows, column, columns, out, stride, ahead);
         else
@@ -145,6 +158,7 @@ static void expand_span(struct strip *s, int64_t column, uint16_t *room, int64_t
     case COMPRESSED: expand_span_of(s, COMPRESSED, column, 0, STRIP_ROWS, room, stride); break;
     case NIBBLES: expand_span_of(s, NIBBLES, column, 0, STRIP_ROWS, room, stride); break;
     case BYTES: expand_span_of(s, BYTES, column, 0, STRIP_ROWS, room, stride); break;
+    case FEW_BITS: expand_span_of(s, FEW_BITS, column, 0, STRIP_ROWS, room, stride); break;
     default: expand_span_of(s, GGUF, column, 0, STRIP_ROWS, room, stride);
     }
 }

@@ -44,11 +44,14 @@ class LayerSlots:
         layer: number of the MoE layer.
         num_slots: experts that fit.
         policy: name in CACHES.
+        num_places: slots that there is room for in the address space, of which `num_slots` have memory; all alike.
     """
 
     holds_several = True
 
-    def __init__(self, store: ExpertStore, layer: int, num_slots: int, policy: str) -> None:
+    def __init__(
+        self, store: ExpertStore, layer: int, num_slots: int, policy: str, *, num_places: int | None = None
+    ) -> None:
         self.layer, self.num_slots = layer, num_slots
         self._store, self.form = store, store.forms[layer]
         self.num_experts = self.form.layer.num_experts
@@ -56,8 +59,10 @@ class LayerSlots:
         """The experts that this process is asked for."""
         self.expert_bytes = self.form.expert_bytes
         self.is_grouped = can_group(self.form.layer)
-        sizes = self.form.own_slot_bytes if self.has_all else self.form.slot_bytes
-        self._slots = Slots(num_slots, sizes, self.form.guard_bytes)
+        self._has_own_slots = self.has_all and num_places is None
+        sizes = self.form.own_slot_bytes if self._has_own_slots else self.form.slot_bytes
+        held = None if num_places is None else num_slots
+        self._slots = Slots(num_places or num_slots, sizes, self.form.guard_bytes, num_held=held)
         self._policy = policy
         self.ahead_counters = AheadCounters()
         self.clear()
@@ -108,6 +113,56 @@ class LayerSlots:
     def memory(self) -> torch.Tensor:
         """All slots, as bytes."""
         return self._slots.tensor
+
+    def begin(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+        """What a call asks for; the experts that it gets, `[T, K]`."""
+        return expert_TK
+
+    def end(self) -> None:
+        """A call has computed everything."""
+
+    def deepen(self) -> None:
+        """What a call needs is on its way: read what makes experts better."""
+
+    def capacity(self, experts: Collection[int]) -> int:
+        """How many of the experts of a call can be here at the same time."""
+        return self.num_slots
+
+    def holds(self, experts: Collection[int]) -> bool:
+        """Whether all experts of a call can be here at the same time."""
+        return len(experts) <= self.num_slots
+
+    def is_ready(self, expert: int) -> bool:
+        """Whether a call can compute with an expert, unless it is still on its way."""
+        return expert in self._resident
+
+    def has_started(self, expert: int) -> bool:
+        """Whether all that a call needs of an expert is here or on its way."""
+        return expert in self._resident
+
+    def bytes_of(self, experts: Collection[int]) -> int:
+        """What `start_reads` would read."""
+        return len(experts) * self.expert_bytes
+
+    def complete(self, expert: int) -> None:
+        """All that a call waits for of an expert has landed."""
+
+    def start_reads(
+        self, experts: Sequence[int], pinned: Collection[int], landed: "SimpleQueue[Ticket]"
+    ) -> dict[int, int]:
+        """Start reading what a call lacks of some experts.
+
+        Args:
+            experts: in the order in which they are read.
+            pinned: experts that must stay.
+            landed: where tickets go.
+
+        Returns:
+            How many tickets of each expert will land.
+        """
+        for expert in experts:
+            self.start_read(expert, pinned, landed)
+        return dict.fromkeys(experts, 1)
 
     def start_read(self, expert: int, pinned: Collection[int], landed: "SimpleQueue[Ticket]") -> Ticket:
         """Take a slot, evicting if there is no free one, and start reading an expert into it."""
@@ -175,19 +230,19 @@ class LayerSlots:
             self.ahead_counters.useful += 1
         return self._resident[expert].weights
 
-    def settle_ahead(self, needed: Collection[int], landed: "SimpleQueue[Ticket]") -> dict[int, Ticket]:
+    def settle_ahead(self, needed: Collection[int], landed: "SimpleQueue[Ticket]") -> dict[int, int]:
         """When the layer's turn has come: keep what has arrived, hurry what is needed, give up what is not held.
 
         Returns:
-            Experts that are needed and still on their way; they will land in `landed`.
+            Experts that are needed and still on their way, and how many of their tickets will land in `landed`.
         """
-        coming = {}
+        coming: dict[int, int] = {}
         for expert, ticket in list(self._ahead.items()):
             # it may finish between these lines; `redirect` then puts it into `landed` itself
             if expert in needed and not ticket.is_finished:
                 self._store.promote(ticket)
                 ticket.redirect(landed)
-                coming[expert] = ticket
+                coming[expert] = 1
                 self.ahead_counters.late += 1
                 self._unproven.discard(expert)
                 self.ahead_counters.bytes_read += self.expert_bytes
@@ -217,14 +272,14 @@ class LayerSlots:
         slot = self._take_slot(expert, pinned)
         ticket, shifts = self._store.read(self.layer, expert, slot, self._slots, landed, is_demand=is_demand)
         views = self.form.views(self._slots.slot(slot), shifts)
-        self._resident[expert] = Resident(slot, views, self.form.kernel_matrices(views))
+        self._resident[expert] = Resident(slot, views, self.form.kernel_matrices(views, expert))
         self.cache.insert(expert)
         return ticket
 
     def _take_slot(self, expert: int, pinned: Collection[int]) -> int:
         """A free slot: an expert's own where all have one, since those differ in size."""
         self._reclaim()
-        if self.has_all:
+        if self._has_own_slots:
             return self._take_own_slot(expert)
         # nothing may be evicted, but reads that were given up are about to end: wait for one instead of failing
         if not self._free and self._given_up and self._resident.keys() <= set(pinned):

@@ -5,7 +5,7 @@ so nothing here undoes anything.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -83,7 +83,7 @@ class ExpertStep:
         self._slots, self._weights, self._num_rows, self._counters = slots, weights, num_rows, counters
         self._expert_TK = expert_TK
         self._landed: SimpleQueue[Ticket] = SimpleQueue()
-        self._in_flight: dict[int, Ticket] = {}
+        self._in_flight: dict[int, int] = {}
         self._hits: list[int] = []
 
     def begin(self, rows: Rows) -> None:
@@ -95,8 +95,7 @@ class ExpertStep:
         found = self._look_up()
         if self._fits:
             self._hits = found.hits
-            for expert in found.misses:
-                self._read(expert, pinned=self._num_rows)
+            self._read(found.misses, pinned=self._num_rows)
         else:
             self._compute_in_waves(rows, found)
 
@@ -117,16 +116,15 @@ class ExpertStep:
         """Start to read what is missing, if there is a slot for each expert."""
         found = self._look_up()
         if self._fits:
-            for expert in found.misses:
-                self._read(expert, pinned=self._num_rows)
+            self._read(found.misses, pinned=self._num_rows)
 
     def fetch(self, expert: int) -> Mapping[str, Any]:
         """The weights of one needed expert; they stay until another is fetched."""
-        if expert not in self._slots:
+        if not self._slots.has_started(expert):
             # a read ahead that has turned out to be needed still writes to its slot, which must not go to this expert
-            while len(self._in_flight) >= self._slots.num_slots:
+            while len(self._in_flight) >= self._slots.capacity(self._num_rows):
                 self._next_landed()
-            self._read(expert, pinned=list(self._in_flight))
+            self._read([expert], pinned=list(self._in_flight))
         while expert in self._in_flight:
             self._next_landed()
         return self._weights[expert]
@@ -136,17 +134,18 @@ class ExpertStep:
         slots, waiting = self._slots, found.misses[::-1]
         for expert in found.hits:
             self._timed(rows.compute, expert)
-        while waiting and slots.num_free:
-            self._read(waiting.pop(), pinned=())
-        window = max(1, slots.num_slots // 2)
+        capacity = slots.capacity(self._num_rows)
+        while waiting and slots.num_free and len(self._in_flight) < capacity:
+            self._read([waiting.pop()], pinned=list(self._in_flight))
+        window = max(1, capacity // 2)
         while waiting and len(self._in_flight) < window:
-            self._read(waiting.pop(), pinned=list(self._in_flight))
+            self._read([waiting.pop()], pinned=list(self._in_flight))
         while waiting:
             expert = self._next_landed()
             self._timed(rows.compute, expert)
             # safe: it has landed and is computed, and the CPU's products are over when they return
             slots.release(expert)
-            self._read(waiting.pop(), pinned=list(self._in_flight))
+            self._read([waiting.pop()], pinned=list(self._in_flight))
 
     def _start_hits(self, rows: Rows, hits: list[int]) -> None:
         started = time.perf_counter()
@@ -158,33 +157,39 @@ class ExpertStep:
 
     @property
     def _fits(self) -> bool:
-        return len(self._num_rows) <= self._slots.num_slots
+        return self._slots.holds(self._num_rows)
 
     def _look_up(self) -> Found:
         """What is there and what is not; misses worth keeping come last, so that they are evicted last."""
         cache = self._slots.cache
         self._in_flight.update(self._slots.settle_ahead(self._num_rows, self._landed))
-        hits = [expert for expert in self._num_rows if expert in self._slots and expert not in self._in_flight]
-        misses = [expert for expert in self._num_rows if expert not in self._slots]
+        hits = [each for each in self._num_rows if self._slots.is_ready(each) and each not in self._in_flight]
+        misses = [expert for expert in self._num_rows if not self._slots.has_started(expert)]
         _learn(self._slots, self._expert_TK)
         if len(misses) > 1:
             misses.sort(key=cache.rank)
         counters = self._counters.layers[self._slots.layer]
         counters.hits += len(hits)
-        counters.misses += len(misses) + len(self._in_flight)
-        counters.bytes_read += len(misses) * self._slots.expert_bytes
+        counters.misses += len(self._num_rows) - len(hits)
+        counters.bytes_read += self._slots.bytes_of(misses)
         return Found(hits, misses)
 
     def _next_landed(self) -> int:
         started = time.perf_counter()
         wanted = f"one of the experts {sorted(self._in_flight)[:8]} of MoE layer {self._slots.layer}"
-        ticket = next_landed(self._landed, wanted)
+        while True:
+            expert = next_landed(self._landed, wanted).expert
+            self._in_flight[expert] -= 1
+            if not self._in_flight[expert]:
+                break
+        del self._in_flight[expert]
+        self._slots.complete(expert)
         self._counters.stall_s += time.perf_counter() - started
-        del self._in_flight[ticket.expert]
-        return ticket.expert
+        return expert
 
-    def _read(self, expert: int, pinned: Collection[int]) -> None:
-        self._in_flight[expert] = self._slots.start_read(expert, pinned, self._landed)
+    def _read(self, experts: Sequence[int], pinned: Collection[int]) -> None:
+        for expert, num_landing in self._slots.start_reads(experts, pinned, self._landed).items():
+            self._in_flight[expert] = self._in_flight.get(expert, 0) + num_landing
 
     def _timed(self, compute: Callable[[int, Mapping[str, Any]], None], expert: int) -> None:
         started = time.perf_counter()

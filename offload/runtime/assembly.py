@@ -13,16 +13,22 @@ from ..compute.levels import best_arithmetic
 from ..compute.linears import quicken_linears
 from ..compute.matvec import Matvecs
 from ..compute.norms import quicken_norms
+from ..formats.lossy.levelled import LevelledForm
 from ..gpu.lanes import Lane
 from ..gpu.tier import GpuTier
+from ..memory.budget import MemoryPlan
 from ..neurons.binding import BundledUnits
 from ..prefetch.find_routers import make_prefetcher
 from ..prefetch.pass_predictor import PassPrefetcher
+from ..ram.depth_rules import make_rule
+from ..ram.level_slots import LevelSlots
+from ..ram.slots import LayerSlots
 from ..store.io_mode import wants_direct
 from ..store.store import ExpertStore
 from ..window.binding import bind
 from ..window.planning import WindowPlan
 from ..window.window import Streamed, Window
+from .depths import Deepening
 from .division import Division
 from .guards import guard_model
 from .opening import OpenedCheckpoint
@@ -39,6 +45,7 @@ def assemble(
     options: LoadOptions,
     lane: Lane | None,
     make_window: Callable[[ExpertStore, WindowPlan, int], Streamed] = Window,
+    deepening: Deepening | None = None,
 ) -> Any:
     """The model with its tiers, ready to run.
 
@@ -48,6 +55,7 @@ def assemble(
         options: how to read, compute and record.
         lane: the GPU, or None.
         make_window: where streamed weights live.
+        deepening: the rule that chooses depths while the model runs; None if there is none.
     """
     model, forms, window = opened.model, opened.forms, opened.window
     passing = [guest.form for guest in window.streamed] if window else []
@@ -59,9 +67,11 @@ def assemble(
         num_threads=options.io_threads,
         is_direct=wants_direct(options.io, division.ram, [*forms, *passing]),
         checksums=opened.checksums,
+        level_checksums=None if deepening is None else deepening.packed.level_checksums,
     )
     recorder = _recorder(opened, options) if options.record_trace else None
-    running = OffloadRuntime(store, division.ram.num_slots, options.policy_name, recorder, matvecs)
+    plan, layers = _make_layers(store, division.ram, options.policy_name, deepening)
+    running = OffloadRuntime(store, layers, recorder, matvecs)
     if opened.own_L is not None:
         for slots, own in zip(running.layers, opened.own_L, strict=True):
             slots.own = own
@@ -89,8 +99,25 @@ def assemble(
     read_prompts_in_pieces(model, options.context)
     if forms or opened.streamed:
         guard_model(model, forms)
-    model.offload = Offload(model, running, division.ram, options.policy_name)
+    model.offload = Offload(model, running, plan, options.policy_name, deepening)
     return model
+
+
+def _make_layers(
+    store: ExpertStore, plan: MemoryPlan, policy: str, deepening: Deepening | None
+) -> tuple[MemoryPlan, list[LayerSlots]]:
+    """The slots of each layer, and the budget as they divide it."""
+    if deepening is None:
+        return plan, [LayerSlots(store, layer, count, policy) for layer, count in enumerate(plan.num_slots)]
+    plan, rooms = deepening.rooms(plan)
+    layers: list[LayerSlots] = []
+    for layer, room in enumerate(rooms):
+        if isinstance(form := store.forms[layer], LevelledForm):
+            rule = make_rule(deepening.choice, len(form.level_ends), deepening.gates.get(layer))
+            layers.append(LevelSlots(store, layer, room, policy, rule))
+        else:
+            layers.append(LayerSlots(store, layer, room.num_slots, policy))
+    return plan, layers
 
 
 def _arithmetic(opened: OpenedCheckpoint, options: LoadOptions, lane: Lane | None) -> str:

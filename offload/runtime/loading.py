@@ -15,7 +15,7 @@ from ..gpu.devices import open_lane
 from ..memory.budget import resident_bytes
 from ..memory.heap import return_free_blocks, return_large_blocks
 from .assembly import assemble
-from .depths import with_depth
+from .depths import Deepening, with_depth
 from .division import choose_units, choose_window, divide_memory, expect_machine_has
 from .opening import open_checkpoint
 from .options import LoadOptions, Part
@@ -73,7 +73,11 @@ def load(
         pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files; of a dense
             model, its feed-forwards by hidden units (`pack --bundle`).
         depth: of a packed copy in levels, how many of each expert are read: a number, `"all"`, or as many as
-            `cpu_memory` holds with all experts in memory (`"auto"`), those first that gain most for their bytes.
+            `cpu_memory` holds with all experts in memory (`"auto"`), those first that gain most for their bytes. Or a
+            rule that chooses while the model runs, lossy: `"weight"` reads experts that miss in few levels where their
+            routing weight is small (`"weight:0.6,0.9"` are the sums of larger weights up to which they are read whole,
+            and read at all); `"hottest"` deepens the hottest experts of each layer (`"hottest:8"`: so many) while
+            nothing else is read; `"router"` asks the gates of `expertier pack --router-bits`. On the CPU only.
         prefetch: `"gate"`, `"transitions"` or a predictor file (.npz, `expertier trace predictor`) reads what the next
             layers will probably need while the disk is idle, and stops when it does not pay; `"plan"` reads what the
             model's routers have decided ahead (pre-gated and resident routers, one router for all layers); `"off"` does
@@ -130,6 +134,8 @@ def load(
     lane = open_lane(options.device, options.gpu_memory, options.gpu_experts)
     opened = with_depth(open_checkpoint(options, partial(choose_window, options=options)), options)
     opened = choose_units(opened, options)
+    if (deepening := Deepening.of(opened, options)) is not None:
+        opened = deepening.at_base(opened)
 
     def settle() -> int:
         """Move the resident weights to where they stay; what the process has then, without them on the CPU."""
@@ -141,7 +147,7 @@ def load(
         return resident_bytes()
 
     division = divide_memory(opened, options, lane, settle)
-    model = assemble(opened, division, options, lane)
+    model = assemble(opened, division, options, lane, deepening=deepening)
     if adapter is not None:
         layers = [form.layer for form in opened.forms]
         load_adapter(model, adapter, layers, list(experts_modules(model).values()))

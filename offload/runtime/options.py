@@ -10,6 +10,7 @@ from routing.ground.expect import expect_choice, expect_name
 from routing.ground.quantity import parse_size
 
 from ..cache.catalogue import CACHES, NEEDS_FUTURE
+from ..cache.depth import DepthChoice, expect_depth
 from ..compute.matvec import ARITHMETICS
 from ..gpu.devices import expect_device, wants_device
 from ..prefetch.prefetch import PREDICTORS
@@ -95,10 +96,16 @@ class LoadOptions:
             expect_name(self.policy, CACHES, "cache policy")
         expect_choice(self.io, IO_MODES, "io")
         expect_choice(self.arithmetic, ARITHMETICS, "arithmetic")
-        if self.depth not in ("all", "auto") and not str(self.depth).isdecimal():
-            raise ValueError(f"depth must be all, auto or a number of levels; got {self.depth!r}")
+        expect_depth(self.depth)
+        if self.depth_choice is not None and self.plan is not None:
+            raise ValueError("a rule for depths divides memory itself; leave out the plan")
         if not str(self.prefetch).endswith(".npz"):
             expect_choice(str(self.prefetch), ("auto", "off", *PREDICTORS, "a predictor file (.npz)"), "prefetch")
+
+    @property
+    def depth_choice(self) -> DepthChoice | None:
+        """The rule that chooses depths while the model runs; None if they are chosen at loading."""
+        return DepthChoice.named(str(self.depth))
 
     @property
     def wants_gpu(self) -> bool:

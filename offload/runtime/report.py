@@ -1,20 +1,25 @@
 """`model.offload`: what the offloading did, what it should have taken, and the routing it saw."""
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from routing.ground.hardware import Hardware
+from routing.ground.quantity import format_size, parse_size
 from routing.traces import RoutingTrace
 
 from ..compute.levels import described
 from ..compute.resident import embedding_bytes, weight_bytes
-from ..formats.levelled import LevelledForm
-from ..memory.budget import MemoryPlan, describe, peak_bytes
+from ..formats.lossy.levelled import LevelledForm
+from ..memory.budget import MemoryPlan, describe, machine_bytes, peak_bytes
 from ..memory.cost import DecodeWork, Prediction, predict_decode
 from ..prefetch.cached_first import CachedFirst
 from ..ram.counters import AheadCounters, total_ahead
+from ..ram.level_slots import LevelSlots
 from .calls import follow_calls
+from .depths import Deepening
 from .runtime import OffloadRuntime
 
 
@@ -26,10 +31,18 @@ class Offload:
         runtime: keeps the counts that are reported.
         plan: how the RAM budget was divided; given back in `plan` and in the report.
         policy: name in CACHES, for the report.
+        deepening: the rule that chooses depths while the model runs; None if there is none.
     """
 
-    def __init__(self, model: Any, runtime: OffloadRuntime, plan: MemoryPlan, policy: str) -> None:
-        self.plan, self.policy = plan, policy
+    def __init__(
+        self,
+        model: Any,
+        runtime: OffloadRuntime,
+        plan: MemoryPlan,
+        policy: str,
+        deepening: Deepening | None = None,
+    ) -> None:
+        self.plan, self.policy, self._deepening = plan, policy, deepening
         self._model, self._runtime = model, runtime
         self._busy_before_s = runtime.store.busy_s
         self._preference: CachedFirst | None = None
@@ -70,6 +83,30 @@ class Offload:
         preference.attach(self._model, self._runtime)
         self._preference = preference
 
+    def resize(self, cpu_memory: str | int) -> None:
+        """Run within another budget from now on: levels of experts are given up, or there is room for more.
+
+        What is given up is what was used least lately. What there is room for is read while the model runs.
+
+        Args:
+            cpu_memory: the whole budget of the process, such as `"6GiB"`.
+
+        Raises:
+            ValueError: if depths stay as they were chosen at loading, slots were given instead of a budget, the machine
+                has less, or the first levels of one token's experts do not fit.
+        """
+        if self._deepening is None or self._deepening.is_fixed:
+            raise ValueError(
+                "only a packed copy in levels changes its budget while it runs, loaded by a rule for depths "
+                '(depth="hottest" or "weight") and a budget instead of cache_experts'
+            )
+        limit = parse_size(cpu_memory)
+        if limit > machine_bytes():
+            raise ValueError(f"cpu_memory={cpu_memory} is more than the {format_size(machine_bytes())} of this machine")
+        plan, rooms = self._deepening.rooms(replace(self.plan, limit_bytes=limit))
+        self._runtime.resize(rooms)
+        self.plan = plan
+
     def report(self) -> dict[str, Any]:
         """Hits, misses, bytes, seconds and memory since loading or `reset`, JSON-serialisable."""
         counters, prefetch, window = self._runtime.counters, self._prefetch(), self._runtime.window
@@ -77,7 +114,8 @@ class Offload:
         units = {} if self._runtime.units is None else self._runtime.units.report()
         return {
             **summary,
-            "bytes_read": sum(each.get("bytes_read", 0) for each in (summary, prefetch, streamed, units)),
+            "bytes_read": sum(each.get("bytes_read", 0) for each in (summary, prefetch, streamed, units))
+            + self._deepened_bytes,
             "stall_s": summary["stall_s"] + streamed.get("stall_s", 0.0),
             "bytes_missed": sum(
                 layer.misses * slots.expert_bytes
@@ -126,10 +164,33 @@ class Offload:
         return predict_decode(work, hardware, rate=rate, is_cached=is_cached)
 
     def _levels(self) -> dict[str, Any]:
-        """Mean levels that are read of an expert of each layer, where experts are stored in levels."""
+        """Of experts in levels: what a rule does, or how many are read of an expert of each layer in the mean."""
+        if self._deepening is not None:
+            return {"depth_rule": self._rule(self._deepening)}
         forms = [slots.form for slots in self._runtime.layers]
         depth_L = [sum(form.depth_E) / len(form.depth_E) for form in forms if isinstance(form, LevelledForm)]
         return {"depth_L": depth_L} if depth_L else {}
+
+    def _rule(self, deepening: Deepening) -> dict[str, Any]:
+        layers = self._levelled
+        uses = sum((slots.uses for slots in layers), Counter[int]())
+        return {
+            **asdict(deepening.choice),
+            "is_lossy": True,
+            "rows_by_depth": dict(sorted(uses.items())),
+            "deepened": sum(slots.deepened[0] for slots in layers),
+            "deepened_bytes": self._deepened_bytes,
+            "layers": [slots.report() for slots in layers],
+        }
+
+    @property
+    def _deepened_bytes(self) -> int:
+        """Of levels that were read before anything needed them."""
+        return sum(slots.deepened[1] for slots in self._levelled)
+
+    @property
+    def _levelled(self) -> list[LevelSlots]:
+        return [slots for slots in self._runtime.layers if isinstance(slots, LevelSlots)]
 
     def _floor(self) -> dict[str, Any]:
         """How long the disk was busy: no schedule of the same reads can be quicker, whatever is computed meanwhile."""
@@ -157,6 +218,8 @@ class Offload:
             self._runtime.units.reset()
         for slots in self._runtime.layers:
             slots.ahead_counters = AheadCounters()
+        for levelled in self._levelled:
+            levelled.reset()
 
     def trace(self) -> RoutingTrace:
         """The routing recorded so far.

@@ -30,6 +30,7 @@ from ..neurons.binding import BundledUnits
 from ..prefetch.prefetch import Prefetcher
 from ..ram.counters import Counters, LayerCounters
 from ..ram.expanded import ExpandedWeights, make_rooms
+from ..ram.level_slots import LevelRoom, LevelSlots
 from ..ram.slots import KernelSlots, LayerSlots
 from ..ram.step import ExpertStep, compute_hits
 from ..store.reading import Ticket, next_landed
@@ -49,8 +50,7 @@ class OffloadRuntime:
 
     Args:
         store: reads experts from the SSD; closed with the runtime.
-        num_slots: RAM slots of each layer, at least 1.
-        policy: name in CACHES.
+        layers: RAM slots of each.
         recorder: records the routing of every call; None records nothing.
         matvecs: products for experts with a few rows.
     """
@@ -58,14 +58,13 @@ class OffloadRuntime:
     def __init__(
         self,
         store: ExpertStore,
-        num_slots: Sequence[int],
-        policy: str,
+        layers: Sequence[LayerSlots],
         recorder: TraceRecorder | None,
         matvecs: Matvecs,
     ) -> None:
         self.matvecs = matvecs
         self.store = store
-        self.layers = [LayerSlots(store, layer, count, policy) for layer, count in enumerate(num_slots)]
+        self.layers = list(layers)
         self.counters = Counters([LayerCounters() for _ in self.layers])
         self.recorder = recorder
         self.prefetcher: Prefetcher | None = None
@@ -74,7 +73,6 @@ class OffloadRuntime:
         self.gpu: GpuTier | None = None
         self.window: Streamed | None = None
         self.units: BundledUnits | None = None
-        self._policy, self._num_slots = policy, tuple(num_slots)
         # re-entrant: a signal handler that calls the model within a call must not wait for itself for ever
         self._lock, self._process, self._is_whole = threading.RLock(), os.getpid(), True
 
@@ -112,16 +110,27 @@ class OffloadRuntime:
             look_ahead = partial(self._look_ahead, layer, x_TD)
             return self.gpu.forward(layer, x_TD, expert_TK, weight_TK, look_ahead)
         slots = self.layers[layer]
+        expert_TK = slots.begin(x_TD, expert_TK, weight_TK)
+        result = self._computed(slots, module, x_TD, expert_TK, weight_TK)
+        slots.end()
+        return result
+
+    def _computed(
+        self, slots: LayerSlots, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> torch.Tensor:
+        layer = slots.layer
         if not slots.is_grouped and not adapted_of(module):
             return self._forward_eager(slots, module, x_TD, expert_TK, weight_TK)
         rows = self._rows(slots, module, x_TD, expert_TK, weight_TK)
         is_fused = isinstance(rows, FusedRows)
         if is_fused and self.prefetcher is None and compute_hits(slots, self.counters, rows, expert_TK):
+            slots.deepen()
             return rows.combine()
         weights = KernelSlots(slots) if is_fused else self._plain_weights(slots)
         step = ExpertStep(slots, weights, self.counters, rows.num_rows, expert_TK)
         step.begin(rows)
         self._look_ahead(layer, x_TD, expert_TK)
+        slots.deepen()
         step.finish(rows)
         return rows.combine()
 
@@ -231,6 +240,18 @@ class OffloadRuntime:
                 reads += 1
         for _ in range(reads):
             next_landed(landed, "an expert that the plan starts with")
+
+    def resize(self, rooms: Sequence[LevelRoom]) -> None:
+        """Give each layer other room, between two calls; experts in levels lose the coldest of what they had.
+
+        Raises:
+            OSError: if a read that is on its way fails.
+        """
+        self._enter_process()
+        with self._lock, self._changes():
+            for slots, room in zip(self.layers, rooms, strict=True):
+                if isinstance(slots, LevelSlots):
+                    slots.resize(room)
 
     def read_ahead(self, plan: Mapping[int, Sequence[int]]) -> None:
         """Start reading what later layers of this pass will certainly need, nearest layer first, where there is room.
@@ -345,6 +366,7 @@ class OffloadRuntime:
         }
         step = ExpertStep(slots, self._plain_weights(slots), self.counters, num_rows, expert_TK)
         step.prepare()
+        slots.deepen()
         return eager_forward(module, step.fetch, slots.num_experts, x_TD, expert_TK, weight_TK)
 
 

@@ -23,8 +23,9 @@ from ..checkpoint.model_folder import skeleton_of
 from ..checkpoint.tensors import TensorEntry
 from ..formats.catalogue import FORMS, form_in_place
 from ..formats.form import Form
-from ..formats.levelled import LevelledForm
-from ..formats.low_bit import LowBitForm
+from ..formats.lossy.levelled import LevelledForm
+from ..formats.lossy.low_bit import LowBitForm
+from ..formats.lossy.ternary import TernaryForm
 from ..formats.pack_index import (
     MAX_INDEX_BYTES,
     PackedLayer,
@@ -38,6 +39,9 @@ from ..formats.quantised import packed_name
 from ..formats.quantised_forms import QUANTISED_FORMS
 from .reading import Ticket
 from .store import ExpertStore, Slots
+
+NEED_A_METHOD = (LowBitForm.name, LevelledForm.name, TernaryForm.name)
+"""Forms that plain weights become only by rounding."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ def _expect_stored(wanted: str | None, sources: Sequence[Form], model: str) -> s
     stored = list(dict.fromkeys(source.name for source in sources if source.name in QUANTISED_FORMS))
     if wanted is None:
         return stored[0] if stored else "plain"
-    if (wanted in QUANTISED_FORMS and wanted not in stored) or wanted in (LowBitForm.name, LevelledForm.name):
+    if (wanted in QUANTISED_FORMS and wanted not in stored) or wanted in NEED_A_METHOD:
         has = f"its experts are {', '.join(stored)}" if stored else "its experts are plain"
         raise ValueError(
             f"{model} stores no experts as {wanted} ({has}), and packing does not quantise "

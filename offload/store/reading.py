@@ -14,7 +14,11 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from heapq import heapify, heappop, heappush
+from itertools import count
+from math import inf
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 WAIT_S = 120.0
 """A read that has not ended by then never will: a disk that spins up takes 20 s, a stalled network mount 60 s."""
@@ -130,6 +134,16 @@ def next_landed(landed: "SimpleQueue[Ticket]", waiting_for: str) -> Ticket:
 Job = tuple[Ticket, Callable[[], None]]
 
 
+class Waiting(NamedTuple):
+    """A job that nothing needs yet; the smallest comes first."""
+
+    less_urgent: float
+    number: int
+    """Of no two jobs the same, so that tickets are never compared."""
+    ticket: Ticket
+    job: Callable[[], None]
+
+
 class ReadingThreads:
     """A few threads that run read jobs: what is needed now first, what may be needed later after that.
 
@@ -183,11 +197,21 @@ class ReadingThreads:
         """Seconds in which at least one read was on its way."""
         return self._state.busy_s
 
-    def submit(self, ticket: Ticket, jobs: list[Callable[[], None]], *, is_demand: bool = True) -> None:
-        """Queue the jobs of one ticket."""
+    def submit(
+        self, ticket: Ticket, jobs: list[Callable[[], None]], *, is_demand: bool = True, urgency: float = inf
+    ) -> None:
+        """Queue the jobs of one ticket.
+
+        Args:
+            urgency: among what is not needed now, the largest comes first, and of equal ones the earliest.
+        """
         state = self._state
         with state.lock:
-            (state.demand if is_demand else state.ahead).extend((ticket, job) for job in jobs)
+            for job in jobs:
+                if is_demand:
+                    state.demand.append((ticket, job))
+                else:
+                    heappush(state.ahead, Waiting(-urgency, next(state.numbers), ticket, job))
         # after the jobs: a thread that is called has to find one
         for _ in jobs:
             state.calls.put(None)
@@ -195,17 +219,19 @@ class ReadingThreads:
     def promote(self, ticket: Ticket) -> None:
         """Move what is left of a read-ahead to the front, because it is needed now."""
         with self._state.lock:
-            kept: deque[Job] = deque()
-            for job in self._state.ahead:
-                (self._state.demand if job[0] is ticket else kept).append(job)
-            self._state.ahead = kept
+            mine = sorted(waiting for waiting in self._state.ahead if waiting.ticket is ticket)
+            self._state.demand.extend((ticket, waiting.job) for waiting in mine)
+            self._state.ahead = [waiting for waiting in self._state.ahead if waiting.ticket is not ticket]
+            heapify(self._state.ahead)
 
 
 class _Queues:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.demand: deque[Job] = deque()
-        self.ahead: deque[Job] = deque()
+        self.ahead: list[Waiting] = []
+        """A heap: the most urgent is its first."""
+        self.numbers = count()
         self.calls: SimpleQueue[None] = SimpleQueue()
         """One for each job; more only wake a thread for nothing."""
         self.is_closed = False
@@ -220,7 +246,10 @@ class _Queues:
             if not self.running:
                 self._since_s = time.perf_counter()
             self.running += 1
-            return (self.demand or self.ahead).popleft()
+            if self.demand:
+                return self.demand.popleft()
+            first = heappop(self.ahead)
+            return first.ticket, first.job
 
     def end(self) -> None:
         """A job has ended."""
@@ -256,7 +285,7 @@ def _close(state: _Queues, threads: list[threading.Thread], process: int) -> Non
         return
     with state.lock:
         state.is_closed = True
-        waiting = [*state.demand, *state.ahead]
+        waiting = [*state.demand, *((each.ticket, each.job) for each in state.ahead)]
         state.demand.clear()
         state.ahead.clear()
     for _ in threads:

@@ -10,11 +10,12 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from xxhash import xxh3_64_hexdigest
+from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from ..checkpoint.tensors import TensorEntry, read_into
 from ..formats.form import BLOCK_BYTES, Extent, Form
-from ..memory.huge_pages import huge_mapping
+from ..formats.lossy.levelled import LevelledForm
+from ..memory.huge_pages import huge_mapping, huge_pages, small_pages
 from .reading import ReadingThreads, Ticket
 
 READ_BYTES = 4 << 20
@@ -36,19 +37,40 @@ class Slots:
         num_slots: how many.
         slot_bytes: of each, or of all alike.
         guard_bytes: after the last.
+        num_held: slots that have memory, if not all; `hold` changes how many.
     """
 
-    def __init__(self, num_slots: int, slot_bytes: int | Sequence[int], guard_bytes: int = 0) -> None:
+    def __init__(
+        self, num_slots: int, slot_bytes: int | Sequence[int], guard_bytes: int = 0, num_held: int | None = None
+    ) -> None:
         sizes = [slot_bytes] * num_slots if isinstance(slot_bytes, int) else slot_bytes
         self._starts = [0, *accumulate(sizes)]
-        self._mapping = huge_mapping(self._starts[-1] + guard_bytes)
+        # a mapping has at least a byte, and a layer may have slots for no plane
+        self._mapping = huge_mapping(max(self._starts[-1] + guard_bytes, 1))
         self.bytes = memoryview(self._mapping)
         self.tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        if num_held is None:
+            self._populate(0, len(self._mapping))
+        else:
+            self.hold(num_held)
+
+    def hold(self, num_slots: int) -> None:
+        """Have memory for the first so many slots, and none for the others, which nothing may use."""
+        end, whole = self._starts[num_slots], len(self._mapping)
+        if end < whole:
+            # a huge page that began before `end` would reach beyond it, and be in no budget
+            small_pages(self._mapping, end, whole - end)
+            self._mapping.madvise(mmap.MADV_DONTNEED, end, whole - end)
+        if end:
+            huge_pages(self._mapping, 0, end)
+            self._populate(0, end)
+
+    def _populate(self, start: int, nbytes: int) -> None:
         try:
-            self._mapping.madvise(MADV_POPULATE_WRITE)
+            self._mapping.madvise(MADV_POPULATE_WRITE, start, nbytes)
         except OSError:
-            # an older kernel: the first write to a page takes it, too
-            self.tensor[:: mmap.PAGESIZE] = 0
+            # an older kernel: a write to a page takes it, too
+            self.tensor[start : start + nbytes : mmap.PAGESIZE] += 0
 
     def give_back(self) -> None:
         """Give the memory back to the system now; what is read later is zeros."""
@@ -71,6 +93,7 @@ class ExpertStore:
         is_direct: read with O_DIRECT, past the page cache.
         read_bytes: one read is at most this long; longer extents are split and read in parallel.
         checksums: XXH3 of each expert of each layer, hexadecimal; every expert is compared when it is first read.
+        level_checksums: of experts in levels, the XXH3 up to the end of each level.
     """
 
     def __init__(
@@ -82,9 +105,11 @@ class ExpertStore:
         is_direct: bool = False,
         read_bytes: int = READ_BYTES,
         checksums: Sequence[Sequence[str]] | None = None,
+        level_checksums: Sequence[Sequence[Sequence[str]]] | None = None,
     ) -> None:
-        self._checksums = checksums
+        self._checksums, self._level_checksums = checksums, level_checksums
         self._checked: set[tuple[int, int]] = set()
+        self._checked_levels: set[tuple[int, int, int]] = set()
         self.forms = list(forms)
         self.is_direct = is_direct
         self.read_bytes = read_bytes
@@ -135,6 +160,55 @@ class ExpertStore:
         ticket = Ticket(layer, expert, slot, len(jobs), landed, check)
         self._threads.submit(ticket, jobs, is_demand=is_demand)
         return ticket, shifts
+
+    def read_level(
+        self,
+        layer: int,
+        expert: int,
+        level: int,
+        place: tuple[Slots, int],
+        landed: "SimpleQueue[Ticket]",
+        *,
+        is_demand: bool,
+        urgency: float = 0.0,
+    ) -> tuple[Ticket, torch.Tensor]:
+        """Start reading one level of an expert that is stored in levels, beyond the first.
+
+        Args:
+            place: a pool of slots of `LevelledForm.level_room`, and which of them.
+            urgency: among reads that are not needed now, the largest come first.
+
+        Returns:
+            The ticket, which appears in `landed`, and the level's bytes, which are there by then.
+        """
+        form, (slots, slot) = self.forms[layer], place
+        assert isinstance(form, LevelledForm)
+        extent = form.level_extent(expert, level)
+        shift = extent.offset % BLOCK_BYTES if self.is_direct else 0
+        read_bytes = self.read_bytes if is_demand else min(self.read_bytes, AHEAD_READ_BYTES)
+        jobs = self._jobs(extent, (shift,), slots.raw(slot), read_bytes)
+        ticket = Ticket(layer, expert, slot, len(jobs), landed)
+        self._threads.submit(ticket, jobs, is_demand=is_demand, urgency=urgency)
+        return ticket, slots.slot(slot)[shift : shift + extent.nbytes]
+
+    def check_levels(self, layer: int, expert: int, levels: Sequence[torch.Tensor]) -> None:
+        """Compare the first levels of an expert with their checksum, once.
+
+        Raises:
+            OSError: if they differ.
+        """
+        key = (layer, expert, len(levels))
+        if self._level_checksums is None or key in self._checked_levels:
+            return
+        found = xxh3_64()
+        for level in levels:
+            found.update(level.numpy())
+        if found.hexdigest() != self._level_checksums[layer][expert][len(levels) - 1]:
+            raise OSError(
+                f"{self.forms[layer].file_of(expert)}: level {len(levels)} of expert {expert} of MoE layer {layer} has "
+                "another checksum: the packed copy is damaged, make it again with `expertier pack`"
+            )
+        self._checked_levels.add(key)
 
     def quiesce(self) -> None:
         """Give up everything that is on its way; when this returns, nothing is written to any slot.

@@ -13,6 +13,7 @@ from ..options import CpuMemory, Hardware, JsonFile
 
 FORMS = ("int8", "int4", "int3", "int2", "mxfp4", "fp8")
 LEVELLED = ("planes", "residual")
+TERNARY = "ternary"
 METHODS = ("rtn", "hqq", "gptq", "awq")
 NEEDS_TEXT = ("gptq", "awq")
 
@@ -30,6 +31,15 @@ class LowBitOptions:
     )
     levels: Annotated[
         int | None, typer.Option("--levels", min=1, max=99, help="Levels of planes (default 3) or residual (8).")
+    ] = None
+    router_bits: Annotated[
+        float | None,
+        typer.Option(
+            "--router-bits",
+            min=0.1,
+            help="With planes or residual: train a bit router that spends so many stored bits of a weight in the mean, "
+            "for --depth router. Needs --calibrate TEXT.",
+        ),
     ] = None
     calibrate: Annotated[
         Path | None,
@@ -57,7 +67,7 @@ class LowBitOptions:
         Raises:
             ValueError: if some do not.
         """
-        is_low = form in (*FORMS, *LEVELLED) or self.fit is not None
+        is_low = form in (*FORMS, *LEVELLED, TERNARY) or self.fit is not None
         if self.method is not None:
             expect_name(self.method, METHODS, "method")
         if (self.method or self.calibrate or self.open_folder) and (is_compressed or not is_low):
@@ -74,6 +84,10 @@ class LowBitOptions:
             raise ValueError(f"--method {self.method} learns from inputs: give --calibrate a text file or a folder")
         if form in LEVELLED and (self.method or self.open_folder):
             raise ValueError(f"{form} has a method of its own and no open form; leave out --method and --open-folder")
+        if form == TERNARY and (self.method in ("hqq", "awq") or self.open_folder):
+            raise ValueError("ternary weights are rounded by rtn or gptq, and have no open form")
+        if self.router_bits is not None and (form not in LEVELLED or self.calibrate is None or self.is_trace):
+            raise ValueError("--router-bits is for --form planes or residual, and learns from --calibrate TEXT")
         if self.method == "hqq" and form is not None and not form.startswith("int"):
             raise ValueError(f"hqq fits the zeros of integers; {form} has none, use --method rtn or gptq")
         if self.calibrate is not None and not self.calibrate.exists():
@@ -90,7 +104,9 @@ class LowBitOptions:
         return self.calibrate is not None and self.calibrate.suffix == ".npz"
 
     def method_for(self, form: str | None) -> str:
-        """The method, by default the best that needs no text."""
+        """The method: by default the best that needs no text; of ternary weights, the best that there is one for."""
+        if form == TERNARY and self.method is None:
+            return "rtn" if self.calibrate is None or self.is_trace else "gptq"
         return self.method or ("hqq" if form is None or form.startswith("int") else "rtn")
 
     def quantises(self, model: str, form: str | None) -> bool:
@@ -98,7 +114,7 @@ class LowBitOptions:
         if self.fit is not None or self.method is not None:
             return True
         if form not in FORMS:
-            return form in LEVELLED
+            return form in (*LEVELLED, TERNARY)
         from ...checkpoint.model_folder import skeleton_of
         from ...formats.catalogue import form_in_place
 

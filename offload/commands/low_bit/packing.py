@@ -1,6 +1,7 @@
 """What `expertier pack` does when it quantises: calibrate, choose, write, and say what came of it."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ from routing.traces import RoutingTrace
 
 from ...forecast.fit import fit as fit_model
 from ...formats.pack_index import PackIndex
+from ...lowbit.bit_router import RouterResult, train_bit_router
 from ...lowbit.calibrating import calibrate
 from ...lowbit.expert import NEEDS_INPUTS
 from ...lowbit.fitting import FittedBits, expected_speed, fit_bits
 from ...lowbit.inputs import RecordedInputs
 from ...lowbit.open_folder import write_open_folder
-from ...lowbit.quantise import LEVELLED, Source, quantise, quantise_in_levels
+from ...lowbit.quantise import LEVELLED, Source, quantise, quantise_in_levels, quantise_to_ternary
 from ...lowbit.usage import Usage
 from ...lowbit.writing import Work, write_low_bit
 from ...store.packing import beside, expect_own
-from .options import LowBitOptions
+from .options import TERNARY, LowBitOptions
 
 
 def pack_low_bit(model: str, out: Path, form: str | None, options: LowBitOptions) -> None:
@@ -62,6 +64,13 @@ def pack_low_bit(model: str, out: Path, form: str | None, options: LowBitOptions
                 usage=_usage(inputs, options),
                 progress=lambda done, total: tell("quantising", done, total),
             )
+        elif form == TERNARY:
+            methods = quantise_to_ternary(
+                model,
+                out,
+                inputs=inputs if method in NEEDS_INPUTS else None,
+                progress=lambda done, total: tell("quantising", done, total),
+            )
         else:
             assert form is not None
             methods = quantise(
@@ -73,14 +82,23 @@ def pack_low_bit(model: str, out: Path, form: str | None, options: LowBitOptions
                 inputs=inputs,
                 progress=lambda done, total: tell("quantising", done, total),
             )
+        if options.router_bits is not None:
+            assert inputs is not None
+            routed = train_bit_router(model, out, inputs, options.router_bits, tell)
+            console.print(_routed(routed))
+            report["router"] = asdict(routed)
         if options.open_folder is not None:
             write_open_folder(
                 model, out, options.open_folder, progress=lambda done, total: tell("writing the folder", done, total)
             )
     if inputs_folder.exists():
         shutil.rmtree(inputs_folder)
-    report |= {"methods": methods, "bytes": out.stat().st_size}
-    console.print(f"experts packed in {out}, {format_size(out.stat().st_size)}: {_said(methods, method)}")
+    size = out.stat().st_size
+    report |= {"methods": methods, "bytes": size, "bits_per_weight": 8 * size / source.num_weights}
+    console.print(
+        f"experts packed in {out}, {format_size(size)}, {report['bits_per_weight']:.2f} bits per weight: "
+        f"{_said(methods, method)}"
+    )
     if options.json_file:
         write_json(options.json_file, report)
 
@@ -97,7 +115,7 @@ def _inputs(model: str, folder: Path, options: LowBitOptions, form: str | None, 
         tokens=options.tokens,
         length=options.length,
         cpu_memory=options.cpu_memory,
-        needs_sensitivity=options.fit is not None,
+        needs_sensitivity=options.fit is not None or options.router_bits is not None,
         progress=tell,
     )
 
@@ -136,6 +154,13 @@ def _expectation(source: Source, bits: FittedBits, model: str, options: LowBitOp
         return f"{said}; for the speed, add --hardware FILE of `expertier calibrate`"
     speed = expected_speed(source, fit_model(model), bits, Hardware.load(options.hardware))
     return f"{said}; {speed:.1f} tokens/s with all experts in memory"
+
+
+def _routed(found: RouterResult) -> str:
+    return (
+        f"bit router, on rows held out: {found.bits:.2f} bits of a weight cost {found.cost:.3g} nats for each expert "
+        f"of a token; the same bits without a router {found.mixed_cost:.3g}"
+    )
 
 
 def _said(methods: dict[str, int], method: str) -> str:

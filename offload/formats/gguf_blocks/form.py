@@ -14,7 +14,7 @@ from ...checkpoint.experts import ExpertLayer, Parameter
 from ...checkpoint.gguf.model import GgufModel
 from ...checkpoint.gguf.names import ExpertMatrix
 from ...checkpoint.tensors import TensorEntry
-from ...native.kernel_matrix import GGUF, KernelMatrix
+from ...native.kernel_matrix import GGUF, KernelMatrix, part_addresses
 from ..form import BLOCK_BYTES, Extent, Form, MatrixForm, PartReader, Region
 from .expand import expand_rows, has_expander, kernel_parameter
 
@@ -107,14 +107,14 @@ class GgufForm:
             matrix.row_step == 1 and has_expander(matrix.entry.dtype) for matrix in self.matrices
         )
 
-    def kernel_matrices(self, views: Mapping[str, torch.Tensor]) -> dict[str, tuple[KernelMatrix, ...]]:
+    def kernel_matrices(self, views: Mapping[str, torch.Tensor], expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
         if not self.can_multiply(is_transposed=self.is_transposed):
             return {}
         found: dict[str, tuple[KernelMatrix, ...]] = {}
         for matrix in sorted(self.matrices, key=lambda matrix: matrix.first_row):
             _, rows, columns = matrix.entry.shape
             address = views[_view_name(matrix)].data_ptr()
-            one = KernelMatrix(GGUF, rows, columns, (address, 0, 0, 0), kernel_parameter(matrix.entry.dtype))
+            one = KernelMatrix(GGUF, rows, columns, part_addresses(address), kernel_parameter(matrix.entry.dtype))
             found[matrix.parameter] = (*found.get(matrix.parameter, ()), one)
         return found
 

@@ -3,6 +3,8 @@
 Shapes: R rows (outputs), C columns (inputs), N rows of inputs.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from ...codes.schemes import Scheme
@@ -35,22 +37,38 @@ def gptq(w_RC: torch.Tensor, scheme: Scheme, dtype: str, moment_CC: torch.Tensor
     diagonal_C = moment_CC.diagonal()
     chosen = least_squares(w_RC, scheme, dtype, diagonal_C)
     scale_RC = chosen.scale_RG.repeat_interleave(scheme.group or w_RC.shape[1], dim=1)
-    order_C = torch.argsort(diagonal_C, descending=True, stable=True)
+    number_RC = torch.empty_like(w_RC)
+
+    def nearest(column: int, left_R: torch.Tensor) -> torch.Tensor:
+        number_RC[:, column] = scheme.numbers(left_R, scale_RC[:, column])
+        return number_RC[:, column] * scale_RC[:, column]
+
+    spread_errors(w_RC, moment_CC, nearest)
+    return Rounded(scheme, number_RC, chosen.scale_RG, dtype)
+
+
+def spread_errors(
+    w_RC: torch.Tensor, moment_CC: torch.Tensor, nearest: Callable[[int, torch.Tensor], torch.Tensor]
+) -> None:
+    """Round one column after the other, those with the largest inputs first, and let the others make up for each error.
+
+    Args:
+        w_RC: float32.
+        moment_CC: of the inputs, from `second_moment`.
+        nearest: told a column and what its weights have become, gives the weights that they are rounded to, `[R]`.
+    """
+    order_C = torch.argsort(moment_CC.diagonal(), descending=True, stable=True)
     factor_CC = _inverse_factor(moment_CC[order_C][:, order_C])
-    left_RC, scale_RC = w_RC[:, order_C].clone(), scale_RC[:, order_C]
-    number_RC = torch.empty_like(left_RC)
+    left_RC, number_C = w_RC[:, order_C].clone(), order_C.tolist()
     for begin in range(0, left_RC.shape[1], BLOCK_COLUMNS):
         end = min(begin + BLOCK_COLUMNS, left_RC.shape[1])
         error_RX = torch.empty_like(left_RC[:, begin:end])
         for column in range(begin, end):
-            scale_R = scale_RC[:, column]
-            number_RC[:, column] = scheme.numbers(left_RC[:, column], scale_R)
-            error_R = (left_RC[:, column] - number_RC[:, column] * scale_R) / factor_CC[column, column]
+            left_R = left_RC[:, column]
+            error_R = (left_R - nearest(number_C[column], left_R)) / factor_CC[column, column]
             left_RC[:, column:end] -= error_R[:, None] * factor_CC[column, column:end]
             error_RX[:, column - begin] = error_R
         left_RC[:, end:] -= error_RX @ factor_CC[begin:end, end:]
-    back_C = torch.argsort(order_C)
-    return Rounded(scheme, number_RC[:, back_C], chosen.scale_RG, dtype)
 
 
 def _inverse_factor(moment_CC: torch.Tensor) -> torch.Tensor:

@@ -13,16 +13,16 @@ import torch
 
 from routing.ground.hardware import Hardware
 
-from ..checkpoint.experts import ExpertLayer, Parameter
-from ..checkpoint.tensors import TORCH_DTYPES
-from ..codes.encoding import Encoding
-from ..codes.expander import has_exact_kernel, kernel_number, kernel_parameters, kernel_parts
-from ..codes.schemes import Scheme
-from ..codes.stored_matrix import StoredMatrix
-from ..native.kernel_matrix import KernelMatrix
-from .form import MatrixForm
-from .packed import PackedForm
-from .quantised_parts import rounded
+from ...checkpoint.experts import ExpertLayer, Parameter
+from ...checkpoint.tensors import TORCH_DTYPES
+from ...codes.encoding import Encoding
+from ...codes.expander import has_exact_kernel, kernel_number, kernel_parameters, kernel_parts
+from ...codes.schemes import Scheme
+from ...codes.stored_matrix import StoredMatrix
+from ...native.kernel_matrix import KernelMatrix
+from ..form import MatrixForm
+from ..packed import PackedForm
+from ..quantised_parts import rounded
 
 MARK = b"lowbits1"
 HEAD_BYTES = 64
@@ -76,7 +76,7 @@ class LowBitForm(PackedForm):
             isinstance(matrix.encoding, Encoding) and has_exact_kernel(matrix.encoding) for matrix in matrices
         )
 
-    def kernel_matrices(self, views: Mapping[str, Any]) -> dict[str, tuple[KernelMatrix, ...]]:
+    def kernel_matrices(self, views: Mapping[str, Any], expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
         if not self.can_multiply(is_transposed=self.is_transposed):
             return {}
         record = next(iter(views.values()))

@@ -1,0 +1,1 @@
+"""Stored forms that lose something: experts that `expertier pack` rounded."""

@@ -1,0 +1,83 @@
+"""Codes of two and three bits, and planes that add to them: our C gives the bits of the definition, everywhere."""
+
+import pytest
+import torch
+
+from offload.codes.decode import decode
+from offload.codes.encoding import Encoding
+from offload.codes.expander import expand, has_exact_kernel, kernel_number, kernel_parameters
+from offload.codes.levels import LevelledScheme
+from offload.compute.orders import orders
+from offload.formats.lossy.levelled import joined
+from offload.native.kernel_matrix import KernelMatrix, part_addresses, plain_matrix
+
+
+def random_parts(encoding, rows, columns, chance):
+    parts = {
+        role: torch.randint(256, (nbytes,), dtype=torch.uint8, generator=chance)
+        for role, nbytes in encoding.part_bytes(rows, columns).items()
+    }
+    for role in parts.keys() - {"codes"}:
+        numbers = torch.randn(len(parts[role]) // 2, generator=chance) * (0.02 if role == "scales" else 1)
+        parts[role] = numbers.bfloat16().view(torch.uint8)
+    return parts
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("zero", ["none", "floats"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "group"), [(40, 256, 64), (33, 96, 16), (7, 80, 0), (3, 37, 0), (64, 160, 32)]
+)
+def test_expansion_has_the_bits_of_the_definition(bits, zero, rows, columns, group):
+    product = "F32" if zero == "floats" else "BF16"
+    encoding = Encoding(
+        codes=f"offset{bits}",
+        group_rows=1,
+        group_columns=group,
+        scale="BF16",
+        product=product,
+        zero=zero,
+        is_word_aligned=True,
+    )
+    assert has_exact_kernel(encoding)
+    parts = random_parts(encoding, rows, columns, torch.Generator().manual_seed(bits))
+    expected = decode(encoding, parts, rows, columns, torch.bfloat16)
+    for is_transposed in (False, True):
+        out = torch.empty((columns, rows) if is_transposed else (rows, columns), dtype=torch.bfloat16)
+        assert expand(encoding, parts, rows, columns, out, is_transposed=is_transposed)
+        got = out.t() if is_transposed else out
+        assert torch.equal(got.contiguous().view(torch.int16), expected.view(torch.int16))
+
+
+def test_what_the_c_does_not_know_is_left_to_torch():
+    usual = {"codes": "offset3", "group_rows": 1, "group_columns": 64, "scale": "BF16"}
+    assert has_exact_kernel(Encoding(**usual))
+    for other in ({"scale": "F16"}, {"zero": "packed"}, {"group_rows": 2}, {"product": "F16"}):
+        assert not has_exact_kernel(Encoding(**{**usual, **other}))
+    assert not has_exact_kernel(Encoding(codes="offset4", group_rows=1, group_columns=64, scale="BF16", zero="floats"))
+
+
+@pytest.mark.parametrize(("shape", "group"), [((64, 256), 128), ((96, 192), 16), ((32, 320), 64)])
+def test_products_from_planes_have_the_bits_of_the_decoded_matrix(shape, group):
+    """At every depth, beside a matrix of another depth, whichever order sums."""
+    chance = torch.Generator().manual_seed(4)
+    scheme = LevelledScheme("planes", group, 4)
+    w_RC = 0.02 * torch.randn(shape, generator=chance)
+    levels = scheme.encode(w_RC)
+    planes = [joined(level) for level in levels[1:]]
+    base = (levels[0]["codes"].data_ptr(), levels[0]["scales"].data_ptr(), levels[0]["zeros"].data_ptr(), 0)
+    parameter = kernel_parameters(scheme.base, *shape, is_sum=True)
+    stored, plain = [], []
+    for depth in (1, 2, 3, 4):
+        addresses = part_addresses(*base, *(plane.data_ptr() for plane in planes[: depth - 1]))
+        stored.append(KernelMatrix(kernel_number(scheme.base), *shape, addresses, parameter))
+        plain.append(scheme.decode(levels[:depth], *shape).bfloat16())
+    for order in orders():
+        if not order.fits(shape):
+            continue
+        for rows in (1, 5, 20):
+            x_nD = torch.randn(rows, shape[1], generator=chance).bfloat16()
+            got, expected = ([torch.empty(rows, shape[0], dtype=torch.bfloat16) for _ in plain] for _ in range(2))
+            order.multiply(x_nD, stored, got)
+            order.multiply(x_nD, [plain_matrix(each) for each in plain], expected)
+            assert all(map(torch.equal, got, expected))
