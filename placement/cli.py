@@ -2,6 +2,7 @@
 
 import typer
 
+from .commands.check import check_command
 from .commands.engines import cluster_command, export_command, loads_command
 from .commands.migrate import migrate_command
 from .commands.one_machine import part_command, tiers_command
@@ -11,6 +12,7 @@ from .commands.solve import solve_command
 app = typer.Typer(help="Solve where experts should live on a cluster.", no_args_is_help=True)
 app.command("solve")(solve_command)
 app.command("score")(score_command)
+app.command("check")(check_command)
 app.command("cluster")(cluster_command)
 app.command("export")(export_command)
 app.command("loads")(loads_command)

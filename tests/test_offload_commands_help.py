@@ -63,6 +63,7 @@ MISSING = {
     "trace record": "nowhere --data nowhere.txt --out new.npz",
     "place solve": "--cluster nowhere.yaml --trace nowhere.npz --out new.json",
     "place score": "nowhere.json --trace nowhere.npz",
+    "place check": "nowhere.json --trace nowhere.npz",
     "place report": "nowhere.json --trace nowhere.npz --out new.html",
     "place migrate": "nowhere.json other.json --out new.json",
     "place tiers": "--hardware nowhere.toml --expert-size 1MB --trace nowhere.npz --out new.json",
@@ -125,6 +126,7 @@ GARBAGE = {
     "quality": "FOLDER --against FOLDER --data nowhere",
     "generate": "FOLDER --prompt a",
     "place score": "FILE --trace FILE",
+    "place check": "FILE --trace FILE",
     "place tiers": "--hardware FILE --expert-size 1MB --trace FILE --out new.json",
 }
 

@@ -7,9 +7,9 @@ import pytest
 
 from offload.cache.starting import read_starting_plan
 from placement import SOLVERS, Cluster, Plan, Problem, evaluate, solve
+from placement.checking.check import check_plan, doubled_copies
 from placement.data.loads import read_load_file
 from placement.objectives import find_objective
-from placement.scoring.check import check_plan, doubled_copies
 from placement.solving.cluster_tiers import solve_cluster_tiers
 from placement.solving.parts import node_part
 from tests.test_placement_tiers import cluster

@@ -7,11 +7,11 @@ from rich.table import Table
 from routing.ground.quantity import format_size
 from routing.ground.terminal import plain_console
 
+from ..checking.check import doubled_copies
 from ..contract.plan import Plan
-from ..scoring.check import doubled_copies
+from ..pages.names import short_names
 from ..scoring.score import METRICS, Score
 from ..solving.request import SolveResult
-from .inputs import short_names
 
 UNITS = {"latency": " s per layer", "churn": " GB per layer"}
 HEAD = ("balancedness", "GPUs per token", "nodes per token", "hops")

@@ -5,6 +5,7 @@ Shares no code with the model, its search and its programmes on purpose. Shapes:
 
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,15 @@ from numpy.typing import NDArray
 
 from routing.ground.quantity import format_size
 
+from ..contract.certificate import Certificate
 from ..contract.cluster import Cluster
 from ..contract.plan import Plan
 from ..contract.problem import Problem
-from .check_costs import DeviceCosts, Home, busy_devices, expert_sizes, steps_of
+from .costs import DeviceCosts, Home, busy_devices, expert_sizes, steps_of
+from .figures import TOLERANCE, Figure, compared, faults_of, is_above, kept_loads, not_derived
 
 Float = NDArray[np.float64]
-TOLERANCE = 1e-6  # relative: sums of float64 in another order differ by less
+_KINDS = {"gpu": "GPU", "host": "host memory", "ssd": "SSD"}
 
 
 def tier_faults(plan: Plan, made_from: Problem | None = None) -> list[str]:
@@ -26,12 +29,24 @@ def tier_faults(plan: Plan, made_from: Problem | None = None) -> list[str]:
 
     Args:
         plan: read expert by expert.
-        made_from: if given, what the certificate claims is computed again on it.
+        made_from: if given, what the certificate claims is derived again from it.
     """
-    faults = _home_faults(plan) or _byte_faults(plan)
-    if made_from is not None and not faults:
-        faults = _fit_faults(plan, made_from) or _claim_faults(plan, made_from)
-    return faults
+    return faults_of(tier_figures(plan, made_from))
+
+
+def tier_figures(plan: Plan, made_from: Problem | None = None) -> list[Figure]:
+    """Every figure of such a plan with what was derived for it; homes and bytes first, then the certificate."""
+    figures = [Figure(name="a home for every expert", faults=tuple(_home_faults(plan)))]
+    if not faults_of(figures):
+        figures += _byte_figures(plan)
+    if made_from is not None and not faults_of(figures):
+        figures.append(Figure(name="layers, experts and machines", faults=tuple(_fit_faults(plan, made_from))))
+    if plan.certificate is not None and not faults_of(figures):
+        if made_from is None:
+            figures.append(not_derived("seconds", plan.certificate.objective, "the planning data were not given"))
+        else:
+            figures += _claims(plan, made_from, plan.certificate)
+    return figures
 
 
 def homes_of_layer(plan: Plan, layer: int) -> dict[int, list[Home]]:
@@ -61,7 +76,15 @@ def _home_faults(plan: Plan) -> list[str]:
             faults.append(f"{where}: experts {doubled[:8]} have several homes")
         if wrong := [e for e, places in homes.items() if not all(_is_possible(plan.cluster, one) for one in places)]:
             faults.append(f"{where}: experts {wrong[:8]} are served in a way that the cluster does not have")
+        if plan.tier_LE is not None and (other := _other_tiers(plan, layer, homes, real)):
+            faults.append(f"{where}: the tier of experts {other[:8]} is not that of their homes")
     return faults
+
+
+def _other_tiers(plan: Plan, layer: int, homes: dict[int, list[Home]], real: int) -> list[int]:
+    assert plan.tier_LE is not None
+    tiers = plan.tier_LE[layer].tolist()
+    return [e for e in range(real) if e in homes and tiers[e] != ("gpu", "host", "ssd").index(homes[e][0][0])]
 
 
 def _is_possible(cluster: Cluster, home: Home) -> bool:
@@ -76,20 +99,29 @@ def _is_possible(cluster: Cluster, home: Home) -> bool:
     return (allowed is None or allowed.compute) and cluster.cpu_bytes_per_s_M[index] > 0
 
 
-def _byte_faults(plan: Plan) -> list[str]:
+def _byte_figures(plan: Plan) -> list[Figure]:
+    """For each kind of memory, how full the fullest one is."""
     sizes = expert_sizes(plan)
     if sizes is None or len(sizes) != plan.num_layers:
-        return [f"metadata: expert_bytes must give {plan.num_layers} sizes"]
+        wrong = f"metadata: expert_bytes must give {plan.num_layers} sizes"
+        return [Figure(name="bytes of an expert", faults=(wrong,))]
     used: Counter[tuple[str, int]] = Counter()
     for layer, size in enumerate(sizes):
         for homes in homes_of_layer(plan, layer).values():
             for place, index, _ in homes:
                 used[place, index] += size  # type: ignore[assignment]
-    return [
-        f"{place} {index} needs {format_size(need)} for its experts and has {format_size(room)}"
-        for (place, index), need in sorted(used.items())
-        if need > (room := _room(plan.cluster, place, index)) * (1 + 1e-9)
-    ]
+    figures = []
+    for kind in ("gpu", "host", "ssd"):
+        mine = {index: need for (place, index), need in sorted(used.items()) if place == kind}
+        rooms = {index: _room(plan.cluster, kind, index) for index in mine}
+        faults = tuple(
+            f"{kind} {index} needs {format_size(need)} for its experts and has {format_size(rooms[index])}"
+            for index, need in mine.items()
+            if need > rooms[index] * (1 + 1e-9)
+        )
+        shares = [need / rooms[index] if rooms[index] else math.inf for index, need in mine.items()]
+        figures.append(Figure(name=f"fullest {_KINDS[kind]}", derived=max(shares, default=0.0), faults=faults))
+    return figures
 
 
 def _room(cluster: Cluster, place: str, index: int) -> float:
@@ -108,26 +140,60 @@ def _fit_faults(plan: Plan, problem: Problem) -> list[str]:
     ]
 
 
-def _claim_faults(plan: Plan, problem: Problem) -> list[str]:
-    certificate, faults = plan.certificate, []
-    if certificate is None:
-        return []
+def _claims(plan: Plan, problem: Problem, certificate: Certificate) -> list[Figure]:
     steps = list(steps_of(plan, problem))
     seconds = {name: _step_seconds(plan, costs) for name, _, costs in steps}
     total = sum(weight * seconds[name] for name, weight, _ in steps)
-    if not math.isclose(total, certificate.objective, rel_tol=TOLERANCE):
-        faults.append(f"the seconds are {total}, the certificate claims {certificate.objective}")
+    figures = [kept_loads(plan, [_shares(scenario.load_LE) for scenario in problem.scenarios])]
     for name, value in seconds.items():
-        claimed = certificate.in_sample.get(name)
-        if claimed is None or not math.isclose(value, claimed, rel_tol=TOLERANCE):
-            faults.append(f"a step of {name} takes {value} s, the certificate claims {claimed}")
-    if certificate.bound is None:
-        return faults
-    if certificate.bound > certificate.objective * (1 + TOLERANCE):
-        faults.append(f"the bound {certificate.bound} lies above the objective {certificate.objective}")
-    if certificate.bound_name == "relaxation":
-        faults += _bound_faults(plan, steps, certificate.bound, certificate.dual)
-    return faults
+        figures.append(compared(f"a step of {name}", certificate.in_sample.get(name), value))
+    if "seconds_per_step" in plan.metadata and plan.metadata["seconds_per_step"] != certificate.in_sample:
+        wrong = "the seconds per step of the plan are not those of its certificate"
+        figures.append(Figure(name="seconds per step of the plan", faults=(wrong,)))
+    if "seconds_per_token" in plan.metadata:
+        figures.append(compared("seconds per token", plan.metadata["seconds_per_token"], _token_seconds(plan, problem)))
+    figures.append(compared("seconds", certificate.objective, total))
+    return [*figures, _bound(plan, steps, certificate)]
+
+
+def _shares(load_LE: Float) -> Float:
+    return load_LE / np.maximum(load_LE.sum(axis=1, keepdims=True), 1e-300)
+
+
+def _token_seconds(plan: Plan, problem: Problem) -> float:
+    """Expected reads of one token on one machine, one after the other: what `place tiers --hardware` minimises."""
+    c, total = plan.cluster, 0.0
+    ways = [1 / rate for rate in (float(c.cpu_bytes_per_s_M[0]), float(c.pcie_bytes_per_s_M[0])) if rate > 0]
+    use_LE = np.mean([_shares(scenario.load_LE) for scenario in problem.scenarios], axis=0) * problem.top_k
+    for layer, size in enumerate(expert_sizes(plan) or []):
+        for expert, homes in homes_of_layer(plan, layer).items():
+            place = homes[0][0]
+            below = min(ways) + (1 / float(c.ssd_bytes_per_s_M[0]) if place == "ssd" else 0.0)
+            per_byte = 1 / float(c.hbm_bytes_per_s_G[0]) if place == "gpu" else below
+            total += float(use_LE[layer, expert]) * size * per_byte
+    return total
+
+
+def _bound(plan: Plan, steps: list[tuple[str, float, DeviceCosts]], certificate: Certificate) -> Figure:
+    claimed, seconds = certificate.bound, certificate.objective
+    if claimed is None:
+        return not_derived("bound", None, "there is none")
+    if is_above(claimed, seconds):
+        wrong = f"the bound {claimed} lies above the objective {seconds}"
+        return Figure(name="bound", claimed=claimed, faults=(wrong,))
+    faults = _multiplier_faults(plan, steps, certificate.dual)
+    if faults:
+        return Figure(name="bound", claimed=claimed, faults=faults)
+    prices, chains = _multipliers(certificate.dual)
+    figure = Figure(name="bound", claimed=claimed, derived=_proved(plan, steps, prices, chains))
+    assert figure.derived is not None
+    if not is_above(claimed, figure.derived):
+        return figure
+    if certificate.bound_name == "MIP dual":
+        return replace(figure, open="an integer programme proved it; the multipliers alone prove less")
+    return replace(
+        figure, faults=(f"the multipliers prove a bound of {figure.derived}, the certificate claims {claimed}",)
+    )
 
 
 def _is_traffic(chain: str) -> bool:
@@ -146,28 +212,30 @@ def _step_seconds(plan: Plan, costs: DeviceCosts) -> float:
     return total
 
 
-def _bound_faults(
-    plan: Plan, steps: list[tuple[str, float, DeviceCosts]], claimed: float, dual: dict[str, Any]
-) -> list[str]:
-    """The bound that the certificate's multipliers prove must not be below the claimed one."""
+def _multipliers(dual: dict[str, Any]) -> tuple[dict[str, float], dict[str, Float]]:
+    """Prices of a byte of each memory, and weights of each chain in each step and layer."""
+    prices = {str(name): float(price) for name, price in dual["bytes"].items()}
+    return prices, {str(name): np.array(rows, np.float64) for name, rows in dual["chains"].items()}
+
+
+def _multiplier_faults(
+    plan: Plan, steps: list[tuple[str, float, DeviceCosts]], dual: dict[str, Any]
+) -> tuple[str, ...]:
+    """Why multipliers prove nothing: they must not be negative, nor sum to more than a step weighs."""
     try:
-        prices = {str(name): float(price) for name, price in dual["bytes"].items()}
-        chains = {str(name): np.array(rows, np.float64) for name, rows in dual["chains"].items()}
+        prices, chains = _multipliers(dual)
         wrong = [
             n for n, rows in chains.items() if rows.shape != (len(steps), plan.num_layers) or not (rows >= 0).all()
         ]
     except (KeyError, TypeError, ValueError, AttributeError):
-        return ["the certificate's multipliers cannot be read"]
+        return ("the certificate's multipliers cannot be read",)
     if wrong or not all(price >= 0 and math.isfinite(price) for price in prices.values()):
-        return ["the certificate's multipliers must be tables of numbers that are not negative"]
+        return ("the certificate's multipliers must be tables of numbers that are not negative",)
     for wanted in (False, True):
         tables = [rows for chain, rows in chains.items() if _is_traffic(chain) == wanted]
         if tables and np.any(sum(tables) > np.array([[weight] for _, weight, _ in steps]) * (1 + TOLERANCE)):
-            return ["the certificate's multipliers of a layer sum to more than the weight of its scenario"]
-    found = _proved(plan, steps, prices, chains)
-    if found < claimed * (1 - TOLERANCE):
-        return [f"the multipliers prove a bound of {found}, the certificate claims {claimed}"]
-    return []
+            return ("the certificate's multipliers of a layer sum to more than the weight of its scenario",)
+    return ()
 
 
 def _proved(
