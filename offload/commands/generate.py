@@ -129,7 +129,7 @@ def _continue(
         loaded = load(folder, **options.for_loading, record_trace=trace is not None)
     else:
         # a predictor would read experts that are other processes'
-        loaded = load(folder, **options.for_loading | {"plan": None, "prefetch": "off"})
+        loaded = load(folder, **options.for_loading | {"plan": None, "node": None, "prefetch": "off"})
         several.spread(loaded, options.plan)
     if options.prefer_cached is not None:
         loaded.offload.prefer_cached(options.prefer_cached)

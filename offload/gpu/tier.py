@@ -73,6 +73,15 @@ class GpuTier:
         step = GpuStep(self._layers[layer], self._run_counters, self._counters, x_TD, expert_TK)
         return step.run(weight_TK, look_ahead)
 
+    def hold(self, experts_L: Sequence[Sequence[int]]) -> None:
+        """Keep the experts that a plan puts on the GPU in its slots, and read them now.
+
+        Raises:
+            OSError: if reading fails.
+        """
+        for layer, experts in zip(self._layers, experts_L, strict=True):
+            layer.hold(experts)
+
     def clear(self) -> None:
         """Forget what the slots hold, once nothing that was queued reads or writes them any more."""
         self.lane.drain()
@@ -88,6 +97,7 @@ class GpuTier:
         return {
             **self._counters.summary(),
             "slots_per_layer": list(self.plan.num_slots),
+            "held_per_layer": [len(layer.slots.held) for layer in self._layers],
             "peak_memory_bytes": self.lane.peak_bytes(),
             "memory": dict(describe(self.plan)),
             "is_pinned": self.is_pinned,

@@ -70,6 +70,8 @@ def assemble(
         running.window = make_window(store, window, len(forms))
         bind(model, window, running)
     if division.starting is not None:
+        if running.gpu is not None:
+            running.gpu.hold(division.starting.gpu_L)
         running.fill(division.starting.experts_L)
     _attach(model, running)
     read_prompts_in_pieces(model, options.context)

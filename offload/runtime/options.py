@@ -42,6 +42,7 @@ class LoadOptions:
     depth: int | str = "all"
     prefetch: str | Path = "auto"
     plan: str | Path | None = None
+    node: int | None = None
     record_trace: bool = False
     adapter: str | Path | None = None
     resident_layers: int | None = None
@@ -60,6 +61,8 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and (value < 0 or self.wants_gpu):
                 raise ValueError(f"{name} must be 0 or more, and streams to the CPU only; got {value}")
+        if self.node is not None and (self.plan is None or self.node < 0):
+            raise ValueError(f"node={self.node} chooses a part of a plan of several nodes, from 0 on; give such a plan")
         if self.plan is not None and self.cache_experts is not None:
             raise ValueError("plan and cache_experts both say how many slots a layer has; give one of them")
         if self.adapter is not None and (self.device == "cuda" or self.gpu_memory not in ("auto", 0, "0")):

@@ -107,8 +107,8 @@ def part_command(
 
     Example: `expertier place part plan.json --node 1 --out node1.json`
     """
+    from ..contract.parts import node_part
     from ..contract.plan import Plan
-    from ..solving.parts import node_part
     from .tier_report import print_tiers
 
     expect_outputs(out, inputs=[plan_file])

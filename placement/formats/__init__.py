@@ -117,7 +117,7 @@ def export_plan(plan: Plan, format_name: str, path: Path, *, extra_layers: int =
         raise ValueError(
             f"{format_name} keeps every expert on GPUs, in equal numbers of slots; this plan uses host memory or SSDs: "
             f"export one node of it as {WITH_TIERS[0]} (`expertier place part`), or run it with `expertier generate "
-            "--plan`"
+            "--plan --node`"
         )
     written = with_extra_layers(plan, extra_layers)
     trial = path.with_name(f".{path.name}.{os.getpid()}{_suffix(path)}")
