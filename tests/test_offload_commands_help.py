@@ -64,6 +64,8 @@ MISSING = {
     "place solve": "--cluster nowhere.yaml --trace nowhere.npz --out new.json",
     "place score": "nowhere.json --trace nowhere.npz",
     "place check": "nowhere.json --trace nowhere.npz",
+    "place speeds": "nowhere.csv --cluster nowhere.yaml --out new.yaml",
+    "place import": "nowhere.json --format lplb --cluster nowhere.yaml --out new.json",
     "place report": "nowhere.json --trace nowhere.npz --out new.html",
     "place migrate": "nowhere.json other.json --out new.json",
     "place tiers": "--hardware nowhere.toml --expert-size 1MB --trace nowhere.npz --out new.json",

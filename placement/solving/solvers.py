@@ -13,6 +13,7 @@ from ..contract.problem import Problem
 from ..heuristics.baselines import biased_counts_LE, contiguous_LP, random_LP, round_robin_LP
 from ..heuristics.eplb import eplb
 from ..heuristics.first import first_LP
+from ..heuristics.lplb import lplb_LP
 from ..heuristics.lpt import lpt_LP
 from ..heuristics.replication import slots_of
 from ..objectives import Objective, PartWeights
@@ -70,6 +71,10 @@ def _eplb_map(problem: Problem, groups: int) -> Integer:
 
 def _first(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     return first_LP(problem.load_WLE.sum(axis=0), problem.num_slots, problem.num_gpus)
+
+
+def _lplb(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    return lplb_LP(problem.load_WLE.sum(axis=0), problem.num_slots, problem.num_gpus)
 
 
 def _biased(problem: Problem, objective: Objective, budget: Budget) -> Integer:
@@ -173,6 +178,7 @@ SOLVERS: dict[str, Solver] = {
     "eplb": _eplb,
     "eplb-global": _eplb_global,
     "first": _first,
+    "lplb": _lplb,
     "biased": _biased,
     "lpt": _lpt,
     "search": _search,
