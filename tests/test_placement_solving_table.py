@@ -88,6 +88,8 @@ REFUSALS: dict[str, dict[str, str]] = {
     "eplb-global": {},
     "first": {},
     "biased": {},
+    "lplb": {},
+    "fill": dict.fromkeys(PROBLEMS, "give it with --current"),
     "lpt": {},
     "search": {},
     "ilp": {

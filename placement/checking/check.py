@@ -112,7 +112,7 @@ def _fit_faults(plan: Plan, problem: Problem) -> list[str]:
         )
     size = plan.cluster.model.bytes_per_expert
     if size is not None and plan.tier_LE is None:
-        needed = plan.slots_per_gpu * plan.num_layers * size
+        needed = (plan.slots_per_gpu + plan.cluster.ep.spare_slots) * plan.num_layers * size
         for gpu, memory in enumerate(plan.cluster.memory_bytes_G.tolist()):
             if needed > memory * (1 + 1e-12):
                 faults.append(f"GPU {gpu} needs {format_size(needed)} for its experts and has {format_size(memory)}")

@@ -113,7 +113,7 @@ def _byte_figures(plan: Plan) -> list[Figure]:
     figures = []
     for kind in ("gpu", "host", "ssd"):
         mine = {index: need for (place, index), need in sorted(used.items()) if place == kind}
-        rooms = {index: _room(plan.cluster, kind, index) for index in mine}
+        rooms = {index: _room(plan, kind, index) for index in mine}
         faults = tuple(
             f"{kind} {index} needs {format_size(need)} for its experts and has {format_size(rooms[index])}"
             for index, need in mine.items()
@@ -124,9 +124,12 @@ def _byte_figures(plan: Plan) -> list[Figure]:
     return figures
 
 
-def _room(cluster: Cluster, place: str, index: int) -> float:
+def _room(plan: Plan, place: str, index: int) -> float:
+    """Bytes for experts; of a GPU without the slots that stay free in each layer."""
+    cluster = plan.cluster
     rooms = {"gpu": cluster.memory_bytes_G, "host": cluster.dram_bytes_M, "ssd": cluster.ssd_bytes_M}
-    return float(rooms[place][index])
+    spare = cluster.ep.spare_slots * sum(expert_sizes(plan) or []) if place == "gpu" else 0.0
+    return max(float(rooms[place][index]) - spare, 0.0)
 
 
 def _fit_faults(plan: Plan, problem: Problem) -> list[str]:
@@ -245,7 +248,7 @@ def _proved(
     whole = sizes[0] if len(set(sizes)) == 1 else None
     homes: list[Home] = [("gpu", g, False) for g in range(cluster.num_gpus) if cluster.memory_bytes_G[g] > 0]
     homes += [(place, m, s) for place in ("host", "ssd") for m in range(cluster.num_nodes) for s in (False, True)]
-    homes = [h for h in homes if _room(cluster, h[0], h[1]) > 0 and _is_possible(cluster, h)]
+    homes = [h for h in homes if _room(plan, h[0], h[1]) > 0 and _is_possible(cluster, h)]
     total = 0.0
     for layer, real in enumerate(plan.experts_L.tolist()):
         best_E = np.full(plan.num_experts, np.inf)
@@ -258,7 +261,7 @@ def _proved(
             best_E = np.minimum(best_E, cost_E)
         total += float(best_E[:real].sum())
     for place, index in dict.fromkeys((place, index) for place, index, _ in homes):
-        room, price = _room(cluster, place, index), prices.get(_pool((place, index, False)), 0.0)
+        room, price = _room(plan, place, index), prices.get(_pool((place, index, False)), 0.0)
         if price:
             total -= price * (room if whole is None else math.floor(room / whole * (1 + 1e-12)) * whole)
     return total

@@ -49,8 +49,10 @@ def print_certificate(plan: Plan, out: Path) -> None:
     table.add_row("seconds", f"{certificate.seconds:.2f}")
     console = plain_console()
     console.print(table)
+    spare = plan.cluster.ep.spare_slots
+    free = f" with {spare} free on each" if spare else ""
     console.print(
-        f"wrote {out}: {plan.num_layers} layers x {plan.num_slots} slots on {plan.cluster.num_gpus} GPUs "
+        f"wrote {out}: {plan.num_layers} layers x {plan.num_slots} slots on {plan.cluster.num_gpus} GPUs{free} "
         f"of {plan.cluster.num_nodes} node(s), by solver {plan.solver}",
         highlight=False,
     )

@@ -15,7 +15,7 @@ from ..contract.certificate import Robustness
 from ..contract.notes import cluster_notes
 from ..contract.plan import Plan
 from ..contract.problem import Problem
-from ..data.suspicion import planning_notes
+from ..data.suspicion import has_domains, planning_notes
 from ..objectives import Objective, find_objective, with_churn, without_churn
 from ..objectives.churn import Churn, churn
 from ..run.budget import Progress
@@ -120,7 +120,8 @@ def run_request(request: SolveRequest, progress: Progress | None = None) -> Solv
         plan = plan if without_churn(objective) is not objective else match_gpus(problem.current, plan)
         moved = churn(problem.current, plan, plan.cluster.model.bytes_per_expert or 1.0)
     loads = {scenario.name: scenario.load_LE for scenario in problem.scenarios}
-    notes = planning_notes(loads, has_domains=len(loads) > 1 or problem.has_tokens or bool(held))
+    is_broad = bool(held) or has_domains(scenario.trace for scenario in problem.scenarios)
+    notes = planning_notes(loads, is_broad=is_broad)
     return SolveResult(plan=plan, churn=moved, notes=cluster_notes(plan.cluster) + notes)
 
 
