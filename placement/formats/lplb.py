@@ -17,6 +17,7 @@ from routing.ground.files import write_json
 from ..contract.plan import Plan
 from .reading import read_json, require_complete, table_of_ints
 
+# written into every map; the reader refuses others
 FORMAT, VERSION = "lplb_replica_map", 1
 SIZES = ("ep_size", "n_routed_experts", "n_logical_routed_experts")
 MOST_GPUS = 65_536  # ten times what experts are spread over; a larger number is no cluster
