@@ -11,11 +11,12 @@ Shapes: A steps, T tokens, L MoE layers, E experts, B sequences.
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 import typer
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from routing.ground.hardware import Hardware
     from routing.traces import RoutingTrace
 
-COLUMNS = ("model", "share", "batch", "budget_bytes", "slots", "slots_predicted", "hit_rate", "hit_rate_predicted",
-           "tokens_per_second", "tokens_per_second_predicted", "error", "n")  # fmt: skip
 # what the project's issue on placement asks of these errors: median, worst, and of hit rates
 GOALS = {"median_error": 0.10, "worst_error": 0.25, "hit_rate_error": 0.02}
 # the cache fills meanwhile, and the first calls allocate; not counted on either side
@@ -43,6 +42,7 @@ SHARES = (0.15, 0.4, 0.7)
 WEIGHTS = 24  # matrices of 8 MiB, more than the last cache holds
 POLICY = "learned"
 SEED = 0
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,26 @@ MODELS = (
 SMALLEST = GeneratedModel(layers=2, experts=8, top_k=2, hidden=128, width=64)  # of the gate
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What was measured of this machine before any prediction.
+
+    Args:
+        machine: rates for one row, as `expertier calibrate` has them.
+        ratios: how much longer products of n rows take than of one, at powers of two.
+        call_s: by batch, seconds that a call of several rows costs for each of its experts, besides reading weights.
+    """
+
+    machine: "Hardware"
+    ratios: dict[int, float]
+    call_s: dict[int, float]
+
+    def ratio(self, rows: Any) -> Any:
+        """The same for any numbers of rows, between those that were measured."""
+        at, ratio = zip(*sorted(self.ratios.items()), strict=True)
+        return np.interp(rows, at, ratio)
+
+
 def bench_forecast(
     folder: Annotated[Path, typer.Option(help="Where the generated models go, on the disk to be measured.")],
     hardware: Annotated[Path | None, typer.Option(help="A file of `expertier calibrate`; measured if missing.")] = None,
@@ -81,21 +101,19 @@ def bench_forecast(
 
     Example: `expertier bench forecast --folder /data/scratch --hardware hardware.toml`
     """
-    from offload.forecast.calibrate import calibrate
     from routing.ground.hardware import Hardware
 
     expect_records(records)
     sizes = listed(batches, "--batches")
     if not folder.is_dir():
         raise ValueError(f"--folder {folder}: no such folder; create it first")
-    rates = None if hardware is None else Hardware.load(hardware)
+    given = None if hardware is None else Hardware.load(hardware)
     expect_folder(folder / "model")
     console, rows = plain_console(), []
     with tempfile.TemporaryDirectory(dir=folder, prefix="expertier-forecast-") as place:
         _expect_counted_misses(Path(place) / "gate")
-        machine = rates or calibrate(folder)
-        ratios = row_ratios(sizes)
-        for row in _points(Path(place), sizes, steps, machine, ratios):
+        rates = _in_a_process(measured_rates, folder, given, sizes)
+        for row in _points(Path(place), sizes, steps, rates):
             rows.append(row)
             console.print(", ".join(f"{key} {_shown(value)}" for key, value in row.items()), highlight=False)
     found = summary(rows)
@@ -103,8 +121,37 @@ def bench_forecast(
         verdict = "within" if value <= GOALS[name] else "above"
         console.print(f"{name} {value:.3f}, {verdict} the goal of {GOALS[name]}", highlight=False)
     config = {"steps": steps, "warm_steps": WARM_STEPS, "batches": sizes, "shares": SHARES, "policy": POLICY}
-    saved = save_record("offload-forecast", rows, config=config | found, seed=SEED, folder=records)
+    machine = {"ratios": rates.ratios, "call_s": rates.call_s, **vars(rates.machine)}
+    saved = save_record("offload-forecast", rows, config=config | found | machine, seed=SEED, folder=records)
     console.print(f"record: {saved}", highlight=False)
+
+
+def _in_a_process(work: Callable[..., Result], *given: Any) -> Result:
+    """What the work gives in a new process: a budget counts what the process holds, and nothing of other points."""
+    import multiprocessing
+
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *given).result()
+
+
+def measured_rates(folder: Path, given: "Hardware | None", batches: list[int]) -> Rates:
+    """Rates of this machine, those for several rows at all batches.
+
+    Args:
+        folder: on the disk to be measured.
+        given: rates for one row, or None to measure them, too.
+        batches: rows of a step.
+    """
+    from offload.forecast.calibrate import CALIBRATED_EXPERTS, calibrate, layer_seconds
+
+    machine = given or calibrate(folder)
+    ratios, rate = row_ratios(batches), machine.token_rate(is_fast=False)
+    rates = Rates(machine, ratios, {})
+    alone_s = layer_seconds(rate, arithmetic="exact")
+    for batch in batches:
+        together_s = alone_s if batch == 1 else layer_seconds(rate / float(rates.ratio(batch)), batch, "exact")
+        rates.call_s[batch] = max(together_s - alone_s, 0.0) / CALIBRATED_EXPERTS
+    return rates
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -114,38 +161,47 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {"median_error": median(errors), "worst_error": max(errors), "hit_rate_error": max(hits)}
 
 
-def _points(
-    place: Path, batches: list[int], steps: int, machine: "Hardware", ratios: dict[int, float]
-) -> Iterator[dict[str, Any]]:
-    from offload.forecast.fit import fit
-
+def _points(place: Path, batches: list[int], steps: int, rates: Rates) -> Iterator[dict[str, Any]]:
     context = WARM_STEPS + steps
     for number, shape in enumerate(MODELS):
         checkpoint = place / f"model{number}"
         trace = _build(shape, checkpoint, context * max(batches))
-        budgets = fit(checkpoint, context=context * max(batches)).budgets
         for share in SHARES:
-            budget = budgets.least_bytes + int(share * (budgets.all_bytes - budgets.least_bytes))
             for batch in batches:
-                row_AT = _lanes(context, batch)
-                fitted = fit(checkpoint, cpu_memory=budget, context=context * max(batches))
-                paper = _on_paper(fitted, trace, row_AT)
-                said = batch / step_seconds(fitted, paper, machine, ratios, batch)
-                got = _measure(checkpoint, budget, context * max(batches), row_AT)
-                yield dict.fromkeys(COLUMNS, "") | {
-                    "model": shape.name,
-                    "share": share,
-                    "batch": batch,
-                    "budget_bytes": budget,
-                    "slots": sum(got["slots"]),
-                    "slots_predicted": 0 if fitted.plan is None else sum(fitted.plan.num_slots),
-                    "hit_rate": got["hit_rate"],
-                    "hit_rate_predicted": paper.hit_rate,
-                    "tokens_per_second": got["tokens_per_second"],
-                    "tokens_per_second_predicted": said,
-                    "error": abs(said / got["tokens_per_second"] - 1),
-                    "n": steps,
-                }
+                found = _in_a_process(point, checkpoint, trace, share, _lanes(context, batch), rates)
+                yield {"model": shape.name, "share": share, "batch": batch, **found, "n": steps}
+
+
+def point(checkpoint: Path, trace: "RoutingTrace", share: float, row_AT: Any, rates: Rates) -> dict[str, Any]:
+    """Predict one point, then load the model and measure it.
+
+    Args:
+        checkpoint: which routes as the trace says.
+        trace: recorded routing.
+        share: of the way from the least budget to the one that holds everything.
+        row_AT: rows of each step, the warm ones first.
+        rates: of this machine.
+    """
+    from offload.forecast.fit import fit
+
+    context = trace.num_tokens
+    fit(checkpoint, context=context)  # loads the libraries, which the next one counts as held
+    budgets = fit(checkpoint, context=context).budgets
+    budget = budgets.least_bytes + int(share * (budgets.all_bytes - budgets.least_bytes))
+    fitted = fit(checkpoint, cpu_memory=budget, context=context)
+    paper = _on_paper(fitted, trace, row_AT)
+    said = row_AT.shape[1] / step_seconds(fitted, paper, rates, row_AT.shape[1])
+    got = _measure(checkpoint, budget, context, row_AT)
+    return {
+        "budget_bytes": budget,
+        "slots": sum(got["slots"]),
+        "slots_predicted": 0 if fitted.plan is None else sum(fitted.plan.num_slots),
+        "hit_rate": got["hit_rate"],
+        "hit_rate_predicted": paper.hit_rate,
+        "tokens_per_second": got["tokens_per_second"],
+        "tokens_per_second_predicted": said,
+        "error": abs(said / got["tokens_per_second"] - 1),
+    }
 
 
 def _build(shape: GeneratedModel, checkpoint: Path, tokens: int) -> "RoutingTrace":
@@ -175,32 +231,29 @@ def _on_paper(fitted: "Fit", trace: "RoutingTrace", row_AT: Any) -> "ReplayedSte
     return replay_steps(trace, row_AT, fitted.plan.num_slots, POLICY).after(WARM_STEPS)
 
 
-def step_seconds(
-    fitted: "Fit", paper: "ReplayedSteps", machine: "Hardware", ratios: dict[int, float], batch: int
-) -> float:
+def step_seconds(fitted: "Fit", paper: "ReplayedSteps", rates: Rates, batch: int) -> float:
     """Mean seconds of a step: weights outside experts, and each layer's calls as their reads and products overlap.
 
     Args:
         fitted: sizes of the model.
         paper: rows and misses of each step and layer.
-        machine: rates for one row.
-        ratios: how much longer products of n rows take than of one, at powers of two.
+        rates: of the machine.
         batch: rows of a step.
     """
     from offload.memory.cost import layer_call_seconds
 
-    rate = machine.token_rate(is_fast=False)
-    expert_bytes = fitted.forms[0].expert_bytes
-    read_s, one_s = expert_bytes / machine.disk_bytes_per_s, expert_bytes / rate
-    at, ratio = zip(*sorted(ratios.items()), strict=True)
-    computing_ALE = np.where(paper.rows_ALE > 0, np.interp(paper.rows_ALE, at, ratio), 0.0) * one_s
+    machine = rates.machine
+    rate, expert_bytes = machine.token_rate(is_fast=False), fitted.forms[0].expert_bytes
+    one_s = rates.ratio(paper.rows_ALE) * expert_bytes / rate + rates.call_s[batch]
+    computing_AL = np.where(paper.rows_ALE > 0, one_s, 0.0).sum(axis=2)
     used_AL = np.maximum((paper.rows_ALE > 0).sum(axis=2), 1)
+    read_s = expert_bytes / machine.disk_bytes_per_s
     total = 0.0
     for step, layer in np.ndindex(*paper.misses_AL.shape):
-        computing = float(computing_ALE[step, layer].sum())
+        computing = float(computing_AL[step, layer])
         last = computing / int(used_AL[step, layer])
         total += layer_call_seconds(int(paper.misses_AL[step, layer]), read_s, computing, last)
-    outside = (fitted.dense_bytes - fitted.unread_bytes) / rate * float(np.interp(batch, at, ratio))
+    outside = (fitted.dense_bytes - fitted.unread_bytes) / rate * float(rates.ratio(batch))
     return outside + len(fitted.forms) * machine.layer_s + total / len(paper.misses_AL)
 
 
