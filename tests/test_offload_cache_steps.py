@@ -1,5 +1,7 @@
 """Steps on paper find what the runtime finds: the same misses, call by call."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import offload
 from offload.cache.steps import replay_steps
+from offload.forecast.steps import StepRates, forecast_steps
 from offload.memory.cost import layer_call_seconds
+from routing.ground.hardware import Hardware
 from routing.traces import RoutingTrace
 
 
@@ -56,3 +60,29 @@ def test_more_experts_than_slots_pass_in_waves():
 @pytest.mark.parametrize(("misses", "seconds"), [(0, 4.0), (1, 6.0), (3, 16.0)])
 def test_reads_overlap_with_all_computing_but_the_last(misses, seconds):
     assert layer_call_seconds(misses, 5.0, 4.0, 1.0) == seconds
+
+
+def test_a_forecast_adds_up_by_hand():
+    """One layer of four experts of 1,000 bytes, two rows a step: products at 1,000 B/s, reads at 250 B/s."""
+    expert_TLK = np.array([[0, 1], [0, 2], [0, 1], [0, 2]])[:, None]
+    trace = RoutingTrace(expert_TLK=expert_TLK, sequence_T=np.zeros(4, np.int32), metadata={"num_experts": 4})
+    machine = Hardware(
+        disk_bytes_per_s=250, cached_bytes_per_s=1, memory_bytes_per_s=1, exact_bytes_per_s=1000, fast_bytes_per_s=0,
+        layer_s=0.5,
+    )  # fmt: skip
+    fitted = SimpleNamespace(
+        plan=SimpleNamespace(num_slots=(3,)),
+        forms=[SimpleNamespace(expert_bytes=1000)],
+        dense_bytes=600,
+        unread_bytes=100,
+    )
+    rates = StepRates(machine, {1: 1.0, 2: 1.5}, {2: 0.1})
+    row_AT = np.arange(4).reshape(2, 2)
+    said = forecast_steps(fitted, trace, row_AT, rates, policy="lru", warm=0)
+    computing = (1.5 + 0.1) + 2 * (1.0 + 0.1)  # expert 0 has two rows, two others one each
+    reading = 3 * 4.0  # the first step reads three experts, the second none
+    outside = 0.5 * 1.5 + 0.5
+    assert said.hit_rate == pytest.approx(0.5)
+    assert said.step_s == pytest.approx(outside + (max(reading, computing * 2 / 3) + computing / 3 + computing) / 2)
+    with pytest.raises(ValueError, match=r"batches \[2\]; got 1"):
+        forecast_steps(fitted, trace, row_AT[:, :1], rates, policy="lru", warm=0)

@@ -8,7 +8,6 @@ misses on paper must be those that the runtime counts.
 Shapes: A steps, T tokens, L MoE layers, E experts, B sequences.
 """
 
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,9 +27,7 @@ from ..evidence.record import RECORDS, expect_records, save_record
 from .listed import listed
 
 if TYPE_CHECKING:
-    from offload.cache.steps import ReplayedSteps
-    from offload.forecast.fit import Fit
-    from routing.ground.hardware import Hardware
+    from offload import StepRates
     from routing.traces import RoutingTrace
 
 # what the project's issue on placement asks of these errors: median, worst, and of hit rates
@@ -39,7 +36,6 @@ GOALS = {"median_error": 0.10, "worst_error": 0.25, "hit_rate_error": 0.02}
 WARM_STEPS = 16
 # of the least budget and of the one that holds everything; the runtime refuses less and gains nothing from more
 SHARES = (0.15, 0.4, 0.7)
-WEIGHTS = 24  # matrices of 8 MiB, more than the last cache holds
 POLICY = "learned"
 SEED = 0
 Result = TypeVar("Result")
@@ -60,32 +56,12 @@ class GeneratedModel:
         return f"{self.layers} x {self.experts}, top-{self.top_k}, {self.hidden} x {self.width}"
 
 
-# 0.4 to 0.6 GB of experts each, small ones and large ones: reads of 1.5 MB and of 12 MB
+# 0.4 to 0.6 GB of experts each, small ones and large ones: reads of 1.6 MB and of 9 MB
 MODELS = (
     GeneratedModel(layers=8, experts=32, top_k=4, hidden=512, width=512),
     GeneratedModel(layers=4, experts=16, top_k=2, hidden=2048, width=768),
 )
 SMALLEST = GeneratedModel(layers=2, experts=8, top_k=2, hidden=128, width=64)  # of the gate
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What was measured of this machine before any prediction.
-
-    Args:
-        machine: rates for one row, as `expertier calibrate` has them.
-        ratios: how much longer products of n rows take than of one, at powers of two.
-        call_s: by batch, seconds that a call of several rows costs for each of its experts, besides reading weights.
-    """
-
-    machine: "Hardware"
-    ratios: dict[int, float]
-    call_s: dict[int, float]
-
-    def ratio(self, rows: Any) -> Any:
-        """The same for any numbers of rows, between those that were measured."""
-        at, ratio = zip(*sorted(self.ratios.items()), strict=True)
-        return np.interp(rows, at, ratio)
 
 
 def bench_forecast(
@@ -101,6 +77,7 @@ def bench_forecast(
 
     Example: `expertier bench forecast --folder /data/scratch --hardware hardware.toml`
     """
+    from offload import measure_step_rates
     from routing.ground.hardware import Hardware
 
     expect_records(records)
@@ -112,7 +89,7 @@ def bench_forecast(
     console, rows = plain_console(), []
     with tempfile.TemporaryDirectory(dir=folder, prefix="expertier-forecast-") as place:
         _expect_counted_misses(Path(place) / "gate")
-        rates = _in_a_process(measured_rates, folder, given, sizes)
+        rates = _in_a_process(measure_step_rates, folder, given, sizes)
         for row in _points(Path(place), sizes, steps, rates):
             rows.append(row)
             console.print(", ".join(f"{key} {_shown(value)}" for key, value in row.items()), highlight=False)
@@ -134,26 +111,6 @@ def _in_a_process(work: Callable[..., Result], *given: Any) -> Result:
         return pool.submit(work, *given).result()
 
 
-def measured_rates(folder: Path, given: "Hardware | None", batches: list[int]) -> Rates:
-    """Rates of this machine, those for several rows at all batches.
-
-    Args:
-        folder: on the disk to be measured.
-        given: rates for one row, or None to measure them, too.
-        batches: rows of a step.
-    """
-    from offload.forecast.calibrate import CALIBRATED_EXPERTS, calibrate, layer_seconds
-
-    machine = given or calibrate(folder)
-    ratios, rate = row_ratios(batches), machine.token_rate(is_fast=False)
-    rates = Rates(machine, ratios, {})
-    alone_s = layer_seconds(rate, arithmetic="exact")
-    for batch in batches:
-        together_s = alone_s if batch == 1 else layer_seconds(rate / float(rates.ratio(batch)), batch, "exact")
-        rates.call_s[batch] = max(together_s - alone_s, 0.0) / CALIBRATED_EXPERTS
-    return rates
-
-
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Median and worst relative error of tokens per second, and the worst of hit rates."""
     errors = [row["error"] for row in rows]
@@ -161,7 +118,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {"median_error": median(errors), "worst_error": max(errors), "hit_rate_error": max(hits)}
 
 
-def _points(place: Path, batches: list[int], steps: int, rates: Rates) -> Iterator[dict[str, Any]]:
+def _points(place: Path, batches: list[int], steps: int, rates: "StepRates") -> Iterator[dict[str, Any]]:
     context = WARM_STEPS + steps
     for number, shape in enumerate(MODELS):
         checkpoint = place / f"model{number}"
@@ -172,7 +129,7 @@ def _points(place: Path, batches: list[int], steps: int, rates: Rates) -> Iterat
                 yield {"model": shape.name, "share": share, "batch": batch, **found, "n": steps}
 
 
-def point(checkpoint: Path, trace: "RoutingTrace", share: float, row_AT: Any, rates: Rates) -> dict[str, Any]:
+def point(checkpoint: Path, trace: "RoutingTrace", share: float, row_AT: Any, rates: "StepRates") -> dict[str, Any]:
     """Predict one point, then load the model and measure it.
 
     Args:
@@ -182,25 +139,25 @@ def point(checkpoint: Path, trace: "RoutingTrace", share: float, row_AT: Any, ra
         row_AT: rows of each step, the warm ones first.
         rates: of this machine.
     """
-    from offload.forecast.fit import fit
+    from offload import fit, forecast_steps
 
     context = trace.num_tokens
     fit(checkpoint, context=context)  # loads the libraries, which the next one counts as held
     budgets = fit(checkpoint, context=context).budgets
     budget = budgets.least_bytes + int(share * (budgets.all_bytes - budgets.least_bytes))
     fitted = fit(checkpoint, cpu_memory=budget, context=context)
-    paper = _on_paper(fitted, trace, row_AT)
-    said = row_AT.shape[1] / step_seconds(fitted, paper, rates, row_AT.shape[1])
+    said = forecast_steps(fitted, trace, row_AT, rates, policy=POLICY, warm=WARM_STEPS)
+    predicted = row_AT.shape[1] / said.step_s
     got = _measure(checkpoint, budget, context, row_AT)
     return {
         "budget_bytes": budget,
         "slots": sum(got["slots"]),
         "slots_predicted": 0 if fitted.plan is None else sum(fitted.plan.num_slots),
         "hit_rate": got["hit_rate"],
-        "hit_rate_predicted": paper.hit_rate,
+        "hit_rate_predicted": said.hit_rate,
         "tokens_per_second": got["tokens_per_second"],
-        "tokens_per_second_predicted": said,
-        "error": abs(said / got["tokens_per_second"] - 1),
+        "tokens_per_second_predicted": predicted,
+        "error": abs(predicted / got["tokens_per_second"] - 1),
     }
 
 
@@ -223,65 +180,13 @@ def _lanes(steps: int, batch: int) -> Any:
     return np.arange(steps * batch).reshape(batch, steps).T
 
 
-def _on_paper(fitted: "Fit", trace: "RoutingTrace", row_AT: Any) -> "ReplayedSteps":
-    from offload.cache.steps import replay_steps
-
-    if fitted.plan is None:
-        raise ValueError(f"nothing to predict: {fitted.shortfall}")
-    return replay_steps(trace, row_AT, fitted.plan.num_slots, POLICY).after(WARM_STEPS)
-
-
-def step_seconds(fitted: "Fit", paper: "ReplayedSteps", rates: Rates, batch: int) -> float:
-    """Mean seconds of a step: weights outside experts, and each layer's calls as their reads and products overlap.
-
-    Args:
-        fitted: sizes of the model.
-        paper: rows and misses of each step and layer.
-        rates: of the machine.
-        batch: rows of a step.
-    """
-    from offload.memory.cost import layer_call_seconds
-
-    machine = rates.machine
-    rate, expert_bytes = machine.token_rate(is_fast=False), fitted.forms[0].expert_bytes
-    one_s = rates.ratio(paper.rows_ALE) * expert_bytes / rate + rates.call_s[batch]
-    computing_AL = np.where(paper.rows_ALE > 0, one_s, 0.0).sum(axis=2)
-    used_AL = np.maximum((paper.rows_ALE > 0).sum(axis=2), 1)
-    read_s = expert_bytes / machine.disk_bytes_per_s
-    total = 0.0
-    for step, layer in np.ndindex(*paper.misses_AL.shape):
-        computing = float(computing_AL[step, layer])
-        last = computing / int(used_AL[step, layer])
-        total += layer_call_seconds(int(paper.misses_AL[step, layer]), read_s, computing, last)
-    outside = (fitted.dense_bytes - fitted.unread_bytes) / rate * float(rates.ratio(batch))
-    return outside + len(fitted.forms) * machine.layer_s + total / len(paper.misses_AL)
-
-
-def row_ratios(batches: list[int]) -> dict[int, float]:
-    """How much longer this machine's products of n rows take than of one, at powers of two up to the largest batch."""
-    import torch
-
-    from offload.compute.matvec import Matvecs
-
-    matvecs = Matvecs("exact")
-    weights = [torch.randn(2048, 2048).bfloat16() for _ in range(WEIGHTS)]
-    counts = [1 << power for power in range(math.ceil(math.log2(max(*batches, 2))) + 1)]
-    seconds: dict[int, list[float]] = {count: [] for count in counts}
-    for _ in range(7):  # rounds in turns, so that a slow moment meets all
-        for count in counts:
-            x, out = torch.randn(count, 2048).bfloat16(), torch.empty(count, 2048, dtype=torch.bfloat16)
-            began = time.perf_counter()
-            for weight in weights:
-                if not matvecs.multiply(x, (weight,), (out,)):
-                    torch.mm(x, weight.t(), out=out)
-            seconds[count].append(time.perf_counter() - began)
-    return {count: median(taken) / median(seconds[1]) for count, taken in seconds.items()}
-
-
 def _measure(checkpoint: Path, budget: int, context: int, row_AT: Any) -> dict[str, Any]:
     """Decode the rows with `offload.load` and count what happened after the warm steps."""
+    import transformers
+
     import offload
 
+    transformers.logging.disable_progress_bar()
     model = offload.load(checkpoint, cpu_memory=budget, context=context, policy=POLICY, io="direct",
                          arithmetic="exact", prefetch="off")  # fmt: skip
     try:
@@ -315,7 +220,6 @@ def _decode(model: Any, row_AT: Any, past: Any) -> Any:
 def _expect_counted_misses(checkpoint: Path) -> None:
     """Raise RuntimeError unless the misses on paper are those of the runtime, on a small model whose steps fit."""
     import offload
-    from offload.cache.steps import replay_steps
 
     row_AT = _lanes(24, 2)
     trace = _build(SMALLEST, checkpoint, row_AT.size)
@@ -325,7 +229,7 @@ def _expect_counted_misses(checkpoint: Path) -> None:
         counted = [layer.misses for layer in model.offload.runtime.counters.layers]
     finally:
         model.offload.close()
-    paper = replay_steps(trace, row_AT, [5] * SMALLEST.layers, POLICY).misses_AL.sum(axis=0).tolist()
+    paper = offload.replay_steps(trace, row_AT, [5] * SMALLEST.layers, POLICY).misses_AL.sum(axis=0).tolist()
     if counted != paper:
         raise RuntimeError(
             f"parity is red, so no error is told: the runtime missed {counted} experts, on paper {paper}"
