@@ -17,6 +17,7 @@ from .bench.claims.bench import bench_claim
 from .bench.duo.bench import bench_duo
 from .bench.expert_kernels.bench import bench_kernels
 from .bench.flax import bench_flax
+from .bench.forecasts import bench_forecast
 from .bench.leverage import leverage
 from .bench.locality.bench import bench_locality
 from .bench.low_bits import bench_low_bits
@@ -95,6 +96,7 @@ app.command("tune-router")(tune_router)
 bench.command("duo")(bench_duo)
 bench.command("finetune")(bench_finetune)
 bench.command("flax")(bench_flax)
+bench.command("forecast")(bench_forecast)
 bench.command("kernels")(bench_kernels)
 bench.command("locality")(bench_locality)
 bench.command("low-bits")(bench_low_bits)

@@ -10,6 +10,7 @@ from routing.ground.quantity import format_size, parse_size
 
 from .cache.catalogue import CACHES, make_cache
 from .cache.simulate import Simulated, simulate
+from .cache.steps import ReplayedSteps, replay_steps
 
 if TYPE_CHECKING:
     from .engine.counters import EngineCounters
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from .finetune.tune import fine_tune
     from .forecast.calibrate import disk_bandwidth
     from .forecast.calibrate_gpu import wire_bandwidth
+    from .forecast.fit import fit
     from .forecast.product_rates import product_rates
+    from .forecast.steps import StepRates, forecast_steps, measure_step_rates
     from .formats.plain_copy import dequantise
     from .gpu.devices import open_lane
     from .lowbit.bit_router import train_bit_router
@@ -53,6 +56,10 @@ _HOME = {
     "Stream": ".engine.stream",
     "TokenEvent": ".engine.events",
     "TuneOptions": ".finetune.options",
+    "StepRates": ".forecast.steps",
+    "fit": ".forecast.fit",
+    "forecast_steps": ".forecast.steps",
+    "measure_step_rates": ".forecast.steps",
     "dequantise": ".formats.plain_copy",
     "Contestant": ".quality.quality",
     "Judge": ".quality.quality",
@@ -88,8 +95,10 @@ __all__ = [
     "PackedRows",
     "Part",
     "QueueFull",
+    "ReplayedSteps",
     "Sampling",
     "Simulated",
+    "StepRates",
     "Stream",
     "TokenEvent",
     "TuneOptions",
@@ -97,10 +106,13 @@ __all__ = [
     "dequantise",
     "disk_bandwidth",
     "fine_tune",
+    "fit",
+    "forecast_steps",
     "format_size",
     "load",
     "load_members",
     "make_cache",
+    "measure_step_rates",
     "open_lane",
     "parse_size",
     "product_rates",
@@ -109,6 +121,7 @@ __all__ = [
     "quantise_in_levels",
     "quantise_to_bits",
     "quantise_to_ternary",
+    "replay_steps",
     "simulate",
     "softmax_gates",
     "train_bit_router",

@@ -83,11 +83,12 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "placement": (
         ("contract", "data", "heuristics"),
-        ("objectives", "run"),
+        ("objectives", "run", "checking"),
         ("bounds", "tiers"),
         ("scoring", "search"),
         ("ilp", "formats"),
         ("solving",),
+        ("pages",),
         ("__init__", "commands"),
         ("cli",),
     ),

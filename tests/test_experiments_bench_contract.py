@@ -144,6 +144,13 @@ def redden_tiers(monkeypatch):
     monkeypatch.setattr(cluster_tiers, "tier_model", wrong)
 
 
+def redden_forecast(monkeypatch):
+    from offload.cache import steps
+
+    call = steps._call
+    monkeypatch.setattr(steps, "_call", lambda *given, **named: call(*given, **named) + 1)
+
+
 def redden_routers(monkeypatch):
     for name, size in (("TOKENS", 64), ("WIDTH", 16), ("EXPERTS", 8), ("TOP_K", 2), ("LAYERS", 2)):
         monkeypatch.setattr(routers, name, size)
@@ -295,6 +302,13 @@ BENCHES = {
         words="unknown measure 'speed'",
         right=("{folder}", "--measure", "rates"),
         redden=redden_serve,
+    ),
+    "forecast": Bench(
+        command=("bench", "forecast"),
+        wrong=("--folder", "{folder}/missing"),
+        words="no such folder; create it first",
+        right=("--folder", "{folder}", "--records", "{folder}"),
+        redden=redden_forecast,
     ),
     "tiers": Bench(
         command=("bench", "tiers"),

@@ -33,8 +33,12 @@ def write_plan(path, tiers, **changes):
 def test_experts_in_memory_and_slots(tmp_path):
     plan = read_starting_plan(write_plan(tmp_path / "p.json", [[1, 2, 0, 2], [2, 2, 2, 1]]), [4, 4])
     assert plan.experts_L == ((0, 2), (3,))
+    assert plan.gpu_slots([10, 100], [1, 2], free_bytes=0) is None
+    beside = read_starting_plan(tmp_path / "p.json", [4, 4], has_gpu=True)
+    assert (beside.experts_L, beside.gpu_L) == (((0,), (3,)), ((2,), ()))
+    assert beside.gpu_slots([10, 100], [1, 2], free_bytes=210) == [1, 2]
     assert plan.slots([10, 100], [1, 2], free_bytes=220) == [2, 2]
-    with pytest.raises(ValueError, match="keeps 220 bytes of experts in memory and 219 bytes are left"):
+    with pytest.raises(ValueError, match="keeps 220 bytes of experts in CPU memory and 219 bytes are left"):
         plan.slots([10, 100], [1, 2], free_bytes=219)
 
 

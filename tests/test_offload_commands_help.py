@@ -64,6 +64,9 @@ MISSING = {
     "trace record": "nowhere --data nowhere.txt --out new.npz",
     "place solve": "--cluster nowhere.yaml --trace nowhere.npz --out new.json",
     "place score": "nowhere.json --trace nowhere.npz",
+    "place check": "nowhere.json --trace nowhere.npz",
+    "place speeds": "nowhere.csv --cluster nowhere.yaml --out new.yaml",
+    "place import": "nowhere.json --format lplb --cluster nowhere.yaml --out new.json",
     "place report": "nowhere.json --trace nowhere.npz --out new.html",
     "place migrate": "nowhere.json other.json --out new.json",
     "place tiers": "--hardware nowhere.toml --expert-size 1MB --trace nowhere.npz --out new.json",
@@ -127,6 +130,7 @@ GARBAGE = {
     "quality": "FOLDER --against FOLDER --data nowhere",
     "generate": "FOLDER --prompt a",
     "place score": "FILE --trace FILE",
+    "place check": "FILE --trace FILE",
     "place tiers": "--hardware FILE --expert-size 1MB --trace FILE --out new.json",
 }
 

@@ -79,6 +79,7 @@ REFUSED = (
     "place score p.json --trace t.npz --json t.npz",
     "place score p.json --trace t.npz --json p.json",
     "place score p.json --loads l.json --json l.json",
+    "place check p.json --trace t.npz --json t.npz",
     "place report p.json --loads l.json --out p.json",
     "place migrate p.json q.json --out q.json",
     "place migrate p.json q.json --out new.json --plan-out p.json",

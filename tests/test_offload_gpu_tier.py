@@ -3,17 +3,21 @@
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 import offload
+import placement
 from moe import MoEForCausalLM
 from offload.forecast import calibrate_gpu as gpu_calibrate
 from offload.gpu import devices as gpu_devices
 from offload.gpu import rows as gpu_rows
+from placement.contract.homes import Homes
 from tests.simulated_lane import SimulatedLane
+from tests.test_offload_cache_starting import write_plan
 
 SIZES = {
     "vocab_size": 97,
@@ -262,6 +266,91 @@ def test_a_step_that_is_interrupted_leaves_the_model_usable(saved, load, all_the
     with pytest.raises(KeyboardInterrupt):
         run(model)
     assert torch.equal(run(model), expected)
+
+
+TIERS = [[0, 2, 1, 0, 2, 2, 0, 2], [2, 2, 2, 2, 0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
+def test_the_gpu_column_of_a_plan_is_held(saved, load, all_there, tmp_path, name):
+    """Experts that the plan puts on the GPU are there before the first token, never leave, and are never missed."""
+    folder, _ = saved(name)
+    tiers = [row[: 8 if name == "olmoe" else 6] for row in TIERS]
+    plan = write_plan(tmp_path / "p.json", tiers)
+    model = load(folder, plan=plan, record_trace=True, policy="lru")
+    held = [{expert for expert, tier in enumerate(row) if tier == 0} for row in tiers]
+    gpu = model.offload._runtime.gpu
+    assert [set(layer.slots._slot_of) for layer in gpu._layers] == held
+    assert [set(slots.cache.resident) for slots in model.offload._runtime.layers] == [
+        {expert for expert, tier in enumerate(row) if tier == 1} for row in tiers
+    ]
+    assert model.lane.num_copies == sum(map(len, held))
+    assert torch.equal(run(model), all_there(name))
+    assert all(there <= set(layer.slots._slot_of) for there, layer in zip(held, gpu._layers, strict=True))
+    report = model.offload.report()["gpu"]
+    assert report["held_per_layer"] == [len(there) for there in held]
+    expert_TLK = model.offload.trace().expert_TLK
+    calls = [expert_TLK[:21], *expert_TLK[21:, None]]
+    visits = sum(len(held[layer] & set(call[:, layer].ravel().tolist())) for call in calls for layer in range(2))
+    assert report["hits"] >= visits
+    wrong = {"gpu_experts": 3}
+    with pytest.raises(ValueError, match="plan and gpu_experts both say"):
+        load(folder, plan=plan, **wrong)
+
+
+def test_a_plan_of_several_nodes_gives_each_its_part(saved, load, all_there, tmp_path):
+    """Three nodes: one with a GPU of its own experts, one with host memory, one with nothing; all run the model."""
+    folder, _ = saved("olmoe")
+    map_LP = np.array([[3, 5, 0, -1, -1, -1], [1, -1, 7, 6, -1, -1]])
+    host_LEM, ssd_LEM = np.zeros((2, 2, 8, 3), np.int8)
+    host_LEM[:, 2, 1] = host_LEM[0, 4, 1] = 1
+    ssd_LEM[:, :, 2] = 1
+    for layer, row in enumerate(map_LP.tolist()):
+        ssd_LEM[layer, [e for e in row if e >= 0], 2] = 0
+    ssd_LEM[:, :, 2] *= 1 - host_LEM[:, :, 1]
+    plan = placement.Plan(
+        physical_to_logical_LP=map_LP,
+        num_experts=8,
+        cluster=placement.Cluster.grid(3, 1),
+        layer_ids=(0, 1),
+        hidden_layers=2,
+        homes=Homes(host_LEM=host_LEM, ssd_LEM=ssd_LEM),
+    )
+    plan.save(tmp_path / "p.json")
+    on_gpu, in_ram = [[{3, 5}, {1}], [{0}, {7, 6}], [set(), set()]], [set(), {4, 2}, set()]
+    for node in range(3):
+        model = load(folder, plan=tmp_path / "p.json", node=node)
+        layers = model.offload._runtime.gpu._layers
+        assert [set(layer.slots.held) for layer in layers] == on_gpu[node]
+        assert set(model.offload._runtime.layers[0].cache.resident) == in_ram[node]
+        assert torch.equal(run(model), all_there("olmoe"))
+    with pytest.raises(ValueError, match="it is of 3 nodes; say which one this machine is: node 0 to 2"):
+        load(folder, plan=tmp_path / "p.json")
+    with pytest.raises(ValueError, match=r"node 3 is outside 0\.\.2"):
+        load(folder, plan=tmp_path / "p.json", node=3)
+    with pytest.raises(ValueError, match="give such a plan"):
+        load(folder, node=1)
+
+
+def test_held_experts_come_back_after_an_error(saved, load, all_there, tmp_path):
+    folder, _ = saved("olmoe")
+    model = load(folder, seed=2, plan=write_plan(tmp_path / "p.json", TIERS), policy="lru")
+    model.lane.fail_at_copy = model.lane.num_copies + 3
+    with pytest.raises(RuntimeError, match="on fire"):
+        run(model)
+    assert torch.equal(run(model), all_there("olmoe"))
+    for layer, row in zip(model.offload._runtime.gpu._layers, TIERS, strict=True):
+        visited = {expert for expert, tier in enumerate(row) if tier == 0} & set(layer.slots._slot_of)
+        assert visited
+        assert len(layer.slots._slot_of) == layer.slots.num_slots
+
+
+def test_a_plan_that_does_not_fit_the_gpu_says_so(saved, load, tmp_path, monkeypatch):
+    monkeypatch.setattr(SimulatedLane, "available_bytes", lambda lane: 750 << 20)
+    folder, _ = saved("olmoe")
+    plan = write_plan(tmp_path / "p.json", [[0] * 8] * 2)
+    with pytest.raises(ValueError, match=r"in GPU memory and .* bytes are left for them; solve it again"):
+        load(folder, plan=plan)
 
 
 def test_memory_that_cannot_be_pinned_is_used_all_the_same(saved, load, all_there):

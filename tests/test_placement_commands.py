@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from placement import Plan, generate_loads, generate_trace
 from placement.cli import app
-from placement.commands.report import write_report
+from placement.pages.page import write_report
 
 CLUSTER = """
 model: {experts: 32, expert_bytes: 1e6}
@@ -165,7 +165,7 @@ def test_help_shows_an_example_and_every_option_says_what_it_does(command):
 def test_the_pareto_front_is_labelled_with_what_it_knew(tmp_path, monkeypatch):
     """With token data a report solves for a front; its prices and time are cut down here."""
     from placement import Cluster, Problem, solve
-    from placement.commands import pictures
+    from placement.pages import pictures
 
     monkeypatch.setattr(pictures, "PARETO_PRICES", (0.5,))
     monkeypatch.setattr(

@@ -8,10 +8,10 @@ from safetensors.numpy import save_file
 from experiments import cli
 from placement import Cluster, Problem, read_loads, solve
 from placement.commands.inputs import read_problem
-from placement.commands.report import traffic_GG, write_report
 from placement.data.generators import generate_loads, generate_trace
 from placement.data.load_importers import LOAD_IMPORTERS, import_load_file, import_loads
 from placement.data.loads import read_load_file
+from placement.pages.page import traffic_GG, write_report
 
 
 def run(monkeypatch, *arguments):

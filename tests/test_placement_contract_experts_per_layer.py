@@ -7,11 +7,11 @@ import pytest
 
 from offload.cache.starting import read_starting_plan
 from placement import SOLVERS, Cluster, Plan, Problem, evaluate, solve
+from placement.checking.check import check_plan, doubled_copies
+from placement.contract.parts import node_part
 from placement.data.loads import read_load_file
 from placement.objectives import find_objective
-from placement.scoring.check import check_plan, doubled_copies
 from placement.solving.cluster_tiers import solve_cluster_tiers
-from placement.solving.parts import node_part
 from tests.test_placement_tiers import cluster
 
 ROWS = [[5.0, 3.0, 2.0, 1.0, 4.0, 1.0, 1.0, 2.0], [9.0, 1.0, 2.0, 3.0], [2.0, 2.0, 7.0, 1.0, 1.0, 3.0]]
@@ -68,7 +68,7 @@ def test_a_plan_of_two_nodes_gives_each_its_part(loads, tmp_path):
     machines = cluster(nodes=2, gpus=2, slots=(1, 2, 20), batch=2)
     plan = solve_cluster_tiers(asked(loads, machines), time_limit_s=3)
     plan.save(tmp_path / "plan.json")
-    with pytest.raises(ValueError, match="it is of 2 nodes; take this node's part"):
+    with pytest.raises(ValueError, match="it is of 2 nodes; say which one this machine is"):
         read_starting_plan(tmp_path / "plan.json", COUNTS)
     held = np.zeros((3, 8), int)
     for node in range(2):
@@ -78,6 +78,7 @@ def test_a_plan_of_two_nodes_gives_each_its_part(loads, tmp_path):
         found = read_starting_plan(tmp_path / "part.json", COUNTS)
         in_memory = (plan.copies_LEG[:, :, 2 * node : 2 * node + 2].any(axis=2)) | (plan.homes.host_LEM[:, :, node] > 0)
         assert [set(experts) for experts in found.experts_L] == [set(np.flatnonzero(row)) for row in in_memory]
+        assert read_starting_plan(tmp_path / "plan.json", COUNTS, node=node) == found
         held += in_memory
     assert held.max() <= 1
     with pytest.raises(ValueError, match=r"outside 0\.\.1"):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from placement import Cluster, Plan, Problem, solve
+from placement.checking.check import check_plan
 from placement.data.generators import generate_trace
-from placement.scoring.check import check_plan
 
 
 @pytest.fixture

@@ -237,6 +237,51 @@ def test_amd_tables_with_the_rate(described):
     assert described(text, nvlink_bytes_per_s=448e9)[0] == (2, 448, 50)
 
 
+def rocm(gpus, kind=lambda a, b: "XGMI", hops=lambda a, b: 1, names="", tail=""):
+    """`rocm-smi --showtopo`, after what `--showproductname` says of the GPUs."""
+
+    def table(title, cell):
+        rows = [["GPU" + str(a), *("0" if a == b else str(cell(a, b)) for b in range(gpus))] for a in range(gpus)]
+        head = " ".join(f"GPU{g}" for g in range(gpus))
+        return [f"{f' {title} between two GPUs ':=^90}", f"       {head}", *("   ".join(row) for row in rows), ""]
+
+    lines = [f"{' ROCm System Management Interface ':=^90}", names, *table("Weight", lambda a, b: 15)]
+    lines += [*table("Hops", hops), *table("Link Type", kind), f"{' Numa Nodes ':=^90}"]
+    lines += [f"GPU[{g}]\t\t: (Topology) Numa Node: {g // 4}" for g in range(gpus)]
+    return "\n".join([*lines, f"{' End of ROCm SMI Log ':=^90}", tail])
+
+
+def test_rocm_tables(described):
+    """Rates by architecture and direct neighbours, by --nvlink, or a guess where XGMI joins only some pairs."""
+    mi300 = "GPU[0]\t\t: GFX Version: \t\tgfx942"
+    assert described(rocm(8, names=mi300))[0] == (8, 448, 50)
+    two_away = described(rocm(4, hops=lambda a, b: 2 if abs(a - b) == 2 else 1, names=mi300))
+    assert two_away[0][:2] == (4, 128)
+    assert any("2 neighbours is a guess" in one for one in two_away[2])
+    assert described(rocm(4), nvlink_bytes_per_s=448e9)[0][:2] == (4, 448)
+    islands = described(rocm(8, kind=lambda a, b: "XGMI" if a // 4 == b // 4 else "PCIE", names=mi300))
+    assert islands[0][:2] == (8, 64)
+    assert any("joins only some pairs" in one for one in islands[2])
+    assert described(rocm(1))[0][:2] == (1, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (rocm(4), "does not say how fast XGMI is.*--showproductname"),
+        (rocm(2, kind=lambda a, b: "IPC", names="XGMI"), "expected the link table"),
+        (rocm(3, kind=lambda a, b: "XGMI" if a < b else "PCIE"), "GPU0 to GPU1 is 'XGMI'; expected .* both ways"),
+        (rocm(4).replace("GPU3   XGMI   XGMI   XGMI   0", "GPU3   XGMI   XGMI"), "row of GPU3 has 2 cells of 4"),
+        (rocm(4).replace("GPU3   XGMI   XGMI   XGMI   0", ""), "Link Type has no whole row"),
+        (rocm(3) + rocm(2).replace("Link Type", "Other"), "different GPUs"),
+        ("ROCm\n", "expected the link table"),
+    ],
+)
+def test_damaged_rocm_tables_are_refused(described, text, words):
+    with pytest.raises(ValueError, match=words):
+        described(text)
+
+
 def test_pcie_rates():
     assert pcie_bytes_per_s("32.0 GT/s PCIe", "16") == pytest.approx(63.015e9, rel=1e-3)
     assert pcie_bytes_per_s("2.5 GT/s PCIe", "1") == 250e6

@@ -9,16 +9,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from experiments import cli
-from placement import Cluster, Problem, solve
+from placement import Cluster, Plan, Problem, solve
 from placement.formats import FORMATS, export_plan
 from placement.formats.counts import whole_counts
+from placement.formats.importing import import_plan
+from placement.formats.lplb import read_lplb
 
 
 @pytest.fixture(params=[0, 8], ids=["no replicas", "8 replicas"])
 def plan(request):
     load = np.random.default_rng(0).lognormal(0, 1, (6, 16))
     load[:2] = 0
-    return solve(Problem.from_loads(load, Cluster.grid(2, 4), replicas=request.param), solver="lpt")
+    return solve(Problem.from_loads(load, Cluster.grid(2, 4), replicas=request.param), solver="lplb")
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -67,6 +69,10 @@ def test_layer_conventions(plan, tmp_path):
 def test_draft_layers_follow_the_decoder_in_the_initial_layout(plan, name, tmp_path):
     """Layers 6 and 7 behind a decoder of 6; no load is known of them."""
     path = tmp_path / "x"
+    if name == "lplb":
+        with pytest.raises(ValueError, match="a Planner that is told nothing"):
+            export_plan(plan, name, path, extra_layers=2)
+        return
     export_plan(plan, name, path, extra_layers=2)
     initial = [slot % 16 for slot in range(plan.num_slots)]
     if name == "sglang":
@@ -89,7 +95,7 @@ def test_draft_layers_follow_the_decoder_in_the_initial_layout(plan, name, tmp_p
         assert (count.shape, np.ptp(count[6:])) == ((8, 16), 0)
 
 
-@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "lplb"])
 def test_experts_that_do_not_divide_over_the_gpus(name, tmp_path):
     """10 experts on 4 GPUs: refused with the number of replicas that helps, and exported with it."""
     load = np.random.default_rng(1).lognormal(0, 1, (3, 10))
@@ -187,8 +193,82 @@ def test_vllm_one_map_only_where_layers_agree(tmp_path):
 
 
 def test_unknown_format_lists_the_known_ones(plan, tmp_path):
-    with pytest.raises(ValueError, match="unknown format 'magic'; there are hygon, ktransformers, omni, sglang"):
+    with pytest.raises(ValueError, match="unknown format 'magic'; there are hygon, ktransformers, lplb, omni, sglang"):
         export_plan(plan, "magic", tmp_path / "x")
+
+
+def planner_map(r2o, own):
+    """What lplb.Planner makes of a topology and the experts of each GPU, which come first; blocks of copies behind."""
+    source = np.array(r2o)
+    copies = np.concatenate([own[source, np.arange(source.shape[1]) + block] for block in range(0, 4, 2)], axis=1)
+    return np.concatenate([own, copies], axis=1).ravel().tolist()
+
+
+def test_lplb_maps_are_what_its_planner_makes(tmp_path):
+    """Any layer of experts with one or two copies, as many on each GPU, becomes originals and copies of a topology."""
+    draw = np.random.default_rng(3)
+    map_LP = np.zeros((5, 8, 6), np.int64)
+    map_LP[:, :, :3] = draw.permuted(np.tile(np.arange(24), (5, 1)), axis=1).reshape(5, 8, 3)
+    for layer, column in np.ndindex(5, 3):  # along a circle of GPUs in random order
+        circle = draw.permutation(8)
+        map_LP[layer, circle, 3 + column] = map_LP[layer, np.roll(circle, 1), column]
+    plan = replace(
+        solve(Problem.from_loads(np.ones((5, 24)), Cluster.grid(1, 8), replicas=24), solver="lplb"),
+        physical_to_logical_LP=map_LP.reshape(5, 48),
+    )
+    export_plan(plan, "lplb", tmp_path / "x")
+    value = json.loads((tmp_path / "x").read_text())
+    for layer, one in enumerate(value["layers"]):
+        source, slots = np.array(one["redundant_to_original"]), np.array(one["phy2log"]).reshape(8, 6)
+        assert (np.sort(source, axis=0) == np.arange(8)[:, None]).all()
+        assert (slots[:, 3:] == slots[source, np.arange(3)]).all()
+        assert [sorted(row) for row in slots.tolist()] == [sorted(row) for row in map_LP[layer].tolist()]
+    rows, gpus = read_lplb(tmp_path / "x")
+    assert (len(rows), gpus) == (5, 8)
+
+
+def test_lplb_maps_of_planners_are_read(tmp_path):
+    """Two groups of four GPUs, blocks of two copies, as a planner combines them; then every kind of damage."""
+    r2o = [[1, 2], [2, 3], [3, 0], [0, 1]]
+    own = np.arange(40).reshape(2, 4, 5)
+    row = [*planner_map(r2o, own[0]), *planner_map(r2o, own[1])]
+    good = {"format": "lplb_replica_map", "version": 1, "ep_size": 8, "n_routed_experts": 72,
+            "n_logical_routed_experts": 40, "layers": [{"redundant_to_original": r2o, "phy2log": row}]}  # fmt: skip
+    path, out = tmp_path / "x.json", tmp_path / "p.json"
+    path.write_text(json.dumps(good))
+    assert read_lplb(path) == ([row], 8)
+    plan = import_plan(path, "lplb", Cluster.grid(2, 4))
+    assert (plan.dispatch, plan.num_experts, plan.slots_per_gpu) == ("quota", 40, 9)
+    plan.save(out)
+    assert Plan.load(out).physical_to_logical_LP.tolist() == [row]
+    layer = good["layers"][0]
+    for change, words in (
+        ({"version": 2}, "expected version 1"),
+        ({"ep_size": 1 << 20}, "must be positive whole numbers"),
+        ({"ep_size": 7}, "do not divide over 7 GPUs"),
+        ({"layers": []}, "one mapping per layer"),
+        ({"layers": [{**layer, "phy2log": row[::-1]}]}, "the copies on GPU 0 are not those"),
+        ({"layers": [{**layer, "redundant_to_original": [[1, 2], [2, 3], [3, 0], [0, 0]]}]}, "every GPU of the group"),
+        ({"layers": [{**layer, "redundant_to_original": [[0, 2], [2, 3], [3, 0], [1, 1]]}]}, "none as its own source"),
+        ({"layers": [{**layer, "redundant_to_original": [[1, 2], [2, 0], [0, 1]]}]}, "must be multiples of that"),
+        ({"layers": [{**layer, "redundant_to_original": [[-1]]}]}, "integers >= 0"),
+    ):
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(ValueError, match=words):
+            read_lplb(path)
+    path.write_text(json.dumps(good))
+    with pytest.raises(ValueError, match="for 8 GPUs does not fit the 4 GPUs"):
+        import_plan(path, "lplb", Cluster.grid(1, 4))
+
+
+def test_what_lplb_cannot_say_is_refused(tmp_path):
+    load = np.array([[9.0, 1, 1, 1, 1, 1, 1, 1]])
+    problem = Problem.from_loads(load, Cluster.grid(1, 4), replicas=4)
+    with pytest.raises(ValueError, match="plan with `--solver lplb`"):
+        export_plan(solve(problem, solver="eplb"), "lplb", tmp_path / "x")
+    with pytest.raises(ValueError, match="at most 2 copies on each"):
+        solve(Problem.from_loads(load, Cluster.grid(1, 4), replicas=12), solver="lplb")
+    assert not list(tmp_path.iterdir())
 
 
 def test_hygon_maps_are_read_as_the_plugin_reads_them(plan, tmp_path):

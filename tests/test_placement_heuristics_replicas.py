@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import Cluster, Problem, evaluate, solve
+from placement.checking.check import check_plan, doubled_copies
 from placement.data.generators import generate_trace
 from placement.heuristics.recount import _candidates, _changes, recount
 from placement.objectives import find_objective
-from placement.scoring.check import check_plan, doubled_copies
 
 WORTH = np.array([[1.2, 0.3, 0, 0], [0.3, 1.2, 0, 0], [0, 0, 1.2, 0.3], [0, 0, 0.3, 1.2]])
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import Cluster, Problem, generate_trace, solve
-from placement.data.suspicion import gini_L, planning_notes
+from placement.data.suspicion import gini_L, has_domains, planning_notes
 from placement.heuristics.baselines import biased_counts_LE
 from placement.objectives.batches import (
     batch_imbalance,
@@ -119,7 +119,15 @@ def test_signs_of_data_that_do_not_hold():
     even, real = np.ones((2, 16)), np.random.default_rng(0).lognormal(0, 0.8, (2, 16))
     assert gini_L(even) == pytest.approx(0)
     assert gini_L(np.eye(1, 16)) == pytest.approx(15 / 16)
-    assert "looks synthetic" in planning_notes({"random": even}, has_domains=True)[0]
-    assert "add a decode load" in planning_notes({"prefill_a": real, "prefill_b": real}, has_domains=True)[0]
-    assert planning_notes({"prefill_a": real, "decode_b": real}, has_domains=True) == []
-    assert "planned on one workload" in planning_notes({"loads": real}, has_domains=False)[0]
+    assert "looks synthetic" in planning_notes({"random": even}, is_broad=True)[0]
+    assert "add a decode load" in planning_notes({"prefill_a": real, "prefill_b": real}, is_broad=True)[0]
+    assert planning_notes({"prefill_a": real, "decode_b": real}, is_broad=True) == []
+    assert "planned on one workload" in planning_notes({"loads": real}, is_broad=False)[0]
+
+
+def test_one_sequence_is_one_domain():
+    trace = generate_trace(tokens=40, layers=1, experts=8, top_k=2, blocks=2, tokens_per_sequence=20)
+    assert has_domains([trace])
+    assert not has_domains([trace.rows(0, 20)])
+    assert not has_domains([None])
+    assert has_domains([None, None])

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from placement import Cluster, Plan, Problem, evaluate, generate_trace, score, solve
+from placement.checking.check import check_plan, doubled_copies
 from placement.ilp.neighbourhood import improve_by_neighbourhoods
 from placement.objectives import find_objective, with_churn
 from placement.objectives.churn import churn
 from placement.run.budget import Budget
-from placement.scoring.check import check_plan, doubled_copies
 from placement.search.price_choice import choose_price
 
 

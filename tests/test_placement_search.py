@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import SOLVERS, Cluster, Problem, score, solve
+from placement.checking.check import check_plan, doubled_copies
 from placement.data.bundles import unique_sets
 from placement.data.generators import generate_trace
 from placement.ilp.exflow import solve_exflow
-from placement.scoring.check import check_plan, doubled_copies
 from placement.search.hops.annealing import ChainAnnealing, ChainTask
 from placement.search.tabu import LayerTask, SearchState, tabu_search
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import Cluster, Problem, eplb, evaluate, solve
+from placement.checking.check import check_plan, doubled_copies
 from placement.heuristics.replication import replicate_LE
 from placement.objectives import find_objective
-from placement.scoring.check import check_plan, doubled_copies
 from placement.search.copies import _counts, change_counts, choose_counts
 from placement.search.levels import peaks_L
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from placement import Cluster, Plan, Problem, solve
+from placement.checking.check import check_plan
 from placement.cli import app
 from placement.objectives.balance import imbalance_L
-from placement.scoring.check import check_plan
 from placement.solving.chunks import cut, stop_after
 from placement.solving.elastic import Drop, Transfer, migrate, replay
 from placement.solving.exchanges import exchanges, plan_after

@@ -14,8 +14,8 @@ import pulp
 import pytest
 
 from placement import Cluster, Plan, Problem, generate_trace, solve
+from placement.checking.check import check_plan
 from placement.ilp.run import solve_milp
-from placement.scoring.check import check_plan
 
 CLUSTER = """
 model: {experts: 16}

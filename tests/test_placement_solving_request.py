@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from placement import Cluster, Problem, generate_trace, score, solve
-from placement.commands.inputs import short_names
+from placement.checking.check import check_plan
 from placement.contract.notes import cluster_notes
 from placement.objectives.churn import churn
-from placement.scoring.check import check_plan
+from placement.pages.names import short_names
 from placement.solving.certify import validate_plan
 from placement.solving.comparison import NO_DATA, THIS_DATA, compare_with_baselines, planning_problem
 from placement.solving.elastic import match_gpus, migrate_checked

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from placement import Cluster, Problem, score, solve
+from placement.checking.check import check_plan
 from placement.data.generators import generate_trace
 from placement.objectives.fanout import gpu_fanout
 from placement.run.blocks import MAX_GPUS, one_block
-from placement.scoring.check import check_plan
 
 
 @pytest.fixture

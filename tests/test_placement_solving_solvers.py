@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from placement import SOLVERS, Cluster, Problem, solve
 from placement.bounds.imbalance import cardinality_bound_L
-from placement.scoring.check import check_plan, doubled_copies
+from placement.checking.check import check_plan, doubled_copies
 
 
 def brute_imbalance(weight_E, gpus):

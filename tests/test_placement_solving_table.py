@@ -11,8 +11,8 @@ import pytest
 
 from placement import SOLVERS, Cluster, Plan, Problem, evaluate, generate_trace, solve
 from placement.bounds.choice import objective_bound
+from placement.checking.check import check_plan, doubled_copies
 from placement.objectives import find_objective
-from placement.scoring.check import check_plan, doubled_copies
 
 UNEQUAL = {
     "model": {"expert_groups": 4},
@@ -88,6 +88,8 @@ REFUSALS: dict[str, dict[str, str]] = {
     "eplb-global": {},
     "first": {},
     "biased": {},
+    "lplb": {},
+    "fill": dict.fromkeys(PROBLEMS, "give it with --current"),
     "lpt": {},
     "search": {},
     "ilp": {

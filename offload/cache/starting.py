@@ -25,24 +25,44 @@ More rows were not tried; in experiments/records/2026-11-29_cache-policies 10,00
 
 @dataclass(frozen=True)
 class StartingPlan:
-    """Experts that are to be in memory from the start: `experts_L` holds those of each layer, in the order of ids."""
+    """Experts that are to be in memory from the start, of each layer, in the order of ids.
+
+    Args:
+        experts_L: those in RAM slots.
+        gpu_L: those that GPU slots hold for as long as the model runs; empty without a GPU.
+    """
 
     experts_L: tuple[tuple[int, ...], ...]
+    gpu_L: tuple[tuple[int, ...], ...]
 
     def slots(self, slot_bytes_L: Sequence[int], least_L: Sequence[int], free_bytes: int) -> list[int]:
-        """Slots per layer: those of the plan, and at least `least_L`.
+        """RAM slots per layer: those of the plan, and at least `least_L`.
 
         Raises:
             ValueError: if they do not fit.
         """
-        slots = [max(len(experts), least) for experts, least in zip(self.experts_L, least_L, strict=True)]
-        wanted = sum(count * size for count, size in zip(slots, slot_bytes_L, strict=True))
-        if wanted > free_bytes:
-            raise ValueError(
-                f"the plan keeps {wanted} bytes of experts in memory and {free_bytes} bytes are left for them; "
-                f"solve it again with `expertier place tiers --cpu-memory {free_bytes}`, or give more memory"
-            )
-        return slots
+        return _slots(self.experts_L, slot_bytes_L, least_L, free_bytes, "cpu")
+
+    def gpu_slots(self, slot_bytes_L: Sequence[int], least_L: Sequence[int], free_bytes: int) -> list[int] | None:
+        """GPU slots per layer, as above; None leaves them to the budget, where the plan puts nothing on the GPU."""
+        return _slots(self.gpu_L, slot_bytes_L, least_L, free_bytes, "gpu") if any(self.gpu_L) else None
+
+
+def _slots(
+    experts_L: Sequence[Sequence[int]],
+    slot_bytes_L: Sequence[int],
+    least_L: Sequence[int],
+    free_bytes: int,
+    memory: str,
+) -> list[int]:
+    slots = [max(len(experts), least) for experts, least in zip(experts_L, least_L, strict=True)]
+    wanted = sum(count * size for count, size in zip(slots, slot_bytes_L, strict=True))
+    if wanted > free_bytes:
+        raise ValueError(
+            f"the plan keeps {wanted} bytes of experts in {memory.upper()} memory and {free_bytes} bytes are left for "
+            f"them; solve it again with `expertier place tiers --{memory}-memory {free_bytes}`, or give more memory"
+        )
+    return slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +79,13 @@ class TracedSlots:
     def experts_L(self) -> tuple[tuple[int, ...], ...]:
         return ((),) * len(self.experts_per_layer)
 
+    @property
+    def gpu_L(self) -> tuple[tuple[int, ...], ...]:
+        return self.experts_L
+
+    def gpu_slots(self, slot_bytes_L: Sequence[int], least_L: Sequence[int], free_bytes: int) -> None:
+        """A trace sizes RAM slots only."""
+
     def slots(self, slot_bytes_L: Sequence[int], least_L: Sequence[int], free_bytes: int) -> list[int]:
         """Slots per layer: at least `least_L`, and no more bytes than `free_bytes`.
 
@@ -71,22 +98,31 @@ class TracedSlots:
         return spread_slots(free_bytes, slot_bytes_L, self.experts_per_layer, slots)
 
 
-def read_starting_plan(path: str | Path, experts_L: Sequence[int]) -> StartingPlan | TracedSlots:
+def read_starting_plan(
+    path: str | Path, experts_L: Sequence[int], *, node: int | None = None, has_gpu: bool = False
+) -> StartingPlan | TracedSlots:
     """Read the tiers of a plan file, or slots per layer off a routing trace.
 
     Args:
-        path: JSON written by `expertier place tiers`, or a routing trace (.npz) of the model.
+        path: JSON written by `expertier place`, or a routing trace (.npz) of the model.
         experts_L: experts of each layer of the model.
+        node: whose part of a plan of several nodes; None takes a plan of one machine as a whole.
+        has_gpu: whether there are GPU slots; without them the experts of the plan's GPUs belong in RAM.
 
     Raises:
-        ValueError: if the file is not such a plan or trace, or is for a model of other sizes.
+        ValueError: if the file is not such a plan or trace, or is for a model of other sizes, or has no such node.
     """
     path = Path(path)
-    return _read_trace(path, experts_L) if path.suffix == ".npz" else _read_plan(path, experts_L)
+    if path.suffix != ".npz":
+        return _read_plan(path, experts_L, node, has_gpu)
+    if node is not None:
+        raise ValueError(f"trace {path}: node {node} is of a plan of several nodes; a trace has none")
+    return _read_trace(path, experts_L)
 
 
-def _read_plan(path: Path, experts_L: Sequence[int]) -> StartingPlan:
+def _read_plan(path: Path, experts_L: Sequence[int], node: int | None, has_gpu: bool) -> StartingPlan:
     # here and not above: the contract needs SciPy, pydantic and PyYAML, and most models start without a plan
+    from placement.contract.parts import node_part
     from placement.contract.plan import TIERS, Plan
 
     if not path.is_file():
@@ -94,11 +130,15 @@ def _read_plan(path: Path, experts_L: Sequence[int]) -> StartingPlan:
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"plan {path}: larger than {MOST_BYTES} bytes, so not a plan of one machine")
     plan = Plan.load(path)
+    if node is not None:
+        try:
+            plan = node_part(plan, node)
+        except ValueError as error:
+            raise ValueError(f"plan {path}: {error}") from error
     tier_LE = plan.tier_LE
-    if tier_LE is None and plan.homes is not None:
-        raise ValueError(
-            f"plan {path}: it is of {plan.cluster.num_nodes} nodes; take this node's part with `expertier place part`"
-        )
+    if tier_LE is None and (plan.homes is not None or plan.cluster.num_nodes > 1):
+        last = plan.cluster.num_nodes - 1
+        raise ValueError(f"plan {path}: it is of {last + 1} nodes; say which one this machine is: node 0 to {last}")
     if tier_LE is None:
         raise ValueError(f"plan {path}: it says nothing about tiers; make one with `expertier place tiers`")
     if plan.experts_L.tolist() != list(experts_L):
@@ -110,8 +150,15 @@ def _read_plan(path: Path, experts_L: Sequence[int]) -> StartingPlan:
         known = " or ".join(f"{number} ({name})" for number, name in enumerate(TIERS))
         raise ValueError(f"plan {path}: a tier must be {known}; got {tier_LE.min()} to {tier_LE.max()}")
     real_LE = np.arange(tier_LE.shape[1]) < plan.experts_L[:, None]
-    is_in_memory_LE = (tier_LE != TIERS.index("ssd")) & real_LE
-    return StartingPlan(tuple(tuple(row.nonzero()[0].tolist()) for row in is_in_memory_LE))
+    on_gpu_LE = (tier_LE == TIERS.index("gpu")) & real_LE
+    in_memory_LE = (tier_LE != TIERS.index("ssd")) & real_LE
+    if not has_gpu:
+        return StartingPlan(experts_L=_ids(in_memory_LE), gpu_L=_ids(np.zeros_like(on_gpu_LE)))
+    return StartingPlan(experts_L=_ids(in_memory_LE & ~on_gpu_LE), gpu_L=_ids(on_gpu_LE))
+
+
+def _ids(chosen_LE: NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row.nonzero()[0].tolist()) for row in chosen_LE)
 
 
 def _read_trace(path: Path, experts_L: Sequence[int]) -> TracedSlots:

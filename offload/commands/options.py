@@ -93,6 +93,9 @@ class LoadOptions:
         Path | None,
         typer.Option("--plan", help="A plan of `place tiers`, or a trace (.npz) to size each layer's cache by."),
     ] = None
+    node: Annotated[
+        int | None, typer.Option("--node", min=0, help="Which node of a --plan of several this machine is.")
+    ] = None
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: cuda if --gpu-memory names a size.")] = (
         "auto"
     )
@@ -133,6 +136,8 @@ class LoadOptions:
         for what, file in (("plan", self.plan), ("pack", self.pack), ("predictor", self.predictor)):
             if file is not None and not file.is_file():
                 raise ValueError(f"{what} {file}: no such file")
+        if self.node is not None and self.plan is None:
+            raise ValueError("--node chooses a part of a --plan of several nodes; give one")
         if self.plan is not None and self.cache_experts is not None:
             raise ValueError("--plan and --cache-experts both say how many slots a layer has; give one of them")
         if self.device == "cpu" and self.gpu_memory not in ("auto", "0"):
@@ -147,7 +152,7 @@ class LoadOptions:
     def only_for_one_model(self) -> list[str]:
         """Options that are given, and are about one model's experts, layers or device."""
         names = ("cache_experts", "policy", "pack", "prefetch", "plan", "device", "gpu_memory", "peer_memory")
-        names += ("resident_layers", "layers_ahead", "cache_units")
+        names += ("resident_layers", "layers_ahead", "cache_units", "node")
         return [name for name in names if getattr(self, name) not in (None, "auto")]
 
     @property

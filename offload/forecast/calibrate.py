@@ -20,7 +20,7 @@ BLOCK_BYTES = 4096
 # enough for half a second of a disk of 1 GB/s; larger files take longer to write first. Other sizes have no record.
 MEASURED_BYTES = 512 << 20
 # of the model whose overhead per layer is measured: small, so that Python and not weights take the time
-LAYERS, CONTEXT = 4, 64
+LAYERS, CONTEXT, CALIBRATED_EXPERTS = 4, 64, 4
 WEIGHTS = 96
 """Of 8 MiB each, so that no cache holds what was read last time."""
 
@@ -76,7 +76,7 @@ def calibrate(
         memory_bytes_per_s=memory,
         exact_bytes_per_s=exact,
         fast_bytes_per_s=fast,
-        layer_s=_layer_seconds(exact),
+        layer_s=layer_seconds(exact),
         compressed_bytes_per_s=compressed,
         **gpu_rates(),
     )
@@ -97,10 +97,15 @@ def cached_bandwidth(file: Path, read_bytes: int) -> float:
         os.close(descriptor)
 
 
-def _layer_seconds(exact_bytes_per_s: float) -> float:
-    """Seconds that a decoder layer costs one token besides reading weights: a small offloaded model, all in memory.
+def layer_seconds(bytes_per_s: float, batch: int = 1, arithmetic: str = "auto") -> float:
+    """Seconds that a decoder layer costs a step besides reading weights: a small offloaded model, all in memory.
 
     Its weights are of a usual width, because reading them empties the caches that everything else would run from.
+
+    Args:
+        bytes_per_s: at which products of so many rows read weights.
+        batch: tokens of a step; each uses all of the layer's `CALIBRATED_EXPERTS`.
+        arithmetic: as for `load`.
     """
     import torch
     from transformers import AutoModelForCausalLM, OlmoeConfig
@@ -110,8 +115,8 @@ def _layer_seconds(exact_bytes_per_s: float) -> float:
 
     config = OlmoeConfig(
         vocab_size=64, hidden_size=2048, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=16,
-        num_key_value_heads=16, num_experts=4, num_experts_per_tok=4, eos_token_id=None, pad_token_id=None,
-        dtype="bfloat16",
+        num_key_value_heads=16, num_experts=CALIBRATED_EXPERTS, num_experts_per_tok=CALIBRATED_EXPERTS,
+        eos_token_id=None, pad_token_id=None, dtype="bfloat16",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         with torch.device("meta"):
@@ -121,12 +126,12 @@ def _layer_seconds(exact_bytes_per_s: float) -> float:
             parameter.normal_(0.0, 0.02)
         nbytes = weight_bytes(model) - embedding_bytes(model)
         model.save_pretrained(folder)
-        model = load(folder, cache_experts=4)
-        past = model(torch.ones(1, CONTEXT, dtype=torch.long), use_cache=True).past_key_values
-        token = torch.tensor([[1]])
+        model = load(folder, cache_experts=CALIBRATED_EXPERTS, arithmetic=arithmetic)
+        past = model(torch.ones(batch, CONTEXT, dtype=torch.long), use_cache=True).past_key_values
+        token = torch.ones(batch, 1, dtype=torch.long)
         seconds = _median_s(lambda: model(token, past_key_values=past, use_cache=True), times=25)
         model.offload.close()
-    return max(seconds - nbytes / exact_bytes_per_s, 0.0) / LAYERS
+    return max(seconds - nbytes / bytes_per_s, 0.0) / LAYERS
 
 
 def _token_products() -> tuple[float, float, float, float]:

@@ -43,7 +43,7 @@ class CopiesAhead:
         """
         slots = self._layers[layer].slots
         missing = [expert for expert in experts if expert not in slots]
-        room = len(missing) if len(experts) <= slots.num_slots else slots.num_free
+        room = slots.room_beside(experts) if len(experts) <= slots.num_slots else slots.num_free
         self._planned[layer], self._waiting[layer] = frozenset(experts), missing[:room]
 
     def begin(self, layer: int) -> None:

@@ -5,6 +5,7 @@ Shapes: E experts, n rows of one expert, D model width, F expert width.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from ..checkpoint.experts import ExpertLayer
 from ..compute.matvec import Matvecs
 from ..ram.slots import LayerSlots
+from ..store.reading import Ticket, next_landed
 from .lanes import Copy, Lane
 from .peer import PeerSlots
 from .plan.budget import ring_slots
@@ -87,6 +89,34 @@ class GpuLayer:
                 note(self.lane.copy_in(pairs, None))
 
         self.peer, self.slots.leaving = peer, leave
+
+    def hold(self, experts: Sequence[int]) -> None:
+        """Keep experts in GPU slots for good; they are read through RAM slots, which are free afterwards.
+
+        Args:
+            experts: at most as many as there are GPU slots; nothing else is in a slot yet.
+
+        Raises:
+            OSError: if reading fails.
+        """
+        self.slots.held = frozenset(experts)
+        for start in range(0, len(experts), self.ram.num_slots):
+            self._bring(experts[start : start + self.ram.num_slots])
+        self.slots.publish()
+
+    def _bring(self, experts: Sequence[int]) -> None:
+        """Copy some experts in, as many as RAM has slots for."""
+        landed: SimpleQueue[Ticket] = SimpleQueue()
+        for expert in experts:
+            self.ram.start_read(expert, (), landed)
+        for _ in experts:
+            expert = next_landed(landed, "an expert that the plan holds on the GPU").expert
+            slot = self.slots.take(expert, ())
+            copy = self.lane.copy_in(self.slots.pairs(slot, self.ram[expert]), None)
+            self.lane.compute_after(copy)
+            self.lane.launch(partial(self.slots.set_biases, slot, self.experts.biases, expert))
+            copy.wait()
+            self.ram.release(expert)
 
 
 def make_layers(

@@ -70,6 +70,8 @@ class LayerGpuSlots(GpuSlots):
         self._num_experts, self._rank, self._lane = num_experts, rank, lane
         self.leaving: Callable[[int, int], None] | None = None
         """Told expert and slot before the expert is given up for another."""
+        self.held: frozenset[int] = frozenset()
+        """Experts that a plan keeps here: they are not given up, and come back first after `clear`."""
         self.clear()
 
     def clear(self) -> None:
@@ -92,14 +94,23 @@ class LayerGpuSlots(GpuSlots):
     def num_free(self) -> int:
         return len(self._free)
 
+    def room_beside(self, needed: Collection[int]) -> int:
+        """Slots that other experts could take while these, and those that are held, stay."""
+        return self.num_slots - sum(expert in needed or expert in self.held for expert in self._slot_of)
+
+    def worth(self, expert: int) -> tuple[bool, Any]:
+        """How much an expert is worth a slot: held ones more than all others."""
+        return expert in self.held, self._rank(expert)
+
     def take(self, expert: int, pinned: Collection[int]) -> int:
-        """A slot for an expert that comes; gives up the one that is worth least, never one in `pinned`.
+        """A slot for an expert that comes; gives up the one that is worth least, never one in `pinned` or held.
 
         The slot may be written once `released` is reached: earlier calls are the last that read the expert given up.
         This call has no rows for it, else it would be in `pinned`.
         """
         if not self._free:
-            victim = min((other for other in self._slot_of if other not in pinned), key=self._rank)
+            others = (other for other in self._slot_of if other not in pinned and other not in self.held)
+            victim = min(others, key=self._rank)
             if self.leaving is not None:
                 self.leaving(victim, self._slot_of[victim])
             self.drop(victim)

@@ -166,8 +166,8 @@ class GpuStep:
         slots = self._slots
         missing = [expert for expert in self._num_rows if expert not in slots]
         # hits of this call keep their slots: copies wait for earlier calls (`released`), not for this one's kernels
-        room = slots.num_free if self._is_prefill else slots.num_slots - (len(self._num_rows) - len(missing))
-        return set(sorted(missing, key=self._ram.cache.rank, reverse=True)[:room])
+        room = slots.num_free if self._is_prefill else slots.room_beside(self._num_rows)
+        return set(sorted(missing, key=slots.worth, reverse=True)[:room])
 
     def _send(self, expert: int, *, is_staying: bool) -> None:
         """Copy one expert to the GPU and compute it there once it has come."""

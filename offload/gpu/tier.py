@@ -107,6 +107,15 @@ class GpuTier:
         """Experts whose RAM slots a copy may still read."""
         return list(self._layers[layer].lent)
 
+    def hold(self, experts_L: Sequence[Sequence[int]]) -> None:
+        """Keep the experts that a plan puts on the GPU in its slots, and read them now.
+
+        Raises:
+            OSError: if reading fails.
+        """
+        for layer, experts in zip(self._layers, experts_L, strict=True):
+            layer.hold(experts)
+
     def clear(self) -> None:
         """Forget what the slots hold, once nothing that was queued reads or writes them any more."""
         self.lane.drain()
@@ -125,6 +134,7 @@ class GpuTier:
         return {
             **self._counters.summary(),
             "slots_per_layer": list(self.plan.num_slots),
+            "held_per_layer": [len(layer.slots.held) for layer in self._layers],
             "peak_memory_bytes": self.lane.peak_bytes(),
             "memory": dict(describe(self.plan)),
             **({"peer_slots_per_layer": list(self.peer_slots)} if any(self.peer_slots) else {}),

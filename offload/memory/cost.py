@@ -96,9 +96,22 @@ def _layer_seconds(work: DecodeWork, read_s: float, compute_s: float) -> float:
     top_k, seconds = work.experts_per_layer, 0.0
     for misses in range(top_k + 1):
         chance = comb(top_k, misses) * (1 - work.hit_rate) ** misses * work.hit_rate ** (top_k - misses)
-        last = compute_s if misses else 0.0
-        seconds += chance * (max(misses * read_s, (top_k - (misses > 0)) * compute_s) + last)
+        seconds += chance * layer_call_seconds(misses, read_s, top_k * compute_s, compute_s)
     return seconds
+
+
+def layer_call_seconds(misses: int, read_s: float, computing_s: float, last_s: float) -> float:
+    """One call of one layer's experts: all that was read but the last is computed while the others are read.
+
+    Args:
+        misses: experts that are read.
+        read_s: seconds of reading one.
+        computing_s: seconds of computing all experts of the call.
+        last_s: of them, those of the expert that lands last.
+    """
+    if not misses:
+        return computing_s
+    return max(misses * read_s, computing_s - last_s) + last_s
 
 
 def expected_hit_rate(share: float, top_k: int, num_experts: int) -> float:

@@ -94,6 +94,8 @@ def assemble(
         running.units = BundledUnits(opened.bundle, list(opened.unit_slots), options.io_threads)
         running.units.bind(model)
     if division.starting is not None:
+        if running.gpu is not None:
+            running.gpu.hold(division.starting.gpu_L)
         running.fill(division.starting.experts_L)
     _attach(model, running)
     read_prompts_in_pieces(model, options.context)

@@ -17,6 +17,7 @@ from ..memory.budget import (
     MemoryPlan,
     Needs,
     available_memory,
+    bytes_for_experts,
     expect_budgets,
     machine_bytes,
     plan_memory,
@@ -65,22 +66,21 @@ def divide_memory(
         ValueError: if a budget is too small; the message says which would do.
     """
     needs, gpu = needs_of(opened, options), None
-    if lane is not None or options.gpu_memory != "auto":
-        needs, gpu = _divide_gpu(opened, options, lane, needs)
+    has_gpu = lane is not None or options.gpu_memory != "auto"
+    starting = _starting(opened, options, has_gpu)
+    if has_gpu:
+        needs, gpu = _divide_gpu(opened, options, lane, needs, starting)
     if host_bytes is not None:
         # what the GPU's libraries take on the host is only known when they are loaded
         needs = replace(needs, process_bytes=host_bytes())
     limit = cpu_limit(options)
-    counts, most = opened.experts_L, opened.most_slots_L
-    fixed = None if options.cache_experts is None else [min(options.cache_experts, count) for count in most]
+    most_L = opened.most_slots_L
+    fixed = None if options.cache_experts is None else [min(options.cache_experts, most) for most in most_L]
     loading = _loading_bytes(opened, needs) if gpu is None else 0
     ram = _plan_ram(opened, needs, limit, fixed, loading)
     _expect_room_to_load(needs, limit, loading)
-    starting = None
-    if options.plan is not None:
-        starting = read_starting_plan(options.plan, counts)
-        least = [min(opened.top_k, count) for count in counts]
-        slots = starting.slots(opened.slot_bytes_L, least, limit - ram.fixed_bytes)
+    if starting is not None:
+        slots = starting.slots(opened.slot_bytes_L, _least(opened), limit - ram.fixed_bytes)
         ram = _plan_ram(opened, needs, limit, slots, loading)
     return Division(ram=ram, gpu=gpu, starting=starting, peer_slots=_peer_slots(opened, options))
 
@@ -97,6 +97,20 @@ def _peer_slots(opened: OpenedCheckpoint, options: LoadOptions) -> tuple[int, ..
             f"peer_memory={options.peer_memory} holds no expert, the smallest of which takes {format_size(min(sizes))}"
         )
     return tuple(slots)
+
+
+def _starting(opened: OpenedCheckpoint, options: LoadOptions, has_gpu: bool) -> StartingPlan | TracedSlots | None:
+    if options.plan is None:
+        return None
+    starting = read_starting_plan(options.plan, opened.experts_L, node=options.node, has_gpu=has_gpu)
+    if any(starting.gpu_L) and options.gpu_experts is not None:
+        raise ValueError("plan and gpu_experts both say how many GPU slots a layer has; give one of them")
+    return starting
+
+
+def _least(opened: OpenedCheckpoint) -> list[int]:
+    """Slots that one token needs in each layer."""
+    return [min(opened.top_k, count) for count in opened.experts_L]
 
 
 def _plan_ram(
@@ -217,7 +231,11 @@ def cpu_limit(options: LoadOptions) -> int:
 
 
 def _divide_gpu(
-    opened: OpenedCheckpoint, options: LoadOptions, lane: Lane | None, needs: Needs
+    opened: OpenedCheckpoint,
+    options: LoadOptions,
+    lane: Lane | None,
+    needs: Needs,
+    starting: StartingPlan | TracedSlots | None,
 ) -> tuple[Needs, MemoryPlan]:
     """What is left for the CPU to hold, and the GPU's budget."""
     if lane is not None:
@@ -227,6 +245,9 @@ def _divide_gpu(
     counts = opened.experts_L
     fixed = None if options.gpu_experts is None else [min(options.gpu_experts, count) for count in counts]
     limit = gpu_limit(options.gpu_memory, lane)
+    if starting is not None:
+        held = starting.gpu_slots(slot_bytes_L, _least(opened), bytes_for_experts(limit, on_gpu))
+        fixed = fixed if held is None else held
     plan = plan_gpu(limit, on_gpu, slot_bytes_L, counts, opened.top_k, fixed)
     if lane is not None:
         hold_to(lane, limit, is_given=options.gpu_memory != "auto" and options.gpu_experts is None)

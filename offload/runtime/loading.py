@@ -39,6 +39,7 @@ def load(
     depth: int | str = "all",
     prefetch: str | Path = "auto",
     plan: str | Path | None = None,
+    node: int | None = None,
     record_trace: bool = False,
     adapter: str | Path | None = None,
     resident_layers: int | None = None,
@@ -83,7 +84,10 @@ def load(
             model's routers have decided ahead (pre-gated and resident routers, one router for all layers); `"off"` does
             not. `"auto"` is `"plan"` with resident routers, whose experts stay in slots, else `"off"`.
         plan: a plan of `expertier place tiers`: how many slots each layer gets, and the experts that are in them from
-            the start; or a routing trace of the model (.npz): layers where a slot saves more misses get more slots.
+            the start. GPU slots hold those that the plan puts there, whatever else is used; without a GPU they belong
+            in RAM. Or a routing trace of the model (.npz): layers where a slot saves more misses get more slots.
+        node: which node of a plan of several this machine is, from 0 on. Experts of other nodes count as on its disk.
+            One process runs one GPU, which holds the experts of all GPUs of the node.
         record_trace: record the routing; `model.offload.trace()` gives it.
         adapter: a folder with a LoRA adapter in PEFT's format, such as `expertier finetune` writes. It is not merged:
             experts stay as they are stored, and each product with an adapted matrix gets its two thin ones besides. On
@@ -121,6 +125,7 @@ def load(
         depth=depth,
         prefetch=prefetch,
         plan=plan,
+        node=node,
         record_trace=record_trace,
         adapter=adapter,
         resident_layers=resident_layers,

@@ -57,6 +57,7 @@ class LoadOptions:
     depth: int | str = "all"
     prefetch: str | Path = "auto"
     plan: str | Path | None = None
+    node: int | None = None
     record_trace: bool = False
     adapter: str | Path | None = None
     resident_layers: int | None = None
@@ -84,6 +85,8 @@ class LoadOptions:
                 raise ValueError('peer_memory is a tier below a GPU; give device="cuda" with it')
         if self.cache_units is not None and self.cache_units < 0:
             raise ValueError(f"cache_units must be 0 or more; got {self.cache_units}")
+        if self.node is not None and (self.plan is None or self.node < 0):
+            raise ValueError(f"node={self.node} chooses a part of a plan of several nodes, from 0 on; give such a plan")
         if self.plan is not None and self.cache_experts is not None:
             raise ValueError("plan and cache_experts both say how many slots a layer has; give one of them")
         if self.part is not None and (self.wants_gpu or self.plan is not None or self.prefetch != "off"):

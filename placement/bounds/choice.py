@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..contract.certificate import Bound
+from ..contract.certificate import Bound, Robustness
 from ..contract.plan import Plan
 from ..contract.problem import Problem, Scenario
 from ..data.batches import count_rows_AE, spread, traffic_batches
-from ..objectives import OBJECTIVES, Objective, Robustness, flat_terms, join_scenarios
+from ..objectives import OBJECTIVES, Objective, flat_terms, join_scenarios
 from ..objectives.activated import activation_weight_LE
 from ..objectives.batches import MOST_BATCHES, batch_size, tail_mean_L
 from ..objectives.prices import imbalance_price

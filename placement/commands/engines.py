@@ -1,4 +1,4 @@
-"""`expertier place export`, `loads` and `cluster`: a serving engine's files, read and written."""
+"""`expertier place export`, `import` and `loads`: a serving engine's files, read and written."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,61 +7,6 @@ import typer
 
 from routing.ground.expect import expect_outputs
 from routing.ground.terminal import plain_console
-
-
-def cluster_command(
-    out: Annotated[Path, typer.Option("--out", help="Where the cluster file goes (YAML).")],
-    file: Annotated[
-        Path | None, typer.Argument(help="Text of `nvidia-smi topo -m`, or the XML of NCCL_TOPO_DUMP_FILE.")
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A known machine: hgx-h100, gb200-nvl72, gb300, mi355x.")
-    ] = None,
-    nodes: Annotated[int, typer.Option(help="How many such nodes there are.")] = 1,
-    nvlink: Annotated[
-        str | None, typer.Option(metavar="RATE", help="All NVLinks of one GPU, one direction, such as 900GB/s.")
-    ] = None,
-    nic: Annotated[str | None, typer.Option(metavar="RATE", help="One network card, such as 400Gb/s.")] = None,
-    nvlink_domain: Annotated[
-        int | None, typer.Option(metavar="GPUS", help="GPUs that NVLink joins across nodes, such as 72.")
-    ] = None,
-) -> None:
-    """Make a cluster file from what a node says about itself, to be edited.
-
-    What the node does not say is guessed; each guess is printed and stands in the file under `guessed`.
-
-    Example: `(nvidia-smi -L; nvidia-smi topo -m) > topo.txt; expertier place cluster topo.txt --nodes 4 --out c.yaml`
-    """
-    import yaml
-
-    from routing.ground.files import atomic_write
-    from routing.ground.quantity import parse_bytes_per_s
-
-    from ..contract.cluster import Cluster
-    from ..data.presets import preset_cluster
-    from ..data.topology import TopologyOptions, read_topology
-
-    if (file is None) == (preset is None):
-        raise ValueError("give either a FILE that describes a node, or --preset NAME")
-    expect_outputs(out, inputs=[file])
-    rates = {"nvlink": nvlink, "nic": nic}
-    given = {f"{name}_bytes_per_s": parse_bytes_per_s(rate) for name, rate in rates.items() if rate is not None}
-    if bad := [name for name, rate in given.items() if rate < 1e6]:
-        raise ValueError(f"--{bad[0].partition('_')[0]} needs a unit, such as 400Gb/s or 900GB/s")
-    if file is not None:
-        found = read_topology(file, TopologyOptions(nodes=nodes, domain_gpus=nvlink_domain, **given))
-    else:
-        assert preset is not None
-        if nvlink_domain is not None:
-            raise ValueError("--nvlink-domain is of a FILE; in a preset every domain is one of the --nodes")
-        found = preset_cluster(preset, nodes, **given)
-    cluster = Cluster.from_mapping(found, str(file or preset))
-    with atomic_write(out) as target:
-        yaml.safe_dump(found, target, sort_keys=False, width=120)
-    console = plain_console(soft_wrap=True)
-    for guess in found.get("guessed", []):
-        console.print(f"guessed: {guess}")
-    console.print(f"wrote {out}: {cluster.num_gpus} GPUs on {cluster.num_nodes} node(s)")
 
 
 def export_command(
@@ -84,6 +29,30 @@ def export_command(
     console = plain_console(soft_wrap=True)
     console.print(f"wrote {out} for {format_name}")
     console.print(f"use it with {usage}")
+
+
+def import_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The map of an engine.")],
+    format_name: Annotated[str, typer.Option("--format", help="hygon or lplb.")],
+    cluster: Annotated[Path, typer.Option("--cluster", help="The cluster file (YAML) of the machines that it is for.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the plan goes (JSON).")],
+) -> None:
+    """Turn an engine's map into a plan, to score it, to compare with it or to migrate from it.
+
+    Example: `expertier place import lplb.json --format lplb --cluster c.yaml --out plan.json`
+    """
+    from ..contract.cluster import load_cluster
+    from ..formats.importing import import_plan
+
+    expect_outputs(out, inputs=[file, cluster])
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    plan = import_plan(file, format_name, load_cluster(cluster))
+    plan.save(out)
+    plain_console(soft_wrap=True).print(
+        f"wrote {out}: {plan.num_layers} layers x {plan.num_slots} slots of {plan.num_experts} experts on "
+        f"{plan.cluster.num_gpus} GPUs"
+    )
 
 
 def loads_command(

@@ -1,6 +1,5 @@
 """What the `place` commands read: a trace or loads, rows of it, held-out data."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,8 @@ if TYPE_CHECKING:
     from ..contract.plan import Plan
     from ..contract.problem import Problem
     from ..data.model_folder import ModelExperts
+
+EVEN = "every expert alike"  # the name of the data where there are none
 
 
 def read_problem(
@@ -70,21 +71,34 @@ def even_problem(cluster: "Cluster", found: "ModelExperts") -> "Problem":
     """The problem of a model of which only sizes are known: every expert of a layer is used as often."""
     from dataclasses import replace
 
+    model = cluster.model.model_copy(update={"top_k": found.top_k or cluster.model.top_k})
+    return _even(
+        replace(cluster, model=model),
+        found.experts_per_layer,
+        layer_ids=found.layer_ids,
+        hidden_layers=max(found.hidden_layers or 0, found.layer_ids[-1] + 1),
+    )
+
+
+def even_loads(plan: "Plan") -> "Problem":
+    """The same problem, from a plan that was made so."""
+    counts = tuple(plan.experts_L.tolist())
+    return _even(plan.cluster, counts, layer_ids=plan.layer_ids, hidden_layers=plan.hidden_layers)
+
+
+def _even(cluster: "Cluster", experts_per_layer: tuple[int, ...], **layers: Any) -> "Problem":
     import numpy as np
 
     from ..contract.problem import Problem, Scenario
 
-    counts = np.array(found.experts_per_layer)
+    counts = np.array(experts_per_layer)
     E = int(counts.max())
-    load_LE = (np.arange(E) < counts[:, None]).astype(np.float64)
-    model = cluster.model.model_copy(update={"top_k": found.top_k or cluster.model.top_k})
     return Problem(
-        cluster=replace(cluster, model=model),
-        scenarios=(Scenario(name="every expert alike", load_LE=load_LE),),
+        cluster=cluster,
+        scenarios=(Scenario(name=EVEN, load_LE=(np.arange(E) < counts[:, None]).astype(np.float64)),),
         slots_per_gpu=-(-E // cluster.num_gpus),
-        layer_ids=found.layer_ids,
-        hidden_layers=max(found.hidden_layers or 0, found.layer_ids[-1] + 1),
-        experts_per_layer=found.experts_per_layer if np.ptp(counts) else None,
+        experts_per_layer=experts_per_layer if np.ptp(counts) else None,
+        **layers,
     )
 
 
@@ -140,15 +154,3 @@ def read_validation(files: list[Path], problem: "Problem") -> dict[str, "Problem
         )
         for file in files
     }
-
-
-def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Each path by its file's name, with as many folders before it as tell it from the others."""
-    parts = {name: Path(name).parts for name in names}
-    found = {}
-    for name, own in parts.items():
-        depth = 1
-        while depth < len(own) and any(own[-depth:] == p[-depth:] for other, p in parts.items() if other != name):
-            depth += 1
-        found[name] = "/".join(own[-depth:]) if own else name
-    return found

@@ -66,6 +66,8 @@ def tiers_command(
         plan = _solve(problem, size, solver, time_limit, seed)
     plan.save(out)
     print_tiers(plan, out, json_file)
+    if trace is not None or loads:
+        _warn(problem)
 
 
 def solve_in_tiers(
@@ -96,6 +98,7 @@ def solve_in_tiers(
     plan = _solve(problem, None, "auto", time_limit, seed)
     plan.save(out)
     print_tiers(plan, out, json_file)
+    _warn(problem)
 
 
 def part_command(
@@ -107,14 +110,25 @@ def part_command(
 
     Example: `expertier place part plan.json --node 1 --out node1.json`
     """
+    from ..contract.parts import node_part
     from ..contract.plan import Plan
-    from ..solving.parts import node_part
     from .tier_report import print_tiers
 
     expect_outputs(out, inputs=[plan_file])
     part = node_part(Plan.load(plan_file), node)
     part.save(out)
     print_tiers(part, out, None)
+
+
+def _warn(problem: "Problem") -> None:
+    """Tell signs that the planning data are not what the plan will meet."""
+    from routing.ground.terminal import plain_console
+
+    from ..data.suspicion import has_domains, planning_notes
+
+    loads = {scenario.name: scenario.load_LE for scenario in problem.scenarios}
+    for note in planning_notes(loads, is_broad=has_domains(scenario.trace for scenario in problem.scenarios)):
+        plain_console().print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _machine(hardware: Path, budgets: dict[str, str]) -> "Cluster":

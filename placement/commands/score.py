@@ -81,9 +81,9 @@ def report_command(
     from routing.ground.terminal import plain_console
 
     from ..contract.plan import Plan
+    from ..pages.page import write_report
+    from ..pages.tier_page import write_tier_page
     from .inputs import read_problem
-    from .report import write_report
-    from .tier_page import write_tier_page
 
     expect_outputs(out, inputs=[plan_file, against, trace, *(loads or ())])
     plan, other = Plan.load(plan_file), None if against is None else Plan.load(against)

@@ -17,7 +17,10 @@ ClusterOption = Annotated[Path, typer.Option("--cluster", help="The cluster file
 OutOption = Annotated[Path, typer.Option("--out", help="Where the plan goes (JSON).")]
 ObjectiveOption = Annotated[str, typer.Option(help="A name, a sum like fanout+2*balance, or balance<=1.1,fanout.")]
 ReplicasOption = Annotated[int | None, typer.Option(help="Slots per layer beyond one per expert.")]
-SolverOption = Annotated[str, typer.Option(help="auto, search, lns, ilp, eplb, lpt, contiguous, ...")]
+SpareOption = Annotated[
+    int | None, typer.Option(min=0, help="Slots of each GPU and layer that stay free for later copies.")
+]
+SolverOption = Annotated[str, typer.Option(help="auto, search, lns, ilp, eplb, lpt, fill, contiguous, ...")]
 TimeLimitOption = Annotated[float, typer.Option(help="Wall time in seconds, certificate included.")]
 SeedOption = Annotated[int, typer.Option(help="Decides every random choice.")]
 RobustnessOption = Annotated[str, typer.Option(help="How scenarios are joined: max, mean or cvar.")]
@@ -40,6 +43,7 @@ def solve_command(
     rows: RowsOption = None,
     objective: ObjectiveOption = "balance",
     replicas: ReplicasOption = None,
+    spare_slots: SpareOption = None,
     solver: SolverOption = "auto",
     time_limit: TimeLimitOption = 30.0,
     seed: SeedOption = 0,
@@ -64,6 +68,8 @@ def solve_command(
 
     expect_outputs(out, json_file, inputs=[cluster, trace, *(loads or ()), *(validate or ()), current])
     machines = load_cluster(cluster)
+    if spare_slots is not None:
+        machines = replace(machines, ep=machines.ep.model_copy(update={"spare_slots": spare_slots}))
     problem = read_problem(
         trace, loads, rows, machines, replicas, spare_slots=machines.has_lower_tiers and not replicas
     )

@@ -7,11 +7,11 @@ from rich.table import Table
 from routing.ground.quantity import format_size
 from routing.ground.terminal import plain_console
 
+from ..checking.check import doubled_copies
 from ..contract.plan import Plan
-from ..scoring.check import doubled_copies
+from ..pages.names import short_names
 from ..scoring.score import METRICS, Score
 from ..solving.request import SolveResult
-from .inputs import short_names
 
 UNITS = {"latency": " s per layer", "churn": " GB per layer"}
 HEAD = ("balancedness", "GPUs per token", "nodes per token", "hops")
@@ -49,8 +49,10 @@ def print_certificate(plan: Plan, out: Path) -> None:
     table.add_row("seconds", f"{certificate.seconds:.2f}")
     console = plain_console()
     console.print(table)
+    spare = plan.cluster.ep.spare_slots
+    free = f" with {spare} free on each" if spare else ""
     console.print(
-        f"wrote {out}: {plan.num_layers} layers x {plan.num_slots} slots on {plan.cluster.num_gpus} GPUs "
+        f"wrote {out}: {plan.num_layers} layers x {plan.num_slots} slots on {plan.cluster.num_gpus} GPUs{free} "
         f"of {plan.cluster.num_nodes} node(s), by solver {plan.solver}",
         highlight=False,
     )

@@ -1,12 +1,14 @@
 """Certificate: how good a plan is, how good any plan could be, and how that is known."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float = NDArray[np.float64]
+Robustness = Literal["mean", "max", "cvar"]
 PROVEN = 1e-4  # relative gap below which a plan counts as optimal, as in MIP solvers
 
 
@@ -38,6 +40,7 @@ class Certificate:
         in_sample: metrics on the planning data.
         out_of_sample: metrics on held-out data, by name of the data.
         seconds: wall time of solving, certificate included.
+        robustness: how scenarios were joined in the objective and its bound.
         dual: multipliers from which the bound can be computed again, by name of what they price; empty if none.
     """
 
@@ -49,6 +52,7 @@ class Certificate:
     in_sample: dict[str, float | None] = field(default_factory=dict)
     out_of_sample: dict[str, dict[str, float | None]] = field(default_factory=dict)
     seconds: float = 0.0
+    robustness: Robustness = "max"
     dual: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,12 +69,47 @@ class Certificate:
         return {**vars(self), "gap": self.gap, "proven_optimal": self.is_proven_optimal}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Certificate":
+    def from_json(cls, value: Any) -> "Certificate":
+        """Inverse of `to_json`; the file may come from outside.
+
+        Raises:
+            ValueError: if a key is missing, or its value is of another kind.
+        """
+        if not isinstance(value, dict):
+            raise ValueError(f"certificate: expected a mapping; got {type(value).__name__}")
         known = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
+        for name, (expected, is_right) in _KINDS.items():
+            if name in known and not is_right(known[name]):
+                raise ValueError(f"certificate: {name} must be {expected}; got {str(known[name])[:60]}")
         try:
             return cls(**known)
         except TypeError as error:
             raise ValueError(f"certificate: {error}") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def _are_metrics(value: Any) -> bool:
+    return isinstance(value, dict) and all(one is None or _is_number(one) for one in value.values())
+
+
+# what each key of a file must be, in words and as a test
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "objective_name": ("a name", lambda value: isinstance(value, str)),
+    "objective": ("a finite number", _is_number),
+    "bound": ("a finite number or null", lambda value: value is None or _is_number(value)),
+    "bound_name": ("a name", lambda value: isinstance(value, str)),
+    "gap_L": ("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value))),
+    "in_sample": ("numbers by name", _are_metrics),
+    "out_of_sample": (
+        "numbers by name, by name of the data",
+        lambda value: isinstance(value, dict) and all(map(_are_metrics, value.values())),
+    ),
+    "seconds": ("a finite number", _is_number),
+    "robustness": (f"one of {', '.join(get_args(Robustness))}", lambda value: value in get_args(Robustness)),
+}
 
 
 def relative_gap(objective: float, bound: float) -> float:

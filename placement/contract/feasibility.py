@@ -37,24 +37,26 @@ def explain_slots(experts: int, slots: int, gpus: int, *, from_slots_per_gpu: bo
 
 
 def explain_memory(cluster: Cluster, layers: int, slots_per_gpu: int, experts: int) -> None:
-    """Check that every GPU's memory holds its slots, if the file gives sizes of experts and GPUs.
+    """Check that every GPU's memory holds its slots and the spare ones, if the file gives sizes of experts and GPUs.
 
     Raises:
         ValueError: with the number of slots that fit and the number of GPUs that would do.
     """
     size = cluster.model.bytes_per_expert
-    smallest = float(np.min(cluster.memory_bytes_G))
-    if size is None or slots_per_gpu * layers * size <= smallest:
+    smallest, spare = float(np.min(cluster.memory_bytes_G)), cluster.ep.spare_slots
+    if size is None or (slots_per_gpu + spare) * layers * size <= smallest:
         return
     gpu = int(np.argmin(cluster.memory_bytes_G))
-    fit = int(smallest // (layers * size))
-    needed = slots_per_gpu * layers * size
+    fit = max(int(smallest // (layers * size)) - spare, 0)
+    needed = (slots_per_gpu + spare) * layers * size
+    slots = f"{slots_per_gpu} slots" + (f" and {spare} spare ones" if spare else "")
     message = (
-        f"GPU {gpu} has {format_size(smallest)} for experts, but {slots_per_gpu} slots x {layers} layers x "
+        f"GPU {gpu} has {format_size(smallest)} for experts, but {slots} x {layers} layers x "
         f"{format_size(size)} need {format_size(needed)}"
     )
     if fit == 0:
-        raise ValueError(f"{message}; not even one slot per layer fits: use larger GPUs or smaller experts")
+        fewer = ", or fewer spare slots" if spare else ""
+        raise ValueError(f"{message}; not even one slot per layer fits: use larger GPUs or smaller experts{fewer}")
     enough = -(-experts // fit)
     hint = f"use {fit} slots per GPU" if fit * cluster.num_gpus >= experts else f"use at least {enough} GPUs"
     raise ValueError(f"{message}; {fit} slots fit: {hint}")

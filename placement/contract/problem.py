@@ -139,11 +139,12 @@ class Problem:
 
     @property
     def fits_gpus(self) -> bool:
-        """Whether every GPU holds its slots; true where sizes are not known, or lower tiers are not allowed."""
+        """Whether every GPU holds its slots and spare ones; true if sizes are unknown, or there are no lower tiers."""
         size = self.cluster.model.bytes_per_expert
         if size is None or not self.cluster.has_lower_tiers:
             return True
-        return self.slots_per_gpu * self.num_layers * size <= float(np.min(self.cluster.memory_bytes_G))
+        slots = self.slots_per_gpu + self.cluster.ep.spare_slots
+        return slots * self.num_layers * size <= float(np.min(self.cluster.memory_bytes_G))
 
     @property
     def load_WLE(self) -> Float:

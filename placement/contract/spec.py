@@ -130,11 +130,15 @@ class Links(Strict):
 
 
 class ExpertParallel(Strict):
-    """How the engine runs experts: `ht` sends once per node, `ll` once per expert; `dedup` says where copies merge."""
+    """How the engine runs experts: `ht` sends once per node, `ll` once per expert; `dedup` says where copies merge.
+
+    `spare_slots` of each GPU and layer stay empty: room for later replicas and for what a migration receives first.
+    """
 
     size: Count | None = None
     order: Literal["node-major"] = "node-major"
     slots_per_gpu: Count | None = None
+    spare_slots: Annotated[int, Field(ge=0)] = 0
     mode: Literal["ht", "ll"] = "ht"
     dedup: Literal["node", "gpu", "none"] = "node"
     dispatch: Literal["nearest", "uniform", "quota"] = "uniform"

@@ -3,8 +3,12 @@
 Shapes: L layers, E experts.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
+
+from routing.traces import RoutingTrace
 
 Float = NDArray[np.float64]
 # Mean Gini of recorded traffic: DeepSeek-R1 0.32 to 0.45 in six workloads, GPT-OSS-20B 0.39. Random tokens gave 2.35
@@ -22,12 +26,18 @@ def gini_L(load_LE: Float) -> Float:
     return np.where(total_L > 0, 2 * ranked_L / np.maximum(E * total_L, 1e-300) - (E + 1) / E, 0.0)
 
 
-def planning_notes(loads: dict[str, Float], *, has_domains: bool) -> list[str]:
+def has_domains(traces: Iterable[RoutingTrace | None]) -> bool:
+    """Whether data hold several workloads: several sets of them, or sequences of a trace."""
+    found = list(traces)
+    return len(found) > 1 or any(one is not None and np.ptp(one.sequence_T) > 0 for one in found)
+
+
+def planning_notes(loads: dict[str, Float], *, is_broad: bool) -> list[str]:
     """One sentence for each sign.
 
     Args:
         loads: of each scenario, by the name of its data.
-        has_domains: whether the data hold several workloads: scenarios, or sequences of a trace.
+        is_broad: whether the data hold several workloads, as `has_domains` tells, or others judge the plan.
     """
     notes = []
     for name, load_LE in loads.items():
@@ -42,6 +52,6 @@ def planning_notes(loads: dict[str, Float], *, has_domains: bool) -> list[str]:
         notes.append(
             "every load is named prefill: plans on prefill alone served decode worst of all; add a decode load"
         )
-    if not has_domains:
+    if not is_broad:
         notes.append("planned on one workload: on others balance may be far lower; give several --loads, or --validate")
     return notes

@@ -11,6 +11,7 @@ from ..contract.plan import Plan
 from .extra_layers import with_extra_layers
 from .hygon import export_hygon, validate_hygon
 from .ktransformers import export_ktransformers, validate_ktransformers
+from .lplb import export_lplb, validate_lplb
 from .omni import export_omni, validate_omni
 from .sglang import export_sglang, export_sglang_count, validate_sglang, validate_sglang_count
 from .tensorrt_llm import export_tensorrt_llm, validate_tensorrt_llm
@@ -72,6 +73,12 @@ FORMATS: dict[str, Format] = {
         usage='--eplb-config \'{{"num_redundant_experts": {replicas}, "expert_map_path": "{file}"}}\'',
         checked="the documentation of Hygon's vLLM plugin of 2026 (format version 1)",
     ),
+    "lplb": Format(
+        export=export_lplb,
+        validate=validate_lplb,
+        usage="one lplb.Planner per layer of {file} (docs/engines.md)",
+        checked="LPLB of 2026 (lplb/planner.py)",
+    ),
     "omni": Format(
         export=export_omni,
         validate=validate_omni,
@@ -117,8 +124,10 @@ def export_plan(plan: Plan, format_name: str, path: Path, *, extra_layers: int =
         raise ValueError(
             f"{format_name} keeps every expert on GPUs, in equal numbers of slots; this plan uses host memory or SSDs: "
             f"export one node of it as {WITH_TIERS[0]} (`expertier place part`), or run it with `expertier generate "
-            "--plan`"
+            "--plan --node`"
         )
+    if extra_layers and format_name == "lplb":
+        raise ValueError("lplb has its own start for layers without loads: a Planner that is told nothing; use 0")
     written = with_extra_layers(plan, extra_layers)
     trial = path.with_name(f".{path.name}.{os.getpid()}{_suffix(path)}")
     try:

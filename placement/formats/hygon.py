@@ -27,9 +27,25 @@ def validate_hygon(path: Path, plan: Plan | None = None) -> None:
     Raises:
         ValueError: with the first thing that the plugin would refuse, or that differs from `plan`.
     """
-    entries = [_checked(path, entry) for entry in _entries(path, read_json(path))]
-    if plan and _rows(plan) not in entries:
+    maps = _maps(path)
+    if plan and _rows(plan) not in maps:
         raise ValueError(f"{path}: the map is not what the plan says")
+
+
+def read_hygon(path: Path) -> tuple[list[list[int]], None]:
+    """The experts in the slots of each layer; how many GPUs there are, the file does not say.
+
+    Raises:
+        ValueError: as above, and where the file holds several models.
+    """
+    maps = _maps(path)
+    if len(maps) > 1:
+        raise ValueError(f"{path}: maps of {len(maps)} models; keep the one that is to be read")
+    return maps[0], None
+
+
+def _maps(path: Path) -> list[list[list[int]]]:
+    return [_checked(path, entry) for entry in _entries(path, read_json(path))]
 
 
 def _entries(path: Path, value: Any) -> list[Any]:

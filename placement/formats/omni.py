@@ -9,8 +9,8 @@ import numpy as np
 
 from routing.ground.files import atomic_write
 
+from ..checking.check import doubled_copies
 from ..contract.plan import Plan
-from ..scoring.check import doubled_copies
 from .reading import MAX_BYTES
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from routing.ground.files import write_json
 
+from ..checking.check import doubled_copies
 from ..contract.plan import Plan
-from ..scoring.check import doubled_copies
 from .reading import read_json, require_complete, table_of_ints
 
 

@@ -8,7 +8,6 @@ from .expression import find_objective, weighted, with_churn, without_churn
 from .objective import (
     Objective,
     PartWeights,
-    Robustness,
     Term,
     evaluate,
     evaluate_L,
@@ -22,7 +21,6 @@ __all__ = [
     "OBJECTIVES",
     "Objective",
     "PartWeights",
-    "Robustness",
     "Term",
     "evaluate",
     "evaluate_L",

@@ -5,17 +5,16 @@ Shapes: W scenarios, L layers.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..contract.certificate import Robustness
 from ..contract.cluster import Cluster
 from ..contract.plan import Plan
 from ..contract.problem import Problem, Scenario
 
 Float = NDArray[np.float64]
-Robustness = Literal["mean", "max", "cvar"]
 CVAR_SHARE = 0.5  # the worse half of the scenarios; with two of them the worst one. Untried elsewhere
 
 

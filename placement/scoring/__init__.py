@@ -1,1 +1,1 @@
-"""Scores a plan, and checks that score by other code."""
+"""Scores a plan on data."""

@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bounds.choice import objective_bound, tighten
-from ..contract.certificate import relative_gap
+from ..checking.check import check_plan
+from ..contract.certificate import Robustness, relative_gap
 from ..contract.plan import Plan
 from ..contract.problem import Problem, Scenario
-from ..objectives import Objective, Robustness, evaluate_L, find_objective, without_churn
+from ..objectives import Objective, evaluate_L, find_objective, without_churn
 from ..objectives.balance import imbalance_L
 from ..objectives.fanout import gpu_fanout_L, node_fanout_L
 from ..objectives.hops import hop_share
-from .check import check_plan
 
 Float = NDArray[np.float64]
 METRICS = ("balancedness", "gpu_fanout", "node_fanout", "hops")

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..contract.certificate import Certificate
+from ..checking.check import require_valid
+from ..contract.certificate import Certificate, Robustness
 from ..contract.plan import Plan
 from ..contract.problem import Problem
-from ..objectives import Objective, Robustness
-from ..scoring.check import require_valid
+from ..objectives import Objective
 from ..scoring.score import METRICS, score
 
 Float = NDArray[np.float64]
@@ -94,6 +94,7 @@ def certify(
         gap_L=found.gap_L,
         in_sample={key: getattr(found, key) for key in METRICS},
         seconds=time.perf_counter() - began,
+        robustness=robustness,
     )
     plan = plan.with_certificate(certificate)
     require_valid(plan, problem)

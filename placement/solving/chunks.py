@@ -97,7 +97,7 @@ def stop_after(current: Plan, migration: Migration, chunks: list[Chunk]) -> Migr
         steps=steps,
         moved_bytes=len(moves) * size,
         node_crossing_bytes=sum(step.crosses_nodes for step in moves) * size,
-        peak_extra_bytes=size if any(len(one.changes) > 1 for one in done) else 0.0,
+        peak_extra_bytes=0.0 if current.cluster.ep.spare_slots or all(len(one.changes) == 1 for one in done) else size,
     )
 
 

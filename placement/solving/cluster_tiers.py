@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from routing.ground.expect import expect_name
 
+from ..checking.tiers import tier_faults
 from ..contract.certificate import PROVEN, Certificate, relative_gap
 from ..contract.plan import Plan
 from ..contract.problem import Problem
-from ..scoring.check_tiers import tier_faults
 from ..tiers.exchange import TierSearch
 from ..tiers.layout import OBJECTIVE, named_multipliers, plan_of, scenario_seconds
 from ..tiers.model import TierModel, tier_model

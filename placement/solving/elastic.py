@@ -47,7 +47,7 @@ class Migration:
         plan: the target, its GPUs renumbered to keep most copies in place.
         steps: transfers and drops in order.
         moved_bytes, node_crossing_bytes: of all transfers, and of those between nodes; copies if no size is known.
-        peak_extra_bytes: largest memory above max(old, new) slots that any GPU needs at a time.
+        peak_extra_bytes: largest memory above max(old, new) slots, spare ones counted, that any GPU needs at a time.
     """
 
     plan: Plan
@@ -171,7 +171,7 @@ def _order_layer(current: Plan, target: Plan, layer: int) -> tuple[list[Transfer
     holds += [set() for _ in range(target.cluster.num_gpus - len(holds))]
     wants = [set(np.flatnonzero(row).tolist()) for row in (target.copies_LEG[layer] > 0).T]
     wants += [set() for _ in range(len(holds) - len(wants))]
-    room = [max(current.slots_per_gpu, target.slots_per_gpu)] * len(holds)
+    room = [_room(current, target)] * len(holds)
     node_of = _node_of(current, target, len(holds))
     copies = {expert: sum(expert in held for held in holds) for expert in range(target.num_experts)}
     steps: list[Transfer | Drop] = []
@@ -193,6 +193,11 @@ def _order_layer(current: Plan, target: Plan, layer: int) -> tuple[list[Transfer
     for gpu, held in enumerate(holds):
         _free(layer, gpu, held, wants[gpu], copies, steps)
     return steps, peak
+
+
+def _room(current: Plan, target: Plan) -> int:
+    """Copies of a layer that a GPU may hold on the way: slots of either plan, with those that it leaves free."""
+    return max(plan.slots_per_gpu + plan.cluster.ep.spare_slots for plan in (current, target))
 
 
 def _free(

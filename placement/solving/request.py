@@ -11,11 +11,12 @@ import numpy as np
 
 from routing.ground.expect import expect_name
 
+from ..contract.certificate import Robustness
 from ..contract.notes import cluster_notes
 from ..contract.plan import Plan
 from ..contract.problem import Problem
-from ..data.suspicion import planning_notes
-from ..objectives import Objective, Robustness, find_objective, with_churn
+from ..data.suspicion import has_domains, planning_notes
+from ..objectives import Objective, find_objective, with_churn, without_churn
 from ..objectives.churn import Churn, churn
 from ..run.budget import Progress
 from ..scoring.score import ordered_report
@@ -98,9 +99,11 @@ def run_request(request: SolveRequest, progress: Progress | None = None) -> Solv
     if request.holdout:
         problem, held[HELD_OUT] = split_by_sequence(problem, request.holdout, request.seed)
     objective = cast(Objective, request.objective)
+    if request.churn_weight:
+        objective = with_churn(objective, request.churn_weight)
     plan = solve(
         problem,
-        objective=with_churn(objective, request.churn_weight) if request.churn_weight else objective,
+        objective=objective,
         solver=request.solver,
         time_limit_s=request.time_limit_s,
         seed=request.seed,
@@ -108,13 +111,17 @@ def run_request(request: SolveRequest, progress: Progress | None = None) -> Solv
         balance_floor=request.balance_floor,
         progress=progress,
     )
+    if request.holdout:
+        plan = replace(plan, metadata={**plan.metadata, "holdout": {"share": request.holdout, "seed": request.seed}})
     plan = validate_plan(plan, held)
     moved = None
     if problem.current is not None:
-        plan = plan if request.churn_weight else match_gpus(problem.current, plan)
+        # a plan that was judged by what it moves keeps its numbers of GPUs, and so its certificate
+        plan = plan if without_churn(objective) is not objective else match_gpus(problem.current, plan)
         moved = churn(problem.current, plan, plan.cluster.model.bytes_per_expert or 1.0)
     loads = {scenario.name: scenario.load_LE for scenario in problem.scenarios}
-    notes = planning_notes(loads, has_domains=len(loads) > 1 or problem.has_tokens or bool(held))
+    is_broad = bool(held) or has_domains(scenario.trace for scenario in problem.scenarios)
+    notes = planning_notes(loads, is_broad=is_broad)
     return SolveResult(plan=plan, churn=moved, notes=cluster_notes(plan.cluster) + notes)
 
 

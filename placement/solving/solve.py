@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 
 from routing.ground.expect import expect_name
 
+from ..contract.certificate import Robustness
 from ..contract.feasibility import explain_memory
 from ..contract.plan import Plan
 from ..contract.problem import Problem
-from ..objectives import Objective, Robustness, find_objective
+from ..objectives import Objective, find_objective
 from ..run.budget import Budget, Progress
 from .certify import certify, make_plan
 from .solvers import SOLVERS, Solver

@@ -12,7 +12,9 @@ from ..contract.certificate import PROVEN
 from ..contract.problem import Problem
 from ..heuristics.baselines import biased_counts_LE, contiguous_LP, random_LP, round_robin_LP
 from ..heuristics.eplb import eplb
+from ..heuristics.fill import fill_LP
 from ..heuristics.first import first_LP
+from ..heuristics.lplb import lplb_LP
 from ..heuristics.lpt import lpt_LP
 from ..heuristics.replication import slots_of
 from ..objectives import Objective, PartWeights
@@ -70,6 +72,28 @@ def _eplb_map(problem: Problem, groups: int) -> Integer:
 
 def _first(problem: Problem, objective: Objective, budget: Budget) -> Integer:
     return first_LP(problem.load_WLE.sum(axis=0), problem.num_slots, problem.num_gpus)
+
+
+def _fill(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    """Copies into the slots that the running plan leaves free; the others stay as they are."""
+    running, gpus = problem.current, problem.num_gpus
+    if running is None:
+        raise ValueError("solver fill adds copies to the plan that runs now: give it with --current")
+    now, free = running.slots_per_gpu, running.cluster.ep.spare_slots
+    if running.cluster.num_gpus != gpus or running.homes is not None:
+        raise ValueError(f"solver fill needs a running plan that keeps all experts on as many GPUs; here are {gpus}")
+    if not now < problem.slots_per_gpu <= now + free:
+        least, most = ((now + more) * gpus - problem.num_experts for more in (1, free))
+        raise ValueError(
+            f"the running plan has {now} slots on each GPU and leaves {free} free; {problem.slots_per_gpu} are asked "
+            f"for: use --replicas {least} to {most}"
+        )
+    load_LE = problem.load_WLE.sum(axis=0)
+    return fill_LP(running.physical_to_logical_LP, load_LE, problem.slots_per_gpu, problem.cluster.speed_G)
+
+
+def _lplb(problem: Problem, objective: Objective, budget: Budget) -> Integer:
+    return lplb_LP(problem.load_WLE.sum(axis=0), problem.num_slots, problem.num_gpus)
 
 
 def _biased(problem: Problem, objective: Objective, budget: Budget) -> Integer:
@@ -173,6 +197,8 @@ SOLVERS: dict[str, Solver] = {
     "eplb": _eplb,
     "eplb-global": _eplb_global,
     "first": _first,
+    "lplb": _lplb,
+    "fill": _fill,
     "biased": _biased,
     "lpt": _lpt,
     "search": _search,

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from ..checking.check import check_plan
 from ..contract.certificate import relative_gap
 from ..contract.plan import Plan
 from ..contract.problem import Problem
-from ..scoring.check import check_plan
 from ..tiers.layout import scenario_seconds, ways_of_plan
 from ..tiers.model import tier_model
 from ..tiers.relaxation import relax

@@ -107,7 +107,7 @@ def tier_model(problem: Problem, expert_bytes: float | Float | None = None) -> T
     """
     cluster, tiers = problem.cluster, problem.cluster.tiers
     bytes_L = _bytes_L(problem, expert_bytes)
-    ways = ways_of(cluster)
+    ways = _without_spare(ways_of(cluster), cluster.ep.spare_slots, bytes_L)
     steps = [("decode", tiers.batch, 1.0)]
     if tiers.chunk is not None:
         steps.append(("chunk", tiers.chunk, tiers.chunk_weight))
@@ -127,6 +127,13 @@ def tier_model(problem: Problem, expert_bytes: float | Float | None = None) -> T
     )
     expect_room(model)
     return model
+
+
+def _without_spare(ways: Ways, spare_slots: int, bytes_L: Float) -> Ways:
+    """Capacities of GPUs without the slots of each layer that stay free."""
+    is_gpu_U = np.array([name.startswith("GPU") for name in ways.pool_names])
+    left_U = np.maximum(ways.capacity_U - is_gpu_U * spare_slots * float(bytes_L.sum()), 0)
+    return replace(ways, capacity_U=left_U)
 
 
 def _whole_slots(ways: Ways, bytes_L: Float) -> Ways:

@@ -1,7 +1,6 @@
-"""The text of `nvidia-smi topo -m`, if it comes with `nvidia-smi -L` also the GPUs' names; tables of `rocm-smi`."""
+"""The text of `nvidia-smi topo -m`, if it comes with `nvidia-smi -L` also the GPUs' names."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,6 @@ def read_nvidia_smi_topo(path: Path, options: TopologyOptions | None = None, **s
             f"{path}: the GPUs are cut into MIG instances, which exchange nothing by NVLink or PCIe; "
             "switch MIG off, or write the cluster file by hand"
         )
-    if "XGMI" in text or "ROCm" in text:
-        return _rocm(path, text, chosen).mapping(chosen)
     cells = _cells(path, text)
     return _node(path, text, cells).mapping(chosen)
 
@@ -141,25 +138,3 @@ def _cards(cells: Cells, gpus: list[str], guessed: list[str]) -> int | None:
             f"nic: {', '.join(away)} share no PCIe switch with a GPU and are taken for storage or management"
         )
     return len(chosen)
-
-
-def _rocm(path: Path, text: str, options: TopologyOptions) -> DescribedNode:
-    """`rocm-smi --showtopo`: the table names XGMI and never its rate, so that has to be said."""
-    gpus = set(_rocm_gpus(text))
-    if not gpus:
-        raise ValueError(f"{path}: expected the link table of `rocm-smi --showtopo` with rows GPU0, GPU1, ...")
-    if options.nvlink_bytes_per_s is None:
-        raise ValueError(
-            f"{path}: an AMD link table of {len(gpus)} GPUs, which does not say how fast XGMI is; "
-            "say --nvlink RATE, all links of one GPU in one direction (MI300X: 448GB/s)"
-        )
-    return DescribedNode(
-        gpus=len(gpus), nvlink_bytes_per_s=options.nvlink_bytes_per_s, cards=None, card_bytes_per_s=None
-    )
-
-
-def _rocm_gpus(text: str) -> Iterator[str]:
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) > 1 and _GPU.match(words[0]) and not _GPU.match(words[1]):
-            yield words[0]

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..contract.cluster import Cluster
-from ..contract.homes import COMPUTED, Homes
-from ..contract.plan import EMPTY, Plan
+from .cluster import Cluster
+from .homes import COMPUTED, Homes
+from .plan import EMPTY, Plan
 
 Integer = NDArray[np.int64]
 
@@ -21,20 +21,20 @@ def node_part(plan: Plan, node: int) -> Plan:
     So `offload.load(plan=)` on that node keeps in memory what the plan put there, and can run the whole model.
 
     Args:
-        plan: with `homes`.
+        plan: of the whole cluster; without `homes` every expert is on GPUs.
         node: 0 .. M-1.
 
     Raises:
-        ValueError: if the plan has no homes below the GPUs, or no such node.
+        ValueError: if there is no such node.
     """
-    if plan.homes is None:
-        raise ValueError("the plan has no tiers; make one with `expertier place tiers --cluster`")
     if not 0 <= node < plan.cluster.num_nodes:
         raise ValueError(f"node {node} is outside 0..{plan.cluster.num_nodes - 1}")
     mine_G = np.flatnonzero(plan.cluster.node_G == node)
     per_gpu = plan.slots_per_gpu
     map_LP = plan.physical_to_logical_LP[:, mine_G[0] * per_gpu : (mine_G[-1] + 1) * per_gpu]
-    host_LE, ssd_LE = plan.homes.host_LEM[:, :, node], plan.homes.ssd_LEM[:, :, node].copy()
+    host_LE, ssd_LE = np.zeros((2, plan.num_layers, plan.num_experts), np.int8)
+    if plan.homes is not None:
+        host_LE, ssd_LE = plan.homes.host_LEM[:, :, node], plan.homes.ssd_LEM[:, :, node].copy()
     on_gpu_LE = (plan.copies_LEG[:, :, mine_G] > 0).any(axis=2)
     real_LE = np.arange(plan.num_experts) < plan.experts_L[:, None]
     foreign_LE = real_LE & ~on_gpu_LE & (host_LE == 0) & (ssd_LE == 0)

@@ -21,7 +21,7 @@ from ..contract.problem import Problem, Scenario
 from ..objectives.latency import layer_times
 from ..scoring.score import METRICS, Score
 from ..solving.comparison import Row, compare_with_baselines
-from .inputs import short_names
+from .names import short_names
 from .pictures import gaps, imbalance_over_time, load_maps, pareto, traffic_GG, traffic_maps
 
 __all__ = ["line", "traffic_GG", "write_page", "write_report"]

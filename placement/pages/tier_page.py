@@ -10,8 +10,8 @@ from ..contract.plan import Plan
 from ..contract.problem import Problem
 from ..solving.tier_score import TierScore, score_tiers
 from ..solving.what_if import what_more_brings
-from .report import line, write_page
-from .tier_report import memory_rows
+from ..tiers.memories import memory_rows
+from .page import line, write_page
 
 FULL = 0.98  # of a memory's bytes: the next expert of most models would not fit
 

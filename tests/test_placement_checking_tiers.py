@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from placement import Plan
-from placement.scoring.check import check_plan
+from placement.checking.check import check_plan
 from placement.solving.cluster_tiers import solve_cluster_tiers
 from tests.test_placement_tiers import cluster, problem
 

@@ -8,9 +8,9 @@ import pytest
 
 from placement import Cluster, Plan, Problem, generate_loads, generate_trace, solve
 from placement.bounds.choice import objective_bound
+from placement.checking.check import check_plan
+from placement.checking.objective import bounds_again
 from placement.objectives import find_objective
-from placement.scoring.check import check_plan
-from placement.scoring.check_metrics import bounds_again
 
 CASES = {
     "balance": (1, 4, 4, "balance"),
@@ -125,9 +125,9 @@ def test_other_data_than_the_planning_data_are_noticed(solved, seed):
 def test_bounds_by_other_means_are_the_bounds(solved):
     """What the checker derives equals what the solver claims, layer by layer, and not only bounds it."""
     problem, plan = solved
-    if (found := bounds_again(plan, problem)) is not None:
-        theirs = objective_bound(find_objective(plan.objective_name), problem, plan, "max").value_L
-        np.testing.assert_allclose(found, theirs, rtol=1e-6)
+    found = bounds_again(plan, problem, plan.objective_name, "max")
+    theirs = objective_bound(find_objective(plan.objective_name), problem, plan, "max").value_L
+    np.testing.assert_allclose(found, theirs, rtol=1e-6)
 
 
 def test_a_bound_that_the_loads_do_not_give_is_noticed():

@@ -19,19 +19,22 @@ MOST_EXPERTS = 64  # whose matching is priced; beyond it each expert takes its b
 
 def least_imbalances(plan: Plan, scenario: Scenario) -> list[float]:
     """A bound on each layer's imbalance by counting: the hottest experts, or copies, and what must lie beside them."""
+    return [least_imbalance(plan, load_E) for load_E in scenario.load_LE]
+
+
+def least_imbalance(plan: Plan, load_E: Float) -> float:
+    """The same of one layer; where copies may share unequally, nothing but the mean is certain."""
     speeds, slots = plan.cluster.speed_G, plan.num_slots
-    is_even = bool(np.all(speeds == speeds[0]))
-    found = []
-    for load_E in scenario.load_LE:
-        mean = load_E.sum() / speeds.sum()
-        if not mean:
-            found.append(1.0)
-        elif slots == len(load_E) and is_even:
-            found.append(max(1.0, _crowded(load_E, plan.cluster.num_gpus) / float(speeds[0]) / mean))
-        else:
-            peak = _least_copy(load_E, slots, plan.cluster.num_gpus)
-            found.append(max(1.0, peak / float(speeds.max()) / mean))
-    return found
+    if plan.experts_per_layer is not None:  # slots of ids that a layer does not have are free for copies
+        slots += plan.num_experts - min(plan.experts_per_layer)
+    mean = load_E.sum() / speeds.sum()
+    if not mean:
+        return 1.0
+    if slots == len(load_E) and np.all(speeds == speeds[0]):
+        return max(1.0, _crowded(load_E, plan.cluster.num_gpus) / float(speeds[0]) / mean)
+    if plan.dispatch != "uniform" and slots > len(load_E):
+        return 1.0
+    return max(1.0, _least_copy(load_E, slots, plan.cluster.num_gpus) / float(speeds.max()) / mean)
 
 
 def _crowded(load_E: Float, gpus: int) -> float:
