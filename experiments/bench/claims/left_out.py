@@ -22,7 +22,7 @@ WARM_UP = 4
 
 def skip_rows(steps: int, seed: int) -> list[Row]:
     """Bits per byte by the cosine from which feed-forwards are skipped, and the share of them that was."""
-    from moe.inference.skip_feed_forward import skip_feed_forward
+    from moe import skip_feed_forward
 
     model = _trained(steps, seed)
     rows: list[Row] = [{"variant": "all feed-forwards", "bits_per_byte": decoded_bits(model), "skipped": 0.0}]
@@ -35,7 +35,7 @@ def skip_rows(steps: int, seed: int) -> list[Row]:
 
 def exit_rows(steps: int, seed: int) -> list[Row]:
     """Bits per byte by the cosine from which tokens leave the decoder, and the layers that they passed."""
-    from moe.inference.early_exit import early_exit
+    from moe import early_exit
 
     model = _trained(steps, seed)
     rows: list[Row] = [{"variant": "all layers", "bits_per_byte": decoded_bits(model), "layers": float(LAYERS)}]
