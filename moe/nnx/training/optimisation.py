@@ -14,6 +14,7 @@ from jax import Array
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 EPSILON = 1e-8
+"""As torch and optax have it."""
 ADAMW_RMS = 0.2
 """Root mean square of AdamW's updates, which Muon's are scaled to: Liu et al. 2025, arXiv:2502.16982, section 2.2."""
 AXES = {
