@@ -54,6 +54,7 @@ TORCH_DTYPES = {
     "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
 }
+STORED_DTYPES = {name: stored for stored, name in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)

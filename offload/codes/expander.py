@@ -13,8 +13,8 @@ NIBBLES, BYTES = 2, 3
 """Numbers of stored forms in C; `stored_matrix.h` has the same ones, and the orders of the names below."""
 CODE_KINDS = ("e2m1", "offset4", "uint4", "nf4", "e4m3", "int8", "offset8", "uint8")
 SCALE_KINDS = ("F32", "BF16", "F16", "E4M3", "E8M0", "EXP2", "LDEXP")
-PRODUCT_KINDS = ("F32", "BF16", "F16", "F64")
-ZERO_KINDS = ("none", "packed", "bytes")
+PRODUCT_KINDS = ("F32", "BF16", "F16", "F64", "F127")
+ZERO_KINDS = ("none", "packed", "bytes", "floats")
 GLOBAL_KINDS = ("none", "multiplies", "divides")
 
 Parts = ctypes.c_void_p * len(ROLES)
@@ -85,10 +85,10 @@ def expand(
 def has_exact_kernel(encoding: Encoding) -> bool:
     """Whether C expands to the bits of the definition.
 
-    It knows codes of four and eight bits, and zeros that are codes. It rounds products of float32; those of float64 are
-    the same if a factor is a power of two.
+    It knows codes of four and eight bits whose groups are neighbours. It rounds products of float32; those of float64
+    are the same if a factor is a power of two.
     """
-    is_known = encoding.codes in CODE_KINDS and encoding.zero in ZERO_KINDS
+    is_known = encoding.codes in CODE_KINDS and not encoding.has_order
     return is_known and (encoding.product != "F64" or encoding.scale == "LDEXP")
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .decode import decode, unpack_bits
-from .schemes import Scheme, pack_bits
+from .bits import pack_bits, unpack_bits
+from .decode import decode
+from .schemes import Scheme
 
 NAME = re.compile(r"(planes|residual)-(\d{1,5})x(\d{1,2})")
 BASE_BITS = 2
