@@ -120,6 +120,6 @@ def test_plain_c_agrees_with_the_definition(name, plain_c):
     expected = decode(encoding, parts, rows, columns, torch.bfloat16)
     for is_transposed in (False, True):
         out = torch.zeros(*((columns, rows) if is_transposed else (rows, columns)), dtype=torch.bfloat16)
-        matrix = kernel_parts(parts), kernel_parameters(encoding, rows, columns), rows, columns
+        matrix = kernel_parts(parts), kernel_parameters(encoding, columns), rows, columns
         plain_c(kernel_number(encoding), *matrix, out.data_ptr(), is_transposed)
         expect_same_bits(out.t() if is_transposed else out, expected)

@@ -207,6 +207,16 @@ class StoredTensor:
         return tensor if key is Ellipsis else tensor[key]
 
 
+def read_bytes(file: Path, offset: int, nbytes: int) -> "torch.Tensor":
+    """Some bytes of a file, uint8, in memory of their own."""
+    import torch
+
+    raw = torch.empty(nbytes, dtype=torch.uint8)
+    with file.open("rb", buffering=0) as stream:
+        read_into(file, stream.fileno(), offset, memoryview(raw.numpy()))
+    return raw
+
+
 def read_tensor(entry: TensorEntry) -> "torch.Tensor":
     """Read one tensor into memory of its own."""
     import torch

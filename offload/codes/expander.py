@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from ..native.kernel_matrix import KernelMatrix
 from ..native.library import library
 from .encoding import CODE_BITS, ITEM_BYTES, ROLES, Encoding
 
@@ -16,6 +17,8 @@ SCALE_KINDS = ("F32", "BF16", "F16", "E4M3", "E8M0", "EXP2", "LDEXP")
 PRODUCT_KINDS = ("F32", "BF16", "F16", "F64", "F127")
 ZERO_KINDS = ("none", "packed", "bytes", "floats")
 GLOBAL_KINDS = ("none", "multiplies", "divides")
+ALL_ROWS = 1 << 30
+"""More rows than any matrix has: what stands for all of them."""
 
 Parts = ctypes.c_void_p * len(ROLES)
 Parameters = ctypes.c_int32 * 4
@@ -27,8 +30,11 @@ def kernel_number(encoding: Encoding) -> int:
 
 
 @cache
-def kernel_parameters(encoding: Encoding, rows: int, columns: int) -> "ctypes.Array[ctypes.c_int32]":
-    """Group rows, group columns, kind of codes and everything else: `parameter` of `struct stored_matrix`."""
+def kernel_parameters(encoding: Encoding, columns: int) -> "ctypes.Array[ctypes.c_int32]":
+    """Group rows, group columns, kind of codes and everything else: `parameter` of `struct stored_matrix`.
+
+    Matrices of one width share it, so that one call multiplies several, whatever their rows.
+    """
     details = (
         SCALE_KINDS.index(encoding.scale)
         | PRODUCT_KINDS.index(encoding.product) << 4
@@ -37,13 +43,19 @@ def kernel_parameters(encoding: Encoding, rows: int, columns: int) -> "ctypes.Ar
         | encoding.is_high_first << 16
         | encoding.is_word_aligned << 17
     )
-    group_rows, group_columns = encoding.group_rows or rows, encoding.group_columns or columns
+    group_rows, group_columns = encoding.group_rows or ALL_ROWS, encoding.group_columns or columns
     return Parameters(group_rows, group_columns, CODE_KINDS.index(encoding.codes), details)
 
 
 def kernel_parts(parts: Mapping[str, torch.Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
     """Addresses of the parts in the order of ROLES: `part` of `struct stored_matrix`."""
     return Parts(*(parts[role].data_ptr() if role in parts else None for role in ROLES))
+
+
+def kernel_matrix_of(encoding: Encoding, rows: int, columns: int, parts: Mapping[str, torch.Tensor]) -> KernelMatrix:
+    """A matrix of an encoding that `has_exact_kernel` as our C multiplies it."""
+    addresses = tuple(part or 0 for part in kernel_parts(parts))
+    return KernelMatrix(kernel_number(encoding), rows, columns, addresses, kernel_parameters(encoding, columns))
 
 
 def expand(
@@ -73,7 +85,7 @@ def expand(
     function(
         kernel_number(encoding),
         kernel_parts(parts),
-        kernel_parameters(encoding, rows, columns),
+        kernel_parameters(encoding, columns),
         rows,
         columns,
         out.data_ptr(),

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..native.kernel_matrix import KernelMatrix
 from .decode import decode
 from .encoding import Encoding
-from .expander import expand
+from .expander import expand, kernel_matrix_of
 from .hqq import HqqEncoding
 from .nested import NestedEncoding
 from .turned import TurnedEncoding
@@ -55,6 +56,11 @@ class StoredMatrix:
         else:
             plain = decode(encoding, parts, *shape, out.dtype)
         out.copy_(plain.t() if is_transposed else plain)
+
+    def kernel_matrix(self) -> KernelMatrix:
+        """As our C multiplies it, if it `has_exact_kernel`."""
+        assert isinstance(self.encoding, Encoding)
+        return kernel_matrix_of(self.encoding, self.rows, self.columns, self.parts)
 
     def packed(self) -> "StoredMatrix":
         """The matrix as a packed copy stores it.

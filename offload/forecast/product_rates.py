@@ -153,7 +153,7 @@ def _make_codes(encoding: Encoding, generator: torch.Generator) -> Sample:
         parts["codes"] &= 0xF7  # no code is NaN
     plain_FD = decode(encoding, parts, *SHAPE, torch.bfloat16)
     return Sample(
-        kernel_number(encoding), (parts["codes"], parts["scales"]), kernel_parameters(encoding, *SHAPE), plain_FD
+        kernel_number(encoding), (parts["codes"], parts["scales"]), kernel_parameters(encoding, SHAPE[1]), plain_FD
     )
 
 

@@ -15,7 +15,7 @@ from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer
 from ..codes.levels import LevelledScheme
-from .form import Extent, MatrixForm
+from .form import Extent, MatrixEncoder
 from .low_bit import stored_shape
 from .packed import PackedForm
 from .quantised_parts import rounded
@@ -42,7 +42,7 @@ class LevelledForm(PackedForm):
     is_transposed: bool = False
 
     name: ClassVar[str] = "levels"
-    linears: ClassVar[MatrixForm | None] = None
+    linears: ClassVar[MatrixEncoder | None] = None
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True
 

@@ -7,7 +7,9 @@ from routing.ground.quantity import format_size, parse_size
 
 from ..cache.starting import StartingPlan, TracedSlots, read_starting_plan
 from ..checkpoint.experts import experts_modules
+from ..compute.levels import multiplied_shapes
 from ..compute.resident import expected_saving, moved_twice_bytes
+from ..formats.resident.linears import IsMultiplied
 from ..gpu.lanes import Lane
 from ..gpu.plan.budget import plan_gpu, split_needs
 from ..gpu.plan.planning import gpu_limit, gpu_slot_bytes, hold_to
@@ -170,6 +172,11 @@ def choose_window(opened: OpenedCheckpoint, options: LoadOptions) -> WindowPlan 
     besides = replace(needs, weight_bytes=needs.weight_bytes - opened.guests.nbytes)
     room = room_besides(limit, besides, *shapes)
     return plan_window(opened.guests, room, options.resident_layers, options.layers_ahead)
+
+
+def stored_shapes(options: LoadOptions) -> IsMultiplied:
+    """Which shapes of linear layers stay in memory as the checkpoint stores them; none where a GPU computes them."""
+    return (lambda shape: False) if options.wants_gpu else multiplied_shapes(options.arithmetic)
 
 
 def _loading_bytes(opened: OpenedCheckpoint, needs: Needs) -> int:
