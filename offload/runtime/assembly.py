@@ -17,6 +17,7 @@ from ..gpu.lanes import Lane
 from ..gpu.tier import GpuTier
 from ..neurons.binding import BundledUnits
 from ..prefetch.find_routers import make_prefetcher
+from ..prefetch.hashed_layers import find_tables, read_by_ids
 from ..prefetch.pass_predictor import PassPrefetcher
 from ..store.io_mode import wants_direct
 from ..store.store import ExpertStore
@@ -83,6 +84,8 @@ def assemble(
     if division.starting is not None:
         running.fill(division.starting.experts_L)
     _attach(model, running)
+    if str(options.prefetch) != "off":
+        read_by_ids(model, find_tables(model, [form.layer for form in forms]), running)
     read_prompts_in_pieces(model, options.context)
     if forms or opened.streamed:
         guard_model(model, forms)
