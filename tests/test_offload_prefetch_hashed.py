@@ -10,7 +10,6 @@ from tests.quantised_checkpoints import logits_of
 from tests.test_offload_formats_families import WIDTHS
 from tests.test_offload_runtime_families import _small_model
 
-
 KINDS = ["hash_moe", "hash_moe", "moe"]
 
 

@@ -48,9 +48,7 @@ def read_by_ids(model: Any, tables: Mapping[int, torch.Tensor], runtime: Any) ->
         token_T = token_BS.reshape(-1)
         if int(token_T.min()) < 0 or int(token_T.max()) >= min(map(len, tables.values())):
             return  # the model refuses them
-        runtime.read_ahead(
-            {layer: most_used_first(table[token_T.to(table.device)]) for layer, table in tables.items()}
-        )
+        runtime.read_ahead({layer: most_used_first(table[token_T.to(table.device)]) for layer, table in tables.items()})
 
     if tables:
         model.register_forward_pre_hook(begin, with_kwargs=True)

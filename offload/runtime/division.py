@@ -26,7 +26,7 @@ from ..memory.budget import (
     spread_slots,
     sufficient_size,
 )
-from ..window.planning import WindowPlan, plan_window, smallest_window
+from ..window.planning import WindowPlan, plan_tables, plan_window, smallest_window
 from .needs import memory_needs
 from .opening import OpenedCheckpoint
 from .options import LoadOptions
@@ -165,8 +165,9 @@ def choose_window(opened: OpenedCheckpoint, options: LoadOptions) -> WindowPlan 
     if options.wants_gpu:
         return None
     limit, shapes = cpu_limit(options), (opened.slot_bytes_L, opened.experts_L, opened.top_k)
-    if options.resident_layers is None and room_besides(limit, needs_of(opened, options), *shapes) >= 0:
-        return None
+    if options.resident_layers is None and (room := room_besides(limit, needs_of(opened, options), *shapes)) >= 0:
+        one_token = sum(min(opened.top_k, count) * size for size, count in zip(*shapes[:2], strict=True))
+        return plan_tables(opened.guests) if room < opened.whole_bytes - one_token else None
     # streamed weights are plain, whatever the form of those in memory, and what stays may be no smaller
     needs = memory_needs(opened, options)
     besides = replace(needs, weight_bytes=needs.weight_bytes - opened.guests.nbytes)
