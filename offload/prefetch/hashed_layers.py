@@ -39,8 +39,6 @@ def read_by_ids(model: Any, tables: Mapping[int, torch.Tensor], runtime: Any) ->
         runtime: reads ahead.
     """
 
-    # a compiler would trace the reads
-    @torch.compiler.disable
     def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         token_BS = kwargs.get("input_ids", args[0] if args else None)
         if not isinstance(token_BS, torch.Tensor) or token_BS.is_floating_point() or not token_BS.numel():
@@ -51,4 +49,6 @@ def read_by_ids(model: Any, tables: Mapping[int, torch.Tensor], runtime: Any) ->
         runtime.read_ahead({layer: most_used_first(table[token_T.to(table.device)]) for layer, table in tables.items()})
 
     if tables:
-        model.register_forward_pre_hook(begin, with_kwargs=True)
+        # a compiler would trace the reads
+        hook = torch.compiler.disable(begin)  # type: ignore[no-untyped-call]
+        model.register_forward_pre_hook(hook, with_kwargs=True)

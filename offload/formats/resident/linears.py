@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -97,9 +98,9 @@ def room_of(nbytes: int) -> torch.Tensor:
     return torch.frombuffer(huge_mapping(nbytes), dtype=torch.uint8)
 
 
-def hold(module: nn.Module, stored: torch.Tensor, form: MatrixForm) -> None:
+def hold(module: Any, stored: torch.Tensor, form: MatrixForm) -> None:
     """Give a linear layer its weight as stored bytes."""
     shape = (module.out_features, module.in_features)
     module.weight = nn.Parameter(StoredWeight(stored, shape, form), requires_grad=False)
     # a compiler would trace the expansion, whose C works on addresses
-    module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+    module.forward = torch.compiler.disable(module.forward)  # type: ignore[no-untyped-call]
