@@ -293,3 +293,27 @@ def test_rows_that_blocks_do_not_divide(tmp_path):
         model = offload.load(tmp_path / "fp8", cache_experts=3, io=io)
         assert torch.equal(logits_of(model, TOKENS), logits_of(resident, TOKENS))
         model.offload.close()
+
+
+def _keep_head(file):
+    """What `fit` has of a model on the hub: the head, and a hole of the size of the rest."""
+    size, data = file.stat().st_size, file.read_bytes()
+    file.write_bytes(data[: 8 + int.from_bytes(data[:8], "little")])
+    with file.open("r+b") as stream:
+        stream.truncate(size)
+
+
+def test_shapes_that_are_values_are_told_by_the_codes_where_only_heads_are_here(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    folder, _ = make_folders(tmp_path, "int4", num_shards=1)
+    whole = open_headers(folder, None)
+    _keep_head(folder / "model.safetensors")
+    found = open_headers(folder, None)
+    assert [form.expert_bytes for form in found.forms] == [form.expert_bytes for form in whole.forms]
+
+
+def test_what_heads_cannot_tell_is_said(tmp_path):
+    folder, _ = make_folders(tmp_path, "hqq", num_shards=1)
+    _keep_head(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"\.packing: says how a matrix lies, and only the head of its file is here"):
+        open_headers(folder, None)

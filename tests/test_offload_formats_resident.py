@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 import offload
 from offload.compute.resident import weight_bytes
 from offload.formats.resident.linears import find_stored
-from offload.formats.resident.stored_weight import StoredWeight
+from offload.formats.resident.stored_weight import StoredWeight, kernel_matrix
 from offload.runtime.division import needs_of, stored_shapes
 from offload.runtime.opening import open_headers
 from offload.runtime.options import LoadOptions
@@ -58,6 +58,10 @@ def test_stored_bytes_are_counted_and_foretold(tmp_path):
 def test_single_tokens_are_multiplied_from_their_codes(tmp_path, monkeypatch):
     folder, _ = make_folders(tmp_path, "fp8 blocks F32")
     model = offload.load(folder, cache_experts=2, arithmetic="fixed")
+    attention = model.model.layers[0].self_attn
+    queries, keys = (kernel_matrix(linear.weight) for linear in (attention.q_proj, attention.k_proj))
+    assert queries.rows != keys.rows
+    assert queries.parameter is keys.parameter  # so that one call multiplies both
     monkeypatch.setattr(StoredWeight, "expanded", lambda weight: pytest.fail("expanded"))
     logits_of(model, TOKENS[:, :1])
 

@@ -19,7 +19,7 @@ PACKED_BITS = (4, 8, 3, 2)
 
 def packed_integers(codes: TensorEntry, companions: Companions, described: Quantisation) -> Found:
     """compressed-tensors: words of 32 bits along the columns, half of the range added to each code."""
-    shape = shape_in(companions["shape"])
+    shape = shape_in(companions["shape"]) or _shape_of_words(codes, described)
     lead, (rows, columns) = shape[:-2], shape[-2:]
     fitting = [bits for bits in PACKED_BITS if codes.shape == (*lead, rows, -(-columns * bits // WORD_BITS))]
     bits = next((bits for bits in fitting if bits in (described.bits or PACKED_BITS)), 0)
@@ -46,6 +46,12 @@ def packed_integers(codes: TensorEntry, companions: Companions, described: Quant
     if "order" in companions and not is_usual_order(companions["order"], encoding.group_columns or columns):
         encoding = replace(encoding, has_order=True)
     return Found(encoding=encoding, shape=shape, rows=rows, columns=columns)
+
+
+def _shape_of_words(codes: TensorEntry, described: Quantisation) -> tuple[int, ...]:
+    """The plain shape where the companion that holds it is not here: as many columns as there are codes."""
+    bits = described.bits[0] if described.bits else PACKED_BITS[0]
+    return (*codes.shape[:-1], codes.shape[-1] * WORD_BITS // bits)
 
 
 def turned_integers(codes: TensorEntry, companions: Companions, described: Quantisation) -> Found:
@@ -83,8 +89,12 @@ def turned_integers(codes: TensorEntry, companions: Companions, described: Quant
 
 def reshaped_integers(codes: TensorEntry, companions: Companions, described: Quantisation) -> Found:
     """HQQ: a weight reshaped to groups, each with a scale and a zero that is any number."""
-    shape, group, axis = shape_in(companions["shape"]), integer_in(companions["group"]), integer_in(companions["axis"])
-    packing = text_in(companions["packing"])
+    packing, group, axis = (
+        text_in(companions["packing"]),
+        integer_in(companions["group"]),
+        integer_in(companions["axis"]),
+    )
+    shape = shape_in(companions["shape"]) or ()
     if packing not in PACKINGS:
         raise ValueError(f"{companions['packing'].name}: names the packing {packing!r}; known: {', '.join(PACKINGS)}")
     if len(shape) != 2 or group < 1 or prod(shape) % group or axis not in (0, 1):
@@ -106,8 +116,8 @@ def reshaped_integers(codes: TensorEntry, companions: Companions, described: Qua
 
 def quantiles(codes: TensorEntry, companions: Companions, described: Quantisation) -> Found:
     """bitsandbytes: nf4 over the rows one after the other, the high half of a byte first."""
-    expect_quantiles(companions["map"])
     state = nf4_state(companions["state"])
+    expect_quantiles(companions["map"])
     rows, columns = state.shape
     is_nested = state.block_groups > 0
     if columns % state.group_columns or companions["scales"].dtype != ("U8" if is_nested else "F32"):

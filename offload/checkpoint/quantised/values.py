@@ -1,6 +1,8 @@
 """Companions whose values say how a matrix lies: they are read when the checkpoint is opened."""
 
+import errno
 import json
+import os
 import struct
 from dataclasses import dataclass
 
@@ -11,14 +13,16 @@ from ..tensors import TensorEntry, read_tensor
 
 MAX_DIMENSIONS = 3
 """Of a quantised tensor: experts, rows, columns."""
+PAGE_BYTES = 4096
+"""What files have holes of."""
 MAX_STATE_BYTES = 4096
 """Of a text in a tensor. The JSON in which bitsandbytes says how a matrix was quantised takes some 200."""
 PRODUCTS = {"bfloat16": "F32", "float32": "F32", "float16": "F16"}
 """To what bitsandbytes rounds products of float32, by the dtype it names, before the model's dtype."""
 
 
-def shape_in(entry: TensorEntry) -> tuple[int, ...]:
-    """A plain tensor's shape, which a companion holds.
+def shape_in(entry: TensorEntry) -> tuple[int, ...] | None:
+    """A plain tensor's shape, which a companion holds; None if only the head of its file is here.
 
     Raises:
         ValueError: if it holds something else.
@@ -26,6 +30,8 @@ def shape_in(entry: TensorEntry) -> tuple[int, ...]:
     if entry.dtype not in ("I64", "I32") or len(entry.shape) != 1 or not 2 <= entry.shape[0] <= MAX_DIMENSIONS:
         raise ValueError(f"{entry.name} {entry.dtype} {list(entry.shape)}: expected a shape of 2 or 3 integers")
     shape = struct.unpack(f"<{entry.shape[0]}{'q' if entry.dtype == 'I64' else 'i'}", _bytes_of(entry))
+    if not any(shape) and _is_absent(entry):
+        return None
     if min(shape) < 1:
         raise ValueError(f"{entry.name}: holds {list(shape)}, which is no shape")
     return shape
@@ -58,7 +64,12 @@ def text_in(entry: TensorEntry) -> str:
     """
     if entry.dtype != "U8" or entry.nbytes > MAX_STATE_BYTES:
         raise ValueError(f"{entry.name} {entry.dtype} {list(entry.shape)}: expected a short text in bytes")
-    return _bytes_of(entry).decode("latin-1")
+    data = _bytes_of(entry)
+    if not any(data) and _is_absent(entry):
+        raise ValueError(
+            f"{entry.name}: says how a matrix lies, and only the head of its file is here; download the model first"
+        )
+    return data.decode("latin-1")
 
 
 def expect_quantiles(entry: TensorEntry) -> None:
@@ -104,6 +115,17 @@ def nf4_state(entry: TensorEntry) -> Nf4State:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{entry.name}: not the state of an nf4 matrix ({error})") from error
     return found
+
+
+def _is_absent(entry: TensorEntry) -> bool:
+    """Whether nothing is stored from the next page of the file on: of a model on the hub that is only looked at, heads
+    are here, and holes for the rest."""
+    with entry.file.open("rb", buffering=0) as stream:
+        try:
+            os.lseek(stream.fileno(), -(-entry.offset // PAGE_BYTES) * PAGE_BYTES, os.SEEK_DATA)
+        except OSError as error:
+            return error.errno == errno.ENXIO
+    return False
 
 
 def _bytes_of(entry: TensorEntry) -> bytes:
