@@ -18,12 +18,10 @@ Matches = Mapping[str, Sequence[tuple[str, str | None]]]
 
 @dataclass(frozen=True)
 class CodedMatrix:
-    """A matrix as its codes and companions, each on a multiple of 64 bytes.
+    """A matrix `[rows, columns]` as its codes and companions, each on a multiple of 64 bytes.
 
     Args:
-        encoding: what they mean; one that our C knows.
-        rows: of the matrix.
-        columns: of the matrix.
+        encoding: what they mean; one that `has_exact_kernel`.
     """
 
     encoding: Encoding

@@ -24,13 +24,11 @@ IsMultiplied = Callable[[tuple[int, int]], bool]
 
 @dataclass(frozen=True, eq=False)
 class StoredLinear:
-    """A weight of a linear layer in a checkpoint.
+    """A weight of a linear layer that a checkpoint stores in a form.
 
     Args:
-        form: that it is held in.
-        shape: of the weight.
-        nbytes: that it takes in memory.
-        read: gives them, uint8.
+        nbytes: that it takes in memory, as it is stored.
+        read: gives these bytes, uint8, in memory of their own.
     """
 
     form: MatrixForm
