@@ -48,7 +48,13 @@ def make_folders(root, format_name, num_shards=2):
     return root / "quantised", plain
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
+SLOW_WEIGHTS = [name for name in FORMATS if name.startswith("hqq ") and name != "hqq axis 0"]
+"""More of the same packing, in other bits and dtypes."""
+
+
+@pytest.mark.parametrize(
+    "format_name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_WEIGHTS else name for name in FORMATS]
+)
 def test_every_weight_equals_its_owners_dequantisation(format_name, tmp_path):
     pytest.importorskip("compressed_tensors")
     folder, plain = make_folders(tmp_path, format_name)
@@ -89,7 +95,10 @@ def test_offloaded_equals_resident_in_place_and_packed(format_name, tmp_path):
                 model.offload.close()
 
 
-@pytest.mark.parametrize("format_name", ["gptq sorted unsaid", *NOT_PACKED])
+@pytest.mark.parametrize(
+    "format_name",
+    ["hqq axis 0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gptq sorted unsaid", "hqq across rows"))],
+)
 def test_groups_that_are_no_runs_of_rows_are_read_in_place_and_not_packed(format_name, tmp_path, monkeypatch):
     unsaid = FORMATS["gptq"][1], FORMATS["gptq sorted"][2]
     monkeypatch.setitem(FORMATS, "gptq sorted unsaid", ("gptq", *unsaid))

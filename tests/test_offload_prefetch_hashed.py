@@ -54,6 +54,7 @@ def test_reads_begin_before_the_embedding_and_are_of_use(folder):
     model.offload.close()
 
 
+@pytest.mark.slow
 def test_prompts_embeddings_and_unknown_ids_pass_as_before(folder):
     resident = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     model = offload.load(folder, cache_experts=2)

@@ -38,7 +38,7 @@ def test_rows_of_tables_are_read_in_place_of_the_tables(save, tmp_path, tiny_con
     found = [guest.name for guest in open_headers(tmp_path, None).guests.embeddings]
     assert name in found
     slots = {"cache_experts": 2} if save == "engram" else {}
-    for resident_layers in (0, 2) if save == "gemma3n" else (0,):
+    for resident_layers in (2,) if save == "gemma3n" else (0,):
         model = offload.load(tmp_path, resident_layers=resident_layers, **slots)
         table = model.get_submodule(name)
         assert next(table.parameters()).untyped_storage().nbytes() < 64
