@@ -204,6 +204,56 @@ def nf4(weight, generator, *, is_nested=False):
     return {"weight": codes, **{f"weight.{name}": tensor for name, tensor in beside.items()}}, plain
 
 
+def act_order(weight, generator):
+    """llm-compressor's GPTQ with actorder "group", by its equation: compressed-tensors 0.20 no longer has it."""
+    stored, _ = packed_integers(weight, generator)
+    group_I = torch.randperm(weight.shape[1], generator=generator) // 32
+    word_OI = stored["weight_packed"][..., None] >> 4 * torch.arange(8, dtype=torch.int32)
+    code_OI = (word_OI & 15).flatten(1) - 8
+    return stored | {"weight_g_idx": group_I.int()}, code_OI.to(BF16) * stored["weight_scale"][:, group_I]
+
+
+def llm_int8(weight, generator):
+    """bitsandbytes' LLM.int8, expanded as its own `int8_vectorwise_dequant` does, in float32."""
+    codes = torch.randint(-128, 128, weight.shape, dtype=torch.int8, generator=generator)
+    scale = 0.5 * torch.rand(len(weight), generator=generator)
+    stored = {"weight": codes, "SCB": scale, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return stored, (codes * scale.view(-1, 1) * 7.874015718698502e-3).to(BF16)
+
+
+def _hqq_packed(line_XY, bits):
+    """hqq's packing: the first lines in the highest bits."""
+    count, dtype = (10, torch.int32) if bits == 3 else (8 // bits, torch.uint8)
+    padded = torch.nn.functional.pad(line_XY, (0, 0, 0, -len(line_XY) % count))
+    parts = padded.to(dtype).chunk(count)
+    return sum(part << bits * (count - 1 - number) for number, part in enumerate(parts)).to(dtype)
+
+
+def hqq(weight, generator, *, bits=4, group=32, axis=1, dtype=BF16, is_float=False):
+    """HQQ as hqq's `state_dict` writes it, expanded as its `Quantizer.dequantize` does, in the dtype of the scales."""
+    rows, columns = weight.shape
+    count = weight.numel() // group
+    lines = (count, group) if axis == 1 else (group, count)
+    code = torch.randint(0, 1 << bits, lines, generator=generator)
+    one = (count, 1) if axis == 1 else (1, count)
+    scale = (0.01 * torch.rand(one, generator=generator)).to(dtype)
+    zero = ((1 << bits) * torch.rand(one, generator=generator)).to(dtype)
+    plain = ((code.to(dtype) - zero) * scale).reshape(rows, columns).to(BF16)
+    packed, packing = _hqq_packed(code, bits), "3bit_32" if bits == 3 else f"{bits}bit_u8"
+    texts = {"packing": packing, "compute_dtype": str(dtype)}
+    numbers = {"nbits": bits, "group_size": group, "axis": axis}
+    flags = {"view_as_float": is_float, "quant_zero": False, "quant_scale": False, "stores_quant_config": True}
+    return {
+        "W_q": packed.view(dtype) if is_float else packed,
+        "scale": scale,
+        "zero": zero,
+        "shape": torch.tensor(weight.shape),
+        **{name: torch.tensor(number, dtype=torch.int32) for name, number in numbers.items()},
+        **{name: torch.tensor(int(flag), dtype=torch.uint8) for name, flag in flags.items()},
+        **{name: torch.tensor(list(text.encode()), dtype=torch.uint8) for name, text in texts.items()},
+    }, plain
+
+
 def _groups(**weights):
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
 
@@ -212,8 +262,23 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [40, 40]}
 INT4 = _groups(num_bits=4, type="int", strategy="group", group_size=32)
 INT8 = _groups(num_bits=8, type="int", strategy="group", group_size=32)
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "checkpoint_format": "gptq"}
-PACKED_AS = {"gptq": "int4", "gptq 8 bits": "int8", "gptq v2": "int4", "awq": "int4"}
+HQQ = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 32}}}
+PACKED_AS = {
+    "gptq": "int4",
+    "gptq 8 bits": "int8",
+    "gptq v2": "int4",
+    "gptq sorted": "int4",
+    "awq": "int4",
+    "hqq": "int4",
+    "hqq float16": "int4",
+    "hqq 8 bits": "int8",
+    "hqq 3 bits": "int3",
+    "hqq 2 bits": "int2",
+    "hqq float": "int4",
+}
 """Forms that a packed copy turns to rows."""
+NOT_PACKED = ("hqq axis 0", "hqq across rows")
+"""Forms whose groups are no runs of rows."""
 partial = functools.partial
 FORMATS = {
     "fp8 blocks F32": ("fp8", FP8, fp8_blocks),
@@ -242,9 +307,20 @@ FORMATS = {
     "gptq": ("gptq", GPTQ, turned_integers),
     "gptq 8 bits": ("gptq", GPTQ | {"bits": 8}, partial(turned_integers, bits=8)),
     "gptq v2": ("gptq", GPTQ | {"checkpoint_format": "gptq_v2"}, partial(turned_integers, is_older=False)),
+    "gptq sorted": ("gptq", GPTQ | {"desc_act": True}, partial(turned_integers, is_sorted=True)),
     "awq": ("awq", {"quant_method": "awq", "bits": 4, "group_size": 32}, partial(turned_integers, by="awq")),
     "nf4": ("nf4", {"quant_method": "bitsandbytes", "load_in_4bit": True}, nf4),
     "nf4 nested": ("nf4", {"quant_method": "bitsandbytes", "load_in_4bit": True}, partial(nf4, is_nested=True)),
+    "int4 sorted": ("int4", INT4, act_order),
+    "int8 bitsandbytes": ("int8", {"quant_method": "bitsandbytes", "load_in_8bit": True}, llm_int8),
+    "hqq": ("hqq", HQQ, hqq),
+    "hqq float16": ("hqq", HQQ, partial(hqq, dtype=torch.float16, group=16)),
+    "hqq float": ("hqq", HQQ, partial(hqq, is_float=True)),
+    "hqq 8 bits": ("hqq", HQQ, partial(hqq, bits=8, dtype=torch.float32)),
+    "hqq 3 bits": ("hqq", HQQ, partial(hqq, bits=3)),
+    "hqq 2 bits": ("hqq", HQQ, partial(hqq, bits=2, dtype=torch.float16)),
+    "hqq axis 0": ("hqq", HQQ, partial(hqq, axis=0)),
+    "hqq across rows": ("hqq", HQQ, partial(hqq, group=128)),
     "int8 rows": ("int8", _groups(num_bits=8, type="int", strategy="channel"), int8_rows),
 }
 """What a form is called, what config.json says, and what writes a matrix."""

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 import offload
 from offload.checkpoint.model_folder import read_config, read_weights
+from offload.runtime.opening import open_headers
 from tests.quantised_checkpoints import logits_of, write_plain, write_tensors
 from tests.quantised_formats import FORMATS, fp8_blocks, packed_integers
 from tests.test_offload_formats_quantised import TOKENS, config_of, is_quantised, make_folders, quantise
@@ -113,12 +114,67 @@ def test_missing_companions_of_packed_weights(tmp_path):
     expect_refused(folder, rf"{EXPERT}\.weight_packed .* has no {EXPERT}\.weight_scale beside it")
 
 
-def test_groups_that_are_sorted_by_activation(tmp_path):
+def test_experts_of_which_one_is_sorted_by_activation(tmp_path):
     pytest.importorskip("compressed_tensors")
     folder, _ = make_folders(tmp_path, "int4", num_shards=1)
     order = {f"{EXPERT}.weight_g_idx": torch.arange(64).flip(0).int() // 32}
     change(folder, lambda tensors: tensors.update(order))
-    expect_refused(folder, rf"{EXPERT}\.weight_g_idx: columns are sorted by activation")
+    expect_refused(folder, r"the experts' tensors .* differ in shape, dtype or stored form")
+
+
+def test_columns_that_name_a_group_that_is_not_there(tmp_path):
+    folder, _ = make_folders(tmp_path, "gptq sorted", num_shards=1)
+    change(folder, lambda tensors: tensors[f"{EXPERT}.g_idx"].fill_(2))
+    with pytest.raises(ValueError, match="columns name groups from 2 to 2; there are 2"):
+        offload.write_pack(folder, folder / "pack")
+    change(folder, lambda tensors: tensors[f"{DENSE}.g_idx"].fill_(2))
+    with pytest.raises(ValueError, match="columns name groups from 2 to 2; there are 2"):
+        offload.load(folder, cache_experts=2)
+
+
+def _text(text):
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+DAMAGES = {
+    "int8 bitsandbytes": [
+        ("SCB", None, rf"{EXPERT}\.weight is stored as I8"),
+        ("SCB", torch.ones(95), rf"{EXPERT}\.SCB F32 \[95\]: expected \[96\]"),
+        ("SCB", torch.ones(96).bfloat16(), rf"{EXPERT}\.SCB BF16 \[96\]: scales of this dtype"),
+        (
+            "weight_format",
+            torch.tensor(2, dtype=torch.uint8),
+            r"weight_format: names the order of weights 2",
+        ),
+        ("weight_scale_2", torch.ones(1), rf"{EXPERT}\.weight_scale_2 F32 \[1\] stands beside"),
+        ("weight", None, r"needs 5 experts"),
+    ],
+    "hqq": [
+        ("zero", None, rf"{EXPERT}\.W_q U8 .* has no {EXPERT}\.zero beside it"),
+        ("packing", None, rf"has no {EXPERT}\.packing beside it"),
+        ("packing", _text("1bit_u8"), rf"{EXPERT}\.packing: names the packing '1bit_u8'"),
+        ("packing", _text("8bit_u8"), rf"{EXPERT}\.W_q U8 .*: has 3072 bytes, .* needs 6144"),
+        ("group_size", torch.tensor(37), rf"{EXPERT}\.W_q: groups of 37 along axis 1 are no division of \[96, 64\]"),
+        ("scale", torch.ones(96, 1).bfloat16(), rf"{EXPERT}\.scale BF16 \[96, 1\]: expected \[192, 1\]"),
+        ("zero", torch.ones(192, 1), rf"{EXPERT}\.zero F32 .*: expected the dtype of {EXPERT}\.scale BF16"),
+        ("compute_dtype", _text("torch.float16"), r"and of products \(torch\.float16\)"),
+        ("shape", torch.tensor([64, 96, 1]), rf"{EXPERT}\.W_q: groups of 32 along axis 1 are no division"),
+        ("W_q", None, rf"{EXPERT}\.|needs 5 experts"),
+    ],
+}
+
+
+@pytest.mark.parametrize("format_name", DAMAGES)
+def test_damages_of_a_format(format_name, tmp_path):
+    folder, _ = make_folders(tmp_path, format_name, num_shards=1)
+    whole = load_file(folder / "model.safetensors")
+    for name, tensor, message in DAMAGES[format_name]:
+        damaged = {key: value for key, value in whole.items() if key != f"{EXPERT}.{name}"}
+        damaged |= {} if tensor is None else {f"{EXPERT}.{name}": tensor}
+        save_file(damaged, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message) as refused:
+            open_headers(folder, None)
+        assert len(str(refused.value).splitlines()) == 1
 
 
 def test_a_file_that_ends_early(fp8):
@@ -237,3 +293,27 @@ def test_rows_that_blocks_do_not_divide(tmp_path):
         model = offload.load(tmp_path / "fp8", cache_experts=3, io=io)
         assert torch.equal(logits_of(model, TOKENS), logits_of(resident, TOKENS))
         model.offload.close()
+
+
+def _keep_head(file):
+    """What `fit` has of a model on the hub: the head, and a hole of the size of the rest."""
+    size, data = file.stat().st_size, file.read_bytes()
+    file.write_bytes(data[: 8 + int.from_bytes(data[:8], "little")])
+    with file.open("r+b") as stream:
+        stream.truncate(size)
+
+
+def test_shapes_that_are_values_are_told_by_the_codes_where_only_heads_are_here(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    folder, _ = make_folders(tmp_path, "int4", num_shards=1)
+    whole = open_headers(folder, None)
+    _keep_head(folder / "model.safetensors")
+    found = open_headers(folder, None)
+    assert [form.expert_bytes for form in found.forms] == [form.expert_bytes for form in whole.forms]
+
+
+def test_what_heads_cannot_tell_is_said(tmp_path):
+    folder, _ = make_folders(tmp_path, "hqq", num_shards=1)
+    _keep_head(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"\.packing: says how a matrix lies, and only the head of its file is here"):
+        open_headers(folder, None)

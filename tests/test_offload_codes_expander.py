@@ -35,6 +35,14 @@ ENCODINGS = {
         codes="uint4", group_rows=1, group_columns=128, scale="F16", product="F16", zero="packed", is_word_aligned=True
     ),
     "int8": Encoding(codes="int8", group_rows=1, group_columns=0, scale="F32"),
+    "int8 of 127": Encoding(codes="int8", group_rows=1, group_columns=0, scale="F32", product="F127"),
+    "int8 of 127 in groups": Encoding(codes="int8", scale="F32", product="F127", **MX),
+    "int8 float zeros": Encoding(codes="uint8", scale="F16", product="F16", zero="floats", **MX),
+    "int4 float zeros": Encoding(codes="uint4", scale="BF16", product="BF16", zero="floats", **MX),
+    "int4 float16 zeros": Encoding(
+        codes="uint4", group_rows=1, group_columns=64, scale="F16", product="F16", zero="floats"
+    ),
+    "int4 float32 zeros": Encoding(codes="offset4", scale="F32", product="F32", zero="floats", **MX),
     "int8 packed": Encoding(codes="offset8", scale="F16", product="F16", zero="packed", is_word_aligned=True, **MX),
     "nf4": Encoding(codes="nf4", group_rows=1, group_columns=64, scale="F32", is_high_first=True),
 }
@@ -112,6 +120,6 @@ def test_plain_c_agrees_with_the_definition(name, plain_c):
     expected = decode(encoding, parts, rows, columns, torch.bfloat16)
     for is_transposed in (False, True):
         out = torch.zeros(*((columns, rows) if is_transposed else (rows, columns)), dtype=torch.bfloat16)
-        matrix = kernel_parts(parts), kernel_parameters(encoding, rows, columns), rows, columns
+        matrix = kernel_parts(parts), kernel_parameters(encoding, columns), rows, columns
         plain_c(kernel_number(encoding), *matrix, out.data_ptr(), is_transposed)
         expect_same_bits(out.t() if is_transposed else out, expected)

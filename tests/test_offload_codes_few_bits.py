@@ -66,7 +66,7 @@ def test_products_from_planes_have_the_bits_of_the_decoded_matrix(shape, group):
     levels = scheme.encode(w_RC)
     planes = [joined(level) for level in levels[1:]]
     base = (levels[0]["codes"].data_ptr(), levels[0]["scales"].data_ptr(), levels[0]["zeros"].data_ptr(), 0)
-    parameter = kernel_parameters(scheme.base, *shape, is_sum=True)
+    parameter = kernel_parameters(scheme.base, shape[1], is_sum=True)
     stored, plain = [], []
     for depth in (1, 2, 3, 4):
         addresses = part_addresses(*base, *(plane.data_ptr() for plane in planes[: depth - 1]))

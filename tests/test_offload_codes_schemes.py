@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from offload.codes.schemes import FORMS, Scheme, pack_bits
+from offload.codes.bits import pack_bits
+from offload.codes.schemes import FORMS, Scheme
 from offload.lowbit.methods.rounding import hqq, rtn
 
 BF16 = torch.bfloat16

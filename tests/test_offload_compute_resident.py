@@ -7,7 +7,7 @@ from torch import nn
 from offload.compute.matvec import Matvecs
 from offload.compute.resident import move_to_huge_pages, store_linears, weight_bytes
 from offload.formats.compression import CompressedMatrix
-from offload.formats.stored_weight import StoredWeight
+from offload.formats.resident.stored_weight import StoredWeight
 
 
 def test_weights_keep_values_shapes_types_and_ties():

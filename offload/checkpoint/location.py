@@ -25,7 +25,7 @@ SMALL_FILES = (
 
 QUANTISATION_METHODS = (
     *("mxfp4", "fp8", "mxfp8", "compressed-tensors", "modelopt", "nvfp4", "fbgemm_fp8", "fp4"),
-    *("gptq", "awq", "bitsandbytes"),
+    *("gptq", "awq", "hqq", "bitsandbytes"),
 )
 """Values of `quant_method` whose tensors are known by their names."""
 

@@ -54,6 +54,7 @@ TORCH_DTYPES = {
     "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
 }
+STORED_DTYPES = {name: stored for stored, name in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,16 @@ class StoredTensor:
     def __getitem__(self, key: Any) -> "torch.Tensor":
         tensor = read_tensor(self._entry)
         return tensor if key is Ellipsis else tensor[key]
+
+
+def read_bytes(file: Path, offset: int, nbytes: int) -> "torch.Tensor":
+    """Some bytes of a file, uint8, in memory of their own."""
+    import torch
+
+    raw = torch.empty(nbytes, dtype=torch.uint8)
+    with file.open("rb", buffering=0) as stream:
+        read_into(file, stream.fileno(), offset, memoryview(raw.numpy()))
+    return raw
 
 
 def read_tensor(entry: TensorEntry) -> "torch.Tensor":

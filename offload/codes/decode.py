@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 
+from .bits import unpack_bits
 from .encoding import CODE_BITS, EXPONENT_SCALES, WORD_BYTES, Encoding
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -15,7 +16,15 @@ NF4 = (
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 """Quantiles of the normal distribution (QLoRA, arXiv:2305.14314, appendix E)."""
-PRODUCT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+PRODUCT_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F127": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+PART_OF_127 = 7.874015718698502e-3
+"""What products of LLM.int8 are multiplied by, in float32: bitsandbytes' own number for a 127th."""
 SCALE_DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -41,11 +50,13 @@ def decode(
     """
     code_RC = _code_numbers(encoding, parts["codes"], rows, columns)
     value_RC = code_values(encoding.codes)[code_RC]
+    group_C = _group_of_column(encoding, parts, rows, columns)
     if encoding.zero != "none":
-        value_RC = value_RC - _spread(_zeros(encoding, parts["zeros"], rows, columns), encoding, rows, columns)
+        value_RC = value_RC - _spread(_zeros(encoding, parts["zeros"], rows, columns), encoding, rows, group_C)
     product = PRODUCT_DTYPES[encoding.product]
-    scale_RC = _spread(_scales(encoding, parts, rows, columns), encoding, rows, columns)
-    return (value_RC.to(product) * scale_RC.to(product)).to(dtype)
+    scale_RC = _spread(_scales(encoding, parts, rows, columns), encoding, rows, group_C)
+    weight_RC = value_RC.to(product) * scale_RC.to(product)
+    return (weight_RC * PART_OF_127 if encoding.product == "F127" else weight_RC).to(dtype)
 
 
 @cache
@@ -72,21 +83,6 @@ def _code_numbers(encoding: Encoding, codes: torch.Tensor, rows: int, columns: i
         return unpack_bits(byte_RB, encoding.bits, columns)
     halves = (byte_RB >> 4, byte_RB & 15) if encoding.is_high_first else (byte_RB & 15, byte_RB >> 4)
     return torch.stack(halves, dim=-1).view(rows, -1)[:, :columns].int()
-
-
-def unpack_bits(byte_RB: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Numbers of fewer than eight bits, `[R, columns]` int32.
-
-    Args:
-        byte_RB: rows of bytes, which the numbers fill from the lowest bit on.
-        bits: of a number.
-        columns: numbers of a row.
-    """
-    wide_RB = torch.nn.functional.pad(byte_RB, (0, 1)).int()
-    begin_C = bits * torch.arange(columns)
-    low_RC = wide_RB[:, begin_C // 8] >> (begin_C % 8).int()
-    high_RC = wide_RB[:, begin_C // 8 + 1] << (8 - begin_C % 8).int()
-    return (low_RC | high_RC) & ((1 << bits) - 1)
 
 
 def _scales(encoding: Encoding, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> torch.Tensor:
@@ -124,7 +120,24 @@ def _zeros(encoding: Encoding, zeros: torch.Tensor, rows: int, columns: int) -> 
     return code_values(encoding.codes)[number.reshape(-1, across)[:down]]
 
 
-def _spread(value_XY: torch.Tensor, encoding: Encoding, rows: int, columns: int) -> torch.Tensor:
+def group_order(order: torch.Tensor, groups: int) -> torch.Tensor:
+    """The group of each column, int64, from its stored bytes.
+
+    Raises:
+        ValueError: if a number is that of no group.
+    """
+    group_C = order.clone().view(torch.int32).long()
+    if bool(((group_C < 0) | (group_C >= groups)).any()):
+        raise ValueError(f"columns name groups from {int(group_C.min())} to {int(group_C.max())}; there are {groups}")
+    return group_C
+
+
+def _group_of_column(encoding: Encoding, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> torch.Tensor:
+    if encoding.has_order:
+        return group_order(parts["order"], encoding.grid(rows, columns)[1])
+    return torch.arange(columns) // (encoding.group_columns or columns)
+
+
+def _spread(value_XY: torch.Tensor, encoding: Encoding, rows: int, group_C: torch.Tensor) -> torch.Tensor:
     """A value of each group as a value of each weight, `[rows, columns]`."""
-    down = value_XY.repeat_interleave(encoding.group_rows or rows, dim=0)[:rows]
-    return down.repeat_interleave(encoding.group_columns or columns, dim=1)[:, :columns]
+    return value_XY.repeat_interleave(encoding.group_rows or rows, dim=0)[:rows, group_C]

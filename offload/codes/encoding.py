@@ -15,6 +15,8 @@ CODE_BITS = {
     "e2m1": 4,
     "offset2": 2,
     "offset3": 3,
+    "uint2": 2,
+    "uint3": 3,
     "offset4": 4,
     "uint4": 4,
     "nf4": 4,
@@ -23,11 +25,14 @@ CODE_BITS = {
     "offset8": 8,
     "uint8": 8,
 }
-"""Kinds of codes: floats of 4 and 8 bits, integers as they are (int8, uint4, uint8) or stored plus half of their range
-(offset2 to offset8), and the sixteen quantiles of QLoRA (nf4). Codes of 3 bits cross the borders of bytes."""
+"""Kinds of codes: floats of 4 and 8 bits, integers as they are (int8, uint2 to uint8) or stored plus half of their
+range (offset2 to offset8), and the sixteen quantiles of QLoRA (nf4). Codes of 3 bits cross the borders of bytes."""
 ROLES = ("codes", "scales", "zeros", "global")
+"""Parts that our C knows; `order`, the group of each column, is another one."""
 WORD_BYTES = 4
 """Of the int32 numbers that compressed-tensors, GPTQ and AWQ pack codes into."""
+ORDER_BYTES = 4
+"""Of a column's group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +44,15 @@ class Encoding:
         group_rows: rows that share a scale; 0 is all rows.
         group_columns: columns that share a scale; 0 is all columns.
         scale: dtype of the scales, in ITEM_BYTES.
-        product: dtype to which code times scale is rounded before it is rounded to the model's dtype; F64 is exact.
+        product: dtype to which code times scale is rounded before it is rounded to the model's dtype; F64 is exact, and
+            F127 is float32, of which a 127th is then taken in float32.
         zero: `"none"`; `"packed"`, as codes that run down the columns in words of 32 bits; `"bytes"`, a code for each
-            scale; or `"floats"`, a number for each scale, of its dtype and in the units of the codes' values.
+            scale; or `"floats"`, a number for each scale, of its dtype and in the units of the codes' values, after
+            which the difference is rounded as the product is.
         scale_of_scales: `"none"`, or whether one float32 number `"multiplies"` or `"divides"` all scales.
         is_high_first: whether the high half of a byte is the earlier column.
         is_word_aligned: whether the codes of a row fill whole words of 32 bits.
+        has_order: whether an index (int32) names the group of each column; without one, groups are neighbours.
     """
 
     codes: str
@@ -56,6 +64,7 @@ class Encoding:
     scale_of_scales: str = "none"
     is_high_first: bool = False
     is_word_aligned: bool = False
+    has_order: bool = False
 
     @property
     def bits(self) -> int:
@@ -87,7 +96,7 @@ class Encoding:
         return -(-columns * self.bits // (8 * unit)) * unit
 
     def part_bytes(self, rows: int, columns: int) -> Mapping[str, int]:
-        """Bytes of each part that a matrix has, by role, in the order of ROLES."""
+        """Bytes of each part that a matrix has, by role, those of ROLES in their order."""
         down, across = self.grid(rows, columns)
         parts = {"codes": rows * self.row_bytes(columns), "scales": down * across * ITEM_BYTES[self.scale]}
         if self.zero == "packed":
@@ -96,6 +105,8 @@ class Encoding:
             parts["zeros"] = down * across * (ITEM_BYTES[self.scale] if self.zero == "floats" else 1)
         if self.scale_of_scales != "none":
             parts["global"] = ITEM_BYTES["F32"]
+        if self.has_order:
+            parts["order"] = columns * ORDER_BYTES
         return parts
 
     def row_offset(self, role: str, row: int, rows: int, columns: int) -> int:
@@ -104,7 +115,7 @@ class Encoding:
         Raises:
             ValueError: if a group would be cut.
         """
-        if row == 0 or role == "global" or (role == "scales" and self.group_rows == 0):
+        if row == 0 or role in ("global", "order") or (role == "scales" and self.group_rows == 0):
             return 0
         if role == "codes":
             return row * self.row_bytes(columns)

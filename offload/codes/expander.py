@@ -14,9 +14,11 @@ NIBBLES, BYTES, FEW_BITS = 2, 3, 5
 """Numbers of stored forms in C; `stored_matrix.h` has the same ones, and the orders of the names below."""
 CODE_KINDS = ("e2m1", "offset4", "uint4", "nf4", "e4m3", "int8", "offset8", "uint8", "offset2", "offset3")
 SCALE_KINDS = ("F32", "BF16", "F16", "E4M3", "E8M0", "EXP2", "LDEXP")
-PRODUCT_KINDS = ("F32", "BF16", "F16", "F64")
+PRODUCT_KINDS = ("F32", "BF16", "F16", "F64", "F127")
 ZERO_KINDS = ("none", "packed", "bytes", "floats")
 GLOBAL_KINDS = ("none", "multiplies", "divides")
+ALL_ROWS = 1 << 30
+"""More rows than any matrix has: what stands for all of them."""
 
 Parts = ctypes.c_void_p * PARTS
 Parameters = ctypes.c_int32 * 4
@@ -28,10 +30,10 @@ def kernel_number(encoding: Encoding) -> int:
 
 
 @cache
-def kernel_parameters(
-    encoding: Encoding, rows: int, columns: int, *, is_sum: bool = False
-) -> "ctypes.Array[ctypes.c_int32]":
+def kernel_parameters(encoding: Encoding, columns: int, *, is_sum: bool = False) -> "ctypes.Array[ctypes.c_int32]":
     """Group rows, group columns, kind of codes and everything else: `parameter` of `struct stored_matrix`.
+
+    Matrices of one width share it, so that one call multiplies several, whatever their rows.
 
     Args:
         is_sum: whether planes may be added to the codes.
@@ -45,13 +47,19 @@ def kernel_parameters(
         | encoding.is_word_aligned << 17
         | is_sum << 18
     )
-    group_rows, group_columns = encoding.group_rows or rows, encoding.group_columns or columns
+    group_rows, group_columns = encoding.group_rows or ALL_ROWS, encoding.group_columns or columns
     return Parameters(group_rows, group_columns, CODE_KINDS.index(encoding.codes), details)
 
 
 def kernel_parts(parts: Mapping[str, torch.Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
     """Addresses of the parts in the order of ROLES, without planes: `part` of `struct stored_matrix`."""
     return Parts(*(parts[role].data_ptr() if role in parts else None for role in ROLES))
+
+
+def kernel_matrix_of(encoding: Encoding, rows: int, columns: int, parts: Mapping[str, torch.Tensor]) -> KernelMatrix:
+    """A matrix of an encoding that `has_exact_kernel` as our C multiplies it."""
+    addresses = tuple(part or 0 for part in kernel_parts(parts))
+    return KernelMatrix(kernel_number(encoding), rows, columns, addresses, kernel_parameters(encoding, columns))
 
 
 def expand(
@@ -79,7 +87,7 @@ def expand(
     if not has_exact_kernel(encoding):
         return False
     addresses = tuple(part or 0 for part in kernel_parts(parts))
-    parameters = kernel_parameters(encoding, rows, columns)
+    parameters = kernel_parameters(encoding, columns)
     matrix = KernelMatrix(kernel_number(encoding), rows, columns, addresses, parameters)
     return expand_matrix(matrix, out, is_transposed=is_transposed)
 
@@ -98,14 +106,14 @@ def expand_matrix(matrix: KernelMatrix, out: torch.Tensor, *, is_transposed: boo
 def has_exact_kernel(encoding: Encoding) -> bool:
     """Whether C expands to the bits of the definition.
 
-    It knows codes of four and eight bits with zeros that are codes, and codes of two and three bits whose scales and
-    zeros are numbers of bfloat16. It rounds products of float32; those of float64 are the same if a factor is a power
-    of two.
+    It knows codes whose groups are neighbours: those of four and eight bits, and those of two and three bits whose
+    scales and zeros are numbers of bfloat16. It rounds products of float32; those of float64 are the same if a factor
+    is a power of two.
     """
+    is_known = encoding.codes in CODE_KINDS and not encoding.has_order
     if encoding.bits < 4:
         is_usual = (encoding.scale, encoding.scale_of_scales, encoding.group_rows) == ("BF16", "none", 1)
-        return is_usual and encoding.zero in ("none", "floats") and encoding.product in ("BF16", "F32")
-    is_known = encoding.codes in CODE_KINDS and encoding.zero in ("none", "packed", "bytes")
+        return is_known and is_usual and encoding.zero in ("none", "floats") and encoding.product in ("BF16", "F32")
     return is_known and (encoding.product != "F64" or encoding.scale == "LDEXP")
 
 

@@ -14,9 +14,10 @@ from functools import cached_property
 
 import torch
 
-from .decode import decode, unpack_bits
+from .bits import pack_bits, unpack_bits
+from .decode import decode
 from .encoding import Encoding
-from .schemes import Scheme, pack_bits
+from .schemes import Scheme
 
 NAME = re.compile(r"(planes|residual)-(\d{1,5})x(\d{1,2})")
 BASE_BITS = 2

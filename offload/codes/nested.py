@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .decode import decode
 from .encoding import ITEM_BYTES, Encoding
 
 TABLE_CODES = 256
@@ -66,6 +67,10 @@ class NestedEncoding:
     def is_in_order(self, parts: Mapping[str, torch.Tensor], columns: int) -> bool:
         """Columns of a group are neighbours."""
         return True
+
+    def decode(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """The weight `[rows, columns]`."""
+        return decode(self.packed, self.turn(parts, rows, columns), rows, columns, dtype)
 
     def turn(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> dict[str, torch.Tensor]:
         """The parts with plain scales: what `packed` describes."""

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 
+from .bits import pack_bits
 from .decode import E2M1, SCALE_DTYPES
 from .encoding import Encoding
 from .stored_matrix import StoredMatrix
@@ -198,22 +199,3 @@ class Scheme:
     def grouped(self, w_RC: torch.Tensor) -> torch.Tensor:
         """Rows, groups and columns of a group; the columns are a multiple of the group."""
         return w_RC.view(w_RC.shape[0], -1, self.group or w_RC.shape[1])
-
-
-def pack_bits(code_RC: torch.Tensor, bits: int, row_bytes: int) -> torch.Tensor:
-    """Numbers of at most eight bits as rows of bytes, the first in the lowest bits.
-
-    Args:
-        code_RC: uint8.
-        bits: of a number.
-        row_bytes: of a row; what the numbers do not fill is zero.
-
-    Returns:
-        `[R, row_bytes]`, uint8.
-    """
-    rows, columns = code_RC.shape
-    bit_RCb = (code_RC[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1
-    flat_RX = torch.zeros(rows, 8 * row_bytes, dtype=torch.uint8)
-    flat_RX[:, : columns * bits] = bit_RCb.reshape(rows, -1)
-    weight = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    return (flat_RX.view(rows, row_bytes, 8) * weight).sum(-1, dtype=torch.uint8)

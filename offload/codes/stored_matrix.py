@@ -5,14 +5,16 @@ from dataclasses import dataclass
 
 import torch
 
+from ..native.kernel_matrix import KernelMatrix
 from .decode import decode
 from .encoding import Encoding
-from .expander import expand
+from .expander import expand, kernel_matrix_of
+from .hqq import HqqEncoding
 from .nested import NestedEncoding
 from .turned import TurnedEncoding
 
-AnyEncoding = Encoding | TurnedEncoding | NestedEncoding
-"""The last two become the first when they are expanded or packed."""
+AnyEncoding = Encoding | TurnedEncoding | NestedEncoding | HqqEncoding
+"""The others become the first when they are expanded or packed, where their groups are runs of rows."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,31 +46,34 @@ class StoredMatrix:
             is_transposed: write the transpose.
         """
         shape, encoding, parts = (self.rows, self.columns), self.encoding, self.parts
-        if not isinstance(encoding, Encoding) and encoding.is_in_order(parts, self.columns):
-            self.packed().expand(out, is_transposed=is_transposed)
-            return
-        if isinstance(encoding, TurnedEncoding):
+        if not isinstance(encoding, Encoding):
+            if encoding.is_in_order(parts, self.columns):
+                self.packed().expand(out, is_transposed=is_transposed)
+                return
             plain = encoding.decode(parts, *shape, out.dtype)
-        elif isinstance(encoding, NestedEncoding):
-            raise AssertionError("scales of scales are always in order")
         elif out.dtype == torch.bfloat16 and expand(encoding, parts, *shape, out, is_transposed=is_transposed):
             return
         else:
             plain = decode(encoding, parts, *shape, out.dtype)
         out.copy_(plain.t() if is_transposed else plain)
 
+    def kernel_matrix(self) -> KernelMatrix:
+        """As our C multiplies it, if it `has_exact_kernel`."""
+        assert isinstance(self.encoding, Encoding)
+        return kernel_matrix_of(self.encoding, self.rows, self.columns, self.parts)
+
     def packed(self) -> "StoredMatrix":
         """The matrix as a packed copy stores it.
 
         Raises:
-            ValueError: if its columns are sorted by activation, so that groups are not neighbours.
+            ValueError: if weights of a group are not neighbours in a row, and no index says whose they are.
         """
         if isinstance(self.encoding, Encoding):
             return self
-        if not self.encoding.is_in_order(self.parts, self.columns):
+        if not (self.encoding.packed.has_order or self.encoding.is_in_order(self.parts, self.columns)):
             raise ValueError(
-                "columns are sorted by activation (desc_act), which a packed copy does not store; load the checkpoint "
-                "without one"
+                "weights of a group are not neighbours in a row (columns sorted by activation without desc_act in the "
+                "config, or axis 0 of HQQ), which a packed copy does not store; load the checkpoint without one"
             )
         parts = self.encoding.turn(self.parts, self.rows, self.columns)
         return StoredMatrix(encoding=self.encoding.packed, rows=self.rows, columns=self.columns, parts=parts)

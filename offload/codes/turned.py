@@ -1,8 +1,8 @@
 """Codes that run down the inputs (GPTQ, AWQ): what they mean, and the same weights as rows.
 
 A stored matrix here is `[columns, rows]` of the weight. It is turned each time that it is expanded; a packed copy holds
-it turned already. Columns that GPTQ sorted by activation have an index of their group, and cannot be turned to rows of
-groups; they are computed directly.
+it turned already. Columns that GPTQ sorted by activation have an index of their group, which a packed copy keeps: the
+columns stay where they are, so sums have the order of the plain weight.
 
 Source: AutoAWQ's `dequantize_gemm` and GPTQModel's `dequantize_weight`.
 """
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .decode import PRODUCT_DTYPES, SCALE_DTYPES
+from .bits import pack_bits
+from .decode import PRODUCT_DTYPES, SCALE_DTYPES, group_order
 from .encoding import ITEM_BYTES, WORD_BYTES, Encoding
 
 WORD_BITS = 8 * WORD_BYTES
@@ -32,6 +33,7 @@ class TurnedEncoding:
         scale: dtype of the scales, F16 or BF16; products are rounded to it.
         zero_offset: what is added to a stored zero, 1 in the older format of GPTQ.
         has_order: whether an index names the group of each column.
+        is_sorted: whether the index is more than the order of the columns.
     """
 
     form: str
@@ -40,6 +42,7 @@ class TurnedEncoding:
     scale: str
     zero_offset: int
     has_order: bool
+    is_sorted: bool = False
 
     @property
     def packed(self) -> Encoding:
@@ -51,6 +54,7 @@ class TurnedEncoding:
             scale=self.scale,
             product=self.scale,
             zero="bytes",
+            has_order=self.is_sorted,
         )
 
     def part_bytes(self, rows: int, columns: int) -> Mapping[str, int]:
@@ -75,25 +79,29 @@ class TurnedEncoding:
 
     def is_in_order(self, parts: Mapping[str, torch.Tensor], columns: int) -> bool:
         """Whether the columns of a group are neighbours."""
-        return not self.has_order or torch.equal(self._order(parts), torch.arange(columns) // self.group_columns)
+        return not self.has_order or torch.equal(
+            self._order(parts, columns), torch.arange(columns) // self.group_columns
+        )
 
     def turn(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> dict[str, torch.Tensor]:
-        """The parts of the turned weight, whose columns are in order: what `packed` describes."""
+        """The parts of the turned weight: what `packed` describes."""
         code_OI, zero_ON, scale_ON = self._numbers(parts, rows, columns)
-        if self.bits == 4:
-            code_OI = code_OI[:, ::2] | code_OI[:, 1::2] << 4
-        numbers = {"codes": code_OI.to(torch.uint8), "scales": scale_ON, "zeros": zero_ON.to(torch.uint8)}
-        return {role: number.contiguous().view(torch.uint8).reshape(-1) for role, number in numbers.items()}
+        if self.is_sorted:
+            self._order(parts, columns)  # refuses what is no group
+        packed_OB = pack_bits(code_OI.to(torch.uint8), self.bits, self.packed.row_bytes(columns))
+        numbers = {"codes": packed_OB, "scales": scale_ON, "zeros": zero_ON.to(torch.uint8)}
+        turned = {role: number.contiguous().view(torch.uint8).reshape(-1) for role, number in numbers.items()}
+        return turned | ({"order": parts["order"]} if self.is_sorted else {})
 
     def decode(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """The weight `[rows, columns]`, whatever the order of its columns."""
         code_OI, zero_ON, scale_ON = self._numbers(parts, rows, columns)
-        group_I = self._order(parts) if self.has_order else torch.arange(columns) // self.group_columns
+        group_I = self._order(parts, columns) if self.has_order else torch.arange(columns) // self.group_columns
         product = PRODUCT_DTYPES[self.scale]
         return ((code_OI - zero_ON[:, group_I]).to(product) * scale_ON[:, group_I]).to(dtype)
 
-    def _order(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return parts["order"].clone().view(torch.int32).long()
+    def _order(self, parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
+        return group_order(parts["order"], -(-columns // self.group_columns))
 
     def _numbers(
         self, parts: Mapping[str, torch.Tensor], rows: int, columns: int

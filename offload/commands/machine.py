@@ -157,7 +157,10 @@ def _show_fit(fitted: Any, cpu_memory: str) -> None:
         table.add_row(name, format_size(size))
     console.print(table)
     console.print(f"fits {format_size(fitted.plan.limit_bytes)} with {_held_by(fitted)} in memory")
-    if fitted.window is not None:
+    if fitted.window is not None and fitted.window.tables:
+        tables = sum(table.nbytes for table in fitted.window.tables)
+        console.print(f"read by rows: {format_size(tables)} of tables that token ids look up")
+    if fitted.streamed_bytes:
         console.print(
             f"streamed for each token: {format_size(fitted.streamed_bytes)} of layers outside experts, "
             f"{fitted.window.ahead} ahead"
@@ -183,7 +186,7 @@ def _consists_of(fitted: Any) -> str:
 
 def _held_by(fitted: Any) -> str:
     """How much of a model that fits is in memory."""
-    if fitted.window is not None:
+    if fitted.streamed_bytes:
         layers = f"{fitted.window.num_resident} of {len(fitted.window.guests.passing)} layers"
     else:
         layers = "all layers"
@@ -192,7 +195,7 @@ def _held_by(fitted: Any) -> str:
     slots, count = fitted.plan.num_slots, fitted.forms[0].layer.num_experts
     held = f"{min(slots)}" if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
     experts = f"{'all' if min(slots) >= count else f'{held} of {count}'} experts of each layer"
-    return experts if fitted.window is None else f"{layers} and {experts}"
+    return f"{layers} and {experts}" if fitted.streamed_bytes else experts
 
 
 def _show_budgets(budgets: Any) -> None:

@@ -6,7 +6,8 @@ fixed   logits are bit-identical at every budget, in every order of arrival, at 
 fast    logits are close; nothing else is promised
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +36,18 @@ def best_arithmetic(model: nn.Module, layers: Iterable[ExpertLayer]) -> str:
     if not exact.accepts(1) or all(exact.has_order(shape) for shape in shapes):
         return "exact"
     return "fixed"
+
+
+def multiplied_shapes(arithmetic: str) -> Callable[[Shape], bool]:
+    """Whether our C multiplies single tokens with a matrix of a shape: all of them, but where `exact` was asked for.
+
+    Args:
+        arithmetic: the level that was asked for. `auto` is `exact` only where no large shape is left to torch.
+    """
+    exact = Matvecs("exact")
+    if not exact.accepts(1):
+        return lambda shape: False
+    return cache(exact.has_order) if arithmetic == "exact" else lambda shape: True
 
 
 def described(matvecs: Matvecs) -> dict[str, Any]:

@@ -11,12 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe import Linear
-
+from ..formats.resident.linears import PLAIN_LINEARS
 from .matvec import Matvecs, is_in_memory
-
-# what they compute is known from the type alone
-PLAIN_LINEARS = (nn.Linear, Linear)
 
 
 def quicken_linears(model: nn.Module, matvecs: Matvecs) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..formats.stored_weight import expanded, kernel_matrix, stored_bytes
+from ..formats.resident.stored_weight import expanded, kernel_matrix, stored_bytes
 from ..native.kernel_matrix import KernelMatrix
 from .orders import BLOCKS, Order, Shape, any_given, orders
 

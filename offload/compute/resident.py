@@ -1,17 +1,13 @@
 """Where a model's resident weights lie: in huge pages, linear layers in a stored form if that is wanted."""
 
 from collections.abc import Collection
+from typing import Any
 
-import torch
 from torch import nn
 
-from ..formats.form import MatrixForm
-from ..formats.stored_weight import StoredWeight, stored_bytes
-from ..memory.huge_pages import huge_mapping
-from .linears import PLAIN_LINEARS
-
-ALIGNMENT_BYTES = 64
-"""A cache line, and a register of AVX-512: no load of a weight touches two lines."""
+from ..formats.form import MatrixEncoder
+from ..formats.resident.linears import PLAIN_LINEARS, aligned, hold, room_of
+from ..formats.resident.stored_weight import StoredWeight, stored_bytes
 
 
 def move_to_huge_pages(model: nn.Module, streamed: Collection[str] = ()) -> None:
@@ -25,15 +21,14 @@ def move_to_huge_pages(model: nn.Module, streamed: Collection[str] = ()) -> None
         streamed: full names of parameters that hold no memory.
     """
     parameters = _movable(model, streamed)
-    total = sum(_rounded(parameter.nbytes) for parameter in parameters)
+    total = sum(aligned(parameter.nbytes) for parameter in parameters)
     if not total:
         return
-    place = torch.frombuffer(huge_mapping(total), dtype=torch.uint8)
-    start = 0
+    place, start = room_of(total), 0
     for parameter in parameters:
         moved = place[start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         parameter.data = moved.copy_(parameter.data)
-        start += _rounded(parameter.nbytes)
+        start += aligned(parameter.nbytes)
 
 
 def moved_twice_bytes(model: nn.Module, streamed: Collection[str] = ()) -> int:
@@ -55,7 +50,7 @@ def _movable(model: nn.Module, streamed: Collection[str]) -> list[nn.Parameter]:
     ]
 
 
-def store_linears(model: nn.Module, form: MatrixForm, streamed: Collection[str] = ()) -> None:
+def store_linears(model: nn.Module, form: MatrixEncoder, streamed: Collection[str] = ()) -> None:
     """Hold a model's linear layers in a stored form where that saves memory, but for those that embeddings share.
 
     All lie in one mapping, of which only what is used takes memory, and each plain weight is freed in its turn.
@@ -66,18 +61,16 @@ def store_linears(model: nn.Module, form: MatrixForm, streamed: Collection[str] 
         streamed: full names of parameters that hold no memory.
     """
     linears = [linear for linear in _storable(model, form, streamed) if linear.weight.is_contiguous()]
-    total = sum(_rounded(module.weight.nbytes) for module in linears)
+    total = sum(aligned(module.weight.nbytes) for module in linears)
     if not total:
         return
-    place, start = torch.frombuffer(huge_mapping(total), dtype=torch.uint8), 0
+    place, start = room_of(total), 0
     for module in linears:
         if (encoded := form.encode(module.weight.data)) is None:
             continue
         stored = place[start : start + len(encoded)].copy_(encoded)
-        module.weight = nn.Parameter(StoredWeight(stored, module.weight.shape, form), requires_grad=False)
-        # a compiler would trace the expansion, whose C works on addresses
-        module.forward = torch.compiler.disable(module.forward)
-        start += _rounded(len(encoded))
+        hold(module, stored, form)
+        start += aligned(len(encoded))
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -92,18 +85,27 @@ def embedding_bytes(model: nn.Module) -> int:
     return sum(weight.nbytes for key, weight in embeddings.items() if key not in linears)
 
 
-def expected_saving(model: nn.Module, form: MatrixForm, streamed: Collection[str] = ()) -> int:
+def expected_saving(model: nn.Module, form: MatrixEncoder, streamed: Collection[str] = ()) -> int:
     """What `store_linears` will save, if weights are distributed normally; for models without weights."""
     weights = [linear.weight for linear in _storable(model, form, streamed)]
     return sum(weight.nbytes - form.expected_bytes((weight.shape[0], weight.shape[1])) for weight in weights)
 
 
-def expansion_bytes(model: nn.Module, form: MatrixForm) -> int:
-    """What the largest linear layer takes that is expanded while several tokens pass through it."""
-    return max((linear.weight.nbytes for linear in _storable(model, form)), default=0)
+def expansion_bytes(model: Any, form: MatrixEncoder | None) -> tuple[int, int]:
+    """What the largest stored linear layer takes that is expanded while several tokens pass through it, and the head.
+
+    Args:
+        model: in memory, or its skeleton.
+        form: that other linear layers are held in, or will be.
+    """
+    stored = {id(linear): linear for linear in model.modules() if isinstance(linear, nn.Linear) and _is_stored(linear)}
+    stored |= {} if form is None else {id(linear): linear for linear in _storable(model, form)}
+    head = stored.pop(id(model.get_output_embeddings()), None)
+    largest = max((linear.weight.nbytes for linear in stored.values()), default=0)
+    return largest, 0 if head is None else head.weight.nbytes
 
 
-def _storable(model: nn.Module, form: MatrixForm, streamed: Collection[str] = ()) -> list[nn.Linear]:
+def _storable(model: nn.Module, form: MatrixEncoder, streamed: Collection[str] = ()) -> list[nn.Linear]:
     """The linear layers in memory whose weights the form accepts and are no embedding's."""
     left = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     left |= {id(parameter) for name, parameter in model.named_parameters() if name in streamed}
@@ -112,9 +114,10 @@ def _storable(model: nn.Module, form: MatrixForm, streamed: Collection[str] = ()
         for module in model.modules()
         if type(module) in PLAIN_LINEARS
         and id(module.weight) not in left
+        and not _is_stored(module)
         and form.accepts(tuple(module.weight.shape), module.weight.dtype)
     ]
 
 
-def _rounded(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+def _is_stored(linear: nn.Linear) -> bool:
+    return isinstance(linear.weight, StoredWeight)

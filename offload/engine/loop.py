@@ -131,7 +131,8 @@ class Loop:
             return
         if sequence.is_cancelled:
             raise AbandonedPrefillError
-        if self._runtime.window is not None:  # a step within a layer would take the memory of its weights
+        window = self._runtime.window
+        if window is not None and window.plan.streamed:  # a step within a layer would take the memory of its weights
             return
         self._reading = None  # the steps below are not to be interrupted themselves
         self._end_cancelled(but=sequence)

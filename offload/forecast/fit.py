@@ -15,7 +15,7 @@ from ..gpu.plan.cost import GpuPrediction, predict_gpu_decode
 from ..gpu.plan.planning import expect_forms_on_gpu
 from ..memory.budget import Budgets, MemoryPlan, Needs
 from ..memory.cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
-from ..runtime.division import budgets_of, choose_window, divide_memory, needs_of
+from ..runtime.division import budgets_of, choose_window, divide_memory, needs_of, stored_shapes
 from ..runtime.opening import open_headers
 from ..runtime.options import DEFAULT_POLICY, LoadOptions
 from ..window.planning import WindowPlan
@@ -193,7 +193,7 @@ def fit(
         layers_ahead=layers_ahead,
     )
     with heads_of(path_or_id) as place:
-        opened = open_headers(place, pack)
+        opened = open_headers(place, pack, stored_shapes(options))
     opened = replace(opened, window=choose_window(opened, options))
     if gpu_memory is not None:
         expect_forms_on_gpu(opened.forms)

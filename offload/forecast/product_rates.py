@@ -162,7 +162,7 @@ def _make_codes(encoding: Encoding, generator: torch.Generator) -> Sample:
         parts["codes"] &= 0xF7  # no code is NaN
     plain_FD = decode(encoding, parts, *SHAPE, torch.bfloat16)
     return Sample(
-        kernel_number(encoding), (parts["codes"], parts["scales"]), kernel_parameters(encoding, *SHAPE), plain_FD
+        kernel_number(encoding), (parts["codes"], parts["scales"]), kernel_parameters(encoding, SHAPE[1]), plain_FD
     )
 
 
@@ -170,7 +170,7 @@ def _make_planes(scheme: LevelledScheme, generator: torch.Generator) -> Sample:
     base, *planes = scheme.encode(torch.randn(SHAPE, generator=generator))
     parts = [base["codes"], base["scales"], base["zeros"], None, *(joined(plane) for plane in planes)]
     plain_FD = scheme.decode([base, *planes], *SHAPE).bfloat16()
-    parameter = kernel_parameters(scheme.base, *SHAPE, is_sum=True)
+    parameter = kernel_parameters(scheme.base, SHAPE[1], is_sum=True)
     return Sample(kernel_number(scheme.base), tuple(parts), parameter, plain_FD)
 
 

@@ -26,7 +26,7 @@ from .compression import (
     expand,
     others_end,
 )
-from .form import MatrixForm
+from .form import MatrixEncoder
 from .packed import PackedForm
 
 
@@ -35,7 +35,7 @@ class CompressedForm(PackedForm):
     """The experts of one layer, compressed."""
 
     name: ClassVar[str] = CompressedMatrix.name
-    linears: ClassVar[MatrixForm | None] = CompressedMatrix()
+    linears: ClassVar[MatrixEncoder | None] = CompressedMatrix()
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True
 

@@ -46,7 +46,22 @@ class Region:
 class MatrixForm(Protocol):
     """One resident matrix in a stored form: what linear layers are held in."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Of the stored form, for messages."""
+        ...
+
+    def expand(self, stored: torch.Tensor, out_FD: torch.Tensor) -> None:
+        """Write the matrix as the model computes with it."""
+        ...
+
+    def kernel_matrix(self, stored: torch.Tensor, shape: tuple[int, int]) -> KernelMatrix | None:
+        """The stored bytes as our C multiplies them; None if they are expanded for every product."""
+        ...
+
+
+class MatrixEncoder(MatrixForm, Protocol):
+    """A stored form that plain matrices are put in when they are loaded."""
 
     def accepts(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         """Whether a matrix of this shape and dtype can be stored so."""
@@ -60,21 +75,13 @@ class MatrixForm(Protocol):
         """The stored bytes (uint8), ready to multiply with; None if they would save nothing."""
         ...
 
-    def expand(self, stored: torch.Tensor, out_FD: torch.Tensor) -> None:
-        """Write the matrix as the model computes with it."""
-        ...
-
-    def kernel_matrix(self, stored: torch.Tensor, shape: tuple[int, int]) -> KernelMatrix | None:
-        """The stored bytes as our C multiplies them; None if they are expanded for every product."""
-        ...
-
 
 class Form(Protocol):
     """How the experts of one layer are stored."""
 
     name: ClassVar[str]
     """Its key in FORMS, and what the index of a packed copy calls it."""
-    linears: ClassVar[MatrixForm | None]
+    linears: ClassVar[MatrixEncoder | None]
     """How the model's linear layers are held beside experts of this form; None leaves them as they are."""
     reaches_gpu: ClassVar[bool]
     """Whether the GPU tier computes with the stored bytes."""

@@ -15,7 +15,7 @@ from routing.ground.hardware import Hardware
 from ..checkpoint.experts import ExpertLayer, Parameter, Source, convert_expert
 from ..checkpoint.tensors import TORCH_DTYPES, TensorEntry
 from ..native.kernel_matrix import KernelMatrix, plain_matrix
-from .form import BLOCK_BYTES, Extent, MatrixForm, PartReader, Region
+from .form import BLOCK_BYTES, Extent, MatrixEncoder, PartReader, Region
 
 DTYPE_NAMES = {name: stored for stored, name in TORCH_DTYPES.items()}
 
@@ -31,7 +31,7 @@ class PlainForm:
     layer: ExpertLayer
 
     name: ClassVar[str] = "plain"
-    linears: ClassVar[MatrixForm | None] = None
+    linears: ClassVar[MatrixEncoder | None] = None
     reaches_gpu: ClassVar[bool] = True
     is_expanded: ClassVar[bool] = False
 

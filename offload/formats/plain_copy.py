@@ -12,7 +12,6 @@ import torch
 from routing.ground.expect import expect_new
 from routing.ground.safetensors_head import safetensors_head
 
-from ..checkpoint.gguf.architectures import change_of
 from ..checkpoint.gguf.head import has_config_file, is_gguf
 from ..checkpoint.gguf.model import GgufModel, generation_config, open_gguf_model
 from ..checkpoint.gguf.tensors import GgufTensor
@@ -86,7 +85,7 @@ def _write_weights(opened: GgufModel, file: Path, progress: Callable[[int, int],
 
 
 def _tensors(opened: GgufModel, shapes: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    change = change_of(opened.head.architecture, opened.config)
+    change = opened.change
     for name, entries in opened.names.dense.items():
         yield name, GgufTensor(entries, shapes[name], dtype, change, expand_tensor)[...].to(dtype)
 

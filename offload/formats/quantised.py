@@ -14,10 +14,10 @@ from routing.ground.hardware import Hardware
 from ..checkpoint.experts import ExpertLayer
 from ..checkpoint.tensors import TensorEntry
 from ..codes.encoding import Encoding
-from ..codes.expander import has_exact_kernel, kernel_number, kernel_parameters, kernel_parts
+from ..codes.expander import has_exact_kernel
 from ..codes.stored_matrix import StoredMatrix
 from ..native.kernel_matrix import KernelMatrix
-from .form import BLOCK_BYTES, Extent, MatrixForm, PartReader, Region
+from .form import BLOCK_BYTES, Extent, MatrixEncoder, PartReader, Region
 from .quantised_parts import (
     Part,
     Piece,
@@ -56,7 +56,7 @@ class QuantisedForm:
     record_E: tuple[TensorEntry, ...] | None = None
 
     name: ClassVar[str] = "quantised"
-    linears: ClassVar[MatrixForm | None] = None
+    linears: ClassVar[MatrixEncoder | None] = None
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True
 
@@ -158,7 +158,7 @@ class QuantisedForm:
     def kernel_matrices(self, views: Mapping[str, Any], expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
         if not all(_is_in_rows(matrix) for matrices in views.values() for matrix in matrices):
             return {}
-        return {name: tuple(_kernel_matrix(matrix) for matrix in matrices) for name, matrices in views.items()}
+        return {name: tuple(matrix.kernel_matrix() for matrix in matrices) for name, matrices in views.items()}
 
     def check(self, expert: int, slot: torch.Tensor) -> None:
         """Nothing that codes and scales hold can do harm."""
@@ -216,13 +216,6 @@ def _is_in_rows(matrix: StoredMatrix | PlainRows) -> bool:
     if not isinstance(matrix, StoredMatrix) or not isinstance(matrix.encoding, Encoding):
         return False
     return has_exact_kernel(matrix.encoding)
-
-
-def _kernel_matrix(matrix: StoredMatrix) -> KernelMatrix:
-    assert isinstance(matrix.encoding, Encoding)
-    parameters = kernel_parameters(matrix.encoding, matrix.rows, matrix.columns)
-    parts = tuple(part or 0 for part in kernel_parts(matrix.parts))
-    return KernelMatrix(kernel_number(matrix.encoding), matrix.rows, matrix.columns, parts, parameters)
 
 
 def _are_halves(pieces: Sequence[Piece]) -> bool:

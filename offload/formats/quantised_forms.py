@@ -72,6 +72,12 @@ class AwqForm(QuantisedForm):
     name: ClassVar[str] = "awq"
 
 
+class HqqForm(QuantisedForm):
+    """Integers of HQQ, rows of which share bytes; packed copies hold them as rows."""
+
+    name: ClassVar[str] = "hqq"
+
+
 class MixedForm(QuantisedForm):
     """Matrices of different stored forms in one layer."""
 
@@ -90,6 +96,7 @@ ALL = (
     Nf4Form,
     GptqForm,
     AwqForm,
+    HqqForm,
     MixedForm,
 )
 QUANTISED_FORMS: Mapping[str, type[QuantisedForm]] = {form.name: form for form in ALL}

@@ -43,7 +43,7 @@ class ExactPlan(Prefetcher):
 
         def follow(router: Any, inputs: Any, result: Any) -> None:
             plan = router.exact_plan(result, *inputs)
-            runtime.read_ahead({layer: _most_used_first(expert_TK) for layer, expert_TK in plan.items()})
+            runtime.read_ahead({layer: most_used_first(expert_TK) for layer, expert_TK in plan.items()})
 
         def keep(router: Any, inputs: Any, result: Any) -> None:
             runtime.hold({layer: held.tolist() for layer, held in router.held_experts(result).items()})
@@ -60,7 +60,8 @@ class ExactPlan(Prefetcher):
         """A plan is exact, so it always pays."""
 
 
-def _most_used_first(expert_TK: torch.Tensor) -> list[int]:
+def most_used_first(expert_TK: torch.Tensor) -> list[int]:
+    """Experts by how many tokens visit them, those of most tokens first."""
     expert_ids, counts = torch.unique(expert_TK, return_counts=True)
     ordered: list[int] = expert_ids[counts.argsort(descending=True, stable=True)].tolist()
     return ordered

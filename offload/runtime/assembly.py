@@ -19,6 +19,7 @@ from ..gpu.tier import GpuTier
 from ..memory.budget import MemoryPlan
 from ..neurons.binding import BundledUnits
 from ..prefetch.find_routers import make_prefetcher
+from ..prefetch.hashed_layers import find_tables, read_by_ids
 from ..prefetch.pass_predictor import PassPrefetcher
 from ..ram.depth_rules import make_rule
 from ..ram.level_slots import LevelSlots
@@ -98,6 +99,8 @@ def assemble(
             running.gpu.hold(division.starting.gpu_L)
         running.fill(division.starting.experts_L)
     _attach(model, running)
+    if str(options.prefetch) != "off":
+        read_by_ids(model, find_tables(model, [form.layer for form in forms]), running)
     read_prompts_in_pieces(model, options.context)
     if forms or opened.streamed:
         guard_model(model, forms)

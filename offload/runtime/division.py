@@ -7,7 +7,9 @@ from routing.ground.quantity import format_size, parse_size
 
 from ..cache.starting import StartingPlan, TracedSlots, read_starting_plan
 from ..checkpoint.experts import experts_modules
+from ..compute.levels import multiplied_shapes
 from ..compute.resident import expected_saving, moved_twice_bytes
+from ..formats.resident.linears import IsMultiplied
 from ..gpu.lanes import Lane
 from ..gpu.plan.budget import plan_gpu, split_needs
 from ..gpu.plan.planning import gpu_limit, gpu_slot_bytes, hold_to
@@ -25,7 +27,7 @@ from ..memory.budget import (
     spread_slots,
     sufficient_size,
 )
-from ..window.planning import WindowPlan, plan_window, smallest_window
+from ..window.planning import WindowPlan, plan_tables, plan_window, smallest_window
 from .needs import memory_needs
 from .opening import OpenedCheckpoint
 from .options import LoadOptions
@@ -177,13 +179,19 @@ def choose_window(opened: OpenedCheckpoint, options: LoadOptions) -> WindowPlan 
     if options.wants_gpu:
         return None
     limit, shapes = cpu_limit(options), (opened.slot_bytes_L, opened.most_slots_L, opened.top_k)
-    if options.resident_layers is None and room_besides(limit, needs_of(opened, options), *shapes) >= 0:
-        return None
+    if options.resident_layers is None and (room := room_besides(limit, needs_of(opened, options), *shapes)) >= 0:
+        one_token = sum(min(opened.top_k, count) * size for size, count in zip(*shapes[:2], strict=True))
+        return plan_tables(opened.guests) if room < opened.whole_bytes - one_token else None
     # streamed weights are plain, whatever the form of those in memory, and what stays may be no smaller
     needs = memory_needs(opened, options)
     besides = replace(needs, weight_bytes=needs.weight_bytes - opened.guests.nbytes)
     room = room_besides(limit, besides, *shapes)
     return plan_window(opened.guests, room, options.resident_layers, options.layers_ahead)
+
+
+def stored_shapes(options: LoadOptions) -> IsMultiplied:
+    """Which shapes of linear layers stay in memory as the checkpoint stores them; none where a GPU computes them."""
+    return (lambda shape: False) if options.wants_gpu else multiplied_shapes(options.arithmetic)
 
 
 def _loading_bytes(opened: OpenedCheckpoint, needs: Needs) -> int:

@@ -16,7 +16,7 @@ from ..memory.budget import resident_bytes
 from ..memory.heap import return_free_blocks, return_large_blocks
 from .assembly import assemble
 from .depths import Deepening, with_depth
-from .division import choose_units, choose_window, divide_memory, expect_machine_has
+from .division import choose_units, choose_window, divide_memory, expect_machine_has, stored_shapes
 from .opening import open_checkpoint
 from .options import LoadOptions, Part
 
@@ -137,7 +137,8 @@ def load(
     expect_machine_has(options)
     return_large_blocks()
     lane = open_lane(options.device, options.gpu_memory, options.gpu_experts)
-    opened = with_depth(open_checkpoint(options, partial(choose_window, options=options)), options)
+    choose, is_multiplied = partial(choose_window, options=options), stored_shapes(options)
+    opened = with_depth(open_checkpoint(options, choose, is_multiplied), options)
     opened = choose_units(opened, options)
     if (deepening := Deepening.of(opened, options)) is not None:
         opened = deepening.at_base(opened)

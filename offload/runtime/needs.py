@@ -59,11 +59,12 @@ def _needs_of_all(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:
     dtype: torch.dtype = model.dtype
     tokens = piece_tokens(model, options.context)
     activations = activation_bytes(config, tokens, options.context, opened.top_k, dtype.itemsize)
-    expanded = 0 if opened.linears is None else expansion_bytes(model, opened.linears)
+    expanded, head = expansion_bytes(model, opened.linears)
     return Needs(
         process_bytes=opened.process_bytes,
         weight_bytes=weight_bytes(model) + _predictor_bytes(options),
         kv_bytes=room_positions(options.context) * kv_bytes_per_token(config, dtype.itemsize),
-        activation_bytes=activations + expanded,
+        # a head is expanded where its product is tried, once, when activations of the layers are gone
+        activation_bytes=max(activations + expanded, head),
         staging_bytes=options.io_threads * READ_BYTES + room_bytes(opened.forms),
     )

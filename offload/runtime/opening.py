@@ -16,9 +16,12 @@ from ..checkpoint.resident_weights import drop_expert_weights, load_resident
 from ..checkpoint.tensors import TensorEntry
 from ..compute.resident import store_linears
 from ..formats.catalogue import form_in_place
-from ..formats.form import Form, MatrixForm
+from ..formats.form import Form, MatrixEncoder
 from ..formats.gguf_blocks.expand import expand_tensor
 from ..formats.gguf_blocks.form import gguf_forms
+from ..formats.gguf_blocks.matrix import block_linear
+from ..formats.resident.coded import coded_linear
+from ..formats.resident.linears import IsMultiplied, StoredLinear, find_stored, hold_stored
 from ..memory.budget import resident_bytes
 from ..neurons.bundle import Bundle, is_bundle, read_bundle
 from ..neurons.feed_forwards import find_feed_forwards
@@ -45,6 +48,7 @@ class OpenedCheckpoint:
         packed: the packed copy that is read; None without one.
         bundle: feed-forwards by their units; None if they are in memory like everything else.
         unit_slots: units of each of them that stay in memory; empty before that is known.
+        stored: linear layers that are held as the checkpoint stores them, by the full name of their weight.
     """
 
     model: Any
@@ -58,6 +62,7 @@ class OpenedCheckpoint:
     packed: Pack | None = None
     bundle: Bundle | None = None
     unit_slots: tuple[int, ...] = ()
+    stored: Mapping[str, StoredLinear] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:
@@ -97,12 +102,12 @@ class OpenedCheckpoint:
         return names if self.bundle is None else names | self.bundle.weight_names
 
     @property
-    def linears(self) -> MatrixForm | None:
+    def linears(self) -> MatrixEncoder | None:
         """The form in which linear layers are held beside these experts; None as they are."""
         return linears_of(self.forms)
 
 
-def linears_of(forms: Sequence[Form]) -> MatrixForm | None:
+def linears_of(forms: Sequence[Form]) -> MatrixEncoder | None:
     """What the forms of the layers want for linear layers: the first that wants anything decides."""
     return next((form.linears for form in forms if form.linears is not None), None)
 
@@ -110,33 +115,42 @@ def linears_of(forms: Sequence[Form]) -> MatrixForm | None:
 Chooser = Callable[[OpenedCheckpoint], WindowPlan | None]
 
 
-def open_checkpoint(options: LoadOptions, choose: Chooser = lambda headers: None) -> OpenedCheckpoint:
+def _never(shape: tuple[int, int]) -> bool:
+    """Every linear layer is expanded when it is loaded."""
+    return False
+
+
+def open_checkpoint(
+    options: LoadOptions, choose: Chooser = lambda headers: None, is_multiplied: IsMultiplied = _never
+) -> OpenedCheckpoint:
     """Load everything of a model but its experts and what is streamed, and find these.
 
     Args:
         options: what to open, and in which dtype.
         choose: says what is streamed, of a model of which nothing is loaded yet.
+        is_multiplied: which shapes stay as they are stored, in linear layers that the checkpoint quantises.
 
     Raises:
         ValueError: if the checkpoint is damaged or incomplete, or its experts cannot be offloaded.
     """
     folder = local_folder(options.path_or_id)
     if is_gguf(folder):
-        return _with_part(_open_gguf(folder, options), options.part)
+        return _with_part(_open_gguf(folder, options, is_multiplied), options.part)
     sketch, entries = sketch_of(folder, options.dtype, needs_experts=False)
     if not experts_modules(sketch.skeleton):
         _expect_dense_options(folder, options)
-    headers = _opened_sketch(sketch, entries, options.pack)
+    headers = _opened_sketch(sketch, entries, options.pack, is_multiplied)
     headers = _with_part(headers, options.part)
     if headers.bundle is not None and options.resident_layers is not None:
         raise ValueError("layers stay whole, or their feed-forwards come by units; leave resident_layers or pack out")
     window = None if headers.bundle is not None or headers.left_out else choose(headers)
     headers = replace(headers, window=window)
-    model = load_resident(sketch, entries, IMPLEMENTATION, headers.streamed)
+    model = load_resident(sketch, entries, IMPLEMENTATION, headers.streamed | headers.stored.keys())
     # hollow experts must be gone before anything looks at the size of the model's parameters
     drop_expert_weights(model)
     if (linears := headers.linears) is not None:
         store_linears(model, linears, headers.streamed)
+    hold_stored(model, headers.stored)
     return replace(headers, model=model)
 
 
@@ -161,7 +175,9 @@ def _outside_experts(model: Any) -> frozenset[str]:
     return frozenset(name for name in names if not name.startswith(inside))
 
 
-def _opened_sketch(sketch: Sketch, entries: Mapping[str, TensorEntry], pack: str | Path | None) -> OpenedCheckpoint:
+def _opened_sketch(
+    sketch: Sketch, entries: Mapping[str, TensorEntry], pack: str | Path | None, is_multiplied: IsMultiplied
+) -> OpenedCheckpoint:
     """A checkpoint of which nothing is loaded: forms of its experts, and what could be streamed."""
     # once the model's code is imported, and before any weight comes
     process_bytes = resident_bytes()
@@ -185,10 +201,24 @@ def _opened_sketch(sketch: Sketch, entries: Mapping[str, TensorEntry], pack: str
         guests=find_guests(sketch.skeleton, entries, sketch.found),
         packed=packed,
         bundle=bundle,
+        stored=_hold_on_meta(
+            sketch.skeleton,
+            lambda name: coded_linear(name, entries, sketch.found),
+            is_multiplied if bundle is None else _never,  # its units are plain
+        ),
     )
 
 
-def _open_gguf(file: Path, options: LoadOptions) -> OpenedCheckpoint:
+def _hold_on_meta(
+    skeleton: Any, place: Callable[[str], StoredLinear | None], is_multiplied: IsMultiplied
+) -> dict[str, StoredLinear]:
+    """Find the linear layers that stay as they are stored, and give the skeleton their sizes."""
+    stored = find_stored(skeleton, place, is_multiplied)
+    hold_stored(skeleton, stored)
+    return stored
+
+
+def _open_gguf(file: Path, options: LoadOptions, is_multiplied: IsMultiplied) -> OpenedCheckpoint:
     """Load everything of a GGUF model but its experts; all of a dense one."""
     _expect_no_pack(file, options.pack)
     opened = open_gguf_model(file, options.dtype)
@@ -197,10 +227,12 @@ def _open_gguf(file: Path, options: LoadOptions) -> OpenedCheckpoint:
     process_bytes = resident_bytes()
     is_part = options.part is not None and not options.part.has_rest
     left_out = _outside_experts(opened.skeleton) if is_part else frozenset()
-    model = load_gguf_resident(opened, IMPLEMENTATION, expand_tensor, left_out)
+    stored = {} if is_part else find_stored(opened.skeleton, lambda name: block_linear(name, opened), is_multiplied)
+    model = load_gguf_resident(opened, IMPLEMENTATION, expand_tensor, left_out | stored.keys())
     forms = gguf_forms(opened)
     drop_expert_weights(model)
-    return OpenedCheckpoint(model=model, forms=forms, checksums=None, process_bytes=process_bytes)
+    hold_stored(model, stored)
+    return OpenedCheckpoint(model=model, forms=forms, checksums=None, process_bytes=process_bytes, stored=stored)
 
 
 def _expect_dense_options(file: Path, options: LoadOptions) -> None:
@@ -218,13 +250,16 @@ def _expect_dense_options(file: Path, options: LoadOptions) -> None:
         )
 
 
-def _open_gguf_heads(file: Path, pack: str | Path | None) -> OpenedCheckpoint:
+def _open_gguf_heads(file: Path, pack: str | Path | None, is_multiplied: IsMultiplied) -> OpenedCheckpoint:
     """Open a GGUF model for planning."""
     _expect_no_pack(file, pack)
     process_bytes, opened = resident_bytes(), open_gguf_model(file)
     forms = gguf_forms(opened)
     drop_expert_weights(opened.skeleton)
-    return OpenedCheckpoint(model=opened.skeleton, forms=forms, checksums=None, process_bytes=process_bytes)
+    stored = _hold_on_meta(opened.skeleton, lambda name: block_linear(name, opened), is_multiplied)
+    return OpenedCheckpoint(
+        model=opened.skeleton, forms=forms, checksums=None, process_bytes=process_bytes, stored=stored
+    )
 
 
 def _expect_no_pack(file: Path, pack: str | Path | None) -> None:
@@ -232,7 +267,9 @@ def _expect_no_pack(file: Path, pack: str | Path | None) -> None:
         raise ValueError(f"model {file}: a GGUF file is read as it is; leave out the packed copy {pack}")
 
 
-def open_headers(path_or_id: str | Path, pack: str | Path | None) -> OpenedCheckpoint:
+def open_headers(
+    path_or_id: str | Path, pack: str | Path | None, is_multiplied: IsMultiplied = _never
+) -> OpenedCheckpoint:
     """Open a checkpoint for planning: from headers alone, without a weight, as if it were loaded in this process.
 
     Raises:
@@ -240,6 +277,6 @@ def open_headers(path_or_id: str | Path, pack: str | Path | None) -> OpenedCheck
     """
     place = local_folder(path_or_id)
     if is_gguf(place):
-        return _open_gguf_heads(place, pack)
+        return _open_gguf_heads(place, pack, is_multiplied)
     sketch, entries = sketch_of(place, "auto", needs_experts=False)
-    return _opened_sketch(sketch, entries, pack)
+    return _opened_sketch(sketch, entries, pack, is_multiplied)

@@ -13,6 +13,7 @@ from routing.traces import RoutingTrace
 from ..compute.levels import described
 from ..compute.resident import embedding_bytes, weight_bytes
 from ..formats.lossy.levelled import LevelledForm
+from ..formats.resident.linears import count_stored
 from ..memory.budget import MemoryPlan, describe, machine_bytes, peak_bytes
 from ..memory.cost import DecodeWork, Prediction, predict_decode
 from ..prefetch.cached_first import CachedFirst
@@ -134,6 +135,7 @@ class Offload:
             **({} if self._runtime.gpu is None else {"gpu": self._runtime.gpu.report()}),
             **({"window": streamed} if streamed else {}),
             **({"units": units} if units else {}),
+            **({"stored_linears": stored} if (stored := count_stored(self._model)) else {}),
             "hit_rate_L": [layer.hits / max(layer.hits + layer.misses, 1) for layer in counters.layers],
         }
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .guests import Guest, is_row_reader
 from .planning import WindowPlan
 
 NO_COPY = "the weights of a streamed model are read for one model only; load it again instead of copying it"
@@ -44,9 +45,13 @@ def bind(model: nn.Module, plan: WindowPlan, holder: Holder) -> None:
         module.forward = StreamedForward(holder, number, places, module.forward).forward  # type: ignore[method-assign]
     for number, guest in enumerate(plan.tables):
         table = model.get_submodule(guest.name)
-        # torch compares it with the rows that it is given, and nothing else in a forward pass looks at it
-        table.padding_idx = None  # type: ignore[assignment]
-        table.forward = StreamedRows(holder, number, table, table.forward).forward  # type: ignore[method-assign]
+        (parameter,) = guest.form.parameters
+        method = "look_up" if is_row_reader(table) else "forward"
+        if method == "forward":
+            # torch compares it with the rows that it is given, and nothing else in a forward pass looks at it
+            table.padding_idx = None  # type: ignore[assignment]
+        streamed = StreamedRows(holder, number, guest, getattr(table, parameter.name), getattr(table, method))
+        setattr(table, method, streamed.forward)
 
 
 def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -84,20 +89,20 @@ class StreamedForward:
 
 @dataclass(eq=False)
 class StreamedRows:
-    """The forward pass of an embedding: the rows that are asked for are read, and stand for the table."""
+    """The forward pass of a table: the rows that are asked for are read, and stand for the table."""
 
     holder: Holder
     number: int
-    table: nn.Module
+    guest: Guest
+    table: torch.Tensor
     otherwise: Callable[..., Any]
 
     @torch.compiler.disable
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002  torch calls it so
-        """What the embedding gives for `input`, ids of any shape."""
+        """What the table gives for `input`, ids of any shape."""
         row_N, place = torch.unique(input, return_inverse=True)
-        _expect_rows(row_N, self.table)
-        weight: Any = self.table.weight
-        with _exchanged([(weight, self.holder.rows(self.number, row_N.tolist()))]):
+        _expect_rows(row_N, self.guest.form.layer.num_experts)
+        with _exchanged([(self.table, self.holder.rows(self.number, row_N.tolist()))]):
             return self.otherwise(place.to(input.dtype), *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -117,9 +122,9 @@ def _exchanged(pairs: Collection[tuple[torch.Tensor, torch.Tensor]]) -> Iterator
             parameter.data = empty
 
 
-def _expect_rows(row_N: torch.Tensor, table: Any) -> None:
-    if len(row_N) and not (int(row_N[0]) >= 0 and int(row_N[-1]) < table.num_embeddings):
-        raise IndexError(f"ids must be 0 to {table.num_embeddings - 1}; got {int(row_N[0])} to {int(row_N[-1])}")
+def _expect_rows(row_N: torch.Tensor, count: int) -> None:
+    if len(row_N) and not (int(row_N[0]) >= 0 and int(row_N[-1]) < count):
+        raise IndexError(f"ids must be 0 to {count - 1}; got {int(row_N[0])} to {int(row_N[-1])}")
 
 
 def _expect_no_gradient(result: Any) -> None:

@@ -2,10 +2,11 @@
 
 A guest is a decoder layer, the head or an embedding. To the store it is a layer with one expert: its matrices. So the
 reading threads, the stored forms and both ways past or through the page cache are those of experts. An embedding is a
-layer with V experts, its rows, because a token reads one of them.
+layer with V experts, its rows, because a token reads one of them; so is any other table that token ids look up.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -52,7 +53,7 @@ class GuestForm(PlainForm):
 
 
 class RowForm(PlainForm):
-    """The rows of an embedding, one extent each."""
+    """The rows of a table, one extent each."""
 
     @cached_property
     def is_shiftable(self) -> bool:
@@ -84,7 +85,7 @@ class Guests:
     """What can be streamed of a model, in order of use.
 
     Args:
-        embeddings: tables outside layers, whose rows can be read one by one.
+        embeddings: tables whose rows can be read one by one, outside layers or in modules that look rows up.
         layers: decoder layers, without their experts.
         head: the matrix that gives logits; None if it cannot be streamed, or is none.
         is_tied: whether the head is the first embedding's matrix.
@@ -125,7 +126,8 @@ def find_guests(model: Any, entries: Mapping[str, TensorEntry], found: Matches) 
     owners: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(name)
-    locate = _Locator(entries, found, owners)
+    looked_up = {name: module for name, module in model.named_modules() if is_row_reader(module)}
+    locate = _Locator(entries, found, owners, frozenset(id(module.table) for module in looked_up.values()))
     layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
     inner = tuple(f"{name}." for name in layers)
     guests = [locate.layer(name, module) for name, module in layers.items() if not name.startswith(inner)]
@@ -139,7 +141,8 @@ def find_guests(model: Any, entries: Mapping[str, TensorEntry], found: Matches) 
         if _looks_up(module, model) and not name.startswith(inner)
     }
     is_tied = head is not None and any(id(table.weight) == id(output.weight) for table in tables.values())
-    rows = [locate.rows(name, table) for name, table in tables.items()]
+    rows = [locate.rows(name, table, "weight") for name, table in tables.items() if table.max_norm is None]
+    rows += [locate.rows(name, module, "table") for name, module in looked_up.items()]
     embeddings = [guest for guest in rows if guest is not None]
     if head is not None:
         embeddings.sort(key=lambda guest: not guest.aliases & head.aliases)
@@ -160,8 +163,34 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _looks_up(module: nn.Module, model: Any) -> bool:
     """Whether a module is a table whose rows its own input names: others (learned positions) compute their rows."""
-    is_input = isinstance(module, nn.Embedding) and module is model.get_input_embeddings()
-    return is_input or type(module) is nn.Embedding
+    if not isinstance(module, nn.Embedding):
+        return False
+    return type(module) is nn.Embedding or module is model.get_input_embeddings() or _scales_rows(module)
+
+
+def _scales_rows(module: nn.Embedding) -> bool:
+    """Whether a kind of embedding computes the same of a table's rows that are asked for as of the table; it is tried.
+
+    So do per-layer embeddings, which scale what they look up.
+    """
+    probe = deepcopy(module)
+    table_VD, row_N = torch.randn(8, module.embedding_dim), torch.tensor([2, 3, 7])
+    probe.padding_idx = None  # type: ignore[assignment]
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(probe, name, torch.ones_like(buffer, device="cpu"))
+    try:
+        with torch.no_grad():
+            probe.weight = nn.Parameter(table_VD)
+            whole_ND = probe(row_N[None])
+            probe.weight = nn.Parameter(table_VD[row_N])
+            return torch.equal(probe(torch.arange(3)[None]), whole_ND)
+    except Exception:  # it takes other inputs, or rows that are not there: so it is no plain look-up
+        return False
+
+
+def is_row_reader(module: Any) -> bool:
+    """Whether a module reads rows of its parameter `table` by its method `look_up`, as n-gram memories do."""
+    return callable(getattr(module, "look_up", None)) and isinstance(getattr(module, "table", None), nn.Parameter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,13 +200,18 @@ class _Locator:
     entries: Mapping[str, TensorEntry]
     found: Matches
     owners: Mapping[int, set[str]]
+    looked_up: frozenset[int]
+    """Tables within layers that are read by their rows."""
 
     def layer(self, name: str, module: nn.Module) -> Guest | None:
         """A decoder layer's matrices that belong to it alone; None if it has none that can be streamed."""
         own = {
             inside: parameter
             for inside, parameter in module.named_parameters()
-            if parameter.dim() > 1 and len(self.owners[id(parameter)]) == 1 and self._stored(parameter)
+            if parameter.dim() > 1
+            and len(self.owners[id(parameter)]) == 1
+            and id(parameter) not in self.looked_up
+            and self._stored(parameter)
         }
         least = SMALL_SHARE * sum(parameter.nbytes for parameter in own.values())
         return self._guest(name, {inside: weight for inside, weight in own.items() if weight.nbytes >= least})
@@ -189,22 +223,19 @@ class _Locator:
             return None
         return self._guest(name, {"weight": weight})
 
-    def rows(self, name: str, table: nn.Embedding) -> Guest | None:
-        """A table by its rows; None if it is small, must be changed while it is read, or norms them in place."""
-        stored = self._stored(table.weight)
-        if (
-            stored is None
-            or len(table.weight) <= ROWS
-            or stored.torch_dtype() != table.weight.dtype
-            or table.max_norm is not None
-        ):
+    def rows(self, name: str, module: nn.Module, attribute: str) -> Guest | None:
+        """A module's table by its rows; None if it is small or must be changed while it is read."""
+        table_VD: torch.Tensor = getattr(module, attribute)
+        stored = self._stored(table_VD)
+        if stored is None or len(table_VD) <= ROWS or stored.torch_dtype() != table_VD.dtype:
             return None
-        source = Source(stored.name, (stored,) * len(table.weight), is_fused=True)
-        runs = ((0, 0, 0, table.embedding_dim),)
-        shape = (table.embedding_dim,)
-        row = Parameter("weight", f"{name}.weight", shape, table.weight.dtype, (source,), None, runs)
-        form = RowForm(ExpertLayer(name, len(table.weight), (row,)))
-        return Guest(name, form, frozenset(self.owners[id(table.weight)]))
+        count, width = table_VD.shape
+        source = Source(stored.name, (stored,) * count, is_fused=True)
+        row = Parameter(
+            attribute, f"{name}.{attribute}", (width,), table_VD.dtype, (source,), None, ((0, 0, 0, width),)
+        )
+        form = RowForm(ExpertLayer(name, count, (row,)))
+        return Guest(name, form, frozenset(self.owners[id(table_VD)]))
 
     def _guest(self, name: str, own: Mapping[str, torch.Tensor]) -> Guest | None:
         if not own:

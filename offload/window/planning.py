@@ -15,6 +15,11 @@ MOST_AHEAD = 2
 """Guests ahead, if nobody says. The second one is a reserve for reads of uneven length; not measured."""
 RESERVE_SHARE = 0.1
 """What the second guest ahead may cost: so much more to stream, as a share. Other values were not tried."""
+KEPT_BYTES = 16 << 20
+"""Of the rows of a table that were used lately and stay in memory; other sizes were not tried."""
+LARGE_TABLE_BYTES = 256 << 20
+"""Tables from here on are read by their rows as soon as experts do not all fit: a row is one short read a token, and
+so much memory holds many experts. Not measured."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,19 +30,21 @@ class WindowPlan:
         guests: all that could be.
         streamed: layers and the head that are, in order of use; the rest of `guests.passing` stays in memory.
         ahead: guests that are read while one is computed.
+        least_table: bytes of a table that is read by its rows, or more; smaller ones stay in memory.
     """
 
     guests: Guests
     streamed: tuple[Guest, ...]
     ahead: int
+    least_table: int = 0
 
     @property
     def tables(self) -> tuple[Guest, ...]:
-        """Embeddings whose rows are read one by one: all, but for one that stays as the head."""
-        head = self.guests.head
+        """Tables whose rows are read one by one: all that are large enough, but for one that stays as the head."""
+        head, tables = self.guests.head, self.guests.embeddings
         if self.guests.is_tied and head not in self.streamed:
-            return self.guests.embeddings[1:]
-        return self.guests.embeddings
+            tables = tables[1:]
+        return tuple(table for table in tables if table.nbytes >= self.least_table)
 
     @property
     def names(self) -> frozenset[str]:
@@ -69,8 +76,8 @@ class WindowPlan:
 
     @property
     def row_bytes(self) -> int:
-        """Memory into which rows of an embedding are read, of each table."""
-        return sum(ROWS * guest.form.slot_bytes for guest in self.tables)
+        """Memory into which rows of each table are read, and of those that stay."""
+        return sum(ROWS * guest.form.slot_bytes + kept_rows(guest) * guest.form.expert_bytes for guest in self.tables)
 
     @property
     def nbytes(self) -> int:
@@ -80,6 +87,17 @@ class WindowPlan:
 
 def _sum_around(sizes: Sequence[int], first: int, count: int) -> int:
     return sum(sizes[(first + step) % len(sizes)] for step in range(count))
+
+
+def kept_rows(table: Guest) -> int:
+    """Rows of a table that stay in memory: as many as KEPT_BYTES hold, and at least one."""
+    return max(1, min(KEPT_BYTES // max(table.form.expert_bytes, 1), table.form.layer.num_experts))
+
+
+def plan_tables(guests: Guests) -> WindowPlan | None:
+    """Read the large tables by their rows and keep everything else; None if there are none."""
+    plan = WindowPlan(guests=guests, streamed=(), ahead=0, least_table=LARGE_TABLE_BYTES)
+    return plan if plan.tables else None
 
 
 def plan_window(

@@ -17,7 +17,8 @@ from ..formats.form import BLOCK_BYTES
 from ..store.reading import WAIT_S, Ticket
 from ..store.store import ExpertStore, Slots
 from .guests import ROWS, Guest
-from .planning import WindowPlan
+from .kept_rows import KeptRows
+from .planning import WindowPlan, kept_rows
 from .ring import Ring, RingMemory
 
 
@@ -26,13 +27,15 @@ class WindowCounters:
     """Counts since loading or `reset`.
 
     `entered` guests were computed, `waited` of them after a wait of `stall_s` seconds in all; `restarts` say how often
-    what was read ahead was not what came. `bytes_read` are bytes of all reads that began, rows included.
+    what was read ahead was not what came. Of the `rows` of tables that were asked for, `kept_rows` were in memory.
+    `bytes_read` are bytes of all reads that began, rows included.
     """
 
     entered: int = 0
     waited: int = 0
     restarts: int = 0
     rows: int = 0
+    kept_rows: int = 0
     bytes_read: int = 0
     stall_s: float = 0.0
 
@@ -57,6 +60,11 @@ class Streamed:
         self.plan, self.counters = plan, WindowCounters()
         self._store, self._first = store, first
         self._rows = [Slots(ROWS, guest.form.slot_bytes) for guest in plan.tables]
+        parameters = [guest.form.parameters[0] for guest in plan.tables]
+        self._kept = [
+            KeptRows(kept_rows(guest), parameter.shape, parameter.dtype)
+            for guest, parameter in zip(plan.tables, parameters, strict=True)
+        ]
         self.turn = 0
         """Changes whenever memory of guests that were entered may be given to others."""
 
@@ -101,7 +109,7 @@ class Streamed:
         raise NotImplementedError
 
     def rows(self, table: int, row_N: list[int]) -> torch.Tensor:
-        """Rows of an embedding, `[N, D]`.
+        """Rows of a table, `[N, D]`: those that were used lately from memory, the others read together.
 
         Args:
             table: place in `plan.tables`.
@@ -110,18 +118,26 @@ class Streamed:
         Raises:
             OSError: if reading fails.
         """
-        guest, slots = self.plan.tables[table], self._rows[table]
+        guest, slots, kept = self.plan.tables[table], self._rows[table], self._kept[table]
         number, form = self._first + len(self.plan.streamed) + table, guest.form
         (parameter,) = form.parameters
         out_ND = torch.empty(len(row_N), *parameter.shape, dtype=parameter.dtype)
-        for start in range(0, len(row_N), ROWS):
-            some, landed = row_N[start : start + ROWS], SimpleQueue[Ticket]()
-            reads = [self._store.read(number, row, slot, slots, landed) for slot, row in enumerate(some)]
-            for slot, (ticket, shifts) in enumerate(reads):
+        missing = list[int]()
+        for place, row in enumerate(row_N):
+            if (values := kept.take(row)) is None:
+                missing.append(place)
+            else:
+                out_ND[place] = values
+        for start in range(0, len(missing), ROWS):
+            some, landed = missing[start : start + ROWS], SimpleQueue[Ticket]()
+            reads = [self._store.read(number, row_N[place], slot, slots, landed) for slot, place in enumerate(some)]
+            for slot, (place, (ticket, shifts)) in enumerate(zip(some, reads, strict=True)):
                 self._wait(ticket, guest)
-                out_ND[start + slot] = form.views(slots.slot(slot), shifts)["weight"]
+                out_ND[place] = form.views(slots.slot(slot), shifts)[parameter.name]
+                kept.put(row_N[place], out_ND[place])
         self.counters.rows += len(row_N)
-        self.counters.bytes_read += len(row_N) * form.expert_bytes
+        self.counters.kept_rows += len(row_N) - len(missing)
+        self.counters.bytes_read += len(missing) * form.expert_bytes
         return out_ND
 
     def report(self) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Engram: some layers read large tables by the last token ids, whatever the hidden state, and gate what they read.
 
-Which rows a token reads follows from token ids alone, so it is known before the forward pass. The tables stay resident
-here, under offloading as well.
+Which rows a token reads follows from token ids alone. Offloading reads them from the disk where memory is short.
 
 Shapes: T tokens, B batch, S positions, D model width, I inputs of a projection, J places of an n-gram, N rows read per
 token (one per length and head).
@@ -63,9 +62,13 @@ class NgramTables(nn.Module):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """[T, D]: what is added to the layer's output."""
-        read_TI = nn.functional.embedding(self.row_TN(context), self.table).flatten(1)
+        read_TI = self.look_up(self.row_TN(context)).flatten(1)
         match_T1 = (self.key_norm(self.key(read_TI)) * self.token_norm(x_TD)).sum(dim=-1, keepdim=True)
         return (match_T1 * x_TD.shape[1] ** -0.5).sigmoid() * self.value(read_TI)
+
+    def look_up(self, row_TN: Tensor) -> Tensor:
+        """[T, N, I / N]: rows of the table; offloading reads them one by one instead."""
+        return nn.functional.embedding(row_TN, self.table)
 
     def row_TN(self, context: RoutingContext) -> Tensor:
         """int64 rows that each token reads, of all tables behind each other.

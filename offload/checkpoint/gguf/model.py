@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from ..experts import experts_modules, weight_names
 from ..model_folder import empty_model, read_config, running_dtype_of
 from ..resident_weights import generation_config_of, hollow_weight, model_of_state
-from .architectures import change_of
+from .architectures import Change, change_of
 from .head import GgufHead, has_config_file, read_gguf
 from .names import GgufNames, match_names
 from .tensors import Expand, GgufTensor
@@ -34,6 +34,11 @@ class GgufModel:
     skeleton: Any
     names: GgufNames
 
+    @property
+    def change(self) -> Change:
+        """What makes the model's values of the file's."""
+        return change_of(self.head.architecture, self.config)
+
 
 def open_gguf_model(file: Path, dtype: str | torch.dtype = "auto") -> GgufModel:
     """Read the heads of a GGUF model and match its tensors to the model's parameters.
@@ -51,26 +56,23 @@ def open_gguf_model(file: Path, dtype: str | torch.dtype = "auto") -> GgufModel:
     return GgufModel(head=head, config=config, skeleton=skeleton, names=names)
 
 
-def load_gguf_resident(opened: GgufModel, implementation: str, expand: Expand, left_out: Collection[str] = ()) -> Any:
-    """Let transformers load everything but the experts' matrices and what is left out, which stay hollow.
+def load_gguf_resident(opened: GgufModel, implementation: str, expand: Expand, hollow: Collection[str] = ()) -> Any:
+    """Let transformers load everything but the experts' matrices, which stay hollow, and others that are to.
 
     Args:
         opened: what to load; only its skeleton and names are used.
         implementation: name of the experts implementation; a dense model needs none.
         expand: makes numbers of stored bytes.
-        left_out: full names of parameters outside experts.
+        hollow: full names of parameters outside experts.
     """
     file, dtype = opened.head.file, opened.skeleton.dtype
     shapes = {name: tuple(value.shape) for name, value in opened.skeleton.state_dict().items()}
-    change = change_of(opened.head.architecture, opened.config)
     state: dict[str, Any] = {}
     for name, entries in opened.names.dense.items():
-        is_hollow = name in left_out
-        state[name] = (
-            hollow_weight(shapes[name], dtype)
-            if is_hollow
-            else GgufTensor(entries, shapes[name], dtype, change, expand)
-        )
+        if name in hollow:
+            state[name] = hollow_weight(shapes[name], dtype)
+        else:
+            state[name] = GgufTensor(entries, shapes[name], dtype, opened.change, expand)
     for module_name, module in experts_modules(opened.skeleton).items():
         for weight in weight_names(module):
             name = f"{module_name}.{weight}"

@@ -70,7 +70,7 @@ def _changed(entry: TensorEntry, dtype: torch.dtype, change: Change, expand: Exp
 
     Matrices are large, and what happens to most is nothing, or a new order of rows; so those are never held as float32.
     """
-    order = _row_order(entry, change)
+    order = row_order(entry, change)
     if order is None:
         values = change(expand(entry, torch.float32).numpy(), entry.name)
         return torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
@@ -78,7 +78,7 @@ def _changed(entry: TensorEntry, dtype: torch.dtype, change: Change, expand: Exp
     return values_FD if len(order) == 0 else values_FD[order]
 
 
-def _row_order(entry: TensorEntry, change: Change) -> torch.Tensor | None:
+def row_order(entry: TensorEntry, change: Change) -> torch.Tensor | None:
     """The new order of rows; empty if it is the old one, None if more than the order changes."""
     if len(entry.shape) != 2:
         return None

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from ...codes.encoding import Encoding
 from ...codes.stored_matrix import AnyEncoding, StoredMatrix
-from ..tensors import StoredTensor, TensorEntry, read_into
+from ..tensors import StoredTensor, TensorEntry, read_bytes
 
 Place = tuple[TensorEntry, int, int]
 """Tensor, offset in its file, bytes."""
@@ -63,9 +64,20 @@ class QuantisedEntry(TensorEntry):
             found[role] = (part, part.offset + share + inside, nbytes)
         return found
 
+    def is_in_rows(self) -> bool:
+        """Whether the matrix can be held as `encoding.packed`; an index of groups is read for it."""
+        encoding, order = self.encoding, self.parts.get("order")
+        if isinstance(encoding, Encoding) or encoding.packed.has_order:
+            return True
+        parts = {} if order is None else {"order": read_bytes(order.file, order.offset, order.nbytes)}
+        return encoding.is_in_order(parts, self.columns)
+
     def read(self, matrix: int) -> StoredMatrix:
         """One stored matrix, in memory of its own."""
-        parts = {role: _read(*place) for role, place in self.places(matrix, 0, self.rows).items()}
+        parts = {
+            role: read_bytes(part.file, offset, nbytes)
+            for role, (part, offset, nbytes) in self.places(matrix, 0, self.rows).items()
+        }
         return StoredMatrix(encoding=self.encoding, rows=self.rows, columns=self.columns, parts=parts)
 
 
@@ -87,10 +99,3 @@ class QuantisedTensor(StoredTensor):
 def lazy_tensor(entry: TensorEntry) -> StoredTensor:
     """What stands in for a tensor of a checkpoint while transformers loads a model."""
     return QuantisedTensor(entry) if isinstance(entry, QuantisedEntry) else StoredTensor(entry)
-
-
-def _read(entry: TensorEntry, offset: int, nbytes: int) -> torch.Tensor:
-    raw = torch.empty(nbytes, dtype=torch.uint8)
-    with entry.file.open("rb", buffering=0) as stream:
-        read_into(entry.file, stream.fileno(), offset, memoryview(raw.numpy()))
-    return raw

@@ -3,7 +3,8 @@
 from ...codes.encoding import EXPONENT_SCALES, ITEM_BYTES, Encoding
 from ..tensors import TensorEntry
 from .description import Quantisation
-from .found import Companions, Found, said, scale_name
+from .found import Companions, Found, expect_shape, said, scale_name
+from .values import integer_in
 
 MX_COLUMNS = 32
 """Columns of a group, by the OCP standard of microscaling formats."""
@@ -28,6 +29,17 @@ def scaled_bytes(codes: TensorEntry, companions: Companions, described: Quantisa
         product=product,
     )
     return Found(encoding=encoding, shape=codes.shape, rows=rows, columns=columns)
+
+
+def bytes_of_127(codes: TensorEntry, companions: Companions, described: Quantisation) -> Found:
+    """LLM.int8 of bitsandbytes: the scale of a row is what 127 stands for."""
+    scale = companions["scales"]
+    if "layout" in companions and (layout := integer_in(companions["layout"])) != 0:
+        raise ValueError(f"{companions['layout'].name}: names the order of weights {layout}; 0 is known, which is rows")
+    expect_shape(scale, codes.shape[:-1], codes)
+    scale_name(scale, ("F32",))
+    encoding = Encoding(codes="int8", group_rows=1, group_columns=0, scale="F32", product="F127")
+    return Found(encoding=encoding, shape=codes.shape, rows=codes.shape[-2], columns=codes.shape[-1])
 
 
 def _grid(codes: TensorEntry, scale: TensorEntry, described: Quantisation, *, is_exponent: bool) -> tuple[int, int]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from ..tensors import TensorEntry
 from .description import Quantisation
 from .found import Companions, Found
-from .read_bytes import scaled_bytes
-from .read_integers import packed_integers, quantiles, turned_integers
+from .read_bytes import bytes_of_127, scaled_bytes
+from .read_integers import packed_integers, quantiles, reshaped_integers, turned_integers
 from .read_nibbles import fused_blocks, packed_floats, whole_bytes
 
 Reader = Callable[[TensorEntry, Companions, Quantisation], Found]
@@ -39,6 +39,12 @@ class Spelling:
     plain_ending: str = ""
 
 
+HQQ_NOTES = (
+    *("nbits", "quant_scale", "quant_zero", "view_as_float", "unpack_view_dtype", "channel_wise", "optimize"),
+    *("round_zero", "offload_meta", "encoded_state_dict", "stores_quant_config"),
+)
+"""What HQQ writes beside a matrix that is said by other tensors too, or is about how it was quantised."""
+
 SPELLINGS = (
     Spelling(ending="_blocks", dtypes=("U8",), needed={"scales": ("_scales",)}, optional={}, read=fused_blocks),
     Spelling(
@@ -62,6 +68,22 @@ SPELLINGS = (
         optional={"order": (".g_idx",)},
         read=turned_integers,
         plain_ending=".weight",
+    ),
+    Spelling(
+        ending=".W_q",
+        dtypes=("U8", "I32", "F16", "BF16", "F32"),
+        needed={"scales": (".scale",), "zeros": (".zero",), "shape": (".shape",)}
+        | {"group": (".group_size",), "axis": (".axis",), "packing": (".packing",)},
+        optional={"dtype": (".compute_dtype",)} | {name: (f".{name}",) for name in HQQ_NOTES},
+        read=reshaped_integers,
+        plain_ending=".weight",
+    ),
+    Spelling(
+        ending="",
+        dtypes=("I8",),
+        needed={"scales": (".SCB",)},
+        optional={"layout": (".weight_format",)},
+        read=bytes_of_127,
     ),
     Spelling(
         ending="",
@@ -93,6 +115,7 @@ IGNORED_ENDINGS = (
 """Scales of activations and of the cache of keys and values: products here take both as they are."""
 COMPANION_ENDINGS = (
     *("_scale", "_scale_inv", "_scale_2", "_scales", "_global_scale", "_zero_point", "_shape", "_g_idx", "_blocks"),
-    *("_packed", ".scale", ".scales", ".qzeros", ".g_idx", ".absmax", ".quant_map"),
+    *("_packed", ".scale", ".scales", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_format"),
+    *(".W_q", ".zero", ".packing", ".group_size"),
 )
 """What names a companion: one that nothing consumed stands beside a tensor that would be read without it."""

@@ -1,6 +1,8 @@
 """Companions whose values say how a matrix lies: they are read when the checkpoint is opened."""
 
+import errno
 import json
+import os
 import struct
 from dataclasses import dataclass
 
@@ -11,42 +13,63 @@ from ..tensors import TensorEntry, read_tensor
 
 MAX_DIMENSIONS = 3
 """Of a quantised tensor: experts, rows, columns."""
+PAGE_BYTES = 4096
+"""What files have holes of."""
 MAX_STATE_BYTES = 4096
-"""Of the JSON in which bitsandbytes says how a matrix was quantised; it takes some 200."""
+"""Of a text in a tensor. The JSON in which bitsandbytes says how a matrix was quantised takes some 200."""
 PRODUCTS = {"bfloat16": "F32", "float32": "F32", "float16": "F16"}
 """To what bitsandbytes rounds products of float32, by the dtype it names, before the model's dtype."""
 
 
-def shape_in(entry: TensorEntry) -> tuple[int, ...]:
-    """A plain tensor's shape, which a companion holds.
+def shape_in(entry: TensorEntry) -> tuple[int, ...] | None:
+    """A plain tensor's shape, which a companion holds; None if only the head of its file is here.
 
     Raises:
         ValueError: if it holds something else.
     """
     if entry.dtype not in ("I64", "I32") or len(entry.shape) != 1 or not 2 <= entry.shape[0] <= MAX_DIMENSIONS:
         raise ValueError(f"{entry.name} {entry.dtype} {list(entry.shape)}: expected a shape of 2 or 3 integers")
-    # without torch: Kimi-K2 has 69,000 of these
-    with entry.file.open("rb", buffering=0) as stream:
-        stream.seek(entry.offset)
-        shape = struct.unpack(f"<{entry.shape[0]}{'q' if entry.dtype == 'I64' else 'i'}", stream.read(entry.nbytes))
+    shape = struct.unpack(f"<{entry.shape[0]}{'q' if entry.dtype == 'I64' else 'i'}", _bytes_of(entry))
+    if not any(shape) and _is_absent(entry):
+        return None
     if min(shape) < 1:
         raise ValueError(f"{entry.name}: holds {list(shape)}, which is no shape")
     return shape
 
 
-def expect_usual_order(entry: TensorEntry, group: int) -> None:
-    """Refuse columns that are not in the order of their groups.
-
-    Raises:
-        ValueError: if they are not.
-    """
+def is_usual_order(entry: TensorEntry, group: int) -> bool:
+    """Whether an index of the groups of columns says that they are neighbours, or says nothing (-1)."""
     index = read_tensor(entry)
     usual = torch.arange(index.shape[-1]) // group
-    if not (torch.equal(index.long(), usual.expand(index.shape)) or bool((index == -1).all())):
+    return torch.equal(index.long(), usual.expand(index.shape)) or bool((index == -1).all())
+
+
+def integer_in(entry: TensorEntry) -> int:
+    """The one number that a companion holds.
+
+    Raises:
+        ValueError: if it holds something else.
+    """
+    kind = {"I64": "<q", "I32": "<i", "U8": "<B"}.get(entry.dtype)
+    if kind is None or entry.shape not in ((), (1,)):
+        raise ValueError(f"{entry.name} {entry.dtype} {list(entry.shape)}: expected one integer")
+    return int(struct.unpack(kind, _bytes_of(entry))[0])
+
+
+def text_in(entry: TensorEntry) -> str:
+    """The text that a companion holds, a letter a byte.
+
+    Raises:
+        ValueError: if it holds something else.
+    """
+    if entry.dtype != "U8" or entry.nbytes > MAX_STATE_BYTES:
+        raise ValueError(f"{entry.name} {entry.dtype} {list(entry.shape)}: expected a short text in bytes")
+    data = _bytes_of(entry)
+    if not any(data) and _is_absent(entry):
         raise ValueError(
-            f"{entry.name}: columns are sorted by activation, so groups are not neighbours; "
-            "quantise again without actorder, or use a plain checkpoint"
+            f"{entry.name}: says how a matrix lies, and only the head of its file is here; download the model first"
         )
+    return data.decode("latin-1")
 
 
 def expect_quantiles(entry: TensorEntry) -> None:
@@ -76,10 +99,9 @@ def nf4_state(entry: TensorEntry) -> Nf4State:
     Raises:
         ValueError: if it says something else.
     """
-    if entry.dtype != "U8" or entry.nbytes > MAX_STATE_BYTES:
-        raise ValueError(f"{entry.name} {entry.dtype} {list(entry.shape)}: expected a short text in bytes")
+    text = text_in(entry)
     try:
-        state = json.loads(bytes(read_tensor(entry).tolist()))
+        state = json.loads(text)
         rows, columns = (int(length) for length in state["shape"])
         found = Nf4State(
             shape=(rows, columns),
@@ -93,3 +115,21 @@ def nf4_state(entry: TensorEntry) -> Nf4State:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{entry.name}: not the state of an nf4 matrix ({error})") from error
     return found
+
+
+def _is_absent(entry: TensorEntry) -> bool:
+    """Whether nothing is stored from the next page of the file on: of a model on the hub that is only looked at, heads
+    are here, and holes for the rest."""
+    with entry.file.open("rb", buffering=0) as stream:
+        try:
+            os.lseek(stream.fileno(), -(-entry.offset // PAGE_BYTES) * PAGE_BYTES, os.SEEK_DATA)
+        except OSError as error:
+            return error.errno == errno.ENXIO
+    return False
+
+
+def _bytes_of(entry: TensorEntry) -> bytes:
+    """All bytes of a small tensor, without torch: Kimi-K2 has 69,000 of them."""
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.offset)
+        return stream.read(entry.nbytes)

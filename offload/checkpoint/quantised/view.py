@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..tensors import TORCH_DTYPES, TensorEntry
+from ..tensors import STORED_DTYPES, TensorEntry
 from .description import Quantisation
 from .entry import QuantisedEntry
 from .found import Found
@@ -14,7 +14,6 @@ from .spellings import COMPANION_ENDINGS, IGNORED_ENDINGS, SPELLINGS, Spelling
 
 PART_ROLES = ("scales", "zeros", "global", "order", "nested", "table")
 CODE_DTYPES = frozenset(dtype for spelling in SPELLINGS for dtype in spelling.dtypes)
-STORED_DTYPES = {name: stored for stored, name in TORCH_DTYPES.items()}
 
 
 def plain_view(
@@ -88,7 +87,7 @@ def _spelled(
             if found is not None:
                 companions[role] = found
             elif role in spelling.needed:
-                missing = missing or f"{name}{endings[0]}"
+                missing = missing or f"{name.removesuffix('.weight') if spelling.plain_ending else name}{endings[0]}"
         if not missing:
             return name, spelling, companions
         if spelling.ending:

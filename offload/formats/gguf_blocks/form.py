@@ -15,7 +15,7 @@ from ...checkpoint.gguf.model import GgufModel
 from ...checkpoint.gguf.names import ExpertMatrix
 from ...checkpoint.tensors import TensorEntry
 from ...native.kernel_matrix import GGUF, KernelMatrix, part_addresses
-from ..form import BLOCK_BYTES, Extent, Form, MatrixForm, PartReader, Region
+from ..form import BLOCK_BYTES, Extent, Form, MatrixEncoder, PartReader, Region
 from .expand import expand_rows, has_expander, kernel_parameter
 
 STRIP_ROWS = 128
@@ -37,7 +37,7 @@ class GgufForm:
     is_transposed: bool
 
     name: ClassVar[str] = "gguf"
-    linears: ClassVar[MatrixForm | None] = None
+    linears: ClassVar[MatrixEncoder | None] = None
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True
     guard_bytes: ClassVar[int] = 0

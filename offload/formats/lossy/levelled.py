@@ -18,7 +18,7 @@ from ...checkpoint.experts import ExpertLayer, Parameter
 from ...codes.expander import expand_matrix, kernel_number, kernel_parameters
 from ...codes.levels import LevelledScheme
 from ...native.kernel_matrix import MOST_PLANES, KernelMatrix, part_addresses
-from ..form import BLOCK_BYTES, Extent, MatrixForm
+from ..form import BLOCK_BYTES, Extent, MatrixEncoder
 from ..packed import PackedForm
 from ..quantised_parts import rounded
 from .low_bit import stored_shape
@@ -45,7 +45,7 @@ class LevelledForm(PackedForm):
     is_transposed: bool = False
 
     name: ClassVar[str] = "levels"
-    linears: ClassVar[MatrixForm | None] = None
+    linears: ClassVar[MatrixEncoder | None] = None
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True
 
@@ -147,7 +147,7 @@ class LevelledForm(PackedForm):
             base, *planes = parts_V
             addresses = [*(base[role].data_ptr() for role in ("codes", "scales", "zeros")), 0]
             addresses += [plane["codes"].data_ptr() for plane in planes]
-            parameters = kernel_parameters(self.scheme.base, *shape, is_sum=True)
+            parameters = kernel_parameters(self.scheme.base, shape[1], is_sum=True)
             kernel = KernelMatrix(kernel_number(self.scheme.base), *shape, part_addresses(*addresses), parameters)
             found[parameter.name] = (kernel,)
         return found

@@ -16,11 +16,11 @@ from routing.ground.hardware import Hardware
 from ...checkpoint.experts import ExpertLayer, Parameter
 from ...checkpoint.tensors import TORCH_DTYPES
 from ...codes.encoding import Encoding
-from ...codes.expander import has_exact_kernel, kernel_number, kernel_parameters, kernel_parts
+from ...codes.expander import has_exact_kernel
 from ...codes.schemes import Scheme
 from ...codes.stored_matrix import StoredMatrix
 from ...native.kernel_matrix import KernelMatrix
-from ..form import MatrixForm
+from ..form import MatrixEncoder
 from ..packed import PackedForm
 from ..quantised_parts import rounded
 
@@ -46,7 +46,7 @@ class LowBitForm(PackedForm):
     is_transposed: bool = False
 
     name: ClassVar[str] = "lowbit"
-    linears: ClassVar[MatrixForm | None] = None
+    linears: ClassVar[MatrixEncoder | None] = None
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True
 
@@ -81,7 +81,7 @@ class LowBitForm(PackedForm):
             return {}
         record = next(iter(views.values()))
         matrices = self._matrices(record, self.schemes_E[0])
-        return {name: (_kernel_matrix(matrix),) for name, matrix in matrices.items()}
+        return {name: (matrix.kernel_matrix(),) for name, matrix in matrices.items()}
 
     def check(self, expert: int, slot: torch.Tensor) -> None:
         """Refuse a head that is not what the index says, which would be read as other bytes than there are.
@@ -194,10 +194,3 @@ def record_of(matrices: Sequence[StoredMatrix], names: SchemeNames, all_names: S
     """The bytes of a record."""
     parts = [part.numpy().tobytes() for matrix in matrices for part in matrix.parts.values()]
     return head(names, all_names) + b"".join(part.ljust(rounded(len(part)), b"\0") for part in parts)
-
-
-def _kernel_matrix(matrix: StoredMatrix) -> KernelMatrix:
-    assert isinstance(matrix.encoding, Encoding)
-    parameters = kernel_parameters(matrix.encoding, matrix.rows, matrix.columns)
-    parts = tuple(part or 0 for part in kernel_parts(matrix.parts))
-    return KernelMatrix(kernel_number(matrix.encoding), matrix.rows, matrix.columns, parts, parameters)

@@ -15,7 +15,7 @@ from routing.ground.hardware import Hardware
 
 from ...checkpoint.experts import ExpertLayer, Parameter
 from ...codes.ternary import ZERO_SHARES, expand, most_words, part_bytes
-from ..form import MatrixForm
+from ..form import MatrixEncoder
 from ..packed import PackedForm
 from ..quantised_parts import rounded
 from .low_bit import stored_shape
@@ -38,7 +38,7 @@ class TernaryForm(PackedForm):
     is_transposed: bool = False
 
     name: ClassVar[str] = "ternary"
-    linears: ClassVar[MatrixForm | None] = None
+    linears: ClassVar[MatrixEncoder | None] = None
     reaches_gpu: ClassVar[bool] = False
     is_expanded: ClassVar[bool] = True
 

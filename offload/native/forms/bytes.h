@@ -40,15 +40,11 @@ static inline void scale_bytes(const struct stored_matrix *m, const uint8_t *cod
     int64_t c = begin;
 #ifdef __AVX512BW__
     for (; c + 16 <= end; c += 16) {
-        __m512 value = byte_values(kind, codes + c);
-        if (zero_kind(m) != ZERO_NONE) value = _mm512_sub_ps(value, _mm512_set1_ps(zero));
+        __m512 value = less_zeros(m, byte_values(kind, codes + c), zero);
         _mm256_storeu_si256((__m256i *)(out + c - begin), round_products(m, _mm512_mul_ps(value, _mm512_set1_ps(scale))));
     }
 #endif
-    for (; c < end; c++) {
-        float value = byte_value(kind, codes[c]);
-        out[c - begin] = round_product(m, (zero_kind(m) == ZERO_NONE ? value : value - zero) * scale);
-    }
+    for (; c < end; c++) out[c - begin] = round_product(m, less_zero(m, byte_value(kind, codes[c]), zero) * scale);
 }
 
 static void scale_rows(const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns,
@@ -60,7 +56,7 @@ static void scale_rows(const struct stored_matrix *m, int64_t row, int64_t rows,
         for (int64_t begin = column, stop; begin < end; begin = stop) {
             stop = (begin / group + 1) * group < end ? (begin / group + 1) * group : end;
             int64_t place = begin / group;
-            float zero = zero_kind(m) == ZERO_NONE ? 0 : byte_value(m->parameter[CODE_KIND], zero_code_at(m, down, place));
+            float zero = is_zero_code(m) ? byte_value(m->parameter[CODE_KIND], zero_code_at(m, down, place)) : zero_number_at(m, down, place);
             scale_bytes(m, codes, begin, stop, scale_at(m, down * across + place), zero, out + begin - column);
         }
     }

@@ -9,16 +9,13 @@
 static inline void nibble_table(const struct stored_matrix *m, int64_t down, int64_t across, uint16_t table[16]) {
     const float *values = NIBBLE_VALUES[m->parameter[CODE_KIND]];
     float scale = scale_at(m, down * m->across + across), factor = value_factor(m);
-    float zero = zero_kind(m) == ZERO_NONE ? 0 : values[zero_code_at(m, down, across)];
+    float zero = is_zero_code(m) ? values[zero_code_at(m, down, across)] : zero_number_at(m, down, across);
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
     __m512 value = _mm512_mul_ps(_mm512_loadu_ps(values), _mm512_set1_ps(factor));
-    if (zero_kind(m) != ZERO_NONE) value = _mm512_sub_ps(value, _mm512_set1_ps(zero));
+    value = less_zeros(m, value, zero);
     _mm256_storeu_si256((__m256i *)table, round_products(m, _mm512_mul_ps(value, _mm512_set1_ps(scale))));
 #else
-    for (int k = 0; k < 16; k++) {
-        float value = values[k] * factor;
-        table[k] = round_product(m, (zero_kind(m) == ZERO_NONE ? value : value - zero) * scale);
-    }
+    for (int k = 0; k < 16; k++) table[k] = round_product(m, less_zero(m, values[k] * factor, zero) * scale);
 #endif
 }
 

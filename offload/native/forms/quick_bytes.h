@@ -50,8 +50,8 @@ static inline void look_up_e4m3(const struct weight_table *table, const uint8_t 
 /* --- spans -------------------------------------------------------------------------------------------------------- */
 
 /* How weights are made: one by one in bytes.h; by a table for rows that share a scale; by a table and an exponent for each 32 columns;
-   from integers. */
-enum byte_way { ONE_BY_ONE, BY_TABLE, BY_EXPONENTS, FROM_INTEGERS };
+   from integers; from integers whose scale is that of 127. */
+enum byte_way { ONE_BY_ONE, BY_TABLE, BY_EXPONENTS, FROM_INTEGERS, FROM_127THS };
 
 struct byte_span {
     enum byte_way way;
@@ -67,6 +67,8 @@ static inline int is_one_group(const struct stored_matrix *m, int64_t column, in
 static inline enum byte_way byte_way(const struct stored_matrix *m, int64_t column, int64_t columns) {
     int scale = scale_kind(m), is_exponent = scale == SCALE_E8M0 || scale == SCALE_EXP2;
     if (!columns || zero_kind(m) != ZERO_NONE || product_kind(m) == PRODUCT_F16) return ONE_BY_ONE;
+    if (product_kind(m) == PRODUCT_F127)
+        return m->parameter[CODE_KIND] == INT8 && is_one_group(m, column, columns) ? FROM_127THS : ONE_BY_ONE;
     if (m->parameter[CODE_KIND] != E4M3) return is_one_group(m, column, columns) ? FROM_INTEGERS : ONE_BY_ONE;
     int is_each_32 = m->parameter[GROUP_COLUMNS] == 32 && m->parameter[GROUP_ROWS] == 1 && column % 32 == 0;
     if (is_exponent && is_each_32 && global_kind(m) == GLOBAL_NONE) return BY_EXPONENTS;
@@ -147,9 +149,14 @@ static inline __attribute__((always_inline)) __m512 byte_numbers(const int kind,
     return _mm512_cvtepi32_ps(kind == OFFSET8 ? _mm512_sub_epi32(code, _mm512_set1_epi32(128)) : code);
 }
 
-static inline __attribute__((always_inline)) int64_t integer_rows(const int kind, const struct stored_matrix *m, const struct byte_span *span,
-                                                                  int64_t row, int64_t rows, uint16_t *out, int64_t stride,
-                                                                  struct ahead ahead) {
+static inline __attribute__((always_inline)) __m512 byte_products(const int kind, const int is_of_127, const uint8_t *codes, __m512 scale) {
+    __m512 product = _mm512_mul_ps(byte_numbers(kind, codes), scale);
+    return is_of_127 ? _mm512_mul_ps(product, _mm512_set1_ps(PART_OF_127)) : product;
+}
+
+static inline __attribute__((always_inline)) int64_t integer_rows(const int kind, const int is_of_127, const struct stored_matrix *m,
+                                                                  const struct byte_span *span, int64_t row, int64_t rows, uint16_t *out,
+                                                                  int64_t stride, struct ahead ahead) {
     for (int64_t r = row; r < row + rows; r++, out += stride) {
         const uint8_t *codes = codes_of(m, span, r);
         float scale = scale_at(m, down_of(m, r) * m->across + span->place);
@@ -157,8 +164,7 @@ static inline __attribute__((always_inline)) int64_t integer_rows(const int kind
         if (!is_safe_scale(scale)) return r - row;
         __m512 factor = _mm512_set1_ps(scale);
         for (int64_t c = 0; c < span->columns; c += 32) {
-            __m512 low = _mm512_mul_ps(byte_numbers(kind, codes + c), factor);
-            __m512 high = _mm512_mul_ps(byte_numbers(kind, codes + c + 16), factor);
+            __m512 low = byte_products(kind, is_of_127, codes + c, factor), high = byte_products(kind, is_of_127, codes + c + 16, factor);
             _mm512_storeu_si512(out + c, (__m512i)_mm512_cvtne2ps_pbh(high, low));
         }
     }
@@ -172,8 +178,9 @@ static inline int64_t quick_bytes(const struct stored_matrix *m, struct byte_spa
     case BY_TABLE: return table_rows(m, span, row, rows, out, stride, ahead);
     case BY_EXPONENTS: return raised_rows(m, span, row, rows, out, stride, ahead);
     case FROM_INTEGERS:
-        return m->parameter[CODE_KIND] == INT8 ? integer_rows(INT8, m, span, row, rows, out, stride, ahead)
-                                               : integer_rows(m->parameter[CODE_KIND], m, span, row, rows, out, stride, ahead);
+        return m->parameter[CODE_KIND] == INT8 ? integer_rows(INT8, 0, m, span, row, rows, out, stride, ahead)
+                                               : integer_rows(m->parameter[CODE_KIND], 0, m, span, row, rows, out, stride, ahead);
+    case FROM_127THS: return integer_rows(INT8, 1, m, span, row, rows, out, stride, ahead);
     default: return 0;
     }
 }

@@ -87,14 +87,15 @@ static inline int is_exponent(int scale) { return scale == SCALE_EXP2 || scale =
 
 /* The tables of E2M1 with an exponent for each 32 columns, else NULL. */
 static inline const struct byte_table *exponent_tables(const struct stored_matrix *m) {
-    int is_alone = zero_kind(m) == ZERO_NONE && global_kind(m) == GLOBAL_NONE && product_kind(m) != PRODUCT_F16;
+    int is_usual_product = product_kind(m) != PRODUCT_F16 && product_kind(m) != PRODUCT_F127;
+    int is_alone = zero_kind(m) == ZERO_NONE && global_kind(m) == GLOBAL_NONE && is_usual_product;
     int is_usual = m->parameter[CODE_KIND] == E2M1 && m->parameter[GROUP_COLUMNS] == WORDS && m->parameter[GROUP_ROWS] == 1;
     return is_alone && is_usual && is_exponent(scale_kind(m)) ? e2m1_tables[scale_kind(m) - SCALE_E8M0] : NULL;
 }
 
 static inline int scales_per_span(const struct stored_matrix *m, int64_t column, int64_t columns) {
     int64_t group = m->parameter[GROUP_COLUMNS];
-    if (columns < WORDS || is_exponent(scale_kind(m))) return 0;
+    if (columns < WORDS || is_exponent(scale_kind(m)) || zero_kind(m) == ZERO_FLOATS || product_kind(m) == PRODUCT_F127) return 0;
     if (group_of(m, column) == group_of(m, column + columns - 1)) return 1;
     return (group == 16 || group == 32 || group == 64) && column % group == 0 ? QUICK_COLUMNS / (int)group : 0;
 }

@@ -71,19 +71,23 @@ static inline float round_f16(float value) {
     return copysignf(size + large - large, value);
 }
 
-/* The scale at one place of the grid, times or over the scale of scales; half of it if it is LDEXP. `kind` and `global` are
-   scale_kind and global_kind, which a compiler may know. */
-static inline __attribute__((always_inline)) float scale_as(const struct stored_matrix *m, const int kind, const int global, int64_t place) {
-    const uint8_t *scales = m->part[SCALES];
+/* One of several numbers of a kind of scales; half of it if it is LDEXP. */
+static inline __attribute__((always_inline)) float number_at(const uint8_t *numbers, const int kind, int64_t place) {
     uint16_t half;
-    float scale;
+    float number;
     switch (kind) {
-    case SCALE_F32: memcpy(&scale, scales + 4 * place, 4); break;
-    case SCALE_BF16: memcpy(&half, scales + 2 * place, 2), scale = load_bf16(half); break;
-    case SCALE_F16: memcpy(&half, scales + 2 * place, 2), scale = float_of_f16(half); break;
-    case SCALE_E4M3: scale = e4m3_floats[scales[place]]; break;
-    default: scale = scale_of_exponent(kind, scales[place]);
+    case SCALE_F32: memcpy(&number, numbers + 4 * place, 4); return number;
+    case SCALE_BF16: memcpy(&half, numbers + 2 * place, 2); return load_bf16(half);
+    case SCALE_F16: memcpy(&half, numbers + 2 * place, 2); return float_of_f16(half);
+    case SCALE_E4M3: return e4m3_floats[numbers[place]];
+    default: return scale_of_exponent(kind, numbers[place]);
     }
+}
+
+/* The scale at one place of the grid, times or over the scale of scales. `kind` and `global` are scale_kind and global_kind, which a
+   compiler may know. */
+static inline __attribute__((always_inline)) float scale_as(const struct stored_matrix *m, const int kind, const int global, int64_t place) {
+    float scale = number_at(m->part[SCALES], kind, place);
     if (global == GLOBAL_NONE) return scale;
     float common;
     memcpy(&common, m->part[GLOBAL], 4);
@@ -105,10 +109,29 @@ static inline int zero_code_at(const struct stored_matrix *m, int64_t down, int6
     return word >> bits * (down % in_word) & ((1u << bits) - 1);
 }
 
+static inline int is_zero_code(const struct stored_matrix *m) { return zero_kind(m) == ZERO_PACKED || zero_kind(m) == ZERO_BYTES; }
+
+/* The zero at one place of the grid that is no code; 0 where there is none. */
+static inline float zero_number_at(const struct stored_matrix *m, int64_t down, int64_t across) {
+    return zero_kind(m) == ZERO_FLOATS ? number_at(m->part[ZEROS], scale_kind(m), down * m->across + across) : 0;
+}
+
+/* What products of LLM.int8 are multiplied by: bitsandbytes' own number for a 127th. */
+#define PART_OF_127 7.874015718698502e-3f
+
 /* A product of a value and its scale, rounded as its format does, and then to bfloat16. */
 static inline uint16_t round_product(const struct stored_matrix *m, float product) {
+    if (product_kind(m) == PRODUCT_F127) product *= PART_OF_127;
     if (product_kind(m) == PRODUCT_F16) product = round_f16(product);
     return round_bf16(product);
+}
+
+/* A value without its zero. A zero that is no code makes a difference that is rounded as the product is. */
+static inline float less_zero(const struct stored_matrix *m, float value, float zero) {
+    if (zero_kind(m) == ZERO_NONE) return value;
+    value -= zero;
+    if (zero_kind(m) == ZERO_FLOATS && product_kind(m) == PRODUCT_BF16) return load_bf16(round_bf16(value));
+    return zero_kind(m) == ZERO_FLOATS && product_kind(m) == PRODUCT_F16 ? round_f16(value) : value;
 }
 
 #ifdef __AVX512BW__
@@ -116,6 +139,7 @@ static inline uint16_t round_product(const struct stored_matrix *m, float produc
 
 /* The same for sixteen products; integers, because vcvtneps2bf16 takes denormal numbers for zero. */
 static inline __m256i round_products(const struct stored_matrix *m, __m512 product) {
+    if (product_kind(m) == PRODUCT_F127) product = _mm512_mul_ps(product, _mm512_set1_ps(PART_OF_127));
     if (product_kind(m) == PRODUCT_F16) product = _mm512_cvtph_ps(_mm512_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT));
     __m512i bits = _mm512_castps_si512(product);
     __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -123,5 +147,15 @@ static inline __m256i round_products(const struct stored_matrix *m, __m512 produ
     __mmask16 is_nan = _mm512_cmp_ps_mask(product, product, _CMP_UNORD_Q);
     rounded = _mm512_mask_or_epi32(rounded, is_nan, _mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
     return _mm512_cvtepi32_epi16(rounded);
+}
+
+static inline __m512 less_zeros(const struct stored_matrix *m, __m512 value, float zero) {
+    if (zero_kind(m) == ZERO_NONE) return value;
+    value = _mm512_sub_ps(value, _mm512_set1_ps(zero));
+    if (zero_kind(m) == ZERO_FLOATS && product_kind(m) == PRODUCT_BF16)
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(round_products(m, value)), 16));
+    if (zero_kind(m) == ZERO_FLOATS && product_kind(m) == PRODUCT_F16)
+        return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+    return value;
 }
 #endif

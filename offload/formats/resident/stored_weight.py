@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..native.kernel_matrix import KernelMatrix, plain_matrix
-from .form import MatrixForm
+from ...native.kernel_matrix import KernelMatrix, plain_matrix
+from ..form import MatrixForm
 
 
 class StoredWeight(torch.Tensor):
@@ -16,7 +16,7 @@ class StoredWeight(torch.Tensor):
     It cannot be written to: a change would be made to what was expanded, and lost.
 
     Args:
-        stored: uint8, as `MatrixForm.encode` made it.
+        stored: uint8, what `form` reads.
         shape: rows and columns of the matrix.
         form: what the bytes mean.
     """
@@ -56,7 +56,7 @@ class StoredWeight(torch.Tensor):
         if func._schema.is_mutable and isinstance(args[0], cls):
             raise RuntimeError(
                 f"{func} would change a {args[0].form.name} weight, which only holds what was loaded; load the model "
-                "without a packed copy that stores its linear layers"
+                "without a packed copy that stores its linear layers, or as its plain copy (`expertier dequantise`)"
             )
         plain_args, plain_kwargs = tree_map_only(cls, cls.expanded, (tuple(args), dict(kwargs or {})))
         return func(*plain_args, **plain_kwargs)
