@@ -80,20 +80,22 @@ def _regress(
     x_TV: torch.Tensor, y_TE: torch.Tensor, before_TE: torch.Tensor | None, generator: torch.Generator
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
     weight_VE = torch.zeros(x_TV.shape[1], y_TE.shape[1], requires_grad=True)
-    scale = torch.tensor(0.0 if before_TE is None else 1.0, requires_grad=before_TE is not None)
+    scales: list[torch.Tensor] = []
     if before_TE is None:
         bias_E = torch.logit(y_TE.mean(dim=0).clamp(1e-4, 1 - 1e-4)).requires_grad_()
-        before_TE = torch.zeros(()).expand_as(y_TE)
     else:
         bias_E = torch.zeros(y_TE.shape[1], requires_grad=True)
-    optimizer = torch.optim.Adam([weight_VE, bias_E, scale], RATE)
+        scales = [torch.ones((), requires_grad=True)]
+    optimizer = torch.optim.Adam([weight_VE, bias_E, *scales], RATE)
     for _ in range(max(EPOCHS, LEAST_STEPS * BATCH // len(x_TV))):
         for row_N in torch.randperm(len(x_TV), generator=generator).split(BATCH):  # type: ignore[no-untyped-call]
             optimizer.zero_grad()
-            logit_NE = x_TV[row_N] @ weight_VE + bias_E + scale * before_TE[row_N]
+            logit_NE = x_TV[row_N] @ weight_VE + bias_E
+            if before_TE is not None:
+                logit_NE = logit_NE + scales[0] * before_TE[row_N]
             binary_cross_entropy_with_logits(logit_NE, y_TE[row_N]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    return weight_VE.detach().numpy(), bias_E.detach().numpy(), scale.item()
+    return weight_VE.detach().numpy(), bias_E.detach().numpy(), sum(scale.item() for scale in scales)
 
 
 def _is_first_T(trace: RoutingTrace) -> NDArray[np.bool_]:
