@@ -44,7 +44,7 @@ class LayerRows:
         cost_NV: nats that each number of levels is expected to cost.
         stands_for_N: tokens of the text that each row stands for.
         bits_V: stored bits of a weight with each number of levels.
-        num_experts: E.
+        num_experts: of the layer, 1 or more.
     """
 
     x_ND: torch.Tensor
