@@ -214,7 +214,7 @@ def ensure_checkpoint(checkpoint: Path, trace: Path | None, rows: int, form: str
     Args:
         checkpoint: its folder.
         trace: to build it from, or to check it against; None for a checkpoint that is there.
-        rows: of the trace.
+        rows: how many of the trace are built in, from its first on.
         form: how its experts are stored.
 
     Raises:

@@ -43,7 +43,7 @@ def backward_passes(
 
     Args:
         model: of transformers, with or without adapters.
-        experts: of the model.
+        experts: those that the model calls, where all passes meet.
         batches: ids and labels of each micro-batch.
         spilled: takes what autograd keeps; None leaves all of it in memory.
     """

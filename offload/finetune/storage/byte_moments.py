@@ -3,8 +3,6 @@
 A number is stored as a power of its code, so that small numbers of a block keep their order of magnitude. A mean has a
 sign and the second power; a square has none and the fourth, and is never rounded down to 0, which would divide by it.
 
-Shapes: n numbers, b blocks.
-
 Source: Dettmers et al. 2022 (8-bit optimizers), arXiv:2110.02861, for blocks and for codes that are finer near 0; the
 powers are ours.
 """
@@ -31,19 +29,19 @@ class ByteCode:
     power: int
     least: int
 
-    def encode(self, x_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes as bytes `[n]`, and a float32 scale of each block `[b]`."""
-        padded = torch.nn.functional.pad(x_n, (0, -len(x_n) % BLOCK)).view(-1, BLOCK)
-        scale_b = padded.abs().amax(1)
-        part = padded.abs() / scale_b.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+    def encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of flat float32 numbers, a byte each, and the float32 scales of their blocks."""
+        padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+        scales = padded.abs().amax(1)
+        part = padded.abs() / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
         code = (part ** (1 / self.power) * self.largest).round().clamp(min=self.least) * padded.sign()
-        return code.view(-1)[: len(x_n)].to(self.dtype).view(torch.uint8), scale_b
+        return code.view(-1)[: len(values)].to(self.dtype).view(torch.uint8), scales
 
-    def decode(self, code_n: torch.Tensor, scale_b: torch.Tensor) -> torch.Tensor:
-        """The numbers `[n]` that codes stand for, float32."""
-        signed = code_n.view(self.dtype).float()
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """The flat float32 numbers that codes stand for."""
+        signed = codes.view(self.dtype).float()
         part = signed.sign() * (signed.abs() / self.largest) ** self.power
-        return part * scale_b.repeat_interleave(BLOCK)[: len(code_n)]
+        return part * scales.repeat_interleave(BLOCK)[: len(codes)]
 
     @property
     def dtype(self) -> torch.dtype:
