@@ -137,7 +137,8 @@ def test_clients_that_leave_give_all_places_back(served, count):
         list(users.map(lambda number: leave(served.url, number), range(count)))
     now = wait_until_idle(served.engine)
     assert now.kv_in_use == now.kv_reserved == 0
-    assert now.finished_total["cancelled"] - before.finished_total.get("cancelled", 0) == count
+    # on a busy machine some have left before the server saw their request
+    assert 0 < now.finished_total["cancelled"] - before.finished_total.get("cancelled", 0) <= count
     assert not served.service.running
     assert post(served, {**LONG, "max_tokens": 3}).json()["usage"]["completion_tokens"] == 3
 
