@@ -143,7 +143,7 @@ def test_users_together_have_the_bits_of_each_alone_where_rows_are_independent(t
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("schedule", ["turns", "together"])
+@pytest.mark.parametrize("schedule", [pytest.param("turns", marks=pytest.mark.slow), "together"])
 def test_whole_pieces_that_users_share_leave_each_the_bits_of_a_cold_start_alone(tmp_path, schedule):
     """One beginning for all, read by whoever comes first: it must not matter who that was."""
     folder = write_model(tmp_path, torch.bfloat16)

@@ -142,6 +142,7 @@ def test_codex_brings_its_whole_conversation_and_tools_of_openais_servers(send):
     assert again["input_tokens_details"]["cached_tokens"] >= usage["input_tokens"] - len("<|im_start|>assistant\n")
 
 
+@pytest.mark.slow
 def test_open_webui_passes_its_own_fields_and_its_tasks_do_not_cost_the_conversation_its_prefix(served, send):
     name = httpx.get(f"{served.url}/v1/models", headers={"Authorization": "Bearer"}).json()["data"][0]["id"]
     body = {
@@ -197,6 +198,7 @@ def test_continue_completes_code_with_two_keys_and_many_stop_strings(send):
     assert all(chunk["object"] == "text_completion" for chunk in chunks)
 
 
+@pytest.mark.slow
 def test_aider_streams_with_its_history_and_forces_functions(send):
     messages = [
         {"role": "system", "content": RULES},
