@@ -54,7 +54,7 @@ def test_what_the_c_does_not_know_is_left_to_torch():
     assert has_exact_kernel(Encoding(**usual))
     for other in ({"scale": "F16"}, {"zero": "packed"}, {"group_rows": 2}, {"product": "F16"}):
         assert not has_exact_kernel(Encoding(**{**usual, **other}))
-    assert not has_exact_kernel(Encoding(codes="offset4", group_rows=1, group_columns=64, scale="BF16", zero="floats"))
+    assert not has_exact_kernel(Encoding(codes="offset4", group_rows=1, group_columns=64, scale="BF16", has_order=True))
 
 
 @pytest.mark.parametrize(("shape", "group"), [((64, 256), 128), ((96, 192), 16), ((32, 320), 64)])
