@@ -60,7 +60,7 @@ class Deepening:
     """A rule that chooses depths while a model runs, and what there is room for.
 
     Args:
-        choice: the rule.
+        choice: name and settings of the rule, such as `hottest:8`.
         packed: the packed copy, with all levels.
         top_k: experts that a token visits in a layer.
         is_fixed: whether slots per layer were given instead of a budget.
