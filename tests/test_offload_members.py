@@ -90,7 +90,7 @@ def test_a_member_that_stayed_reads_nothing_and_a_popular_one_stays(group):
     before = layers["code"].counters.bytes_read
     waited = layers["code"].counters.waited
     logits(members.models["code"])
-    assert layers["code"].counters.bytes_read - before == 7 * 64 * 2  # rows of the embedding alone
+    assert layers["code"].counters.bytes_read == before, "rows of the embedding stay, too"
     # a newcomer in a pool that is full: the unpopular member leaves whole before the popular one leaves from its end
     members.pool.num_blocks = sum(place.count for place in members.pool.places.values())
     members.choose("", "sums")

@@ -170,7 +170,7 @@ class ReadingThreads:
         self.close = weakref.finalize(self, _close, self._state, self._threads, self._process)
 
     def quiesce(self) -> None:
-        """Drop what waits and let what runs end: from then on no thread writes to a slot.
+        """Give up what waits and let what runs end: from then on no thread writes to a slot, and no ticket lands.
 
         In a child of fork() there are no threads, and a lock that one of them held stays locked: new ones take over.
 
@@ -182,12 +182,18 @@ class ReadingThreads:
             self._start()
             return
         state, end_s = self._state, time.monotonic() + WAIT_S
-        # nothing is submitted meanwhile: only the thread that runs the model submits, and it is here
+        # Nothing is submitted meanwhile: only the thread that runs the model submits, and it is here. It cancels and does
+        # not drop: an exception could come between a drop and the end of its ticket, for which others may wait. The
+        # reading threads, which get no exceptions, end the tickets.
         with state.lock:
-            state.demand.clear()
-            state.ahead.clear()
+            waiting = state.waiting_tickets()
+            for ticket in waiting:
+                ticket.is_cancelled = True
+        # whoever submitted may have been interrupted before it called a thread
+        for _ in waiting:
+            state.calls.put(None)
         # asked for again and again instead of waited for, because waiting would take a lock in Python
-        while state.running:
+        while state.is_busy:
             if time.monotonic() > end_s:
                 raise TimeoutError(f"{state.running} reads did not end within {WAIT_S:.0f} s; is the disk gone?")
             time.sleep(POLL_S)
@@ -238,6 +244,16 @@ class _Queues:
         self.busy_s = 0.0
         self.running, self._since_s = 0, 0.0
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job waits or runs."""
+        with self.lock:
+            return bool(self.demand or self.ahead or self.running)
+
+    def waiting_tickets(self) -> list[Ticket]:
+        """Of the jobs that wait, one for each; the caller holds the lock."""
+        return [*(ticket for ticket, _ in self.demand), *(waiting.ticket for waiting in self.ahead)]
+
     def take(self) -> Job | None:
         """The next job, which counts as running from now on; None if there is none."""
         with self.lock:
@@ -285,12 +301,12 @@ def _close(state: _Queues, threads: list[threading.Thread], process: int) -> Non
         return
     with state.lock:
         state.is_closed = True
-        waiting = [*state.demand, *((each.ticket, each.job) for each in state.ahead)]
+        waiting = state.waiting_tickets()
         state.demand.clear()
         state.ahead.clear()
     for _ in threads:
         state.calls.put(None)
-    for ticket, _ in waiting:
+    for ticket in waiting:
         ticket.job_done(RuntimeError("the reading threads were shut down"))
     for thread in threads:
         if thread is not threading.current_thread():
