@@ -33,7 +33,7 @@ def test_experts_without_the_rest_are_those_of_the_whole_model(folder):
     assert part.offload.num_slots == (2, 3, 1)
     plan, of_all = part.offload.plan, whole.offload.plan
     # biases of experts, and no matrix of attention, head or embedding
-    assert 0 < plan.weight_bytes < of_all.weight_bytes / 20
+    assert 0 < plan.weight_bytes < of_all.weight_bytes / 15
     assert (plan.kv_bytes, of_all.kv_bytes > 0) == (0, True)
     pairs = zip(experts_modules(part).values(), experts_modules(whole).values(), OWN, strict=True)
     for ours, right, own in pairs:
