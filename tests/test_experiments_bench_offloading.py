@@ -11,7 +11,7 @@ from experiments.bench.offloading.catalogue import CONTESTANTS
 from experiments.bench.offloading.contestants import contest, load_model
 from experiments.evidence import memory_limit
 from experiments.evidence.replay import ReplaySize, build_replay
-from offload.cache.catalogue import CACHES, NEEDS_FUTURE
+from offload.cache.catalogue import CACHES, NEEDS_FUTURE, NEEDS_PREDICTOR
 from routing.traces import RoutingTrace
 
 
@@ -96,7 +96,7 @@ def test_prefetching_contestants_need_a_predictor_before_anything_runs(tmp_path)
 
 def test_every_policy_that_can_run_is_a_contestant():
     policies = {row.arguments["policy"] for row in CONTESTANTS.values() if "policy" in row.arguments}
-    assert policies == set(CACHES) - NEEDS_FUTURE
+    assert policies == set(CACHES) - NEEDS_FUTURE - NEEDS_PREDICTOR
 
 
 def test_who_runs_at_which_limit():

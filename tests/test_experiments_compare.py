@@ -249,6 +249,7 @@ def test_differences_are_paired_by_seed_and_judged_by_their_interval():
         assert summarise([*runs("a", many), *own])[1]["difference"]["verdict"] == verdict
 
 
+@pytest.mark.slow
 def test_every_metric_is_in_one_table_of_the_page_and_says_how_it_was_made(tiny, text, out):
     assert sorted(name for names in TABLES.values() for name in names) == sorted(METRICS)
     compare(["top2", "loss-free"], tiny, out, seeds=2, data=text, quiet=True)

@@ -158,6 +158,7 @@ def test_a_run_is_not_continued_under_other_settings(tmp_path, corpus, tiny_trai
         train(tiny_training, corpus, tmp_path / "run", resume=True, quiet=True)
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_during_training_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path, run):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 2_000)

@@ -148,6 +148,7 @@ for kernel in few:
 """
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_what_the_launcher_would_compile_and_is_ready_for_its_launch():
     """Triton's own launcher derives the same types, constants and divisibility hints from our launches."""
     lines = printed(STAND_IN + DERIVE + COMPILE_TOGETHER)

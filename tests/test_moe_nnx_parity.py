@@ -49,6 +49,8 @@ VARIANTS = {
     },
 }
 LONGER = (
+    "top2",
+    "deepseek-v3",
     "moepp",
     "deepseek-v2",
     "adamoe",

@@ -22,7 +22,6 @@ from offload.codes.encoding import Encoding
 from offload.compute.matvec import Matvecs
 from offload.compute.orders import orders
 from offload.formats.compression import CompressedMatrix, compress
-from offload.formats.quantised import _kernel_matrix
 from offload.codes.stored_matrix import StoredMatrix
 from offload.native.kernel_matrix import plain_matrix
 
@@ -37,7 +36,7 @@ for rows, shape in ((1, (96, 256)), (3, (64, 2880)), (17, (160, 128))):
     parts["scales"] = torch.randint(118, 130, (sizes["scales"],), dtype=torch.uint8)
     four_bits = StoredMatrix(encoding=encoding, rows=shape[0], columns=shape[1], parts=parts)
     plain_of_four = decode(encoding, parts, *shape, torch.bfloat16)
-    cases = [("plain", plain_matrix(weight), weight), ("mxfp4", _kernel_matrix(four_bits), plain_of_four)]
+    cases = [("plain", plain_matrix(weight), weight), ("mxfp4", four_bits.kernel_matrix(), plain_of_four)]
     if shape[1] % 64 == 0:
         stored = CompressedMatrix().encode(weight)
         cases.append(("compressed", CompressedMatrix().kernel_matrix(stored, shape), weight))

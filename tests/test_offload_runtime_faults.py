@@ -41,6 +41,7 @@ def start(folder, turns):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_checkpoint_and_one_of_them_killed(checkpoint):
     folder, expected = checkpoint
     before = {file: file.read_bytes() for file in folder.iterdir()}

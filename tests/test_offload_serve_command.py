@@ -215,6 +215,7 @@ def second_turn(url):
     return first["usage"], second["usage"]
 
 
+@pytest.mark.slow
 def test_a_second_turn_reads_only_what_is_new_and_a_signal_lets_answers_end(folder):
     with process_of(folder, "--cache-experts", "2", "--arithmetic", "fast") as (server, url):
         first, second = second_turn(url)

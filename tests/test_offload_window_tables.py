@@ -79,3 +79,21 @@ def test_kept_rows_give_up_the_one_that_was_not_used_for_longest():
     kept.put(9, torch.full((3,), 9.0))
     assert kept.take(7) is None
     assert [float(kept.take(row)[0]) for row in (5, 9)] == [5.0, 9.0]
+
+
+def test_no_two_rows_share_a_place_whatever_is_put_again_or_interrupted():
+    kept = KeptRows(2, (1,), torch.float32)
+    kept.put(5, torch.tensor([5.0]))
+    kept.put(5, torch.tensor([5.0]))
+    kept.put(6, torch.tensor([6.0]))
+    assert (kept.take(5).item(), kept.take(6).item()) == (5.0, 6.0)
+    with pytest.raises(RuntimeError):
+        kept.put(7, torch.zeros(2))  # a copy that fails in the middle, as an interrupt would
+    kept.put(8, torch.tensor([8.0]))
+    assert kept.take(7) is None
+    assert {row: kept.take(row).item() for row in (5, 6, 8) if kept.take(row) is not None} == {8: 8.0}
+    kept.clear()
+    assert kept.take(8) is None
+    kept.put(9, torch.tensor([9.0]))
+    kept.put(10, torch.tensor([10.0]))
+    assert (kept.take(9).item(), kept.take(10).item()) == (9.0, 10.0)

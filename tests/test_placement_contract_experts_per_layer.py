@@ -38,7 +38,7 @@ def test_shorter_rows_are_layers_with_fewer_experts(loads):
 
 
 @pytest.mark.parametrize("replicas", [0, 4])
-@pytest.mark.parametrize("solver", [name for name in SOLVERS if name not in ("moetuner", "exflow")])
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name not in ("moetuner", "exflow", "fill")])
 def test_every_solver_fills_the_slots_with_experts_that_there_are(loads, solver, replicas, tmp_path):
     problem = asked(loads, Cluster.grid(1, 4), replicas)
     plan = solve(problem, solver=solver, time_limit_s=1, processes=1)

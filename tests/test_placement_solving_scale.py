@@ -17,7 +17,9 @@ def wide():
     return Problem.from_loads(load, Cluster.grid(1250, 8), replicas=9984)
 
 
-@pytest.mark.parametrize("objective", ["balance", "activated", "latency"])
+@pytest.mark.parametrize(
+    "objective", ["balance", *(pytest.param(name, marks=pytest.mark.slow) for name in ("activated", "latency"))]
+)
 def test_ten_thousand_gpus_are_planned_by_blocks(wide, objective):
     model = {"hidden": 64, "moe_intermediate": 32, "top_k": 2}
     problem = replace(wide, cluster=Cluster.grid(1250, 8, model=model))

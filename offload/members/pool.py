@@ -42,7 +42,8 @@ class _Place:
 class Pool:
     """Memory of guests of several models.
 
-    Every change is one operation on a dict, so that an exception between any two leaves a whole state.
+    Every change is one operation on a dict, so that an exception between any two leaves a whole state. Two are told
+    from it later: a read that began without a place (`settle`), and a guest that was given up and has one (`has`).
 
     Args:
         nbytes: its size; rounded down to blocks.
@@ -57,6 +58,8 @@ class Pool:
         self.places: dict[Key, _Place] = {}
         self.in_use: dict[int, int] = {}
         """The guest of each member that is computed now."""
+        self.beginning: PooledWindow | None = None
+        """Whose read begins now, or has begun when an exception came before its place was noted."""
         self.popularity = [0.0] * num_members
 
     def note_request(self, member: int) -> None:
@@ -81,6 +84,16 @@ class Pool:
             self.drop(key)
             start = self._gap(count)
         return start
+
+    def has(self, key: Key) -> bool:
+        """Whether a guest is in memory, or on its way there."""
+        return key in self.places and not self.places[key].ticket.is_cancelled
+
+    def settle(self) -> None:
+        """Let no read go on that an exception has left without a place: it would write to what others get."""
+        if self.beginning is not None:
+            self.beginning.give_up()
+            self.beginning = None
 
     def drop(self, key: Key) -> None:
         """Give up a guest, once nothing is written to its memory any more."""
@@ -128,10 +141,20 @@ class PooledWindow(Streamed):
         self.pool, self.member = pool, member
 
     def clear(self) -> None:
-        """Forget every guest of this member; nothing may be on its way."""
+        """Forget every guest and every row of this member; nothing may be on its way."""
         with self.pool.lock:
+            super().clear()
             self.pool.forget(self.member)
             self.turn += 1
+
+    def give_up(self) -> None:
+        """Forget every guest of this member once its reads have ended.
+
+        Raises:
+            TimeoutError: if one does not end.
+        """
+        self._store.quiesce()
+        self.clear()
 
     def begin(self) -> None:
         """Start to read what is not there, from the first guest on."""
@@ -192,15 +215,20 @@ class PooledWindow(Streamed):
     def _hold(self, number: int, leaving: Iterator[Key]) -> bool:
         """Have a guest in memory or on its way there; whether there was room."""
         key = (self.member, number)
-        if key in self.pool.places:
+        self.pool.settle()
+        if self.pool.has(key):
             return True
+        if key in self.pool.places:
+            self.pool.drop(key)
         form = self.plan.streamed[number].form
         count = form.slot_bytes // BLOCK_BYTES
         if (start := self.pool.find(count, leaving)) is None:
             return False
         layer, memory = self._first + number, self.pool.memory
+        self.pool.beginning = self
         ticket, shifts = self._store.read(layer, 0, start, memory, SimpleQueue[Ticket](), is_demand=False)
         views = form.views(memory.slot(start), shifts)
         self.pool.places[key] = _Place(start, count, ticket, views)
+        self.pool.beginning = None
         self.counters.bytes_read += form.expert_bytes
         return True

@@ -182,9 +182,9 @@ class ReadingThreads:
             self._start()
             return
         state, end_s = self._state, time.monotonic() + WAIT_S
-        # Nothing is submitted meanwhile: only the thread that runs the model submits, and it is here. It cancels and does
-        # not drop: an exception could come between a drop and the end of its ticket, for which others may wait. The
-        # reading threads, which get no exceptions, end the tickets.
+        # Nothing is submitted meanwhile: only the thread that runs the model submits, and it is here. It cancels and
+        # does not drop: an exception could come between a drop and the end of its ticket, for which others may wait.
+        # The reading threads, which get no exceptions, end the tickets.
         with state.lock:
             waiting = state.waiting_tickets()
             for ticket in waiting:

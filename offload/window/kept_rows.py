@@ -16,7 +16,12 @@ class KeptRows:
 
     def __init__(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._row_ND = torch.empty(count, *shape, dtype=dtype)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows."""
         self._place: OrderedDict[int, int] = OrderedDict()
+        self._num_taken = 0
 
     def take(self, row: int) -> torch.Tensor | None:
         """A row, which counts as used now; None if it is not kept."""
@@ -26,8 +31,18 @@ class KeptRows:
         return self._row_ND[self._place[row]]
 
     def put(self, row: int, values: torch.Tensor) -> None:
-        """Keep a row, in place of the one that was not used for longest."""
-        is_full = len(self._place) == len(self._row_ND)
-        place = self._place.popitem(last=False)[1] if is_full else len(self._place)
+        """Keep a row, in place of the one that was not used for longest.
+
+        An exception between any two lines may lose a place, but never gives one to two rows.
+        """
+        if row in self._place:
+            return
+        if self._num_taken == len(self._row_ND):
+            if not self._place:
+                return
+            _, place = self._place.popitem(last=False)
+        else:
+            place = self._num_taken
+            self._num_taken += 1
         self._row_ND[place] = values
         self._place[row] = place

@@ -95,8 +95,9 @@ class Streamed:
             )
 
     def clear(self) -> None:
-        """Forget every guest; nothing may be on its way."""
-        raise NotImplementedError
+        """Forget every guest and every row; nothing may be on its way."""
+        for kept in self._kept:
+            kept.clear()
 
     def close(self) -> None:
         """Forget every guest and give the memory back; nothing may be on its way."""
@@ -167,6 +168,8 @@ class Streamed:
             self.counters.waited += 1
         if ticket.error is not None:
             raise OSError(f"reading {guest.name} failed: {ticket.error}") from ticket.error
+        if not ticket.is_complete:
+            raise RuntimeError(f"{guest.name} was given up while it was read; call the model again")
 
 
 class Window(Streamed):
@@ -185,7 +188,7 @@ class Window(Streamed):
         self.clear()
 
     def clear(self) -> None:
-        """Forget every guest; nothing may be on its way."""
+        super().clear()
         self._held: deque[_Held] = deque()
         self._ring.clear()
         self.turn += 1
