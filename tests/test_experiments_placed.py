@@ -112,6 +112,7 @@ def test_experts_move_to_more_and_to_fewer_processes(trace, tmp_path):
         assert {name: moved[name] for name in moved["planned"]} == moved["planned"]
 
 
+@pytest.mark.slow
 def test_plans_and_a_migration_are_carried_out_on_processes(trace, tmp_path):
     trace.save(tmp_path / "trace.npz")
     shuffled = np.stack([np.random.default_rng(layer).permutation(E) for layer in range(L)])
