@@ -286,7 +286,7 @@ def test_after_kill_9_kept_prompts_are_used_or_absent_and_answers_are_the_same(f
     assert [one["choices"] for one in again] == [one["choices"] for one in first]
     cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in again]
     opening = len("<|im_start|>user\n")  # is common to all, and in memory after the first
-    assert all(number < opening or number > 200 for number in cached)
+    assert all(number <= opening or number > 150 for number in cached), cached
 
 
 @pytest.mark.slow
