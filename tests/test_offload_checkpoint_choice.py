@@ -277,3 +277,14 @@ def test_names_that_cannot_be_models(folder):
             location.local_name(name)
     with pytest.raises(ValueError, match="give the folder"):
         location.local_name(folder / "config.json")
+
+
+def test_int8_rows_whose_config_is_lost_are_read_with_their_scales(folder):
+    name, codes_FD, scale_F = "model.layers.1.self_attn.q_proj.weight", torch.arange(32 * 32), 0.5 + torch.arange(32.0)
+    codes_FD = codes_FD.view(32, 32).remainder(255).sub(127)
+    plain_FD = codes_FD * scale_F[:, None] / 127
+    _change_tensors(folder, lambda tensors: {**tensors, name: plain_FD.to(tensors[name].dtype)})
+    expected = offload.load(folder, cache_experts=2)(TOKENS).logits
+    scales = {f"{name.removesuffix('weight')}SCB": scale_F}
+    _change_tensors(folder, lambda tensors: {**tensors, name: codes_FD.to(torch.int8), **scales})
+    assert torch.equal(offload.load(folder, cache_experts=2)(TOKENS).logits, expected)

@@ -187,7 +187,22 @@ class StaticHotList(LFU):
         return super()._score(key, next_use, weight)
 
 
-class ActivationAware(ScoredCache):
+class SearchedCache(ScoredCache):
+    """Keys whose ranks all change with every token or pass, so that there is no heap: the lowest is searched."""
+
+    def evict(self, pinned: Collection[int] = ()) -> int:
+        candidates = [key for key in self._resident if key not in pinned] or list(self._resident)
+        if not candidates:
+            raise RuntimeError("nothing to evict: the cache is empty")
+        victim = min(candidates, key=self.rank)
+        self._resident.discard(victim)
+        return victim
+
+    def _score(self, key: int, next_use: int, weight: float) -> float:
+        return 0.0
+
+
+class ActivationAware(SearchedCache):
     """Evicts the expert that the most similar stretches of the past use least.
 
     A stretch is `STRETCH` tokens. Its activation counts are matched by cosine similarity with the finished ones. An
@@ -220,18 +235,6 @@ class ActivationAware(ScoredCache):
 
     def rank(self, key: int) -> tuple[float, float]:
         return float(self._worth[key]), self._entry.get(key, (0.0, 0))[1]
-
-    def evict(self, pinned: Collection[int] = ()) -> int:
-        """Every token changes all ranks, so there is no heap: the lowest is searched."""
-        candidates = [key for key in self._resident if key not in pinned] or list(self._resident)
-        if not candidates:
-            raise RuntimeError("nothing to evict: the cache is empty")
-        victim = min(candidates, key=self.rank)
-        self._resident.discard(victim)
-        return victim
-
-    def _score(self, key: int, next_use: int, weight: float) -> float:
-        return 0.0
 
 
 class Belady(ScoredCache):

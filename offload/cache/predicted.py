@@ -1,15 +1,14 @@
 """Eviction by prediction: what the coming passes are expected to use stays."""
 
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .policies import ScoredCache
+from .policies import SearchedCache
 
 
-class PredictedUse(ScoredCache):
+class PredictedUse(SearchedCache):
     """Evicts the expert that is least expected, as a predictor of whole passes says; without one it is an LRU.
 
     An expectation is a running mean over tokens, because a pass that has just begun says little about the next ones.
@@ -34,15 +33,3 @@ class PredictedUse(ScoredCache):
 
     def rank(self, key: int) -> tuple[float, float]:
         return float(self._expected_E[key]), self._entry.get(key, (0.0, 0))[1]
-
-    def evict(self, pinned: Collection[int] = ()) -> int:
-        """Every pass changes all ranks, so there is no heap: the lowest is searched."""
-        candidates = [key for key in self._resident if key not in pinned] or list(self._resident)
-        if not candidates:
-            raise RuntimeError("nothing to evict: the cache is empty")
-        victim = min(candidates, key=self.rank)
-        self._resident.discard(victim)
-        return victim
-
-    def _score(self, key: int, next_use: int, weight: float) -> float:
-        return 0.0

@@ -12,15 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import pad
 
-from routing.ground.hardware import Hardware
-
 from ...checkpoint.experts import ExpertLayer, Parameter
 from ...codes.expander import expand_matrix, kernel_number, kernel_parameters
 from ...codes.levels import LevelledScheme
 from ...native.kernel_matrix import MOST_PLANES, KernelMatrix, part_addresses
-from ..form import BLOCK_BYTES, Extent, MatrixEncoder
-from ..packed import PackedForm
+from ..form import BLOCK_BYTES, Extent
 from ..quantised_parts import rounded
+from .form import LossyForm
 from .low_bit import stored_shape
 
 MARK = b"levels01"
@@ -31,7 +29,7 @@ NUMBER_BYTES = 4
 
 
 @dataclass(frozen=True, eq=False)
-class LevelledForm(PackedForm):
+class LevelledForm(LossyForm):
     """The experts of one layer.
 
     Args:
@@ -42,17 +40,8 @@ class LevelledForm(PackedForm):
 
     scheme: LevelledScheme | None = None
     depth_E: tuple[int, ...] = ()
-    is_transposed: bool = False
 
     name: ClassVar[str] = "levels"
-    linears: ClassVar[MatrixEncoder | None] = None
-    reaches_gpu: ClassVar[bool] = False
-    is_expanded: ClassVar[bool] = True
-
-    @property
-    def guard_bytes(self) -> int:
-        """Parts are read to their end and no further."""
-        return 0
 
     @cached_property
     def level_ends(self) -> tuple[int, ...]:
@@ -173,20 +162,6 @@ class LevelledForm(PackedForm):
                     starts[level] += rounded(nbytes)
                 parts_V.append(parts)
             yield parameter, parts_V
-
-    def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
-        share = self.expert_bytes / self.layer.plain_bytes
-        is_multiplied = self.can_multiply(is_transposed=self.is_transposed)
-        return hardware.stored_rate(2 * share) if is_multiplied else hardware.exact_bytes_per_s * share
-
-    @classmethod
-    def suits(cls, layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> bool:
-        """Never by itself: levels lose something, and have to be asked for."""
-        return False
-
-    @classmethod
-    def encode(cls, layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> list[bytes]:
-        raise NotImplementedError("levels are written by offload/lowbit")
 
     @classmethod
     def record_bounds(cls, layer: ExpertLayer) -> tuple[int, int]:

@@ -11,8 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from routing.ground.hardware import Hardware
-
 from ...checkpoint.experts import ExpertLayer, Parameter
 from ...checkpoint.tensors import TORCH_DTYPES
 from ...codes.encoding import Encoding
@@ -20,9 +18,8 @@ from ...codes.expander import has_exact_kernel
 from ...codes.schemes import Scheme
 from ...codes.stored_matrix import StoredMatrix
 from ...native.kernel_matrix import KernelMatrix
-from ..form import MatrixEncoder
-from ..packed import PackedForm
 from ..quantised_parts import rounded
+from .form import LossyForm
 
 MARK = b"lowbits1"
 HEAD_BYTES = 64
@@ -34,7 +31,7 @@ SchemeNames = tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class LowBitForm(PackedForm):
+class LowBitForm(LossyForm):
     """The experts of one layer.
 
     Args:
@@ -43,17 +40,8 @@ class LowBitForm(PackedForm):
     """
 
     schemes_E: tuple[SchemeNames, ...] = ()
-    is_transposed: bool = False
 
     name: ClassVar[str] = "lowbit"
-    linears: ClassVar[MatrixEncoder | None] = None
-    reaches_gpu: ClassVar[bool] = False
-    is_expanded: ClassVar[bool] = True
-
-    @property
-    def guard_bytes(self) -> int:
-        """Parts are read to their end and no further."""
-        return 0
 
     @cached_property
     def names(self) -> SchemeNames:
@@ -104,20 +92,6 @@ class LowBitForm(PackedForm):
         """What a complete record holds, by parameter."""
         numbers = record[len(MARK) : len(MARK) + len(self.layer.parameters)].tolist()
         return self._matrices(record, tuple(self.names[number] for number in numbers))
-
-    def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
-        share = self.expert_bytes / self.layer.plain_bytes
-        is_multiplied = self.can_multiply(is_transposed=self.is_transposed)
-        return hardware.stored_rate(2 * share) if is_multiplied else hardware.exact_bytes_per_s * share
-
-    @classmethod
-    def suits(cls, layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> bool:
-        """Never by itself: only a method can say how weights become codes."""
-        return False
-
-    @classmethod
-    def encode(cls, layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> list[bytes]:
-        raise NotImplementedError("quantising needs a method, see offload/lowbit")
 
     @classmethod
     def record_bounds(cls, layer: ExpertLayer) -> tuple[int, int]:

@@ -15,9 +15,8 @@ from routing.ground.hardware import Hardware
 
 from ...checkpoint.experts import ExpertLayer, Parameter
 from ...codes.ternary import ZERO_SHARES, expand, most_words, part_bytes
-from ..form import MatrixEncoder
-from ..packed import PackedForm
 from ..quantised_parts import rounded
+from .form import LossyForm
 from .low_bit import stored_shape
 
 MARK = b"ternary1"
@@ -28,24 +27,14 @@ NUMBERS = np.dtype("<u4")
 
 
 @dataclass(frozen=True, eq=False)
-class TernaryForm(PackedForm):
+class TernaryForm(LossyForm):
     """The experts of one layer.
 
     Args:
         is_transposed: whether the model's parameters have inputs as rows.
     """
 
-    is_transposed: bool = False
-
     name: ClassVar[str] = "ternary"
-    linears: ClassVar[MatrixEncoder | None] = None
-    reaches_gpu: ClassVar[bool] = False
-    is_expanded: ClassVar[bool] = True
-
-    @property
-    def guard_bytes(self) -> int:
-        """Parts are read to their end and no further."""
-        return 0
 
     def described(self, *, is_transposed: bool) -> "TernaryForm":
         """The form with what the index says of its records."""
@@ -80,15 +69,6 @@ class TernaryForm(PackedForm):
 
     def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
         return hardware.exact_bytes_per_s * self.expert_bytes / self.layer.plain_bytes
-
-    @classmethod
-    def suits(cls, layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> bool:
-        """Never by itself: ternary weights lose much, and have to be asked for."""
-        return False
-
-    @classmethod
-    def encode(cls, layer: ExpertLayer, views: Mapping[str, torch.Tensor]) -> list[bytes]:
-        raise NotImplementedError("quantising needs a method, see offload/lowbit")
 
     @classmethod
     def record_bounds(cls, layer: ExpertLayer) -> tuple[int, int]:
