@@ -42,9 +42,19 @@ def test_a_second_turn_reads_less_and_a_full_queue_refuses(checkpoint, tmp_path,
     assert (overload["refused"], overload["completed"]) == (44, 20)
 
 
+@pytest.mark.slow
+def test_over_http_the_answer_is_that_of_generate(checkpoint, tmp_path, run):
+    out = tmp_path / "rows.json"
+    measure = ("--measure", "http", "--new-tokens", "6", "--cache-experts", "3")
+    assert run("bench", "serve", str(checkpoint), *measure, "--json", str(out)) == 0
+    generate, serve = json.loads(out.read_text())
+    assert (generate["program"], serve["program"]) == ("generate", "serve")
+    assert 0 < serve["first_token_over_s"] < serve["first_token_s"]
+
+
 def test_an_unknown_measure_is_named(checkpoint, run, capsys):
     assert run("bench", "serve", str(checkpoint), "--measure", "speed") == 2
-    assert "rates, turn, prompt, overload, cancels" in capsys.readouterr().err.replace("\n", " ")
+    assert "rates, llama.cpp, http, turn, prompt, overload, cancels" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_gaps_are_between_tokens():

@@ -20,18 +20,19 @@ class Grammars:
     """Compiles grammars for one model.
 
     Args:
-        vocabulary: its tokens; making the tables takes about a second for 150,000 of them.
-
-    Raises:
-        ValueError: if its tokenizer is none of the tokenizers library.
+        vocabulary: its tokens; making the tables takes about a second for 150,000 of them. llguidance reads fast
+            tokenizers whose decoder it knows; other models are served without grammars.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         from llguidance.hf import from_tokenizer
 
         ends = sorted(vocabulary.end_ids) or None
-        self._tables = from_tokenizer(vocabulary.tokenizer, n_vocab=_size(vocabulary), eos_token=ends)
-        self._vocabulary = vocabulary
+        self._vocabulary, self._tables, self._missing = vocabulary, None, ""
+        try:
+            self._tables = from_tokenizer(vocabulary.tokenizer, n_vocab=_size(vocabulary), eos_token=ends)
+        except (TypeError, ValueError) as error:
+            self._missing = f"no grammars with this model's tokenizer, which llguidance does not read: {error}"
 
     def compile(self, grammar: Grammar, begins_after: str = "") -> "GrammarConstraint":
         """A constraint for one answer.
@@ -41,10 +42,13 @@ class Grammars:
             begins_after: text of the answer after which it must; all before is free.
 
         Raises:
-            ValueError: if the grammar is too large, not valid, or asks for what is not supported.
+            ValueError: if the grammar is too large, not valid, or asks for what is not supported; or if there are none
+                for this model.
         """
         from llguidance import LLMatcher
 
+        if self._tables is None:
+            raise ValueError(self._missing)
         if len(grammar.source) > LARGEST_GRAMMAR:
             raise ValueError(f"the grammar has {len(grammar.source)} characters; at most {LARGEST_GRAMMAR} are read")
         try:
@@ -60,6 +64,8 @@ class Grammars:
 
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes of a token, whole characters or not."""
+        if self._tables is None:
+            return str(self._vocabulary.tokenizer.decode([token_id])).encode()
         return bytes(self._tables.decode_bytes([token_id]))
 
 

@@ -5,7 +5,7 @@ Needs `pip install llama-cpp-python gguf`.
 
 import ctypes
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,15 @@ class LlamaCpp:
 
     Args:
         file: its name.
-        context: tokens at most.
+        context: tokens at most, of all sequences together.
         num_threads: CPU threads for prompts and for decoding alike.
+        num_sequences: conversations at most; see `together`.
 
     Raises:
         OSError: if llama.cpp cannot load the file.
     """
 
-    def __init__(self, file: Path, context: int, num_threads: int) -> None:
+    def __init__(self, file: Path, context: int, num_threads: int, num_sequences: int = 1) -> None:
         import llama_cpp
 
         self._library = llama_cpp
@@ -86,6 +87,7 @@ class LlamaCpp:
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = settings.n_batch = max(context, 32)
         settings.n_threads = settings.n_threads_batch = num_threads
+        settings.n_seq_max = num_sequences
         self._context = llama_cpp.llama_init_from_model(self._model, settings)
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 
@@ -96,6 +98,26 @@ class LlamaCpp:
             raise RuntimeError("llama.cpp could not decode")
         logits = self._library.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(logits, shape=(self._vocabulary,)).copy()
+
+    def together(self, ids: Sequence[Sequence[int]], start: int) -> None:
+        """Continue several sequences in one batch, as llama-server does with its places.
+
+        Args:
+            ids: the next tokens of each sequence, as many for each.
+            start: position of the first of them.
+        """
+        size = sum(map(len, ids))
+        batch = self._library.llama_batch_init(size, 0, 1)
+        batch.n_tokens = size
+        places = ((sequence, at) for at in range(len(ids[0])) for sequence in range(len(ids)))
+        for place, (sequence, at) in enumerate(places):
+            batch.token[place], batch.pos[place] = ids[sequence][at], start + at
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, sequence
+            batch.logits[place] = at == len(ids[0]) - 1
+        failed = self._library.llama_decode(self._context, batch)
+        self._library.llama_batch_free(batch)
+        if failed:
+            raise RuntimeError(f"llama.cpp could not decode {len(ids)} sequences")
 
 
 def _describe(writer: Any, config: dict[str, Any]) -> None:

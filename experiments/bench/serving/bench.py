@@ -10,7 +10,7 @@ from routing.ground.expect import expect_outputs, expect_there
 from routing.ground.files import write_json
 from routing.ground.terminal import plain_console
 
-MEASURES = ("rates", "turn", "prompt", "overload", "cancels")
+MEASURES = ("rates", "llama.cpp", "http", "turn", "prompt", "overload", "cancels")
 SCHEDULES = ("turns", "together", "auto")
 
 CheckpointArgument = Annotated[Path, typer.Argument(help="A replay checkpoint (`expertier bench offload` makes one).")]
@@ -39,7 +39,7 @@ def bench_serve(
     json_file: JsonOption = None,
     record: RecordOption = False,
 ) -> None:
-    """Several users of one engine: speed in turns and together, second turns, long prompts, overload, cancels.
+    """Several users of one engine: rates, second turns, long prompts, overload, cancels; llama.cpp and HTTP beside.
 
     Example: `expertier bench serve /tmp/replay --cpu-memory 6GiB --users 1 --users 4`
     """
@@ -53,6 +53,10 @@ def bench_serve(
     console, results = plain_console(), []
     if "rates" in wanted:
         results += _rates(console, checkpoint, load, users or [1, 4], new_tokens, repeats)
+    if "llama.cpp" in wanted:
+        results += _peers(console, checkpoint, cpu_memory, users or [1, 4], new_tokens)
+    if "http" in wanted:
+        results += _http(console, checkpoint, load, new_tokens, repeats)
     results += _others(console, checkpoint, load, wanted, prompt)
     if json_file:
         write_json(json_file, results)
@@ -66,6 +70,7 @@ def _rates(
     console: Console, checkpoint: Path, load: dict[str, Any], users: list[int], new_tokens: int, repeats: int
 ) -> list[dict[str, Any]]:
     """Every number of users in every schedule, in alternation; the answers must be those of each alone."""
+    from .clients import user_rows
     from .measures import rates
 
     results: list[dict[str, Any]] = []
@@ -73,9 +78,9 @@ def _rates(
     for repeat in range(repeats):
         for count in sorted(users):
             for schedule in SCHEDULES if count > 1 else ("turns",):
-                rows = [_user_rows(number, 16 + new_tokens) for number in range(count)]
+                rows = [user_rows(number, 16 + new_tokens) for number in range(count)]
                 with _open(checkpoint, load, context=count * (64 + new_tokens), schedule=schedule) as engine:
-                    rates(engine, [_user_rows(8, 32)], 16)  # experts that are used first, kernels that are compiled
+                    rates(engine, [user_rows(8, 32)], 16)  # experts that are used first, kernels that are compiled
                     row, answers = rates(engine, rows, new_tokens)
                 for number, answer in enumerate(answers):
                     alone.setdefault(number, answer.events)
@@ -88,28 +93,56 @@ def _rates(
     return results
 
 
+def _peers(console: Console, checkpoint: Path, limit: str, users: list[int], new_tokens: int) -> list[dict[str, Any]]:
+    """llama.cpp with as many users and as much memory."""
+    from .llama_cpp import peer
+
+    results = []
+    for count in sorted(users):
+        results.append(peer(checkpoint, limit, count, new_tokens))
+        _print(console, results[-1])
+    return results
+
+
+def _http(
+    console: Console, checkpoint: Path, load: dict[str, Any], new_tokens: int, repeats: int
+) -> list[dict[str, Any]]:
+    """One user over HTTP beside `generate`, in turns."""
+    from .clients import user_rows
+    from .over_http import beside_generate
+
+    given = {name: str(value) for name, value in load.items() if value not in (None, "auto")}
+    options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", value)]
+    results = []
+    for row in beside_generate(checkpoint, options, user_rows(0, 64), new_tokens, repeats):
+        results.append(row)
+        _print(console, row)
+    return results
+
+
 def _others(
     console: Console, checkpoint: Path, load: dict[str, Any], wanted: list[str], prompt: int
 ) -> list[dict[str, Any]]:
+    from .clients import user_rows
     from .measures import beside_a_prompt, cancels, overload, second_turn
 
     results = []
     if "turn" in wanted:
         with _open(checkpoint, load, context=prompt + 256, reuse="any") as engine:
-            results.append({"measure": "turn", **second_turn(engine, _user_rows(0, prompt + 64), 32)})
+            results.append({"measure": "turn", **second_turn(engine, user_rows(0, prompt + 64), 32)})
             _print(console, results[-1])
     if "prompt" in wanted:
         with _open(checkpoint, load, context=2 * prompt + 1024, reuse="off") as engine:
-            stream, long = _user_rows(0, 400), _user_rows(1, prompt)
+            stream, long = user_rows(0, 400), user_rows(1, prompt)
             results.append({"measure": "prompt", **beside_a_prompt(engine, stream, long)})
             _print(console, results[-1])
     if "overload" in wanted:
         with _open(checkpoint, load, context=512, most_users=4, most_queued=16) as engine:
-            results.append({"measure": "overload", **overload(engine, _user_rows(0, 20), 64)})
+            results.append({"measure": "overload", **overload(engine, user_rows(0, 20), 64)})
             _print(console, results[-1])
     if "cancels" in wanted:
         with _open(checkpoint, load, context=512, most_users=4) as engine:
-            results.append({"measure": "cancels", **cancels(engine, _user_rows(0, 32), 1000)})
+            results.append({"measure": "cancels", **cancels(engine, user_rows(0, 32), 1000)})
             _print(console, results[-1])
     return results
 
@@ -122,15 +155,6 @@ def _open(checkpoint: Path, load: dict[str, Any], context: int, **options: Any) 
     engine = offload.Engine(lambda: offload.load(checkpoint, context=context, **load), settings)
     engine.wait_ready()
     return engine
-
-
-def _user_rows(user: int, count: int) -> list[int]:
-    """Rows of a replay checkpoint that this user's conversation follows: a stretch of its own."""
-    return list(range(user * ROWS_APART, user * ROWS_APART + count))
-
-
-ROWS_APART = 2000
-"""Rows between the beginnings of two users, so that long prompts of one do not reach into the rows of the next."""
 
 
 def _print(console: Console, row: dict[str, Any]) -> None:

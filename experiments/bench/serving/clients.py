@@ -15,6 +15,14 @@ from numpy.typing import NDArray
 
 from offload import Engine, Finished, GenerationRequest, Sampling, Stream
 
+ROWS_APART = 2000
+"""Rows between the beginnings of two users, so that long prompts of one do not reach into the rows of the next."""
+
+
+def user_rows(user: int, count: int) -> list[int]:
+    """Rows of a replay checkpoint that this user's conversation follows: a stretch of its own."""
+    return list(range(user * ROWS_APART, user * ROWS_APART + count))
+
 
 class Follow:
     """A constraint that lets exactly these tokens come: rows of a replay checkpoint, whose routing is recorded.
