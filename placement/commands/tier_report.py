@@ -32,7 +32,7 @@ def print_tiers(plan: Plan, out: Path, json_file: Path | None) -> None:
     if certificate is not None:
         gap = "unknown" if certificate.gap is None else f"{certificate.gap:.3%}"
         console.print(
-            f"certificate: {certificate.objective:.6g} s, bound {certificate.bound:.6g} s ({certificate.bound_name}), "
+            f"certificate: {certificate.objective:.6g} s, bound {certificate.bound:.6g} s ({certificate.bound_basis}), "
             f"gap {gap}; {certificate.seconds:.1f} s",
             highlight=False,
         )
