@@ -75,6 +75,8 @@ def test_a_forecast_adds_up_by_hand():
         forms=[SimpleNamespace(expert_bytes=1000)],
         dense_bytes=600,
         unread_bytes=100,
+        streamed_bytes=0,
+        kv_token_bytes=20,
     )
     rates = StepRates(machine, {1: 1.0, 2: 1.5}, {2: 0.1})
     row_AT = np.arange(4).reshape(2, 2)
