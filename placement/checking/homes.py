@@ -5,7 +5,7 @@ from collections import defaultdict
 
 from ..contract.cluster import Cluster
 from ..contract.plan import Plan
-from .costs import Home, expert_sizes
+from .costs import Home, computing_gpus, expert_sizes
 
 POOLS = {"gpu": "GPU", "host": "host memory of node", "ssd": "SSD of node"}
 
@@ -28,7 +28,8 @@ def is_possible(cluster: Cluster, home: Home) -> bool:
     """Whether the cluster can serve an expert from that home in that way."""
     place, index, streamed = home
     if place == "gpu":
-        return True
+        links = cluster.pcie_bytes_per_s_M if cluster.tiers.peers == "pcie" else cluster.dram_bytes_M + 1
+        return index in computing_gpus(cluster) or bool(links[cluster.node_G[index]] > 0)
     allowed = cluster.tiers.cpu
     if cluster.tiers.gpu == "required":
         return False

@@ -14,13 +14,13 @@ from routing.ground.quantity import format_size
 from ..contract.certificate import Certificate
 from ..contract.plan import Plan
 from ..contract.problem import Problem
-from .costs import DeviceCosts, Home, busy_devices, expert_sizes, steps_of
+from .costs import DeviceCosts, Home, busy_devices, computing_gpus, expert_sizes, steps_of
 from .figures import Figure, compared, faults_of, kept_loads, not_derived
 from .homes import homes_of_layer, is_possible, room
 from .tier_bounds import bound_figures, is_traffic
 
 Float = NDArray[np.float64]
-_KINDS = {"gpu": "GPU", "host": "host memory", "ssd": "SSD"}
+_KINDS = {"gpu": "GPU", "peer": "peer GPU", "host": "host memory", "ssd": "SSD"}
 
 
 def tier_faults(plan: Plan, made_from: Problem | None = None, *, searches: bool = True) -> list[str]:
@@ -85,9 +85,13 @@ def _byte_figures(plan: Plan) -> list[Figure]:
             for place, index, _ in homes:
                 used[place, index] += size  # type: ignore[assignment]
     figures = []
-    for kind in ("gpu", "host", "ssd"):
-        mine = {index: need for (place, index), need in sorted(used.items()) if place == kind}
-        rooms = {index: room(plan, kind, index) for index in mine}
+    computing = computing_gpus(plan.cluster)
+    for kind in _KINDS if plan.cluster.tiers.peers else ("gpu", "host", "ssd"):
+        memory = "gpu" if kind == "peer" else kind
+        mine = {index: need for (place, index), need in sorted(used.items()) if place == memory}
+        if memory == "gpu":
+            mine = {index: need for index, need in mine.items() if (index in computing) == (kind == "gpu")}
+        rooms = {index: room(plan, memory, index) for index in mine}
         faults = tuple(
             f"{kind} {index} needs {format_size(need)} for its experts and has {format_size(rooms[index])}"
             for index, need in mine.items()
