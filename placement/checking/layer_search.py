@@ -123,9 +123,8 @@ class _Search:
         new_OG = self.choice_OG[option_O]
         share_EG = on_EG / np.maximum(on_EG.sum(axis=1, keepdims=True), 1)
         load_WG = self.load_WE @ share_EG
-        load_OWG = (
-            load_WG + self.load_WE[:, expert][None, :, None] * (new_OG / new_OG.sum(axis=1, keepdims=True))[:, None]
-        )
+        part_OG = new_OG / new_OG.sum(axis=1, keepdims=True)
+        load_OWG = load_WG + self.load_WE[:, expert][None, :, None] * part_OG[:, None]
         least_OW = self._carried_OW(load_OWG, free_G - new_OG, rest)
         value_O = self.level * np.maximum((load_OWG * self.factor_G).max(axis=2), least_OW).max(axis=1)
         for part in self.parts:

@@ -29,7 +29,7 @@ Float = NDArray[np.float64]
 Integer = NDArray[np.int64]
 Steps = list[tuple[str, float, DeviceCosts]]
 WIDTHS = (64, 4096)  # divisions of a layer that are kept at each expert, fewer where layers are many or large
-MOST_CELLS = 1 << 30  # numbers that a search of all layers writes: seconds of one core
+MOST_CELLS = 1 << 28  # numbers that a pass over all layers writes: seconds of one core
 MOST_JOINED = 200_000  # divisions of all layers that are kept at each layer
 
 
