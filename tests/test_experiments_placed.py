@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments.placed.forecast import forecast
+from experiments.placed.run import run_plans
 from experiments.placed.turns import held_by, turns_EG
 from experiments.placed.work import calls_of, source_T
 from placement import Cluster, Plan
@@ -88,6 +90,20 @@ def test_every_row_is_in_one_call_and_all_processes_make_equally_many(sequences,
     assert len({len(own) for own in calls}) == 1
     assert sorted(row for own in calls for call in own for row in call.tolist()) == list(range(len(sequences)))
     assert all(len(call) <= rows_per_call for own in calls for call in own)
+
+
+def test_no_thread_of_a_group_outlives_it(trace, monkeypatch):
+    """A group of one process: its threads would run on while Python ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    one, other = (plan_of([np.random.default_rng(seed).permutation(E)] * L, 1) for seed in range(2))
+    assert run_plans({"one": one}, trace, then=other, forwards=2)["migration"]["missed"] == 0
+    threads = [Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")]
+    assert [name for name in threads if "gloo" in name or "tcpstore" in name] == []
 
 
 def place_run(folder, *arguments):

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import offload
 from offload.cache.steps import replay_steps
+from offload.engine.packing import Piece
+from offload.engine.step import ModelSteps
 from offload.forecast.steps import StepRates, forecast_steps
 from offload.memory.cost import layer_call_seconds
 from routing.ground.hardware import Hardware
@@ -46,6 +48,22 @@ def test_misses_are_those_that_the_runtime_counts(folder, slots, batch, policy):
     assert found.after(12).hit_rate == 1
 
 
+@pytest.mark.parametrize("policy", ["lru", "learned"])
+def test_a_piece_of_a_prompt_beside_decoding_misses_what_paper_says(folder, policy):
+    """One sequence decodes and two tokens of another's prompt ride along, as the engine packs them into one call."""
+    model = offload.load(folder, cache_experts=6, policy=policy, record_trace=True)
+    steps, counted = ModelSteps(model), []
+    decoding, prompt = steps.empty(), steps.empty()
+    for step in range(12):
+        ids = [(7 * step + 11 * place) % 64 for place in range(3)]
+        steps.run([Piece(cached=decoding, token_ids=ids[:1], by_row=True), Piece(cached=prompt, token_ids=ids[1:])])
+        counted.append([layer.misses for layer in model.offload.runtime.counters.layers])
+    trace = model.offload.trace()
+    model.offload.close()
+    found = replay_steps(trace, np.arange(36).reshape(12, 3), [6] * 2, policy)
+    np.testing.assert_array_equal(found.misses_AL.cumsum(axis=0), counted)
+
+
 def test_more_experts_than_slots_pass_in_waves():
     """Six experts through two slots: each is read once a step, and the next step finds what came last."""
     expert_TLK = np.tile(np.array([[0, 1], [2, 3], [4, 5]]), (2, 1))[:, None]
@@ -75,6 +93,8 @@ def test_a_forecast_adds_up_by_hand():
         forms=[SimpleNamespace(expert_bytes=1000)],
         dense_bytes=600,
         unread_bytes=100,
+        streamed_bytes=0,
+        kv_token_bytes=20,
     )
     rates = StepRates(machine, {1: 1.0, 2: 1.5}, {2: 0.1})
     row_AT = np.arange(4).reshape(2, 2)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from offload.forecast import calibrate_gpu as gpu_calibrate
 from offload.gpu import devices as gpu_devices
 from offload.gpu import rows as gpu_rows
 from placement.contract.homes import Homes
+from placement.contract.tier_spec import Tiers
 from tests.simulated_lane import SimulatedLane
 from tests.test_offload_cache_starting import write_plan
 
@@ -488,6 +490,39 @@ def test_what_the_gpu_gives_up_comes_back_from_its_peer(saved, load, all_there, 
         assert steady["gpu"]["peer_hits"] >= steady["gpu"]["misses"] - 2 * 8
         assert steady["misses"] <= 2 * 8
     model.offload.close()
+
+
+def test_a_plan_with_peers_is_carried_out(saved, load, all_there, tmp_path):
+    """Of two GPUs one computes: what the plan puts on the other is there before the first token, and stays there."""
+    folder, _ = saved("olmoe")
+    map_LP = np.array([[3, 5, 0, 7], [1, -1, 6, 2]])
+    ssd_LEM = np.ones((2, 8, 1), np.int8)
+    for layer, row in enumerate(map_LP.tolist()):
+        ssd_LEM[layer, [e for e in row if e >= 0]] = 0
+    cluster = replace(placement.Cluster.grid(1, 2), tiers=Tiers(peers="nvlink"))
+    plan = placement.Plan(
+        physical_to_logical_LP=map_LP,
+        num_experts=8,
+        cluster=cluster,
+        layer_ids=(0, 1),
+        hidden_layers=2,
+        tier_LE=2 * ssd_LEM[:, :, 0].astype(np.int64),
+        homes=Homes(host_LEM=np.zeros_like(ssd_LEM), ssd_LEM=ssd_LEM),
+    )
+    plan.save(tmp_path / "p.json")
+    for given in ({}, {"node": 0}, {"peer_memory": 6 * 3 * 32 * 24 * 4}):
+        model = load(folder, plan=tmp_path / "p.json", **given)
+        layers = model.offload._runtime.gpu._layers
+        assert [set(layer.slots.held) for layer in layers] == [{3, 5}, {1}]
+        assert [set(layer.peer._slot_of) for layer in layers] == [{0, 7}, {6, 2}]
+        assert torch.equal(run(model), all_there("olmoe"))
+        assert all(there <= set(layer.peer._slot_of) for there, layer in zip(({0, 7}, {6, 2}), layers, strict=True))
+        report = model.offload.report()["gpu"]
+        assert report["held_at_peers_per_layer"] == [2, 2]
+        assert report["peer_slots_per_layer"] == [3 if "peer_memory" in given else 2] * 2
+        assert report["peer_hits"] > 0
+    with pytest.raises(ValueError, match="of experts in peer memory, and peer_memory="):
+        load(folder, plan=tmp_path / "p.json", peer_memory=3 * 3 * 32 * 24 * 4)
 
 
 def test_peer_memory_that_cannot_be_is_refused(saved, load):

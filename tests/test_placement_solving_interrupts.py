@@ -86,17 +86,36 @@ def test_the_time_limit_binds(solver, objective):
     assert time.monotonic() - began < 4  # twice the limit, for a busy machine
 
 
+def programme(seed, size=30):
+    rng, model = random.Random(seed), pulp.LpProblem("model", pulp.LpMinimize)
+    choices = [model.add_variable(f"x{i}", cat="Binary") for i in range(size)]
+    model += pulp.lpSum(-rng.random() * choice for choice in choices)
+    for _ in range(10):
+        model += pulp.lpSum(rng.random() * choice for choice in choices) <= 6
+    return model
+
+
+def test_an_interrupt_as_soon_as_the_solver_runs_leaves_no_thread_in_it(monkeypatch):
+    """A thread that stays inside HiGHS while Python ends would abort the process."""
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        solve_milp(programme(0, size=120), time_limit_s=60)
+    assert time.monotonic() - began < 30
+    assert [thread for thread in threading.enumerate() if thread.name == "expertier-highs"] == []
+
+
 def test_programmes_of_several_threads_take_turns():
-    """highspy runs one programme per process, and refused a second."""
     found = {}
 
     def minimise(seed):
-        rng, model = random.Random(seed), pulp.LpProblem("model", pulp.LpMinimize)
-        choices = [model.add_variable(f"x{i}", cat="Binary") for i in range(30)]
-        model += pulp.lpSum(-rng.random() * choice for choice in choices)
-        for _ in range(10):
-            model += pulp.lpSum(rng.random() * choice for choice in choices) <= 6
-        found[seed] = solve_milp(model, time_limit_s=20).is_optimal
+        found[seed] = solve_milp(programme(seed), time_limit_s=20).is_optimal
 
     threads = [threading.Thread(target=minimise, args=(seed,)) for seed in range(4)]
     for thread in threads:

@@ -146,7 +146,8 @@ def point(checkpoint: Path, trace: "RoutingTrace", share: float, row_AT: Any, ra
     budgets = fit(checkpoint, context=context).budgets
     budget = budgets.least_bytes + int(share * (budgets.all_bytes - budgets.least_bytes))
     fitted = fit(checkpoint, cpu_memory=budget, context=context)
-    said = forecast_steps(fitted, trace, row_AT, rates, policy=POLICY, warm=WARM_STEPS)
+    held = row_AT.size // 2  # on average, over the steps
+    said = forecast_steps(fitted, trace, row_AT, rates, policy=POLICY, warm=WARM_STEPS, held_tokens=held)
     predicted = row_AT.shape[1] / said.step_s
     got = _measure(checkpoint, budget, context, row_AT)
     return {

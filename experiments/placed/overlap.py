@@ -19,7 +19,7 @@ from placement import Cluster, Plan, Problem, solve
 from routing.traces import RoutingTrace
 
 from ..train.distributed.launch import is_worker
-from ..train.distributed.run import process_group
+from ..train.distributed.run import leave_group, process_group
 from .coherent import follow
 from .work import Layer, Size, gathered, relative, source_T, tokens
 
@@ -210,4 +210,4 @@ def _alone() -> Iterator[None]:
     try:
         yield
     finally:
-        distributed.destroy_process_group()
+        leave_group()

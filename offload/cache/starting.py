@@ -30,10 +30,12 @@ class StartingPlan:
     Args:
         experts_L: those in RAM slots.
         gpu_L: those that GPU slots hold for as long as the model runs; empty without a GPU.
+        peer_L: those that the memory of other GPUs holds as long; empty without a GPU.
     """
 
     experts_L: tuple[tuple[int, ...], ...]
     gpu_L: tuple[tuple[int, ...], ...]
+    peer_L: tuple[tuple[int, ...], ...] = ()
 
     def slots(self, slot_bytes_L: Sequence[int], least_L: Sequence[int], free_bytes: int) -> list[int]:
         """RAM slots per layer: those of the plan, and at least `least_L`.
@@ -82,6 +84,10 @@ class TracedSlots:
     @property
     def gpu_L(self) -> tuple[tuple[int, ...], ...]:
         return self.experts_L
+
+    @property
+    def peer_L(self) -> tuple[tuple[int, ...], ...]:
+        return ()
 
     def gpu_slots(self, slot_bytes_L: Sequence[int], least_L: Sequence[int], free_bytes: int) -> None:
         """A trace sizes RAM slots only."""
@@ -154,7 +160,11 @@ def _read_plan(path: Path, experts_L: Sequence[int], node: int | None, has_gpu: 
     in_memory_LE = (tier_LE != TIERS.index("ssd")) & real_LE
     if not has_gpu:
         return StartingPlan(experts_L=_ids(in_memory_LE), gpu_L=_ids(np.zeros_like(on_gpu_LE)))
-    return StartingPlan(experts_L=_ids(in_memory_LE & ~on_gpu_LE), gpu_L=_ids(on_gpu_LE))
+    below_LE = in_memory_LE & ~on_gpu_LE
+    if plan.cluster.tiers.peers is None:
+        return StartingPlan(experts_L=_ids(below_LE), gpu_L=_ids(on_gpu_LE))
+    here_LE = on_gpu_LE & (plan.copies_LEG[:, :, 0] > 0)
+    return StartingPlan(experts_L=_ids(below_LE), gpu_L=_ids(here_LE), peer_L=_ids(on_gpu_LE & ~here_LE))
 
 
 def _ids(chosen_LE: NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:

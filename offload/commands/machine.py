@@ -13,6 +13,7 @@ from routing.ground.quantity import format_size, parse_size
 from routing.ground.terminal import plain_console
 from routing.traces import RoutingTrace
 
+from .batches import fit_batches, read_batches
 from .options import (
     ARITHMETICS,
     Arithmetic,
@@ -70,6 +71,17 @@ def fit(
         Path | None,
         typer.Option("--trace", help="Recorded routing (.npz) to take the hit rate from; needs --hardware."),
     ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch",
+            help="Sequences that decode together, such as 1,4,16: which is quickest within the "
+            "budget. --context is then of each; needs --trace.",
+        ),
+    ] = None,
+    chunk: Annotated[
+        int, typer.Option("--chunk", min=0, help="Tokens of a prompt that each step reads beside the sequences.")
+    ] = 0,
     json_file: JsonFile = None,
 ) -> None:
     """Say whether a model fits a memory budget, and how many of its experts stay in memory.
@@ -78,6 +90,8 @@ def fit(
     it also says how fast each way of running the model would be, as a range, and which one is quickest.
 
     The exit code is 0 if it fits and 1 if it does not.
+
+    With --batch it predicts that for several sequences: their keys and values take slots, their tokens share reads.
 
     Example: `expertier fit my-model --cpu-memory 6GiB`
     """
@@ -91,6 +105,9 @@ def fit(
         raise ValueError("--hit-rate predicts the speed on the CPU: it needs --hardware FILE, and no --gpu-memory")
     if trace is not None and (hit_rate is not None or hardware is None or gpu_memory is not None):
         raise ValueError("--trace gives the hit rate on the CPU: it needs --hardware FILE, and no --hit-rate")
+    batches = None if batch is None else read_batches(batch)
+    if (batches is not None and trace is None) or (chunk and batches is None):
+        raise ValueError("--batch asks recorded routing: it needs --trace FILE; --chunk needs --batch")
     rates = None if hardware is None else Rates.load(hardware)
     if finetune is not None:
         if gpu_memory is not None or packed is not None:
@@ -128,8 +145,14 @@ def fit(
         variants = _show_variants(fitted, rates)
     elif fitted.plan is not None:
         plain_console(soft_wrap=True).print("for speeds, add --hardware FILE of `expertier calibrate`")
+    asked: dict[str, Any] = {}
+    if batches is not None and rates is not None and recorded is not None:
+        knobs = {"cpu_memory": cpu_memory, "pack": packed, "resident_layers": resident_layers}
+        asked["batches"] = fit_batches(
+            model, recorded, rates, batches, context, chunk, layers_ahead=layers_ahead, **knobs
+        )
     if json_file:
-        told = {"predicted": predicted or None, "variants": [variant.as_json() for variant in variants]}
+        told = {"predicted": predicted or None, "variants": [variant.as_json() for variant in variants]} | asked
         write_json(json_file, {"model": model, **fitted.as_json(), **told})
     if fitted.plan is None:
         raise typer.Exit(DOES_NOT_FIT)

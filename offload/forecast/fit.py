@@ -13,7 +13,7 @@ from ..compute.resident import embedding_bytes
 from ..formats.form import Form
 from ..gpu.plan.cost import GpuPrediction, predict_gpu_decode
 from ..gpu.plan.planning import expect_forms_on_gpu
-from ..memory.budget import Budgets, MemoryPlan, Needs
+from ..memory.budget import Budgets, MemoryPlan, Needs, kv_bytes_per_token
 from ..memory.cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
 from ..runtime.division import budgets_of, choose_window, divide_memory, needs_of, stored_shapes
 from ..runtime.opening import open_headers
@@ -28,7 +28,8 @@ class Fit:
     `budgets` are the least that `load` accepts and the one that holds all experts, both without a GPU.
     `plan` is None if the budget is too small; `shortfall` then says what would do. `gpu_plan` is None without a GPU.
     `unread_bytes` are weights of which a token reads a row: the embedding of its input. `window` is what is streamed
-    of the weights outside experts; None if they all stay in memory.
+    of the weights outside experts; None if they all stay in memory. `kv_token_bytes` are the keys and values of one
+    token in all layers, at most.
     """
 
     forms: list[Form]
@@ -40,6 +41,7 @@ class Fit:
     shortfall: str | None
     gpu_plan: MemoryPlan | None = None
     window: WindowPlan | None = None
+    kv_token_bytes: int = 0
 
     @property
     def dense_bytes(self) -> int:
@@ -81,6 +83,15 @@ class Fit:
         rate = hardware.token_rate(is_fast=is_fast) if first is None else first.token_rate(hardware, is_fast=is_fast)
         return predict_decode(work, hardware, rate=rate)
 
+    def expect_shape(self, trace: RoutingTrace) -> None:
+        """Raise ValueError if a trace has another number of MoE layers, or more experts, than the model."""
+        counts = [form.layer.num_experts for form in self.forms]
+        if trace.num_layers != len(counts) or trace.num_experts > max(counts, default=0):
+            raise ValueError(
+                f"the trace has {trace.num_layers} layers of {trace.num_experts} experts, "
+                f"the model {len(counts)} of {max(counts, default=0)}"
+            )
+
     def traced_hit_rate(self, trace: RoutingTrace) -> float:
         """The hit rate of the default policy on recorded routing, at the slots that the budget pays for.
 
@@ -92,12 +103,7 @@ class Fit:
         """
         if self.plan is None:
             raise ValueError(f"nothing to predict: {self.shortfall}")
-        counts = [form.layer.num_experts for form in self.forms]
-        if trace.num_layers != len(counts) or trace.num_experts > max(counts, default=0):
-            raise ValueError(
-                f"the trace has {trace.num_layers} layers of {trace.num_experts} experts, "
-                f"the model {len(counts)} of {max(counts, default=0)}"
-            )
+        self.expect_shape(trace)
         hits = accesses = 0
         for slots in sorted(set(self.plan.num_slots)):
             found = simulate(trace, slots, policies=(DEFAULT_POLICY,))[DEFAULT_POLICY]
@@ -212,4 +218,5 @@ def fit(
         shortfall=shortfall,
         gpu_plan=None if division is None else division.gpu,
         window=opened.window,
+        kv_token_bytes=kv_bytes_per_token(opened.config, opened.model.dtype.itemsize),
     )

@@ -1,7 +1,9 @@
 """How fast a batch decodes: recorded routing step by step on paper, and what a step costs at this machine's rates.
 
 `fit` knows one sequence and a hit rate. Here the misses of each layer's calls are those of the cache, and calls of
-several rows cost what was measured for them. Shapes: A steps, T tokens, L MoE layers, E experts.
+several rows cost what was measured for them. Rows of a step are tokens of several sequences, a chunk of a prompt
+beside them, or both: experts are asked for by all of them at once. Attention reads what each sequence holds.
+Shapes: A steps, T tokens, L MoE layers, E experts.
 """
 
 import math
@@ -48,14 +50,25 @@ class StepRates:
 
 @dataclass(frozen=True)
 class StepForecast:
-    """What is expected of decoding some steps: share of asked experts in slots, and seconds of the mean step."""
+    """What is expected of decoding some steps: share of asked experts in slots, and seconds of the mean step.
+
+    `attention_s` of them go to reading keys and values.
+    """
 
     hit_rate: float
     step_s: float
+    attention_s: float = 0.0
 
 
 def forecast_steps(
-    fitted: Fit, trace: RoutingTrace, row_AT: NDArray[np.int64], rates: StepRates, *, policy: str, warm: int
+    fitted: Fit,
+    trace: RoutingTrace,
+    row_AT: NDArray[np.int64],
+    rates: StepRates,
+    *,
+    policy: str,
+    warm: int,
+    held_tokens: int = 0,
 ) -> StepForecast:
     """Predict decoding of recorded routing, exact arithmetic, experts read from the disk.
 
@@ -66,6 +79,7 @@ def forecast_steps(
         rates: of this machine, measured for batches of T.
         policy: cache policy by name.
         warm: first steps, which fill the cache and do not count.
+        held_tokens: of all sequences together, whose keys and values a step reads.
 
     Raises:
         ValueError: if the model does not fit its budget, or the rates are of other batches.
@@ -76,11 +90,13 @@ def forecast_steps(
     if batch not in rates.call_s:
         raise ValueError(f"the rates are of batches {sorted(rates.call_s)}; got {batch}")
     paper = replay_steps(trace, row_AT, fitted.plan.num_slots, policy).after(warm)
-    return StepForecast(hit_rate=paper.hit_rate, step_s=_step_seconds(fitted, paper, rates, batch))
+    attention_s = held_tokens * fitted.kv_token_bytes / rates.machine.memory_bytes_per_s
+    step_s = _step_seconds(fitted, paper, rates, batch, attention_s)
+    return StepForecast(hit_rate=paper.hit_rate, step_s=step_s, attention_s=attention_s)
 
 
-def _step_seconds(fitted: Fit, paper: ReplayedSteps, rates: StepRates, batch: int) -> float:
-    """Mean seconds of a step: weights outside experts, and each layer's calls as their reads and products overlap."""
+def _step_seconds(fitted: Fit, paper: ReplayedSteps, rates: StepRates, batch: int, attention_s: float) -> float:
+    """Mean seconds of a step: all outside experts, and each layer's calls as their reads and products overlap."""
     machine = rates.machine
     rate, expert_bytes = machine.token_rate(is_fast=False), fitted.forms[0].expert_bytes
     one_ALE = rates.ratio(paper.rows_ALE) * expert_bytes / rate + rates.call_s[batch]
@@ -92,8 +108,10 @@ def _step_seconds(fitted: Fit, paper: ReplayedSteps, rates: StepRates, batch: in
         computing = float(computing_AL[step, layer])
         last = computing / int(used_AL[step, layer])
         total += layer_call_seconds(int(paper.misses_AL[step, layer]), read_s, computing, last)
-    outside = (fitted.dense_bytes - fitted.unread_bytes) / rate * float(rates.ratio(batch))
-    return outside + len(fitted.forms) * machine.layer_s + total / len(paper.misses_AL)
+    dense_s = (fitted.dense_bytes - fitted.unread_bytes) / rate * float(rates.ratio(batch)) + attention_s
+    dense_s += len(fitted.forms) * machine.layer_s
+    outside = max(dense_s, fitted.streamed_bytes / machine.disk_bytes_per_s)
+    return outside + total / len(paper.misses_AL)
 
 
 def measure_step_rates(folder: Path, given: Hardware | None, batches: list[int]) -> StepRates:

@@ -72,8 +72,7 @@ class CudaLane:
         if not others:
             raise ValueError("peer memory is another GPU's, and torch finds one GPU only; leave out --peer-memory")
         roomiest = max(others, key=lambda number: torch.cuda.mem_get_info(number)[0])
-        self._peer = getattr(self, "_peer", torch.device("cuda", roomiest))
-        return torch.empty(shape, dtype=dtype, device=self._peer)
+        return torch.empty(shape, dtype=dtype, device=torch.device("cuda", roomiest))
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)

@@ -100,23 +100,41 @@ class GpuLayer:
             OSError: if reading fails.
         """
         self.slots.held = frozenset(experts)
-        for start in range(0, len(experts), self.ram.num_slots):
-            self._bring(experts[start : start + self.ram.num_slots])
+        self._read_through_ram(experts, self._bring)
         self.slots.publish()
 
-    def _bring(self, experts: Sequence[int]) -> None:
-        """Copy some experts in, as many as RAM has slots for."""
-        landed: SimpleQueue[Ticket] = SimpleQueue()
-        for expert in experts:
-            self.ram.start_read(expert, (), landed)
-        for _ in experts:
-            expert = next_landed(landed, "an expert that the plan holds on the GPU").expert
-            slot = self.slots.take(expert, ())
-            copy = self.lane.copy_in(self.slots.pairs(slot, self.ram[expert]), None)
-            self.lane.compute_after(copy)
-            self.lane.launch(partial(self.slots.set_biases, slot, self.experts.biases, expert))
-            copy.wait()
-            self.ram.release(expert)
+    def hold_at_peer(self, experts: Sequence[int], peer: PeerSlots) -> None:
+        """Keep experts in the slots of another GPU for good; they are read as above.
+
+        Args:
+            experts: at most as many as there are slots; nothing else is in a slot yet.
+            peer: where.
+
+        Raises:
+            OSError: if reading fails.
+        """
+        peer.held = frozenset(experts)
+        self._read_through_ram(experts, lambda expert: self.lane.copy_in(peer.place(expert, self.ram[expert]), None))
+
+    def _read_through_ram(self, experts: Sequence[int], bring: Callable[[int], Copy]) -> None:
+        """Read experts, as many at a time as RAM has slots for, and copy each where it belongs."""
+        for start in range(0, len(experts), self.ram.num_slots):
+            landed: SimpleQueue[Ticket] = SimpleQueue()
+            some = experts[start : start + self.ram.num_slots]
+            for expert in some:
+                self.ram.start_read(expert, (), landed)
+            for _ in some:
+                expert = next_landed(landed, "an expert that the plan holds on a GPU").expert
+                bring(expert).wait()
+                self.ram.release(expert)
+
+    def _bring(self, expert: int) -> Copy:
+        """Queue the copy of an expert into a slot here, from its RAM slot."""
+        slot = self.slots.take(expert, ())
+        copy = self.lane.copy_in(self.slots.pairs(slot, self.ram[expert]), None)
+        self.lane.compute_after(copy)
+        self.lane.launch(partial(self.slots.set_biases, slot, self.experts.biases, expert))
+        return copy
 
 
 def make_layers(

@@ -31,6 +31,8 @@ class PeerSlots(GpuSlots):
     def __init__(self, tensors: Tensors, rank: Callable[[int], Any], on_gpu: Container[int]) -> None:
         super().__init__(tensors)
         self._rank, self._on_gpu = rank, on_gpu
+        self.held: frozenset[int] = frozenset()
+        """Experts that a plan keeps here: they are not given up."""
         self.clear()
 
     def clear(self) -> None:
@@ -58,6 +60,16 @@ class PeerSlots(GpuSlots):
         self._slot_of[expert] = slot = self._free.pop()
         return self.pairs(slot, {name: weights[name] for name in self.tensors})
 
+    def place(self, expert: int, weights: Mapping[str, torch.Tensor]) -> Pairs:
+        """Give a free slot to an expert that a plan puts here; gives what is to be copied.
+
+        Args:
+            expert: its id.
+            weights: where it lies in host memory.
+        """
+        self._slot_of[expert] = slot = self._free.pop()
+        return self.pairs(slot, {name: weights[name] for name in self.tensors})
+
     @contextmanager
     def holding(self, experts: Collection[int]) -> Iterator[None]:
         """Within, these experts are not given up: copies of them are still to be queued."""
@@ -68,7 +80,7 @@ class PeerSlots(GpuSlots):
     def _make_room(self) -> bool:
         if self._free:
             return True
-        others = [expert for expert in self._slot_of if expert not in self._needed]
+        others = [expert for expert in self._slot_of if expert not in self._needed and expert not in self.held]
         if not others:
             return False
         twice = [expert for expert in others if expert in self._on_gpu]

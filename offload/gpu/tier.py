@@ -116,6 +116,19 @@ class GpuTier:
         for layer, experts in zip(self._layers, experts_L, strict=True):
             layer.hold(experts)
 
+    def hold_at_peers(self, experts_L: Sequence[Sequence[int]]) -> None:
+        """Keep the experts that a plan puts on other GPUs in their slots there, and read them now.
+
+        Args:
+            experts_L: of each layer; nothing at all for a plan without peers.
+
+        Raises:
+            OSError: if reading fails.
+        """
+        for layer, experts in zip(self._layers, experts_L, strict=False):
+            if layer.peer is not None:
+                layer.hold_at_peer(experts, layer.peer)
+
     def clear(self) -> None:
         """Forget what the slots hold, once nothing that was queued reads or writes them any more."""
         self.lane.drain()
@@ -135,6 +148,7 @@ class GpuTier:
             **self._counters.summary(),
             "slots_per_layer": list(self.plan.num_slots),
             "held_per_layer": [len(layer.slots.held) for layer in self._layers],
+            **self._held_at_peers(),
             "peak_memory_bytes": self.lane.peak_bytes(),
             "memory": dict(describe(self.plan)),
             **({"peer_slots_per_layer": list(self.peer_slots)} if any(self.peer_slots) else {}),
@@ -155,6 +169,10 @@ class GpuTier:
         for layer, peer in zip(self._layers, peers, strict=True):
             if peer is not None:
                 layer.use_peer(peer, self._counters.copies.append)
+
+    def _held_at_peers(self) -> dict[str, list[int]]:
+        held = [0 if layer.peer is None else len(layer.peer.held) for layer in self._layers]
+        return {"held_at_peers_per_layer": held} if any(held) else {}
 
     def _cpu_share(self, module: Any, matvecs: Matvecs | None) -> CpuShare | None:
         if matvecs is None or self._splitter is None:

@@ -97,6 +97,7 @@ def assemble(
     if division.starting is not None:
         if running.gpu is not None:
             running.gpu.hold(division.starting.gpu_L)
+            running.gpu.hold_at_peers(division.starting.peer_L)
         running.fill(division.starting.experts_L)
     _attach(model, running)
     if str(options.prefetch) != "off":

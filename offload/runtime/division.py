@@ -84,16 +84,24 @@ def divide_memory(
     if starting is not None:
         slots = starting.slots(opened.slot_bytes_L, _least(opened), limit - ram.fixed_bytes)
         ram = _plan_ram(opened, needs, limit, slots, loading)
-    return Division(ram=ram, gpu=gpu, starting=starting, peer_slots=_peer_slots(opened, options))
+    return Division(ram=ram, gpu=gpu, starting=starting, peer_slots=_peer_slots(opened, options, starting))
 
 
-def _peer_slots(opened: OpenedCheckpoint, options: LoadOptions) -> tuple[int, ...]:
-    """As many slots in another GPU's memory as it is given, of each layer alike; the rest of that GPU is not ours."""
+def _peer_slots(
+    opened: OpenedCheckpoint, options: LoadOptions, starting: StartingPlan | TracedSlots | None
+) -> tuple[int, ...]:
+    """Slots in another GPU's memory: those of a plan, and as many as are given, alike; the rest of it is not ours."""
+    planned = [len(experts) for experts in starting.peer_L] if starting is not None else []
     if options.peer_memory is None:
-        return ()
+        return tuple(planned)
     sizes = [form.layer.plain_bytes for form in opened.forms]
-    limit = parse_size(options.peer_memory)
-    slots = spread_slots(limit, sizes, opened.experts_L, [0] * len(sizes))
+    limit, planned = parse_size(options.peer_memory), planned or [0] * len(sizes)
+    if (wanted := sum(count * size for count, size in zip(planned, sizes, strict=True))) > limit:
+        raise ValueError(
+            f"the plan keeps {format_size(wanted)} of experts in peer memory, and peer_memory={options.peer_memory}; "
+            "give more, or leave it out"
+        )
+    slots = spread_slots(limit, sizes, opened.experts_L, planned)
     if not any(slots):
         raise ValueError(
             f"peer_memory={options.peer_memory} holds no expert, the smallest of which takes {format_size(min(sizes))}"

@@ -126,7 +126,10 @@ def _most_pairs(pair_EE: Float, slots: int) -> float:
 
 
 def _least_parts(size: int, slots: int, parts: int, pairs: float) -> float:
-    """Least mean number of parts of sets of one size with so many pairs together, over mixtures of all divisions."""
+    """Least mean number of parts of sets of one size with so many pairs together, over mixtures of all divisions.
+
+    Any price of a pair proves the least (parts + price * pairs) of a division minus what all pairs cost.
+    """
     from scipy.optimize import linprog
 
     divisions = [one for one in _divisions(size) if max(one) <= slots and len(one) <= parts]
@@ -139,7 +142,9 @@ def _least_parts(size: int, slots: int, parts: int, pairs: float) -> float:
         b_eq=[1.0],
         method="highs",
     )
-    return float(done.fun or 0) if done.status == 0 else float(min(len(one) for one in divisions))
+    price = max(-float(done.ineqlin.marginals[0]), 0.0) if done.status == 0 else 0.0
+    priced = (len(one) + price * shared for one, shared in zip(divisions, together[0], strict=True))
+    return float(min(priced) - price * pairs)
 
 
 def _divisions(size: int) -> list[tuple[int, ...]]:

@@ -14,7 +14,18 @@ from routing.ground.quantity import format_size
 from ..contract.certificate import Certificate
 from ..contract.plan import Plan
 from ..contract.problem import Problem
-from .figures import Figure, NotDerivedError, compared, faults_of, is_above, kept_loads, not_derived, worst_of
+from .figures import (
+    Figure,
+    NotDerivedError,
+    compared,
+    faults_of,
+    in_part,
+    is_above,
+    kept_loads,
+    not_derived,
+    worst_of,
+)
+from .layer_search import search_layers
 from .metrics import METRICS
 from .objective import bounds_again, layers_again
 from .tiers import tier_figures
@@ -58,7 +69,7 @@ def check_figures(
         Shape and memory first. Where these do not hold, nothing else is derived.
     """
     if plan.homes is not None:
-        return tier_figures(plan, made_from)
+        return tier_figures(plan, made_from, searches=derives_bounds)
     figures = [Figure(name="a copy of every expert", faults=tuple(_coverage_faults(plan)))]
     fits = data or made_from
     if fits is not None and not faults_of(figures):
@@ -178,26 +189,37 @@ def _bound_below(certificate: Certificate) -> Figure:
 def _bounds(
     plan: Plan, problem: Problem, certificate: Certificate, value_L: Float, derives_bounds: bool
 ) -> list[Figure]:
-    """The bound against what the data prove, and the gaps of the layers against both."""
+    """The bound against what the data prove and a search adds, and the gaps of the layers against both."""
     below = _bound_below(certificate)
     if below.faults or not derives_bounds:
         return [below]
-    return [_bound(plan, problem, certificate), *_gaps(certificate, value_L)]
-
-
-def _bound(plan: Plan, problem: Problem, certificate: Certificate) -> Figure:
-    claimed = certificate.bound
-    assert claimed is not None
+    gaps = _gaps(certificate, value_L)
     try:
-        proved = float(bounds_again(plan, problem, certificate.objective_name, certificate.robustness).mean())
+        proved_L = bounds_again(plan, problem, certificate.objective_name, certificate.robustness)
     except NotDerivedError as why:
-        return not_derived("bound", claimed, str(why))
-    figure = Figure(name="bound", claimed=claimed, derived=proved)
+        return [not_derived("bound", certificate.bound, str(why)), *gaps]
+    figures = []
+    if certificate.data_bound is not None:
+        by_data = min(float(proved_L.mean()), certificate.objective)
+        figures.append(compared("bound by the data alone", certificate.data_bound, by_data, tolerance=GAP_TOLERANCE))
+    claimed_L = None if not gaps or faults_of(gaps) else value_L * (1 - np.array(certificate.gap_L))
+    return [*figures, _bound(plan, problem, certificate, proved_L, claimed_L), *gaps]
+
+
+def _bound(plan: Plan, problem: Problem, certificate: Certificate, proved_L: Float, claimed_L: Float | None) -> Figure:
+    claimed, proved = certificate.bound, float(proved_L.mean())
+    assert claimed is not None
     if not is_above(claimed, proved):
-        return figure
-    if "MIP dual" in certificate.bound_name:
-        return replace(figure, open="an integer programme proved it; the data alone prove less")
-    return replace(figure, faults=(f"the bound is {proved}, the certificate claims {claimed}",))
+        return Figure(name="bound", claimed=claimed, derived=proved)
+    if "MIP dual" not in certificate.bound_name:
+        wrong = f"the bound is {proved}, the certificate claims {claimed}"
+        return Figure(name="bound", claimed=claimed, derived=proved, faults=(wrong,))
+    if claimed_L is not None and (certificate.robustness == "max" or len(problem.scenarios) == 1):
+        found = search_layers(plan, problem, certificate.objective_name, claimed_L, proved_L)
+        if found.fault:
+            return Figure(name="bound", claimed=claimed, faults=(found.fault,))
+        proved = float(found.proved_L.mean())
+    return in_part("bound", claimed, proved, "the data and a search")
 
 
 def _gaps(certificate: Certificate, value_L: Float) -> list[Figure]:

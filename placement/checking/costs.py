@@ -75,12 +75,12 @@ class DeviceCosts:
             return float(c.hbm_bytes_per_s_G[index]), float(c.flops_G[index] * c.speed_G[index]), curve
         if device == "cpu":
             return float(c.cpu_bytes_per_s_M[index]), float(c.cpu_flops_M[index])
-        ending = "G" if device in ("nvlink", "nic") else "M"
-        return float(getattr(c, f"{device}_bytes_per_s_{ending}")[index])
+        ending, link = "G" if device in ("nvlink", "nic", "peer") else "M", device.replace("peer", "nvlink")
+        return float(getattr(c, f"{link}_bytes_per_s_{ending}")[index])
 
     def _seconds(self, layer: int, device: str, index: int, rows_AE: Float) -> Float:
         c, size, rate = self.plan.cluster, self.sizes[layer], self._alike(device, index)
-        if device in ("dram", "pcie", "ssd"):
+        if device in ("dram", "pcie", "ssd", "peer"):
             return np.full(rows_AE.shape, size / rate)
         if device in ("nvlink", "nic"):
             hidden = c.model.hidden or 0
@@ -111,9 +111,14 @@ def busy_devices(cluster: Cluster, home: Home) -> Iterator[tuple[str, str, int, 
     """Chain, device, index and share of everything that one use of a home keeps busy; work first, then traffic."""
     place, index, streamed = home
     node = int(cluster.node_G[index]) if place == "gpu" else index
-    inside = [g for g in range(cluster.num_gpus) if cluster.node_G[g] == node]
+    everyone = computing_gpus(cluster)
+    inside = [g for g in everyone if cluster.node_G[g] == node]
+    lends = place == "gpu" and index not in inside
     used: list[tuple[str, int, float]] = []
-    if place == "gpu":
+    if lends:
+        used = [("pcie", node, 1.0) if cluster.tiers.peers == "pcie" else ("peer", inside[0], 1.0)]
+        used.append(("gpu", inside[0], 1.0))
+    elif place == "gpu":
         used = [("gpu", index, 1.0)]
     else:
         if place == "ssd":
@@ -131,8 +136,14 @@ def busy_devices(cluster: Cluster, home: Home) -> Iterator[tuple[str, str, int, 
             for g in [number] if device == "gpu" else inside:
                 yield f"serial {g}", device, number, share
     if place == "gpu" and len(inside) > 1:
-        yield f"nvlink {index}", "nvlink", index, (len(inside) - 1) / cluster.num_gpus
-    if len(inside) < cluster.num_gpus:
-        reached = [index] if place == "gpu" else inside
+        yield f"nvlink {index}", "nvlink", index, (len(inside) - 1) / len(everyone)
+    if len(inside) < len(everyone):
+        reached = [index] if place == "gpu" and not lends else inside
         for g in reached:
-            yield f"nic {g}", "nic", g, (1 - len(inside) / cluster.num_gpus) / len(reached)
+            yield f"nic {g}", "nic", g, (1 - len(inside) / len(everyone)) / len(reached)
+
+
+def computing_gpus(cluster: Cluster) -> list[int]:
+    """All GPUs; the first of each node where the others are peers that lend memory."""
+    nodes = cluster.node_G.tolist()
+    return [g for g, node in enumerate(nodes) if cluster.tiers.peers is None or g == nodes.index(node)]

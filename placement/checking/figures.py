@@ -18,7 +18,7 @@ Float = NDArray[np.float64]
 # relative: sums of float64 in another order differ by less; absolute, beside numbers that are 0 but for rounding
 TOLERANCE, NOTHING = 1e-6, 1e-12
 LOAD_TOLERANCE = 1e-9  # plans keep loads to 12 digits
-HOLDS, FAILS, OPEN = "holds", "does not hold", "not derived"
+HOLDS, FAILS, PARTLY, OPEN = "holds", "does not hold", "holds in part", "not derived"
 
 
 class NotDerivedError(Exception):
@@ -34,7 +34,7 @@ class Figure:
         claimed: what the file says; None if it says nothing.
         derived: what the checker found; None if that is no number, or nothing.
         faults: a sentence for each thing that is wrong.
-        open: why it was not derived; empty where it was.
+        open: why it was not derived, or not all of it; empty where it was.
     """
 
     name: str
@@ -45,8 +45,9 @@ class Figure:
 
     @property
     def verdict(self) -> str:
-        """Whether the figure holds, does not, or was not derived."""
-        return FAILS if self.faults else OPEN if self.open else HOLDS
+        """Whether the figure holds, does not, rests on a solver in part, or was not derived."""
+        unsettled = OPEN if self.derived is None else PARTLY
+        return FAILS if self.faults else unsettled if self.open else HOLDS
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "faults": list(self.faults), "verdict": self.verdict}
@@ -69,6 +70,20 @@ def is_above(claimed: float, proved: float) -> bool:
 def not_derived(name: str, claimed: float | None, why: str) -> Figure:
     """The figure of a claim that nothing was derived for."""
     return Figure(name=name, claimed=claimed, open=why)
+
+
+def in_part(name: str, claimed: float, proved: float, by: str) -> Figure:
+    """The figure of a bound of an integer programme: what is proved here, and what rests on the programme's solver.
+
+    Args:
+        name, claimed: as in the certificate.
+        proved: what was derived; it holds whatever the solver did.
+        by: what derived it, for the sentence.
+    """
+    if not is_above(claimed, proved):
+        return Figure(name=name, claimed=claimed, derived=claimed)
+    rest = f"{by} prove {proved:.9g}; the remaining {claimed - proved:.3g} rest on the solver of the integer programme"
+    return Figure(name=name, claimed=claimed, derived=proved, open=rest)
 
 
 def kept_loads(plan: Plan, load_WLE: list[Float]) -> Figure:

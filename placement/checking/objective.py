@@ -62,6 +62,26 @@ def _valued(name: str, parts: dict[str, Values], plan: Plan, scenario: Scenario,
     return total_L
 
 
+def linear_weights(name: str, cluster: Cluster) -> tuple[float, float, float] | None:
+    """Prices of imbalance, GPUs and nodes per token, if the objective is a sum of these; None if it is not."""
+    gpus_only = cluster.num_nodes == 1
+    units: dict[str, tuple[float, float, float]] = {
+        "balance": (1.0, 0.0, 0.0),
+        "imbalance-price": (_price(cluster), 0.0, 0.0),
+        "gpu-fanout": (0.0, 1.0, 0.0),
+        "node-fanout": (0.0, 0.0, 1.0),
+        "fanout": (0.0, 1.0, 0.0) if gpus_only else (0.0, 1 / _link_ratio(cluster), 1.0),
+    }
+    total = np.zeros(3)
+    for term in read_terms(name):
+        part = units.get(term.part) or (linear_weights(SUMS[term.part], cluster) if term.part in SUMS else None)
+        if part is None or term.goal is not None:
+            return None
+        total += term.weight * np.array(part)
+    level, fan, node = total.tolist()
+    return level, fan, node
+
+
 @dataclass(frozen=True)
 class PricedPart:
     """weight * part, counted from the goal on where there is one."""

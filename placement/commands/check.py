@@ -121,9 +121,13 @@ def _hardware(value: dict[str, Any]) -> dict[str, Any]:
 
 def _print(figures: list["Figure"]) -> None:
     """One line per figure, then what is wrong or open, then the sum."""
+    from collections import Counter
+
     from rich.table import Table
 
     from routing.ground.terminal import plain_console
+
+    from ..checking.figures import FAILS, HOLDS, OPEN, PARTLY
 
     console = plain_console(soft_wrap=True)
     table = Table("figure", "claimed", "derived", "verdict")
@@ -134,11 +138,11 @@ def _print(figures: list["Figure"]) -> None:
         for fault in one.faults:
             console.print(f"does not hold: {fault}", highlight=False, markup=False)
         if one.open and not one.faults:
-            console.print(f"not derived: {one.name}: {one.open}", highlight=False, markup=False)
-    count = {verdict: sum(one.verdict == verdict for one in figures) for verdict in ("holds", "does not hold")}
-    open_ones = len(figures) - sum(count.values())
+            console.print(f"{one.verdict}: {one.name}: {one.open}", highlight=False, markup=False)
+    count = Counter(one.verdict for one in figures)
     console.print(
-        f"{len(figures)} figures: {count['holds']} hold, {count['does not hold']} do not, {open_ones} not derived"
+        f"{len(figures)} figures: {count[HOLDS]} hold, {count[FAILS]} do not, {count[PARTLY]} hold in part, "
+        f"{count[OPEN]} not derived"
     )
 
 

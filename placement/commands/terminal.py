@@ -36,7 +36,7 @@ def print_certificate(plan: Plan, out: Path) -> None:
     table = Table("metric", "value")
     unit = UNITS.get(certificate.objective_name, "")
     table.add_row(f"objective ({certificate.objective_name})", f"{_number(certificate.objective)}{unit}")
-    table.add_row(f"bound ({certificate.bound_name})", _number(certificate.bound))
+    table.add_row(f"bound ({certificate.bound_basis})", _number(certificate.bound))
     table.add_row("gap", _gap(certificate.gap))
     for name, value in certificate.in_sample.items():
         table.add_row(name, _number(value))

@@ -12,6 +12,9 @@ from routing.ground.terminal import plain_console
 from ..contract.plan import Plan
 from ..tiers.memories import memory_rows
 
+# how memories are named in rows, and in the sentence about all of them
+_PLACES = {"GPU": "on GPU", "peer": "on peer GPUs", "host": "in RAM", "SSD": "on SSD"}
+
 
 def print_tiers(plan: Plan, out: Path, json_file: Path | None) -> None:
     """Experts and bytes of every memory, the certificate, and one line with the totals."""
@@ -21,18 +24,20 @@ def print_tiers(plan: Plan, out: Path, json_file: Path | None) -> None:
         table.add_row(row["memory"], str(row["experts"]), format_size(row["bytes"]), _room(row["room"]))
     if len(rows) > 3:
         console.print(table)
-    totals = {place: [row for row in rows if row["memory"].startswith(place)] for place in ("GPU", "host", "SSD")}
-    on = [
-        f"{sum(r['experts'] for r in part)} ({format_size(sum(r['bytes'] for r in part))})" for part in totals.values()
-    ]
+    totals = {place: [row for row in rows if row["memory"].startswith(place)] for place in _PLACES}
+    held = ", ".join(
+        f"{words} {sum(r['experts'] for r in totals[place])} ({format_size(sum(r['bytes'] for r in totals[place]))})"
+        for place, words in _PLACES.items()
+        if totals[place] or place != "peer"
+    )
     per_token = plan.metadata.get("seconds_per_token")
     text = f"{per_token * 1e3:.3g} ms of expert reads per token expected" if per_token is not None else _steps(plan)
-    console.print(f"wrote {out}: experts on GPU {on[0]}, in RAM {on[1]}, on SSD {on[2]}; {text}", highlight=False)
+    console.print(f"wrote {out}: experts {held}; {text}", highlight=False)
     certificate = plan.certificate
     if certificate is not None:
         gap = "unknown" if certificate.gap is None else f"{certificate.gap:.3%}"
         console.print(
-            f"certificate: {certificate.objective:.6g} s, bound {certificate.bound:.6g} s ({certificate.bound_name}), "
+            f"certificate: {certificate.objective:.6g} s, bound {certificate.bound:.6g} s ({certificate.bound_basis}), "
             f"gap {gap}; {certificate.seconds:.1f} s",
             highlight=False,
         )

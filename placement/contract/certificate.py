@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 Float = NDArray[np.float64]
 Robustness = Literal["mean", "max", "cvar"]
+BELIEVED = 1e-6  # relative: how far a bound may lie above what sums prove before that is told
 PROVEN = 1e-4  # relative gap below which a plan counts as optimal, as in MIP solvers
 
 
@@ -42,6 +43,8 @@ class Certificate:
         seconds: wall time of solving, certificate included.
         robustness: how scenarios were joined in the objective and its bound.
         dual: multipliers from which the bound can be computed again, by name of what they price; empty if none.
+        data_bound: what the data and `dual` prove by sums; the rest of `bound` is of an integer programme. None in
+            files from before.
     """
 
     objective_name: str
@@ -54,11 +57,19 @@ class Certificate:
     seconds: float = 0.0
     robustness: Robustness = "max"
     dual: dict[str, Any] = field(default_factory=dict)
+    data_bound: float | None = None
 
     @property
     def gap(self) -> float | None:
         """(objective - bound) / objective, at least 0; None without a bound."""
         return None if self.bound is None else relative_gap(self.objective, self.bound)
+
+    @property
+    def bound_basis(self) -> str:
+        """Which bound it is, and where an integer programme's solver has to be believed, up to where it need not."""
+        if self.bound is None or self.data_bound is None or self.bound <= self.data_bound * (1 + BELIEVED):
+            return self.bound_name
+        return f"{self.bound_name}; {self.data_bound:.6g} without the solver's word"
 
     @property
     def is_proven_optimal(self) -> bool:
@@ -100,6 +111,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "objective_name": ("a name", lambda value: isinstance(value, str)),
     "objective": ("a finite number", _is_number),
     "bound": ("a finite number or null", lambda value: value is None or _is_number(value)),
+    "data_bound": ("a finite number or null", lambda value: value is None or _is_number(value)),
     "bound_name": ("a name", lambda value: isinstance(value, str)),
     "gap_L": ("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value))),
     "in_sample": ("numbers by name", _are_metrics),

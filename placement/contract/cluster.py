@@ -110,8 +110,15 @@ class Cluster:
 
     @property
     def has_lower_tiers(self) -> bool:
-        """Whether experts may live in host memory or on an SSD of some node."""
-        return self.tiers.gpu == "optional" and bool(self.dram_bytes_M.any() or self.ssd_bytes_M.any())
+        """Whether experts may live where they are not computed: host memory, an SSD, a GPU that only lends memory."""
+        stores = self.dram_bytes_M.any() or self.ssd_bytes_M.any()
+        return self.tiers.peers is not None or (self.tiers.gpu == "optional" and bool(stores))
+
+    @property
+    def computes_G(self) -> NDArray[np.bool_]:
+        """Which GPUs compute: all of them, or the first of each node where the others are peers that lend memory."""
+        is_first_G = np.append(True, np.diff(self.node_G) > 0)
+        return is_first_G if self.tiers.peers else np.ones(self.num_gpus, bool)
 
     @property
     def node_link_ratio(self) -> float:

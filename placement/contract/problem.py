@@ -139,8 +139,13 @@ class Problem:
 
     @property
     def fits_gpus(self) -> bool:
-        """Whether every GPU holds its slots and spare ones; true if sizes are unknown, or there are no lower tiers."""
+        """Whether every GPU holds its slots and spare ones; true if sizes are unknown, or there are no lower tiers.
+
+        False where GPUs only lend memory: an expert there is not where it is computed.
+        """
         size = self.cluster.model.bytes_per_expert
+        if self.cluster.tiers.peers is not None:
+            return False
         if size is None or not self.cluster.has_lower_tiers:
             return True
         slots = self.slots_per_gpu + self.cluster.ep.spare_slots

@@ -38,11 +38,14 @@ class Tiers(Strict):
 
     `gpu: required` refuses what does not fit on the GPUs. `batch` is the tokens of one decode step over all GPUs.
     `chunk` is the tokens of one prefill chunk, which counts `chunk_weight` times as often as a decode step.
+    With `peers`, one process per node computes, on the node's first GPU. The other GPUs' memory holds experts that it
+    copies for each use, over NVLink or PCIe as named.
     """
 
     gpu: Literal["required", "optional"] = "optional"
     cpu: CpuTier | None = None
     ssd: SsdTier | None = None
+    peers: Literal["nvlink", "pcie"] | None = None
     overlap: bool = True
     batch: Count = 1
     chunk: Count | None = None

@@ -7,7 +7,6 @@ import contextlib
 import math
 import shutil
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import pulp  # type: ignore[import-untyped]
 
 SolverName = Literal["highs", "cbc"]
 FEASIBLE_STATUS = 2  # highspy's kSolutionStatusFeasible
-# highspy runs one programme per process and refuses a second, that of another thread
+# the time limit of a programme is meant for it alone
 ONE_AT_A_TIME = threading.Lock()
 POLL_S = 0.1  # how soon Ctrl-C is seen; join returns at once when the programme ends
 
@@ -58,21 +57,34 @@ class _WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
         highs = lp.solverModel
         highs.HandleUserInterrupt = True
         with ONE_AT_A_TIME:
-            # one that an exception left before it ended; its own time limit ends this wait
-            while highs.is_solver_running():
-                time.sleep(POLL_S)
             _run_to_its_end(highs)
 
 
 def _run_to_its_end(highs: Any) -> None:
-    thread = highs.startSolve()
+    """Run in a thread of our own, which Python waits for before it ends.
+
+    highspy's own thread is a daemon. An interrupt between its start and the wait for it left it inside HiGHS, and a
+    daemon that comes back to a Python that is ending is killed on the way: "terminate called without an active
+    exception", SIGABRT.
+    """
+    thread = threading.Thread(target=_run, args=(highs,), name="expertier-highs")
     try:
+        thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
     except BaseException:  # Ctrl-C, or an alarm of whoever called
         highs.cancelSolve()
-        thread.join()  # HiGHS must be out of the model before anybody frees it
+        if thread.ident is not None:
+            thread.join()  # HiGHS must be out of the model before anybody frees it
         raise
+
+
+def _run(highs: Any) -> None:
+    """One run; its workers belong to this thread, and have ended when it does: none is there at a fork or an exit."""
+    try:
+        highs.run()
+    finally:
+        highspy.Highs.resetGlobalScheduler(True)
 
 
 def solve_milp(

@@ -135,7 +135,7 @@ def _certificate(plan: Plan, planned_on: str) -> str:
     gap = "no bound" if certificate.gap is None else f"gap {certificate.gap:.3%}"
     text = (
         f"Objective {certificate.objective_name} = {certificate.objective:.6g}, bound {_number(certificate.bound)} "
-        f"({certificate.bound_name}), {gap}; solver {plan.solver}, {certificate.seconds:.1f} s. "
+        f"({certificate.bound_basis}), {gap}; solver {plan.solver}, {certificate.seconds:.1f} s. "
         "All of this is about the planning data, not about the data above."
     )
     labels = short_names(certificate.out_of_sample)

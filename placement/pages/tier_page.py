@@ -34,12 +34,27 @@ def write_tier_page(problem: Problem, plan: Plan, path: Path, other: Plan | None
     if other is not None:
         scores["other plan"] = score_tiers(problem, other)
     title = f"Experts over tiers: {plan.num_layers} layers, {plan.num_experts} experts, {plan.cluster.num_nodes} nodes"
-    sections = [_steps(scores), _memories(plan), *([] if other is None else [_differences(plan, other)])]
+    sections = [
+        _certificate(plan),
+        _steps(scores),
+        _memories(plan),
+        *([] if other is None else [_differences(plan, other)]),
+    ]
     write_page(path, title, [*sections, _prices(plan), _more(problem, plan, scores["this plan"])])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _certificate(plan: Plan) -> str:
+    if (certificate := plan.certificate) is None or certificate.bound is None:
+        return ""
+    text = (
+        f"On the planning data {certificate.objective:.4g} s, bound {certificate.bound:.4g} s "
+        f"({certificate.bound_basis}), gap {certificate.gap:.3%}."
+    )
+    return f"<p>{html.escape(text)}</p>"
 
 
 def _steps(scores: dict[str, TierScore]) -> str:

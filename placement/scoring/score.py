@@ -26,7 +26,7 @@ class Score:
     """Metrics of a plan; with several scenarios, each is the worst one's.
 
     Args:
-        objective_name, objective, bound, bound_name: as in a certificate; `bound` is None if none is known.
+        objective_name, objective, bound, bound_name, data_bound: as in a certificate; `bound` is None if none is known.
         balancedness: mean over layers of mean / fullest GPU.
         gpu_fanout, node_fanout, hops: None for data without tokens.
         seconds: wall time of scoring.
@@ -45,6 +45,7 @@ class Score:
     seconds: float
     scenarios: dict[str, dict[str, float | None]] = field(default_factory=dict)
     gap_L: list[float] = field(default_factory=list)
+    data_bound: float | None = None
 
     @property
     def gap(self) -> float | None:
@@ -80,7 +81,8 @@ def score(
         raise ValueError(f"the plan does not fit the data: {'; '.join(faults[:3])}")
     chosen = _objective(objective, plan, problem)
     value_L = evaluate_L(chosen, plan, problem, robustness)
-    bound = tighten(objective_bound(chosen, problem, plan, robustness), proved_L)
+    by_data = objective_bound(chosen, problem, plan, robustness)
+    bound = tighten(by_data, proved_L)
     scenarios = {scenario.name: metrics(plan, scenario) for scenario in problem.scenarios}
     gap_L: list[float] = []
     if bound is not None and bound.value_L is not None:
@@ -93,6 +95,7 @@ def score(
         seconds=time.perf_counter() - began,
         scenarios=scenarios,
         gap_L=gap_L,
+        data_bound=None if by_data is None else min(by_data.value, float(value_L.mean())),
         **worst(scenarios),  # type: ignore[arg-type]
     )
 

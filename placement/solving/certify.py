@@ -95,6 +95,7 @@ def certify(
         in_sample={key: getattr(found, key) for key in METRICS},
         seconds=time.perf_counter() - began,
         robustness=robustness,
+        data_bound=found.data_bound,
     )
     plan = plan.with_certificate(certificate)
     require_valid(plan, problem)

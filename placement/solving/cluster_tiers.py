@@ -130,9 +130,10 @@ def _certified(problem: Problem, model: TierModel, way_LE: Integer, found: _Foun
         in_sample=dict(scenario_seconds(model, way_LE)),
         seconds=time.perf_counter() - began,
         dual=named_multipliers(model, found.relaxed.multipliers),
+        data_bound=min(found.relaxed.bound, seconds),
     )
     plan = plan_of(problem, model, way_LE, certificate, solver)
-    if faults := tier_faults(plan, problem):
+    if faults := tier_faults(plan, problem, searches=False):
         raise RuntimeError(f"the plan failed its check: {'; '.join(faults[:4])}")
     return plan
 

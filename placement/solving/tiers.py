@@ -81,6 +81,7 @@ def _certified(problem: Problem, tier_LE: Integer, expert_bytes_L: Float) -> Pla
         in_sample=dict(scenario_seconds(model, way_LE)),
         seconds=time.perf_counter() - began,
         dual=named_multipliers(model, relaxed.multipliers),
+        data_bound=min(relaxed.bound, seconds),
     )
     return plan_of(problem, model, way_LE, certificate, "tiers")
 

@@ -4,6 +4,7 @@ One use of an expert by a batch that brings it n > 0 rows costs
   GPU    the longer of reading its weights from HBM and n rows of arithmetic, or what a measured curve says,
   CPU    the longer of reading its weights at the processors' rate and n rows of arithmetic,
   DRAM, PCIe, SSD    its weights over the rate,
+  peers  its weights over NVLink, or over PCIe;
   links  n rows of dispatch and combine bytes.
 Costs are means over batches of the trace: which experts a batch touches together is counted, not assumed. Loads alone
 know nothing of batches; tokens then count as independent: an expert of share p is touched by 1 - (1 - K p)^tokens.
@@ -226,6 +227,8 @@ def seconds_of(cluster: Cluster, name: str, index: int, rows: Float, expert_byte
     if name in ("nvlink", "nic"):
         rates = cluster.nvlink_bytes_per_s_G if name == "nvlink" else cluster.nic_bytes_per_s_G
         return np.asarray(rows * _message_bytes(cluster) / rates[index])
+    if name == "peer":
+        return np.asarray(used * (expert_bytes / cluster.nvlink_bytes_per_s_G[index]))
     if name in ("dram", "pcie", "ssd"):
         return np.asarray(used * (expert_bytes / getattr(cluster, f"{name}_bytes_per_s_M")[index]))
     flops = 2 * expert_bytes / DTYPE_BYTES[cluster.model.dtype] * rows

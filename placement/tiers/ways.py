@@ -2,6 +2,7 @@
 
 A way is a home together with how the expert is used there:
   GPU g               its memory holds the expert, it computes it;
+  GPU g, streamed     a peer: its memory holds the expert, which is copied to the node's first GPU for each use;
   host m, computed    the node's processors compute it out of host memory;
   host m, streamed    it is copied to the node's GPUs for each step that uses it, an equal part of them to each;
   SSD m               it is read for each step that uses it, then computed or streamed.
@@ -35,7 +36,7 @@ class Way:
     Args:
         place: kind of memory.
         index: the GPU, or the node.
-        streamed: whether it is copied to GPUs for each use.
+        streamed: whether it is copied to GPUs for each use; so it is from a peer GPU, which computes nothing.
     """
 
     place: Place
@@ -74,7 +75,7 @@ class Ways:
 
 def ways_of(cluster: Cluster) -> Ways:
     """The ways of a cluster; ways that no memory or no link allows are left out."""
-    found = [Way(place="gpu", index=g) for g in range(cluster.num_gpus) if cluster.memory_bytes_G[g] > 0]
+    found = _gpu_ways(cluster)
     if cluster.tiers.gpu == "optional":
         found += _lower_ways(cluster)
     pools = list(dict.fromkeys((way.place, way.index) for way in found))
@@ -102,7 +103,7 @@ def ways_of(cluster: Cluster) -> Ways:
 
 
 _POOL = {"gpu": "GPU", "host": "host memory of node", "ssd": "SSD of node"}
-_OF_GPU = ("gpu", "serial", "nvlink", "nic")
+_OF_GPU = ("gpu", "serial", "peer", "nvlink", "nic")
 
 
 class _Kinds:
@@ -129,7 +130,20 @@ def _rates(cluster: Cluster, name: str, index: int) -> tuple[object, ...]:
         return (cluster.cpu_bytes_per_s_M[index], cluster.cpu_flops_M[index])
     rates = {"dram": cluster.dram_bytes_per_s_M, "pcie": cluster.pcie_bytes_per_s_M, "ssd": cluster.ssd_bytes_per_s_M}
     rates |= {"nvlink": cluster.nvlink_bytes_per_s_G, "nic": cluster.nic_bytes_per_s_G}
+    rates |= {"peer": cluster.nvlink_bytes_per_s_G}
     return (rates[name][index],)
+
+
+def _gpu_ways(cluster: Cluster) -> list[Way]:
+    """GPUs with memory; a peer without a link to copy over is of no use."""
+    is_linked_G = np.full(cluster.num_gpus, True)
+    if cluster.tiers.peers == "pcie":
+        is_linked_G = cluster.pcie_bytes_per_s_M[cluster.node_G] > 0
+    return [
+        Way(place="gpu", index=g, streamed=not computes)
+        for g, computes in enumerate(cluster.computes_G.tolist())
+        if cluster.memory_bytes_G[g] > 0 and (computes or is_linked_G[g])
+    ]
 
 
 def _lower_ways(cluster: Cluster) -> list[Way]:
@@ -148,12 +162,13 @@ def _lower_ways(cluster: Cluster) -> list[Way]:
 
 
 def _chains(cluster: Cluster) -> list[tuple[str, int]]:
-    gpus, nodes = range(cluster.num_gpus), range(cluster.num_nodes)
+    gpus, nodes = np.flatnonzero(cluster.computes_G).tolist(), range(cluster.num_nodes)
     if cluster.tiers.overlap:
         chains = [("gpu", g) for g in gpus] + [(n, m) for n in ("cpu", "dram", "pcie", "ssd") for m in nodes]
+        chains += [("peer", g) for g in gpus] if cluster.tiers.peers == "nvlink" else []
     else:
         chains = [("serial", g) for g in gpus]
-    if cluster.num_gpus > 1:
+    if len(gpus) > 1:
         chains += [("nvlink", g) for g in gpus]
     return chains + ([("nic", g) for g in gpus] if cluster.num_nodes > 1 else [])
 
@@ -161,9 +176,14 @@ def _chains(cluster: Cluster) -> list[tuple[str, int]]:
 def _uses(cluster: Cluster, way: Way, chains: list[tuple[str, int]], kinds: _Kinds) -> list[tuple[int, int, float]]:
     """Chain, kind of cost and factor of everything that one use of a way keeps busy."""
     node = int(cluster.node_G[way.index]) if way.place == "gpu" else way.index
-    members = np.flatnonzero(cluster.node_G == node).tolist()
+    members = np.flatnonzero((cluster.node_G == node) & cluster.computes_G).tolist()
+    computing = int(cluster.computes_G.sum())
     busy: list[tuple[str, int, str, float]] = []  # chain name, index, kind, share
-    if way.place == "gpu":
+    if way.place == "gpu" and way.streamed:
+        first = members[0]
+        busy.append(("pcie", node, "pcie", 1.0) if cluster.tiers.peers == "pcie" else ("peer", first, "peer", 1.0))
+        busy.append(("gpu", first, "gpu", 1.0))
+    elif way.place == "gpu":
         busy.append(("gpu", way.index, "gpu", 1.0))
     else:
         busy += [("ssd", node, "ssd", 1.0)] if way.place == "ssd" else []
@@ -175,9 +195,9 @@ def _uses(cluster: Cluster, way: Way, chains: list[tuple[str, int]], kinds: _Kin
         else:
             busy.append(("cpu", node, "cpu", 1.0))
     found = _in_chains(cluster, busy, members, chains, kinds)
-    receivers = [way.index] if way.place == "gpu" else members
-    away = 1 - len(members) / cluster.num_gpus
-    for name, part in (("nvlink", (len(members) - 1) / cluster.num_gpus), ("nic", away)):
+    receivers = [way.index] if way.place == "gpu" and not way.streamed else members
+    away = 1 - len(members) / computing
+    for name, part in (("nvlink", (len(members) - 1) / computing), ("nic", away)):
         for g in receivers if part else ():
             if (name, g) in chains and not (name == "nvlink" and way.place != "gpu"):
                 found.append((chains.index((name, g)), kinds.number(name, g), part / len(receivers)))
@@ -216,6 +236,7 @@ def _classes(cluster: Cluster) -> tuple[list[int], list[int]]:
             cluster.memory_bytes_G[g],
             *_rates(cluster, "nvlink", g),
             *_rates(cluster, "nic", g),
+            bool(cluster.computes_G[g]),
         )
         for g in range(cluster.num_gpus)
     ]

@@ -5,6 +5,7 @@ tells the others what comes, so that all do the same and stop together; the othe
 checkpoints.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -94,7 +95,17 @@ def process_group() -> Iterator[torch.device]:
     After an error the group is left as it is: the others may be waiting in it, and the end of this process tells them.
     """
     yield join_group()
+    leave_group()
+
+
+def leave_group() -> None:
+    """Leave the group, and end its threads now.
+
+    Cycles of torch's objects keep a group that was left. Its threads would run on while Python ends, and one that lets
+    go of a tensor at that time aborts the process ("terminate called without an active exception").
+    """
     distributed.destroy_process_group()
+    gc.collect()
 
 
 def join_group() -> torch.device:
