@@ -211,7 +211,7 @@ def test_timings_and_progress_in_the_words_of_llama_server(served, monkeypatch):
     assert events[-1]["timings"]["predicted_n"] == 8
 
 
-def test_a_full_disk_fails_no_request_and_leaves_no_half_file(folder, tmp_path, caplog):
+def test_a_full_disk_fails_no_request_and_leaves_no_half_file(folder, tmp_path, logged):
     options = EngineOptions(reuse="any", prefix_folder=tmp_path / "kept")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     prompt = [5, *range(10, 200)]
@@ -226,7 +226,7 @@ def test_a_full_disk_fails_no_request_and_leaves_no_half_file(folder, tmp_path, 
         assert (first.reason, again.reason) == ("length", "length")
         assert again.usage.cached_tokens == 150
     assert list((tmp_path / "kept").iterdir()) == []
-    assert sum("could not be kept on disk" in record.getMessage() for record in caplog.records) >= 1
+    assert sum("could not be kept on disk" in record.getMessage() for record in logged) >= 1
 
 
 WRITE_FOR_EVER = """
