@@ -15,8 +15,9 @@ if not any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/kfd")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # XLA compiles each test's few operations for longer than they run
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-# each HTTP client would read all certificates of the world, though tests talk to this machine alone, without them
-os.environ.setdefault("SSL_CERT_DIR", os.path.dirname(__file__))
+# each HTTP client reads the certificates of the world, though tests talk to this machine alone and without them
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)
 
 import numpy as np
 import pytest

@@ -69,7 +69,7 @@ def endings(served):
 def test_an_answer_ends_at_its_time_limit_with_what_there_is(model, is_stream):
     engine = SmallEngine(model, step_s=0.05)
     with Served(engine, make_tokenizer()) as served:
-        answer = post(served, {**LONG, "max_tokens": 400, "timeout": 0.6, "stream": is_stream})
+        answer = post(served, {**LONG, "max_tokens": 400, "timeout": 0.3, "stream": is_stream})
         assert answer.status_code == 200
         if is_stream:
             last = json.loads(answer.text.strip().split("\n\n")[-2].removeprefix("data: "))
@@ -79,7 +79,7 @@ def test_an_answer_ends_at_its_time_limit_with_what_there_is(model, is_stream):
             assert body["choices"][0]["finish_reason"] == "length"
             assert 0 < body["usage"]["completion_tokens"] < 400
         assert endings(served) == {"timeout": 1.0}
-        message = post(served, {"messages": HI, "max_tokens": 400, "timeout": 0.6}, "/v1/messages").json()
+        message = post(served, {"messages": HI, "max_tokens": 400, "timeout": 0.3}, "/v1/messages").json()
         assert message["stop_reason"] in ("max_tokens", "end_turn")
 
 
