@@ -32,10 +32,10 @@ def byte_corpus():
 
 @pytest.fixture
 def smallest():
-    """Eight narrow layers of sixteen experts, top-2: the preset `routers` in small."""
+    """Four narrow layers of sixteen experts, top-2: the preset `routers` in small."""
     base = preset("routers")
     sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
-    model = base.model | sizes | {"head_dim": 16, "num_hidden_layers": 8, "num_experts_per_tok": 2}
+    model = base.model | sizes | {"head_dim": 16, "num_hidden_layers": 4, "num_experts_per_tok": 2}
     return replace(base, model=model, steps=2, batch_size=2, sequence_length=32, held_out_tokens=64, warmup_steps=1)
 
 

@@ -113,8 +113,7 @@ def test_exporters_and_transforms_are_refused_or_right(folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("length", [5, 1])
-def test_tracers_are_refused(model, length):
+def test_tracers_are_refused(model):
     """A trace of one token held memory that nothing had been written to."""
 
     class Logits(nn.Module):
@@ -125,10 +124,11 @@ def test_tracers_are_refused(model, length):
         def forward(self, ids):
             return self.model(ids, use_cache=False).logits
 
-    expected = logits(model, length)
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"cannot be recorded by torch\.jit\.trace"):
-        torch.jit.trace(Logits(), (IDS[:, :length],), check_trace=False)
-    assert torch.equal(logits(model, length), expected)
+    for length in LENGTHS[:2]:
+        expected = logits(model, length)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"cannot be recorded by torch\.jit\.trace"):
+            torch.jit.trace(Logits(), (IDS[:, :length],), check_trace=False)
+        assert torch.equal(logits(model, length), expected)
 
 
 def test_a_closed_model_says_so(folder):
@@ -196,11 +196,11 @@ def test_a_parametrisation_is_used(folder):
         assert torch.equal(logits(model, length), logits(other, length))
 
 
-@pytest.mark.parametrize("change", ["float", "half", "double"])
-def test_another_dtype_is_refused(model, change):
+def test_another_dtype_is_refused(model):
     expected = logits(model)
-    with pytest.raises(RuntimeError, match="load it again with dtype="):
-        getattr(model, change)()
+    for change in (model.float, model.half, model.double):
+        with pytest.raises(RuntimeError, match="load it again with dtype="):
+            change()
     assert model.to("cpu") is model
     assert torch.equal(logits(model), expected)
 

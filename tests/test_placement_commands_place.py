@@ -42,7 +42,9 @@ def test_from_trace_to_sglang(files, run):
 
 def test_bad_input_is_one_line_and_exit_2(files, run, capfd):
     (files / "c.yaml").write_text(CLUSTER.replace("ep: {size: 8}", "ep: {slotz: 8}"))
-    assert run("place", "solve", "--trace", files / "t.npz", "--cluster", files / "c.yaml", "--out", files / "p.json") == 2
+    assert (
+        run("place", "solve", "--trace", files / "t.npz", "--cluster", files / "c.yaml", "--out", files / "p.json") == 2
+    )
     said = capfd.readouterr().err
     assert "ep.slotz: unknown key" in said
     assert len(said.strip().splitlines()) == 1
