@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
@@ -180,13 +181,19 @@ def _pass_on(command: str, context: typer.Context) -> int | None:
     return moe.cli.app([command, *context.args], prog_name="expertier", standalone_mode=False)
 
 
+@cache
+def _command() -> typer.core.TyperGroup:
+    """All commands as Typer makes them; calling `app` would make them at each call."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line; exit 2 for bad input, 1 for a failure, 130 after Ctrl-C, without a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too; commands show their own
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        code = app(arguments, standalone_mode=False)
+        code = _command()(arguments, standalone_mode=False)
         if code == INTERRUPTED:  # what Typer makes of Ctrl-C
             _say_interrupted()
         sys.stdout.flush()

@@ -1,6 +1,8 @@
 """Shared fixtures: quiet libraries, tolerances, tiny models."""
 
+import gc
 import importlib
+import logging
 import math
 import os
 import sys
@@ -13,6 +15,9 @@ if not any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/kfd")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # XLA compiles each test's few operations for longer than they run
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# each HTTP client reads the certificates of the world, though tests talk to this machine alone and without them
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)
 
 import numpy as np
 import pytest
@@ -26,6 +31,17 @@ TOLERANCES = {
     torch.float16: {"atol": 4e-3, "rtol": 4e-3},
 }
 GUARD_NUMBER = 123
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What modules and tests are made of stays to the end: Python's collector need not look through it at all."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture
@@ -71,7 +87,8 @@ def _language_patched_once():
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(0)
+    # without a device, `torch.manual_seed` notes the whole stack of calls for each kind of device that may yet come
+    (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(0)
 
 
 # imported when a test wants them: each takes longer than a hundred test files, and every worker collects all files
@@ -85,6 +102,16 @@ def openai():
 def anthropic():
     """The `anthropic` package."""
     return importlib.import_module("anthropic")
+
+
+@pytest.fixture
+def logged():
+    """The records of what is logged; pytest's own plugin goes through all loggers six times for each test."""
+    records, handler = [], logging.Handler()
+    handler.emit = records.append
+    logging.getLogger().addHandler(handler)
+    yield records
+    logging.getLogger().removeHandler(handler)
 
 
 @pytest.fixture

@@ -27,6 +27,14 @@ def write_plain(config, folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def write_olmoe(folder: Path, **sizes: int) -> Path:
+    """Save a random OLMoE of two layers, each of 4 experts of which 2 are chosen, unless sizes say otherwise."""
+    usual = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    usual |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    write_plain(transformers.OlmoeConfig(**(usual | sizes), eos_token_id=None, pad_token_id=0), folder)
+    return folder
+
+
 def write_tensors(folder: Path, tensors, *, quantization_config=None, place="top", num_shards=1):
     """Replace the weights of a folder.
 

@@ -1,11 +1,17 @@
-"""Start several processes that run one file together; for tests whose processes exchange something."""
+"""Start several processes that run one file together; for tests whose processes exchange something.
 
+Run as a module, it imports that file and forks them, so that what they all import is read once.
+"""
+
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +27,19 @@ def run_ranks(count: int, module: str, *arguments: str, limit_s: float = LIMIT_S
     """
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        processes = [_start(place, rank, count, module, arguments) for rank in range(count)]
-        deadline = time.monotonic() + limit_s
-        try:
-            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-                if any(process.poll() for process in processes):
-                    time.sleep(1)  # the others may have something to say about it
-                    break
-                time.sleep(0.05)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        codes = [process.returncode for process in processes]
-        said = "\n".join(f"--- process {rank}\n{(place / f'{rank}.txt').read_text()}" for rank in range(count))
-        assert not any(codes), f"exit codes {codes} after {limit_s} s at most\n{said}"
+        starter = _start(place, count, module, arguments)
+        with suppress(subprocess.TimeoutExpired):
+            starter.wait(limit_s)
+        with suppress(ProcessLookupError):  # all have ended
+            os.killpg(starter.pid, signal.SIGKILL)
+        code = starter.wait()
+        said = "\n".join(f"--- {file.stem}\n{file.read_text()}" for file in sorted(place.glob("*.txt")))
+        assert code == 0, f"exit code {code} after {limit_s} s at most\n{said}"
         return json.loads((place / "found.json").read_text())
 
 
-def _start(place: Path, rank: int, count: int, module: str, arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
+def _start(place: Path, count: int, module: str, arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
     environment = os.environ | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",  # read by libraries that find a group already; nothing listens there
@@ -50,7 +47,32 @@ def _start(place: Path, rank: int, count: int, module: str, arguments: tuple[str
         "PYTHONPATH": str(ROOT),
         "RANKS_FOLDER": str(place),
     }
-    with (place / f"{rank}.txt").open("wb") as said:
-        return subprocess.Popen(
-            [sys.executable, "-m", f"tests.{module}", *arguments], env=environment, stdout=said, stderr=said, cwd=place
-        )
+    command = [sys.executable, "-m", "tests.rank_processes", f"tests.{module}", *arguments]
+    with (place / "starter.txt").open("wb") as said:
+        return subprocess.Popen(command, env=environment, stdout=said, stderr=said, cwd=place, start_new_session=True)
+
+
+def _forked(rank: int, work: Any) -> int:
+    if child := os.fork():
+        return child
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    said = os.open(f"process {rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, sys.stdout.fileno())
+    os.dup2(said, sys.stderr.fileno())
+    work()
+    sys.exit()
+
+
+def _main(module: str, *arguments: str) -> None:
+    work = importlib.import_module(module).main
+    sys.argv = [module, *arguments]
+    for rank in range(int(os.environ["WORLD_SIZE"])):
+        _forked(rank, work)
+    for _ in range(int(os.environ["WORLD_SIZE"])):
+        if code := os.waitstatus_to_exitcode(os.wait()[1]):
+            time.sleep(1)  # the others may have something to say about it
+            sys.exit(f"a process ended with {code}")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -26,7 +26,7 @@ class SmallEngine:
         if self.is_closed:
             raise NotReady("the engine is closed")
         if self._waiting.qsize() >= self.most_queued:
-            raise QueueFull(f"{self.most_queued} requests wait already", retry_after_s=3.2)
+            raise QueueFull(f"{self.most_queued} requests wait already", retry_after_s=1.2)
         job = _Job(request)
         self._waiting.put(job)
         return job.stream

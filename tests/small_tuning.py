@@ -33,5 +33,14 @@ def save_examples(file):
     return file
 
 
+def save_models(folder, *dtypes, **changes):
+    """A model of each of these number formats, named by it, and the examples."""
+    torch.set_num_threads(1)
+    for dtype in dtypes:
+        save_model(folder / dtype, getattr(torch, dtype), **changes)
+    save_examples(folder / "data.jsonl")
+    return folder
+
+
 def rows_of(folder, data, length=LENGTH):
     return read_rows(data, folder, 256, length)

@@ -342,6 +342,7 @@ def test_works_without_torch():
     assert not done.stdout
 
 
+@pytest.mark.slow  # `OWNERS` says the same of every import; this one imports torch anew
 def test_moe_imports_without_triton_jax_and_pulp():
     block = "import sys; sys.modules.update(dict.fromkeys(['triton', 'jax', 'flax', 'pulp']))"
     subprocess.run([sys.executable, "-c", f"{block}; import moe"], cwd=ROOT, check=True)

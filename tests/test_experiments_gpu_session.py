@@ -94,10 +94,10 @@ def test_a_deadline_interrupts_first_and_then_kills_the_group(tmp_path, monkeypa
     monkeypatch.setattr(session, "GRACE_S", 0.5)
     polite = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('what was measured follows')"
     began = time.monotonic()
-    one = session.run_step(script("polite", polite, 2.0), tmp_path, ROOT)
+    one = session.run_step(script("polite", polite, 1.2), tmp_path, ROOT)
     assert (one.outcome, one.exit_code) == ("interrupted", 0)
     assert (tmp_path / "polite.log").read_text() == "what was measured follows\n"
-    two = session.run_step(script("stubborn", STUBBORN, 2.0), tmp_path, ROOT)
+    two = session.run_step(script("stubborn", STUBBORN, 1.2), tmp_path, ROOT)
     assert (two.outcome, two.exit_code, two.passed, two.failed) == ("interrupted", -9, 2, 1)
     assert time.monotonic() - began < 20
     child = int((tmp_path / "stubborn.log").read_text().split()[0])
@@ -114,10 +114,10 @@ def test_what_there_is_no_time_for_is_left_out_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(session, "LEAST_S", 1.0)
     monkeypatch.setattr(session, "GRACE_S", 0.5)
     made = [script("long", "import time; time.sleep(60)", 30.0), script("later", "print('never')")]
-    assert session.run_session(made, tmp_path, root=ROOT, total_s=3.0) == 1
+    assert session.run_session(made, tmp_path, root=ROOT, total_s=2.0) == 1
     found = outcomes(tmp_path)
     assert found["long"]["outcome"] == "interrupted"
-    assert float(found["long"]["limit_s"]) <= 3.0
+    assert float(found["long"]["limit_s"]) <= 2.0
     assert found["later"]["outcome"] == "left out"
     assert not (tmp_path / "later.log").exists()
 

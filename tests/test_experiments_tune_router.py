@@ -76,6 +76,7 @@ def test_only_gates_change_and_tokens_reuse_experts_more(model, text, tmp_path):
     assert json.loads((out / "config.json").read_text()) == json.loads((model / "config.json").read_text())
 
 
+@pytest.mark.parametrize("model", ["ours", pytest.param("qwen3_moe", marks=pytest.mark.slow)], indirect=True)
 def test_a_run_that_is_resumed_is_the_same_run(model, text, tmp_path, monkeypatch):
     corpus = text_for(model, str(text))
     whole = tune_router(model, corpus, tmp_path / "whole", OPTIONS, quiet=True)

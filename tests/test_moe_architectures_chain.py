@@ -118,7 +118,7 @@ def test_offloaded_equals_resident_at_every_cache_size(build, tmp_path, router):
     settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     reference = offload.load(tmp_path, cache_experts=6).generate(prompt, **settings)
     assert torch.equal(reference.sequences, resident.generate(prompt, **settings).sequences)
-    for slots in range(1, 6):
+    for slots in (1, 3, 5):
         ours = offload.load(tmp_path, cache_experts=slots).generate(prompt, **settings)
         assert all(torch.equal(a, b) for a, b in zip(ours.logits, reference.logits, strict=True))
     with torch.no_grad():

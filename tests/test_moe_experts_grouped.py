@@ -72,7 +72,9 @@ def test_negative_ids_are_refused(tiny_config):
         grouped_experts(build(tiny_config), torch.randn(2, 32), expert_TK, torch.rand(2, 2))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str
+)
 def test_compiles_whole_in_every_number_format(tiny_config, tolerance, monkeypatch, dtype):
     monkeypatch.setattr("moe.experts.grouped.BLOCKWISE_ROWS", 0)
     experts = build(tiny_config, dtype)

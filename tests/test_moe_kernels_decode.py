@@ -61,7 +61,7 @@ def test_halves_of_other_number_formats(tolerance, dtype):
     assert relative_error(compute_experts(x, expert, combine, weights), truth) < tolerance[dtype]["rtol"]
 
 
-@pytest.mark.parametrize("is_gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("is_gated", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["gated", "plain"])
 def test_sums_split_over_inputs(guarded_memory, monkeypatch, tolerance, is_gated):
     monkeypatch.setattr(decode_module, "num_processors", lambda device: 1000)
     x, expert, combine, up, down, up_bias, down_bias = tensors(2, 400, 280, 3, 2)

@@ -50,7 +50,7 @@ def in_slots(tensors, experts, num_slots):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("T", [1, 3, 12], ids=["one", "few", "many"])
+@pytest.mark.parametrize("T", [1, pytest.param(3, marks=pytest.mark.slow), 12], ids=["one", "few", "many"])
 def test_any_grouping_in_any_number_of_slots_has_the_bits_of_all_at_once(guarded_memory, T, dtype):
     x, expert, combine, tensors = layer(T, dtype=dtype)
     expected = compute_experts(x, expert, combine, ExpertWeights(*tensors, GPT_OSS, is_halves=False))

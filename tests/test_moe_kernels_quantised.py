@@ -91,7 +91,7 @@ def _slots(weight, experts):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="float64 products are proven in the interpreter")
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_gradcheck_through_frozen_quantised_experts(name):
     leaves, expert_TK, dense = layer(3, 32, 16, 3, 2, torch.float64, has_bias=True)
     projections = [quantise(weight, name, group=16) for weight in dense]

@@ -143,7 +143,9 @@ def test_every_activation(tolerance, inner, is_gated):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="float64 products are proven in the interpreter")
-@pytest.mark.parametrize("activation", [Activation(), GPT_OSS], ids=["swiglu", "gpt-oss"])
+@pytest.mark.parametrize(
+    "activation", [Activation(), pytest.param(GPT_OSS, marks=pytest.mark.slow)], ids=["swiglu", "gpt-oss"]
+)
 def test_gradcheck_through_the_kernels_themselves(activation):
     tensors = leaves(3, 6, 4, 2, torch.float64, has_bias=True)
     expert_TK = torch.tensor([[0, 3], [3, E], [4, 0]])
@@ -166,7 +168,7 @@ def test_gradients_nobody_asked_for_are_not_computed():
     assert grad_TD.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_backward_keeps_the_input_the_pre_activation_and_the_routing(dtype):
     T, D, F, K = 12, 64, 48, 4
     tensors = leaves(T, D, F, K, dtype)

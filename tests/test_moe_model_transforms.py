@@ -127,7 +127,7 @@ def test_experts_of_batched_calls_with_their_own_routings(tiny_config, group):
         torch.testing.assert_close(found[sample], wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("router", ["rmoe", "deepseek_v3"])
+@pytest.mark.parametrize("router", ["deepseek_v3", pytest.param("rmoe", marks=pytest.mark.slow)])
 def test_a_whole_model_compiles_and_exports_to_the_same_logits(tiny_config, router):
     config = tiny_config(router=router, experts_implementation="expertier", num_hidden_layers=2)
     model = MoEForCausalLM(config).eval()

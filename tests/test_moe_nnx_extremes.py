@@ -33,7 +33,15 @@ CASES = {
     "moepp": {},
 }
 LEVELS = {"-100": [-100.0], "-1e4": [-1e4], "+1e4": [1e4], "mixed": [-1e4, 1e4, -100.0, 0.0]}
-EVERY = [(case, level) for case in CASES for level in LEVELS if level in ("-100", "mixed") or case == "deepseek_v3"]
+LEVELS_OF_ALL = ("-100", "mixed")
+NEAR = {"qwen3_moe": "olmoe", "mixtral": "olmoe", "loss_free": "deepseek_v3"}
+"""Routers that differ from another case by an option of its class: `make test` has that one."""
+EVERY = [
+    pytest.param(case, level, marks=[pytest.mark.slow] if case in NEAR else [])
+    for case in CASES
+    for level in LEVELS
+    if level in LEVELS_OF_ALL or case == "deepseek_v3"
+]
 
 
 @pytest.mark.parametrize(("case", "level"), EVERY)

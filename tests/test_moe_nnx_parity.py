@@ -49,6 +49,7 @@ VARIANTS = {
     },
 }
 LONGER = (
+    "pregate",
     "top2",
     "deepseek-v3",
     "moepp",

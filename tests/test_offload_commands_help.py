@@ -184,7 +184,11 @@ def test_version(run, capsys):
     assert capsys.readouterr().out.startswith("expertier")
 
 
-@pytest.mark.parametrize("command", [["--help"], ["simulate", "t.npz", "--cache-experts", "2"]])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(["--help"], marks=pytest.mark.slow), ["simulate", "t.npz", "--cache-experts", "2"]],
+    ids=["help", "simulate"],
+)
 def test_a_closed_pipe_ends_quietly(command, tmp_path):
     _trace(tmp_path / "t.npz")
     reader, writer = os.pipe()

@@ -194,7 +194,7 @@ def test_a_longer_turn_replaces_its_file_and_only_its_owner_can_read_the_folder(
 
 
 @pytest.mark.parametrize("damage", ["a byte", "the end", "the header", "all"])
-def test_a_damaged_file_is_left_out_with_a_line(folder, folder_options, damage, caplog):
+def test_a_damaged_file_is_left_out_with_a_line(folder, folder_options, damage, logged):
     prompt = list(range(2, 80))
     with serve(folder, options=folder_options) as engine:
         first = ids_of(collect(engine.submit(ask(prompt, 8, ignore_end=True)))[0])
@@ -213,7 +213,7 @@ def test_a_damaged_file_is_left_out_with_a_line(folder, folder_options, damage, 
         tokens, finished = collect(engine.submit(ask(prompt, 8, ignore_end=True)))
         assert finished.usage.cached_tokens == 0
         assert ids_of(tokens) == first
-    assert any("kept prefix left out" in record.getMessage() for record in caplog.records)
+    assert any("kept prefix left out" in record.getMessage() for record in logged)
 
 
 def test_files_of_another_model_are_not_used(folder, sliding, folder_options):

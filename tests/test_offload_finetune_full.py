@@ -13,7 +13,7 @@ from offload.finetune.methods import all_parameters
 from offload.finetune.passing import opening
 from offload.finetune.run import read_log
 from offload.finetune.storage.byte_moments import BLOCK, MEAN, SQUARE
-from tests.small_tuning import LENGTH, rows_of, save_examples, save_model
+from tests.small_tuning import LENGTH, rows_of, save_models
 
 OPTIONS = offload.TuneOptions(
     method="full",
@@ -32,12 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    torch.set_num_threads(1)
-    path = tmp_path_factory.mktemp("full")
-    for dtype in ("float32", "bfloat16"):
-        save_model(path / dtype, getattr(torch, dtype), num_experts=16)
-    save_examples(path / "data.jsonl")
-    return path
+    return save_models(tmp_path_factory.mktemp("full"), "float32", "bfloat16", num_experts=16)
 
 
 def tune(folder, name, options=OPTIONS, model="float32", **changes):

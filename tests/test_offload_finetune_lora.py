@@ -14,7 +14,7 @@ from offload.finetune.examples import NO_LOSS
 from offload.finetune.methods.adapters import Adapters
 from offload.finetune.methods.expert_adapters import most_used
 from routing.traces import RoutingTrace
-from tests.small_tuning import LENGTH, rows_of, save_examples, save_model
+from tests.small_tuning import LENGTH, rows_of, save_models
 
 OPTIONS = offload.TuneOptions(
     method="lora",
@@ -33,13 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    torch.set_num_threads(1)
-    path = tmp_path_factory.mktemp("lora")
-    save_model(path / "float64", torch.float64)
-    save_model(path / "float32", torch.float32)
-    save_model(path / "bfloat16", torch.bfloat16)
-    save_examples(path / "data.jsonl")
-    return path
+    return save_models(tmp_path_factory.mktemp("lora"), "float64", "float32", "bfloat16")
 
 
 def gradients(folder, model, out, options=OPTIONS, **memory):

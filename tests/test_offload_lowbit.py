@@ -24,7 +24,7 @@ from offload.lowbit.quantise import Source
 from offload.lowbit.reading import ExpertReader
 from offload.runtime.depths import depths_in
 from offload.runtime.opening import open_headers
-from tests.quantised_checkpoints import logits_of, write_plain
+from tests.quantised_checkpoints import logits_of, write_olmoe, write_plain
 
 TOKENS = torch.arange(24)[None] * 7 % 256
 
@@ -32,10 +32,7 @@ TOKENS = torch.arange(24)[None] * 7 % 256
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder, and next to it a text."""
-    folder = tmp_path_factory.mktemp("lowbit") / "model"
-    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
-    write_plain(OlmoeConfig(**sizes, **heads, eos_token_id=None, pad_token_id=0), folder)
+    folder = write_olmoe(tmp_path_factory.mktemp("lowbit") / "model")
     words = ("expert", "router", "token", "layer", "memory", "slot")
     text = " ".join(words[(i * i + i // 7) % 6] for i in range(400))
     (folder.parent / "book.txt").write_text(text)

@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import OlmoeConfig
 
 import offload
 from offload.lowbit import bit_router
 from offload.lowbit.bit_router import LayerRows, _judge, _train, _within
 from offload.ram.bit_router import BitGate, router_file
-from tests.quantised_checkpoints import logits_of, write_plain
+from tests.quantised_checkpoints import logits_of, write_olmoe
 
 TOKENS = torch.arange(24)[None] * 7 % 256
 EXPERTS = 4
@@ -20,10 +19,7 @@ EXPERTS = 4
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder, with its packed copy in planes and that one's router beside it."""
-    folder = tmp_path_factory.mktemp("router") / "model"
-    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": EXPERTS, "num_experts_per_tok": 2}
-    write_plain(OlmoeConfig(**sizes, **heads, eos_token_id=None, pad_token_id=0), folder)
+    folder = write_olmoe(tmp_path_factory.mktemp("router") / "model", intermediate_size=64, num_experts=EXPERTS)
     book = folder.parent / "book.txt"
     book.write_text(" ".join(("expert", "router", "token", "layer")[(i * i + i // 5) % 4] for i in range(300)))
     inputs = offload.calibrate(folder, book, folder.parent / "inputs", tokens=512, length=64, needs_sensitivity=True)

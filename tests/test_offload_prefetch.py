@@ -1,5 +1,7 @@
 """Predictors and the prefetcher's judgement."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -67,9 +69,13 @@ def chained_trace(tokens=600, layers=4, experts=8):
     )
 
 
-def test_trained_predictor_learns_a_rule_and_survives_a_file(tmp_path):
+@pytest.fixture(scope="module")
+def fitted():
+    return fit_predictor(chained_trace().rows(0, 500))
+
+
+def test_trained_predictor_learns_a_rule_and_survives_a_file(fitted, tmp_path):
     trace = chained_trace()
-    fitted = fit_predictor(trace.rows(0, 500))
     for precision, recall in precision_and_recall(fitted, trace.rows(500, 600)).values():
         assert precision == 1
         assert recall > 0.95
@@ -83,9 +89,9 @@ def test_trained_predictor_learns_a_rule_and_survives_a_file(tmp_path):
                     assert loaded.predict(layer + ahead, ahead, None)[:1] in ([], [row[layer + ahead]])
 
 
-def test_what_the_runtime_computes_is_what_was_trained():
+def test_what_the_runtime_computes_is_what_was_trained(fitted):
     trace = chained_trace(120)
-    fitted, hot = fit_predictor(trace), hot_TLE(trace)
+    fitted, hot = copy.deepcopy(fitted), hot_TLE(trace)
     rng = np.random.default_rng(1)
     fitted.weight_ALVE += rng.normal(size=fitted.weight_ALVE.shape).astype(np.float32)
     is_first_T = np.arange(120) == 0
@@ -101,7 +107,7 @@ def test_what_the_runtime_computes_is_what_was_trained():
                     )
 
 
-def test_files_that_are_no_predictor_are_refused(tmp_path):
+def test_files_that_are_no_predictor_are_refused(fitted, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         TrainedPredictor.load(tmp_path / "none.npz")
     (tmp_path / "bad.npz").write_bytes(b"x" * 100)
@@ -111,4 +117,4 @@ def test_files_that_are_no_predictor_are_refused(tmp_path):
     with pytest.raises(ValueError, match="do not fit"):
         TrainedPredictor.load(tmp_path / "odd.npz")
     with pytest.raises(ValueError, match="this model has 5 of 8"):
-        fit_predictor(chained_trace(120)).expect(5, 8)
+        fitted.expect(5, 8)

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from transformers import OlmoeConfig
 
 import offload
 from offload.lowbit.sensitivity import divergence
 from offload.quality import predictions
-from tests.quantised_checkpoints import write_plain
+from tests.quantised_checkpoints import write_olmoe
 
 
 class Fixed:
@@ -71,10 +70,8 @@ def test_divergence_is_that_of_torch():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quality") / "model"
-    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
-    write_plain(OlmoeConfig(**sizes, **heads, eos_token_id=None, pad_token_id=0), folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    folder = write_olmoe(tmp_path_factory.mktemp("quality") / "model", **sizes)
     (folder.parent / "book.txt").write_text("a model judged against itself and worse ones " * 8)
     return folder
 

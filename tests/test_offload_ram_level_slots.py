@@ -7,14 +7,13 @@ from threading import Lock
 
 import pytest
 import torch
-from transformers import OlmoeConfig
 
 import offload
 from offload.cache.depth import DepthChoice, Heat, hottest_first
 from offload.ram.depth_rules import ByWeight
 from offload.runtime.options import LoadOptions
 from offload.store.reading import ReadingThreads, Ticket
-from tests.quantised_checkpoints import logits_of, write_plain
+from tests.quantised_checkpoints import logits_of, write_olmoe
 
 TOKENS = torch.arange(24)[None] * 7 % 256
 EXPERTS = 8
@@ -23,10 +22,7 @@ EXPERTS = 8
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder, with its packed copy in planes beside it."""
-    folder = tmp_path_factory.mktemp("levels") / "model"
-    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": EXPERTS, "num_experts_per_tok": 3}
-    write_plain(OlmoeConfig(**sizes, **heads, eos_token_id=None, pad_token_id=0), folder)
+    folder = write_olmoe(tmp_path_factory.mktemp("levels") / "model", num_experts=EXPERTS, num_experts_per_tok=3)
     offload.quantise_in_levels(folder, folder.parent / "experts", form="planes")
     return folder
 

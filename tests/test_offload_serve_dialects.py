@@ -143,9 +143,9 @@ def test_a_forced_tool_is_used(claude, is_stream):
 
 
 def test_thinking_is_a_block_of_its_own(post):
-    body = {**GREEDY, "max_tokens": 300, "thinking": {"type": "enabled", "budget_tokens": 1024}}
+    body = {**GREEDY, "max_tokens": 90, "thinking": {"type": "enabled", "budget_tokens": 1024}}
     del body["temperature"]
-    expected = text_of(post, max_tokens=300, chat_template_kwargs={"enable_thinking": True})
+    expected = text_of(post, max_tokens=90, chat_template_kwargs={"enable_thinking": True})
     whole = post("/v1/messages", {**body, "temperature": 0}).json()
     assert whole["content"][0]["type"] == "thinking"
     assert whole["content"][0]["thinking"] == expected["reasoning_content"]

@@ -69,7 +69,7 @@ def endings(served):
 def test_an_answer_ends_at_its_time_limit_with_what_there_is(model, is_stream):
     engine = SmallEngine(model, step_s=0.05)
     with Served(engine, make_tokenizer()) as served:
-        answer = post(served, {**LONG, "max_tokens": 400, "timeout": 0.6, "stream": is_stream})
+        answer = post(served, {**LONG, "max_tokens": 400, "timeout": 0.3, "stream": is_stream})
         assert answer.status_code == 200
         if is_stream:
             last = json.loads(answer.text.strip().split("\n\n")[-2].removeprefix("data: "))
@@ -79,7 +79,7 @@ def test_an_answer_ends_at_its_time_limit_with_what_there_is(model, is_stream):
             assert body["choices"][0]["finish_reason"] == "length"
             assert 0 < body["usage"]["completion_tokens"] < 400
         assert endings(served) == {"timeout": 1.0}
-        message = post(served, {"messages": HI, "max_tokens": 400, "timeout": 0.6}, "/v1/messages").json()
+        message = post(served, {"messages": HI, "max_tokens": 400, "timeout": 0.3}, "/v1/messages").json()
         assert message["stop_reason"] in ("max_tokens", "end_turn")
 
 
@@ -211,7 +211,7 @@ def test_timings_and_progress_in_the_words_of_llama_server(served, monkeypatch):
     assert events[-1]["timings"]["predicted_n"] == 8
 
 
-def test_a_full_disk_fails_no_request_and_leaves_no_half_file(folder, tmp_path, caplog):
+def test_a_full_disk_fails_no_request_and_leaves_no_half_file(folder, tmp_path, logged):
     options = EngineOptions(reuse="any", prefix_folder=tmp_path / "kept")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     prompt = [5, *range(10, 200)]
@@ -226,7 +226,7 @@ def test_a_full_disk_fails_no_request_and_leaves_no_half_file(folder, tmp_path, 
         assert (first.reason, again.reason) == ("length", "length")
         assert again.usage.cached_tokens == 150
     assert list((tmp_path / "kept").iterdir()) == []
-    assert sum("could not be kept on disk" in record.getMessage() for record in caplog.records) >= 1
+    assert sum("could not be kept on disk" in record.getMessage() for record in logged) >= 1
 
 
 WRITE_FOR_EVER = """

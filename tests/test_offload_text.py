@@ -310,7 +310,7 @@ def test_formats_are_found_in_templates():
     assert format_of("<think>").answer_begins("assistant\n") == ""
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.text(max_size=40).filter(lambda text: "<" not in text and text))
 def test_the_vocabulary_gives_back_what_it_encodes(text):
     vocabulary = Vocabulary(SHARED, 300)

@@ -16,7 +16,7 @@ STEPS = {"batch": 4, "chunk": 16, "chunk_weight": 0.5}
 @pytest.fixture(scope="module", params=[True, False])
 def solved(request):
     asked = problem(cluster(nodes=2, gpus=2, slots=(2, 2, 9), overlap=request.param, **STEPS), layers=3, experts=8)
-    return asked, solve_cluster_tiers(asked, solver="search", time_limit_s=1)
+    return asked, solve_cluster_tiers(asked, solver="search", time_limit_s=0.4)
 
 
 def drop_a_home(value, draw):

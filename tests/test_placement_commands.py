@@ -33,7 +33,7 @@ def run(*arguments):
 
 def solved(folder, name="plan.json", *more, data="decode.json"):
     done = run("solve", "--loads", folder / data, "--cluster", folder / "c.yaml", "--out", folder / name,
-               "--time-limit", 2, *more)  # fmt: skip
+               "--time-limit", 0.3, *more)  # fmt: skip
     assert done.exit_code == 0, done.output + str(done.exception)
     return " ".join(done.output.split())
 

@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 
 def test_tiers_of_a_cluster_are_solved_scored_and_divided(folder):
-    said = run("tiers", "--trace", folder / "t.npz", "--cluster", folder / "c.yaml", "--time-limit", 2, "--chunk", 16,
+    said = run("tiers", "--trace", folder / "t.npz", "--cluster", folder / "c.yaml", "--time-limit", 0.5, "--chunk", 16,
                "--out", folder / "p.json", "--json", folder / "r.json")  # fmt: skip
     assert "experts on GPU 12 (11.44 MiB), in RAM 8" in said
     report = json.loads((folder / "r.json").read_text())
@@ -54,7 +54,7 @@ def test_tiers_of_a_cluster_are_solved_scored_and_divided(folder):
 
 
 def test_solve_puts_what_does_not_fit_on_lower_tiers(folder):
-    arguments = ("solve", "--trace", folder / "t.npz", "--cluster", folder / "c.yaml", "--time-limit", 2, "--out",
+    arguments = ("solve", "--trace", folder / "t.npz", "--cluster", folder / "c.yaml", "--time-limit", 0.5, "--out",
                  folder / "p.json")  # fmt: skip
     assert "the rest goes to host memory and SSDs" in run(*arguments)
     done = CliRunner().invoke(app, [str(one) for one in (*arguments, "--objective", "fanout")])
@@ -125,7 +125,7 @@ def test_sizes_come_from_a_checkpoint_without_loading_it(tmp_path):
 
 def test_batches_are_judged_by_every_rule(folder):
     (folder / "flat.yaml").write_text("node_types: {n: {gpus: {count: 4}}}\nnodes: [{type: n}]\n")
-    options = ("--replicas", 4, "--objective", "batches", "--time-limit", 2, "--out", folder / "b.json")
+    options = ("--replicas", 4, "--objective", "batches", "--time-limit", 0.5, "--out", folder / "b.json")
     run("solve", "--trace", folder / "t.npz", "--cluster", folder / "flat.yaml", *options)
     said = run("score", folder / "b.json", "--trace", folder / "other.npz", "--batch-tokens", 32, "--shared-experts", 1,
                "--json", folder / "s.json")  # fmt: skip

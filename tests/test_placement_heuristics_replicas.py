@@ -46,8 +46,8 @@ def test_every_change_of_a_replica_is_exact(seed):
 def test_search_with_replicas_keeps_plans_valid_and_beats_balance_alone():
     trace = generate_trace(tokens=1500, layers=2, experts=16, top_k=3, blocks=4, tokens_per_sequence=20)
     problem = Problem.from_trace(trace, Cluster.grid(1, 4), replicas=8)
-    plan = solve(problem, objective="fanout+balance", solver="search", time_limit_s=3)
+    plan = solve(problem, objective="fanout+balance", solver="search", time_limit_s=1.2)
     assert check_plan(plan, made_from=problem) == []
     assert doubled_copies(plan) == 0
-    start = solve(problem, solver="search", time_limit_s=1)
+    start = solve(problem, solver="search", time_limit_s=0.4)
     assert plan.certificate.objective < evaluate(find_objective("fanout+balance"), start, problem)

@@ -270,7 +270,7 @@ EXPRESSIONS = (*OBJECTIVES, "fanout+2*balance", "balance<=1.1,fanout", "balance+
 def test_bounds_are_below_the_best_of_all_plans(text, case):
     cluster, experts, replicas = TINY[case]
     objective = find_objective(text)
-    for seed in range(2):
+    for seed in range(1 if experts > 4 else 2):
         problem = traced(cluster, replicas=replicas, experts=experts, tokens=12, layers=1, seed=seed)
         plan = solve(problem, solver="contiguous")
         bound = objective_bound(objective, problem, plan, "max")
@@ -295,7 +295,7 @@ def test_bounds_hold_for_every_way_to_join_scenarios(rule):
         assert bound.value <= min(evaluate(objective, with_map(plan, [row]), problem, rule) for row in maps) + 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     hot=st.integers(1, 4),

@@ -30,7 +30,7 @@ def make_task(seed, items=12, gpus=4, has_linear=False):
     )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 1000), has_linear=st.booleans())
 def test_every_swap_change_is_exact_also_after_swaps(seed, has_linear):
     task = make_task(seed, has_linear=has_linear)
@@ -61,9 +61,9 @@ def test_tabu_finds_the_optimum_of_a_small_layer():
 @pytest.mark.parametrize(("objective", "nodes"), [("fanout+balance", 1), ("fanout", 2), ("hops+balance", 1)])
 @pytest.mark.parametrize("replicas", [0, 8])
 def test_search_beats_contiguous_on_its_objective(objective, nodes, replicas):
-    trace = generate_trace(tokens=1500, layers=3, experts=16, top_k=3, blocks=4, tokens_per_sequence=20)
+    trace = generate_trace(tokens=600, layers=3, experts=16, top_k=3, blocks=4, tokens_per_sequence=20)
     problem = Problem.from_trace(trace, Cluster.grid(nodes, 8 // nodes), replicas=replicas)
-    plan = solve(problem, objective=objective, solver="search", time_limit_s=1.5)
+    plan = solve(problem, objective=objective, solver="search", time_limit_s=0.5, processes=1)
     base = solve(problem, objective=objective, solver="contiguous")
     assert check_plan(plan, made_from=problem) == []
     assert doubled_copies(plan) == 0
@@ -74,7 +74,7 @@ def test_search_beats_contiguous_on_its_objective(objective, nodes, replicas):
 def test_large_layers_go_node_by_node():
     trace = generate_trace(tokens=600, layers=1, experts=96, top_k=4, blocks=8, tokens_per_sequence=20)
     problem = Problem.from_trace(trace, Cluster.grid(4, 4))
-    plan = solve(problem, objective="fanout+balance", solver="search", time_limit_s=2.5)
+    plan = solve(problem, objective="fanout+balance", solver="search", time_limit_s=1.0, processes=1)
     base = solve(problem, objective="fanout+balance", solver="contiguous")
     assert plan.certificate.objective < base.certificate.objective
 
@@ -137,6 +137,6 @@ def test_planning_on_several_workloads_is_judged_by_the_worst():
     random = np.random.default_rng(0)
     loads = {name: random.lognormal(0, 1, (4, 32)) for name in "abc"}
     problem = Problem.from_loads(loads, Cluster.grid(1, 8), replicas=8)
-    plan = solve(problem, time_limit_s=1.5)
-    single = solve(Problem.from_loads({"a": loads["a"]}, Cluster.grid(1, 8), replicas=8), time_limit_s=1.5)
+    plan = solve(problem, time_limit_s=0.5)
+    single = solve(Problem.from_loads({"a": loads["a"]}, Cluster.grid(1, 8), replicas=8), time_limit_s=0.5)
     assert score(problem, plan).balancedness > score(problem, single).balancedness

@@ -58,7 +58,7 @@ def test_a_killed_writer_leaves_no_torn_plan(tmp_path):
     problem = Problem.from_loads(np.random.default_rng(0).random((20, 64)), Cluster.grid(1, 8))
     plan = solve(problem, solver="contiguous")
     plan.save(tmp_path / "whole.json")
-    for delay in (0.0, 0.013, 0.037):
+    for delay in (0.0, 0.037):
         writing = subprocess.Popen(
             [sys.executable, "-c", WRITER, tmp_path / "whole.json", tmp_path / "p.json"], stdout=subprocess.PIPE
         )
@@ -82,8 +82,8 @@ def test_the_time_limit_binds(solver, objective):
     trace = generate_trace(tokens=3000, layers=8, experts=64, top_k=6, blocks=8, tokens_per_sequence=30)
     problem = Problem.from_trace(trace, Cluster.grid(2, 4))
     began = time.monotonic()
-    solve(problem, objective=objective, solver=solver, time_limit_s=2, processes=1)
-    assert time.monotonic() - began < 4  # twice the limit, for a busy machine
+    solve(problem, objective=objective, solver=solver, time_limit_s=1, processes=1)
+    assert time.monotonic() - began < 3  # three times the limit, for a busy machine
 
 
 def programme(seed, size=30):

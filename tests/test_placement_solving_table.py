@@ -117,9 +117,9 @@ def test_a_valid_plan_within_its_bound_or_a_refusal(solver, case):
     problem, objective = make(), find_objective(text)
     if words := REFUSALS[solver].get(case):
         with pytest.raises(ValueError, match=words):
-            solve(problem, objective=text, solver=solver, time_limit_s=0.5)
+            solve(problem, objective=text, solver=solver, time_limit_s=0.25)
         return
-    plan = solve(problem, objective=text, solver=solver, time_limit_s=0.5, processes=1)
+    plan = solve(problem, objective=text, solver=solver, time_limit_s=0.25, processes=1)
     assert check_plan(plan, made_from=problem) == []
     assert plan.layer_ids == problem.layer_ids
     assert (plan.solver, plan.objective_name) == (solver, text)
@@ -183,7 +183,7 @@ def test_small_optima_are_found(solver, case):
         trace = generate_trace(tokens=40, layers=1, experts=experts, top_k=2, blocks=2, seed=seed)
         problem = Problem.from_trace(trace, Cluster.grid(1, gpus), replicas=replicas)
         best = brute_optimum(problem, find_objective(text))
-        plan = solve(problem, objective=text, solver=solver, time_limit_s=1.2 if solver == "lns" else 20, processes=1)
+        plan = solve(problem, objective=text, solver=solver, time_limit_s=0.5 if solver == "lns" else 20, processes=1)
         assert plan.certificate.objective == pytest.approx(best, rel=1e-6)
         if solver == "ilp":
             assert plan.certificate.is_proven_optimal
@@ -266,7 +266,7 @@ def test_ctrl_c_returns_a_plan_from_every_phase(name):
             problem,
             objective=text,
             solver=name.split(" ")[0],
-            time_limit_s=1,
+            time_limit_s=0.5,
             balance_floor=floor,
             processes=1,
             progress=stop,
@@ -311,7 +311,7 @@ def test_ctrl_c_inside_a_call_returns_a_plan(hook, at, monkeypatch):
     monkeypatch.setattr(target, interrupted)
     problem = PROBLEMS["tokens"][0]()
     objective = "balance" if solver in ("ilp", "auto") else "fanout+balance"
-    plan = solve(problem, objective=objective, solver=solver, time_limit_s=1, processes=1)
+    plan = solve(problem, objective=objective, solver=solver, time_limit_s=0.5, processes=1)
     assert calls
     assert check_plan(plan, made_from=problem) == []
 

@@ -22,23 +22,31 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# each command gets a process of its own; what they all import of others' is there before they part
+# each command gets a process of its own, and so does the program; what they all import is there before they part
 RUN = """
 import os, sys, json
-import numpy, torch, transformers
+import moe, offload.cli
+from experiments.cli import main
 from transformers import AutoModelForCausalLM
 
-for arguments in json.loads(sys.argv[1]):
-    print("$ expertier", arguments[0], flush=True)
+def command(arguments):
+    os.dup2(1, 2)
+    sys.argv = ["expertier", *arguments]
+    main()
+
+def apart(said, work, *arguments):
+    print("$", said, flush=True)
     child = os.fork()
     if not child:
-        os.dup2(1, 2)
-        sys.argv = ["expertier", *arguments]
-        from experiments.cli import main
-        sys.exit(main())
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status:
-        sys.exit(f"{arguments} ended with {status}")
+        work(*arguments)
+        sys.exit()
+    if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        sys.exit(f"{said} {arguments} ended with {status}")
+
+commands, program = json.loads(sys.argv[1])
+for arguments in commands:
+    apart(f"expertier {arguments[0]}", command, arguments)
+apart("python", exec, compile(program, "README.md", "exec"), {"__name__": "__main__"})
 """
 
 
@@ -48,7 +56,7 @@ def blocks(language):
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    """An empty folder in which every printed command has run, and what all of them printed."""
+    """What every printed command and the program printed, one after the other in an empty folder."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "runs").mkdir()
     (yaml,) = blocks("yaml")
@@ -57,24 +65,19 @@ def reader(tmp_path_factory):
     assert len(commands) >= 8
     arguments = [shlex.split(command) for command in commands]
     assert {program for program, *_ in arguments} == {"expertier"}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps([rest for _, *rest in arguments])],
+    (program,) = blocks("python")
+    return subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps([[rest for _, *rest in arguments], program])],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"},
         capture_output=True,
         text=True,
     )
-    return folder, done
 
 
 def test_every_command_of_the_readme_works_as_printed(reader):
-    folder, done = reader
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    (program,) = blocks("python")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    printed = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=environment, check=True, capture_output=True, text=True
-    ).stdout
+    assert reader.returncode == 0, f"{reader.stdout}\n{reader.stderr}"
+    _, printed = reader.stdout.split("$ python\n")
     assert printed.startswith("import ")
     assert re.search(r"^hit rate 0\.\d{3}$", printed, re.MULTILINE)
 
@@ -87,7 +90,7 @@ def form(line):
 
 
 def test_what_the_readme_prints_has_the_form_of_what_comes(reader):
-    real = {form(line) for line in reader[1].stdout.replace("\r", "\n").splitlines()}
+    real = {form(line) for line in reader.stdout.replace("\r", "\n").splitlines()}
     generated = re.search(r"--trace routing.npz\n(.*?)\n(?=[\d.]+ tok/s)", README, re.DOTALL)
     for block in blocks("console"):
         for line in block.replace(generated.group(1), "").splitlines():
@@ -97,10 +100,9 @@ def test_what_the_readme_prints_has_the_form_of_what_comes(reader):
 
 def test_the_example_shows_something(reader):
     """Words rather than spaces, and caches that differ: what the README says one can see."""
-    _, done = reader
-    text = re.search(r"^\$ expertier generate\n(.*?)^[\d.]+ tok/s", done.stdout, re.DOTALL | re.MULTILINE).group(1)
+    text = re.search(r"^\$ expertier generate\n(.*?)^[\d.]+ tok/s", reader.stdout, re.DOTALL | re.MULTILINE).group(1)
     assert len(re.findall(r"[a-z]{2,}", text)) >= 3, text
-    rates = dict(re.findall(r"│ (lru|belady) +│ (0\.\d+) ", done.stdout))
+    rates = dict(re.findall(r"│ (lru|belady) +│ (0\.\d+) ", reader.stdout))
     assert float(rates["lru"]) < float(rates["belady"]) - 0.01, rates
 
 

@@ -208,17 +208,17 @@ def test_an_even_assignment_of_what_is_no_number_is_refused_in_our_words():
         ("loss_free", {}, False),
     ],
 )
-def test_a_constant_weight_is_said_once(router, options, is_constant, caplog):
+def test_a_constant_weight_is_said_once(router, options, is_constant, logged):
     warn_of_constant_weights.cache_clear()
     for top_k in (1, 2, 1):
         build_routers(router, RouterSizes(width=D, num_experts=E, top_k=top_k, num_layers=L), options)
-    found = [record for record in caplog.records if record.levelno == logging.WARNING]
+    found = [record for record in logged if record.levelno == logging.WARNING]
     assert len(found) == is_constant
     if is_constant:
         assert "gives the router no gradient" in found[0].getMessage()
 
 
-def test_more_than_one_expert_per_token_says_nothing(caplog):
+def test_more_than_one_expert_per_token_says_nothing(logged):
     warn_of_constant_weights.cache_clear()
     build_routers("mixtral", RouterSizes(width=D, num_experts=E, top_k=2, num_layers=L))
-    assert not caplog.records
+    assert not logged

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from routing.ground.expect import expect_not_an_input, expect_outputs
+from routing.ground.expect import expect_outputs
 
 from ..train.description.config import TrainConfig
-from ..train.description.description import described
 from ..train.fitting import fitting_model
 from ..train.interrupt import hint_when_interrupted
 from ..train.options import (
+    ColumnOption,
     ConfigOption,
     DataOption,
     EngineOption,
@@ -21,7 +21,7 @@ from ..train.options import (
     StepsOption,
     TokenizerOption,
 )
-from .sweep_command import BaseOption, base_options, read_rates
+from .sweep_command import BaseOption, described_base, read_rates
 
 RoutersOption = Annotated[
     str, typer.Option(help="Variants or routers, with commas between them; `all` for the routers that fit the preset.")
@@ -38,7 +38,7 @@ def compare(
     config_file: ConfigOption = None,
     settings: SetOption = None,
     data: DataOption = None,
-    column: Annotated[str | None, typer.Option(help="Text column of a table.")] = None,
+    column: ColumnOption = None,
     tokenizer: TokenizerOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per variant.")] = 3,
     rates: Annotated[Path | None, typer.Option(help="A sweep.json, for a learning rate of each variant's own.")] = None,
@@ -56,10 +56,8 @@ def compare(
     """
     expect_outputs(json_file, inputs=[data, config_file, rates])
     said = {"data": data, "column": column, "tokenizer": tokenizer, "steps": steps}
-    found = described(config_file, settings or [], base_options(preset_name, config_file) | said)
+    found = described_base(out, preset_name, config_file, settings, said)
     base, text = found.config, found.text
-    text.expect_there()
-    expect_not_an_input(out, *([Path(text.data)] if text.data else []))
     own_rates = None if rates is None else read_rates(rates)
     from routing.ground.files import write_json
 

@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from routing.ground.expect import expect_not_an_input, expect_outputs
 
-from ..train.description.description import described
+from ..train.description.description import RunDescription, described
 from ..train.interrupt import hint_when_interrupted
 from ..train.options import (
+    ColumnOption,
     ConfigOption,
     DataOption,
     EngineOption,
@@ -40,7 +41,7 @@ def sweep(
     config_file: ConfigOption = None,
     settings: SetOption = None,
     data: DataOption = None,
-    column: Annotated[str | None, typer.Option(help="Text column of a table.")] = None,
+    column: ColumnOption = None,
     tokenizer: TokenizerOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per variant and rate.")] = 1,
     steps: StepsOption = None,
@@ -53,10 +54,8 @@ def sweep(
     Example: `expertier sweep --routers top2,loss-free --rates 1e-3,3e-3,1e-2 --out runs/rates`
     """
     expect_outputs(json_file, inputs=[data, config_file])
-    text = {"data": data, "column": column, "tokenizer": tokenizer, "steps": steps}
-    base = described(config_file, settings or [], base_options(preset_name, config_file) | text)
-    base.text.expect_there()
-    expect_not_an_input(out, *([Path(base.text.data)] if base.text.data else []))
+    said = {"data": data, "column": column, "tokenizer": tokenizer, "steps": steps}
+    base = described_base(out, preset_name, config_file, settings, said)
     from routing.ground.files import write_json
 
     from .sweep import AROUND, print_sweep
@@ -74,9 +73,19 @@ def sweep(
     typer.echo(f"compare --rates {out / 'sweep.json'} trains each variant at its best rate")
 
 
-def base_options(preset_name: str | None, config_file: Path | None) -> dict[str, str | None]:
-    """The parent of a comparison's base: what was asked for, or the usual one if no file says it."""
-    return {"preset": preset_name or (None if config_file else COMPARED_PRESET)}
+def described_base(
+    out: Path, preset_name: str | None, config_file: Path | None, settings: list[str] | None, said: dict[str, Any]
+) -> RunDescription:
+    """The base of a comparison: of the preset that was asked for, or of the usual one if no file says it.
+
+    Raises:
+        ValueError: if a setting is unknown, the text is not there, or `out` is the text.
+    """
+    preset = {"preset": preset_name or (None if config_file else COMPARED_PRESET)}
+    base = described(config_file, settings or [], preset | said)
+    base.text.expect_there()
+    expect_not_an_input(out, *([Path(base.text.data)] if base.text.data else []))
+    return base
 
 
 def read_rates(file: Path) -> dict[str, float]:

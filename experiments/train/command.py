@@ -22,7 +22,7 @@ from .distributed.launch import (
     started_processes,
 )
 from .interrupt import hint_when_interrupted
-from .options import ConfigOption, DataOption, SetOption, StepsOption, TokenizerOption
+from .options import ColumnOption, ConfigOption, DataOption, SetOption, StepsOption, TokenizerOption
 from .presets import PRESETS
 from .run_folder import expect_startable
 from .watching.page import PAGE
@@ -71,7 +71,7 @@ def train(
     params: ParamsOption = None,
     active: ActiveOption = None,
     data: DataOption = None,
-    column: Annotated[str | None, typer.Option(help="Text column of a table; default: text.")] = None,
+    column: ColumnOption = None,
     tokenizer: TokenizerOption = None,
     steps: StepsOption = None,
     seed: Annotated[int | None, typer.Option(help="Of initialisation and data order; default: 0.")] = None,

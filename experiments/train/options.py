@@ -1,4 +1,4 @@
-"""Options that `expertier train` and `compare` share."""
+"""Options that `expertier train`, `compare` and `sweep` share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +8,7 @@ import typer
 DataOption = Annotated[
     str | None, typer.Option(help="Text file, .jsonl, .parquet, or a folder; default: the standard library.")
 ]
+ColumnOption = Annotated[str | None, typer.Option(help="Text column of a table; default: text.")]
 TokenizerOption = Annotated[
     str | None, typer.Option(help="Folder of a Hugging Face tokenizer, or its tokenizer.json; default: bytes.")
 ]
