@@ -37,9 +37,7 @@ def test_parity_gate(form):
 
 
 def test_who_cannot_read_codes_is_refused_before_anything_runs(tmp_path):
-    with pytest.raises(
-        ValueError, match="resident cannot read experts as fp8; ours, ours-fast, ours-lru, "
-    ):
+    with pytest.raises(ValueError, match="resident cannot read experts as fp8; ours, ours-fast, ours-lru, "):
         bench_offload.bench_offload(tmp_path, form="fp8", contestant=["resident"])
     with pytest.raises(ValueError, match="unknown form 'fp4'"):
         bench_offload.bench_offload(tmp_path, form="fp4")
