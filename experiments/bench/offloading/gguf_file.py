@@ -213,10 +213,9 @@ class _Shards:
             return tuple(file.get_slice(name).get_shape())
 
     def reader(self, *names: str, is_wide: bool = False, every: slice = slice(None)) -> Stored:
-        """Reads tensors of one file, several as one.
+        """Reads tensors of one file, several as one, by their names.
 
         Args:
-            names: of the tensors.
             is_wide: whether they become float32.
             every: which rows of the second dimension.
         """
