@@ -274,6 +274,7 @@ PACKED_AS = {
     "hqq 8 bits": "int8",
     "hqq 3 bits": "int3",
     "hqq 2 bits": "int2",
+    "hqq 1 bit": "int1",
     "hqq float": "int4",
 }
 """Forms that a packed copy turns to rows."""
@@ -319,6 +320,7 @@ FORMATS = {
     "hqq 8 bits": ("hqq", HQQ, partial(hqq, bits=8, dtype=torch.float32)),
     "hqq 3 bits": ("hqq", HQQ, partial(hqq, bits=3)),
     "hqq 2 bits": ("hqq", HQQ, partial(hqq, bits=2, dtype=torch.float16)),
+    "hqq 1 bit": ("hqq", HQQ, partial(hqq, bits=1)),
     "hqq axis 0": ("hqq", HQQ, partial(hqq, axis=0)),
     "hqq across rows": ("hqq", HQQ, partial(hqq, group=128)),
     "int8 rows": ("int8", _groups(num_bits=8, type="int", strategy="channel"), int8_rows),

@@ -2,12 +2,15 @@
 
 import json
 
+import gguf
 import numpy as np
 import pytest
+import torch
 
+import offload
 from experiments.bench.offloading import bench as bench_offload
-from experiments.bench.offloading import llama_cpp
-from experiments.bench.offloading.catalogue import CONTESTANTS
+from experiments.bench.offloading import gguf_file, llama_cpp
+from experiments.bench.offloading.catalogue import CONTESTANTS, defaults_of
 from experiments.bench.offloading.contestants import contest, load_model
 from experiments.evidence import memory_limit
 from experiments.evidence.replay import ReplaySize, build_replay
@@ -15,13 +18,17 @@ from offload.cache.catalogue import CACHES, NEEDS_FUTURE, NEEDS_PREDICTOR
 from routing.traces import RoutingTrace
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
+def replay(folder, form):
     rng = np.random.default_rng(0)
     expert_TLK = np.stack([[rng.permutation(8)[:2] for _ in range(3)] for _ in range(30)]).astype(np.int16)
     trace = RoutingTrace(expert_TLK=expert_TLK, sequence_T=np.zeros(30, np.int32), metadata={"num_experts": 8})
-    build_replay(trace, tmp_path, ReplaySize(hidden=128, expert=64))
-    return tmp_path
+    build_replay(trace, folder, ReplaySize(hidden=128, expert=64, form=form))
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return replay(tmp_path, "plain")
 
 
 @pytest.mark.parametrize("form", ["plain", "mxfp4"])
@@ -30,7 +37,7 @@ def test_parity_gate(form):
 
 
 def test_who_cannot_read_codes_is_refused_before_anything_runs(tmp_path):
-    with pytest.raises(ValueError, match="resident cannot read experts as fp8; ours, ours-fast, ours-lru can"):
+    with pytest.raises(ValueError, match="resident cannot read experts as fp8; ours, ours-fast, ours-lru, "):
         bench_offload.bench_offload(tmp_path, form="fp8", contestant=["resident"])
     with pytest.raises(ValueError, match="unknown form 'fp4'"):
         bench_offload.bench_offload(tmp_path, form="fp4")
@@ -63,20 +70,86 @@ def test_dropping_cached_pages_keeps_the_files(tmp_path):
     assert (tmp_path / "a").read_text() == "[1]"
 
 
-@pytest.mark.skipif(not llama_cpp.is_available(), reason=llama_cpp.NOT_INSTALLED)
-def test_llama_cpp_computes_the_same_model(checkpoint):
-    import torch
+def test_blocks_of_four_bits_as_ggml_has_them():
+    codes = torch.arange(16, dtype=torch.uint8).repeat(2)[torch.arange(32).roll(3)]  # 13, 14, 15, 0, 1, ...
+    pairs = (codes[0::2] | codes[1::2] << 4).view(1, 1, 1, 16)
+    found = gguf_file.q4_blocks(pairs, torch.tensor([[[[120]]]], dtype=torch.uint8)).flatten()
+    assert found[0] == 120
+    assert [int(byte) & 15 for byte in found[1:]] == codes[:16].tolist()
+    assert [int(byte) >> 4 for byte in found[1:]] == codes[16:].tolist()
 
-    file = llama_cpp.gguf_of(checkpoint)
-    engine = llama_cpp.LlamaCpp(file, 32, 1)
+
+@pytest.mark.parametrize("form", ["mxfp4", "int4"])
+def test_a_gguf_file_holds_the_codes_and_scales_of_the_checkpoint(form, tmp_path):
+    """Values are those of the owner's dequantisation; int4 before its rounding to bfloat16."""
+    replay(tmp_path / "stored", form)
+    read = gguf.GGUFReader(gguf_file.gguf_of(tmp_path / "stored"))
+    found = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in read.tensors}
+    offload.dequantise(tmp_path / "stored", tmp_path / "plain")
+    plain = load_model("resident", tmp_path / "plain", "none", 32)
+    for layer, module in enumerate(plain.model.layers):
+        experts, prefix = module.mlp.experts, f"blk.{layer}."
+        up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
+        if form == "mxfp4":
+            up, down = up.mT, down.mT
+            gate, up = up[:, 0::2], up[:, 1::2]
+            biases = {"gate": experts.gate_up_proj_bias[:, 0::2], "up": experts.gate_up_proj_bias[:, 1::2]}
+            for part, bias in (biases | {"down": experts.down_proj_bias}).items():
+                assert np.array_equal(found[f"{prefix}ffn_{part}_exps.bias"], bias.detach().float().numpy())
+            sinks = module.self_attn.sinks.detach().float()
+            assert np.array_equal(found[f"{prefix}attn_sinks.weight"], sinks.numpy())
+        else:
+            gate, up = up.chunk(2, dim=1)
+        for part, weight in {"gate": gate, "up": up, "down": down}.items():
+            values = torch.from_numpy(found[f"{prefix}ffn_{part}_exps.weight"].copy())
+            assert torch.equal(values if form == "mxfp4" else values.bfloat16().float(), weight.float())
+            tensor = next(each for each in read.tensors if each.name == f"{prefix}ffn_{part}_exps.weight")
+            assert tensor.tensor_type.name == gguf_file.TYPES[form]
+    assert {each.name for each in read.tensors if each.tensor_type.name == "F32"} == {
+        name for name, values in found.items() if values.ndim == 1 or "ffn_gate_inp" in name or name.endswith(".bias")
+    }
+
+
+def test_our_reader_takes_the_gguf_file_for_the_same_model(tmp_path):
+    stored = replay(tmp_path / "stored", "mxfp4")
+    file = gguf_file.gguf_of(stored).rename(tmp_path / "model.gguf")
+    config = json.loads((stored / "config.json").read_text())
+    config.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    logits = []
+    for source in (stored, file):
+        model = offload.load(source, cache_experts=3)
+        with torch.inference_mode():
+            logits.append(model(torch.arange(20)[None]).logits)
+        model.offload.close()
+    assert torch.equal(*logits)
+
+
+def test_a_form_that_gguf_has_no_type_for_is_named_in_the_row(tmp_path):
+    row = bench_offload._run("llama.cpp", replay(tmp_path, "fp8"), "none", 4, 2, None)
+    assert row["tok_per_s"] is None
+    assert "no type for blocks of FP8" in row["note"]
+    assert "llama.cpp" in defaults_of("fp8")
+
+
+@pytest.mark.skipif(not llama_cpp.is_available(), reason=llama_cpp.NOT_INSTALLED)
+@pytest.mark.parametrize("form", ["plain", "mxfp4", "int4"])
+def test_llama_cpp_computes_the_same_model(form, tmp_path):
+    checkpoint = replay(tmp_path / "stored", form)
+    plain = checkpoint
+    if form != "plain":
+        plain = tmp_path / "plain"
+        offload.dequantise(checkpoint, plain)
+    file = gguf_file.gguf_of(checkpoint)
+    engine = llama_cpp.LlamaCpp(file, 32, 1, is_repacked=False)
     with torch.inference_mode():
-        expected = load_model("resident", checkpoint, "none", 32).float()(torch.arange(20)[None]).logits[0]
+        expected = load_model("resident", plain, "none", 32).float()(torch.arange(20)[None]).logits[0]
     for ids in (list(range(12)), [12], [13], list(range(14, 20))):
         found = torch.from_numpy(engine(ids))
         torch.testing.assert_close(found, expected[ids[-1]], rtol=0, atol=0.02 * float(expected.abs().max()))
-    assert llama_cpp.gguf_of(checkpoint) == file
+    assert gguf_file.gguf_of(checkpoint) == file
     with pytest.raises(OSError, match="cannot load"):
-        llama_cpp.LlamaCpp(checkpoint / "config.json", 32, 1)
+        llama_cpp.LlamaCpp(checkpoint / "config.json", 32, 1, is_repacked=False)
 
 
 def test_an_unknown_contestant_is_refused_before_anything_runs(tmp_path):

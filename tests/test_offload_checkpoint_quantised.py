@@ -152,7 +152,8 @@ DAMAGES = {
     "hqq": [
         ("zero", None, rf"{EXPERT}\.W_q U8 .* has no {EXPERT}\.zero beside it"),
         ("packing", None, rf"has no {EXPERT}\.packing beside it"),
-        ("packing", _text("1bit_u8"), rf"{EXPERT}\.packing: names the packing '1bit_u8'"),
+        ("packing", _text("4bit_32"), rf"{EXPERT}\.packing: names the packing '4bit_32'"),
+        ("packing", _text("1bit_u8"), rf"{EXPERT}\.W_q U8 .*: has 3072 bytes, .* needs 768"),
         ("packing", _text("8bit_u8"), rf"{EXPERT}\.W_q U8 .*: has 3072 bytes, .* needs 6144"),
         ("group_size", torch.tensor(37), rf"{EXPERT}\.W_q: groups of 37 along axis 1 are no division of \[96, 64\]"),
         ("scale", torch.ones(96, 1).bfloat16(), rf"{EXPERT}\.scale BF16 \[96, 1\]: expected \[192, 1\]"),

@@ -5,6 +5,7 @@ import torch
 
 from offload.codes.decode import decode
 from offload.codes.encoding import Encoding
+from offload.codes.hqq import HqqEncoding
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ROWS = 256
@@ -123,3 +124,26 @@ def test_packed_integers_of_compressed_tensors(scale, bits):
     args = {"type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
     owner = compressors.PackedQuantizationCompressor.decompress(state, scheme(num_bits=bits, **args))
     expect_same_bits(found, owner["weight"].bfloat16())
+
+
+def test_one_bit_codes_of_hqq_by_hand():
+    """Eight lines of two weights share two bytes, the first line in the highest bits."""
+    encoding = HqqEncoding(packing="1bit_u8", group=2, axis=1, scale="F32")
+    codes = torch.tensor([0b10110010, 0b01010101], dtype=torch.uint8)
+    scale, zero = torch.arange(1.0, 9.0), torch.tensor([0.5, 0.5, 0.25, 0.0, 1.0, 0.5, 0.5, -1.0])
+    parts = {"codes": codes, "scales": raw(scale), "zeros": raw(zero)}
+    by_hand = torch.tensor(
+        [
+            *(0.5, -0.5, -1.0, 1.0, 2.25, -0.75, 4.0, 4.0),
+            *(-5.0, -5.0, -3.0, 3.0, 3.5, -3.5, 8.0, 16.0),
+        ]
+    ).view(2, 8)
+    assert encoding.part_bytes(2, 8) == {"codes": 2, "scales": 32, "zeros": 32}
+    assert torch.equal(encoding.decode(parts, 2, 8, torch.float32), by_hand)
+    as_rows = encoding.turn(parts, 2, 8)
+    assert as_rows["codes"].tolist() == [0b11011001, 0b10011000], "the first weight in the lowest bit"
+    assert torch.equal(decode(encoding.packed, as_rows, 2, 8, torch.float32), by_hand)
+    down = HqqEncoding(packing="1bit_u8", group=8, axis=0, scale="F32")
+    parts |= {"scales": raw(torch.tensor([2.0, 4.0])), "zeros": raw(torch.tensor([0.5, 0.25]))}
+    by_line = [1.0, -1.0, -1.0, 3.0, 1.0, -1.0, 1.0, 3.0, -1.0, -1.0, -1.0, 3.0, 1.0, -1.0, -1.0, 3.0]
+    assert torch.equal(down.decode(parts, 2, 8, torch.float32), torch.tensor(by_line).view(2, 8))

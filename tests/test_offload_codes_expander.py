@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from offload.codes.decode import decode
-from offload.codes.encoding import CODE_BITS, ITEM_BYTES, Encoding
-from offload.codes.expander import Parameters, Parts, expand, kernel_number, kernel_parameters, kernel_parts
+from offload.codes.encoding import CODE_BITS, ITEM_BYTES, ROLES, Encoding
+from offload.codes.expander import Parameters, Parts, expand, kernel_matrix_of
+from offload.native.kernel_matrix import PARTS, PLAIN, KernelMatrix
 from offload.native.library import FOLDER, HEADERS
 from routing import compile_library
 
@@ -120,6 +121,20 @@ def test_plain_c_agrees_with_the_definition(name, plain_c):
     expected = decode(encoding, parts, rows, columns, torch.bfloat16)
     for is_transposed in (False, True):
         out = torch.zeros(*((columns, rows) if is_transposed else (rows, columns)), dtype=torch.bfloat16)
-        matrix = kernel_parts(parts), kernel_parameters(encoding, columns), rows, columns
-        plain_c(kernel_number(encoding), *matrix, out.data_ptr(), is_transposed)
+        matrix = kernel_matrix_of(encoding, rows, columns, parts)
+        plain_c(matrix.form, Parts(*matrix.parts), matrix.parameter, rows, columns, out.data_ptr(), is_transposed)
         expect_same_bits(out.t() if is_transposed else out, expected)
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_a_matrix_has_as_many_addresses_as_our_c_reads_or_is_refused(name):
+    encoding, shape = ENCODINGS[name], (65, 200)
+    parts = random_parts(encoding, *shape, torch.Generator().manual_seed(0))
+    addresses = kernel_matrix_of(encoding, *shape, parts).parts
+    assert len(addresses) == PARTS
+    assert [address for address in addresses if address] == [parts[role].data_ptr() for role in ROLES if role in parts]
+    for missing in parts:
+        with pytest.raises(ValueError, match=f"needs its codes, scales.*; got (?!.*{missing})"):
+            kernel_matrix_of(encoding, *shape, {role: part for role, part in parts.items() if role != missing})
+    with pytest.raises(TypeError):
+        KernelMatrix(PLAIN, *shape, None, *[0] * (PARTS + 1))

@@ -9,7 +9,7 @@ from offload.codes.expander import expand, has_exact_kernel, kernel_number, kern
 from offload.codes.levels import LevelledScheme
 from offload.compute.orders import orders
 from offload.formats.lossy.levelled import joined
-from offload.native.kernel_matrix import KernelMatrix, part_addresses, plain_matrix
+from offload.native.kernel_matrix import KernelMatrix, plain_matrix
 
 
 def random_parts(encoding, rows, columns, chance):
@@ -69,8 +69,8 @@ def test_products_from_planes_have_the_bits_of_the_decoded_matrix(shape, group):
     parameter = kernel_parameters(scheme.base, shape[1], is_sum=True)
     stored, plain = [], []
     for depth in (1, 2, 3, 4):
-        addresses = part_addresses(*base, *(plane.data_ptr() for plane in planes[: depth - 1]))
-        stored.append(KernelMatrix(kernel_number(scheme.base), *shape, addresses, parameter))
+        addresses = [*base, *(plane.data_ptr() for plane in planes[: depth - 1])]
+        stored.append(KernelMatrix(kernel_number(scheme.base), *shape, parameter, *addresses))
         plain.append(scheme.decode(levels[:depth], *shape).bfloat16())
     for order in orders():
         if not order.fits(shape):

@@ -16,7 +16,7 @@ from tests.quantised_formats import FORMATS
 from tests.test_offload_formats_quantised import TOKENS, make_folders
 
 QUICK = ("fp8 blocks F32",)
-NOT_HELD = ("gptq sorted", "int4 sorted", "hqq axis 0", "hqq across rows", "hqq 3 bits", "hqq 2 bits")
+NOT_HELD = ("gptq sorted", "int4 sorted", "hqq axis 0", "hqq across rows", "hqq 3 bits", "hqq 2 bits", "hqq 1 bit")
 """Forms that our C does not multiply from."""
 
 

@@ -54,6 +54,9 @@ class RoutedLayer(nn.Module):
         """The routers that this layer asks, in the order of its statistics."""
         raise NotImplementedError
 
+    def expect(self, context: RoutingContext) -> None:
+        """A pass begins: what this layer looks up by token ids alone can be fetched from now on."""
+
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry, list[RouterStats]]:
         raise NotImplementedError
 

@@ -114,6 +114,8 @@ class MoEModel(MoEPreTrainedModel):
         context = self._routing_context(x_BSD, input_ids, attention_mask, position_ids, past_key_values)
         signals = signal_fields(*x_BSD.shape, condition, modality, logit_bias_LR)
         inputs = self._stack_inputs(x_BSD, attention_mask, position_ids, past_key_values, replace(context, **signals))
+        for layer in self.moe_layers:
+            layer.expect(inputs.context)
         carry = self.routers[0].begin(inputs.context) if self.routers else Carry()
         output = self.stack(self.layers, x_BSD, carry, inputs)
         return replace(output, x_BSD=self.norm(output.x_BSD)), past_key_values

@@ -6,6 +6,7 @@ scales. Each weight is `(value of its code - zero) * scale`. Formats differ in t
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "E4M3": 1, "E8M0": 1, "EXP2": 1, "LDEXP": 1}
 """Bytes of a scale. Three kinds are exponents e of 2**(e - 127); they differ in 255, which is NaN as E8M0, infinity as
@@ -15,6 +16,7 @@ CODE_BITS = {
     "e2m1": 4,
     "offset2": 2,
     "offset3": 3,
+    "uint1": 1,
     "uint2": 2,
     "uint3": 3,
     "offset4": 4,
@@ -25,7 +27,7 @@ CODE_BITS = {
     "offset8": 8,
     "uint8": 8,
 }
-"""Kinds of codes: floats of 4 and 8 bits, integers as they are (int8, uint2 to uint8) or stored plus half of their
+"""Kinds of codes: floats of 4 and 8 bits, integers as they are (int8, uint1 to uint8) or stored plus half of their
 range (offset2 to offset8), and the sixteen quantiles of QLoRA (nf4). Codes of 3 bits cross the borders of bytes."""
 ROLES = ("codes", "scales", "zeros", "global")
 """Parts that our C knows; `order`, the group of each column, is another one."""
@@ -85,6 +87,14 @@ class Encoding:
     def packed(self) -> "Encoding":
         """How a packed copy stores such matrices: as they are."""
         return self
+
+    @cached_property
+    def kernel_roles(self) -> tuple[str, ...]:
+        """ROLES, empty for the parts that such matrices do not have."""
+        has_zeros, has_global = self.zero != "none", self.scale_of_scales != "none"
+        return tuple(
+            role if is_there else "" for role, is_there in zip(ROLES, (True, True, has_zeros, has_global), strict=True)
+        )
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
         """How many scales a matrix has, down and across."""

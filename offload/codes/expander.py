@@ -8,7 +8,7 @@ import torch
 
 from ..native.kernel_matrix import PARTS, KernelMatrix
 from ..native.library import library
-from .encoding import ITEM_BYTES, ROLES, Encoding
+from .encoding import ITEM_BYTES, Encoding
 
 NIBBLES, BYTES, FEW_BITS = 2, 3, 5
 """Numbers of stored forms in C; `stored_matrix.h` has the same ones, and the orders of the names below."""
@@ -51,15 +51,21 @@ def kernel_parameters(encoding: Encoding, columns: int, *, is_sum: bool = False)
     return Parameters(group_rows, group_columns, CODE_KINDS.index(encoding.codes), details)
 
 
-def kernel_parts(parts: Mapping[str, torch.Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
-    """Addresses of the parts in the order of ROLES, without planes: `part` of `struct stored_matrix`."""
-    return Parts(*(parts[role].data_ptr() if role in parts else None for role in ROLES))
-
-
 def kernel_matrix_of(encoding: Encoding, rows: int, columns: int, parts: Mapping[str, torch.Tensor]) -> KernelMatrix:
-    """A matrix of an encoding that `has_exact_kernel` as our C multiplies it."""
-    addresses = tuple(part or 0 for part in kernel_parts(parts))
-    return KernelMatrix(kernel_number(encoding), rows, columns, addresses, kernel_parameters(encoding, columns))
+    """A matrix of an encoding that `has_exact_kernel` as our C multiplies it.
+
+    Raises:
+        ValueError: if a part is missing, which our C would read.
+    """
+    parameters = kernel_parameters(encoding, columns)
+    try:
+        addresses = [parts[role].data_ptr() if role else 0 for role in encoding.kernel_roles]
+    except KeyError:
+        needed = [role for role in encoding.kernel_roles if role]
+        raise ValueError(
+            f"a matrix stored as {encoding.form} needs its {', '.join(needed)}; got {', '.join(parts) or 'nothing'}"
+        ) from None
+    return KernelMatrix(kernel_number(encoding), rows, columns, parameters, *addresses)
 
 
 def expand(
@@ -86,10 +92,7 @@ def expand(
     """
     if not has_exact_kernel(encoding):
         return False
-    addresses = tuple(part or 0 for part in kernel_parts(parts))
-    parameters = kernel_parameters(encoding, columns)
-    matrix = KernelMatrix(kernel_number(encoding), rows, columns, addresses, parameters)
-    return expand_matrix(matrix, out, is_transposed=is_transposed)
+    return expand_matrix(kernel_matrix_of(encoding, rows, columns, parts), out, is_transposed=is_transposed)
 
 
 def expand_matrix(matrix: KernelMatrix, out: torch.Tensor, *, is_transposed: bool) -> bool:

@@ -31,8 +31,10 @@ PACKINGS: Mapping[str, Packing] = {
     "4bit_u8": Packing(4, 2, 1),
     "3bit_32": Packing(3, 10, 4),
     "2bit_u8": Packing(2, 4, 1),
+    "1bit_u8": Packing(1, 8, 1),
 }
-"""By hqq's own names. Only lines of three bits are filled up to whole items."""
+"""By hqq's own names. Only lines of three bits are filled up to whole items. Codes of 5 and 6 bits stand in eight bits,
+and ternary ones (1.58 bits) in two."""
 
 
 @dataclass(frozen=True, kw_only=True)

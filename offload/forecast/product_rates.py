@@ -16,7 +16,7 @@ from ..compute.orders import Order, orders
 from ..formats.compression import CompressedMatrix, expand
 from ..formats.gguf_blocks.expand import expand_rows, kernel_parameter
 from ..formats.lossy.levelled import joined
-from ..native.kernel_matrix import COMPRESSED, GGUF, PLAIN, KernelMatrix, part_addresses, plain_matrix
+from ..native.kernel_matrix import COMPRESSED, GGUF, PLAIN, KernelMatrix, plain_matrix
 
 SHAPE = (1024, 2048)
 """Rows and columns of a matrix: 4 MiB of bfloat16, as an expert of common sizes has."""
@@ -63,7 +63,7 @@ class Sample(NamedTuple):
 
     def matrix(self) -> KernelMatrix:
         addresses = [0 if part is None else part.data_ptr() for part in self.parts]
-        return KernelMatrix(self.number, *SHAPE, part_addresses(*addresses), self.parameter)
+        return KernelMatrix(self.number, *SHAPE, self.parameter, *addresses)
 
 
 def product_rates(forms: Sequence[str], rows: Sequence[int], *, nbytes: int, repeats: int) -> list[dict[str, Any]]:

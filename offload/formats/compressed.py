@@ -15,7 +15,7 @@ import torch
 from routing.ground.hardware import Hardware
 
 from ..checkpoint.experts import ExpertLayer
-from ..native.kernel_matrix import COMPRESSED, KernelMatrix, part_addresses
+from ..native.kernel_matrix import COMPRESSED, KernelMatrix
 from .compression import (
     BLOCK_ROWS,
     GUARD_BYTES,
@@ -54,7 +54,7 @@ class CompressedForm(PackedForm):
     def kernel_matrices(self, views: Mapping[str, torch.Tensor], expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
         shapes = _shapes(self.layer)
         return {
-            name: (KernelMatrix(COMPRESSED, shapes[name].rows, shapes[name].columns, part_addresses(view.data_ptr())),)
+            name: (KernelMatrix(COMPRESSED, shapes[name].rows, shapes[name].columns, None, view.data_ptr()),)
             for name, view in views.items()
         }
 

@@ -22,7 +22,7 @@ from math import prod
 
 import torch
 
-from ..native.kernel_matrix import COMPRESSED, KernelMatrix, part_addresses
+from ..native.kernel_matrix import COMPRESSED, KernelMatrix
 from ..native.library import compression_kernels
 
 # the format, as drawn above: other numbers are another format, and the C code has the same ones
@@ -124,7 +124,7 @@ class CompressedMatrix:
         expand(stored, out_FD)
 
     def kernel_matrix(self, stored: torch.Tensor, shape: tuple[int, int]) -> KernelMatrix | None:
-        return KernelMatrix(COMPRESSED, *shape, part_addresses(stored.data_ptr()))
+        return KernelMatrix(COMPRESSED, *shape, None, stored.data_ptr())
 
 
 def others_end(compressed: torch.Tensor, shape: CompressedShape) -> int:

@@ -92,8 +92,9 @@ class QuantisedForm:
     def files(self) -> set[Path]:
         if self.record_E is not None:
             return {record.file for record in self.record_E}
-        experts = range(self.layer.num_experts)
-        return {entry.file for expert in experts for entry, _, _ in places_of(self.pieces, expert).values()}
+        sources = {id(piece.source): piece.source for pieces in self.pieces.values() for piece in pieces}
+        entries = {id(entry): entry for source in sources.values() for entry in source.entry_E}
+        return {file for entry in entries.values() for file in entry.files}
 
     def file_of(self, expert: int) -> Path:
         return self.extents(expert)[0].entry.file

@@ -42,6 +42,12 @@ class Int8Form(QuantisedForm):
     name: ClassVar[str] = "int8"
 
 
+class Int1Form(QuantisedForm):
+    """Integers of one bit (HQQ), a scale and a zero for each group."""
+
+    name: ClassVar[str] = "int1"
+
+
 class Int2Form(QuantisedForm):
     """Integers of two bits, a scale for each group."""
 
@@ -89,6 +95,7 @@ ALL = (
     Nvfp4Form,
     Mxfp8Form,
     Fp8Form,
+    Int1Form,
     Int2Form,
     Int3Form,
     Int4Form,

@@ -6,30 +6,43 @@ import torch
 
 MOST_PLANES = 3
 """Planes of signs that our C adds to codes."""
-PARTS = 4 + MOST_PLANES
-"""Pointers of a matrix: its codes, scales, zeros, scale of scales, and planes, as far as its form has them."""
 PLAIN, COMPRESSED, GGUF = 0, 1, 4
 """Numbers of stored forms in our C; those between are of codes (`codes/expander.py`)."""
 
 
 class KernelMatrix(NamedTuple):
-    """Where a matrix lies and what its bytes mean. It does not hold the memory."""
+    """Where a matrix lies and what its bytes mean. It does not hold the memory.
+
+    Each address has a field of its own, because our C takes those of several matrices in a row: with one too few, it
+    would read the next matrix's.
+    """
 
     form: int
     """Number of its stored form."""
     rows: int
     columns: int
-    parts: tuple[int, ...]
-    """Address of each part; 0 for those that the form does not have."""
-    parameter: Any = None
-    """What the form makes of them: four int32 as ctypes has them; None if it needs none."""
+    parameter: Any
+    """What the form makes of the addresses: four int32 as ctypes has them; None if it needs none."""
+    codes: int
+    """Address of the codes, or of all there is; the others are 0 where the form does not have them."""
+    scales: int = 0
+    zeros: int = 0
+    scale_of_scales: int = 0
+    plane_1: int = 0
+    plane_2: int = 0
+    plane_3: int = 0
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """All addresses, as many for each matrix."""
+        return self[FIRST_PART:]
 
 
-def part_addresses(*addresses: int) -> tuple[int, ...]:
-    """The parts that a form has, and 0 for all others."""
-    return (*addresses, *[0] * (PARTS - len(addresses)))
+FIRST_PART = KernelMatrix._fields.index("codes")
+PARTS = len(KernelMatrix._fields) - FIRST_PART
+"""Addresses of a matrix."""
 
 
 def plain_matrix(weight_FD: torch.Tensor) -> KernelMatrix:
     """A bfloat16 matrix as it is, contiguous."""
-    return KernelMatrix(PLAIN, weight_FD.shape[0], weight_FD.shape[1], part_addresses(weight_FD.data_ptr()))
+    return KernelMatrix(PLAIN, weight_FD.shape[0], weight_FD.shape[1], None, weight_FD.data_ptr())

@@ -30,6 +30,14 @@ def find_tables(model: Any, layers: Sequence[ExpertLayer]) -> dict[int, torch.Te
     return found
 
 
+def token_ids_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The token ids that a model is called with; None if there are none, as where it is given embeddings."""
+    token_BS = kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(token_BS, torch.Tensor) or token_BS.is_floating_point() or not token_BS.numel():
+        return None
+    return token_BS
+
+
 def read_by_ids(model: Any, tables: Mapping[int, torch.Tensor], runtime: Any) -> None:
     """From now on, tell the runtime at the beginning of each call what its token ids need.
 
@@ -40,8 +48,8 @@ def read_by_ids(model: Any, tables: Mapping[int, torch.Tensor], runtime: Any) ->
     """
 
     def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        token_BS = kwargs.get("input_ids", args[0] if args else None)
-        if not isinstance(token_BS, torch.Tensor) or token_BS.is_floating_point() or not token_BS.numel():
+        token_BS = token_ids_of(args, kwargs)
+        if token_BS is None:
             return
         token_T = token_BS.reshape(-1)
         if int(token_T.min()) < 0 or int(token_T.max()) >= min(map(len, tables.values())):

@@ -193,7 +193,19 @@ class OffloadRuntime:
             assert self.window is not None
             self.window.begin()
 
-    def rows(self, table: int, row_N: list[int]) -> torch.Tensor:
+    def expect_rows(self, rows: Mapping[int, Sequence[int]]) -> None:
+        """Start to read rows of tables that a pass will look up.
+
+        Args:
+            rows: place in the window's plan -> numbers of different rows of that table.
+        """
+        self._enter_process()
+        with self._lock, self._changes():
+            assert self.window is not None
+            for table, row_N in rows.items():
+                self.window.expect_rows(table, row_N)
+
+    def rows(self, table: int, row_N: Sequence[int]) -> torch.Tensor:
         """Rows of a streamed embedding, `[N, D]`.
 
         Args:

@@ -92,7 +92,7 @@ class ExpertStore:
         num_threads: reads in flight at most.
         is_direct: read with O_DIRECT, past the page cache.
         read_bytes: one read is at most this long; longer extents are split and read in parallel.
-        checksums: XXH3 of each expert of each layer, hexadecimal; every expert is compared when it is first read.
+        checksums: XXH3 of each expert of the first layers, hexadecimal; every expert is compared when it is first read.
         level_checksums: of experts in levels, the XXH3 up to the end of each level.
     """
 
@@ -156,10 +156,35 @@ class ExpertStore:
             read_bytes = self.read_bytes if is_demand else min(self.read_bytes, AHEAD_READ_BYTES)
             raw = slots.raw(slot)
             jobs = [job for extent in extents for job in self._jobs(extent, shifts, raw, read_bytes)]
-        check = self._check_of(layer, expert, slots.slot(slot)) if self._checksums is not None else None
+        check = self._check_of(layer, expert, slots.slot(slot))
         ticket = Ticket(layer, expert, slot, len(jobs), landed, check)
         self._threads.submit(ticket, jobs, is_demand=is_demand)
         return ticket, shifts
+
+    def read_rows(
+        self, layer: int, rows: Sequence[int], places: Sequence[int], slots: Slots, *, is_demand: bool
+    ) -> Ticket:
+        """Start reading rows of a table, each to a slot of just its bytes.
+
+        Args:
+            layer: number of the table among the forms; each of its experts is a row.
+            rows: their numbers, one or more.
+            places: the slot of each.
+            slots: a pool of slots of the form's `expert_bytes`.
+            is_demand: whether they are needed now.
+
+        Returns:
+            One ticket for all.
+        """
+        form = self.forms[layer]
+        extents = [(extent, place) for row, place in zip(rows, places, strict=True) for extent in form.extents(row)]
+        unshifted = (0,) * len(form.regions)
+        jobs = [
+            job for each, place in extents for job in self._jobs(each, unshifted, slots.raw(place), self.read_bytes)
+        ]
+        ticket = Ticket(layer, rows[0], places[0], len(jobs), SimpleQueue())
+        self._threads.submit(ticket, jobs, is_demand=is_demand)
+        return ticket
 
     def read_level(
         self,
@@ -222,9 +247,11 @@ class ExpertStore:
         """Read this one before anything that is not needed yet."""
         self._threads.promote(ticket)
 
-    def _check_of(self, layer: int, expert: int, slot: torch.Tensor) -> Callable[[], None]:
+    def _check_of(self, layer: int, expert: int, slot: torch.Tensor) -> Callable[[], None] | None:
+        # behind the layers of a packed copy stand those that are streamed from the checkpoint
+        if self._checksums is None or layer >= len(self._checksums):
+            return None
         form = self.forms[layer]
-        assert self._checksums is not None
         expected, data = self._checksums[layer][expert], slot[: form.stored_bytes(expert)]
 
         # Reading threads share `_checked` without a lock: adding is atomic, and the worst is that an expert is compared
@@ -289,16 +316,19 @@ class ExpertStore:
     ) -> list[Callable[[], None]]:
         """Reads past the page cache: file offset, length and address have to be multiples of a block.
 
-        An extent begins anywhere in its file. If the slot's region is shifted by the same remainder, whole blocks go
-        straight to their place. Otherwise they go through a buffer, and the wanted part is copied.
+        An extent begins anywhere in its file. If the slot's region is shifted by the same remainder and has room for
+        whole blocks, they go straight to their place. Otherwise they go through a buffer, and the wanted part is
+        copied.
         """
         descriptor, jobs = self._descriptor(extent.entry.file), []
         begin = extent.offset // BLOCK_BYTES * BLOCK_BYTES
         end = extent.offset + extent.nbytes
+        has_room = extent.target + -(-(end - begin) // BLOCK_BYTES) * BLOCK_BYTES <= len(raw)
         is_shifted = shifts[extent.region] == extent.offset % BLOCK_BYTES and extent.target % BLOCK_BYTES == 0
+        is_straight = is_shifted and has_room
         for start in range(begin, end, read_bytes):
             stop = min(start + read_bytes, end)
-            if is_shifted:
+            if is_straight:
                 first = extent.target + start - begin
                 length = -(-(stop - start) // BLOCK_BYTES) * BLOCK_BYTES
                 jobs.append(

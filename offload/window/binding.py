@@ -4,14 +4,16 @@ Between two passes a streamed parameter holds no memory and is not a number anyw
 its module shows.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from ..prefetch.hashed_layers import token_ids_of
 from .guests import Guest, is_row_reader
 from .planning import WindowPlan
 
@@ -25,8 +27,12 @@ class Holder(Protocol):
         """A context that gives the weights of `plan.streamed[number]` by name."""
         ...
 
-    def rows(self, table: int, row_N: list[int]) -> torch.Tensor:
-        """Rows of `plan.tables[table]`."""
+    def expect_rows(self, rows: Mapping[int, Sequence[int]]) -> None:
+        """Start to read rows that a pass will look up; for each place in `plan.tables`, their numbers."""
+        ...
+
+    def rows(self, table: int, row_N: Sequence[int]) -> torch.Tensor:
+        """Rows of `plan.tables[table]`; all numbers differ."""
         ...
 
 
@@ -43,15 +49,38 @@ def bind(model: nn.Module, plan: WindowPlan, holder: Holder) -> None:
         names = [parameter.name for parameter in guest.form.parameters]
         places = {name: _place(module, name) for name in names}
         module.forward = StreamedForward(holder, number, places, module.forward).forward  # type: ignore[method-assign]
+    by_token: list[StreamedRows] = []
     for number, guest in enumerate(plan.tables):
         table = model.get_submodule(guest.name)
         (parameter,) = guest.form.parameters
         method = "look_up" if is_row_reader(table) else "forward"
-        if method == "forward":
-            # torch compares it with the rows that it is given, and nothing else in a forward pass looks at it
-            table.padding_idx = None  # type: ignore[assignment]
         streamed = StreamedRows(holder, number, guest, getattr(table, parameter.name), getattr(table, method))
         setattr(table, method, streamed.forward)
+        if method == "look_up":
+            table.expect_rows = streamed.expect
+            continue
+        # torch compares it with the rows that it is given, and nothing else in a forward pass looks at it
+        table.padding_idx = None  # type: ignore[assignment]
+        if guest.is_by_token:
+            by_token.append(streamed)
+    if by_token:
+        model.register_forward_pre_hook(partial(_expect_tokens, by_token), with_kwargs=True)
+
+
+# a compiler would trace the reads
+@torch.compiler.disable
+def _expect_tokens(
+    tables: Sequence["StreamedRows"], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Before a pass: start to read the rows of its tokens in all tables at once."""
+    token_BS = token_ids_of(args, kwargs)
+    if token_BS is None:
+        return
+    token_N = torch.unique(token_BS)
+    counts = [streamed.guest.form.layer.num_experts for streamed in tables]
+    # a table may lack tokens, for which its module has rules of its own
+    rows = [token_N[(token_N >= 0) & (token_N < count)].tolist() for count in counts]
+    tables[0].holder.expect_rows({each.number: row_N for each, row_N in zip(tables, rows, strict=True)})
 
 
 def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -104,6 +133,11 @@ class StreamedRows:
         _expect_rows(row_N, self.guest.form.layer.num_experts)
         with _exchanged([(self.table, self.holder.rows(self.number, row_N.tolist()))]):
             return self.otherwise(place.to(input.dtype), *args, **kwargs)
+
+    @torch.compiler.disable
+    def expect(self, row_N: torch.Tensor) -> None:
+        """Start to read the rows of an input, of any shape, that will come in this pass."""
+        self.holder.expect_rows({self.number: torch.unique(row_N).tolist()})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise TypeError(NO_COPY)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe import Linear
+from routing.ground.model_config import text_config
 
 from ..checkpoint.experts import ExpertLayer, Parameter, Source
 from ..checkpoint.tensors import TORCH_DTYPES, TensorEntry
@@ -27,8 +28,9 @@ SMALL_SHARE = 1 / 256
 """Weights below this share of their guest stay in memory: norms, biases, routers. They are read in no time and save no
 memory, and the next layer's router is asked before its layer is there. A layer has a dozen of them; not tuned."""
 ROWS = 64
-"""Rows of an embedding that are read at a time: enough for the reading threads, and at most 1 MiB of memory. Tables of
-no more rows stay: the memory that they would be read into is no smaller, and some are used without being asked."""
+"""Rows of an embedding that memory has room for, at the least: enough for the reading threads, and about 1 MiB.
+Tables of no more rows stay: the memory that they would be read into is no smaller, and some are used without being
+asked."""
 HEADS = (nn.Linear, Linear)
 WRITES_WEIGHTS = "layers_are_rescaled"
 """Of modules of transformers that divide weights in their forward pass (rwkv): what is read anew would lack it."""
@@ -52,14 +54,6 @@ class GuestForm(PlainForm):
         return not is_wide and self.is_straight and len(self.extents(0)) == len(self.regions)
 
 
-class RowForm(PlainForm):
-    """The rows of a table, one extent each."""
-
-    @cached_property
-    def is_shiftable(self) -> bool:
-        return self.is_straight
-
-
 @dataclass(frozen=True, eq=False)
 class Guest:
     """Weights that come and go together.
@@ -68,11 +62,13 @@ class Guest:
         name: of their module.
         form: where they lie; parameters are named as in the module.
         aliases: full names of all parameters that they are, of tied ones both.
+        is_by_token: whether they are a table with a row for each token id.
     """
 
     name: str
     form: PlainForm
     aliases: frozenset[str]
+    is_by_token: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +137,15 @@ def find_guests(model: Any, entries: Mapping[str, TensorEntry], found: Matches) 
         if _looks_up(module, model) and not name.startswith(inner)
     }
     is_tied = head is not None and any(id(table.weight) == id(output.weight) for table in tables.values())
-    rows = [locate.rows(name, table, "weight") for name, table in tables.items() if table.max_norm is None]
+    counts = _vocabulary_sizes(model.config)
+    rows = [
+        locate.rows(
+            *(name, table, "weight"),
+            is_by_token=table.num_embeddings in counts or table is model.get_input_embeddings(),
+        )
+        for name, table in tables.items()
+        if table.max_norm is None
+    ]
     rows += [locate.rows(name, module, "table") for name, module in looked_up.items()]
     embeddings = [guest for guest in rows if guest is not None]
     if head is not None:
@@ -154,6 +158,15 @@ def find_guests(model: Any, entries: Mapping[str, TensorEntry], found: Matches) 
         head=head,
         is_tied=is_tied,
     )
+
+
+def _vocabulary_sizes(config: Any) -> frozenset[int]:
+    """Rows of tables with a row for each token id: models with several such tables may pad each in its own way.
+
+    A table of something else with as many rows would cost reads, and no bit.
+    """
+    found = text_config(config).to_dict()
+    return frozenset(count for name, count in found.items() if name.startswith("vocab_size") and isinstance(count, int))
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -189,8 +202,12 @@ def _scales_rows(module: nn.Embedding) -> bool:
 
 
 def is_row_reader(module: Any) -> bool:
-    """Whether a module reads rows of its parameter `table` by its method `look_up`, as n-gram memories do."""
-    return callable(getattr(module, "look_up", None)) and isinstance(getattr(module, "table", None), nn.Parameter)
+    """Whether a module looks rows of its parameter `table` up by `look_up`, as n-gram memories do.
+
+    Before the first layer computes, it hands the numbers of these rows to its method `expect_rows`.
+    """
+    has_methods = all(callable(getattr(module, name, None)) for name in ("look_up", "expect_rows"))
+    return has_methods and isinstance(getattr(module, "table", None), nn.Parameter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +240,7 @@ class _Locator:
             return None
         return self._guest(name, {"weight": weight})
 
-    def rows(self, name: str, module: nn.Module, attribute: str) -> Guest | None:
+    def rows(self, name: str, module: nn.Module, attribute: str, *, is_by_token: bool = False) -> Guest | None:
         """A module's table by its rows; None if it is small or must be changed while it is read."""
         table_VD: torch.Tensor = getattr(module, attribute)
         stored = self._stored(table_VD)
@@ -234,8 +251,8 @@ class _Locator:
         row = Parameter(
             attribute, f"{name}.{attribute}", (width,), table_VD.dtype, (source,), None, ((0, 0, 0, width),)
         )
-        form = RowForm(ExpertLayer(name, count, (row,)))
-        return Guest(name, form, frozenset(self.owners[id(table_VD)]))
+        form = PlainForm(ExpertLayer(name, count, (row,)))
+        return Guest(name, form, frozenset(self.owners[id(table_VD)]), is_by_token)
 
     def _guest(self, name: str, own: Mapping[str, torch.Tensor]) -> Guest | None:
         if not own:

@@ -76,8 +76,8 @@ class WindowPlan:
 
     @property
     def row_bytes(self) -> int:
-        """Memory into which rows of each table are read, and of those that stay."""
-        return sum(ROWS * guest.form.slot_bytes + kept_rows(guest) * guest.form.expert_bytes for guest in self.tables)
+        """Memory of the rows of each table that are read or stay."""
+        return sum(kept_rows(guest) * guest.form.expert_bytes for guest in self.tables)
 
     @property
     def nbytes(self) -> int:
@@ -90,8 +90,8 @@ def _sum_around(sizes: Sequence[int], first: int, count: int) -> int:
 
 
 def kept_rows(table: Guest) -> int:
-    """Rows of a table that stay in memory: as many as KEPT_BYTES hold, and at least one."""
-    return max(1, min(KEPT_BYTES // max(table.form.expert_bytes, 1), table.form.layer.num_experts))
+    """Rows of a table that stay in memory: as many as KEPT_BYTES hold, and enough for the reading threads."""
+    return min(max(KEPT_BYTES // max(table.form.expert_bytes, 1), ROWS), table.form.layer.num_experts)
 
 
 def plan_tables(guests: Guests) -> WindowPlan | None:

@@ -7,7 +7,9 @@ an exception, a second thread) starts the window anew.
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -15,8 +17,8 @@ import torch
 
 from ..formats.form import BLOCK_BYTES
 from ..store.reading import WAIT_S, Ticket
-from ..store.store import ExpertStore, Slots
-from .guests import ROWS, Guest
+from ..store.store import ExpertStore
+from .guests import Guest
 from .kept_rows import KeptRows
 from .planning import WindowPlan, kept_rows
 from .ring import Ring, RingMemory
@@ -26,16 +28,18 @@ from .ring import Ring, RingMemory
 class WindowCounters:
     """Counts since loading or `reset`.
 
-    `entered` guests were computed, `waited` of them after a wait of `stall_s` seconds in all; `restarts` say how often
-    what was read ahead was not what came. Of the `rows` of tables that were asked for, `kept_rows` were in memory.
-    `bytes_read` are bytes of all reads that began, rows included.
+    `entered` guests were computed. `waited` counts waits for guests and for rows, of `stall_s` seconds in all;
+    `restarts` say how often what was read ahead was not what came. `rows` of tables were looked up, `rows_read` were
+    read, and `rows_ahead` of these reads began before a layer needed the row. `bytes_read` are bytes of all reads that
+    began, rows included.
     """
 
     entered: int = 0
     waited: int = 0
     restarts: int = 0
     rows: int = 0
-    kept_rows: int = 0
+    rows_read: int = 0
+    rows_ahead: int = 0
     bytes_read: int = 0
     stall_s: float = 0.0
 
@@ -59,11 +63,9 @@ class Streamed:
     def __init__(self, store: ExpertStore, plan: WindowPlan, first: int) -> None:
         self.plan, self.counters = plan, WindowCounters()
         self._store, self._first = store, first
-        self._rows = [Slots(ROWS, guest.form.slot_bytes) for guest in plan.tables]
-        parameters = [guest.form.parameters[0] for guest in plan.tables]
+        numbers = range(first + len(plan.streamed), first + len(plan.streamed) + len(plan.tables))
         self._kept = [
-            KeptRows(kept_rows(guest), parameter.shape, parameter.dtype)
-            for guest, parameter in zip(plan.tables, parameters, strict=True)
+            KeptRows(store, number, kept_rows(table)) for number, table in zip(numbers, plan.tables, strict=True)
         ]
         self.turn = 0
         """Changes whenever memory of guests that were entered may be given to others."""
@@ -102,44 +104,47 @@ class Streamed:
     def close(self) -> None:
         """Forget every guest and give the memory back; nothing may be on its way."""
         self.clear()
-        for slots in self._rows:
-            slots.give_back()
+        for kept in self._kept:
+            kept.close()
 
     def begin(self) -> None:
         """Start to read what a pass from the first guest on needs."""
         raise NotImplementedError
 
-    def rows(self, table: int, row_N: list[int]) -> torch.Tensor:
-        """Rows of a table, `[N, D]`: those that were used lately from memory, the others read together.
+    def expect_rows(self, table: int, row_N: Sequence[int]) -> None:
+        """Start to read rows that this pass will look up, as many as are kept.
 
         Args:
             table: place in `plan.tables`.
-            row_N: numbers of the rows.
+            row_N: numbers of different rows.
+        """
+        self.counters.rows_ahead += self._ask(table, row_N[: self._kept[table].count], is_demand=False)
+
+    def rows(self, table: int, row_N: Sequence[int]) -> torch.Tensor:
+        """Rows of a table, `[N, D]`; waits for those that are not in memory.
+
+        Args:
+            table: place in `plan.tables`.
+            row_N: numbers of different rows.
 
         Raises:
             OSError: if reading fails.
         """
-        guest, slots, kept = self.plan.tables[table], self._rows[table], self._kept[table]
-        number, form = self._first + len(self.plan.streamed) + table, guest.form
-        (parameter,) = form.parameters
+        guest, kept = self.plan.tables[table], self._kept[table]
+        (parameter,) = guest.form.parameters
         out_ND = torch.empty(len(row_N), *parameter.shape, dtype=parameter.dtype)
-        missing = list[int]()
-        for place, row in enumerate(row_N):
-            if (values := kept.take(row)) is None:
-                missing.append(place)
-            else:
-                out_ND[place] = values
-        for start in range(0, len(missing), ROWS):
-            some, landed = missing[start : start + ROWS], SimpleQueue[Ticket]()
-            reads = [self._store.read(number, row_N[place], slot, slots, landed) for slot, place in enumerate(some)]
-            for slot, (place, (ticket, shifts)) in enumerate(zip(some, reads, strict=True)):
-                self._wait(ticket, guest)
-                out_ND[place] = form.views(slots.slot(slot), shifts)[parameter.name]
-                kept.put(row_N[place], out_ND[place])
+        for start in range(0, len(row_N), kept.count):
+            some = row_N[start : start + kept.count]
+            self._ask(table, some, is_demand=True)
+            out_ND[start : start + len(some)] = kept.take(some, partial(self._wait, guest=guest))
         self.counters.rows += len(row_N)
-        self.counters.kept_rows += len(row_N) - len(missing)
-        self.counters.bytes_read += len(missing) * form.expert_bytes
         return out_ND
+
+    def _ask(self, table: int, row_N: Sequence[int], *, is_demand: bool) -> int:
+        count = self._kept[table].ask(row_N, is_demand=is_demand)
+        self.counters.rows_read += count
+        self.counters.bytes_read += count * self.plan.tables[table].form.expert_bytes
+        return count
 
     def report(self) -> dict[str, Any]:
         """Knobs and counts, JSON-serialisable."""
@@ -189,6 +194,10 @@ class Window(Streamed):
 
     def clear(self) -> None:
         super().clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget every guest, none of which may be on its way."""
         self._held: deque[_Held] = deque()
         self._ring.clear()
         self.turn += 1
@@ -241,7 +250,7 @@ class Window(Streamed):
             held.ticket.is_cancelled = True
         for held in self._held:
             held.ticket.wait()
-        self.clear()
+        self._forget()
 
     def _read_on(self, last: int) -> None:
         """Start as many reads as may be on their way and as there is memory for, of what comes after all others.

@@ -154,12 +154,12 @@ def check_parity(form: str = "plain") -> None:
 
 def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, predictor: Path | None) -> dict[str, Any]:
     row = find_contestant(name)
+    told: dict[str, Any] = {"contestant": name, "limit": limit}
     if row.engine == "llama.cpp":
-        from . import llama_cpp
-
-        if not llama_cpp.is_available():
-            return _row({"contestant": name, "limit": limit, "note": llama_cpp.NOT_INSTALLED}, {}, None)
-        llama_cpp.gguf_of(checkpoint)
+        note, can_run = _prepare_llama_cpp(checkpoint)
+        told["note"] = note
+        if not can_run:
+            return _row(told, {}, None)
     if row.is_compressed:
         from .contestants import compressed_of
 
@@ -169,7 +169,6 @@ def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, pre
     program = [sys.executable, "-m", "experiments.bench.offloading.contestants"]
     arguments = [name, str(checkpoint), limit, str(prefill), str(decode), str(predictor or "")]
     finished = run_limited([*program, *arguments], limit_bytes, TIMEOUT_S)
-    told: dict[str, Any] = {"contestant": name, "limit": limit}
     measured: dict[str, Any] = {}
     if finished.returncode == 0:
         measured = json.loads(finished.stdout.strip().splitlines()[-1])
@@ -177,6 +176,21 @@ def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, pre
         reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
         told["note"] = f"exit {finished.returncode}: {reason}"[:160]
     return _row(told, measured, finished.peak_bytes)
+
+
+def _prepare_llama_cpp(checkpoint: Path) -> tuple[str, bool]:
+    """What has to be said of llama.cpp on a checkpoint, and whether it can run; its file is there then."""
+    from ...evidence.replay import form_of
+    from . import gguf_file, llama_cpp
+
+    form = form_of(checkpoint)
+    note = gguf_file.NOTES.get(form, "")
+    if form not in gguf_file.TYPES:
+        return note, False
+    if not llama_cpp.is_available():
+        return llama_cpp.NOT_INSTALLED, False
+    gguf_file.gguf_of(checkpoint)
+    return note, True
 
 
 def _row(row: dict[str, Any], measured: dict[str, Any], peak_bytes: int | None) -> dict[str, Any]:

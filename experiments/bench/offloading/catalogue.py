@@ -36,10 +36,10 @@ class Contestant:
     def reads(self, form: str) -> bool:
         """Whether it reads experts of a stored form.
 
-        Codes are not compressed again. transformers needs the libraries and GPUs of their owners, and no GGUF file of
-        them is written.
+        Codes are not compressed again, and transformers needs the libraries and GPUs of their owners. llama.cpp says in
+        its row where GGUF has no type for them.
         """
-        return form == "plain" or (self.engine == "ours" and not self.is_compressed)
+        return form == "plain" or self.engine == "llama.cpp" or (self.engine == "ours" and not self.is_compressed)
 
 
 # in the order in which they run

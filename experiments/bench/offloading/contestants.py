@@ -13,7 +13,8 @@ import torch
 from offload import parse_size, write_pack
 
 from .catalogue import Contestant, find_contestant
-from .llama_cpp import LlamaCpp, gguf_of
+from .gguf_file import gguf_of
+from .llama_cpp import LlamaCpp
 
 # What accelerate may fill with weights: three quarters of the limit less 1 GiB. The rest is for the process itself and
 # the layer that is being read. Chosen once, not tuned.
@@ -41,7 +42,8 @@ def contest(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, 
     """
     started = time.perf_counter()
     if find_contestant(name).engine == "llama.cpp":
-        offload, engine = None, LlamaCpp(gguf_of(checkpoint), prefill + decode, torch.get_num_threads())
+        threads, is_repacked = torch.get_num_threads(), limit == "none"
+        offload, engine = None, LlamaCpp(gguf_of(checkpoint), prefill + decode, threads, is_repacked=is_repacked)
     else:
         model = load_model(name, checkpoint, limit, prefill + decode, predictor)
         offload, engine = getattr(model, "offload", None), TransformersEngine(model)

@@ -1,30 +1,16 @@
-"""llama.cpp as a contestant: the weights of a replay checkpoint as GGUF, mapped from disk and paged in on demand.
+"""llama.cpp as a contestant: a GGUF file, mapped from disk and paged in on demand.
 
 Needs `pip install llama-cpp-python gguf`.
 """
 
 import ctypes
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-NORMS = {
-    "attn_norm": "input_layernorm",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate_inp": "mlp.gate",
-}
-"""These are float32 in GGUF."""
-# names in GGUF, and in the checkpoint, which shortens `output` to `o`
-PRODUCTS = {f"attn_{short}": f"self_attn.{short[0]}_proj" for short in ("q", "k", "v", "output")}
 NOT_INSTALLED = "llama-cpp-python and gguf are not installed"
-EXPERTS = {f"ffn_{part}_exps": f"{part}_proj" for part in ("gate", "up", "down")}
 
 
 def is_available() -> bool:
@@ -32,31 +18,6 @@ def is_available() -> bool:
     from importlib.util import find_spec
 
     return find_spec("llama_cpp") is not None and find_spec("gguf") is not None
-
-
-def gguf_of(checkpoint: Path) -> Path:
-    """The GGUF file in an `olmoe` checkpoint's folder, written when it is not there or older, one layer at a time."""
-    from gguf import GGMLQuantizationType, GGUFWriter
-
-    file, partial = checkpoint / "model.gguf", checkpoint / "model.gguf.partial"
-    index = checkpoint / "model.safetensors.index.json"
-    if file.is_file() and file.stat().st_mtime >= index.stat().st_mtime:
-        return file
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    writer = GGUFWriter(partial, "olmoe")
-    _describe(writer, config)
-    entries = list(_tensors(checkpoint, config))
-    for name, shape, is_wide, _ in entries:
-        width, kind = (4, GGMLQuantizationType.F32) if is_wide else (2, GGMLQuantizationType.BF16)
-        writer.add_tensor_info(name, shape, np.dtype(f"u{width}"), int(np.prod(shape)) * width, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for _, _, is_wide, read in entries:
-        tensor = read()
-        writer.write_tensor_data((tensor.float() if is_wide else tensor.view(torch.int16)).contiguous().numpy())
-    writer.close()
-    return partial.replace(file)
 
 
 class LlamaCpp:
@@ -67,12 +28,13 @@ class LlamaCpp:
         context: tokens at most, of all sequences together.
         num_threads: CPU threads for prompts and for decoding alike.
         num_sequences: conversations at most; see `together`.
+        is_repacked: whether llama.cpp may copy codes to memory in the order of its kernels, for which all must fit.
 
     Raises:
         OSError: if llama.cpp cannot load the file.
     """
 
-    def __init__(self, file: Path, context: int, num_threads: int, num_sequences: int = 1) -> None:
+    def __init__(self, file: Path, context: int, num_threads: int, num_sequences: int = 1, *, is_repacked: bool) -> None:
         import llama_cpp
 
         self._library = llama_cpp
@@ -80,7 +42,7 @@ class LlamaCpp:
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         options = llama_cpp.llama_model_default_params()
-        options.use_mmap, options.n_gpu_layers = True, 0
+        options.use_mmap, options.n_gpu_layers, options.use_extra_bufts = True, 0, is_repacked
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), options)
         if not self._model:
             raise OSError(f"llama.cpp cannot load {file}")
@@ -118,53 +80,3 @@ class LlamaCpp:
         self._library.llama_batch_free(batch)
         if failed:
             raise RuntimeError(f"llama.cpp could not decode {len(ids)} sequences")
-
-
-def _describe(writer: Any, config: dict[str, Any]) -> None:
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_expert_count(config["num_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-
-
-Entry = tuple[str, tuple[int, ...], bool, Callable[[], torch.Tensor]]
-
-
-def _tensors(checkpoint: Path, config: dict[str, Any]) -> Iterator[Entry]:
-    """Name, shape, whether float32, and how to read it."""
-    width, experts = config["hidden_size"], config["num_experts"]
-    inner, vocabulary = config["intermediate_size"], config["vocab_size"]
-    index = json.loads((checkpoint / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
-
-    def read(*names: str) -> Callable[[], torch.Tensor]:
-        return lambda: _read(checkpoint, index, names)
-
-    yield "token_embd.weight", (vocabulary, width), False, read("model.embed_tokens.weight")
-    yield "output_norm.weight", (width,), True, read("model.norm.weight")
-    yield "output.weight", (vocabulary, width), False, read("lm_head.weight")
-    for layer in range(config["num_hidden_layers"]):
-        theirs = f"model.layers.{layer}."
-        for name, source in NORMS.items():
-            shape = (experts, width) if name == "ffn_gate_inp" else (width,)
-            yield f"blk.{layer}.{name}.weight", shape, True, read(f"{theirs}{source}.weight")
-        for name, source in PRODUCTS.items():
-            yield f"blk.{layer}.{name}.weight", (width, width), False, read(f"{theirs}{source}.weight")
-        for name, source in EXPERTS.items():
-            shape = (experts, width, inner) if source == "down_proj" else (experts, inner, width)
-            names = [f"{theirs}mlp.experts.{expert}.{source}.weight" for expert in range(experts)]
-            yield f"blk.{layer}.{name}.weight", shape, False, read(*names)
-
-
-def _read(checkpoint: Path, index: dict[str, str], names: tuple[str, ...]) -> torch.Tensor:
-    from safetensors import safe_open
-
-    with safe_open(checkpoint / index[names[0]], framework="pt") as file:
-        return file.get_tensor(names[0]) if len(names) == 1 else torch.stack([file.get_tensor(name) for name in names])

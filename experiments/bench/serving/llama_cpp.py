@@ -12,7 +12,8 @@ from pathlib import Path
 from routing.ground.quantity import parse_size
 
 from ...evidence.memory_limit import run_limited
-from ..offloading.llama_cpp import NOT_INSTALLED, LlamaCpp, gguf_of, is_available
+from ..offloading.gguf_file import gguf_of
+from ..offloading.llama_cpp import NOT_INSTALLED, LlamaCpp, is_available
 from .clients import user_rows
 from .measures import Row
 
@@ -44,7 +45,8 @@ def peer(checkpoint: Path, limit: str, users: int, new_tokens: int) -> Row:
 def _decode(checkpoint: Path, users: int, prompt: int, new_tokens: int) -> Row:
     import torch
 
-    engine = LlamaCpp(gguf_of(checkpoint), users * (prompt + new_tokens), torch.get_num_threads(), users)
+    context, threads = users * (prompt + new_tokens), torch.get_num_threads()
+    engine = LlamaCpp(gguf_of(checkpoint), context, threads, users, is_repacked=False)
     rows = [user_rows(user, prompt + new_tokens) for user in range(users)]
     started_s = time.perf_counter()
     engine.together([row[:prompt] for row in rows], 0)

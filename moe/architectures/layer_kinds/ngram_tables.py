@@ -62,7 +62,9 @@ class NgramTables(nn.Module):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """[T, D]: what is added to the layer's output."""
-        read_TI = self.look_up(self.row_TN(context)).flatten(1)
+        row_TN = self.row_TN(context)
+        self._keep_tokens(context)
+        read_TI = self.look_up(row_TN).flatten(1)
         match_T1 = (self.key_norm(self.key(read_TI)) * self.token_norm(x_TD)).sum(dim=-1, keepdim=True)
         return (match_T1 * x_TD.shape[1] ** -0.5).sigmoid() * self.value(read_TI)
 
@@ -70,22 +72,17 @@ class NgramTables(nn.Module):
         """[T, N, I / N]: rows of the table; offloading reads them one by one instead."""
         return nn.functional.embedding(row_TN, self.table)
 
+    def expect_rows(self, row_TN: Tensor) -> None:
+        """Told which rows a pass looks up, before its first layer computes; offloading starts to read them here."""
+
     def row_TN(self, context: RoutingContext) -> Tensor:
         """int64 rows that each token reads, of all tables behind each other.
 
         Raises:
             ValueError: if the call has no token ids, or a cache that cannot keep them.
         """
-        if context.token_id_T is None or context.sequence_T is None:
-            raise ValueError("n-gram tables need token ids; call the model with input_ids, not with inputs_embeds")
-        B = int(context.sequence_T[-1]) + 1
-        token_T = context.token_id_T
-        if context.is_valid_T is not None:
-            token_T = token_T.masked_fill(~context.is_valid_T, NO_TOKEN)
-        token_BS = token_T.view(B, -1)
-        state = SequenceState(context.cache, self.cache_layer)
-        earlier = state.earlier(max(LENGTHS) - 1)
-        state.append(token_BS[..., None])
+        token_BS = _tokens(context)
+        earlier = SequenceState(context.cache, self.cache_layer).earlier(max(LENGTHS) - 1)
         known = token_BS if earlier is None else torch.cat([earlier[..., 0], token_BS], dim=1)
         S, reach = token_BS.shape[1], max(LENGTHS) - 1
         padded = nn.functional.pad(known, (reach, 0), value=NO_TOKEN)[:, -S - reach :]
@@ -95,6 +92,20 @@ class NgramTables(nn.Module):
         hashed_TN = (hashed_TN ^ (hashed_TN >> 17)) % self.rows
         return hashed_TN + self.rows * torch.arange(len(self.factor_NJ), device=hashed_TN.device)
 
+    def _keep_tokens(self, context: RoutingContext) -> None:
+        """For later calls of the same sequences, whose n-grams reach back."""
+        SequenceState(context.cache, self.cache_layer).append(_tokens(context)[..., None])
+
+
+def _tokens(context: RoutingContext) -> Tensor:
+    """[B, S] ids, NO_TOKEN where there is padding."""
+    if context.token_id_T is None or context.sequence_T is None:
+        raise ValueError("n-gram tables need token ids; call the model with input_ids, not with inputs_embeds")
+    token_T = context.token_id_T
+    if context.is_valid_T is not None:
+        token_T = token_T.masked_fill(~context.is_valid_T, NO_TOKEN)
+    return token_T.view(int(context.sequence_T[-1]) + 1, -1)
+
 
 class NgramLayer(MoELayer):
     """A MoELayer that also adds what its tables know of the last tokens."""
@@ -102,6 +113,9 @@ class NgramLayer(MoELayer):
     def __init__(self, config: MoEConfig, router: Router, tables: NgramTables) -> None:
         super().__init__(config, router)
         self.tables = tables
+
+    def expect(self, context: RoutingContext) -> None:
+        self.tables.expect_rows(self.tables.row_TN(context))
 
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry, list[RouterStats]]:
         y_TD, carry, stats = super().forward(x_TD, carry, context)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,9 @@ class QuantisedEntry(TensorEntry):
         Raises:
             ValueError: if the rows begin inside a group.
         """
-        whole = self.encoding.part_bytes(self.rows, self.columns)
+        whole = _part_bytes(self.encoding, self.rows, self.columns)
         found = {}
-        for role, nbytes in self.encoding.part_bytes(num_rows, self.columns).items():
+        for role, nbytes in _part_bytes(self.encoding, num_rows, self.columns).items():
             part = self.parts[role]
             share = matrix * whole[role] if part.nbytes == self.num_matrices * whole[role] else 0
             inside = self.encoding.row_offset(role, first_row, self.rows, self.columns)
@@ -79,6 +80,12 @@ class QuantisedEntry(TensorEntry):
             for role, (part, offset, nbytes) in self.places(matrix, 0, self.rows).items()
         }
         return StoredMatrix(encoding=self.encoding, rows=self.rows, columns=self.columns, parts=parts)
+
+
+@cache
+def _part_bytes(encoding: AnyEncoding, rows: int, columns: int) -> Mapping[str, int]:
+    """Thousands of experts have the same."""
+    return encoding.part_bytes(rows, columns)
 
 
 class QuantisedTensor(StoredTensor):

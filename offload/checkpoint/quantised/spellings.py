@@ -29,6 +29,7 @@ class Spelling:
             place of `.weight`. The first that is there counts.
         optional: the same for companions that may be missing.
         read: tells the encoding, or raises ValueError.
+        is_by_shape: whether it looks at dtypes and shapes only, which thousands of experts have alike.
     """
 
     ending: str
@@ -37,6 +38,7 @@ class Spelling:
     optional: Mapping[str, tuple[str, ...]]
     read: Reader
     plain_ending: str = ""
+    is_by_shape: bool = False
 
 
 HQQ_NOTES = (
@@ -98,6 +100,7 @@ SPELLINGS = (
         needed={"scales": ("_scale_inv", "_scale", ".scale")},
         optional={},
         read=scaled_bytes,
+        is_by_shape=True,
     ),
     Spelling(
         ending="",

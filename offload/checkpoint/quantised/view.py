@@ -34,14 +34,18 @@ def plain_view(
         ValueError: if codes lack a companion, one has a wrong shape or dtype, or two tensors share a name; the message
             names the tensor.
     """
-    view, consumed = dict[str, TensorEntry](), set[str]()
+    view, consumed, alike = dict[str, TensorEntry](), set[str](), dict[Any, Found]()
     stored = STORED_DTYPES[str(dtype).removeprefix("torch.")]
     try:
         for key, codes in entries.items():
             if codes.dtype not in CODE_DTYPES or (spelled := _spelled(codes, entries)) is None:
                 continue
             name, spelling, companions = spelled
-            found = spelling.read(codes, companions, described)
+            key_alike = _likeness(spelling, codes, companions)
+            if (found := alike.get(key_alike)) is None:
+                found = spelling.read(codes, companions, described)
+                if spelling.is_by_shape:
+                    alike[key_alike] = found
             if name != key and name in entries:
                 raise ValueError(f"{name} is there both plain and as {key}")
             view[name] = _entry(name, codes, companions, found, stored)
@@ -93,6 +97,14 @@ def _spelled(
         if spelling.ending:
             raise ValueError(f"{codes.name} {codes.dtype} {list(codes.shape)} has no {missing} beside it")
     return None
+
+
+def _likeness(spelling: Spelling, codes: TensorEntry, companions: Mapping[str, TensorEntry]) -> Any:
+    """The same for codes of which a spelling that `is_by_shape` finds the same; None for other spellings."""
+    if not spelling.is_by_shape:
+        return None
+    described = ((role, each.dtype, each.shape) for role, each in companions.items())
+    return id(spelling), codes.dtype, codes.shape, *described
 
 
 def _names(name: str, endings: Sequence[str]) -> Iterator[str]:

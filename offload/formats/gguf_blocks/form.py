@@ -14,7 +14,7 @@ from ...checkpoint.experts import ExpertLayer, Parameter
 from ...checkpoint.gguf.model import GgufModel
 from ...checkpoint.gguf.names import ExpertMatrix
 from ...checkpoint.tensors import TensorEntry
-from ...native.kernel_matrix import GGUF, KernelMatrix, part_addresses
+from ...native.kernel_matrix import GGUF, KernelMatrix
 from ..form import BLOCK_BYTES, Extent, Form, MatrixEncoder, PartReader, Region
 from .expand import expand_rows, has_expander, kernel_parameter
 
@@ -114,7 +114,7 @@ class GgufForm:
         for matrix in sorted(self.matrices, key=lambda matrix: matrix.first_row):
             _, rows, columns = matrix.entry.shape
             address = views[_view_name(matrix)].data_ptr()
-            one = KernelMatrix(GGUF, rows, columns, part_addresses(address), kernel_parameter(matrix.entry.dtype))
+            one = KernelMatrix(GGUF, rows, columns, kernel_parameter(matrix.entry.dtype), address)
             found[matrix.parameter] = (*found.get(matrix.parameter, ()), one)
         return found
 

@@ -7,7 +7,7 @@ import torch
 from ...checkpoint.gguf.model import GgufModel
 from ...checkpoint.gguf.tensors import row_order
 from ...checkpoint.tensors import TensorEntry, read_bytes
-from ...native.kernel_matrix import GGUF, KernelMatrix, part_addresses
+from ...native.kernel_matrix import GGUF, KernelMatrix
 from ..resident.linears import StoredLinear
 from .expand import expand_rows, has_expander, kernel_parameter
 
@@ -22,7 +22,7 @@ class BlockMatrix:
         expand_rows(self.name, stored, out_FD)
 
     def kernel_matrix(self, stored: torch.Tensor, shape: tuple[int, int]) -> KernelMatrix | None:
-        return KernelMatrix(GGUF, *shape, part_addresses(stored.data_ptr()), kernel_parameter(self.name))
+        return KernelMatrix(GGUF, *shape, kernel_parameter(self.name), stored.data_ptr())
 
 
 def block_linear(name: str, opened: GgufModel) -> StoredLinear | None:

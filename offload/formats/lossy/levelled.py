@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from ...checkpoint.experts import ExpertLayer, Parameter
 from ...codes.expander import expand_matrix, kernel_number, kernel_parameters
 from ...codes.levels import LevelledScheme
-from ...native.kernel_matrix import MOST_PLANES, KernelMatrix, part_addresses
+from ...native.kernel_matrix import MOST_PLANES, KernelMatrix
 from ..form import BLOCK_BYTES, Extent
 from ..quantised_parts import rounded
 from .form import LossyForm
@@ -137,7 +137,7 @@ class LevelledForm(LossyForm):
             addresses = [*(base[role].data_ptr() for role in ("codes", "scales", "zeros")), 0]
             addresses += [plane["codes"].data_ptr() for plane in planes]
             parameters = kernel_parameters(self.scheme.base, shape[1], is_sum=True)
-            kernel = KernelMatrix(kernel_number(self.scheme.base), *shape, part_addresses(*addresses), parameters)
+            kernel = KernelMatrix(kernel_number(self.scheme.base), *shape, parameters, *addresses)
             found[parameter.name] = (kernel,)
         return found
 
