@@ -65,6 +65,11 @@ class TuneForecast:
     disk_bytes: int
     state_bits: int = 32
 
+    @property
+    def num_slots(self) -> int:
+        """Of all layers together."""
+        return sum(self.plan.num_slots) if self.plan else 0
+
     def touched(self, tokens: int) -> list[float]:
         """Experts of each layer that a step of so many tokens touches."""
         counts = [form.layer.num_experts for form in self.forms]
@@ -77,10 +82,11 @@ class TuneForecast:
         writes each record at the step, and of experts that missed steps once more at the fetch.
         """
         read = written = gradients = 0.0
-        slots = self.plan.num_slots if self.plan else [0] * len(self.forms)
-        for form, touched, held in zip(self.forms, self.touched(tokens), slots, strict=True):
-            fetched = max(touched - held, 0.0) * form.expert_bytes
-            read += fetched * (1 if self.method == "zo" else 2)
+        # a sweep over all layers finds in the slots what the last one left there
+        touched_L, held = self.touched(tokens), self.num_slots
+        share = 1 - min(held / sum(touched_L), 1)
+        for form, touched in zip(self.forms, touched_L, strict=True):
+            read += share * touched * form.expert_bytes * (1 if self.method == "zo" else 2)
             if self.method == "zo":
                 written += touched * form.layer.plain_bytes
             if self.method == "full":
@@ -119,7 +125,7 @@ class TuneForecast:
             "fits": self.plan is not None,
             "reason": self.shortfall,
             "tokens_per_step": tokens,
-            "slots_per_layer": list(self.plan.num_slots) if self.plan else None,
+            "slots": self.num_slots if self.plan else None,
             "experts_touched_per_layer": self.touched(tokens),
             "bytes_read_per_step": read,
             "bytes_written_per_step": written,

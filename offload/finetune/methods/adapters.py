@@ -43,6 +43,8 @@ class Adapters:
         memory: `cache_experts` or `cpu_memory`, as `open_tuned` takes them.
     """
 
+    joins_passes = True
+
     def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: PackedRows, **memory: Any) -> None:
         self._source, self._options, self._rows = source, options, rows
         self._tuned: TunedModel = open_tuned(
