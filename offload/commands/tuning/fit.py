@@ -60,6 +60,10 @@ def _show(found: Any, told: dict[str, Any], has_rates: bool) -> None:
         f"at least {told['step_s']:.2f} s per step ({told['binds']} binds): disk {told['disk_s']:.2f} s, "
         f"products {told['compute_s']:.2f} s"
     )
+    shares = told["activation_shares"]
+    if shares["kept"] < 1 and any(shares.values()):
+        told_shares = ", ".join(f"{share:.0%} {name}" for name, share in shares.items())
+        console.print(f"of activations of micro-batches in layers: {told_shares}")
     enough = told["tokens_where_disk_no_longer_binds"]
     console.print(
         "the disk binds at every batch" if enough is None else f"from {enough} tokens per step the disk no longer binds"

@@ -80,7 +80,8 @@ class Adapters:
             group["lr"] = self._options.rate_at(number + 1)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return {"loss": loss, "lm_loss": loss, "gradient_norm": norm.item()}
+        told = {} if self._spilled is None else self._spilled.as_metrics()
+        return {"loss": loss, "lm_loss": loss, "gradient_norm": norm.item(), **told}
 
     def gradients(self, number: int) -> float:
         """Add a step's gradients to those of the adapters; its loss."""

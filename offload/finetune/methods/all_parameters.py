@@ -73,7 +73,8 @@ class AllParameters(WholeModel):
         scale = min(1.0, options.clip_norm / (norm + 1e-6)) if options.clip_norm else 1.0
         self._step_resident(scale)
         self._step_experts(scale)
-        return {"loss": loss, "lm_loss": loss, "gradient_norm": norm}
+        told = {} if self._spilled is None else self._spilled.as_metrics()
+        return {"loss": loss, "lm_loss": loss, "gradient_norm": norm, **told}
 
     def _norm(self) -> float:
         """Of all gradients together, summed in float64 in a fixed order."""

@@ -6,6 +6,7 @@ once more, with gradients: nothing is routed twice, and no layer keeps more than
 Shapes: T tokens, K experts per token, N routed rows sorted by expert, n rows of one expert, D model width.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,8 @@ import torch
 
 from ...compute.adapters import LowRank
 from ...compute.routed_rows import ExpertSpans
+from ..storage.activations import SpilledActivations
+from ..storage.units import UNIT
 from ..storage.visits import ExpertVisits
 from .lockstep import Lockstep
 
@@ -95,6 +98,8 @@ class TunedExperts:
         self.method: Method | None = None
         self.count_LE = [torch.zeros(form.layer.num_experts, dtype=torch.int64) for form in visits.forms]
         """Rows that each expert computed; whoever reads the counts sets them to 0."""
+        self.spilled: SpilledActivations | None = None
+        """Takes outputs for decoder layers that are computed again."""
         self._modules = list(modules)
         # whatever needs a gradient further down, a layer's own experts may have parameters of their own
         self._anchor = torch.zeros((), requires_grad=True)
@@ -106,6 +111,29 @@ class TunedExperts:
     ) -> torch.Tensor:
         out: torch.Tensor = _Experts.apply(hidden_states, top_k_weights, self._anchor, top_k_index, self, layer)
         return out
+
+    def outputs(self, layer: int, call: Call) -> torch.Tensor:
+        """What one pass gets at one experts module; where a decoder layer is computed again, what it got before.
+
+        Raises:
+            RuntimeError: if tokens are routed otherwise than before.
+        """
+        unit = UNIT.get()
+        if unit is not None and unit.is_rerun:
+            expert_TK, out = unit.outputs.pop(0)
+            if not torch.equal(expert_TK, call.expert_TK):
+                raise RuntimeError(f"MoE layer {layer} routes otherwise when it is computed again; nothing is learnt")
+            assert self.spilled is not None
+            return self.spilled.unpack(out)
+        started = time.perf_counter()
+        asked: torch.Tensor = self.lockstep.ask((layer, False), call)
+        if unit is not None:
+            unit.elsewhere_s += time.perf_counter() - started
+            if unit.choice == "recomputed":
+                assert self.spilled is not None
+                # a copy: some families add to it in place
+                unit.outputs.append((call.expert_TK, self.spilled.pack(asked.clone())))
+        return asked
 
     def answer(self, place: Any, calls: Sequence[Call]) -> Sequence[Any]:
         """What all passes get at one experts module: outputs, or the gradients of inputs and weights."""
@@ -226,13 +254,14 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Any, weight_TK: Any, anchor: Any, expert_TK: Any, tuned: TunedExperts, layer: int
     ) -> Any:
-        ctx.save_for_backward(x_TD, weight_TK, expert_TK)
-        ctx.tuned, ctx.layer = tuned, layer
-        return tuned.lockstep.ask((layer, False), Call(x_TD, expert_TK, weight_TK))
+        ctx.save_for_backward(x_TD, weight_TK)
+        # ids are kept whatever becomes of activations: what was routed once is not routed again
+        ctx.tuned, ctx.layer, ctx.expert_TK = tuned, layer, expert_TK
+        return tuned.outputs(layer, Call(x_TD, expert_TK, weight_TK))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x_TD, weight_TK, expert_TK = ctx.saved_tensors
-        call = Call(x_TD, expert_TK, weight_TK, grads[0])
+        x_TD, weight_TK = ctx.saved_tensors
+        call = Call(x_TD, ctx.expert_TK, weight_TK, grads[0])
         grad_TD, grad_TK = ctx.tuned.lockstep.ask((ctx.layer, True), call)
         return grad_TD, grad_TK, None, None, None, None

@@ -21,6 +21,7 @@ from ..options import TuneOptions
 from ..storage.activations import SpilledActivations
 from ..storage.sweeps import Sweeps
 from ..storage.visits import ExpertVisits
+from .decoder_layers import divide_layers
 from .experts import TunedExperts
 from .lockstep import Lockstep
 
@@ -109,7 +110,10 @@ def spilled_activations(tuned: TunedModel, out: Path, options: TuneOptions) -> S
         return None
     out.mkdir(parents=True, exist_ok=True)
     resident = [*tuned.model.parameters(), *tuned.model.buffers()]
-    return SpilledActivations(options.activation_bytes, out, tuned.experts.visits.traffic, resident)
+    spilled = SpilledActivations(options.activation_bytes, out, tuned.experts.visits.traffic, resident)
+    tuned.experts.spilled = spilled
+    divide_layers(tuned.model, spilled)
+    return spilled
 
 
 def _expect_experts(opened: OpenedCheckpoint, model: str | Path) -> None:
@@ -167,9 +171,15 @@ def kept_activation_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int
     once = rows + 3 * 4 * tokens * int(config.vocab_size)
     if options.method == "zo":
         return options.own_passes * tokens * width * item * 2 + once
-    one_layer = tokens * width * item * KEPT_ARRAYS
+    one_layer = layer_activation_bytes(opened, options)
     kept = options.own_passes * one_layer * int(config.num_hidden_layers)
     if options.activation_bytes is not None:
         # of the layer that is computed, everything is in memory
         kept = min(kept, options.own_passes * one_layer + options.activation_bytes)
     return kept + once
+
+
+def layer_activation_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int:
+    """What autograd keeps of one micro-batch in one decoder layer."""
+    width = int(opened.config.get_text_config().hidden_size)
+    return options.batch_size * options.sequence_length * width * opened.model.dtype.itemsize * KEPT_ARRAYS

@@ -4,6 +4,7 @@ All layers share one pool of slots. The order of visits is known, so an expert g
 reads run ahead of the layer that computes as far as there are slots: the disk does not wait for attention.
 """
 
+import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -66,6 +67,13 @@ class ExpertVisits:
         self._held: dict[Key, _Held] = {}
         self._landed: SimpleQueue[Ticket] = SimpleQueue()
         self.traffic = Traffic()
+        self.waited_s = 0.0
+        """Seconds in which nothing was computed for want of an expert."""
+
+    @property
+    def disk_busy_s(self) -> float:
+        """Seconds in which an expert was on its way."""
+        return self._store.busy_s
 
     def close(self) -> None:
         """Stop reading."""
@@ -121,7 +129,9 @@ class ExpertVisits:
         self._settle()
         while (found := self._first_landed(waiting)) is None:
             missing = sorted(expert for _, expert in waiting)[:8]
+            started = time.perf_counter()
             self._note(next_landed(self._landed, f"one of the experts {missing} of a MoE layer"))
+            self.waited_s += time.perf_counter() - started
             self._read_on(waiting, None)
         return found
 
