@@ -230,6 +230,11 @@ BENCHES = {
         right=("{folder}", "--limit", "none", "--contestant", "zo"),
         redden=redden_finetune,
     ),
+    "finetune-domains": Bench(
+        command=("bench", "finetune-domains"),
+        wrong=("--data", "{file}"),
+        words="two domains are compared; got 1 of --data",
+    ),
     "flax": Bench(
         command=("bench", "flax"),
         wrong=("--preset", "e61"),

@@ -13,6 +13,7 @@ from moe import save_byte_tokenizer
 from offload.finetune.run import read_log
 from offload.finetune.storage.activation_plan import StepLoad, UnitCost, choose
 from offload.finetune.storage.activations import LEAST_BYTES, Spilled, SpilledActivations
+from offload.finetune.storage.float8 import GROUP, LARGEST, decode, encode
 from offload.finetune.storage.visits import Traffic
 from tests.small_tuning import HEADS, LENGTH, SIZES, save_examples, save_model
 
@@ -145,3 +146,49 @@ def test_a_run_with_spilled_activations_keeps_every_bit(method, tmp_path):
         assert all(torch.equal(value, found[limit][0][key]) for key, value in found[None][0].items())
     written = [row["bytes_written"] for _, row in found.values()]
     assert written[0] < written[1] < written[2]
+
+
+def test_float8_by_hand():
+    values = torch.zeros(2 * GROUP + 3)
+    values[:4] = torch.tensor([LARGEST, -1.0, 1.0625, 2.0**-9])
+    values[-1] = -3.0e-5
+    codes, scales = encode(values)
+    assert codes.dtype == torch.uint8
+    assert codes.shape == values.shape
+    assert scales[0] == 1
+    found = decode(codes, scales, torch.float32)
+    # three bits behind the point: 1.0625 lies between 1 and 1.125, and goes to the even one
+    assert found[:4].tolist() == [LARGEST, -1.0, 1.0, 2.0**-9]
+    assert found[4:-1].abs().max() == 0
+    assert found[-1] == pytest.approx(-3.0e-5)
+    draws = torch.randn(1000, dtype=torch.bfloat16)
+    assert (decode(*encode(draws), torch.float32) - draws).abs().max() <= draws.abs().max() / 16
+
+
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_activations_in_8_bits_take_a_fraction_and_say_how_far_gradients_are_off(method, tmp_path):
+    torch.set_num_threads(1)
+    save_model(tmp_path / "model", torch.float32)
+    save_examples(tmp_path / "data.jsonl")
+    options = offload.TuneOptions(
+        method=method, steps=2, sequence_length=2 * LENGTH, batch_size=2, learning_rate=1e-3, rank=2
+    )
+    rows = {}
+    for name, changes in (("exact", {"activation_bytes": 1 << 30}), ("coded", {"activation_bits": 8})):
+        changed = dataclasses.replace(options, **changes)
+        offload.fine_tune(tmp_path / "model", tmp_path / "data.jsonl", tmp_path / name, changed, cache_experts=8)
+        rows[name] = read_log(tmp_path / name / "metrics.jsonl")
+    exact, coded = rows["exact"], rows["coded"]
+    assert coded[0]["loss"] == exact[0]["loss"], "the forward pass is exact"
+    assert coded[1]["loss"] == pytest.approx(exact[1]["loss"], rel=1e-3)
+    assert 1e-4 < coded[0]["gradient_error"] < 0.1
+    assert "gradient_error" not in coded[1]
+    assert "gradient_error" not in exact[0]
+    assert coded[1]["activation_bytes_kept"] < 0.5 * exact[1]["activation_bytes_kept"]
+
+
+def test_bits_of_activations_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="activation_bits must be 8"):
+        offload.TuneOptions(method="lora", steps=1, activation_bits=4)
+    with pytest.raises(ValueError, match="are of methods with a backward pass"):
+        offload.TuneOptions(method="zo", steps=1, activation_bits=8)

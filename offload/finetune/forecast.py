@@ -244,6 +244,6 @@ def product_flops(forms: list[Form]) -> float:
     return count * 2 * PRODUCT_ROWS * weight.numel() / (time.perf_counter() - started)
 
 
-def default_options(method: str, tokens: int) -> TuneOptions:
+def default_options(method: str, tokens: int, activation_bytes: int | None = None) -> TuneOptions:
     """Settings of a step of so many tokens in one row."""
-    return replace(TuneOptions(method=method, steps=1), sequence_length=tokens)
+    return TuneOptions(method=method, steps=1, sequence_length=tokens, activation_bytes=activation_bytes)

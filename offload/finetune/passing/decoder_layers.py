@@ -45,7 +45,8 @@ def _forward(forward: Callable[..., Any], layer: int, spilled: SpilledActivation
     number = spilled.current_pass
     if number is None or not torch.is_grad_enabled() or UNIT.get() is not None:
         return forward(*args, **kwargs)
-    unit = Unit((layer, number), spilled.choice((layer, number)))
+    inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)][0]
+    unit = Unit((layer, number), spilled.choice((layer, number)), inputs.numel())
     started = time.perf_counter()
     if unit.choice == "recomputed":
         out = checkpoint(
@@ -55,7 +56,7 @@ def _forward(forward: Callable[..., Any], layer: int, spilled: SpilledActivation
         with _within(unit):
             out = forward(*args, **kwargs)
     seconds = time.perf_counter() - started - unit.elsewhere_s
-    spilled.note_unit(unit.place, seconds, sum(value.nbytes for value in args if isinstance(value, torch.Tensor)))
+    spilled.note_unit(unit.place, seconds, inputs.nbytes)
     return out
 
 

@@ -33,6 +33,13 @@ def share_of_loss(model: Any, token_BS: torch.Tensor, label_BS: torch.Tensor, nu
     return total / num_learnt
 
 
+def relative_error(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
+    """The root of the sum of squared differences, over that of `exact`, of all tensors together."""
+    pairs = [(a.double(), b.double()) for a, b in zip(found, exact, strict=True)]
+    square, of = sum((a - b).square().sum().item() for a, b in pairs), sum(b.square().sum().item() for _, b in pairs)
+    return float((square / of) ** 0.5) if of else 0.0
+
+
 def backward_passes(
     model: Any,
     experts: TunedExperts,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ...store.io_mode import wants_direct
 from ...store.store import ExpertStore
 from ..options import TuneOptions
 from ..storage.activations import SpilledActivations
+from ..storage.float8 import BYTES_PER_NUMBER
 from ..storage.sweeps import Sweeps
 from ..storage.visits import ExpertVisits
 from .decoder_layers import divide_layers
@@ -106,11 +108,13 @@ def open_tuned(
 
 def spilled_activations(tuned: TunedModel, out: Path, options: TuneOptions) -> SpilledActivations | None:
     """Where activations go that exceed their share of memory; None if all of them stay."""
-    if options.activation_bytes is None:
+    if options.activation_bytes is None and options.activation_bits is None:
         return None
     out.mkdir(parents=True, exist_ok=True)
     resident = [*tuned.model.parameters(), *tuned.model.buffers()]
-    spilled = SpilledActivations(options.activation_bytes, out, tuned.experts.visits.traffic, resident)
+    limit = inf if options.activation_bytes is None else options.activation_bytes
+    traffic, is_coded = tuned.experts.visits.traffic, options.activation_bits is not None
+    spilled = SpilledActivations(limit, out, traffic, resident, is_coded=is_coded)
     tuned.experts.spilled = spilled
     divide_layers(tuned.model, spilled)
     return spilled
@@ -171,15 +175,17 @@ def kept_activation_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int
     once = rows + 3 * 4 * tokens * int(config.vocab_size)
     if options.method == "zo":
         return options.own_passes * tokens * width * item * 2 + once
-    one_layer = layer_activation_bytes(opened, options)
-    kept = options.own_passes * one_layer * int(config.num_hidden_layers)
-    if options.activation_bytes is not None:
+    one_layer = options.own_passes * tokens * width * item * KEPT_ARRAYS
+    kept = options.own_passes * layer_activation_bytes(opened, options) * int(config.num_hidden_layers)
+    if options.activation_bytes is not None or options.activation_bits is not None:
         # of the layer that is computed, everything is in memory
-        kept = min(kept, options.own_passes * one_layer + options.activation_bytes)
+        limit = kept if options.activation_bytes is None else options.activation_bytes
+        kept = min(one_layer * int(config.num_hidden_layers), one_layer + min(kept, limit))
     return kept + once
 
 
 def layer_activation_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int:
     """What autograd keeps of one micro-batch in one decoder layer."""
-    width = int(opened.config.get_text_config().hidden_size)
-    return options.batch_size * options.sequence_length * width * opened.model.dtype.itemsize * KEPT_ARRAYS
+    width, item = int(opened.config.get_text_config().hidden_size), opened.model.dtype.itemsize
+    in_bytes = item if options.activation_bits is None else min(BYTES_PER_NUMBER, item)
+    return int(options.batch_size * options.sequence_length * width * in_bytes * KEPT_ARRAYS)

@@ -4,7 +4,10 @@ Experts keep their inputs only and are computed again. Everything else that a la
 first step a run fills the limit and spills what exceeds it, and measures bytes and seconds of each micro-batch in each
 decoder layer. From them it chooses what is kept, spilled and computed again from then on. Bits stay what they are.
 
-Source: Zhao et al. 2024 (MEMO), arXiv:2407.12117.
+Activations of decoder layers may be kept and spilled in 8 bits, which is not exact. What is computed again is, and so
+is everything outside layers, such as logits.
+
+Source: Zhao et al. 2024 (MEMO), arXiv:2407.12117; Xi et al. 2024 (COAT), arXiv:2410.19313.
 """
 
 import os
@@ -23,6 +26,7 @@ from xxhash import xxh3_128_digest
 
 from ...checkpoint.tensors import read_into
 from .activation_plan import StepLoad, UnitCost, choose
+from .float8 import decode, encode
 from .records import write_all
 from .units import UNIT, Choice, Place
 from .visits import ExpertVisits, Traffic
@@ -50,6 +54,23 @@ class Spilled:
     place: Place | None = None
 
 
+@dataclass(frozen=True)
+class Coded:
+    """A tensor in 8 bits.
+
+    Args:
+        codes, scales: as `float8` has them; the codes may be on the disk.
+        shape, stride: of its elements; they fill their bytes without gaps.
+        dtype: of an element.
+    """
+
+    codes: torch.Tensor | Spilled
+    scales: torch.Tensor
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class SpilledActivations:
     """What the passes of one step keep.
 
@@ -58,9 +79,20 @@ class SpilledActivations:
         folder: where the rest goes, into a file without a name.
         traffic: counts what is written and read.
         resident: tensors that are in memory anyway, such as weights.
+        is_coded: whether activations of decoder layers are stored in 8 bits.
     """
 
-    def __init__(self, limit_bytes: float, folder: Path, traffic: Traffic, resident: Iterable[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        limit_bytes: float,
+        folder: Path,
+        traffic: Traffic,
+        resident: Iterable[torch.Tensor],
+        *,
+        is_coded: bool = False,
+    ) -> None:
+        self.is_coded = is_coded
+        self._codes_now = is_coded
         self._limit_bytes, self._folder, self._traffic = limit_bytes, folder, traffic
         self._resident = {tensor.untyped_storage().data_ptr() for tensor in resident}
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  lives as long as the run
@@ -84,7 +116,7 @@ class SpilledActivations:
         started = time.perf_counter()
         busy_s, waited_s = visits.disk_busy_s, visits.waited_s
         yield
-        if not self._choices and self.bytes["spilled"]:
+        if not self._choices and self.bytes["spilled"] and self._codes_now == self.is_coded:
             compute_s = time.perf_counter() - started - (visits.waited_s - waited_s) - self._moved_s
             rate = self._moved_bytes / self._moved_s
             self._choose(StepLoad(visits.disk_busy_s - busy_s, compute_s, rate))
@@ -99,6 +131,15 @@ class SpilledActivations:
         finally:
             self._pass.reset(token)
 
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Within, nothing is stored in 8 bits."""
+        self._codes_now = False
+        try:
+            yield
+        finally:
+            self._codes_now = self.is_coded
+
     @property
     def current_pass(self) -> int | None:
         """The micro-batch that this thread computes."""
@@ -106,7 +147,7 @@ class SpilledActivations:
 
     def choice(self, place: Place) -> Choice:
         """What becomes of a unit's activations; those that are kept are spilled all the same once the limit is full."""
-        return self._choices.get(place, "kept")
+        return self._used.get(place, "kept")
 
     def note_unit(self, place: Place, seconds: float, input_bytes: int) -> None:
         """A unit's forward pass took so long, transfers not counted, and began with so many bytes."""
@@ -115,17 +156,18 @@ class SpilledActivations:
 
     def as_metrics(self) -> dict[str, Any]:
         """Bytes of the step that were kept and spilled, and the share of tokens and layers computed again."""
-        again = sum(choice == "recomputed" for choice in self._choices.values())
+        again = sum(choice == "recomputed" for choice in self._used.values())
         return {
             "activation_bytes_kept": self.bytes["kept"],
             "activation_bytes_spilled": self.bytes["spilled"],
-            "activation_share_recomputed": again / max(len(self._choices), 1),
+            "activation_share_recomputed": again / max(len(self._used), 1),
         }
 
     def _begin(self) -> None:
         """A new step: nothing is kept any more."""
         if not self._choices:
             self._measured.clear()
+        self._used = self._choices
         self._written: dict[bytes, int] = {}
         self._counted: set[tuple[int, int, int]] = set()
         self._ranges: dict[Place, tuple[int, int]] = {}
@@ -141,10 +183,15 @@ class SpilledActivations:
         others = sum(self.bytes.values()) - sum(cost.nbytes for cost in costs)
         self._choices = dict(zip(places, choose(costs, others, self._limit_bytes, load), strict=True))
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | Spilled:
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | Spilled | Coded:
         is_small = tensor.nbytes < LEAST_BYTES
         if is_small or tensor.untyped_storage().data_ptr() in self._resident or not _is_dense(tensor):
             return tensor
+        unit = UNIT.get()
+        # what has few numbers of each token, such as logarithms of sums in attention, is small and has to be exact
+        if self._codes_now and unit is not None and tensor.is_floating_point() and 2 * tensor.numel() >= unit.num_inputs:
+            codes, scales = encode(_flat(tensor))
+            return Coded(self.pack(codes), scales, tuple(tensor.shape), tensor.stride(), tensor.dtype)
         return self.pack(tensor)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | Spilled:
@@ -160,7 +207,7 @@ class SpilledActivations:
             self.bytes["kept"] += tensor.nbytes
             self._counted.add(key)
             return tensor
-        flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+        flat = _flat(tensor)
         place = None if unit is None else unit.place
         offset = self._write(memoryview(flat.view(torch.uint8).numpy()), place)
         return Spilled(offset, tuple(tensor.shape), tensor.stride(), tensor.dtype, place)
@@ -180,10 +227,12 @@ class SpilledActivations:
         self._moved(len(data), started)
         return self._written[digest]
 
-    def unpack(self, kept: torch.Tensor | Spilled) -> torch.Tensor:
+    def unpack(self, kept: torch.Tensor | Spilled | Coded) -> torch.Tensor:
         """The tensor that was packed."""
         if isinstance(kept, torch.Tensor):
             return kept
+        if isinstance(kept, Coded):
+            return decode(self.unpack(kept.codes), kept.scales, kept.dtype).as_strided(kept.shape, kept.stride)
         started = time.perf_counter()
         self._fetch_before(kept.place)
         flat = torch.empty(torch.Size(kept.shape).numel(), dtype=kept.dtype)
@@ -209,6 +258,11 @@ class SpilledActivations:
         self._moved_s += seconds
         if (unit := UNIT.get()) is not None:
             unit.elsewhere_s += seconds
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a tensor without gaps, in the order in which they lie."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

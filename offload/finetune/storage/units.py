@@ -16,6 +16,7 @@ class Unit:
     Args:
         place: which.
         choice: what becomes of its activations.
+        num_inputs: elements of the hidden state that goes into the layer.
         outputs: of its experts modules, in their order, with the ids that they were asked for.
         elsewhere_s: seconds that it waited for other passes and for experts.
         is_rerun: whether it is computed again.
@@ -23,6 +24,7 @@ class Unit:
 
     place: Place
     choice: Choice
+    num_inputs: int
     outputs: list[Any] = field(default_factory=list)
     elsewhere_s: float = 0.0
     is_rerun: bool = False
