@@ -18,7 +18,6 @@ from offload.finetune.storage.visits import Traffic
 from tests.small_tuning import HEADS, LENGTH, SIZES, save_examples, save_model
 
 
-
 def save_shared(folder):
     """A family that adds what its shared expert gives to the experts' outputs in place."""
     torch.manual_seed(0)

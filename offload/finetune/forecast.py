@@ -121,9 +121,7 @@ class TuneForecast:
         rerun_s = flops / flops_per_s / max(len(self.activations), 1)
         units = [replace(unit, rerun_s=rerun_s) for unit in self.activations]
         limit = inf if self.activation_limit is None else self.activation_limit
-        load = StepLoad(
-            self.disk_s(tokens, hardware), self.compute_s(tokens, flops_per_s), hardware.disk_bytes_per_s
-        )
+        load = StepLoad(self.disk_s(tokens, hardware), self.compute_s(tokens, flops_per_s), hardware.disk_bytes_per_s)
         found = choose(units, 0, limit, load)
         return found, load.with_choices(units, found)
 

@@ -96,7 +96,9 @@ class TuneOptions:
             raise ValueError(f"state_bits are of method full, whose moments are on disk; {self.method} has none there")
         keeps_activations = self.activation_bytes is None and self.activation_bits is None
         if not keeps_activations and self.method == "zo":
-            raise ValueError("activation_bytes and activation_bits are of methods with a backward pass; zo keeps one layer's activations")
+            raise ValueError(
+                "activation_bytes and activation_bits are of methods with a backward pass; zo keeps one layer's activations"
+            )
         if self.processes > 1 and self.method != "zo":
             raise ValueError(f"method {self.method} runs in one process; several share the passes of zo")
         if self.passes % self.processes:

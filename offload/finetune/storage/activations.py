@@ -116,6 +116,7 @@ class SpilledActivations:
         started = time.perf_counter()
         busy_s, waited_s = visits.disk_busy_s, visits.waited_s
         yield
+        self._coded.clear()
         if not self._choices and self.bytes["spilled"] and self._codes_now == self.is_coded:
             compute_s = time.perf_counter() - started - (visits.waited_s - waited_s) - self._moved_s
             rate = self._moved_bytes / self._moved_s
@@ -169,6 +170,7 @@ class SpilledActivations:
             self._measured.clear()
         self._used = self._choices
         self._written: dict[bytes, int] = {}
+        self._coded: dict[bytes, tuple[torch.Tensor | Spilled, torch.Tensor]] = {}
         self._counted: set[tuple[int, int, int]] = set()
         self._ranges: dict[Place, tuple[int, int]] = {}
         self._fetched: set[Place] = set()
@@ -189,10 +191,23 @@ class SpilledActivations:
             return tensor
         unit = UNIT.get()
         # what has few numbers of each token, such as logarithms of sums in attention, is small and has to be exact
-        if self._codes_now and unit is not None and tensor.is_floating_point() and 2 * tensor.numel() >= unit.num_inputs:
-            codes, scales = encode(_flat(tensor))
-            return Coded(self.pack(codes), scales, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if (
+            self._codes_now
+            and unit is not None
+            and tensor.is_floating_point()
+            and 2 * tensor.numel() >= unit.num_inputs
+        ):
+            return self._code(tensor)
         return self.pack(tensor)
+
+    def _code(self, tensor: torch.Tensor) -> Coded:
+        """A tensor in 8 bits; several operations save the same, which is stored once."""
+        flat, layout = _flat(tensor), (tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        digest = xxh3_128_digest(memoryview(flat.view(torch.uint8).numpy()))
+        if digest not in self._coded:
+            codes, scales = encode(flat)
+            self._coded[digest] = self.pack(codes), scales
+        return Coded(*self._coded[digest], *layout)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | Spilled:
         """Keep a tensor, whose elements fill their bytes; `unpack` gives it back."""

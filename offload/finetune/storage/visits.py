@@ -119,7 +119,9 @@ class ExpertVisits:
         return dict(room)
 
     def _count(self, wanted: Collection[Key]) -> None:
-        read = [layer for layer, expert in wanted if (layer, expert) not in self._held or self._held[layer, expert].is_new]
+        read = [
+            layer for layer, expert in wanted if (layer, expert) not in self._held or self._held[layer, expert].is_new
+        ]
         self.traffic.hits += len(wanted) - len(read)
         self.traffic.misses += len(read)
         self.traffic.bytes_read += sum(self.forms[layer].expert_bytes for layer in read)
