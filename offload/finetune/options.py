@@ -97,7 +97,7 @@ class TuneOptions:
         keeps_activations = self.activation_bytes is None and self.activation_bits is None
         if not keeps_activations and self.method == "zo":
             raise ValueError(
-                "activation_bytes and activation_bits are of methods with a backward pass; zo keeps one layer's activations"
+                "activation_bytes and activation_bits are of methods with a backward pass; zo keeps those of one layer"
             )
         if self.processes > 1 and self.method != "zo":
             raise ValueError(f"method {self.method} runs in one process; several share the passes of zo")

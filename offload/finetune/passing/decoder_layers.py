@@ -45,7 +45,7 @@ def _forward(forward: Callable[..., Any], layer: int, spilled: SpilledActivation
     number = spilled.current_pass
     if number is None or not torch.is_grad_enabled() or UNIT.get() is not None:
         return forward(*args, **kwargs)
-    inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)][0]
+    inputs = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
     unit = Unit((layer, number), spilled.choice((layer, number)), inputs.numel())
     started = time.perf_counter()
     if unit.choice == "recomputed":

@@ -191,12 +191,8 @@ class SpilledActivations:
             return tensor
         unit = UNIT.get()
         # what has few numbers of each token, such as logarithms of sums in attention, is small and has to be exact
-        if (
-            self._codes_now
-            and unit is not None
-            and tensor.is_floating_point()
-            and 2 * tensor.numel() >= unit.num_inputs
-        ):
+        is_wide = unit is not None and 2 * tensor.numel() >= unit.num_inputs
+        if self._codes_now and is_wide and tensor.is_floating_point():
             return self._code(tensor)
         return self.pack(tensor)
 

@@ -119,9 +119,7 @@ class ExpertVisits:
         return dict(room)
 
     def _count(self, wanted: Collection[Key]) -> None:
-        read = [
-            layer for layer, expert in wanted if (layer, expert) not in self._held or self._held[layer, expert].is_new
-        ]
+        read = [key[0] for key in wanted if key not in self._held or self._held[key].is_new]
         self.traffic.hits += len(wanted) - len(read)
         self.traffic.misses += len(read)
         self.traffic.bytes_read += sum(self.forms[layer].expert_bytes for layer in read)
