@@ -243,5 +243,5 @@ def _show(rows: list[dict[str, Any]]) -> None:
     names = list(rows[0])
     table = Table(*(name.replace("_", " ") for name in names))
     for row in rows:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     plain_console().print(table)
