@@ -21,6 +21,7 @@ from experiments.bench.duo import bench as duo
 from experiments.bench.offloading import contestants
 from experiments.bench.serving import bench as serving
 from experiments.bench.serving import measures
+from experiments.bench.tuning import domains
 from experiments.cli import app, bench
 
 NO_GATE = "No parity gate:"
@@ -352,6 +353,7 @@ BENCHES = {
 MODULES = {
     "claim": claims,
     "duo": duo,
+    "finetune-domains": domains,
     "leverage": leverage,
     "low-bits": low_bits,
     "starts": starting_points,

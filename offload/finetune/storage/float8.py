@@ -9,7 +9,9 @@ import torch
 GROUP = 128
 """Numbers that share a scale: 3 % more bytes. COAT takes groups of 1 x 16 to 1 x 128 of a row."""
 LARGEST = 448.0
+"""Of E4M3."""
 BYTES_PER_NUMBER = 1 + 4 / GROUP
+"""A code, and a share of a float32 scale."""
 
 
 def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
