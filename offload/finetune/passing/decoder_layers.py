@@ -38,7 +38,7 @@ def divide_layers(model: nn.Module, spilled: SpilledActivations) -> None:
         spilled: chooses, and takes what is kept.
     """
     for number, layer in enumerate(decoder_layers(model)):
-        layer.forward = partial(_forward, layer.forward, number, spilled)  # type: ignore[method-assign]
+        layer.forward = partial(_forward, layer.forward, number, spilled)
 
 
 def _forward(forward: Callable[..., Any], layer: int, spilled: SpilledActivations, *args: Any, **kwargs: Any) -> Any:

@@ -181,7 +181,9 @@ class SpilledActivations:
     def _choose(self, load: StepLoad) -> None:
         places = sorted(self._measured)
         # what goes in is kept, and as much comes out of experts
-        costs = [UnitCost(nbytes, 2 * held, seconds) for nbytes, seconds, held in map(self._measured.get, places)]
+        costs = [
+            UnitCost(nbytes, 2 * held, seconds) for nbytes, seconds, held in (self._measured[place] for place in places)
+        ]
         others = sum(self.bytes.values()) - sum(cost.nbytes for cost in costs)
         self._choices = dict(zip(places, choose(costs, others, self._limit_bytes, load), strict=True))
 
@@ -198,12 +200,13 @@ class SpilledActivations:
 
     def _code(self, tensor: torch.Tensor) -> Coded:
         """A tensor in 8 bits; several operations save the same, which is stored once."""
-        flat, layout = _flat(tensor), (tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        flat = _flat(tensor)
         digest = xxh3_128_digest(memoryview(flat.view(torch.uint8).numpy()))
         if digest not in self._coded:
-            codes, scales = encode(flat)
-            self._coded[digest] = self.pack(codes), scales
-        return Coded(*self._coded[digest], *layout)
+            new_codes, new_scales = encode(flat)
+            self._coded[digest] = self.pack(new_codes), new_scales
+        codes, scales = self._coded[digest]
+        return Coded(codes, scales, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | Spilled:
         """Keep a tensor, whose elements fill their bytes; `unpack` gives it back."""
