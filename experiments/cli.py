@@ -34,6 +34,7 @@ from .bench.starting_points import bench_starts
 from .bench.step import bench_step
 from .bench.training import bench_train
 from .bench.tuning.bench import bench_finetune
+from .bench.tuning.domains import bench_domains
 from .compare.command import compare
 from .compare.sweep_command import sweep
 from .demo.command import demo
@@ -96,6 +97,7 @@ bench.command("claim")(bench_claim)
 app.command("tune-router")(tune_router)
 bench.command("duo")(bench_duo)
 bench.command("finetune")(bench_finetune)
+bench.command("finetune-domains")(bench_domains)
 bench.command("flax")(bench_flax)
 bench.command("forecast")(bench_forecast)
 bench.command("kernels")(bench_kernels)

@@ -21,6 +21,7 @@ from experiments.bench.duo import bench as duo
 from experiments.bench.offloading import contestants
 from experiments.bench.serving import bench as serving
 from experiments.bench.serving import measures
+from experiments.bench.tuning import domains
 from experiments.cli import app, bench
 
 NO_GATE = "No parity gate:"
@@ -230,6 +231,11 @@ BENCHES = {
         right=("{folder}", "--limit", "none", "--contestant", "zo"),
         redden=redden_finetune,
     ),
+    "finetune-domains": Bench(
+        command=("bench", "finetune-domains"),
+        wrong=("--data", "{file}"),
+        words="two domains are compared; got 1 of --data",
+    ),
     "flax": Bench(
         command=("bench", "flax"),
         wrong=("--preset", "e61"),
@@ -347,6 +353,7 @@ BENCHES = {
 MODULES = {
     "claim": claims,
     "duo": duo,
+    "finetune-domains": domains,
     "leverage": leverage,
     "low-bits": low_bits,
     "starts": starting_points,

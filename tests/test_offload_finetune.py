@@ -195,5 +195,12 @@ def test_fit_says_what_fine_tuning_takes(folder, tmp_path, run, capsys):
     assert told["binds"] in ("disk", "products")
     assert told["written_tb_per_day"] > 0
     assert "TB per day" in capsys.readouterr().out
+    assert told["activation_shares"] == {"kept": 1, "spilled": 0, "recomputed": 0}
+    assert run("fit", folder / "model", "--finetune", "lora", "--activation-memory", "100KiB", *flags) == 0
+    shares = json.loads((tmp_path / "fit.json").read_text())["activation_shares"]
+    assert sum(shares.values()) == 1
+    assert shares["kept"] < 1
+    assert "of activations of micro-batches in layers" in capsys.readouterr().out
+    assert run("fit", folder / "model", "--activation-memory", "1GiB") == 2
     assert run("fit", folder / "model", "--finetune", "lora", "--cpu-memory", "100MiB") == 1
     assert run("fit", folder / "model", "--finetune", "sgd") == 2

@@ -67,6 +67,10 @@ def fit(
         str | None,
         typer.Option("--finetune", help="zo, lora or full: what fine-tuning takes; a step has --context tokens."),
     ] = None,
+    activation_memory: Annotated[
+        str | None,
+        typer.Option("--activation-memory", help="With --finetune lora or full: activations in memory, such as 2GiB."),
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option("--trace", help="Recorded routing (.npz) to take the hit rate from; needs --hardware."),
@@ -109,13 +113,15 @@ def fit(
     if (batches is not None and trace is None) or (chunk and batches is None):
         raise ValueError("--batch asks recorded routing: it needs --trace FILE; --chunk needs --batch")
     rates = None if hardware is None else Rates.load(hardware)
+    if activation_memory is not None and finetune is None:
+        raise ValueError("--activation-memory is of fine-tuning; give --finetune lora or full")
     if finetune is not None:
         if gpu_memory is not None or packed is not None:
             raise ValueError(
                 "--finetune plans for the CPU and the model's own files; leave out --gpu-memory and --pack"
             )
         quiet_transformers()
-        if not fit_finetune(model, finetune, cpu_memory, context, rates, json_file):
+        if not fit_finetune(model, finetune, cpu_memory, context, activation_memory, rates, json_file):
             raise typer.Exit(DOES_NOT_FIT)
         return
     recorded = _recorded(trace)

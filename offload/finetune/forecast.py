@@ -7,10 +7,11 @@ Shapes: T tokens, K experts per token, E experts.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -27,7 +28,9 @@ from .methods.all_parameters import GRADIENT_BYTES, held_bytes
 from .methods.forward_only import versions_bytes
 from .methods.record_layout import RecordLayout
 from .options import TuneOptions
-from .passing.opening import divide_for_tuning
+from .passing.opening import KEPT_ARRAYS, divide_for_tuning, layer_activation_bytes
+from .storage.activation_plan import StepLoad, UnitCost, choose
+from .storage.units import Choice
 
 FLOPS_OF_EXPERTS = {"zo": 4, "lora": 6, "full": 8}
 """Per token and weight: two for each product. Two passes; forward, once more, inputs; the same and weights."""
@@ -54,6 +57,8 @@ class TuneForecast:
         other_elements: parameters outside experts, input embedding excluded.
         disk_bytes: what a run keeps on the disk at most, besides the checkpoint.
         state_bits: of moments in records.
+        activations: of each micro-batch in each decoder layer; seconds are not known yet.
+        activation_limit: bytes of activations in memory; None keeps all.
     """
 
     method: str
@@ -64,6 +69,13 @@ class TuneForecast:
     other_elements: int
     disk_bytes: int
     state_bits: int = 32
+    activations: Sequence[UnitCost] = ()
+    activation_limit: int | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """Of all layers together."""
+        return sum(self.plan.num_slots) if self.plan else 0
 
     def touched(self, tokens: int) -> list[float]:
         """Experts of each layer that a step of so many tokens touches."""
@@ -77,10 +89,11 @@ class TuneForecast:
         writes each record at the step, and of experts that missed steps once more at the fetch.
         """
         read = written = gradients = 0.0
-        slots = self.plan.num_slots if self.plan else [0] * len(self.forms)
-        for form, touched, held in zip(self.forms, self.touched(tokens), slots, strict=True):
-            fetched = max(touched - held, 0.0) * form.expert_bytes
-            read += fetched * (1 if self.method == "zo" else 2)
+        # a sweep over all layers finds in the slots what the last one left there
+        touched_L, held = self.touched(tokens), self.num_slots
+        share = 1 - min(held / sum(touched_L), 1)
+        for form, touched in zip(self.forms, touched_L, strict=True):
+            read += share * touched * form.expert_bytes * (1 if self.method == "zo" else 2)
             if self.method == "zo":
                 written += touched * form.layer.plain_bytes
             if self.method == "full":
@@ -102,6 +115,16 @@ class TuneForecast:
         """Seconds of a step's reads and writes; writes are taken to be as fast as reads, which nothing measures."""
         return sum(self.traffic(tokens)) / hardware.disk_bytes_per_s
 
+    def choices(self, tokens: int, hardware: Hardware, flops_per_s: float) -> tuple[list[Choice], StepLoad]:
+        """What becomes of activations, and the step with that, as a run chooses once it has measured a step."""
+        flops = FLOPS_OF_OTHERS["zo"] / 2 * self.other_elements * tokens
+        rerun_s = flops / flops_per_s / max(len(self.activations), 1)
+        units = [replace(unit, rerun_s=rerun_s) for unit in self.activations]
+        limit = inf if self.activation_limit is None else self.activation_limit
+        load = StepLoad(self.disk_s(tokens, hardware), self.compute_s(tokens, flops_per_s), hardware.disk_bytes_per_s)
+        found = choose(units, 0, limit, load)
+        return found, load.with_choices(units, found)
+
     def enough_tokens(self, hardware: Hardware, flops_per_s: float) -> int | None:
         """The fewest tokens per step, a power of two, whose products take as long as the disk; None if none do."""
         tokens = 1
@@ -119,20 +142,21 @@ class TuneForecast:
             "fits": self.plan is not None,
             "reason": self.shortfall,
             "tokens_per_step": tokens,
-            "slots_per_layer": list(self.plan.num_slots) if self.plan else None,
+            "slots": self.num_slots if self.plan else None,
             "experts_touched_per_layer": self.touched(tokens),
             "bytes_read_per_step": read,
             "bytes_written_per_step": written,
             "disk_bytes": self.disk_bytes,
         }
         if hardware is not None and flops_per_s is not None:
-            disk_s, compute_s = self.disk_s(tokens, hardware), self.compute_s(tokens, flops_per_s)
-            step_s = max(disk_s, compute_s)
+            choices, load = self.choices(tokens, hardware, flops_per_s)
+            step_s, count = load.seconds, max(len(choices), 1)
             found |= {
-                "disk_s": disk_s,
-                "compute_s": compute_s,
+                "disk_s": load.disk_s,
+                "compute_s": load.compute_s,
                 "step_s": step_s,
-                "binds": "disk" if disk_s > compute_s else "products",
+                "binds": "disk" if load.disk_s > load.compute_s else "products",
+                "activation_shares": {name: choices.count(name) / count for name in get_args(Choice)},
                 "tokens_where_disk_no_longer_binds": self.enough_tokens(hardware, flops_per_s),
                 "written_tb_per_day": written / step_s * DAY_S / 1e12,
             }
@@ -170,7 +194,18 @@ def foresee(model: str | Path, options: TuneOptions, cpu_memory: str | int = "au
         other_elements=(weight_bytes(opened.model) - embedding_bytes(opened.model)) // opened.model.dtype.itemsize,
         disk_bytes=_disk_bytes(opened, options),
         state_bits=options.state_bits,
+        activations=_activations(opened, options),
+        activation_limit=options.activation_bytes,
     )
+
+
+def _activations(opened: OpenedCheckpoint, options: TuneOptions) -> list[UnitCost]:
+    if options.method == "zo":
+        return []
+    nbytes = layer_activation_bytes(opened, options)
+    # what goes into the layer, and what its experts give
+    unit = UnitCost(nbytes=nbytes, held_bytes=2 * nbytes / KEPT_ARRAYS, rerun_s=0.0)
+    return [unit] * (options.own_passes * int(opened.config.get_text_config().num_hidden_layers))
 
 
 def _kept(options: TuneOptions) -> Callable[[OpenedCheckpoint], int]:
@@ -207,6 +242,6 @@ def product_flops(forms: list[Form]) -> float:
     return count * 2 * PRODUCT_ROWS * weight.numel() / (time.perf_counter() - started)
 
 
-def default_options(method: str, tokens: int) -> TuneOptions:
+def default_options(method: str, tokens: int, activation_bytes: int | None = None) -> TuneOptions:
     """Settings of a step of so many tokens in one row."""
-    return replace(TuneOptions(method=method, steps=1), sequence_length=tokens)
+    return TuneOptions(method=method, steps=1, sequence_length=tokens, activation_bytes=activation_bytes)

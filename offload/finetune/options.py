@@ -38,7 +38,9 @@ class TuneOptions:
         seed: of the order of rows, of perturbations and of new adapters.
         checkpoint_every: steps between two commits; a killed run continues after the last one.
         activation_bytes: of what autograd keeps between two experts modules, in memory; the rest is spilled to the
-            disk (`lora`, `full`). None spills nothing.
+            disk (`lora`, `full`), or computed again. None keeps all in memory.
+        activation_bits: of one number of activations of decoder layers that are kept or spilled: 8, which is not
+            exact; None stores them as they are.
         dtype: of the running model; `"auto"` is that of the checkpoint.
         epsilon: size of a perturbation (`zo`).
         rank: of adapters (`lora`).
@@ -70,6 +72,7 @@ class TuneOptions:
     seed: int = 0
     checkpoint_every: int = 50
     activation_bytes: int | None = None
+    activation_bits: int | None = None
     dtype: str = "auto"
     epsilon: float = 1e-3
     rank: int = 8
@@ -91,8 +94,11 @@ class TuneOptions:
             )
         if self.state_bits != 32 and self.method != "full":
             raise ValueError(f"state_bits are of method full, whose moments are on disk; {self.method} has none there")
-        if self.activation_bytes is not None and self.method == "zo":
-            raise ValueError("activation_bytes are of methods with a backward pass; zo keeps one layer's activations")
+        keeps_activations = self.activation_bytes is None and self.activation_bits is None
+        if not keeps_activations and self.method == "zo":
+            raise ValueError(
+                "activation_bytes and activation_bits are of methods with a backward pass; zo keeps those of one layer"
+            )
         if self.processes > 1 and self.method != "zo":
             raise ValueError(f"method {self.method} runs in one process; several share the passes of zo")
         if self.passes % self.processes:
@@ -104,6 +110,8 @@ class TuneOptions:
     def _expect_ranges(self) -> None:
         if self.state_bits not in (8, 32):
             raise ValueError(f"state_bits must be 8 or 32; got {self.state_bits}")
+        if self.activation_bits not in (None, 8):
+            raise ValueError(f"activation_bits must be 8, or left out; got {self.activation_bits}")
         ones = ("steps", "batch_size", "accumulation", "processes", "checkpoint_every", "rank")
         least = dict.fromkeys(ones, 1) | {"sequence_length": 2, "warmup_steps": 0, "seed": 0}
         for name, smallest in least.items():

@@ -221,6 +221,7 @@ def _timed_step(tuning: Tuning, options: TuneOptions, number: int, peers: Peers)
         "hit_rate": moved["hits"] / max(moved["hits"] + moved["misses"], 1),
         "bytes_read": moved["bytes_read"],
         "bytes_written": moved["bytes_written"],
+        "bytes_in_vain": moved["bytes_in_vain"],
     }
     for count_E in tuning.experts.count_LE:
         count_E.zero_()

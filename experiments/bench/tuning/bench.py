@@ -52,6 +52,9 @@ def bench_finetune(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows of a micro-batch.")] = 1,
     accumulation: Annotated[int, typer.Option("--accumulation", min=1, help="Micro-batches of a step.")] = 4,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Of adapters.")] = 2,
+    activation_memory: Annotated[
+        str, typer.Option("--activation-memory", help="Activations of all micro-batches in memory; not for zo.")
+    ] = "512MiB",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the table as JSON.")] = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the result under experiments/records.")] = False,
     records: Annotated[Path, typer.Option(help="Where records live.")] = RECORDS,
@@ -72,6 +75,7 @@ def bench_finetune(
             raise ValueError(f"{name} cannot train experts as {form}; lora can")
     if limit != "none":
         parse_size(limit)
+    parse_size(activation_memory)
     expect_outputs(json_file, inputs=[checkpoint, trace])
     expect_there(trace if trace is not None else checkpoint)
     expect_records(records)
@@ -85,6 +89,7 @@ def bench_finetune(
         batch_size=batch_size,
         accumulation=accumulation,
         rank=rank,
+        activation_memory=activation_memory,
     )
     rates = {"read": read_bandwidth(checkpoint), "write": write_bandwidth(checkpoint.parent)}
     console = plain_console()

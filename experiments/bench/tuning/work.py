@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from offload import TuneOptions
+from offload import TuneOptions, parse_size
 
 RATE = 1e-6
 """Learning rate of all: steps are timed, nothing is to be learnt."""
@@ -19,6 +19,7 @@ class Work:
         steps: optimiser steps.
         sequence_length, batch_size, accumulation: rows of a step.
         rank: of adapters.
+        activation_memory: what `lora` and `full` may keep between two experts modules, such as `512MiB`.
     """
 
     checkpoint: str
@@ -29,6 +30,7 @@ class Work:
     batch_size: int = 1
     accumulation: int
     rank: int = 2
+    activation_memory: str = "512MiB"
 
     @property
     def tokens(self) -> int:
@@ -44,6 +46,7 @@ class Work:
             batch_size=self.batch_size,
             accumulation=self.accumulation,
             rank=self.rank,
+            activation_bytes=None if method == "zo" else parse_size(self.activation_memory),
             learning_rate=RATE,
             checkpoint_every=self.steps + 1,
         )

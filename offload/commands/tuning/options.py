@@ -58,7 +58,13 @@ class FinetuneOptions:
     ] = 50
     activation_memory: Annotated[
         str | None,
-        typer.Option("--activation-memory", help="lora, full: a share of memory such as 2GiB; the rest is spilled."),
+        typer.Option(
+            "--activation-memory",
+            help="lora, full: a share of memory such as 2GiB; the rest is spilled or computed again, the same bits.",
+        ),
+    ] = None
+    activation_bits: Annotated[
+        int | None, typer.Option("--activation-bits", help="lora, full: 8 stores activations in float8; not exact.")
     ] = None
     dtype: Annotated[str, typer.Option("--dtype", help=f"Of the running model: {', '.join(DTYPES)}.")] = "auto"
     epsilon: Annotated[float, typer.Option("--epsilon", help="zo: size of a perturbation.")] = 1e-3

@@ -24,7 +24,7 @@ from ...runtime.opening import OpenedCheckpoint
 from ..examples import PackedRows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
-from ..passing.losses import backward_passes
+from ..passing.losses import backward_passes, relative_error
 from ..passing.opening import TunedModel, open_tuned, spilled_activations
 from .expert_adapters import ExpertAdapters, OwnedAdapters, most_used, num_chosen
 
@@ -43,6 +43,8 @@ class Adapters:
         memory: `cache_experts` or `cpu_memory`, as `open_tuned` takes them.
     """
 
+    joins_passes = True
+
     def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: PackedRows, **memory: Any) -> None:
         self._source, self._options, self._rows = source, options, rows
         self._tuned: TunedModel = open_tuned(
@@ -56,6 +58,7 @@ class Adapters:
         others = [value for value in self.peft.parameters() if value.requires_grad]
         self._trained = [*others, *self.of_experts.parameters]
         self._spilled = spilled_activations(self._tuned, out, options)
+        self._is_first = True
         self._optimizer = torch.optim.AdamW(
             self._trained,
             lr=options.rate,
@@ -72,13 +75,35 @@ class Adapters:
 
     def step(self, number: int) -> dict[str, Any]:
         """One step of AdamW on all adapters."""
+        exact = self._exact_gradients(number) if self._is_first and self._is_coded else None
+        self._is_first = False
         loss = self.gradients(number)
+        told = {} if self._spilled is None else self._spilled.as_metrics()
+        if exact is not None:
+            told["gradient_error"] = relative_error(self._gradients, exact)
         norm = torch.nn.utils.clip_grad_norm_(self._trained, self._options.clip_norm or float("inf"))
         for group in self._optimizer.param_groups:
             group["lr"] = self._options.rate_at(number + 1)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return {"loss": loss, "lm_loss": loss, "gradient_norm": norm.item()}
+        return {"loss": loss, "lm_loss": loss, "gradient_norm": norm.item(), **told}
+
+    @property
+    def _is_coded(self) -> bool:
+        return self._spilled is not None and self._spilled.is_coded
+
+    @property
+    def _gradients(self) -> list[torch.Tensor]:
+        return [value.grad for value in self._trained if value.grad is not None]
+
+    def _exact_gradients(self, number: int) -> list[torch.Tensor]:
+        """A step's gradients with activations as they are, to compare those with."""
+        assert self._spilled is not None
+        with self._spilled.exact():
+            self.gradients(number)
+        found = [grad.clone() for grad in self._gradients]
+        self._optimizer.zero_grad()
+        return found
 
     def gradients(self, number: int) -> float:
         """Add a step's gradients to those of the adapters; its loss."""

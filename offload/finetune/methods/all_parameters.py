@@ -26,7 +26,7 @@ from ...runtime.opening import OpenedCheckpoint
 from ..examples import PackedRows
 from ..options import TuneOptions
 from ..passing.experts import Seen, Weights
-from ..passing.losses import backward_passes
+from ..passing.losses import backward_passes, relative_error
 from ..passing.opening import spilled_activations
 from ..storage.gradients import KeptGradients
 from .adamw import AdamVector, AdamW
@@ -57,6 +57,7 @@ class AllParameters(WholeModel):
             parameter.requires_grad_(True)
         self._resident = [AdamVector.begun(value.detach().float().clone()) for value in self._parameters]
         self._spilled = spilled_activations(self._tuned, out, options)
+        self._is_first = True
         self._kept = KeptGradients(GRADIENT_BYTES, out / "experts")
 
     def close(self) -> None:
@@ -68,17 +69,44 @@ class AllParameters(WholeModel):
     def step(self, number: int) -> dict[str, Any]:
         """One step of AdamW on everything."""
         options, self._step = self._options, number + 1
-        loss = backward_passes(self._model, self.experts, self._rows.batches(number, options), self._spilled)
+        exact = self._exact_gradients(number) if self._is_first and self._is_coded else None
+        self._is_first = False
+        loss = self._gradients(number)
+        told = {} if self._spilled is None else self._spilled.as_metrics()
+        if exact is not None:
+            told["gradient_error"] = relative_error(self._resident_gradients, exact)
         norm = self._norm()
         scale = min(1.0, options.clip_norm / (norm + 1e-6)) if options.clip_norm else 1.0
         self._step_resident(scale)
         self._step_experts(scale)
-        return {"loss": loss, "lm_loss": loss, "gradient_norm": norm}
+        return {"loss": loss, "lm_loss": loss, "gradient_norm": norm, **told}
+
+    def _gradients(self, number: int) -> float:
+        """Leave a step's gradients at the parameters and in `_kept`; its loss."""
+        return backward_passes(self._model, self.experts, self._rows.batches(number, self._options), self._spilled)
+
+    @property
+    def _is_coded(self) -> bool:
+        return self._spilled is not None and self._spilled.is_coded
+
+    @property
+    def _resident_gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+    def _exact_gradients(self, number: int) -> list[torch.Tensor]:
+        """A step's gradients outside experts with activations as they are, to compare those with."""
+        assert self._spilled is not None
+        with self._spilled.exact():
+            self._gradients(number)
+        found = self._resident_gradients
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._kept.clear()
+        return found
 
     def _norm(self) -> float:
         """Of all gradients together, summed in float64 in a fixed order."""
-        grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        square = sum(grad.double().square().sum().item() for grad in grads)
+        square = sum(grad.double().square().sum().item() for grad in self._resident_gradients)
         return float((square + self._kept.square()) ** 0.5)
 
     @torch.no_grad()
@@ -101,7 +129,7 @@ class AllParameters(WholeModel):
                 assert key is not None
                 vector = self._vector(*key) if reading is None else reading.result()
                 reading = None if following is None else threads.submit(self._vector, *following)
-                self._adamw.step(vector, self._kept.take(key) * scale, self._step)
+                self._adamw.step(vector, self._kept.take(key).mul_(scale), self._step)
                 if writing is not None:
                     writing.result()
                 writing = threads.submit(self._write_vector, *key, vector, self._step)
@@ -198,4 +226,6 @@ def held_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int:
     layouts = [RecordLayout(form, options.state_bits) for form in opened.forms]
     gradients = sum(4 * layout.num_elements * layout.form.layer.num_experts for layout in layouts)
     passing = max(layout.nbytes + 12 * layout.num_elements for layout in layouts)
-    return 16 * resident + min(GRADIENT_BYTES, gradients) + 3 * passing
+    # once, gradients with exact activations beside those with coded ones
+    of_one = 16 if options.activation_bits is None else 20
+    return of_one * resident + min(GRADIENT_BYTES, gradients) + 3 * passing

@@ -13,7 +13,8 @@ Several processes share a step: each does some of its passes, and all learn ever
 each moves its own copy of the model by the same numbers. An expert that only others touched is moved when it is
 visited here next, by all steps that it has missed, or in the end.
 
-Source: Malladi et al. 2023 (MeZO), arXiv:2305.17333, algorithm 1; Wang et al. 2025 (ZO2), arXiv:2503.12668
+Source: Malladi et al. 2023 (MeZO), arXiv:2305.17333, algorithm 1; Spall 1992, IEEE Transactions on Automatic Control
+37(3), section III, for directions of signs; Wang et al. 2025 (ZO2), arXiv:2503.12668
 (the update of the last step at the next visit); Wang et al. 2025 (DistZO2), arXiv:2507.03211 (processes that share
 perturbations).
 """
@@ -39,6 +40,8 @@ from .whole_model import WholeModel
 ALONE = Alone()
 Pass = tuple[int, int]
 """Which side of the weights, 0 or 1, and which micro-batch."""
+PIECE = 1 << 18
+"""Numbers at a time: 1 MiB in float32, which stays in a core's cache from one operation to the next. Not tuned."""
 RESIDENT = 0
 """In place of a layer's number, which counts from 1 here, in the seeds of everything outside experts."""
 
@@ -53,34 +56,51 @@ class Direction:
     """
 
     def __init__(self, seed: int, step: int, owner: tuple[int, int]) -> None:
-        (word,) = np.random.SeedSequence([seed, step, *owner]).generate_state(1, np.uint64)
-        self._generator = torch.Generator().manual_seed(int(word) >> 1)
+        self._generator = np.random.SFC64(np.random.SeedSequence([seed, step, *owner]))
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Standard normal numbers in float32, of the shape of a tensor."""
-        return torch.randn(tensor.shape, generator=self._generator, dtype=torch.float32)
+        """Signs, 1 or -1 in int8, of the shape of a tensor."""
+        count = tensor.numel()
+        bits = np.unpackbits(self._raw(-(-count // 64)).view(np.uint8), count=count)
+        return torch.from_numpy(bits.view(np.int8)).mul_(2).sub_(1).view(tensor.shape)
 
-    def round(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Round float32 numbers to what weights are stored in, in bfloat16 up or down by chance.
+    def chances(self, count: int) -> torch.Tensor:
+        """Numbers of 16 bits with a sign, each as likely."""
+        return torch.from_numpy(self._raw(-(-count // 4)).view(np.int16)[:count])
 
-        Changes of a step are far smaller than a bfloat16's last bit, and would be lost if they were rounded to the
-        nearest. By chance they arrive on average. The chance is drawn after the directions, from the same seed.
-        """
-        if dtype != torch.bfloat16:
-            return value.to(dtype)
-        chance = torch.randint(0, 1 << 16, value.shape, generator=self._generator, dtype=torch.int32)
-        return ((value.view(torch.int32) + chance) & -(1 << 16)).view(torch.float32).to(dtype)
+    def _raw(self, count: int) -> np.ndarray:
+        found: np.ndarray = self._generator.random_raw(count)
+        return found
 
 
 def perturbed(weight: torch.Tensor, direction: torch.Tensor, epsilon: float) -> torch.Tensor:
     """A weight at a distance along a direction, in its own dtype."""
-    return torch.add(weight.float(), direction, alpha=epsilon).to(weight.dtype)
+    found = torch.empty(weight.shape, dtype=weight.dtype)
+    pieces = zip(*(tensor.reshape(-1).split(PIECE) for tensor in (found, weight, direction)), strict=True)
+    for to, of, along in pieces:
+        to.copy_(of.float().add_(along, alpha=epsilon))
+    return found
 
 
 def moved(weights: Sequence[torch.Tensor], by: Direction, size: float) -> list[torch.Tensor]:
-    """Weights after a step of some size against its direction; all of an owner together, in their order."""
-    found = [torch.add(weight.float(), by.of(weight), alpha=-size) for weight in weights]
-    return [by.round(value, weight.dtype) for value, weight in zip(found, weights, strict=True)]
+    """Weights after a step of some size against its direction; all of an owner together, in their order.
+
+    In bfloat16 they are rounded up or down by chance, which is drawn after the directions. A step changes far less
+    than a bfloat16's last bit, and would be lost if it were rounded to the nearest. By chance it arrives on average.
+    """
+    directions = [by.of(weight) for weight in weights]
+    if weights[0].dtype != torch.bfloat16:
+        return [perturbed(weight, along, -size) for weight, along in zip(weights, directions, strict=True)]
+    found = [torch.empty(weight.shape, dtype=weight.dtype) for weight in weights]
+    for new, weight, direction in zip(found, weights, directions, strict=True):
+        chance = by.chances(weight.numel())
+        pieces = zip(*(tensor.reshape(-1).split(PIECE) for tensor in (new, weight, direction, chance)), strict=True)
+        for to, of, along, odds in pieces:
+            bits = of.float().add_(along, alpha=-size).view(torch.int32)
+            # 0..65535 is added to what bfloat16 cuts off
+            bits.add_(odds).add_(1 << 15).bitwise_and_(-(1 << 16))
+            to.copy_(bits.view(torch.float32))
+    return found
 
 
 class ForwardOnly(WholeModel):

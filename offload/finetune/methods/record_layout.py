@@ -61,13 +61,13 @@ class RecordLayout:
         return [*copies, vector.value, mean_scale, square_scale, mean, square]
 
     def vector(self, data: torch.Tensor) -> AdamVector:
-        """Weights and moments of a record's bytes."""
+        """Weights and moments of a record's bytes, in their place where they are stored as float32."""
         sizes = (self._copy_bytes, 4 * self.num_elements, *self._moment_sizes)
         starts = accumulate(sizes, initial=0)
         _, value, *moments = (data[start:stop] for start, stop in pairwise(starts))
-        numbers = value.view(torch.float32).clone()
+        numbers = value.view(torch.float32)
         if self.state_bits == 32:
-            mean, square = (part.view(torch.float32).clone() for part in moments)
+            mean, square = (part.view(torch.float32) for part in moments)
             return AdamVector(numbers, mean, square)
         mean_scale, square_scale, mean, square = moments
         return AdamVector(

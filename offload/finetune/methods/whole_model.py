@@ -32,6 +32,9 @@ class WholeModel(ABC):
         memory: `cache_experts` or `cpu_memory`, as `open_tuned` takes them.
     """
 
+    # sums are in the order of a resident model's, and of several processes that share passes
+    joins_passes = False
+
     def __init__(
         self,
         source: str | Path,

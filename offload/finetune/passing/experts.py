@@ -6,6 +6,7 @@ once more, with gradients: nothing is routed twice, and no layer keeps more than
 Shapes: T tokens, K experts per token, N routed rows sorted by expert, n rows of one expert, D model width.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,8 @@ import torch
 
 from ...compute.adapters import LowRank
 from ...compute.routed_rows import ExpertSpans
+from ..storage.activations import SpilledActivations
+from ..storage.units import UNIT
 from ..storage.visits import ExpertVisits
 from .lockstep import Lockstep
 
@@ -38,6 +41,10 @@ class Seen:
 
 class Method(Protocol):
     """What a method of fine-tuning does with experts."""
+
+    joins_passes: bool
+    """Whether an expert computes the rows of all passes in one product: they see the same, and nobody needs to know
+    which pass a gradient is from. Sums then have another order than pass by pass."""
 
     def seen(self, layer: int, expert: int, stored: Weights) -> Callable[[int], Seen]:
         """An expert in its slot: called once per visit, gives what each pass sees."""
@@ -89,8 +96,10 @@ class TunedExperts:
     def __init__(self, modules: Sequence[Any], visits: ExpertVisits, lockstep: Lockstep) -> None:
         self.visits, self.lockstep = visits, lockstep
         self.method: Method | None = None
-        self.count_LE = [torch.zeros(slots.num_experts, dtype=torch.int64) for slots in visits.layers]
+        self.count_LE = [torch.zeros(form.layer.num_experts, dtype=torch.int64) for form in visits.forms]
         """Rows that each expert computed; whoever reads the counts sets them to 0."""
+        self.spilled: SpilledActivations | None = None
+        """Takes outputs for decoder layers that are computed again."""
         self._modules = list(modules)
         # whatever needs a gradient further down, a layer's own experts may have parameters of their own
         self._anchor = torch.zeros((), requires_grad=True)
@@ -103,14 +112,44 @@ class TunedExperts:
         out: torch.Tensor = _Experts.apply(hidden_states, top_k_weights, self._anchor, top_k_index, self, layer)
         return out
 
+    def outputs(self, layer: int, call: Call) -> torch.Tensor:
+        """What one pass gets at one experts module; where a decoder layer is computed again, what it got before.
+
+        Raises:
+            RuntimeError: if tokens are routed otherwise than before.
+        """
+        unit = UNIT.get()
+        if unit is not None and unit.is_rerun:
+            expert_TK, out = unit.outputs.pop(0)
+            if not torch.equal(expert_TK, call.expert_TK):
+                raise RuntimeError(f"MoE layer {layer} routes otherwise when it is computed again; nothing is learnt")
+            assert self.spilled is not None
+            return self.spilled.unpack(out)
+        started = time.perf_counter()
+        asked: torch.Tensor = self.lockstep.ask((layer, False), call)
+        if unit is not None:
+            unit.elsewhere_s += time.perf_counter() - started
+            if unit.choice == "recomputed":
+                assert self.spilled is not None
+                # a copy: some families add to it in place
+                unit.outputs.append((call.expert_TK, self.spilled.pack(asked.clone())))
+        return asked
+
     def answer(self, place: Any, calls: Sequence[Call]) -> Sequence[Any]:
         """What all passes get at one experts module: outputs, or the gradients of inputs and weights."""
+        assert self.method is not None
         layer, is_backward = place
-        return self._backward(layer, calls) if is_backward else self._outputs(layer, calls)
+        tokens = [len(call.x_TD) for call in calls]
+        asked = [_joined(calls)] if self.method.joins_passes else calls
+        if is_backward:
+            grads = self._backward(layer, asked)
+            return grads if asked is calls else list(zip(*(grad.split(tokens) for grad in grads[0]), strict=True))
+        outs = self._outputs(layer, asked)
+        return outs if asked is calls else outs[0].split(tokens)
 
     @torch.no_grad()
     def _outputs(self, layer: int, calls: Sequence[Call]) -> list[torch.Tensor]:
-        module, num_experts = self._modules[layer], self.visits.layers[layer].num_experts
+        module, num_experts = self._modules[layer], len(self.count_LE[layer])
         spans = [ExpertSpans(call.expert_TK, num_experts) for call in calls]
         x = [call.x_TD[span.token_N] for call, span in zip(calls, spans, strict=True)]
         outs: list[torch.Tensor | None] = [None] * len(calls)
@@ -130,7 +169,7 @@ class TunedExperts:
 
     def _backward(self, layer: int, calls: Sequence[Call]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         assert self.method is not None
-        module, num_experts = self._modules[layer], self.visits.layers[layer].num_experts
+        module, num_experts = self._modules[layer], len(self.count_LE[layer])
         grads = [RowGradients(call, ExpertSpans(call.expert_TK, num_experts)) for call in calls]
         for expert, seen, numbers in self._visit(layer, [grad.spans for grad in grads]):
             used = []
@@ -188,11 +227,24 @@ class RowGradients:
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of `x_TD` and `weight_TK`."""
-        x_TD = torch.zeros_like(self._call.x_TD)
-        x_TD.index_put_((self.spans.token_N,), self._x_ND, accumulate=True)
+        place_N = torch.empty_like(self._order_N)
+        place_N[self._order_N] = torch.arange(len(place_N))
+        # in the order of experts, each sum rounded, as autograd adds rows to tokens; that is slower by far
+        place_KT = place_N.view(self._call.expert_TK.shape).sort(1)[0].t()
+        x_TD = self._x_ND[place_KT[0]]
+        for place_T in place_KT[1:]:
+            x_TD += self._x_ND[place_T]
         weight_TK = torch.zeros_like(self._call.weight_TK)
         weight_TK.view(-1)[self._order_N] = self._weight_N
         return x_TD, weight_TK
+
+
+def _joined(calls: Sequence[Call]) -> Call:
+    """One call with the tokens of all, one pass after the other."""
+    parts = zip(*((call.x_TD, call.expert_TK, call.weight_TK) for call in calls), strict=True)
+    x_TD, expert_TK, weight_TK = (torch.cat(part) for part in parts)
+    grads = [call.grad_TD for call in calls if call.grad_TD is not None]
+    return Call(x_TD, expert_TK, weight_TK, torch.cat(grads) if grads else None)
 
 
 class _Experts(torch.autograd.Function):
@@ -202,13 +254,14 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Any, weight_TK: Any, anchor: Any, expert_TK: Any, tuned: TunedExperts, layer: int
     ) -> Any:
-        ctx.save_for_backward(x_TD, weight_TK, expert_TK)
-        ctx.tuned, ctx.layer = tuned, layer
-        return tuned.lockstep.ask((layer, False), Call(x_TD, expert_TK, weight_TK))
+        ctx.save_for_backward(x_TD, weight_TK)
+        # ids are kept whatever becomes of activations: what was routed once is not routed again
+        ctx.tuned, ctx.layer, ctx.expert_TK = tuned, layer, expert_TK
+        return tuned.outputs(layer, Call(x_TD, expert_TK, weight_TK))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x_TD, weight_TK, expert_TK = ctx.saved_tensors
-        call = Call(x_TD, expert_TK, weight_TK, grads[0])
+        x_TD, weight_TK = ctx.saved_tensors
+        call = Call(x_TD, ctx.expert_TK, weight_TK, grads[0])
         grad_TD, grad_TK = ctx.tuned.lockstep.ask((ctx.layer, True), call)
         return grad_TD, grad_TK, None, None, None, None

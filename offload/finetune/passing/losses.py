@@ -33,6 +33,13 @@ def share_of_loss(model: Any, token_BS: torch.Tensor, label_BS: torch.Tensor, nu
     return total / num_learnt
 
 
+def relative_error(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
+    """The root of the sum of squared differences, over that of `exact`, of all tensors together."""
+    pairs = [(a.double(), b.double()) for a, b in zip(found, exact, strict=True)]
+    square, of = sum((a - b).square().sum().item() for a, b in pairs), sum(b.square().sum().item() for _, b in pairs)
+    return float((square / of) ** 0.5) if of else 0.0
+
+
 def backward_passes(
     model: Any,
     experts: TunedExperts,
@@ -47,11 +54,13 @@ def backward_passes(
         batches: ids and labels of each micro-batch.
         spilled: takes what autograd keeps; None leaves all of it in memory.
     """
-    if spilled is not None:
-        spilled.begin()
     num_learnt = learnt_tokens([labels for _, labels in batches])
-    passes = [partial(_backward_pass, model, ids, labels, num_learnt, spilled) for ids, labels in batches]
-    return float(sum(experts.lockstep.run(passes, experts.answer)))
+    passes = [
+        partial(_backward_pass, model, ids, labels, num_learnt, spilled, number)
+        for number, (ids, labels) in enumerate(batches)
+    ]
+    with nullcontext() if spilled is None else spilled.step(experts.visits):
+        return float(sum(experts.lockstep.run(passes, experts.answer)))
 
 
 def _backward_pass(
@@ -60,9 +69,10 @@ def _backward_pass(
     label_BS: torch.Tensor,
     num_learnt: int,
     spilled: SpilledActivations | None,
+    number: int,
 ) -> float:
     """One micro-batch in both directions; what it adds to the step's loss."""
-    with torch.enable_grad(), nullcontext() if spilled is None else spilled.hooks():
+    with torch.enable_grad(), nullcontext() if spilled is None else spilled.of_pass(number):
         loss = share_of_loss(model, token_BS, label_BS, num_learnt)
         loss.backward()
     return loss.item()

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
+from routing.ground.quantity import format_size
+
 from ...checkpoint.experts import ExpertLayer, experts_modules
 from ...formats.form import Form
-from ...memory.budget import MemoryPlan, plan_memory
+from ...memory.budget import MemoryPlan, expect_budgets, plan_memory, sufficient_size
 from ...memory.heap import return_large_blocks
 from ...runtime.division import cpu_limit, expect_machine_has
 from ...runtime.needs import memory_needs
@@ -17,7 +20,10 @@ from ...store.io_mode import wants_direct
 from ...store.store import ExpertStore
 from ..options import TuneOptions
 from ..storage.activations import SpilledActivations
+from ..storage.float8 import BYTES_PER_NUMBER
+from ..storage.sweeps import Sweeps
 from ..storage.visits import ExpertVisits
+from .decoder_layers import divide_layers
 from .experts import TunedExperts
 from .lockstep import Lockstep
 
@@ -25,6 +31,8 @@ Overlay = Callable[[Sequence[Form]], list[Form]]
 
 KEPT_ARRAYS = 24
 """Arrays of [T, D] that autograd keeps of one layer outside experts: an estimate from Qwen3-MoE's modules."""
+LEAST_SLOTS = 4
+"""An expert that is computed, and three on their way. Fewer are taken where `cache_experts` says so."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +96,10 @@ def open_tuned(
     opened = replace(opened, forms=forms)
     plan = divide_for_tuning(opened, loading, options, kept_bytes(opened))
     store = ExpertStore(opened.model, forms, is_direct=wants_direct("auto", plan, forms), checksums=None)
-    visits = ExpertVisits(store, plan.num_slots)
+    has_backward = options.method != "zo"
+    # `full` writes experts between two steps: what is read before that would be out of date
+    sweeps = Sweeps(len(forms), is_round_trip=has_backward, crosses_steps=options.method != "full")
+    visits = ExpertVisits(store, sum(plan.num_slots), sweeps)
     modules = list(experts_modules(opened.model).values())
     experts = TunedExperts(modules, visits, Lockstep(options.own_passes))
     opened.model.eval().requires_grad_(False)
@@ -97,11 +108,16 @@ def open_tuned(
 
 def spilled_activations(tuned: TunedModel, out: Path, options: TuneOptions) -> SpilledActivations | None:
     """Where activations go that exceed their share of memory; None if all of them stay."""
-    if options.activation_bytes is None:
+    if options.activation_bytes is None and options.activation_bits is None:
         return None
     out.mkdir(parents=True, exist_ok=True)
     resident = [*tuned.model.parameters(), *tuned.model.buffers()]
-    return SpilledActivations(options.activation_bytes, out, tuned.experts.visits.traffic, resident)
+    limit = inf if options.activation_bytes is None else options.activation_bytes
+    traffic, is_coded = tuned.experts.visits.traffic, options.activation_bits is not None
+    spilled = SpilledActivations(limit, out, traffic, resident, is_coded=is_coded)
+    tuned.experts.spilled = spilled
+    divide_layers(tuned.model, spilled)
+    return spilled
 
 
 def _expect_experts(opened: OpenedCheckpoint, model: str | Path) -> None:
@@ -115,7 +131,7 @@ def _expect_experts(opened: OpenedCheckpoint, model: str | Path) -> None:
 def divide_for_tuning(
     opened: OpenedCheckpoint, loading: LoadOptions, options: TuneOptions, kept_bytes: int
 ) -> MemoryPlan:
-    """Divide the budget: no KV cache, and for each pass what autograd keeps of its layers.
+    """Divide the budget: no KV cache, for each pass what autograd keeps of its layers, and one pool of slots.
 
     Args:
         opened: the model, or its skeleton.
@@ -127,29 +143,49 @@ def divide_for_tuning(
         ValueError: if the budget is too small; the message says which would do.
     """
     needs = memory_needs(opened, loading)
-    activations = needs.activation_bytes + options.own_passes * kept_activation_bytes(opened, options)
+    activations = needs.activation_bytes + kept_activation_bytes(opened, options)
     needs = replace(needs, kv_bytes=0, activation_bytes=activations + kept_bytes)
-    fixed = None
+    slot_bytes, num_experts = [max(opened.slot_bytes_L)], [sum(opened.experts_L)]
     if loading.cache_experts is not None:
-        fixed = [min(loading.cache_experts, count) for count in opened.experts_L]
-    return plan_memory(cpu_limit(loading), needs, opened.slot_bytes_L, opened.experts_L, opened.top_k, fixed)
+        fixed = [sum(min(loading.cache_experts, count) for count in opened.experts_L)]
+        return plan_memory(cpu_limit(loading), needs, slot_bytes, num_experts, LEAST_SLOTS, fixed)
+    try:
+        return plan_memory(cpu_limit(loading), needs, slot_bytes, num_experts, LEAST_SLOTS)
+    except ValueError as error:
+        besides = format_size(sum(vars(needs).values()))
+        enough = sufficient_size(expect_budgets(needs, slot_bytes, num_experts, LEAST_SLOTS).least_bytes)
+        raise ValueError(
+            f"{format_size(cpu_limit(loading))} is too small to fine-tune this model: {besides} are needed besides "
+            f"{LEAST_SLOTS} experts; give at least {enough}, shorter or fewer rows, or less --activation-memory"
+        ) from error
 
 
 def kept_activation_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int:
-    """What one pass holds between two experts modules: its hidden state; with gradients, what autograd keeps, too.
+    """What all passes hold between two experts modules: hidden states; with gradients, what autograd keeps, too.
 
     Of each layer autograd keeps about 16 arrays of the model's width (norms in float32, projections, residuals) and
-    the attention's queries, keys and values. Logits are kept in float32 with their gradient.
+    the attention's queries, keys and values. Logits are in float32 with their gradient, of one pass at a time: each
+    is through with its own before the next one goes on.
     """
     config = opened.config.get_text_config()
     tokens = options.batch_size * options.sequence_length
     width, item = int(config.hidden_size), opened.model.dtype.itemsize
-    logits = 3 * 4 * tokens * int(config.vocab_size)
+    # where passes meet: rows as experts take them, their outputs, their gradients
+    rows = 3 * options.own_passes * tokens * opened.top_k * width * item
+    once = rows + 3 * 4 * tokens * int(config.vocab_size)
     if options.method == "zo":
-        return tokens * width * item * 2 + logits
-    kept = tokens * width * item * KEPT_ARRAYS * int(config.num_hidden_layers)
-    if options.activation_bytes is not None:
-        # of the layer that is computed, everything is in memory; the limit is of all passes together
-        one_layer = tokens * width * item * KEPT_ARRAYS
-        kept = min(kept, one_layer + options.activation_bytes // options.own_passes)
-    return kept + logits
+        return options.own_passes * tokens * width * item * 2 + once
+    one_layer = options.own_passes * tokens * width * item * KEPT_ARRAYS
+    kept = options.own_passes * layer_activation_bytes(opened, options) * int(config.num_hidden_layers)
+    if options.activation_bytes is not None or options.activation_bits is not None:
+        # of the layer that is computed, everything is in memory
+        limit = kept if options.activation_bytes is None else options.activation_bytes
+        kept = min(one_layer * int(config.num_hidden_layers), one_layer + min(kept, limit))
+    return kept + once
+
+
+def layer_activation_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int:
+    """What autograd keeps of one micro-batch in one decoder layer."""
+    width, item = int(opened.config.get_text_config().hidden_size), opened.model.dtype.itemsize
+    in_bytes = item if options.activation_bits is None else min(BYTES_PER_NUMBER, item)
+    return int(options.batch_size * options.sequence_length * width * in_bytes * KEPT_ARRAYS)

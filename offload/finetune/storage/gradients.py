@@ -37,13 +37,20 @@ class KeptGradients:
         self._file.close()
         self._here.clear()
 
+    def clear(self) -> None:
+        """Forget every gradient."""
+        self._here.clear()
+        self._there.clear()
+        self._squares.clear()
+        self._held_bytes = self._end = 0
+
     def keep(self, key: Key, grad: torch.Tensor) -> None:
         """Keep an expert's gradient.
 
         Raises:
             OSError: if the disk is full.
         """
-        self._squares[key] = grad.double().square().sum().item()
+        self._squares[key] = grad.double().square_().sum().item()
         if self._held_bytes + grad.nbytes <= self._limit_bytes:
             self._here[key] = grad
             self._held_bytes += grad.nbytes

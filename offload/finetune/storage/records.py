@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from xxhash import xxh3_64_hexdigest
+from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from ...checkpoint.tensors import TensorEntry, read_into
 from ...formats.form import BLOCK_BYTES
@@ -97,13 +97,16 @@ class ExpertRecords:
             OSError: if the disk is full, or cannot be written to.
         """
         file, key = self._files[layer], (layer, expert)
-        data = torch.cat([part.detach().reshape(-1).view(torch.uint8) for part in parts]).numpy()
-        assert data.nbytes == file.nbytes
+        pieces = [memoryview(part.detach().reshape(-1).view(torch.uint8).numpy()) for part in parts]
+        assert sum(map(len, pieces)) == file.nbytes
         before, committed = self._now.get(key), self._committed.get(key)
         is_ours = before is not None and before != committed
         number = before.number if before is not None and is_ours else self._take(file)
-        _write_at(file, number * file.stride, memoryview(data))
-        self._now[key] = Place(number, step, xxh3_64_hexdigest(data))
+        found = xxh3_64()
+        for piece in pieces:
+            found.update(piece)
+        _write_at(file, number * file.stride, pieces)
+        self._now[key] = Place(number, step, found.hexdigest())
         self.bytes_written += file.nbytes
 
     def read(self, layer: int, expert: int) -> torch.Tensor:
@@ -170,11 +173,14 @@ def _open(path: Path, nbytes: int) -> _LayerFile:
     return _LayerFile(path, descriptor, nbytes, -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES)
 
 
-def _write_at(file: _LayerFile, offset: int, data: memoryview) -> None:
+def _write_at(file: _LayerFile, offset: int, pieces: Sequence[memoryview]) -> None:
     """Write a record, and extend the file to the end of its last block, so that whole blocks can be read."""
-    write_all(file.descriptor, data, offset)
-    if os.fstat(file.descriptor).st_size < offset + file.stride:
-        os.ftruncate(file.descriptor, offset + file.stride)
+    end = offset + file.stride
+    for piece in pieces:
+        write_all(file.descriptor, piece, offset)
+        offset += len(piece)
+    if os.fstat(file.descriptor).st_size < end:
+        os.ftruncate(file.descriptor, end)
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
