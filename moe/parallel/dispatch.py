@@ -118,10 +118,8 @@ def dispatch(
     x_MD = _Exchange.apply(x_TD[way.token_N], way.sent, way.received, group)
     weight_MK = _Exchange.apply(weight_NK, way.sent, way.received, group)
     if traffic is not None:
-        row_bytes = 2 * x_TD.shape[1] * x_TD.element_size() + way.num_slots * (ID_BYTES + weight_TK.element_size())
-        pair_G = torch.bincount(rank_TK.flatten(), minlength=group.size() + 1)[: group.size()]
-        traffic.note(torch.tensor(way.sent), pair_G, row_bytes, int((id_MK != empty_id).sum()))
-    y_MD = _computed(compute, x_MD, id_MK, weight_MK, empty_id)
+        note(traffic, way, x_TD, rank_TK, weight_TK, int((id_MK != empty_id).sum()))
+    y_MD = computed(compute, x_MD, id_MK, weight_MK, empty_id)
     y_ND = _Exchange.apply(y_MD, way.received, way.sent, group)
     return added(y_ND, way).to(x_TD.dtype)
 
@@ -141,7 +139,16 @@ def added(y_ND: Tensor, way: Way) -> Tensor:
     return torch.cat([y_ND, y_ND.new_zeros(1, y_ND.shape[1])])[way.place_TJ].sum(dim=1)
 
 
-def _computed(compute: Compute, x_MD: Tensor, id_MK: Tensor, weight_MK: Tensor, empty_id: int) -> Tensor:
+def note(traffic: Traffic, way: Way, x_TD: Tensor, rank_TK: Tensor, weight_TK: Tensor, computed_rows: int) -> None:
+    """Count a dispatch of these tokens, of which this process computed so many (token, expert) pairs."""
+    G = len(way.sent)
+    row_bytes = 2 * x_TD.shape[1] * x_TD.element_size() + way.num_slots * (ID_BYTES + weight_TK.element_size())
+    pair_G = torch.bincount(rank_TK.flatten(), minlength=G + 1)[:G]
+    traffic.note(torch.tensor(way.sent), pair_G, row_bytes, computed_rows)
+
+
+def computed(compute: Compute, x_MD: Tensor, id_MK: Tensor, weight_MK: Tensor, empty_id: int) -> Tensor:
+    """What experts compute of rows, of which there may be none."""
     if len(x_MD):
         return compute(x_MD, id_MK, weight_MK)
     # a row of nothing keeps the experts in the graph, so that no process leaves the others waiting in backward

@@ -4,6 +4,9 @@ A layer is a few steps between which a part waits for its rows. `weave` goes rou
 that a part's rows are on their way while the others have their steps. All processes go round in the same order. What is
 computed does not depend on the order, so bits are those of one part after the other.
 
+Backward is woven by itself: autograd takes the last step first, and a gradient that begins to travel where rows landed
+lands where they began to travel.
+
 Source: the aims are TokenWeave's (Gond et al. 2025, arXiv:2505.11329) and Comet's (Zhang et al. 2025,
 arXiv:2502.19811); their kernels, which share a GPU between both, are not here.
 
@@ -12,11 +15,13 @@ Shapes: T tokens of a part, K slots, D model width, N rows that this process sen
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import torch
-from torch import Tensor, distributed
+from torch import Tensor, autograd, distributed
 
-from .dispatch import Compute, added, slots_of, ways
+from .dispatch import Compute, added, computed, note, slots_of, ways
+from .traffic import Traffic
 
 Steps = Generator[None, None, Tensor]
 """Stops where rows travel; returns its result."""
@@ -37,17 +42,61 @@ class Wire:
 
     def begin(self, row_ND: Tensor, sent: Sequence[int], received: Sequence[int]) -> Callable[[], Tensor]:
         """Send rows, ordered by process; calling what is returned waits for those that come."""
-        row_ND = row_ND.contiguous()
-        row_MD = row_ND.new_empty(sum(received), *row_ND.shape[1:])
-        work = distributed.all_to_all_single(row_MD, row_ND, list(received), list(sent), group=self.rows, async_op=True)
+        flight = _Flight(list(sent), list(received), self.rows)
+        return partial(_Land.apply, _Depart.apply(row_ND, flight), flight)
 
-        def landed() -> Tensor:
-            work.wait()
-            # until then the sender reads it
-            _ = row_ND
-            return row_MD
 
-        return landed
+class _Flight:
+    """Rows on their way in forward, and their gradients on the way back.
+
+    Args:
+        sent, received: rows to and from each process, in forward.
+        group: the processes.
+    """
+
+    def __init__(self, sent: list[int], received: list[int], group: distributed.ProcessGroup) -> None:
+        self.sent, self.received, self.group = sent, received, group
+
+    def begin(self, row_ND: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Where the rows of others will be."""
+        self._read = row_ND = row_ND.contiguous()  # kept: it is read until the rows have landed
+        self.row_MD = row_ND.new_empty(sum(received), *row_ND.shape[1:])
+        self._work = distributed.all_to_all_single(self.row_MD, row_ND, received, sent, group=self.group, async_op=True)
+        return self.row_MD
+
+    def wait(self) -> Tensor:
+        """The rows of others."""
+        self._work.wait()
+        row_MD = self.row_MD
+        del self._read, self._work, self.row_MD
+        return row_MD
+
+
+class _Depart(autograd.Function):
+    """Rows begin to travel; in backward their gradients have landed."""
+
+    @staticmethod
+    def forward(ctx: Any, row_ND: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.begin(row_ND, flight.sent, flight.received)
+
+    @staticmethod
+    def backward(ctx: Any, _grad_MD: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.wait(), None
+
+
+class _Land(autograd.Function):
+    """Rows have landed; in backward their gradients begin to travel."""
+
+    @staticmethod
+    def forward(ctx: Any, _row_MD: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.begin(grad_MD, ctx.flight.received, ctx.flight.sent)
+        return grad_MD, None
 
 
 def in_steps(
@@ -59,12 +108,13 @@ def in_steps(
     wire: Wire,
     *,
     empty_id: int,
+    traffic: Traffic | None = None,
 ) -> Steps:
-    """`dispatch` of one part of the tokens, which stops where it would wait; without gradient.
+    """`dispatch` of one part of the tokens, which stops where it would wait.
 
     Args:
         x_TD: this process's tokens of the part.
-        rank_TK, local_TK, weight_TK, compute, empty_id: as for `dispatch`.
+        rank_TK, local_TK, weight_TK, compute, empty_id, traffic: as for `dispatch`.
         wire: how rows travel.
 
     Returns:
@@ -75,13 +125,14 @@ def in_steps(
     flights = [wire.begin(rows, way.sent, way.received) for rows in sent]
     yield
     x_MD, id_MK, weight_MK = (landed() for landed in flights)
-    y_MD = compute(x_MD, id_MK.long(), weight_MK) if len(x_MD) else x_MD
+    if traffic is not None:
+        note(traffic, way, x_TD, rank_TK, weight_TK, int((id_MK != empty_id).sum()))
+    y_MD = computed(compute, x_MD, id_MK.long(), weight_MK, empty_id)
     back = wire.begin(y_MD, way.received, way.sent)
     yield
     return added(back(), way).to(x_TD.dtype)
 
 
-@torch.no_grad()
 def weave(parts: Sequence[Steps]) -> list[Tensor]:
     """The results of all parts, a step of each in turn; one part at a time is `weave` of each alone."""
     found: dict[int, Tensor] = {}
