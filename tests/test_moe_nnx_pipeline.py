@@ -122,7 +122,8 @@ class Own(linen.Module):
     @linen.compact
     def __call__(self, tokens):
         x = linen.Embed(32, 16)(tokens)
-        x = x + linen.SelfAttention(num_heads=4)(linen.LayerNorm()(x), linen.make_causal_mask(tokens))
+        attend = linen.MultiHeadDotProductAttention(num_heads=4)
+        x = x + attend(linen.LayerNorm()(x), mask=linen.make_causal_mask(tokens))
         return linen.Dense(32)(x + linen.Dense(16)(linen.gelu(linen.Dense(64)(linen.LayerNorm()(x)))))
 
 def own(mesh):

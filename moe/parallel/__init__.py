@@ -18,7 +18,7 @@ from .shard import Split, expect_splittable, split
 from .slicing import SlicedExperts, slice_of
 from .staying import Crossing, Here, go_on
 from .traffic import Traffic
-from .woven import Steps, Wire, in_steps, weave
+from .woven import Steps, Wire, in_steps, stagger, weave
 
 __all__ = [
     "BY_TIME",
@@ -53,6 +53,7 @@ __all__ = [
     "place_experts",
     "slice_of",
     "split",
+    "stagger",
     "step_floor",
     "weave",
 ]

@@ -70,12 +70,28 @@ class Way:
 
 def ways(rank_TK: Tensor, group: distributed.ProcessGroup) -> Way:
     """Which rows go where, once for each process among a token's slots; tells the others how many to expect."""
-    (T, K), G = rank_TK.shape, group.size()
-    is_sent_TG = rank_TK.new_zeros(T, G + 1, dtype=torch.bool).scatter_(1, rank_TK, True)[:, :G]
-    target_N, token_N = is_sent_TG.T.nonzero(as_tuple=True)
-    sent_G2 = torch.stack([is_sent_TG.sum(dim=0), rank_TK.new_full((G,), K)], dim=1)
+    sent_G2 = sent_counts(rank_TK, group.size())
     received_G2 = torch.empty_like(sent_G2)
     distributed.all_to_all_single(received_G2, sent_G2, group=group)
+    return way_of(rank_TK, sent_G2, received_G2)
+
+
+def sent_counts(rank_TK: Tensor, processes: int) -> Tensor:
+    """[G, 2] what a process tells each other one: rows that it will send, and its K."""
+    sent_G = _is_sent_TG(rank_TK, processes).sum(dim=0)
+    return torch.stack([sent_G, torch.full_like(sent_G, rank_TK.shape[1])], dim=1)
+
+
+def _is_sent_TG(rank_TK: Tensor, processes: int) -> Tensor:
+    T, G = len(rank_TK), processes
+    return rank_TK.new_zeros(T, G + 1, dtype=torch.bool).scatter_(1, rank_TK, True)[:, :G]
+
+
+def way_of(rank_TK: Tensor, sent_G2: Tensor, received_G2: Tensor) -> Way:
+    """Which rows go where, from what processes told each other."""
+    (T, K), G = rank_TK.shape, len(sent_G2)
+    is_sent_TG = _is_sent_TG(rank_TK, G)
+    target_N, token_N = is_sent_TG.T.nonzero(as_tuple=True)
     place_TJ = rank_TK.new_full((T, min(K, G)), len(token_N))
     column_TG = is_sent_TG.cumsum(dim=1) - 1
     place_TJ[token_N, column_TG[token_N, target_N]] = torch.arange(len(token_N), device=rank_TK.device)

@@ -1,8 +1,12 @@
 """Parts of the tokens woven: while the rows of one part travel, the experts of another part compute.
 
-A layer is a few steps between which a part waits for its rows. `weave` goes round the parts, a step of each in turn, so
-that a part's rows are on their way while the others have their steps. All processes go round in the same order. What is
-computed does not depend on the order, so bits are those of one part after the other.
+A layer is three steps, after each of which a part waits for others: how many rows will come, the rows, and what became
+of its own. All processes take the steps of all parts in the same order. What is computed does not depend on it, so bits
+are those of one part after the other.
+
+There are two orders. `weave` has all parts at the same step; it is for one layer, or for fewer than four parts.
+`stagger` has them at different steps, so that one computes in each slot of time while what the others wait for travels.
+With four parts each of the three waits of a layer has a computation of its own to hide behind.
 
 Backward is woven by itself: autograd takes the last step first, and a gradient that begins to travel where rows landed
 lands where they began to travel.
@@ -16,15 +20,19 @@ Shapes: T tokens of a part, K slots, D model width, N rows that this process sen
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
+import torch
 from torch import Tensor, autograd, distributed
 
-from .dispatch import Compute, added, computed, note, slots_of, ways
+from .dispatch import Compute, added, computed, note, sent_counts, slots_of, way_of
 from .traffic import Traffic
 
 Steps = Generator[None, None, Tensor]
-"""Stops where rows travel; returns its result."""
+"""Stops where something travels, three times per layer; returns its result."""
+STEPS = 3
+"""Of a layer: counts of rows begin to travel, rows, results."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +47,18 @@ class Wire:
 
     rows: distributed.ProcessGroup
     counts: distributed.ProcessGroup
+
+    def begin_counts(self, sent_G2: Tensor) -> Callable[[], Tensor]:
+        """Say how many rows will be sent; calling what is returned waits for what the others said."""
+        received_G2 = torch.empty_like(sent_G2)
+        work = distributed.all_to_all_single(received_G2, sent_G2, group=self.counts, async_op=True)
+
+        def landed() -> Tensor:
+            work.wait()
+            _ = sent_G2  # read until then
+            return received_G2
+
+        return landed
 
     def begin(self, row_ND: Tensor, sent: Sequence[int], received: Sequence[int]) -> Callable[[], Tensor]:
         """Send rows, ordered by process; calling what is returned waits for those that come."""
@@ -120,7 +140,10 @@ def in_steps(
     Returns:
         Steps; their result is [T, D], the weighted sums.
     """
-    way = ways(rank_TK, wire.counts)
+    sent_G2 = sent_counts(rank_TK, wire.rows.size())
+    counted = wire.begin_counts(sent_G2)
+    yield
+    way = way_of(rank_TK, sent_G2, counted())
     sent = (x_TD[way.token_N], *slots_of(way, rank_TK, local_TK, weight_TK, empty_id))
     flights = [wire.begin(rows, way.sent, way.received) for rows in sent]
     yield
@@ -137,10 +160,33 @@ def weave(parts: Sequence[Steps]) -> list[Tensor]:
     """The results of all parts, a step of each in turn; one part at a time is `weave` of each alone."""
     found: dict[int, Tensor] = {}
     while len(found) < len(parts):
-        for number, steps in enumerate(parts):
-            if number not in found:
-                try:
-                    next(steps)
-                except StopIteration as end:
-                    found[number] = end.value
+        for number in range(len(parts)):
+            _go_on(parts, number, found)
     return [found[number] for number in range(len(parts))]
+
+
+def stagger(parts: Sequence[Steps]) -> list[Tensor]:
+    """The results of all parts, each a slot of time behind the one before.
+
+    In a slot one part computes, the one before it adds up what it computed a slot ago and says its next counts, and the
+    one before that sends its rows.
+    """
+    found: dict[int, Tensor] = {}
+    cycle = max(len(parts), STEPS)
+    for slot in count():
+        for lag in range(STEPS):
+            number = (slot - lag) % cycle
+            if number < min(slot, len(parts)):
+                _go_on(parts, number, found)
+        if len(found) == len(parts):
+            break
+    return [found[number] for number in range(len(parts))]
+
+
+def _go_on(parts: Sequence[Steps], number: int, found: dict[int, Tensor]) -> None:
+    """One more step of a part that is not done; its result, if that was the last one."""
+    if number not in found:
+        try:
+            next(parts[number])
+        except StopIteration as end:
+            found[number] = end.value
