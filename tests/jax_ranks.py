@@ -48,7 +48,9 @@ def pipeline_of(mesh: str | None, folder: Path) -> list[float]:
 
     random = np.random.default_rng(1)
     examples = [(random.normal(size=6).astype(np.float32), number % 3) for number in range(12)]
-    params = {name: jnp.asarray(random.normal(size=shape), jnp.float32) for name, shape in (("a", (6, 8)), ("b", (8, 3)))}
+    params = {
+        name: jnp.asarray(random.normal(size=shape), jnp.float32) for name, shape in (("a", (6, 8)), ("b", (8, 3)))
+    }
 
     def collate(chosen: Any) -> dict[str, np.ndarray]:
         return {"x": np.stack([x for x, _ in chosen]), "label": np.array([label for _, label in chosen])}

@@ -1,10 +1,10 @@
 """Degrees: whether tokens travel to experts or experts to tokens, chosen for every step, while no parameter moves.
 
 Every process has the same E / W experts of a bank for good. Under the expert degree d, d neighbours are a row: they
-send tokens to each other. The W / d processes at the same place of all rows lend each other their experts before a call,
-so that each has all of them for it, and once more in backward; gradients are summed where the experts came from. So d =
-W sends tokens only, d = 1 lends experts only, and a change of degree is a change of groups. At most one layer's experts
-are lent at a time.
+send tokens to each other. The W / d processes at the same place of all rows lend each other their experts before a
+call, so that each has all of them for it, and once more in backward; gradients are summed where the experts came from.
+So d = W sends tokens only, d = 1 lends experts only, and a change of degree is a change of groups. At most one layer's
+experts are lent at a time.
 
 Source: Hwang et al. 2023 (Tutel), arXiv:2206.03382, section 3: adaptive parallelism and adaptive pipelining, on one
 layout of parameters and gradients.

@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..model.experts import Experts
 from ..parts.mesh import partition
 
-
 Rule = Callable[[tuple[str, ...], tuple[int, ...], Mesh], PartitionSpec]
 """How a parameter is split, from the names of its path, its shape, and the mesh."""
 

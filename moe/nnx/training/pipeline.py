@@ -1,7 +1,7 @@
-"""A model of one's own on many devices, from three functions: examples to a batch, a batch to a loss, a batch to answers.
+"""A model of one's own on many devices, from three functions: for a batch of examples, its loss, and its answers.
 
-Nothing in the three functions knows of devices. Parameters are split by a rule that looks at names and shapes, batches by
-their first axis, and XLA inserts the communication; loss and gradients are those of one device, but for rounding.
+Nothing in the three functions knows of devices. Parameters are split by a rule that looks at names and shapes, batches
+by their first axis, and XLA inserts the communication; loss and gradients are those of one device, but for rounding.
 
 Source: Tan et al. 2023 (Redco), arXiv:2310.16355, section 3.
 
@@ -132,8 +132,8 @@ class Pipeline:
             chosen = list(examples[start : start + batch_size])
             filled = [*chosen, *[chosen[-1]] * (batch_size - len(chosen))]
             found = self._predict(self._state.params, place_examples(self._collate(filled), self._mesh))
-            parts.append(jax.tree.map(lambda leaf, count=len(chosen): whole_array(leaf)[:count], found))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+            parts.append(jax.tree.map(whole_array, found))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(examples)], *parts)
 
     def save(self, path: Path) -> None:
         """Write parameters, moments and the number of steps as safetensors; any mesh reads them."""
