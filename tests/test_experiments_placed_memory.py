@@ -1,4 +1,4 @@
-"""A model that is larger than each of two processes may be: two serve it, and one with resident weights cannot load it."""
+"""A model larger than each of two processes may be: both serve it, and one with resident weights cannot load it."""
 
 import json
 import shutil

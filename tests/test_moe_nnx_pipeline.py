@@ -1,4 +1,4 @@
-"""The pipeline of three functions: by hand on one device; on four, loss and gradients of one, for any model and ours."""
+"""The pipeline of three functions: by hand on one device; on four devices, loss and gradients of one."""
 
 import os
 import subprocess
@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax", reason="needs the extra expertier[jax]")
+pytest.importorskip("jax", reason="needs the extra expertier[jax]")
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -148,7 +149,8 @@ def ours(mesh):
 def pipeline(build, mesh):
     params, loss, predict, rule = build(mesh)
     # with this rate a step subtracts the gradient itself
-    return Pipeline(params, collate=np.stack, loss=loss, predict=predict, optimizer=optax.sgd(1.0), mesh=mesh, rule=rule)
+    functions = dict(collate=np.stack, loss=loss, predict=predict)
+    return Pipeline(params, **functions, optimizer=optax.sgd(1.0), mesh=mesh, rule=rule)
 
 def after_a_step(one):
     before = jax.tree.map(np.asarray, one.params)
