@@ -133,7 +133,7 @@ class _Loan:
 
     Args:
         own: this process's parameters; the first axis is that of experts.
-        lenders: the group.
+        lenders: processes that have other experts of the same layer, this one included; two or more.
     """
 
     def __init__(self, own: Sequence[Tensor], lenders: distributed.ProcessGroup) -> None:

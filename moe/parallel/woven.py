@@ -71,7 +71,7 @@ class _Flight:
 
     Args:
         sent, received: rows to and from each process, in forward.
-        group: the processes.
+        group: processes that exchange rows, this one included.
     """
 
     def __init__(self, sent: list[int], received: list[int], group: distributed.ProcessGroup) -> None:

@@ -37,7 +37,7 @@ def facts(degree: Degree, rows: int, seconds: float) -> dict[str, Any]:
     """What the metrics of a step say of its degree.
 
     Args:
-        degree: of the step.
+        degree: under which the step reached its experts.
         rows: that the busiest process would compute if only tokens travelled, summed over layers.
         seconds: that the slowest process took.
     """
@@ -85,7 +85,7 @@ class Taken:
     Args:
         rows: of the busiest process, in the middle of the bucket.
         degree: which.
-        processes: of the steps.
+        processes: that did the steps together.
         steps: how many.
         seconds: of a step, the median.
     """
