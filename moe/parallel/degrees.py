@@ -1,15 +1,15 @@
 """Degrees: whether tokens travel to experts or experts to tokens, chosen for every step, while no parameter moves.
 
-Every process has the same E / W experts of a bank for good. Under the expert degree d, d neighbours are a row: they
-send tokens to each other. The W / d processes at the same place of all rows lend each other their experts before a
+Every process has the same E / G experts of a bank for good. Under the expert degree d, d neighbours are a row: they
+send tokens to each other. The G / d processes at the same place of all rows lend each other their experts before a
 call, so that each has all of them for it, and once more in backward; gradients are summed where the experts came from.
-So d = W sends tokens only, d = 1 lends experts only, and a change of degree is a change of groups. At most one layer's
+So d = G sends tokens only, d = 1 lends experts only, and a change of degree is a change of groups. At most one layer's
 experts are lent at a time.
 
 Source: Hwang et al. 2023 (Tutel), arXiv:2206.03382, section 3: adaptive parallelism and adaptive pipelining, on one
 layout of parameters and gradients.
 
-Shapes: T tokens, K slots, D model width, E experts, W processes.
+Shapes: T tokens, K slots, D model width, E experts, G processes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -83,8 +83,8 @@ class DegreeDispatch(RankDispatch):
         self.traffic = self._bank.traffic = Traffic(num_ranks=group.size(), rank=group.rank())
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        S, W, d = self.num_local_experts, self.ep_mesh.size(), self._degree.expert
-        owner_TK, is_empty_TK, empty_id = top_k_index // S, top_k_index >= S * W, S * (W // d)
+        S, G, d = self.num_local_experts, self.ep_mesh.size(), self._degree.expert
+        owner_TK, is_empty_TK, empty_id = top_k_index // S, top_k_index >= S * G, S * (G // d)
         # a place of a row has the experts of every d-th process
         rank_TK = torch.where(is_empty_TK, d, owner_TK % d)
         local_TK = torch.where(is_empty_TK, empty_id, owner_TK // d * S + top_k_index % S)
