@@ -39,6 +39,42 @@ def losses_of(mesh: str | None, folder: Path) -> list[float]:
     return [*losses, float(trainer.step(token_ABS, 1e-2, 2).loss)]
 
 
+def pipeline_of(mesh: str | None, folder: Path) -> list[float]:
+    """Losses and answers of a model of one's own; `folder` has the state after two steps."""
+    import jax.numpy as jnp
+    import optax
+
+    from moe.nnx import Pipeline, parse_mesh
+
+    random = np.random.default_rng(1)
+    examples = [(random.normal(size=6).astype(np.float32), number % 3) for number in range(12)]
+    params = {
+        name: jnp.asarray(random.normal(size=shape), jnp.float32) for name, shape in (("a", (6, 8)), ("b", (8, 3)))
+    }
+
+    def collate(chosen: Any) -> dict[str, np.ndarray]:
+        return {"x": np.stack([x for x, _ in chosen]), "label": np.array([label for _, label in chosen])}
+
+    def scores(params: Any, batch: Any) -> Any:
+        return jnp.tanh(batch["x"] @ params["a"]) @ params["b"]
+
+    def loss(params: Any, batch: Any, key: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(scores(params, batch), batch["label"]).mean()
+
+    pipeline = Pipeline(
+        params,
+        collate=collate,
+        loss=loss,
+        predict=scores,
+        optimizer=optax.adam(1e-2),
+        mesh=None if mesh is None else parse_mesh(mesh),
+    )
+    losses = pipeline.fit(examples, batch_size=4, epochs=2)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline.save(folder / "pipeline.safetensors")
+    return [*losses, *pipeline.predict(examples, batch_size=8).ravel().tolist()]
+
+
 def main() -> None:
     place = Path(os.environ["RANKS_FOLDER"])
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -47,6 +83,7 @@ def main() -> None:
 
     jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", num_processes=count, process_id=rank)
     found: dict[str, Any] = {mesh: losses_of(mesh, Path(sys.argv[1]) / mesh) for mesh in MESHES}
+    found["pipeline"] = pipeline_of("data=2,tensor=2", Path(sys.argv[1]) / "pipeline")
     if rank == 0:
         (place / "found.json").write_text(json.dumps(found))
     jax.distributed.shutdown()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from experiments.train.corpus import BatchOrder, Corpus, windows
 from experiments.train.distributed.checkpoint import load_parts, save_parts
@@ -20,7 +21,7 @@ from experiments.train.presets import TrainConfig
 from experiments.train.torch_run import build_model, seed_noise
 from experiments.variants.catalogue import model_overrides
 from moe import ARCHITECTURES, MoEConfig, MoEForCausalLM
-from moe.parallel import Layout, average_gradients, expect_splittable
+from moe.parallel import Degree, Layout, average_gradients, degrees, expect_splittable
 from routing import ROUTERS
 
 CPU = torch.device("cpu")
@@ -110,6 +111,57 @@ def worst_difference(config: TrainConfig, layout: Layout, spoil: Callable[[Parts
     return [abs(seen.loss - loss) / abs(loss), worst, where]
 
 
+def degree_differences(names: list[str]) -> dict[str, Any]:
+    """`worst_difference` of every degree that so many processes can choose."""
+    layout, found = Layout.parse("auto", distributed.get_world_size()), {}
+    for name in names:
+        for degree in degrees(layout.processes):
+            found[f"{name} {degree}"] = worst_difference(
+                config_of(cases()[name]), layout, lambda parts, degree=degree: parts.split.take(degree)
+            )
+    return found
+
+
+def changing_degrees(model: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Losses of six steps under changing degrees, saved and read after three, and under one degree."""
+    layout = Layout.parse("auto", distributed.get_world_size())
+    choices = degrees(layout.processes)
+    one, many, again = (build_parts(config_of(model), corpus_of(), layout, CPU) for _ in range(3))
+    alone = [distributed_step(one, number, choices[0])["loss"] for number in range(6)]
+    found = [distributed_step(many, number, choices[number % len(choices)])["loss"] for number in range(3)]
+    if distributed.get_rank() == 0:
+        folder.mkdir()
+    distributed.barrier()
+    save_parts(folder, 3, many.model, many.optimizer)
+    load_parts(folder, again.model, again.optimizer)
+    after = [distributed_step(again, number, choices[-number % len(choices)])["loss"] for number in range(3, 6)]
+    return {"alone": alone, "changing": found + after}
+
+
+def lent(model: dict[str, Any]) -> dict[str, list[int]]:
+    """How many of the tensors that processes gathered of each other are still there, and how many there were."""
+    parts = build_parts(config_of(model), corpus_of(), Layout.parse("auto", distributed.get_world_size()), CPU)
+    parts.split.take(Degree(expert=1))
+    gathered: list[StorageWeakRef] = []
+
+    def watched(outputs: list[Tensor], *given: Any, **options: Any) -> Any:
+        gathered.append(StorageWeakRef(outputs[0].untyped_storage()))
+        return all_gather(outputs, *given, **options)
+
+    def found() -> list[int]:
+        return [sum(not storage.expired() for storage in gathered), len(gathered)]
+
+    token_BS = torch.zeros(2, 16, dtype=torch.int64)
+    all_gather, distributed.all_gather = distributed.all_gather, watched
+    try:
+        loss = parts.model(token_BS, labels=token_BS, use_cache=False).loss
+        forward = found()
+        loss.backward()
+        return {"forward": forward, "backward": found()}
+    finally:
+        distributed.all_gather = all_gather
+
+
 def refused(model: dict[str, Any], layout: Layout) -> str | None:
     try:
         with torch.device("meta"):
@@ -196,6 +248,8 @@ def two(folder: Path) -> dict[str, Any]:
     found["float32"] = equalities(["expert=2"], ["rmoe"])
     found["states"] = states(["loss_free"], Layout(expert=2)) | states(["peer"], Layout(data=2))
     uneven = config_of(cases()["deepseek_v3"], accumulation=3)
+    found["degrees"] = degree_differences(["moepp"])
+    found["lent"] = lent(cases()["remoe"])
     found["uneven"] = worst_difference(uneven, Layout(expert=2))
     found["saved"] = save_and_go_on(model, Layout(expert=2), folder / "two")
     found["without expert parallelism"] = go_on(model, Layout(data=2), folder / "two")
@@ -218,8 +272,9 @@ def every(folder: Path) -> dict[str, Any]:
 def four(folder: Path) -> dict[str, Any]:
     names, model = ["rmoe", "deepseek_v3", "moepp", "tied"], cases()["rmoe"]
     layouts = ["data=4", "data=2,expert=2", "expert=4"]
-    found = {"float32": equalities(layouts, names)}
+    found = {"float32": equalities(layouts, names), "degrees": degree_differences(["moepp", "remoe"])}
     found["spoiled"] = worst_difference(config_of(model), Layout(data=2, expert=2), spoil_divisor)
+    found["changing"] = changing_degrees(model, folder / "changing")
     found["from two"] = go_on(model, Layout(data=2, expert=2), folder / "two")
     found["saved"] = save_and_go_on(model, Layout(data=2, expert=2), folder / "four")
     return found

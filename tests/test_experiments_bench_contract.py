@@ -122,8 +122,8 @@ def redden_offload(monkeypatch):
 
 def redden_overlap(monkeypatch):
     overlap = importlib.import_module("experiments.placed.overlap")
-    right = overlap.Halves.woven
-    monkeypatch.setattr(overlap.Halves, "woven", lambda *given: [1.1 * one for one in right(*given)])
+    right = overlap.TokenParts.woven
+    monkeypatch.setattr(overlap.TokenParts, "woven", lambda *given: [1.1 * one for one in right(*given)])
 
 
 def redden_placement(monkeypatch):

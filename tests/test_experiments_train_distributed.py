@@ -48,6 +48,10 @@ def check_equalities(subtests, found):
             with subtests.test(f"{name} in {dtype}"):
                 assert one[0] <= loss_limit
                 assert one[1] <= gradient_limit, one[2]
+    for name, one in found.get("degrees", {}).items():
+        with subtests.test(name):
+            assert one[0] <= 1e-6
+            assert one[1] <= 2e-6, one[2]
     for name, is_equal in found.get("states", {}).items():
         with subtests.test(f"routers of {name} are equal on all processes"):
             assert is_equal
@@ -67,6 +71,9 @@ def test_two_processes_train_as_one_and_resume(tmp_path, subtests):
     assert not check_equalities(subtests, two)
     with subtests.test("three micro-batches on two processes"):
         assert two["uneven"][1] <= 2e-6
+    with subtests.test("experts are lent in forward and again in backward, and nothing keeps them"):
+        layers, parameters = 2, 2
+        assert two["lent"] == {"forward": [0, layers * parameters], "backward": [0, 2 * layers * parameters]}
     with subtests.test("the same number of processes resumes bit by bit"):
         assert two["saved"]["resumed"] == two["saved"]["after"]
     check_losses(
@@ -99,6 +106,9 @@ def test_four_processes_train_as_one_and_resume_from_two_and_by_one(tmp_path, su
     assert not check_equalities(subtests, four)
     with subtests.test("a wrong divide factor is seen"):
         assert four["spoiled"][1] > 0.1
+    with subtests.test("degrees that change between steps, and through a checkpoint, change no loss"):
+        losses = (torch.tensor(four["changing"][name]) for name in ("changing", "alone"))
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
     with subtests.test("four processes resume bit by bit"):
         assert four["saved"]["resumed"] == four["saved"]["after"]
     check_losses(
@@ -116,6 +126,7 @@ def test_four_processes_train_as_one_and_resume_from_two_and_by_one(tmp_path, su
         (None, 2, Layout(data=2)),
         ("expert=2", 4, Layout(data=2, expert=2)),
         ("data=1,expert=4", 4, Layout(expert=4)),
+        ("auto", 4, Layout(expert=4, by_time=True)),
         (" expert=1 ", 1, Layout()),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from experiments.train.distributed.adapting import taken
 from experiments.train.metrics import read_log
 from experiments.train.run_folder import checkpoints
 from moe import MoEForCausalLM
@@ -69,6 +70,20 @@ def test_two_processes_leave_the_folder_of_any_run_and_one_process_continues_it(
     assert [row["step"] for row in read_log(out / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
+def test_degrees_by_time_give_the_losses_of_one_degree_and_are_told(text, tmp_path):
+    options = ("--set", "precision=float32", "--steps", "6", "--processes", "2", "--parallel")
+    assert finish(begin(text, tmp_path / "one", *options, "expert=2"))[0] == 0
+    code, _, complained = finish(begin(text, tmp_path / "by_time", *options, "auto"))
+    assert code == 0, complained
+    one, by_time = (read_log(tmp_path / name / "metrics.jsonl") for name in ("one", "by_time"))
+    assert [row["loss"] for row in by_time] == pytest.approx([row["loss"] for row in one], rel=1e-6)
+    assert {(row["expert_degree"], row["parts"]) for row in by_time} == {(2, 1), (2, 2), (1, 1)}
+    assert {row["dispatched_bytes"] > 0 for row in by_time if row["expert_degree"] == 1} == {False}
+    assert complained.count("degree: about") == len(taken(tmp_path / "by_time"))
+    assert sum(found.steps for found in taken(tmp_path / "by_time")) == 6
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -79,6 +94,10 @@ def test_two_processes_leave_the_folder_of_any_run_and_one_process_continues_it(
         (("--processes", "2", "--set", "optimizer=muon"), "the optimizer muon runs in one process"),
         (("--processes", "2", "--router", "moe-x"), "cannot be trained on several processes"),
         (("--processes", "2", "--parallel", "expert=2", "--router", "latent"), "no bank of plain experts"),
+        (
+            ("--processes", "8", "--parallel", "auto", "--set", "model.num_experts=12"),
+            "auto must divide the 12 experts of a layer by 8 processes",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_refused_before_any_process_starts(run, text, tmp_path, capfd, options, message):

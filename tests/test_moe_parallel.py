@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe.parallel import Copies, slice_of
+from moe.parallel import Copies, slice_of, stagger, weave
 from tests.parallel_ranks import D, F, K, bank, copies_of
 from tests.rank_processes import run_ranks
 
@@ -67,3 +67,51 @@ def test_slices_add_up_to_the_experts_and_one_slice_is_the_experts():
         torch.testing.assert_close(sum(parts), expected)
     with pytest.raises(ValueError, match=rf"must divide the {F} hidden units"):
         slice_of(bank(), 0, 3)
+
+
+class Clock:
+    """One process of several alike: its time, and when the connection is free; computation of a layer takes 1."""
+
+    def __init__(self, parts, layers, exchange):
+        self.now = self.free = 0.0
+        self.layers, self.compute, self.rows = layers, 1 / parts, exchange / (2 * parts)
+
+    def send(self):
+        self.free = max(self.now, self.free) + self.rows
+        return self.free
+
+    def wait(self, landed):
+        self.now = max(self.now, landed)
+
+    def part(self, name):
+        """The steps of `in_steps` through all layers."""
+        for _ in range(self.layers):
+            yield  # counts
+            rows = self.send()
+            yield
+            self.wait(rows)
+            self.now += self.compute
+            results = self.send()
+            yield
+            self.wait(results)
+        return name
+
+
+def over_bound(order, parts, layers, exchange):
+    clock = Clock(parts, layers, exchange)
+    assert order([clock.part(name) for name in range(parts)]) == list(range(parts))
+    return clock.now / (layers * max(1, exchange))
+
+
+@pytest.mark.parametrize(("exchange", "halves"), [(0.5, 1.25), (1, 1.5), (2, 1.0)])
+def test_four_parts_at_different_steps_reach_the_bound_and_halves_do_not(exchange, halves):
+    assert over_bound(weave, 2, 6, exchange) == pytest.approx(halves, abs=0.01)
+    assert over_bound(stagger, 4, 6, exchange) < 1.05
+    assert over_bound(weave, 1, 6, exchange) == pytest.approx((1 + exchange) / max(1, exchange))
+    assert over_bound(stagger, 1, 6, exchange) == over_bound(weave, 1, 6, exchange)
+
+
+def test_parts_of_other_lengths_and_none_at_all_are_taken_to_their_ends():
+    parts = [Clock(1, layers, 1).part(layers) for layers in (3, 0, 1, 5, 2)]
+    assert stagger(parts) == [3, 0, 1, 5, 2]
+    assert stagger([]) == weave([]) == []

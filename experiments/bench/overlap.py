@@ -1,4 +1,4 @@
-"""`expertier bench overlap`: how much of an exchange woven halves hide behind computation, at a limited rate.
+"""`expertier bench overlap`: how much of an exchange woven parts hide behind computation, at a limited rate.
 
 The rate is that of a token bucket (`tbf`) on the loopback interface of a network namespace, which all processes share.
 Where namespaces may not be made, `--simulated` holds rows back in our own code, and says so.
@@ -37,7 +37,11 @@ def bench_overlap(
     simulated: Annotated[
         bool, typer.Option("--simulated", help="Hold rows back in this program instead of limiting an interface.")
     ] = False,
+    ratio: Annotated[
+        float | None, typer.Option(min=0.01, help="Of exchange over computation: take the rate that gives it.")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
+    parts: Annotated[int, typer.Option(min=1, help="Into which each process cuts its tokens.")] = 4,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of all processes together.")] = 4096,
     layers: Annotated[int, typer.Option(min=1, help="Layers with experts.")] = 6,
     experts: Annotated[int, typer.Option(min=1, help="Experts of a layer.")] = 16,
@@ -49,12 +53,14 @@ def bench_overlap(
     record: Annotated[bool, typer.Option("--record", help="Keep the result under experiments/records.")] = False,
     records: Annotated[Path, typer.Option(help="Where records live.")] = RECORDS,
 ) -> None:
-    """Time computation alone, exchange alone, halves one after the other, and halves woven, in one run.
+    """Time computation alone, exchange alone, parts one after the other, and parts woven, in one run.
 
     The bound is the longer of the first two. Bits of both orders must be equal, or no time is printed. Each process
     should have a core of its own.
 
     Example: `expertier bench overlap --rate 16MiB`
+
+    At a ratio: `expertier bench overlap --simulated --ratio 1 --layers 12 --inner-width 2048`
     """
     expect_records(records)
     expect_outputs(json_file, inputs=[])
@@ -65,17 +71,18 @@ def bench_overlap(
         if simulated or INSIDE in os.environ:
             raise typer.Exit(launch(sys.argv[1:], processes))
         raise typer.Exit(_in_namespace(bytes_per_s))
-    from ..placed.overlap import measure
+    from ..placed.overlap import Speed, measure
 
     sizes = {"layers": layers, "experts": experts, "top_k": top_k, "width": width, "inner_width": inner_width}
-    found = measure(
-        **sizes, tokens=tokens, seed=SEED, repeats=repeats, simulated_bytes_per_s=bytes_per_s if simulated else None
-    )
+    sizes |= {"parts": parts}
+    speed = Speed(bytes_per_s=bytes_per_s, ratio=ratio, limit=None if simulated else _change_limit)
+    is_limited = simulated or INSIDE in os.environ
+    found = measure(**sizes, tokens=tokens, seed=SEED, repeats=repeats, speed=speed if is_limited else None)
     if not is_leader():
         return
     kind = "simulated" if simulated else "tbf on loopback" if processes > 1 else "none: one process"
-    row = {"processes": processes, "rate": rate, "limit": kind, **found, **_judged(found)}
-    _print(row, bytes_per_s)
+    row = {"processes": processes, "parts": parts, "limit": kind, **found, **_judged(found)}
+    _print(row)
     if json_file:
         write_json(json_file, row)
     if record:
@@ -94,11 +101,20 @@ def _in_namespace(bytes_per_s: int) -> int:
         raise ValueError(
             "limiting an interface needs unshare, ip, tc and the right to make network namespaces; take --simulated"
         )
-    limit = f"rate {8 * bytes_per_s}bit burst {BURST_BYTES} latency {QUEUE}"
-    shell = f'ip link set lo up && tc qdisc add dev lo root tbf {limit} && exec "$@"'
+    shell = f'ip link set lo up && tc qdisc add dev lo root {_bucket(bytes_per_s)} && exec "$@"'
     command = [sys.executable, "-m", "experiments.cli", *sys.argv[1:]]
     inside = os.environ | {INSIDE: "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(["unshare", "--net", "sh", "-c", shell, "sh", *command], env=inside).returncode
+
+
+def _bucket(bytes_per_s: float) -> str:
+    """A token bucket in the words of `tc`."""
+    return f"tbf rate {round(8 * bytes_per_s)}bit burst {BURST_BYTES} latency {QUEUE}"
+
+
+def _change_limit(bytes_per_s: float) -> None:
+    """Give the loopback interface of this namespace another rate."""
+    subprocess.run(["tc", "qdisc", "change", "dev", "lo", "root", *_bucket(bytes_per_s).split()], check=True)
 
 
 def _judged(found: dict[str, Any]) -> dict[str, Any]:
@@ -110,12 +126,13 @@ def _judged(found: dict[str, Any]) -> dict[str, Any]:
     return {"bound_s": bound_s, "woven_over_bound": found["woven_s"] / bound_s if is_told else None, "hidden": hidden}
 
 
-def _print(row: dict[str, Any], bytes_per_s: int) -> None:
+def _print(row: dict[str, Any]) -> None:
     console = plain_console()
+    rate = "" if row["bytes_per_s"] is None else f"{format_size(round(row['bytes_per_s']))} per second "
     console.print(
-        f"{row['processes']} processes, {format_size(bytes_per_s)} per second ({row['limit']}): "
+        f"{row['processes']} processes, {rate}({row['limit']}): "
         f"computation alone {row['compute_s']:.3f} s, exchange alone {row['exchange_s']:.3f} s, "
-        f"halves in turn {row['in_turn_s']:.3f} s, woven {row['woven_s']:.3f} s; bits equal",
+        f"{row['parts']} parts in turn {row['in_turn_s']:.3f} s, woven {row['woven_s']:.3f} s; bits equal",
         highlight=False,
     )
     if row["hidden"] is None:

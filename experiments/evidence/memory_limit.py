@@ -3,6 +3,7 @@
 import contextlib
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,9 +44,8 @@ def _group(limit_bytes: int | None) -> Iterator[Path | None]:
         yield None
         return
     parent, limit_name = _own_group()
-    group = parent / f"expertier-bench-{os.getpid()}"
     try:
-        group.mkdir()
+        group = Path(tempfile.mkdtemp(prefix=f"expertier-bench-{os.getpid()}-", dir=parent))
         (group / limit_name).write_text(str(limit_bytes))
     except OSError as error:
         raise ValueError(

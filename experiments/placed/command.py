@@ -51,7 +51,7 @@ def place_run(
         ),
     ] = None,
     woven: Annotated[
-        bool, typer.Option("--woven", help="Also exchange one half of the tokens while the other is computed.")
+        bool, typer.Option("--woven", help="Also exchange parts of the tokens while another one is computed.")
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.")] = None,
 ) -> None:

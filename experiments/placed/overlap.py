@@ -1,4 +1,4 @@
-"""Halves of the tokens woven through all layers of a plan: bits of one half after the other, and what that hides.
+"""Parts of the tokens woven through all layers of a plan: bits of one part after the other, and what that hides.
 
 Shapes: N rows of tokens on this process, G processes.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from moe.parallel import Steps, Wire, in_steps, weave
+from moe.parallel import Steps, Wire, in_steps, stagger, weave
 from placement import Cluster, Plan, Problem, solve
 from routing.traces import RoutingTrace
 
@@ -23,8 +23,12 @@ from ..train.distributed.run import leave_group, process_group
 from .coherent import follow
 from .work import Layer, Size, gathered, relative, source_T, tokens
 
-HALVES = 2
-"""More parts hide no more where one exchange is as long as one computation, and have more messages."""
+PARTS = 4
+"""One for each step of a layer that waits, and one that computes; with fewer, some wait has nothing to hide behind."""
+TRIALS = 3
+"""Runs of computation alone from which a rate follows, where a ratio was asked for."""
+Limit = Callable[[float], None]
+"""Sets the bytes per second of the connection that all processes share."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,8 +44,7 @@ class SlowWire(Wire):
 
     def begin(self, row_ND: Tensor, sent: Sequence[int], received: Sequence[int]) -> Callable[[], Tensor]:
         landed = super().begin(row_ND, sent, received)
-        rows = sum(sent) - sent[distributed.get_rank(self.rows)]
-        size = rows * row_ND[:1].numel() * row_ND.element_size()
+        size = _remote_bytes(row_ND, sent, self.rows)
         self._free_s[0] = due_s = max(time.monotonic(), self._free_s[0]) + size / self.bytes_per_s
 
         def landed_in_time() -> Tensor:
@@ -52,61 +55,93 @@ class SlowWire(Wire):
         return landed_in_time
 
 
+def _remote_bytes(row_ND: Tensor, sent: Sequence[int], group: distributed.ProcessGroup) -> int:
+    """Bytes of these rows that leave this process."""
+    rows = sum(sent) - sent[distributed.get_rank(group)]
+    return rows * row_ND[:1].numel() * row_ND.element_size()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Recorder(Wire):
-    """Remembers what was sent."""
+    """Remembers what was sent and what came."""
 
     sent: list[tuple[Any, ...]] = field(default_factory=list)
+    landed: list[Tensor] = field(default_factory=list)
+
+    def begin_counts(self, sent_G2: Tensor) -> Callable[[], Tensor]:
+        return self._kept(super().begin_counts(sent_G2))
 
     def begin(self, row_ND: Tensor, sent: Sequence[int], received: Sequence[int]) -> Callable[[], Tensor]:
         self.sent.append((row_ND, sent, received))
-        return super().begin(row_ND, sent, received)
+        return self._kept(super().begin(row_ND, sent, received))
+
+    def _kept(self, landed: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self.landed.append(landed())
+        return partial(self.landed.__getitem__, len(self.landed) - 1)
+
+    @property
+    def remote_bytes(self) -> int:
+        """Bytes of rows that left this process."""
+        return sum(_remote_bytes(row_ND, sent, self.rows) for row_ND, sent, _ in self.sent)
 
 
-class Halves:
-    """The tokens of this process in halves, and all layers of a plan; all processes have one.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Replay(Wire):
+    """Nothing travels: what once came, in its order, is there at once.
+
+    Args:
+        landed: from a `_Recorder` of parts in turn.
+    """
+
+    landed: Iterator[Tensor]
+
+    def begin_counts(self, sent_G2: Tensor) -> Callable[[], Tensor]:
+        return partial(_same, next(self.landed))
+
+    def begin(self, row_ND: Tensor, sent: Sequence[int], received: Sequence[int]) -> Callable[[], Tensor]:
+        return partial(_same, next(self.landed))
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class TokenParts:
+    """The tokens of this process in parts, and all layers of a plan; all processes have one.
 
     Args:
         plan: where the experts are.
         trace: what is routed.
         size: of experts and tokens.
+        parts: how many.
     """
 
-    def __init__(self, plan: Plan, trace: RoutingTrace, size: Size) -> None:
+    def __init__(self, plan: Plan, trace: RoutingTrace, size: Size, parts: int = PARTS) -> None:
         G = distributed.get_world_size()
         number_N = np.flatnonzero(source_T(trace, G) == distributed.get_rank())
-        self.numbers, self.x_TD = np.array_split(number_N, HALVES), tokens(trace, size)
+        self.numbers, self.x_TD = np.array_split(number_N, parts), tokens(trace, size)
         self.layers = [Layer(plan, number, trace, size, G) for number in range(plan.num_layers)]
         everyone = list(range(G))
         self.wire = Wire(rows=distributed.new_group(everyone), counts=distributed.new_group(everyone))
-        self.calls: list[Callable[[], Tensor]] = []
 
-    def through(self, number_N: np.ndarray, wire: Wire, *, is_recorded: bool = False) -> Steps:
-        """One half through all layers."""
+    def through(self, number_N: np.ndarray, wire: Wire) -> Steps:
+        """One part through all layers."""
         x_ND = self.x_TD[number_N]
         for layer in self.layers:
             expert_NK, weight_NK = layer.routed(number_N)
-            compute = partial(self._recorded, layer.placed.compute) if is_recorded else layer.placed.compute
             place, empty = layer.placed.copies.place(expert_NK), layer.placed.copies.slots
-            y_ND = yield from in_steps(x_ND, *place, weight_NK, compute, wire, empty_id=empty)
+            y_ND = yield from in_steps(x_ND, *place, weight_NK, layer.placed.compute, wire, empty_id=empty)
             x_ND = follow(x_ND, y_ND)
         return x_ND
 
-    def _recorded(self, compute: Callable[..., Tensor], *given: Tensor) -> Tensor:
-        self.calls.append(partial(compute, *given))
-        return compute(*given)
-
     def woven(self, wire: Wire) -> list[Tensor]:
-        """Both halves, a step of each in turn."""
-        return weave([self.through(number_N, wire) for number_N in self.numbers])
+        """All parts; each some steps behind the one before, where there are enough."""
+        order = stagger if len(self.numbers) >= PARTS else weave
+        return order([self.through(number_N, wire) for number_N in self.numbers])
 
-    def in_turn(self, wire: Wire, *, is_recorded: bool = False) -> list[Tensor]:
-        """One half after the other."""
-        return [
-            found
-            for number_N in self.numbers
-            for found in weave([self.through(number_N, wire, is_recorded=is_recorded)])
-        ]
+    def in_turn(self, wire: Wire) -> list[Tensor]:
+        """One part after the other."""
+        return [found for number_N in self.numbers for found in weave([self.through(number_N, wire)])]
 
     @torch.no_grad()
     def error(self, found: Sequence[Tensor]) -> float:
@@ -120,52 +155,101 @@ class Halves:
         return max(errors)
 
 
-def woven_halves(plan: Plan, trace: RoutingTrace, size: Size) -> dict[str, Any]:
-    """`is_equal`: whether woven halves are bit-identical to one after the other, everywhere; `error`: the largest."""
-    halves = Halves(plan, trace, size)
-    woven, in_turn = halves.woven(halves.wire), halves.in_turn(halves.wire)
+@torch.no_grad()
+def woven_parts(plan: Plan, trace: RoutingTrace, size: Size) -> dict[str, Any]:
+    """`is_equal`: whether woven parts are bit-identical to one after the other, everywhere; `error`: the largest."""
+    parts = TokenParts(plan, trace, size)
+    woven, in_turn = parts.woven(parts.wire), parts.in_turn(parts.wire)
     is_equal = all(torch.equal(*pair) for pair in zip(woven, in_turn, strict=True))
-    facts = gathered(torch.tensor([float(is_equal), halves.error(woven)]))
+    facts = gathered(torch.tensor([float(is_equal), parts.error(woven)]))
     return {"is_equal": bool(facts[:, 0].all()), "error": float(facts[:, 1].max())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast the connection is.
+
+    Args:
+        bytes_per_s: at first.
+        ratio: of exchange over computation, each alone, for which a rate is found; None keeps the first one.
+        limit: sets the rate of a connection that all processes share; None simulates one of each process's own.
+    """
+
+    bytes_per_s: float
+    ratio: float | None = None
+    limit: Limit | None = None
+
+    def found(self, compute_s: float, remote_bytes: int) -> float:
+        """The rate at which the exchange takes `ratio` times as long as computation; all processes call this."""
+        if self.ratio is None:
+            return self.bytes_per_s
+        bytes_G = gathered(torch.tensor([float(remote_bytes)], dtype=torch.float64))
+        moved = bytes_G.sum() if self.limit else bytes_G.max()
+        return max(float(moved) / (self.ratio * compute_s), 1.0)
+
+    def wire(self, wire: Wire, bytes_per_s: float) -> Wire:
+        """The connection at that rate."""
+        if self.limit is None:
+            return SlowWire(rows=wire.rows, counts=wire.counts, bytes_per_s=bytes_per_s)
+        if self.ratio is not None and distributed.get_rank() == 0:
+            self.limit(bytes_per_s)
+        distributed.barrier()
+        return wire
 
 
 @torch.no_grad()
 def time_overlap(
-    plan: Plan, trace: RoutingTrace, size: Size, simulated_bytes_per_s: float | None, repeats: int
+    plan: Plan, trace: RoutingTrace, size: Size, speed: Speed | None, repeats: int, parts: int = PARTS
 ) -> dict[str, Any]:
-    """Seconds of computation and exchange alone, of halves in turn and woven; medians, of the slowest process.
+    """Seconds of computation and exchange alone, of parts in turn and woven; medians, of the slowest process.
+
+    Computation is all that a process does but for exchanging: routing tables, gathers, experts, sums.
 
     Args:
-        plan, trace, size: as for `Halves`.
-        simulated_bytes_per_s: rate of `SlowWire`; None leaves rows to the connection as it is.
+        plan, trace, size, parts: as for `TokenParts`.
+        speed: of the connection; None leaves it as it is.
         repeats: runs of each, which take turns.
 
     Raises:
         RuntimeError: if bits differ between the two orders.
     """
-    halves = Halves(plan, trace, size)
-    groups = {"rows": halves.wire.rows, "counts": halves.wire.counts}
-    wire = halves.wire if simulated_bytes_per_s is None else SlowWire(bytes_per_s=simulated_bytes_per_s, **groups)
+    cut = TokenParts(plan, trace, size, parts)
+    groups = {"rows": cut.wire.rows, "counts": cut.wire.counts}
     recorder = _Recorder(**groups)
-    right, found = halves.in_turn(recorder, is_recorded=True), halves.woven(wire)
+    right = cut.in_turn(recorder)
+
+    def compute() -> Any:
+        return cut.in_turn(_Replay(**groups, landed=iter(recorder.landed)))
+
+    wire, bytes_per_s = cut.wire, None
+    if speed is not None:
+        alone_s = float(np.median([_slowest_s(compute) for _ in range(TRIALS)]))
+        bytes_per_s = speed.found(alone_s, recorder.remote_bytes)
+        wire = speed.wire(cut.wire, bytes_per_s)
+    found = cut.woven(wire)
     is_equal = gathered(torch.tensor([all(torch.equal(*pair) for pair in zip(right, found, strict=True))]))
     if not is_equal.all():
-        raise RuntimeError("woven halves have other bits than one half after the other; no time is shown")
+        raise RuntimeError("woven parts have other bits than one part after the other; no time is shown")
     ways: dict[str, Callable[[], Any]] = {
-        "compute": lambda: [call() for call in halves.calls],
+        "compute": compute,
         # all rows begun at once: what the connection takes, without the latency of each exchange
         "exchange": lambda: [landed() for landed in [wire.begin(*given) for given in recorder.sent]],
-        "in_turn": lambda: halves.in_turn(wire),
-        "woven": lambda: halves.woven(wire),
+        "in_turn": lambda: cut.in_turn(wire),
+        "woven": lambda: cut.woven(wire),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, run in ways.items():
-            distributed.barrier()
-            begun = time.perf_counter()
-            run()
-            seconds[name].append(float(gathered(torch.tensor([time.perf_counter() - begun])).max()))
-    return {f"{name}_s": float(np.median(values)) for name, values in seconds.items()}
+            seconds[name].append(_slowest_s(run))
+    return {"bytes_per_s": bytes_per_s} | {f"{name}_s": float(np.median(values)) for name, values in seconds.items()}
+
+
+def _slowest_s(run: Callable[[], Any]) -> float:
+    """Seconds of a run that all processes begin together, of the one that takes longest."""
+    distributed.barrier()
+    begun = time.perf_counter()
+    run()
+    return float(gathered(torch.tensor([time.perf_counter() - begun], dtype=torch.float64)).max())
 
 
 def measure(
@@ -177,8 +261,9 @@ def measure(
     width: int,
     inner_width: int,
     seed: int,
+    parts: int,
     repeats: int,
-    simulated_bytes_per_s: float | None,
+    speed: Speed | None,
 ) -> dict[str, Any]:
     """`time_overlap` of random routing under the contiguous plan, on the processes that torchrun started, or on one.
 
@@ -186,7 +271,7 @@ def measure(
         tokens: of all processes.
         layers, experts, top_k: of the routing, in which every expert is as likely as any other.
         width, inner_width, seed: of the experts.
-        simulated_bytes_per_s, repeats: as for `time_overlap`.
+        parts, repeats, speed: as for `time_overlap`.
     """
     random = np.random.default_rng(seed)
     score_TLE = random.random((tokens, layers, experts))
@@ -200,7 +285,7 @@ def measure(
         problem = Problem.from_trace(trace, Cluster.grid(1, distributed.get_world_size()))
         plan = solve(problem, solver="contiguous", processes=1)
         size = Size(width=width, inner_width=inner_width, seed=seed)
-        return time_overlap(plan, trace, size, simulated_bytes_per_s, repeats)
+        return time_overlap(plan, trace, size, speed, repeats, parts)
 
 
 @contextmanager

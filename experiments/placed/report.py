@@ -49,11 +49,11 @@ def print_staying(found: dict[str, Any]) -> None:
 
 
 def print_woven(found: dict[str, Any]) -> None:
-    """One line, if halves were woven: a run in which their bits differ has failed before."""
+    """One line, if parts were woven: a run in which their bits differ has failed before."""
     errors = [report["woven"]["error"] for report in found["plans"].values() if "woven" in report]
     if errors:
         plain_console().print(
-            f"halves woven, one exchanged while the other computed: bits of one after the other, in {len(errors)} "
+            f"parts woven, one computed while others were exchanged: bits of one after the other, in {len(errors)} "
             f"plans; outputs equal those of whole experts to {max(errors):.0e}",
             highlight=False,
         )

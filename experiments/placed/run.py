@@ -12,7 +12,7 @@ from ..train.distributed.run import process_group
 from .coherent import stay_and_return
 from .forecast import Moved, forecast
 from .moving import migrate_live
-from .overlap import woven_halves
+from .overlap import woven_parts
 from .work import Layer, Size, calls_of, carry_out, source_T
 
 LARGEST_ERROR = 1e-5
@@ -41,7 +41,7 @@ def run_plans(
         rows: `rank` or `pair`.
         context_width: entries of the keys and values of a token in a layer; with it, tokens also pass all layers and
             stay where their experts are, where that moves fewer bytes.
-        is_woven: also pass halves of the tokens through all layers, one exchanged while the other computes.
+        is_woven: also pass parts of the tokens through all layers, one of which computes while others are exchanged.
         then: where the first plan goes afterwards, in at least so many `forwards`; or None.
 
     Returns:
@@ -105,9 +105,9 @@ def _stayed(plan: Plan, trace: RoutingTrace, size: Size, context_width: int) -> 
 
 
 def _woven(plan: Plan, trace: RoutingTrace, size: Size) -> dict[str, Any]:
-    found = woven_halves(plan, trace, size)
+    found = woven_parts(plan, trace, size)
     if not (found["is_equal"] and found["error"] < LARGEST_ERROR):
-        raise RuntimeError(f"woven halves differ from one after the other, or from whole experts: {found}")
+        raise RuntimeError(f"woven parts differ from one after the other, or from whole experts: {found}")
     return found
 
 

@@ -49,7 +49,7 @@ ProcessesOption = Annotated[
     int | None, typer.Option(min=1, help="torch: processes of this machine; several machines: docs/distributed.md.")
 ]
 ParallelOption = Annotated[
-    str | None, typer.Option(help="torch: processes per axis, such as data=2,expert=2; default: data only.")
+    str | None, typer.Option(help="torch: processes per axis, such as data=2,expert=2, or auto; default: data only.")
 ]
 RestartsOption = Annotated[
     int, typer.Option(min=0, help="With --processes: start all again so often after one failed, from the last save.")
@@ -140,6 +140,11 @@ def train(
         f"{out}: {result.steps} steps, {result.held_out_bits_per_byte:.3f} bits per byte on held-out text, "
         f"{result.tokens_per_second:.0f} tokens/s"
     )
+    if parallel == "auto":
+        from .distributed.adapting import taken
+
+        for degree in taken(out):
+            typer.echo(f"degree: {degree}", err=True)
     typer.echo(f"page: {(out / PAGE).absolute()}", err=True)
 
 

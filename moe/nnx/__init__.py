@@ -11,12 +11,14 @@ from .model.generation import generate
 from .parts.grouped import GROUPED_PRODUCTS
 from .parts.mesh import build_mesh, parse_mesh
 from .training.distribute import distribute
+from .training.pipeline import Pipeline
 
 __all__ = [
     "GROUPED_PRODUCTS",
     "Experts",
     "MoEForCausalLM",
     "MoEOutput",
+    "Pipeline",
     "build_mesh",
     "compute_experts",
     "distribute",

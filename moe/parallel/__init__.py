@@ -7,23 +7,26 @@ caller's to start.
 from ..inference.logit_offsets import experts_modules
 from .copies import Copies
 from .dealt import DealtExperts, ExpertFailure, LostProcess, Questions, answer_questions
+from .degrees import Degree, degrees
 from .dispatch import DISPATCHES, dispatch
 from .floors import StepFloor, step_floor
 from .gradients import average_gradients, clip_gradients
-from .layout import Layout
+from .layout import BY_TIME, Layout
 from .moving import Move, MovingLayer
 from .placed import PlacedExperts, place_experts
 from .shard import Split, expect_splittable, split
 from .slicing import SlicedExperts, slice_of
 from .staying import Crossing, Here, go_on
 from .traffic import Traffic
-from .woven import Steps, Wire, in_steps, weave
+from .woven import Steps, Wire, in_steps, stagger, weave
 
 __all__ = [
+    "BY_TIME",
     "DISPATCHES",
     "Copies",
     "Crossing",
     "DealtExperts",
+    "Degree",
     "ExpertFailure",
     "Here",
     "Layout",
@@ -41,6 +44,7 @@ __all__ = [
     "answer_questions",
     "average_gradients",
     "clip_gradients",
+    "degrees",
     "dispatch",
     "expect_splittable",
     "experts_modules",
@@ -49,6 +53,7 @@ __all__ = [
     "place_experts",
     "slice_of",
     "split",
+    "stagger",
     "step_floor",
     "weave",
 ]

@@ -70,12 +70,28 @@ class Way:
 
 def ways(rank_TK: Tensor, group: distributed.ProcessGroup) -> Way:
     """Which rows go where, once for each process among a token's slots; tells the others how many to expect."""
-    (T, K), G = rank_TK.shape, group.size()
-    is_sent_TG = rank_TK.new_zeros(T, G + 1, dtype=torch.bool).scatter_(1, rank_TK, True)[:, :G]
-    target_N, token_N = is_sent_TG.T.nonzero(as_tuple=True)
-    sent_G2 = torch.stack([is_sent_TG.sum(dim=0), rank_TK.new_full((G,), K)], dim=1)
+    sent_G2 = sent_counts(rank_TK, group.size())
     received_G2 = torch.empty_like(sent_G2)
     distributed.all_to_all_single(received_G2, sent_G2, group=group)
+    return way_of(rank_TK, sent_G2, received_G2)
+
+
+def sent_counts(rank_TK: Tensor, processes: int) -> Tensor:
+    """[G, 2] what a process tells each other one: rows that it will send, and its K."""
+    sent_G = _is_sent_TG(rank_TK, processes).sum(dim=0)
+    return torch.stack([sent_G, torch.full_like(sent_G, rank_TK.shape[1])], dim=1)
+
+
+def _is_sent_TG(rank_TK: Tensor, processes: int) -> Tensor:
+    T, G = len(rank_TK), processes
+    return rank_TK.new_zeros(T, G + 1, dtype=torch.bool).scatter_(1, rank_TK, True)[:, :G]
+
+
+def way_of(rank_TK: Tensor, sent_G2: Tensor, received_G2: Tensor) -> Way:
+    """Which rows go where, from what processes told each other."""
+    (T, K), G = rank_TK.shape, len(sent_G2)
+    is_sent_TG = _is_sent_TG(rank_TK, G)
+    target_N, token_N = is_sent_TG.T.nonzero(as_tuple=True)
     place_TJ = rank_TK.new_full((T, min(K, G)), len(token_N))
     column_TG = is_sent_TG.cumsum(dim=1) - 1
     place_TJ[token_N, column_TG[token_N, target_N]] = torch.arange(len(token_N), device=rank_TK.device)
@@ -118,10 +134,8 @@ def dispatch(
     x_MD = _Exchange.apply(x_TD[way.token_N], way.sent, way.received, group)
     weight_MK = _Exchange.apply(weight_NK, way.sent, way.received, group)
     if traffic is not None:
-        row_bytes = 2 * x_TD.shape[1] * x_TD.element_size() + way.num_slots * (ID_BYTES + weight_TK.element_size())
-        pair_G = torch.bincount(rank_TK.flatten(), minlength=group.size() + 1)[: group.size()]
-        traffic.note(torch.tensor(way.sent), pair_G, row_bytes, int((id_MK != empty_id).sum()))
-    y_MD = _computed(compute, x_MD, id_MK, weight_MK, empty_id)
+        note(traffic, way, x_TD, rank_TK, weight_TK, int((id_MK != empty_id).sum()))
+    y_MD = computed(compute, x_MD, id_MK, weight_MK, empty_id)
     y_ND = _Exchange.apply(y_MD, way.received, way.sent, group)
     return added(y_ND, way).to(x_TD.dtype)
 
@@ -141,7 +155,16 @@ def added(y_ND: Tensor, way: Way) -> Tensor:
     return torch.cat([y_ND, y_ND.new_zeros(1, y_ND.shape[1])])[way.place_TJ].sum(dim=1)
 
 
-def _computed(compute: Compute, x_MD: Tensor, id_MK: Tensor, weight_MK: Tensor, empty_id: int) -> Tensor:
+def note(traffic: Traffic, way: Way, x_TD: Tensor, rank_TK: Tensor, weight_TK: Tensor, computed_rows: int) -> None:
+    """Count a dispatch of these tokens, of which this process computed so many (token, expert) pairs."""
+    G = len(way.sent)
+    row_bytes = 2 * x_TD.shape[1] * x_TD.element_size() + way.num_slots * (ID_BYTES + weight_TK.element_size())
+    pair_G = torch.bincount(rank_TK.flatten(), minlength=G + 1)[:G]
+    traffic.note(torch.tensor(way.sent), pair_G, row_bytes, computed_rows)
+
+
+def computed(compute: Compute, x_MD: Tensor, id_MK: Tensor, weight_MK: Tensor, empty_id: int) -> Tensor:
+    """What experts compute of rows, of which there may be none."""
     if len(x_MD):
         return compute(x_MD, id_MK, weight_MK)
     # a row of nothing keeps the experts in the graph, so that no process leaves the others waiting in backward

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Self
 
 AXES = ("data", "expert")
+BY_TIME = "auto"
+"""Instead of axes: the step's expert degree follows from measured times; see `degrees`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +18,7 @@ class Layout:
     Args:
         data: rows, at least 1.
         expert: processes of a row, at least 1; divides E.
+        by_time: experts are split over all processes, and how they are reached may change between steps; `data` is 1.
 
     Raises:
         ValueError: if a size is not positive.
@@ -23,6 +26,7 @@ class Layout:
 
     data: int = 1
     expert: int = 1
+    by_time: bool = False
 
     def __post_init__(self) -> None:
         if min(self.data, self.expert) < 1:
@@ -38,17 +42,22 @@ class Layout:
         """The layout of so many processes.
 
         Args:
-            text: axes such as `data=2,expert=2`; without `data` it is what is left over. None splits no experts.
+            text: axes such as `data=2,expert=2`; without `data` it is what is left over. None splits no experts; `auto`
+                splits them over all processes, for degrees that follow from measured times.
             processes: how many there are, 1 or more.
 
         Raises:
             ValueError: if the text does not read so, or its axes do not multiply to the number of processes.
         """
+        if text == BY_TIME:
+            return cls(expert=processes, by_time=True)
         sizes: dict[str, int] = {}
         for part in (text or "").split(",") if text else ():
             axis, _, size = part.strip().partition("=")
             if axis not in AXES or not size.isdecimal() or axis in sizes:
-                raise ValueError(f"--parallel reads like data=2,expert=2 with axes {', '.join(AXES)}; got {text!r}")
+                raise ValueError(
+                    f"--parallel reads like data=2,expert=2 with axes {', '.join(AXES)}, or {BY_TIME}; got {text!r}"
+                )
             sizes[axis] = int(size)
         expert = sizes.get("expert", 1)
         if "data" not in sizes and expert and processes % expert == 0:

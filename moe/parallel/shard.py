@@ -7,7 +7,7 @@ Shapes: E experts.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -18,7 +18,8 @@ from ..architectures.recursion.depth import TokenChoiceDepth
 from ..architectures.sparsity_router import SparsityRouter
 from ..experts.bank import Experts
 from ..layers.layer import RoutedLayer
-from .layout import Layout
+from .degrees import DEGREES, Degree, Row, degrees
+from .layout import BY_TIME, Layout
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,6 +32,7 @@ class Split:
         whole: parameters that every process holds whole, the routers'; FSDP2 leaves their gradients alone.
         only: parameters that no other process has a part of: experts, where no two rows of the layout hold the same.
         experts: the expert banks that are split by expert.
+        rows: where degrees may change, the groups of each expert degree.
     """
 
     layout: Layout
@@ -38,6 +40,17 @@ class Split:
     whole: list[nn.Parameter]
     only: list[nn.Parameter]
     experts: list[nn.Module]
+    rows: dict[int, Row] = field(default_factory=dict)
+
+    @property
+    def degrees(self) -> tuple[Degree, ...]:
+        """What a step can choose from; none where the layout is fixed."""
+        return degrees(self.layout.processes) if self.rows else ()
+
+    def take(self, degree: Degree) -> None:
+        """Reach all experts under a degree from now on; every process takes the same one."""
+        for bank in self.experts:
+            bank.dispatch.take(degree, self.rows[degree.expert])
 
 
 def expect_splittable(model: nn.Module, layout: Layout) -> None:
@@ -64,14 +77,16 @@ def expect_splittable(model: nn.Module, layout: Layout) -> None:
             )
     if layout.expert == 1:
         return
+    asked = BY_TIME if layout.by_time else f"expert={layout.expert}"
     banks = [bank for _, bank in expert_banks(model)]
     if not banks:
-        raise ValueError(
-            f"{name} has no bank of plain experts to split; leave expert={layout.expert} out of --parallel"
-        )
+        raise ValueError(f"{name} has no bank of plain experts to split; leave {asked} out of --parallel")
     for bank in banks:
         if bank.num_experts % layout.expert:
-            raise ValueError(f"expert={layout.expert} must divide the {bank.num_experts} experts of a layer")
+            raise ValueError(
+                f"{asked} must divide the {bank.num_experts} experts of a layer"
+                + (f" by {layout.expert} processes" if layout.by_time else "")
+            )
 
 
 def expert_banks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -91,7 +106,7 @@ def split(model: nn.Module, layout: Layout, device_type: str = "cpu", dispatch: 
         model: a `MoEForCausalLM`, whole.
         layout: the processes; they are all those of the process group.
         device_type: `cpu` or `cuda`.
-        dispatch: a name of `DISPATCHES`, or one of transformers' own.
+        dispatch: a name of `DISPATCHES`, or one of transformers' own; of no effect where degrees may change.
 
     Raises:
         ValueError: if the model cannot be split.
@@ -104,6 +119,7 @@ def split(model: nn.Module, layout: Layout, device_type: str = "cpu", dispatch: 
     only: list[nn.Parameter] = []
     if banks:
         grid = init_device_mesh(device_type, (layout.data, expert, 1), mesh_dim_names=("efsdp", "ep", "tp"))
+        dispatch = DEGREES if layout.by_time else dispatch
         apply_expert_parallelism(model, grid["ep"], grid["tp"], _rules(banks), ep_implementation=dispatch)
         if layout.data == 1:  # FSDP2 would copy every bank once more, for nobody
             only = [parameter for bank in banks.values() for parameter in bank.parameters()]
@@ -116,7 +132,18 @@ def split(model: nn.Module, layout: Layout, device_type: str = "cpu", dispatch: 
         is_read_later = any(getattr(module, "readers", 1) > 1 for module in layer.modules())
         fully_shard(layer, mesh=mesh, reshard_after_forward=not is_read_later, ignored_params=ignored)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
-    return Split(layout=layout, mesh=mesh, whole=whole, only=only, experts=list(banks.values()))
+    choices = degrees(W) if banks and layout.by_time else ()
+    pieces = Split(
+        layout=layout,
+        mesh=mesh,
+        whole=whole,
+        only=only,
+        experts=list(banks.values()),
+        rows={degree.expert: Row.of(degree.expert, W) for degree in choices if degree.parts == 1},
+    )
+    if choices:
+        pieces.take(choices[0])
+    return pieces
 
 
 def _rules(banks: dict[str, nn.Module]) -> dict[str, str]:

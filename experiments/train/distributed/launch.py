@@ -105,7 +105,7 @@ def expect_launchable(config: TrainConfig, parallel: str | None, processes: int)
 
     Args:
         config: settings of the run.
-        parallel: axes such as `data=2,expert=2`, or None.
+        parallel: axes such as `data=2,expert=2`, `auto`, or None.
         processes: how many there will be.
 
     Raises:

@@ -22,15 +22,18 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 
-from moe.parallel import Layout, split
+from moe.parallel import Degree, Layout, split
 
 from ..checkpoint import CheckpointPlace, write_checkpoint
 from ..corpus import BatchOrder, Corpus, windows
 from ..description.config import TrainConfig
 from ..loop import UNWATCHED, TrainResult, precision_of, prepare, run_steps
+from ..metrics import read_log
 from ..precision import resolve_precision
+from ..run_folder import LOG_FILE
 from ..torch_run import build_model
 from ..watching.watch import Watch
+from .adapting import Timings
 from .checkpoint import load_parts, save_parts
 from .launch import is_resumed
 from .step import Parts, distributed_evaluation, distributed_step
@@ -57,7 +60,7 @@ def train(
         config: settings, such as a preset.
         corpus: from `load_corpus`, the same on every process.
         run: folder for checkpoints, `metrics.jsonl`, and at the end the model with its tokenizer.
-        parallel: axes such as `data=2,expert=2`; None splits no experts.
+        parallel: axes such as `data=2,expert=2`, or `auto`; None splits no experts.
         resume: continue after the last finished checkpoint, of any number of processes.
         quiet: no progress bar.
         watch: what else process 0 shows of it.
@@ -78,7 +81,7 @@ def train(
         if rank:
             _follow(parts)
             return None
-        leader = _Leader(parts, run)
+        leader = _Leader(parts, run, done)
         try:
             result = run_steps(leader, config, corpus, run, done, quiet=quiet, watch=watch)
         except KeyboardInterrupt:
@@ -170,14 +173,23 @@ class _Leader:
     Args:
         parts: of process 0.
         run: folder of the run.
+        done: steps that were done before.
     """
 
-    def __init__(self, parts: Parts, run: Path) -> None:
+    def __init__(self, parts: Parts, run: Path, done: int) -> None:
         self._parts, self._run, self._is_busy = parts, run, False
+        self._timings = None
+        if parts.split.degrees:
+            log = [row for row in read_log(run / LOG_FILE) if row["step"] <= done] if done else []
+            self._timings = Timings(parts.split.degrees, log, processes=parts.split.layout.processes)
 
     def step(self, number: int) -> dict[str, Any]:
-        with self._told(STEP, number):
-            return distributed_step(self._parts, number)
+        place = self._timings.choose() if self._timings else 0
+        with self._told(STEP, number, place):
+            row = distributed_step(self._parts, number, _degree(self._parts, place))
+        if self._timings:
+            self._timings.note(row)
+        return row
 
     def evaluate(self) -> float:
         with self._told(EVALUATE):
@@ -200,30 +212,34 @@ class _Leader:
             _tell(STOP)
 
     @contextmanager
-    def _told(self, command: int, number: int = 0) -> Iterator[None]:
+    def _told(self, command: int, number: int = 0, place: int = 0) -> Iterator[None]:
         self._is_busy = True
-        _tell(command, number)
+        _tell(command, number, place)
         yield
         self._is_busy = False
 
 
-def _tell(command: int, number: int = 0) -> None:
-    """Say to all other processes what comes next."""
-    distributed.broadcast(torch.tensor([command, number]), src=0)
+def _tell(command: int, number: int = 0, place: int = 0) -> None:
+    """Say to all other processes what comes next; the place is that of a step's degree."""
+    distributed.broadcast(torch.tensor([command, number, place]), src=0)
+
+
+def _degree(parts: Parts, place: int) -> Degree | None:
+    return parts.split.degrees[place] if parts.split.degrees else None
 
 
 def _follow(parts: Parts) -> None:
     """Do what process 0 says until it says stop; only it is asked to end, and it ends the others."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    told = torch.zeros(2, dtype=torch.int64)
+    told = torch.zeros(3, dtype=torch.int64)
     while True:
         distributed.broadcast(told, src=0)
-        command, number = told.tolist()
+        command, number, place = told.tolist()
         if command == STOP:
             return
         if command == STEP:
-            distributed_step(parts, number)
+            distributed_step(parts, number, _degree(parts, place))
         elif command == EVALUATE:
             distributed_evaluation(parts)
         else:

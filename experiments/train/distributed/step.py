@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 from torch.optim import AdamW
 
 from moe import MoEForCausalLM, MoEOutput
-from moe.parallel import Split, average_gradients, clip_gradients
+from moe.parallel import Degree, Split, average_gradients, clip_gradients
 
 from ..corpus import BatchOrder, Corpus
 from ..description.config import TrainConfig
@@ -28,6 +28,7 @@ from ..loop import bits_per_byte, held_out_rows
 from ..metrics import balance_metrics
 from ..schedule import learning_rate
 from ..torch_run import autocast, seed_noise
+from .adapting import facts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,8 +51,13 @@ class Parts:
     config: TrainConfig
 
 
-def distributed_step(parts: Parts, step: int) -> dict[str, Any]:
+def distributed_step(parts: Parts, step: int, degree: Degree | None = None) -> dict[str, Any]:
     """One optimiser step, called by all processes together; the same metrics on each.
+
+    Args:
+        parts: of this process.
+        step: how many were done before.
+        degree: of the step, the same on all processes; None where the layout is fixed.
 
     Raises:
         FloatingPointError: on every process, if the loss or the gradient is no longer finite.
@@ -60,6 +66,8 @@ def distributed_step(parts: Parts, step: int) -> dict[str, Any]:
     rate = learning_rate(config, step)
     for group in parts.optimizer.param_groups:
         group["lr"] = rate
+    if degree is not None:
+        parts.split.take(degree)
     for bank in parts.split.experts:
         bank.traffic.clear()
     seen = accumulate(parts, step)
@@ -83,7 +91,21 @@ def distributed_step(parts: Parts, step: int) -> dict[str, Any]:
         "processes": parts.split.layout.processes,
         "dispatched_bytes": seen.dispatched_bytes,
         **balance,
+        **({} if degree is None else facts(degree, _busiest_rows(seen.loads, parts), _slowest_s(start))),
     }
+
+
+def _busiest_rows(loads: list[Tensor], parts: Parts) -> int:
+    """Rows that the busiest process would compute if only tokens travelled, summed over layers."""
+    W = parts.split.layout.processes
+    return sum(int(load_E.view(W, -1).sum(dim=1).max()) for load_E in loads)
+
+
+def _slowest_s(start: float) -> float:
+    """Seconds since the step began, of the process that took longest."""
+    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    distributed.all_reduce(seconds, distributed.ReduceOp.MAX)
+    return seconds.item()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,7 +6,12 @@
 
 Whatever does not divide, vectors and routers stay whole on every device. Sequences are split over `data` and `expert`.
 jax inserts the communication. Source of the idea: Tan et al. 2023 (Redco), arXiv:2310.16355, section 3.1.
+
+Matrices of other people's models have other names, so `partition_by_shape` takes the longer of input and output: layers
+that widen are split along their output, and those that narrow again along their input.
 """
+
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,6 +70,42 @@ def partition(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     if axes[inner] is None and shape[inner] % mesh.shape["tensor"] == 0:
         axes[inner] = "tensor"
     return P(*axes)
+
+
+def partition_by_shape(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    """How a parameter of any model is split; arguments are those of `partition`.
+
+    The longer of the last two axes goes over `tensor`; of two equal ones the output, unless the matrix writes to the
+    residual stream. Where the longer one does not divide, the other one is split.
+    """
+    axes: list[str | None] = [None] * len(shape)
+    if "router" in path or len(shape) < 2:
+        return P(*axes)
+    if "experts" in path and len(shape) > 2 and shape[0] % mesh.shape["expert"] == 0:
+        axes[0] = "expert"
+    inner, outer = len(shape) - 2, len(shape) - 1
+    is_narrowing = shape[inner] > shape[outer]
+    is_writing = shape[inner] == shape[outer] and any(name in WRITES_RESIDUAL for name in path)
+    for axis in (inner, outer) if is_narrowing or is_writing else (outer, inner):
+        if axes[axis] is None and shape[axis] % mesh.shape["tensor"] == 0:
+            axes[axis] = "tensor"
+            break
+    return P(*axes)
+
+
+def place_examples(batch: Any, mesh: Mesh | None) -> Any:
+    """A tree of arrays [B, ...] on its devices, split by example.
+
+    Raises:
+        ValueError: if the examples do not divide over the axis `data`.
+    """
+    if mesh is None:
+        return batch
+    sizes = {len(leaf) for leaf in jax.tree.leaves(batch)}
+    if any(size % mesh.shape["data"] for size in sizes):
+        raise ValueError(f"{max(sizes)} examples do not divide over {mesh.shape['data']} devices")
+    divides = all(size % (mesh.shape["data"] * mesh.shape["expert"]) == 0 for size in sizes)
+    return jax.device_put(batch, NamedSharding(mesh, P(("data", "expert") if divides else "data")))
 
 
 def place_batch(tokens: np.ndarray, mesh: Mesh | None) -> Array:

@@ -14,16 +14,14 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import Mesh
 
 from ...parts.config import MoEConfig
 from ..model.checkpoint import read_tensors, save_pretrained, set_tensors
 from ..model.decoder import MoEForCausalLM
 from ..parts.mesh import place_batch
-from ..parts.processes import is_writing, whole_array
-from .distribute import distribute
+from .distribute import distribute, on_mesh
+from .leaves import restore_leaves, save_leaves
 from .optimisation import Optimisation, directions
 
 STATE_FILE = "training_state.safetensors"
@@ -108,9 +106,7 @@ class Trainer:
         Of several processes all call this together, and the first one writes.
         """
         save_pretrained(self.model, folder)
-        moments = {name: whole_array(leaf) for name, leaf in _named_leaves(self._state.moments)}
-        if is_writing():
-            save_file(moments, folder / STATE_FILE)
+        save_leaves(self._state.moments, folder / STATE_FILE)
 
     def start_from(self, folder: Path) -> None:
         """Take over the weights of a Hugging Face folder, with fresh moments.
@@ -132,30 +128,16 @@ class Trainer:
         if not path.is_file():
             raise ValueError(f"{folder} has no {STATE_FILE}: it was not trained by JAX; resume it with its own backend")
         self.start_from(folder)
-        try:
-            with safe_open(path, framework="np") as file:
-                leaves = [_fitting(file.get_tensor(name), leaf) for name, leaf in _named_leaves(self._state.moments)]
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} does not fit this model: {error}") from error
-        self._state = self._state._replace(moments=jax.tree.unflatten(jax.tree.structure(self._state.moments), leaves))
+        self._state = self._state._replace(moments=restore_leaves(self._state.moments, path))
 
     def _hold(self, model: MoEForCausalLM) -> None:
         """Make a model the one that is trained, with fresh moments."""
         if self.mesh is not None:
             distribute(model, self.mesh)
         self._graph, params, variables = nnx.split(model, nnx.Param, ...)
-        self._state = State(params, self._on_mesh(self._optimizer.init(params)), variables)
+        self._state = State(params, on_mesh(self._optimizer.init(params), self.mesh), variables)
         self._step = jax.jit(self._build_step(), donate_argnums=0)
         self._evaluate = jax.jit(self._forward_loss)
-
-    def _on_mesh(self, moments: optax.OptState) -> optax.OptState:
-        """Moments follow their parameters; the counters beside them are put on every device of the mesh."""
-        if self.mesh is None:
-            return moments
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(
-            lambda leaf: leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, whole), moments
-        )
 
     def _build_step(self) -> Callable[[State, Array, Array, Array], tuple[State, StepResult]]:
         def micro_step(params: nnx.State, variables: nnx.State, token_BS: Array, key: Array) -> tuple[Array, Any]:
@@ -224,13 +206,3 @@ def _in_precision(params: nnx.State, precision: str) -> nnx.State:
         return leaf.astype(jnp.bfloat16) if is_product else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def _named_leaves(tree: Any) -> list[tuple[str, Array]]:
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _fitting(array: np.ndarray, like: Array) -> Array:
-    if array.shape != like.shape or array.dtype != like.dtype:
-        raise ValueError(f"expected {like.dtype} {like.shape}; got {array.dtype} {array.shape}")
-    return jax.device_put(array, like.sharding)
