@@ -4,6 +4,7 @@ Importing this package makes `AutoModelForCausalLM` know the model type `experti
 implementation of that name with transformers.
 """
 
+from .adapters.shards import ShardAdapters, ShardPlan, attach_shards
 from .architectures import ARCHITECTURES, Architecture, build_body
 from .architectures.read_me.token_router import TokenTransformer, context_of
 from .conversion.adoption.adopt import adopt, adopted_config
@@ -56,11 +57,14 @@ __all__ = [
     "PartitionRouter",
     "Rewiring",
     "RoutedLayer",
+    "ShardAdapters",
+    "ShardPlan",
     "SkipReport",
     "TokenTransformer",
     "TokenizerText",
     "adopt",
     "adopted_config",
+    "attach_shards",
     "build_body",
     "context_of",
     "drawn",

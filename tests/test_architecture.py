@@ -36,7 +36,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("layers",),
         ("architectures",),
         ("model",),
-        ("inference", "conversion"),
+        ("adapters", "inference", "conversion"),
         ("parallel",),
         ("__init__", "cli"),
     ),

@@ -1,13 +1,14 @@
 """CLAIMS: every claim that can be tried, by the name that the command takes."""
 
-from .adapters import glider_rows
-from .claim import Claim
-from .every_row import architecture_rows, router_rows
-from .left_out import exit_rows, skip_rows
-from .paths import decentralised_rows, mode_rows
-from .series import time_moe_rows
-from .two_modalities import mixture_of_transformers_rows
-from .unequal_members import hdee_rows
+from .claim import Claim, Expected
+from .from_scratch.every_row import architecture_rows, router_rows
+from .from_scratch.paths import decentralised_rows, mode_rows
+from .from_scratch.series import time_moe_rows
+from .from_scratch.two_modalities import mixture_of_transformers_rows
+from .from_scratch.unequal_members import hdee_rows
+from .on_trained.adapters import glider_rows
+from .on_trained.left_out import exit_rows, skip_rows
+from .on_trained.shards import LORA, WIDE_LORA, WITHOUT, shard_rows
 
 # in the order in which `--help` lists them
 CLAIMS: dict[str, Claim] = {
@@ -70,5 +71,16 @@ CLAIMS: dict[str, Claim] = {
         source="Tang et al. 2022 (MuE), arXiv:2211.11152",
         run=exit_rows,
         steps=400,
+    ),
+    "mixture-of-shards": Claim(
+        question="Do adapters put together from shared shards beat LoRA with as many trained numbers?",
+        source="Wang et al. 2024 (MoS), arXiv:2410.00938",
+        run=shard_rows,
+        steps=80,
+        expected=(
+            Expected(variant="mixture of shards", against=LORA, measure="bits_mean"),
+            Expected(variant="mixture of shards", against=WIDE_LORA, measure="bits_mean", by=-0.02),
+            *(Expected(variant="mixture of shards", against=name, measure="bits_mean") for name in WITHOUT),
+        ),
     ),
 }

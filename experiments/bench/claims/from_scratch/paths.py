@@ -8,7 +8,7 @@ Shapes: N rows (paths), S positions (points), A = 2 coordinates.
 
 from typing import TYPE_CHECKING, Any
 
-from .claim import Row, fit, small_decoder
+from ..claim import Row, fit, small_decoder
 
 if TYPE_CHECKING:
     import torch
