@@ -19,7 +19,7 @@ from .inference.early_exit import ExitReport, early_exit
 from .inference.ensemble import EnsembleConfig, EnsembleForCausalLM, ensemble
 from .inference.fused_condition import FusedCache, fused_experts
 from .inference.mixture_of_thoughts import MixtureOfThoughts
-from .inference.rewiring import Rewiring, generate_rewired
+from .inference.rewiring import Rewiring, generate_rewired, rewired
 from .inference.skip_feed_forward import SkipReport, skip_feed_forward
 from .layers.layer import FeedForward, MoELayer, RoutedLayer
 from .layers.stack import LayerPasses
@@ -84,6 +84,7 @@ __all__ = [
     "open_tokenizer",
     "projection_flops",
     "prune",
+    "rewired",
     "sample",
     "save_byte_tokenizer",
     "skip_feed_forward",

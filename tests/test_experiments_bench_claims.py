@@ -89,7 +89,7 @@ def test_the_table_has_means_and_spreads(capsys):
 
 
 def test_verdicts_by_hand():
-    """Gains of 0.3, 0.4, 0.5: mean 0.4, deviation 0.1; t(0.975, 2) is 4.303, so the interval reaches 0.2484 each way."""
+    """Gains of 0.3, 0.4, 0.5: mean 0.4, deviation 0.1; t(0.975, 2) is 4.303, so it reaches 0.2484 each way."""
     losses = {"new": (0.7, 0.6, 0.5), "old": (1.0, 1.0, 1.0)}
     rows = [
         {"variant": name, "seed": seed, "loss": value}

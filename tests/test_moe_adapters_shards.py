@@ -1,4 +1,4 @@
-"""Mixture of Shards: loops over shards with every gradient, LoRA as its special case, whose shards are whose, merging."""
+"""Mixture of Shards: loops over shards with every gradient, LoRA as its special case, owners of shards, merging."""
 
 import pytest
 import torch

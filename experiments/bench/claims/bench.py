@@ -17,7 +17,7 @@ from routing.ground.terminal import plain_console
 
 from ...evidence.record import RECORDS, expect_records, save_record
 from .catalogue import CLAIMS
-from .claim import Verdict
+from .claim import Expected, Verdict
 
 
 def bench_claim(
@@ -75,17 +75,20 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     table = Table("expected", "measure", "gain [95 % interval]", "verdict")
     for verdict in verdicts:
         expected = verdict.expected
-        least = (
-            f", by {expected.by:g}" if expected.by > 0 else f", at most {-expected.by:g} worse" if expected.by else ""
-        )
         interval = "" if verdict.interval is None else f" [{verdict.interval[0]:+.4g}, {verdict.interval[1]:+.4g}]"
         table.add_row(
-            f"{expected.variant} better than {expected.against}{least}",
+            _statement(expected),
             f"{expected.measure}, {expected.better} is better",
             f"{verdict.gain:+.4g}{interval}",
             verdict.answer,
         )
     return table
+
+
+def _statement(expected: Expected) -> str:
+    if expected.by < 0:
+        return f"{expected.variant} at most {-expected.by:g} worse than {expected.against}"
+    return f"{expected.variant} better than {expected.against}" + (f" by {expected.by:g}" if expected.by else "")
 
 
 def _cell(values: list[float | None]) -> str:

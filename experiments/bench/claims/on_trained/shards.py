@@ -9,7 +9,7 @@ from typing import Any
 from ..claim import Row
 from ..domains import bits_per_byte, dense_model, tune
 
-BASE, NEW = ("prose", "python"), ("tables", "markup", "changes")
+BASE, NEW = ("prose", "python"), ("tables", "markup")
 LAYERS = 6
 """Enough matrices of a kind for sharing to pay."""
 RATE = 5e-3
