@@ -31,6 +31,8 @@ from .parts.flops import LayerFlops, projection_flops
 from .parts.linear import Linear
 from .parts.text import ByteText, TokenizerText, save_byte_tokenizer, text_of
 from .parts.tokenizer_files import open_tokenizer
+from .subnets.calibration import droppable_layers, unit_importance
+from .subnets.subnet import Subnet, carve, kept_share, strongest
 
 __all__ = [
     "ARCHITECTURES",
@@ -60,14 +62,17 @@ __all__ = [
     "ShardAdapters",
     "ShardPlan",
     "SkipReport",
+    "Subnet",
     "TokenTransformer",
     "TokenizerText",
     "adopt",
     "adopted_config",
     "attach_shards",
     "build_body",
+    "carve",
     "context_of",
     "drawn",
+    "droppable_layers",
     "early_exit",
     "ensemble",
     "expertier_experts",
@@ -76,6 +81,7 @@ __all__ = [
     "generate_rewired",
     "grouped_experts",
     "join",
+    "kept_share",
     "load_model",
     "most_used",
     "nearest_parts",
@@ -88,6 +94,8 @@ __all__ = [
     "sample",
     "save_byte_tokenizer",
     "skip_feed_forward",
+    "strongest",
     "swiglu_experts_reference",
     "text_of",
+    "unit_importance",
 ]

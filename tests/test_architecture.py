@@ -37,7 +37,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("architectures",),
         ("model",),
         ("adapters", "inference", "conversion"),
-        ("parallel",),
+        ("subnets", "parallel"),
         ("__init__", "cli"),
     ),
     "moe/kernels": (
