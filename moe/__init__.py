@@ -31,6 +31,8 @@ from .parts.flops import LayerFlops, projection_flops
 from .parts.linear import Linear
 from .parts.text import ByteText, TokenizerText, save_byte_tokenizer, text_of
 from .parts.tokenizer_files import open_tokenizer
+from .subnets.by_prompt import PromptPlan, PromptPruner
+from .subnets.by_shape import ElasticModel, ShapePlan
 from .subnets.calibration import droppable_layers, unit_importance
 from .subnets.subnet import Subnet, carve, kept_share, strongest
 
@@ -40,6 +42,7 @@ __all__ = [
     "ByteText",
     "DecentralisedDenoiser",
     "Denoiser",
+    "ElasticModel",
     "EnsembleConfig",
     "EnsembleForCausalLM",
     "ExitReport",
@@ -57,8 +60,11 @@ __all__ = [
     "MoEModel",
     "MoEOutput",
     "PartitionRouter",
+    "PromptPlan",
+    "PromptPruner",
     "Rewiring",
     "RoutedLayer",
+    "ShapePlan",
     "ShardAdapters",
     "ShardPlan",
     "SkipReport",

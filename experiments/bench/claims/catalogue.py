@@ -12,6 +12,7 @@ from .from_scratch.whole_sequence import CHOOSE_TWO, whole_sequence_rows
 from .on_trained.adapters import glider_rows
 from .on_trained.converted import AS_IT_IS, null_rows, rank_rows, read_me_rows
 from .on_trained.left_out import exit_rows, skip_rows
+from .on_trained.pruned_by_prompt import IMPORTANT, ONE_LEARNED, ROUTED, prompt_rows
 from .on_trained.rewired import AS_TRAINED, SELECTIONS, rewired_rows
 from .on_trained.shards import LORA, WIDE_LORA, WITHOUT, shard_rows
 
@@ -170,6 +171,18 @@ CLAIMS: dict[str, Claim] = {
             Expected(variant="experts choose", against=CHOOSE_TWO, measure="loss"),
             Expected(variant="soft slots", against="experts choose", measure="loss"),
             Expected(variant="soft slots", against="dense", measure="loss"),
+        ),
+    ),
+    "prompt-pruning": Claim(
+        question="Do subnets that prompts choose beat one subnet for all, at the same share of operations?",
+        source="Ganjdanesh et al. 2025 (APTP), arXiv:2406.12042",
+        run=prompt_rows,
+        steps=120,
+        expected=(
+            Expected(variant=ROUTED, against=ONE_LEARNED, measure="bits_per_byte"),
+            Expected(variant=ROUTED, against=IMPORTANT, measure="bits_per_byte"),
+            Expected(variant=ROUTED, against="4 codes, no transport", measure="bits_per_byte"),
+            Expected(variant=ROUTED, against="4 codes, no transport", measure="codes_used", better="higher"),
         ),
     ),
 }
