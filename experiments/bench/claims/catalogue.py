@@ -12,8 +12,9 @@ from .from_scratch.whole_sequence import CHOOSE_TWO, whole_sequence_rows
 from .on_trained.adapters import glider_rows
 from .on_trained.converted import AS_IT_IS, null_rows, rank_rows, read_me_rows
 from .on_trained.left_out import exit_rows, skip_rows
-from .on_trained.pruned_by_prompt import IMPORTANT, ONE_LEARNED, ROUTED, prompt_rows
+from .on_trained.pruned_by_prompt import IMPORTANT, NO_TRANSPORT, ONE_LEARNED, ROUTED, prompt_rows
 from .on_trained.rewired import AS_TRAINED, SELECTIONS, rewired_rows
+from .on_trained.shapes import APART, CHOSEN, EVENLY, ONE_ADAPTER, THE_MODEL, TUNED, UNBALANCED, shape_rows
 from .on_trained.shards import LORA, WIDE_LORA, WITHOUT, shard_rows
 
 NO_LOSS = 0.02
@@ -181,8 +182,22 @@ CLAIMS: dict[str, Claim] = {
         expected=(
             Expected(variant=ROUTED, against=ONE_LEARNED, measure="bits_per_byte"),
             Expected(variant=ROUTED, against=IMPORTANT, measure="bits_per_byte"),
-            Expected(variant=ROUTED, against="4 codes, no transport", measure="bits_per_byte"),
-            Expected(variant=ROUTED, against="4 codes, no transport", measure="codes_used", better="higher"),
+            Expected(variant=ROUTED, against=NO_TRANSPORT, measure="bits_per_byte"),
+            Expected(variant=ROUTED, against=NO_TRANSPORT, measure="codes_used", better="higher"),
+        ),
+    ),
+    "shapes": Claim(
+        question="Does one tuning of adapters by shape serve subnets of every depth and width?",
+        source="Fu et al. 2024 (AmoebaLLM), arXiv:2411.10606",
+        run=shape_rows,
+        steps=80,
+        expected=(
+            Expected(variant=CHOSEN, against=EVENLY, measure="bits_mean"),
+            Expected(variant=TUNED, against=CHOSEN, measure="bits_mean"),
+            Expected(variant=TUNED, against=ONE_ADAPTER, measure="bits_mean"),
+            Expected(variant=TUNED, against=UNBALANCED, measure="bits_mean"),
+            Expected(variant=TUNED, against=THE_MODEL, measure="bits_full", by=-NO_LOSS),
+            Expected(variant=TUNED, against=APART, measure="bits_mean", by=-NO_LOSS),
         ),
     ),
 }

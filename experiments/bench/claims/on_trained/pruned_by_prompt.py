@@ -1,6 +1,7 @@
 """Prompt-routed pruning: do subnets that prompts choose beat one for all prompts, at the same share of operations?
 
-Every way of pruning gets as many steps, and its subnets are tuned for as many steps in all: several share them.
+Every way of pruning gets as many steps, and its subnets are tuned for as many steps in all: several share them. Single
+subnets get the share of operations that routed prompts took, which need not be the budget.
 
 Shapes: B sequences, S positions.
 """
@@ -20,11 +21,12 @@ DOMAINS = ("prose", "python", "tables", "markup")
 LAYERS, BUDGET, CODES = 4, 0.6, 4
 PROMPT = 16
 """Bytes that the router reads; the others are scored."""
-PRUNING_RATE = 5e-3
+PRUNING_RATE = 2e-2
 """Of codes and predictor; not tuned."""
 POOL = 32
 """Batches of which each subnet takes the rows that its prompts are in."""
-ROUTED, ONE_LEARNED, IMPORTANT = "4 codes by prompt", "1 code", "most important units"
+ROUTED, NO_TRANSPORT = "4 codes by prompt", "4 codes, no transport"
+ONE_LEARNED, IMPORTANT = "1 code", "most important units"
 
 
 def prompt_rows(steps: int, seed: int) -> list[Row]:
@@ -34,17 +36,22 @@ def prompt_rows(steps: int, seed: int) -> list[Row]:
     model = dense_model(96, seed, num_hidden_layers=LAYERS)
     tune(model, DOMAINS, 4 * steps, seed)
     model.requires_grad_(False)
-    rows = [_row("the model", model, [_whole(model)], None)]
-    plans = {
-        ROUTED: PromptPlan(codes=CODES, budget=BUDGET),
-        "4 codes, no transport": PromptPlan(codes=CODES, budget=BUDGET, transports=False),
-        ONE_LEARNED: PromptPlan(codes=1, budget=BUDGET),
-    }
-    for name, plan in plans.items():
-        pruner = _pruned(model, plan, steps, seed)
-        subnets = [pruner.subnet(code) for code in range(plan.codes)]
-        rows.append(_row(name, model, subnets, pruner.route, steps, seed))
-    return [*rows, _row(IMPORTANT, model, [_important(model, steps, seed)], None, steps, seed)]
+    rows = [_row("the model", model, [_most_important(model, 1.0, seed)], None)]
+    routed = _learned(ROUTED, model, PromptPlan(codes=CODES, budget=BUDGET), steps, seed)
+    share = routed["share_of_operations"]
+    alike = PromptPlan(codes=CODES, budget=BUDGET, transports=False)
+    return [
+        *rows,
+        routed,
+        _learned(NO_TRANSPORT, model, alike, steps, seed),
+        _learned(ONE_LEARNED, model, PromptPlan(codes=1, budget=share), steps, seed),
+        _row(IMPORTANT, model, [_most_important(model, share, seed)], None, steps, seed),
+    ]
+
+
+def _learned(name: str, model: Any, plan: Any, steps: int, seed: int) -> Row:
+    pruner = _pruned(model, plan, steps, seed)
+    return _row(name, model, [pruner.subnet(code) for code in range(plan.codes)], pruner.route, steps, seed)
 
 
 def _pruned(model: Any, plan: Any, steps: int, seed: int) -> Any:
@@ -55,23 +62,16 @@ def _pruned(model: Any, plan: Any, steps: int, seed: int) -> Any:
     return pruner.eval()
 
 
-def _whole(model: Any) -> Any:
-    from moe import strongest, unit_importance
-
-    importance_LF = unit_importance(model, held_out_rows(DOMAINS[0]))
-    return strongest(importance_LF, range(LAYERS), importance_LF.shape[1])
-
-
-def _important(model: Any, steps: int, seed: int) -> Any:
-    """All layers, with equally many of their most important units, as near to the budget as that goes."""
+def _most_important(model: Any, share: float, seed: int) -> Any:
+    """All layers, with equally many of their most important units, as near to a share of operations as that goes."""
     import torch
 
     from moe import kept_share, strongest, unit_importance
 
     draws = np.random.default_rng(seed)
     importance_LF = unit_importance(model, torch.cat([rows_of(DOMAINS, draws) for _ in range(8)]))
-    choices = [strongest(importance_LF, range(LAYERS), width) for width in range(1, importance_LF.shape[1])]
-    return min(choices, key=lambda subnet: abs(kept_share(model, subnet) - BUDGET))
+    choices = [strongest(importance_LF, range(LAYERS), width) for width in range(1, 1 + importance_LF.shape[1])]
+    return min(choices, key=lambda subnet: abs(kept_share(model, subnet) - share))
 
 
 def _row(name: str, model: Any, subnets: Sequence[Any], route: Any, steps: int = 0, seed: int = 0) -> Row:
