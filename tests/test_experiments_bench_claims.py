@@ -108,6 +108,41 @@ def test_verdicts_by_hand():
     assert Expected(variant="new", against="old", measure="loss").judge(rows[::3]).answer == "one seed: no verdict"
 
 
+def test_variants_of_equal_compute_cost_about_the_same():
+    """Operations of experts and memories by hand, within a tenth; slots of a path are those of its tokens' choices."""
+    from experiments.bench.claims.from_scratch import equal_compute, whole_sequence
+
+    model = equal_compute.MIXTURE
+    rows = {row["variant"]: row for row in equal_compute.memory_rows(1, 0)}
+    least, most = (f(row["kflop_per_token"] for row in rows.values()) for f in (min, max))
+    assert most < 1.1 * least
+    sizes = [rows[name]["parameters"] for name in (equal_compute.EIGHT, "2 of 8 experts", "ultramem", "peer")]
+    assert max(sizes) < 1.05 * min(sizes)
+    assert model["num_experts_per_tok"] == 8
+    slots = round(whole_sequence.TOKENS * 2 / 8)
+    assert abs(slots * 8 - whole_sequence.TOKENS * 2) <= 4
+
+
+def test_an_autoencoder_keeps_the_largest_features_and_what_layers_read_can_be_replaced(tiny_config):
+    from experiments.bench.claims.from_scratch.sparse_units import KEPT, Autoencoder, replaced
+    from moe import MoEForCausalLM
+
+    encoder, x_TD = Autoencoder(32, seed=0), torch.randn(6, 32)
+    value_TF = (x_TD @ encoder.encoder_FD.T).relu()
+    found = encoder.features(x_TD)
+    torch.testing.assert_close(found.sort(descending=True).values[:, :KEPT], value_TF.topk(KEPT).values)
+    assert ((found > 0).sum(-1) == KEPT).all()
+    torch.testing.assert_close(encoder(x_TD), found @ encoder.decoder_FD)
+    model, token_BS = MoEForCausalLM(tiny_config()).eval(), torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        plain = model(token_BS).logits
+        with replaced(model.model.moe_layers, lambda number, x: x):
+            assert torch.equal(model(token_BS).logits, plain)
+        with replaced(model.model.moe_layers, lambda number, x: x * 0):
+            assert not torch.equal(model(token_BS).logits, plain)
+        assert torch.equal(model(token_BS).logits, plain)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLAIMS)
 def test_every_claim_runs(name, run, tmp_path):
