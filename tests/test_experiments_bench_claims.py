@@ -108,6 +108,7 @@ def test_verdicts_by_hand():
     assert Expected(variant="new", against="old", measure="loss").judge(rows[::3]).answer == "one seed: no verdict"
 
 
+@pytest.mark.slow
 def test_variants_of_equal_compute_cost_about_the_same():
     """Operations of experts and memories by hand, within a tenth; slots of a path are those of its tokens' choices."""
     from experiments.bench.claims.from_scratch import equal_compute, whole_sequence

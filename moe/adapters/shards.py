@@ -82,11 +82,11 @@ class ShardPool(nn.Module):
     """The pools of one kind of matrix, and which of their shards each matrix has.
 
     Args:
-        num_matrices: L.
-        inputs, outputs: I and O of each matrix.
-        plan: sizes.
-        generator: of the draws.
-        dtype: of the pools.
+        num_matrices: L, which share the pools.
+        inputs, outputs: I and O of each matrix; the plan's shards divide both.
+        plan: ranks and shards.
+        generator: its draws choose each matrix's shards and start the pools of A.
+        dtype: in which the pools are trained.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class ShardAdapters(nn.Module):
 
     Args:
         matrices: per kind, the modules that are adapted.
-        plan: sizes.
+        plan: ranks and shards of every kind's pools.
     """
 
     def __init__(self, matrices: dict[str, list[nn.Linear]], plan: ShardPlan) -> None:
@@ -166,7 +166,7 @@ def attach_shards(model: nn.Module, plan: ShardPlan, names: Sequence[str] = LINE
 
     Args:
         model: any model; experts whose matrices lie in one tensor per layer are no linear layers and stay as they are.
-        plan: sizes of the pools.
+        plan: ranks and shards; each kind of matrix gets pools of these.
         names: last parts of the names of modules. Those of one name and one size share a pool.
 
     Raises:

@@ -18,7 +18,7 @@ cross entropy of distributions, the frozen model's own first layer as the prompt
 it nine of ten prompts of a trial took the code that keeps most, whatever the transport had given them.
 
 Shapes: B sequences, S positions, D model width, F hidden units of the dense feed-forward, L layers, N codes, A depth
-and width numbers of a code: L, then L * F.
+and width numbers of a code.
 """
 
 import math
@@ -45,7 +45,7 @@ class PromptPlan:
     """Codes and their training.
 
     Args:
-        codes: N.
+        codes: N, subnets to choose from; at least 1.
         budget: share of the operations of the decoder layers' matrices that a prompt may take on average, in (0, 1].
         transports: whether training assigns prompts by optimal transport; otherwise to the nearest code.
         temperature, offset: of the bits.

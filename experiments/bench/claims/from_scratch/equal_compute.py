@@ -6,7 +6,6 @@ reads as the mixture's operations pay for.
 
 from typing import Any
 
-from ....compare.measures.flops import measured_usage, token_flops
 from ....variants.architectures import ARCHITECTURE_VARIANTS
 from ..claim import Row, small_decoder
 from ..domains import LENGTH, bits_per_byte, held_out_rows, tune
@@ -37,6 +36,8 @@ def _trained(name: str, settings: dict[str, Any], steps: int, seed: int) -> Row:
     import torch
 
     from moe import MoEConfig, MoEForCausalLM
+
+    from ....compare.measures.flops import measured_usage, token_flops
 
     torch.manual_seed(seed)
     model = MoEForCausalLM(MoEConfig(**MIXTURE | settings))

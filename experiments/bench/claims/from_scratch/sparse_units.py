@@ -5,7 +5,7 @@ MoE-X has hidden units in a layer, reads the input of a dense model's feed-forwa
 
 Source: Yang et al. 2025 (MoE-X), arXiv:2503.07639, section 5; Gao et al. 2024, arXiv:2406.04093, for the autoencoder.
 
-Shapes: T tokens, D model width, F features.
+Shapes: T tokens, D model width, F hidden features.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ....compare.measures.hidden_units import coverage, hidden_metrics
 from ....variants.architectures import ARCHITECTURE_VARIANTS
 from ..claim import Row, fit, small_decoder
 from ..domains import bits_per_byte, held_out_rows, rows_of, tune
@@ -24,16 +23,20 @@ if TYPE_CHECKING:
 
 DOMAIN = "prose"
 MIXTURE = small_decoder(vocab_size=256, num_experts=8)
+"""Two of eight experts, as wide together as the dense model."""
 MOEX = MIXTURE | ARCHITECTURE_VARIANTS["moe-x"](MIXTURE)
 FEATURES = MOEX["num_experts"] * MOEX["moe_intermediate_size"]
 KEPT = 32
 """Features of a token, a twentieth of all; not tuned."""
 RATE = 3e-3
+"""Of the autoencoders; not tuned."""
 DENSE, AUTOENCODER = "dense SwiGLU", "dense SwiGLU, autoencoder"
 
 
 def moex_rows(steps: int, seed: int) -> list[Row]:
     """Bits per byte, active hidden units and byte coverage at equal operations, and those of the autoencoder."""
+    from ....compare.measures.hidden_units import hidden_metrics
+
     one = {"num_experts": 1, "num_experts_per_tok": 1}
     K = MIXTURE["num_experts_per_tok"]
     variants: dict[str, dict[str, Any]] = {
@@ -65,8 +68,8 @@ class Autoencoder:
     """Features of one layer: the k largest of `ReLU(x W + b)`, and the input that they give back.
 
     Args:
-        width: D.
-        seed: of the start.
+        width: D, of the inputs that it gives back.
+        seed: its draws start encoder and decoder alike.
     """
 
     def __init__(self, width: int, seed: int) -> None:
@@ -94,6 +97,8 @@ class Autoencoder:
 def _encoded(model: Any, steps: int, seed: int) -> dict[str, float]:
     """Autoencoders of all layers, trained on what the frozen model's feed-forwards read."""
     import torch
+
+    from ....compare.measures.hidden_units import coverage
 
     layers = model.model.moe_layers
     encoders = [Autoencoder(model.config.hidden_size, seed + number) for number in range(len(layers))]

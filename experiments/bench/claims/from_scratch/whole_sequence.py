@@ -10,6 +10,7 @@ from ..claim import Row, small_decoder
 from .paths import DENSE, HELD_OUT, POINTS, counted, held_out_loss, paths, train_denoiser
 
 MIXTURE = small_decoder(vocab_size=1, num_experts=8)
+"""Two of eight experts, as wide together as the dense network."""
 TOKENS = POINTS + 1
 """Of a path, with the token of the noise level."""
 CHOOSE_TWO = "tokens choose 2 of 8"

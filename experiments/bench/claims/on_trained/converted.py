@@ -20,11 +20,13 @@ FIRST = 4
 RANKS = (48, 24, 12, 6)
 """The first is the whole width: nothing is lost."""
 GROUP = 4
+"""Experts that share a basis: two groups in a layer."""
 KEPT = 0.5
 """Share of the hidden channels that a domain keeps, as in the paper's halves."""
 TEXT_BYTES = 21_000
 """Of each domain, for masks and rounds."""
 ROUNDS = 2
+"""Of router and experts in turn; the paper's eight would leave a dozen steps each."""
 # tuned for steps by the thousand there, by the hundred here
 ROUTER_RATE, EXPERT_RATE = 2e-3, 1e-3
 AS_IT_IS = "as it is"

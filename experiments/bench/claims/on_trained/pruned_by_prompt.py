@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DOMAINS = ("prose", "python", "tables", "markup")
 LAYERS, BUDGET, CODES = 4, 0.6, 4
+"""A code for each domain, if prompts part that way; the share is small enough that units compete. Not tuned."""
 PROMPT = 16
 """Bytes that the router reads; the others are scored."""
 PRUNING_RATE = 2e-2

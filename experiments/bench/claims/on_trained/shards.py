@@ -16,6 +16,7 @@ RATE = 5e-3
 """Of adapters, one for all variants; not tuned."""
 FULL = {"rank": 6, "budget_rank": 2, "private_rank": 1, "shards": 4}
 """Five layers share one rank each, so a matrix can draw five ranks at most; the paper's models have 32 layers."""
+# LoRA of the pools' size, and LoRA of the adapters' rank, which trains three times as many numbers
 LORA, WIDE_LORA = "LoRA of rank 2", "LoRA of rank 6"
 WITHOUT = {
     "without dissociated pairs": {"is_dissociated": False},
