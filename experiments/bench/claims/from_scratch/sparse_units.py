@@ -106,7 +106,12 @@ def _encoded(model: Any, steps: int, seed: int) -> dict[str, float]:
 
     def inputs(token_BS: "Tensor") -> "list[Tensor]":
         seen: list[Tensor] = []
-        with torch.no_grad(), replaced(layers, lambda _number, x_TD: seen.append(x_TD) or x_TD):
+
+        def note(_number: int, x_TD: "Tensor") -> "Tensor":
+            seen.append(x_TD)
+            return x_TD
+
+        with torch.no_grad(), replaced(layers, note):
             model(token_BS, use_cache=False)
         return seen
 

@@ -14,11 +14,11 @@ LAYERS = 6
 """Enough matrices of a kind for sharing to pay."""
 RATE = 5e-3
 """Of adapters, one for all variants; not tuned."""
-FULL = {"rank": 6, "budget_rank": 2, "private_rank": 1, "shards": 4}
+FULL: dict[str, Any] = {"rank": 6, "budget_rank": 2, "private_rank": 1, "shards": 4}
 """Five layers share one rank each, so a matrix can draw five ranks at most; the paper's models have 32 layers."""
 # LoRA of the pools' size, and LoRA of the adapters' rank, which trains three times as many numbers
 LORA, WIDE_LORA = "LoRA of rank 2", "LoRA of rank 6"
-WITHOUT = {
+WITHOUT: dict[str, dict[str, Any]] = {
     "without dissociated pairs": {"is_dissociated": False},
     "without sharded vectors": {"shards": 1},
     "without private shards": {"private_rank": 0},
