@@ -4,6 +4,7 @@ Importing this package makes `AutoModelForCausalLM` know the model type `experti
 implementation of that name with transformers.
 """
 
+from .adapters.shards import ShardAdapters, ShardPlan, attach_shards
 from .architectures import ARCHITECTURES, Architecture, build_body
 from .architectures.read_me.token_router import TokenTransformer, context_of
 from .conversion.adoption.adopt import adopt, adopted_config
@@ -18,7 +19,7 @@ from .inference.early_exit import ExitReport, early_exit
 from .inference.ensemble import EnsembleConfig, EnsembleForCausalLM, ensemble
 from .inference.fused_condition import FusedCache, fused_experts
 from .inference.mixture_of_thoughts import MixtureOfThoughts
-from .inference.rewiring import Rewiring, generate_rewired
+from .inference.rewiring import Rewiring, generate_rewired, rewired
 from .inference.skip_feed_forward import SkipReport, skip_feed_forward
 from .layers.layer import FeedForward, MoELayer, RoutedLayer
 from .layers.stack import LayerPasses
@@ -30,6 +31,10 @@ from .parts.flops import LayerFlops, projection_flops
 from .parts.linear import Linear
 from .parts.text import ByteText, TokenizerText, save_byte_tokenizer, text_of
 from .parts.tokenizer_files import open_tokenizer
+from .subnets.by_prompt import PromptPlan, PromptPruner
+from .subnets.by_shape import ElasticModel, ShapePlan
+from .subnets.calibration import droppable_layers, unit_importance
+from .subnets.subnet import Subnet, carve, kept_share, strongest
 
 __all__ = [
     "ARCHITECTURES",
@@ -37,6 +42,7 @@ __all__ = [
     "ByteText",
     "DecentralisedDenoiser",
     "Denoiser",
+    "ElasticModel",
     "EnsembleConfig",
     "EnsembleForCausalLM",
     "ExitReport",
@@ -54,16 +60,25 @@ __all__ = [
     "MoEModel",
     "MoEOutput",
     "PartitionRouter",
+    "PromptPlan",
+    "PromptPruner",
     "Rewiring",
     "RoutedLayer",
+    "ShapePlan",
+    "ShardAdapters",
+    "ShardPlan",
     "SkipReport",
+    "Subnet",
     "TokenTransformer",
     "TokenizerText",
     "adopt",
     "adopted_config",
+    "attach_shards",
     "build_body",
+    "carve",
     "context_of",
     "drawn",
+    "droppable_layers",
     "early_exit",
     "ensemble",
     "expertier_experts",
@@ -72,6 +87,7 @@ __all__ = [
     "generate_rewired",
     "grouped_experts",
     "join",
+    "kept_share",
     "load_model",
     "most_used",
     "nearest_parts",
@@ -80,9 +96,12 @@ __all__ = [
     "open_tokenizer",
     "projection_flops",
     "prune",
+    "rewired",
     "sample",
     "save_byte_tokenizer",
     "skip_feed_forward",
+    "strongest",
     "swiglu_experts_reference",
     "text_of",
+    "unit_importance",
 ]

@@ -36,8 +36,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("layers",),
         ("architectures",),
         ("model",),
-        ("inference", "conversion"),
-        ("parallel",),
+        ("adapters", "inference", "conversion"),
+        ("subnets", "parallel"),
         ("__init__", "cli"),
     ),
     "moe/kernels": (

@@ -8,13 +8,13 @@ import torch
 
 from experiments.bench.claims.bench import summary
 from experiments.bench.claims.catalogue import CLAIMS
-from experiments.bench.claims.claim import fit
+from experiments.bench.claims.claim import Expected, fit
 from experiments.bench.claims.domains import domains, held_out_rows, rows_of, training_part
-from experiments.bench.claims.paths import energy_distance, paths
-from experiments.bench.claims.series import CONTEXT, HORIZON, made, normalised, recorded
-from experiments.bench.claims.two_modalities import FIRST_LEVEL, LEVELS, SERIES, TEXT, levels_of
-from experiments.bench.claims.two_modalities import rows_of as modal_rows
-from experiments.bench.claims.unequal_members import DIFFICULTY, SHARES, WIDTHS
+from experiments.bench.claims.from_scratch.paths import energy_distance, paths
+from experiments.bench.claims.from_scratch.series import CONTEXT, HORIZON, made, normalised, recorded
+from experiments.bench.claims.from_scratch.two_modalities import FIRST_LEVEL, LEVELS, SERIES, TEXT, levels_of
+from experiments.bench.claims.from_scratch.two_modalities import rows_of as modal_rows
+from experiments.bench.claims.from_scratch.unequal_members import DIFFICULTY, SHARES, WIDTHS
 
 
 def test_energy_distance_by_hand_and_none_to_itself():
@@ -88,19 +88,77 @@ def test_the_table_has_means_and_spreads(capsys):
     assert "-" in shown
 
 
+def test_verdicts_by_hand():
+    """Gains of 0.3, 0.4, 0.5: mean 0.4, deviation 0.1; t(0.975, 2) is 4.303, so it reaches 0.2484 each way."""
+    losses = {"new": (0.7, 0.6, 0.5), "old": (1.0, 1.0, 1.0)}
+    rows = [
+        {"variant": name, "seed": seed, "loss": value}
+        for name, values in losses.items()
+        for seed, value in enumerate(values)
+    ]
+    found = Expected(variant="new", against="old", measure="loss").judge(rows)
+    assert found.gain == pytest.approx(0.4)
+    assert found.interval == pytest.approx((0.1516, 0.6484), abs=1e-4)
+    assert found.answer == "as claimed"
+    answers = [Expected(variant="new", against="old", measure="loss", by=by).judge(rows).answer for by in (0.3, 0.7)]
+    assert answers == ["open", "not as claimed"]
+    worse = Expected(variant="old", against="new", measure="loss", by=-0.7)
+    assert worse.judge(rows).answer == "as claimed"
+    assert Expected(variant="old", against="new", measure="loss", better="higher").judge(rows).answer == "as claimed"
+    assert Expected(variant="new", against="old", measure="loss").judge(rows[::3]).answer == "one seed: no verdict"
+
+
+@pytest.mark.slow
+def test_variants_of_equal_compute_cost_about_the_same():
+    """Operations of experts and memories by hand, within a tenth; slots of a path are those of its tokens' choices."""
+    from experiments.bench.claims.from_scratch import equal_compute, whole_sequence
+
+    model = equal_compute.MIXTURE
+    rows = {row["variant"]: row for row in equal_compute.memory_rows(1, 0)}
+    least, most = (f(row["kflop_per_token"] for row in rows.values()) for f in (min, max))
+    assert most < 1.1 * least
+    sizes = [rows[name]["parameters"] for name in (equal_compute.EIGHT, "2 of 8 experts", "ultramem", "peer")]
+    assert max(sizes) < 1.05 * min(sizes)
+    assert model["num_experts_per_tok"] == 8
+    slots = round(whole_sequence.TOKENS * 2 / 8)
+    assert abs(slots * 8 - whole_sequence.TOKENS * 2) <= 4
+
+
+def test_an_autoencoder_keeps_the_largest_features_and_what_layers_read_can_be_replaced(tiny_config):
+    from experiments.bench.claims.from_scratch.sparse_units import KEPT, Autoencoder, replaced
+    from moe import MoEForCausalLM
+
+    encoder, x_TD = Autoencoder(32, seed=0), torch.randn(6, 32)
+    value_TF = (x_TD @ encoder.encoder_FD.T).relu()
+    found = encoder.features(x_TD)
+    torch.testing.assert_close(found.sort(descending=True).values[:, :KEPT], value_TF.topk(KEPT).values)
+    assert ((found > 0).sum(-1) == KEPT).all()
+    torch.testing.assert_close(encoder(x_TD), found @ encoder.decoder_FD)
+    model, token_BS = MoEForCausalLM(tiny_config()).eval(), torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        plain = model(token_BS).logits
+        with replaced(model.model.moe_layers, lambda number, x: x):
+            assert torch.equal(model(token_BS).logits, plain)
+        with replaced(model.model.moe_layers, lambda number, x: x * 0):
+            assert not torch.equal(model(token_BS).logits, plain)
+        assert torch.equal(model(token_BS).logits, plain)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLAIMS)
 def test_every_claim_runs(name, run, tmp_path):
     report = tmp_path / "rows.json"
     assert run("bench", "claim", name, "--seeds", 1, "--steps", 4, "--json", report) == 0
-    rows = json.loads(report.read_text())["rows"]
+    found = json.loads(report.read_text())
+    rows = found["rows"]
+    assert len(found["verdicts"]) == len(CLAIMS[name].expected)
     numbers = [value for row in rows for key, value in row.items() if key != "variant" and value is not None]
     assert np.isfinite(numbers).all()
     assert len({row["variant"] for row in rows}) == len(rows) > 1
 
 
 def test_bits_of_decoded_bytes_are_those_of_one_pass(tiny_config):
-    from experiments.bench.claims.left_out import PROMPT, decoded_bits
+    from experiments.bench.claims.on_trained.left_out import PROMPT, decoded_bits
     from moe import MoEForCausalLM
 
     model = MoEForCausalLM(tiny_config(vocab_size=256)).eval()

@@ -6,7 +6,7 @@ import offload
 from moe import MoEForCausalLM
 from moe.conversion.export import export
 from moe.inference.logit_offsets import logit_offsets
-from moe.inference.rewiring import Rewiring, confidence_L, generate_rewired, layer_weights
+from moe.inference.rewiring import Rewiring, confidence_L, generate_rewired, layer_weights, rewired
 
 FAMILIES = {
     "olmoe": {"qk_norm": "full", "router": "olmoe"},
@@ -165,3 +165,24 @@ def test_what_cannot_be_rewired_is_refused(tiny_config, tmp_path):
     for wrong in ({"selection": "some"}, {"reading": "x"}, {"share": 0.0}, {"steps": -1}):
         with pytest.raises(ValueError, match=r"must (be|lie)"):
             Rewiring(**wrong)
+
+
+def test_within_it_the_model_is_fitted_to_a_context_and_afterwards_as_it_was(tiny_config):
+    torch.manual_seed(0)
+    model = MoEForCausalLM(tiny_config(router="mixtral")).double().eval().requires_grad_(False)
+    token_1S, gently = torch.randint(96, (1, 12)), Rewiring(steps=3, rate=1e-3)
+    with torch.no_grad():
+        plain = model(token_1S).logits
+    with rewired(model, token_1S, Rewiring(steps=0)):
+        assert torch.equal(model(token_1S).logits, plain)
+    with rewired(model, token_1S, gently) as report, torch.no_grad():
+        logits = model(token_1S).logits
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), token_1S[0, 1:])
+    assert report["loss_after"] == [pytest.approx(loss.item(), rel=1e-6)]
+    assert report["loss_after"][0] < report["loss_before"][0]
+    assert torch.equal(model(token_1S).logits, plain)
+    with (
+        pytest.raises(ValueError, match="one request of at least 2 tokens"),
+        rewired(model, token_1S[:, :1], Rewiring()),
+    ):
+        pass

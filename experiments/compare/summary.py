@@ -1,16 +1,13 @@
 """From runs to a table: what each column means, and its mean and spread over seeds."""
 
-import math
 import statistics
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ..judging.equivalence import Equivalence, effect_size, equivalence
+from ..judging.equivalence import Equivalence, effect_size, equivalence, mean_interval
 
 JUDGED = "held_out_bits_per_byte"
 """The metric that verdicts are about."""
-# the usual level; with two seeds its interval is 12.7 standard errors wide on each side
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,15 +176,10 @@ def difference_to(
     if first == own or not seeds:
         return None
     gaps = [values[1][seed] - values[0][seed] for seed in seeds]
-    mean, low, high = statistics.fmean(gaps), None, None
-    if len(gaps) > 1:
-        from scipy.stats import t
-
-        reach = float(t.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
-        low, high = mean - reach, mean + reach
+    low, high = mean_interval(gaps) or (None, None)
     effect, equal = effect_size(gaps), None if margin is None else equivalence(gaps, margin)
     return {
-        "mean": mean,
+        "mean": statistics.fmean(gaps),
         "low": low,
         "high": high,
         "seeds": len(seeds),

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+CONFIDENCE = 0.95
+"""Of intervals of a mean: the usual level; with two numbers one is 12.7 standard errors wide on each side."""
 LEVEL = 0.05
 """Of each one-sided test, and of what intervals leave out: the usual level."""
 
@@ -36,6 +38,21 @@ class EffectSize:
     value: float
     low: float
     high: float
+
+
+def mean_interval(gaps: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of a mean by Student's t; None with fewer than two numbers.
+
+    Args:
+        gaps: differences, one per pair, or values, one per run.
+    """
+    if len(gaps) < 2:
+        return None
+    from scipy.stats import t
+
+    mean = fmean(gaps)
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
+    return mean - reach, mean + reach
 
 
 def equivalence(gaps: Sequence[float], margin: float) -> Equivalence | None:

@@ -4,7 +4,8 @@ Shapes: L MoE layers, R routable experts, K experts per token, T tokens, S posit
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +81,7 @@ def generate_rewired(
     """
     if hasattr(model, "offload") and not model.offload.passes_gradients:
         raise ValueError("experts that are offloaded pass no gradients; rewire it by `generate --rewire`")
-    if token_1S.shape[0] != 1 or token_1S.shape[1] < 2:
-        raise ValueError(f"offsets belong to one request of at least 2 tokens; got {list(token_1S.shape)}")
+    _expect_one(token_1S)
     report: dict[str, Any] = {"fit_s": 0.0, "generate_s": 0.0, "fitted_tokens": 0, "loss_before": [], "loss_after": []}
     end = token_1S.shape[1] + max_new_tokens
     with logit_offsets(model) as offsets:
@@ -102,6 +102,30 @@ def generate_rewired(
     return token_1S, report
 
 
+@contextmanager
+def rewired(model: Any, token_1S: Tensor, settings: Rewiring) -> Iterator[dict[str, Any]]:
+    """Inside, the model runs with offsets that were fitted once to a context.
+
+    Args:
+        model: a resident model, ours or transformers'.
+        token_1S: int64 [1, S], the context, at least 2 tokens.
+        settings: how they are fitted; `every` says nothing here.
+
+    Yields:
+        Tokens that were passed, and the context's loss before and after the fit.
+
+    Raises:
+        ValueError: if there is more than one request, or offsets have no gradient.
+    """
+    _expect_one(token_1S)
+    report: dict[str, Any] = {"fitted_tokens": 0, "loss_before": [], "loss_after": []}
+    with logit_offsets(model) as offsets:
+        if settings.steps:
+            optimizer = torch.optim.Adam([offsets.delta_LR], lr=settings.rate)
+            _fit(model, token_1S, offsets, optimizer, settings, report)
+        yield report
+
+
 def confidence_L(logits: list[Tensor], top_k: int, reading: str) -> Tensor:
     """Per layer, the mean over tokens and selected experts of -log p, or its negative; larger is more confident."""
     flat = torch.stack(
@@ -118,6 +142,11 @@ def layer_weights(confidence: Tensor, settings: Rewiring) -> Tensor:
         return (confidence - confidence.max()).exp()
     num_fitted = max(1, round(settings.share * len(confidence)))
     return torch.zeros_like(confidence).scatter(0, confidence.topk(num_fitted).indices, 1.0)
+
+
+def _expect_one(token_1S: Tensor) -> None:
+    if token_1S.shape[0] != 1 or token_1S.shape[1] < 2:
+        raise ValueError(f"offsets belong to one request of at least 2 tokens; got {list(token_1S.shape)}")
 
 
 def _fit(

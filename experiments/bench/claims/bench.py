@@ -4,6 +4,8 @@ No parity gate: losses are compared, not times. Tests hold every mechanism again
 """
 
 import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,7 @@ from routing.ground.terminal import plain_console
 
 from ...evidence.record import RECORDS, expect_records, save_record
 from .catalogue import CLAIMS
+from .claim import Expected, Verdict
 
 
 def bench_claim(
@@ -27,6 +30,8 @@ def bench_claim(
     records: Annotated[Path, typer.Option(help="Where records live.")] = RECORDS,
 ) -> None:
     """Try a paper's claim with models that train in seconds; the table has means, and least to most, over seeds.
+
+    Below it stand the verdicts: what the paper makes one expect, and the gain over seeds with its 95 % interval.
 
     Example: `expertier bench claim mode --seeds 3`
     """
@@ -43,10 +48,15 @@ def bench_claim(
     ]
     plain_console().print(f"{claim.question} ({claim.source})")
     plain_console().print(summary(rows))
+    verdicts = [expected.judge(rows) for expected in claim.expected]
+    if verdicts:
+        plain_console().print(verdict_table(verdicts))
+    judged = [asdict(verdict) for verdict in verdicts]
     if json_file:
-        write_json(json_file, {"claim": name, "steps": steps, "rows": rows})
+        write_json(json_file, {"claim": name, "steps": steps, "rows": rows, "verdicts": judged})
     if record:
         config = {"claim": name, "steps": steps, "seeds": seeds, "question": claim.question, "source": claim.source}
+        config |= {"verdicts": judged}
         typer.echo(f"record: {save_record(f'claim-{name}', rows, config=config, seed=first_seed, folder=records)}")
 
 
@@ -58,6 +68,27 @@ def summary(rows: list[dict[str, Any]]) -> Table:
         runs = [row for row in rows if row["variant"] == variant]
         table.add_row(variant, *(_cell([run[column] for run in runs]) for column in columns))
     return table
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
+    """One line per expectation; a gain above 0 is better, whatever the direction of the measure."""
+    table = Table("expected", "measure", "gain [95 % interval]", "verdict")
+    for verdict in verdicts:
+        expected = verdict.expected
+        interval = "" if verdict.interval is None else f" [{verdict.interval[0]:+.4g}, {verdict.interval[1]:+.4g}]"
+        table.add_row(
+            _statement(expected),
+            f"{expected.measure}, {expected.better} is better",
+            f"{verdict.gain:+.4g}{interval}",
+            verdict.answer,
+        )
+    return table
+
+
+def _statement(expected: Expected) -> str:
+    if expected.by < 0:
+        return f"{expected.variant} at most {-expected.by:g} worse than {expected.against}"
+    return f"{expected.variant} better than {expected.against}" + (f" by {expected.by:g}" if expected.by else "")
 
 
 def _cell(values: list[float | None]) -> str:

@@ -1,13 +1,24 @@
 """CLAIMS: every claim that can be tried, by the name that the command takes."""
 
-from .adapters import glider_rows
-from .claim import Claim
-from .every_row import architecture_rows, router_rows
-from .left_out import exit_rows, skip_rows
-from .paths import decentralised_rows, mode_rows
-from .series import time_moe_rows
-from .two_modalities import mixture_of_transformers_rows
-from .unequal_members import hdee_rows
+from .claim import Claim, Expected
+from .from_scratch.equal_compute import EIGHT, memory_rows
+from .from_scratch.every_row import architecture_rows, router_rows
+from .from_scratch.paths import decentralised_rows, mode_rows
+from .from_scratch.series import time_moe_rows
+from .from_scratch.sparse_units import AUTOENCODER, DENSE, moex_rows
+from .from_scratch.two_modalities import mixture_of_transformers_rows
+from .from_scratch.unequal_members import hdee_rows
+from .from_scratch.whole_sequence import CHOOSE_TWO, whole_sequence_rows
+from .on_trained.adapters import glider_rows
+from .on_trained.converted import AS_IT_IS, null_rows, rank_rows, read_me_rows
+from .on_trained.left_out import exit_rows, skip_rows
+from .on_trained.pruned_by_prompt import IMPORTANT, NO_TRANSPORT, ONE_LEARNED, ROUTED, prompt_rows
+from .on_trained.rewired import AS_TRAINED, SELECTIONS, rewired_rows
+from .on_trained.shapes import APART, CHOSEN, EVENLY, ONE_ADAPTER, THE_MODEL, TUNED, UNBALANCED, shape_rows
+from .on_trained.shards import LORA, WIDE_LORA, WITHOUT, shard_rows
+
+NO_LOSS = 0.02
+"""Bits per byte that count as none: about one percent of what these models reach. Stated before any run."""
 
 # in the order in which `--help` lists them
 CLAIMS: dict[str, Claim] = {
@@ -70,5 +81,123 @@ CLAIMS: dict[str, Claim] = {
         source="Tang et al. 2022 (MuE), arXiv:2211.11152",
         run=exit_rows,
         steps=400,
+    ),
+    "mixture-of-shards": Claim(
+        question="Do adapters put together from shared shards beat LoRA with as many trained numbers?",
+        source="Wang et al. 2024 (MoS), arXiv:2410.00938",
+        run=shard_rows,
+        steps=80,
+        expected=(
+            Expected(variant="mixture of shards", against=LORA, measure="bits_mean"),
+            Expected(variant="mixture of shards", against=WIDE_LORA, measure="bits_mean", by=-NO_LOSS),
+            *(Expected(variant="mixture of shards", against=name, measure="bits_mean") for name in WITHOUT),
+        ),
+    ),
+    "moe-x": Claim(
+        question="Are MoE-X's units sparser and easier to read than dense ones and an autoencoder's, at no loss?",
+        source="Yang et al. 2025 (MoE-X), arXiv:2503.07639",
+        run=moex_rows,
+        steps=300,
+        expected=(
+            Expected(variant="moe-x", against=DENSE, measure="byte_coverage", better="higher"),
+            Expected(variant="moe-x", against=AUTOENCODER, measure="byte_coverage", better="higher"),
+            Expected(variant="moe-x", against="dense ReLU", measure="active_hidden"),
+            Expected(variant="moe-x", against=DENSE, measure="bits_per_byte"),
+            Expected(variant="moe-x", against="top-2 SwiGLU", measure="bits_per_byte", by=-NO_LOSS),
+        ),
+    ),
+    "latent-ranks": Claim(
+        question="Which rank of latent experts keeps a trained mixture's loss, at once and after some training?",
+        source="MoLE 2025, arXiv:2503.23100",
+        run=rank_rows,
+        steps=150,
+        expected=(
+            Expected(variant="rank 24", against=AS_IT_IS, measure="bits_converted", by=-NO_LOSS),
+            Expected(variant="rank 24", against=AS_IT_IS, measure="bits_tuned", by=-NO_LOSS),
+            Expected(variant="rank 12", against=AS_IT_IS, measure="bits_tuned", by=-NO_LOSS),
+        ),
+    ),
+    "null-experts": Claim(
+        question="Can null experts in a trained mixture save experts per token at no loss?",
+        source="Zeng et al. 2024 (AdaMoE), arXiv:2406.13233",
+        run=null_rows,
+        steps=150,
+        expected=(
+            Expected(variant="nulls, 3 choices", against=AS_IT_IS, measure="experts_per_token", by=0.1),
+            Expected(variant="nulls, 3 choices", against=AS_IT_IS, measure="bits_tuned", by=-NO_LOSS),
+            Expected(variant="nulls, 3 choices", against="1 expert instead of 2", measure="bits_tuned"),
+        ),
+    ),
+    "read-me": Claim(
+        question="Do experts cut from a dense model by domain beat a dense one of their active width?",
+        source="Cai et al. 2024 (Read-ME), arXiv:2410.19123",
+        run=read_me_rows,
+        steps=100,
+        expected=(
+            Expected(variant="cut by domain", against="dense, half width", measure="bits_mean"),
+            Expected(variant="cut by domain", against="cut by blends", measure="bits_mean"),
+            Expected(variant="cut by domain", against="dense, all channels", measure="bits_mean", by=-NO_LOSS),
+        ),
+    ),
+    "rewiring": Claim(
+        question="Do router offsets that are fitted to a context lower the loss of the bytes after it?",
+        source="Su et al. 2025 (Rewiring), arXiv:2510.14853",
+        run=rewired_rows,
+        steps=300,
+        expected=tuple(
+            Expected(variant=f"rewired, {name}", against=AS_TRAINED, measure=measure)
+            for measure in ("bits_seen", "bits_unseen")
+            for name in SELECTIONS
+        ),
+    ),
+    "memory-parity": Claim(
+        question="Do memory layers reach a mixture of eight experts per token at equal operations and parameters?",
+        source="UltraMemV2 2025, arXiv:2508.18756; PEER, He 2024, arXiv:2407.04153",
+        run=memory_rows,
+        steps=300,
+        expected=(
+            Expected(variant="ultramem", against=EIGHT, measure="bits_mean", by=-NO_LOSS),
+            Expected(variant="peer", against=EIGHT, measure="bits_mean", by=-NO_LOSS),
+            Expected(variant="peer", against="dense", measure="bits_mean"),
+            Expected(variant="ultramem", against="dense", measure="bits_mean"),
+        ),
+    ),
+    "whole-sequence": Claim(
+        question="Do routers that see a whole sequence beat tokens' own choices at equal operations?",
+        source="Puigcerver et al. 2023 (Soft MoE), arXiv:2308.00951; Zhou et al. 2022, arXiv:2202.09368",
+        run=whole_sequence_rows,
+        steps=400,
+        expected=(
+            Expected(variant="soft slots", against=CHOOSE_TWO, measure="loss"),
+            Expected(variant="experts choose", against=CHOOSE_TWO, measure="loss"),
+            Expected(variant="soft slots", against="experts choose", measure="loss"),
+            Expected(variant="soft slots", against="dense", measure="loss"),
+        ),
+    ),
+    "prompt-pruning": Claim(
+        question="Do subnets that prompts choose beat one subnet for all, at the same share of operations?",
+        source="Ganjdanesh et al. 2025 (APTP), arXiv:2406.12042",
+        run=prompt_rows,
+        steps=120,
+        expected=(
+            Expected(variant=ROUTED, against=ONE_LEARNED, measure="bits_per_byte"),
+            Expected(variant=ROUTED, against=IMPORTANT, measure="bits_per_byte"),
+            Expected(variant=ROUTED, against=NO_TRANSPORT, measure="bits_per_byte"),
+            Expected(variant=ROUTED, against=NO_TRANSPORT, measure="codes_used", better="higher"),
+        ),
+    ),
+    "shapes": Claim(
+        question="Does one tuning of adapters by shape serve subnets of every depth and width?",
+        source="Fu et al. 2024 (AmoebaLLM), arXiv:2411.10606",
+        run=shape_rows,
+        steps=80,
+        expected=(
+            Expected(variant=CHOSEN, against=EVENLY, measure="bits_mean"),
+            Expected(variant=TUNED, against=CHOSEN, measure="bits_mean"),
+            Expected(variant=TUNED, against=ONE_ADAPTER, measure="bits_mean"),
+            Expected(variant=TUNED, against=UNBALANCED, measure="bits_mean"),
+            Expected(variant=TUNED, against=THE_MODEL, measure="bits_full", by=-NO_LOSS),
+            Expected(variant=TUNED, against=APART, measure="bits_mean", by=-NO_LOSS),
+        ),
     ),
 }

@@ -1,15 +1,70 @@
-"""Claim: one question to a paper, and what answers it; fit: the training loop that all of them share."""
+"""Claim: one question to a paper, what answers it, and the verdict; fit: the training loop that all of them share."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...judging.equivalence import mean_interval
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a paper makes one expect: of two variants one is better by some measure.
+
+    Args:
+        variant, against: names of rows.
+        measure: a column.
+        better: which direction is better.
+        by: the least gain that counts, in units of the measure; negative where so much loss is still as claimed.
+    """
+
+    variant: str
+    against: str
+    measure: str
+    better: Literal["lower", "higher"] = "lower"
+    by: float = 0.0
+
+    def judge(self, rows: Sequence[Row]) -> "Verdict":
+        """The gain over the seeds of both variants, which are paired: a seed draws the same data for all."""
+        sign = -1.0 if self.better == "lower" else 1.0
+        values = [
+            {row["seed"]: row[self.measure] for row in rows if row["variant"] == name}
+            for name in (self.variant, self.against)
+        ]
+        gains = [sign * (values[0][seed] - values[1][seed]) for seed in sorted(values[0].keys() & values[1].keys())]
+        interval = mean_interval(gains)
+        return Verdict(expected=self, gain=fmean(gains), interval=interval, answer=self._answer(interval))
+
+    def _answer(self, interval: tuple[float, float] | None) -> str:
+        if interval is None:
+            return "one seed: no verdict"
+        low, high = interval
+        return "as claimed" if low > self.by else "not as claimed" if high < self.by else "open"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the rows say of an expectation.
+
+    Args:
+        expected: what was expected.
+        gain: mean over seeds; above 0 is better.
+        interval: of the gain, 95 %; None with one seed.
+        answer: `as claimed` or `not as claimed` where the interval excludes the other, `open` where it does not.
+    """
+
+    expected: Expected
+    gain: float
+    interval: tuple[float, float] | None
+    answer: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +77,14 @@ class Claim:
         run: rows of one seed after so many optimiser steps; each names its `variant`, the other values are numbers, or
             None where a variant has no such number.
         steps: optimiser steps by default, of the largest run of a variant.
+        expected: what the paper makes one expect of the rows; empty where variants are not ranked.
     """
 
     question: str
     source: str
     run: Callable[[int, int], list[Row]]
     steps: int
+    expected: tuple[Expected, ...] = ()
 
 
 def fit(

@@ -56,50 +56,60 @@ def training_part(name: str) -> NDArray[np.uint8]:
     return domains()[name][: len(domains()[name]) * 9 // 10]
 
 
-def held_out_rows(name: str) -> "Tensor":
+def held_out_rows(name: str, length: int = LENGTH, count: int = HELD_OUT_ROWS) -> "Tensor":
     """int64 [B, S]: rows spread evenly over the last tenth of a domain."""
     import torch
 
     text = domains()[name][len(training_part(name)) :]
-    starts = np.linspace(0, len(text) - LENGTH - 1, HELD_OUT_ROWS).astype(int)
-    return torch.from_numpy(np.stack([text[start : start + LENGTH] for start in starts]).astype(np.int64))
+    starts = np.linspace(0, len(text) - length - 1, count).astype(int)
+    return torch.from_numpy(np.stack([text[start : start + length] for start in starts]).astype(np.int64))
 
 
-def rows_of(names: Sequence[str], draws: np.random.Generator) -> "Tensor":
+def rows_of(names: Sequence[str], draws: np.random.Generator, length: int = LENGTH) -> "Tensor":
     """int64 [B, S]: rows of training text, each of a domain that is drawn."""
     import torch
 
     rows = []
     for name in draws.choice(list(names), BATCH):
         text = training_part(str(name))
-        start = draws.integers(0, len(text) - LENGTH)
-        rows.append(text[start : start + LENGTH])
+        start = draws.integers(0, len(text) - length)
+        rows.append(text[start : start + length])
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
 def tune(
-    model: Any, names: Sequence[str], steps: int, seed: int, *, parameters: Any = None, rate: float = RATE, **extra: Any
+    model: Any,
+    names: Sequence[str],
+    steps: int,
+    seed: int,
+    *,
+    parameters: Any = None,
+    rate: float = RATE,
+    length: int = LENGTH,
+    **extra: Any,
 ) -> None:
     """Train a causal language model on some domains.
 
     Args:
-        model: one of ours.
+        model: one of ours, or a dense one of transformers.
         names: the domains, as often drawn each.
         steps: optimiser steps.
         seed: draws the rows; the same seed gives the same ones.
         parameters: what is trained; all of the model's if not given.
         rate: the largest learning rate.
+        length: bytes of a row.
         extra: further arguments of every call.
     """
     draws, outputs = np.random.default_rng(seed), []
 
     def loss_of(step: int) -> "Tensor":
-        token_BS = rows_of(names, draws)
+        token_BS = rows_of(names, draws, length)
         outputs[:] = [model(token_BS, labels=token_BS, use_cache=False, **extra)]
         return outputs[0].loss
 
     def tell_routers() -> None:
-        model.model.post_step([call.count_R for call in outputs[0].router_stats], BATCH * LENGTH)
+        if hasattr(model.model, "post_step"):
+            model.model.post_step([call.count_R for call in outputs[0].router_stats], BATCH * length)
 
     model.train()
     fit(model.parameters() if parameters is None else parameters, loss_of, steps, rate, tell_routers)

@@ -1,13 +1,13 @@
 """From runs and their measures to one row per variant, with intervals, and the pair of claims in tension."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
-from ...compare.summary import CONFIDENCE, JUDGED, difference_to
+from ...compare.summary import JUDGED, difference_to
+from ...judging.equivalence import mean_interval
 from ...variants.locality import BY_LOSS, CONSTRAINED
 
 POLICIES = ("lru", "learned", "belady")
@@ -98,14 +98,8 @@ def _interval(values: list[float | None]) -> dict[str, Any] | None:
     numbers = [value for value in values if value is not None]
     if not numbers:
         return None
-    mean, low, high = statistics.fmean(numbers), None, None
-    if len(numbers) > 1:
-        from scipy.stats import t
-
-        quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(numbers) - 1))
-        reach = quantile * statistics.stdev(numbers) / math.sqrt(len(numbers))
-        low, high = mean - reach, mean + reach
-    return {"mean": mean, "low": low, "high": high, "values": numbers}
+    low, high = mean_interval(numbers) or (None, None)
+    return {"mean": statistics.fmean(numbers), "low": low, "high": high, "values": numbers}
 
 
 def _cell(found: dict[str, Any] | None) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Row, fit, small_decoder
+from ..claim import Row, fit, small_decoder
 
 if TYPE_CHECKING:
     from torch import Tensor

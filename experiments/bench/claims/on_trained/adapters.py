@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .claim import Row
-from .domains import bits_per_byte, dense_model, training_part, tune
+from ..claim import Row
+from ..domains import bits_per_byte, dense_model, training_part, tune
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from .claim import Row
-from .domains import LENGTH, bits_per_byte, dense_model, tune
+from ..claim import Row
+from ..domains import LENGTH, bits_per_byte, dense_model, tune
 
 WIDTHS = {"easy": 48, "middle": 96, "hard": 144}
 """Hidden units of the unequal members; equal ones have the middle width."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .claim import Row, small_decoder
-from .domains import held_out_rows, tune
+from ..claim import Row, small_decoder
+from ..domains import held_out_rows, tune
 
 DOMAIN = "prose"
 LAYERS = 6

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .claim import Row
-from .domains import bits_per_byte, held_out_rows, tune
+from ..claim import Row
+from ..domains import bits_per_byte, held_out_rows, tune
 
 TINY = {
     "vocab_size": 256,

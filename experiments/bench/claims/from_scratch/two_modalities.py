@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .claim import Row, fit, small_decoder
-from .domains import training_part
+from ..claim import Row, fit, small_decoder
+from ..domains import training_part
 from .series import TRAINING_SHARE, recorded
 
 if TYPE_CHECKING:

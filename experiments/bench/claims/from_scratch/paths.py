@@ -8,7 +8,7 @@ Shapes: N rows (paths), S positions (points), A = 2 coordinates.
 
 from typing import TYPE_CHECKING, Any
 
-from .claim import Row, fit, small_decoder
+from ..claim import Row, fit, small_decoder
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,7 @@ def held_out_loss(denoise: Any, held_out: "Tensor") -> float:
     return ((sigma**2 + 0.25) / (sigma * 0.5) ** 2)[:, None, None].mul(error).mean().item()
 
 
-def counted(model: Any, call: Any) -> tuple["Tensor", float]:
+def counted(model: Any, call: Any) -> tuple[Any, float]:
     """What a call gives, and the operations that torch counts in it; experts run as plain products for that."""
     from torch.utils.flop_counter import FlopCounterMode
 
