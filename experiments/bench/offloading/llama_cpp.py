@@ -34,7 +34,9 @@ class LlamaCpp:
         OSError: if llama.cpp cannot load the file.
     """
 
-    def __init__(self, file: Path, context: int, num_threads: int, num_sequences: int = 1, *, is_repacked: bool) -> None:
+    def __init__(
+        self, file: Path, context: int, num_threads: int, num_sequences: int = 1, *, is_repacked: bool
+    ) -> None:
         import llama_cpp
 
         self._library = llama_cpp
