@@ -201,7 +201,7 @@ class ShapeGate(nn.Module):
     Args:
         choices: depths and widths to choose from.
         plan: E and K.
-        generator: of the start.
+        generator: its draws start the weights.
     """
 
     def __init__(self, choices: int, plan: ShapePlan, generator: torch.Generator) -> None:

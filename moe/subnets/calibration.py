@@ -50,7 +50,7 @@ def droppable_layers(
 
     Args:
         loss_without: how bad the model is without these layers; lower is better.
-        num_layers: of the model.
+        num_layers: decoder layers, more than `num_last_kept`.
         most: layers left out at most.
         num_last_kept: layers at the end that are never left out.
 
