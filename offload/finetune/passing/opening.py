@@ -11,7 +11,7 @@ from routing.ground.quantity import format_size
 from ...checkpoint.experts import ExpertLayer, experts_modules
 from ...formats.form import Form
 from ...memory.budget import MemoryPlan, expect_budgets, plan_memory, sufficient_size
-from ...memory.heap import return_large_blocks
+from ...memory.heap import TUNING_BYTES, return_large_blocks
 from ...runtime.division import cpu_limit, expect_machine_has
 from ...runtime.needs import memory_needs
 from ...runtime.opening import OpenedCheckpoint, open_checkpoint
@@ -89,7 +89,7 @@ def open_tuned(
         path_or_id=model, cpu_memory=cpu_memory, cache_experts=cache_experts, context=tokens, dtype=options.dtype
     )
     expect_machine_has(loading)
-    return_large_blocks()
+    return_large_blocks(TUNING_BYTES)
     opened = open_checkpoint(loading)
     _expect_experts(opened, model)
     forms = overlay(opened.forms)
@@ -170,17 +170,17 @@ def kept_activation_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int
     config = opened.config.get_text_config()
     tokens = options.batch_size * options.sequence_length
     width, item = int(config.hidden_size), opened.model.dtype.itemsize
-    # where passes meet: rows as experts take them, their outputs, their gradients
-    rows = 3 * options.own_passes * tokens * opened.top_k * width * item
+    # where passes meet: rows as experts take them, their outputs, sums in a wider type, gradients by row and by token
+    rows = 6 * options.own_passes * tokens * opened.top_k * width * item
     once = rows + 3 * 4 * tokens * int(config.vocab_size)
     if options.method == "zo":
         return options.own_passes * tokens * width * item * 2 + once
     one_layer = options.own_passes * tokens * width * item * KEPT_ARRAYS
     kept = options.own_passes * layer_activation_bytes(opened, options) * int(config.num_hidden_layers)
     if options.activation_bytes is not None or options.activation_bits is not None:
-        # of the layer that is computed, everything is in memory
+        # of the layer that is computed, everything is in memory, with its gradients
         limit = kept if options.activation_bytes is None else options.activation_bytes
-        kept = min(one_layer * int(config.num_hidden_layers), one_layer + min(kept, limit))
+        kept = min(one_layer * int(config.num_hidden_layers), 2 * one_layer + min(kept, limit))
     return kept + once
 
 
