@@ -46,7 +46,6 @@ class Adapters:
     joins_passes = True
 
     def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: PackedRows, **memory: Any) -> None:
-        import peft as _  # its 150 MB of modules are there when memory is divided
 
         self._source, self._options, self._rows = source, options, rows
         self._tuned: TunedModel = open_tuned(

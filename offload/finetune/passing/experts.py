@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from ...compute.adapters import LowRank
 from ...compute.routed_rows import ExpertSpans
@@ -22,6 +23,10 @@ from ..storage.visits import ExpertVisits
 from .lockstep import Lockstep
 
 Weights = Mapping[str, torch.Tensor]
+ROWS_STEP = 32
+"""Rows of an expert's bfloat16 products are filled up to a multiple of this, where passes are joined. oneDNN compiles a
+kernel for every new number of rows: 11 ms for a product that takes 5, and it keeps 1,024 of them, fewer than a step of
+some hundred tokens has. Two cores of an Intel processor; other steps were not tried."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,14 @@ class Call:
     expert_TK: torch.Tensor
     weight_TK: torch.Tensor
     grad_TD: torch.Tensor | None = None
+
+
+def filled_rows(module: Any, expert: int, seen: Seen, x_nD: torch.Tensor) -> torch.Tensor:
+    """`expert_rows`, with rows of zeros after them while it computes in bfloat16: their number has few values."""
+    missing = -len(x_nD) % ROWS_STEP
+    if x_nD.dtype != torch.bfloat16 or x_nD.device.type != "cpu" or not missing:
+        return expert_rows(module, expert, seen, x_nD)
+    return expert_rows(module, expert, seen, nn.functional.pad(x_nD, (0, 0, 0, missing)))[: len(x_nD)]
 
 
 def expert_rows(module: Any, expert: int, seen: Seen, x_nD: torch.Tensor) -> torch.Tensor:
@@ -156,7 +169,7 @@ class TunedExperts:
         for expert, seen, numbers in self._visit(layer, spans):
             for number in numbers:
                 start, stop = spans[number].of[expert]
-                rows = self._entered(number, expert_rows, module, expert, seen(number), x[number][start:stop])
+                rows = self._entered(number, self._rows_of(), module, expert, seen(number), x[number][start:stop])
                 out = outs[number]
                 if out is None:
                     outs[number] = out = rows.new_zeros(len(x[number]), rows.shape[1])
@@ -175,7 +188,7 @@ class TunedExperts:
             used = []
             for number in numbers:
                 used.append(seen(number))
-                grads[number].pass_through(module, expert, used[-1])
+                grads[number].pass_through(self._rows_of(), module, expert, used[-1])
             self.method.take(layer, expert, used)
         return [grad.inputs() for grad in grads]
 
@@ -188,6 +201,11 @@ class TunedExperts:
         for expert, stored in self.visits(layer, needed):
             numbers = [number for number, span in enumerate(spans) if expert in span.of]
             yield expert, self.method.seen(layer, expert, stored), numbers
+
+    def _rows_of(self) -> Callable[..., torch.Tensor]:
+        """How an expert computes its rows; where bits are promised, as a resident model does."""
+        assert self.method is not None
+        return filled_rows if self.method.joins_passes else expert_rows
 
     def _entered(self, number: int, compute: Callable[..., torch.Tensor], module: Any, *given: Any) -> torch.Tensor:
         """Compute with biases and norms as the pass sees them; most modules have none."""
@@ -211,7 +229,7 @@ class RowGradients:
         self._x_ND = torch.zeros(len(self._order_N), call.x_TD.shape[1], dtype=call.x_TD.dtype)
         self._weight_N = torch.zeros(len(self._order_N), dtype=call.weight_TK.dtype)
 
-    def pass_through(self, module: Any, expert: int, seen: Seen) -> None:
+    def pass_through(self, compute: Callable[..., torch.Tensor], module: Any, expert: int, seen: Seen) -> None:
         """Compute an expert's rows once more and take their gradients."""
         start, stop = self.spans.of[expert]
         token_n, call = self.spans.token_N[start:stop], self._call
@@ -219,7 +237,7 @@ class RowGradients:
         with torch.enable_grad():
             x_nD = call.x_TD[token_n].detach().requires_grad_()
             weight_n = call.weight_TK.reshape(-1)[self._order_N[start:stop]].detach().requires_grad_()
-            out_nD = expert_rows(module, expert, seen, x_nD) * weight_n.unsqueeze(-1)
+            out_nD = compute(module, expert, seen, x_nD) * weight_n.unsqueeze(-1)
             out_nD.backward(call.grad_TD[token_n].to(out_nD.dtype))
         assert x_nD.grad is not None
         assert weight_n.grad is not None

@@ -14,7 +14,7 @@ import torch
 
 from ...checkpoint.experts import experts_modules
 from ...compute.routed_rows import ExpertSpans
-from .experts import Call, RowGradients, Seen
+from .experts import Call, RowGradients, Seen, expert_rows
 
 
 @contextmanager
@@ -80,6 +80,6 @@ class _Experts(torch.autograd.Function):
         spans = ExpertSpans(expert_TK, runtime.layers[layer].num_experts)
         rows = RowGradients(Call(x_TD, expert_TK, weight_TK, grads[0]), spans)
         for expert, weights in runtime.visit(layer, expert_TK):
-            rows.pass_through(module, expert, Seen(weights))
+            rows.pass_through(expert_rows, module, expert, Seen(weights))
         grad_TD, grad_TK = rows.inputs()
         return grad_TD, grad_TK, None, None, None, None
