@@ -9,9 +9,9 @@ LARGE_BYTES = 4 << 20
 keep what lies below: 1,123 MiB were the peak of a prompt of 2,048 tokens, and 918 with this bound. Larger: more is
 kept. Smaller: each array of a decoded token costs page faults."""
 TUNING_BYTES = 128 << 10
-"""The same while a model is fine-tuned, glibc's own first bound. Activations of some 1 MiB come and go in the threads of
-several passes and lie between those that are kept: with the bound above, 1.6 GB of a budget of 4 GiB were free and held
-by the allocator. Larger: more is held. Smaller: page faults for what one expert computes."""
+"""The same while a model is fine-tuned, glibc's own first bound. Activations of some 1 MiB come and go in the threads
+of several passes and lie between those that are kept: with the bound above, 1.6 GB of a budget of 4 GiB were free and
+held by the allocator. Larger: more is held. Smaller: page faults for what one expert computes."""
 
 
 def return_large_blocks(least_bytes: int = LARGE_BYTES) -> None:
