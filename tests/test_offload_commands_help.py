@@ -92,6 +92,7 @@ MISSING = {
     "tune-router": "nowhere --out new",
     "bench offload": "nowhere",
     "bench finetune": "nowhere",
+    "bench finetune-domains": "--model nowhere",
     "bench locality": "--data nowhere.txt --out new",
     "bench duo": "--data nowhere.txt --out new",
     "bench placement": "--loads nowhere.json",
