@@ -246,3 +246,9 @@ def test_freed_blocks_go_back_to_the_system():
     large, tuning = map(int, done.stdout.split())
     assert large >= 115 << 20
     assert tuning >= 31 << 20
+
+
+def test_a_context_that_takes_much_of_a_budget_is_named():
+    needs = Needs(process_bytes=0, weight_bytes=0, kv_bytes=4 << 30, activation_bytes=0, staging_bytes=0)
+    with pytest.raises(ValueError, match=r"or a smaller --context: keys and values take 4\.00 GiB"):
+        plan_memory(5 << 30, needs, [1 << 30] * 2, [8] * 2, 2)

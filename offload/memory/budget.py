@@ -249,13 +249,20 @@ def plan_memory(
             raise ValueError(
                 f"{format_size(limit_bytes)} is too small for one token's experts: {format_size(fixed)} are needed "
                 f"besides experts and {format_size(floor)} for {top_k} experts in each of {len(experts_L)} layers; "
-                f"give at least {sufficient_size(enough)}"
+                f"give at least {sufficient_size(enough)}{_shorter_context(needs, limit_bytes)}"
             )
         num_slots = spread_slots(limit_bytes - fixed, slot_bytes_L, experts_L, least)
     slot_bytes = sum(count * size for count, size in zip(num_slots, slot_bytes_L, strict=True))
     return MemoryPlan(
         limit_bytes=limit_bytes, **vars(needs), slack_bytes=slack, slot_bytes=slot_bytes, num_slots=tuple(num_slots)
     )
+
+
+def _shorter_context(needs: Needs, limit_bytes: int) -> str:
+    """A hint where keys and values take much of a budget: servers hold the whole context that a model knows."""
+    if 4 * needs.kv_bytes < limit_bytes:
+        return ""
+    return f", or a smaller --context: keys and values take {format_size(needs.kv_bytes)}"
 
 
 def room_besides(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from routing.ground.quantity import parse_size
 
-from ...evidence.memory_limit import run_limited
+from ...evidence.memory_limit import drop_cached, run_limited
 from ..offloading.gguf_file import gguf_of
 from ..offloading.llama_cpp import NOT_INSTALLED, LlamaCpp, is_available
 from .clients import user_rows
@@ -34,6 +34,7 @@ def peer(checkpoint: Path, limit: str, users: int, new_tokens: int) -> Row:
     if not is_available():
         return {**found, "note": NOT_INSTALLED}
     gguf_of(checkpoint)
+    drop_cached(checkpoint)  # pages that an earlier run left would count for nobody's limit
     limit_bytes = None if limit == "auto" else parse_size(limit)
     command = [sys.executable, "-m", __name__, str(checkpoint), *map(str, (users, 16, new_tokens))]
     done = run_limited(command, limit_bytes, TIMEOUT_S)

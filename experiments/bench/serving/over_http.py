@@ -46,6 +46,7 @@ def beside_generate(
         folder = Path(temporary, "model")
         _with_words(checkpoint, folder)
         prompt, answers = " ".join(map(str, rows)), set()
+        options = [*options, "--context", str(len(rows) + new_tokens + 64)]
         for repeat in range(repeats):
             for program, run in (("generate", _generate), ("serve", _serve)):
                 row, answer = run(folder, options, prompt, new_tokens)
@@ -130,6 +131,9 @@ def _server(folder: Path, options: Sequence[str]) -> Iterator[Any]:
         with httpx.Client(base_url=_address(process), timeout=READY_S) as client:
             _wait_ready(client)
             yield client
+    except httpx.ConnectError as error:
+        said = process.stdout.read() if process.stdout else ""
+        raise RuntimeError(f"the server has ended: {said.strip()[-300:]}") from error
     finally:
         process.terminate()
         process.communicate()
