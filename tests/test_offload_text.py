@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from offload.serve.asks import Grammar
+from offload.serve.grammars import Grammars
 from offload.text.bare_calls import BareCalls
 from offload.text.channels import MarkedChannels, Part
 from offload.text.conversation import Conversations, read_template
@@ -330,3 +332,11 @@ def test_the_vocabulary_hides_control_tokens_but_not_marks(tokenizer):
         Vocabulary(tokenizer, 300).checked([1, 300])
     with pytest.raises(ValueError, match="empty"):
         Vocabulary(tokenizer, 300).encode("")
+
+
+def test_a_tokenizer_without_a_known_decoder_has_no_grammars_and_says_so():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    grammars = Grammars(Vocabulary(tokenizer, 2))
+    assert grammars.bytes_of(1) == b"b"
+    with pytest.raises(ValueError, match="no grammars with this model's tokenizer"):
+        grammars.compile(Grammar(kind="regex", source="a+"))

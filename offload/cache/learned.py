@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 from numpy.typing import NDArray
 
-from .policies import access, expect_room
+from .policies import access, evict_lowest, expect_room
 
 
 class LearnedReuse:
@@ -80,12 +80,7 @@ class LearnedReuse:
 
     def evict(self, pinned: Collection[int] = ()) -> int:
         """Remove and return the least promising key; keys in `pinned` go only when there is no other."""
-        candidates = [key for key in self._resident if key not in pinned] or list(self._resident)
-        if not candidates:
-            raise RuntimeError("nothing to evict: the cache is empty")
-        victim = min(candidates, key=self.rank)
-        self._resident.discard(victim)
-        return victim
+        return evict_lowest(self._resident, pinned, self.rank)
 
     def discard(self, key: int) -> None:
         """Forget that `key` is resident, for example because reading it failed."""

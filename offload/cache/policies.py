@@ -8,8 +8,8 @@ token.
 
 import heapq
 import math
-from collections.abc import Collection, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -187,16 +187,25 @@ class StaticHotList(LFU):
         return super()._score(key, next_use, weight)
 
 
+def evict_lowest(resident: set[int], pinned: Collection[int], rank: Callable[[int], Any]) -> int:
+    """Remove and return the key of the lowest rank; keys in `pinned` go only when there is no other.
+
+    Raises:
+        RuntimeError: if there is no key.
+    """
+    candidates = [key for key in resident if key not in pinned] or list(resident)
+    if not candidates:
+        raise RuntimeError("nothing to evict: the cache is empty")
+    victim = min(candidates, key=rank)
+    resident.discard(victim)
+    return victim
+
+
 class SearchedCache(ScoredCache):
     """Keys whose ranks all change with every token or pass, so that there is no heap: the lowest is searched."""
 
     def evict(self, pinned: Collection[int] = ()) -> int:
-        candidates = [key for key in self._resident if key not in pinned] or list(self._resident)
-        if not candidates:
-            raise RuntimeError("nothing to evict: the cache is empty")
-        victim = min(candidates, key=self.rank)
-        self._resident.discard(victim)
-        return victim
+        return evict_lowest(self._resident, pinned, self.rank)
 
     def _score(self, key: int, next_use: int, weight: float) -> float:
         return 0.0
