@@ -21,6 +21,7 @@ UsersOption = Annotated[list[int] | None, typer.Option("--users", min=1, help="U
 TokensOption = Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens of each answer.")]
 PromptOption = Annotated[int, typer.Option("--prompt", min=16, help="Tokens of the long prompt.")]
 MeasureOption = Annotated[list[str] | None, typer.Option("--measure", help="One of " + ", ".join(MEASURES))]
+ScheduleOption = Annotated[list[str] | None, typer.Option("--schedule", help="One of " + ", ".join(SCHEDULES))]
 RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Rounds; schedules alternate in each.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the rows as JSON.")]
 RecordOption = Annotated[bool, typer.Option("--record", help="Save a record.")]
@@ -35,6 +36,7 @@ def bench_serve(
     new_tokens: TokensOption = 64,
     prompt: PromptOption = 1024,
     measure: MeasureOption = None,
+    schedule: ScheduleOption = None,
     repeats: RepeatsOption = 1,
     json_file: JsonOption = None,
     record: RecordOption = False,
@@ -45,14 +47,12 @@ def bench_serve(
     """
     expect_outputs(json_file, inputs=[checkpoint])
     expect_there(checkpoint)
-    wanted = measure or list(MEASURES)
-    for name in wanted:
-        if name not in MEASURES:
-            raise ValueError(f"unknown measure {name!r}; expected one of {', '.join(MEASURES)}")
+    wanted = _chosen("measure", measure, MEASURES)
+    schedules = _chosen("schedule", schedule, SCHEDULES)
     load = {"cpu_memory": cpu_memory, "cache_experts": cache_experts, "arithmetic": arithmetic}
     console, results = plain_console(), []
     if "rates" in wanted:
-        results += _rates(console, checkpoint, load, users or [1, 4], new_tokens, repeats)
+        results += _rates(console, checkpoint, load, users or [1, 4], schedules, new_tokens, repeats)
     if "llama.cpp" in wanted:
         results += _peers(console, checkpoint, cpu_memory, users or [1, 4], new_tokens)
     if "http" in wanted:
@@ -66,10 +66,30 @@ def bench_serve(
         save_record("bench-serve", results, config={**load, "new_tokens": new_tokens, "prompt": prompt})
 
 
+def _chosen(kind: str, names: list[str] | None, known: tuple[str, ...]) -> list[str]:
+    """What was named, or all of it.
+
+    Raises:
+        ValueError: for a name that is unknown.
+    """
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}; expected one of {', '.join(known)}")
+    return names or list(known)
+
+
 def _rates(
-    console: Console, checkpoint: Path, load: dict[str, Any], users: list[int], new_tokens: int, repeats: int
+    console: Console,
+    checkpoint: Path,
+    load: dict[str, Any],
+    users: list[int],
+    schedules: list[str],
+    new_tokens: int,
+    repeats: int,
 ) -> list[dict[str, Any]]:
     """Every number of users in every schedule, in alternation; the answers must be those of each alone."""
+    from offload.engine.admission import places_of
+
     from .clients import user_rows
     from .measures import rates
 
@@ -77,9 +97,11 @@ def _rates(
     alone: dict[int, list[Any]] = {}
     for repeat in range(repeats):
         for count in sorted(users):
-            for schedule in SCHEDULES if count > 1 else ("turns",):
+            for schedule in schedules if count > 1 else ["turns"]:
                 rows = [user_rows(number, 16 + new_tokens) for number in range(count)]
-                with _open(checkpoint, load, context=count * (64 + new_tokens), schedule=schedule) as engine:
+                # as many places as all of them reserve, so that nobody waits for another to end
+                places = count * places_of(max(48, 16 + new_tokens))
+                with _open(checkpoint, load, context=places, schedule=schedule) as engine:
                     rates(engine, [user_rows(8, 32)], 16)  # experts that are used first, kernels that are compiled
                     row, answers = rates(engine, rows, new_tokens)
                 for number, answer in enumerate(answers):
