@@ -12,6 +12,8 @@ from routing.ground.terminal import plain_console
 
 MEASURES = ("rates", "llama.cpp", "http", "turn", "prompt", "overload", "cancels")
 SCHEDULES = ("turns", "together", "auto")
+GROWTH_PLACES = 320
+"""Places of the KV pool that a user reserves beyond his tokens, rounded up; with fewer, he waits for another to end."""
 
 CheckpointArgument = Annotated[Path, typer.Argument(help="A replay checkpoint (`expertier bench offload` makes one).")]
 MemoryOption = Annotated[str, typer.Option("--cpu-memory", help="Whole budget of the process, or auto.")]
@@ -88,8 +90,6 @@ def _rates(
     repeats: int,
 ) -> list[dict[str, Any]]:
     """Every number of users in every schedule, in alternation; the answers must be those of each alone."""
-    from offload.engine.admission import places_of
-
     from .clients import user_rows
     from .measures import rates
 
@@ -99,8 +99,7 @@ def _rates(
         for count in sorted(users):
             for schedule in schedules if count > 1 else ["turns"]:
                 rows = [user_rows(number, 16 + new_tokens) for number in range(count)]
-                # as many places as all of them reserve, so that nobody waits for another to end
-                places = count * places_of(max(48, 16 + new_tokens))
+                places = count * (max(48, 16 + new_tokens) + GROWTH_PLACES)
                 with _open(checkpoint, load, context=places, schedule=schedule) as engine:
                     rates(engine, [user_rows(8, 32)], 16)  # experts that are used first, kernels that are compiled
                     row, answers = rates(engine, rows, new_tokens)
