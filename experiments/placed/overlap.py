@@ -21,14 +21,13 @@ from routing.traces import RoutingTrace
 from ..train.distributed.launch import is_worker
 from ..train.distributed.run import leave_group, process_group
 from .coherent import follow
+from .interface import Interface
 from .work import Layer, Size, gathered, relative, source_T, tokens
 
 PARTS = 4
 """One for each step of a layer that waits, and one that computes; with fewer, some wait has nothing to hide behind."""
 TRIALS = 3
 """Runs of computation alone from which a rate follows, where a ratio was asked for."""
-Limit = Callable[[float], None]
-"""Sets the bytes per second of the connection that all processes share."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -167,32 +166,30 @@ def woven_parts(plan: Plan, trace: RoutingTrace, size: Size) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """How fast the connection is.
+    """How fast rows leave each process.
 
     Args:
         bytes_per_s: at first.
         ratio: of exchange over computation, each alone, for which a rate is found; None keeps the first one.
-        limit: sets the rate of a connection that all processes share; None simulates one of each process's own.
+        interface: whose rate it is; None simulates one.
     """
 
     bytes_per_s: float
     ratio: float | None = None
-    limit: Limit | None = None
+    interface: Interface | None = None
 
     def found(self, compute_s: float, remote_bytes: int) -> float:
         """The rate at which the exchange takes `ratio` times as long as computation; all processes call this."""
         if self.ratio is None:
             return self.bytes_per_s
-        bytes_G = gathered(torch.tensor([float(remote_bytes)], dtype=torch.float64))
-        moved = bytes_G.sum() if self.limit else bytes_G.max()
+        moved = gathered(torch.tensor([float(remote_bytes)], dtype=torch.float64)).max()
         return max(float(moved) / (self.ratio * compute_s), 1.0)
 
     def wire(self, wire: Wire, bytes_per_s: float) -> Wire:
         """The connection at that rate."""
-        if self.limit is None:
+        if self.interface is None:
             return SlowWire(rows=wire.rows, counts=wire.counts, bytes_per_s=bytes_per_s)
-        if self.ratio is not None and distributed.get_rank() == 0:
-            self.limit(bytes_per_s)
+        self.interface.limit(bytes_per_s)
         distributed.barrier()
         return wire
 
@@ -208,7 +205,11 @@ def time_overlap(
     Args:
         plan, trace, size, parts: as for `TokenParts`.
         speed: of the connection; None leaves it as it is.
-        repeats: runs of each, which take turns.
+        repeats: runs of each but parts in turn, which take turns; parts in turn, the longest, run once.
+
+    Returns:
+        `compute_s`, `exchange_s`, `in_turn_s`, `woven_s`, `bytes_per_s`; `interface_bytes` and `row_bytes` that left
+        this process by its interface, if it has one, while rows were exchanged.
 
     Raises:
         RuntimeError: if bits differ between the two orders.
@@ -230,18 +231,23 @@ def time_overlap(
     is_equal = gathered(torch.tensor([all(torch.equal(*pair) for pair in zip(right, found, strict=True))]))
     if not is_equal.all():
         raise RuntimeError("woven parts have other bits than one part after the other; no time is shown")
+    in_turn_s = _slowest_s(lambda: cut.in_turn(wire))
     ways: dict[str, Callable[[], Any]] = {
         "compute": compute,
         # all rows begun at once: what the connection takes, without the latency of each exchange
         "exchange": lambda: [landed() for landed in [wire.begin(*given) for given in recorder.sent]],
-        "in_turn": lambda: cut.in_turn(wire),
         "woven": lambda: cut.woven(wire),
     }
+    interface = speed.interface if speed else None
+    sent = interface.sent_bytes if interface else 0
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, run in ways.items():
             seconds[name].append(_slowest_s(run))
-    return {"bytes_per_s": bytes_per_s} | {f"{name}_s": float(np.median(values)) for name, values in seconds.items()}
+    row_bytes = recorder.remote_bytes * repeats * (len(ways) - 1)
+    moved = {"interface_bytes": interface.sent_bytes - sent, "row_bytes": row_bytes} if interface else {}
+    medians = {f"{name}_s": float(np.median(values)) for name, values in seconds.items()}
+    return {"bytes_per_s": bytes_per_s, "in_turn_s": in_turn_s} | medians | moved
 
 
 def _slowest_s(run: Callable[[], Any]) -> float:

@@ -52,13 +52,17 @@ def is_leader() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def launch(arguments: Sequence[str], processes: int, *, restarts: int = 0) -> int:
+def launch(
+    arguments: Sequence[str], processes: int, *, restarts: int = 0, entry: Sequence[str] = (), address: str | None = None
+) -> int:
     """Run `expertier` with these arguments on so many processes of this machine; returns the exit code.
 
     Args:
         arguments: of the command line.
         processes: how many, 1 or more.
         restarts: how often all are started again after one has failed.
+        entry: a program with its arguments, which goes on as the command that follows them.
+        address: of this program as the processes see it, where that is another network; None is one and the same.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -75,12 +79,15 @@ def launch(arguments: Sequence[str], processes: int, *, restarts: int = 0) -> in
         nproc_per_node=processes,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=f"{address or 'localhost'}:0",
+        rdzv_configs={"is_host": True},
+        local_addr=address,
         max_restarts=restarts,
         monitor_interval=0.1,
     )
+    program, *rest = (*entry, sys.executable, "-m", "experiments.cli", *arguments)
     try:
-        elastic_launch(settings, sys.executable)("-m", "experiments.cli", *arguments)
+        elastic_launch(settings, program)(*rest)
     except ChildFailedError as error:
         return _told(error.failures, processes)
     except SignalException as error:
