@@ -133,12 +133,17 @@ def test_an_interrupt_saves_the_step_that_it_came_in_and_the_run_goes_on(text, t
 
 
 @pytest.mark.slow
-def test_a_run_whose_processes_are_killed_ends_with_the_same_loss(text, tmp_path):
-    options = ("--steps", "60", "--processes", "2", "--parallel", "expert=2")
+@pytest.mark.parametrize(
+    ("parallel", "steps", "kills", "tolerance"),
+    # times, and so the order of sums, differ from one run to the next where degrees follow them
+    [("expert=2", 60, (24, 45), 0), ("auto", 30, (24,), 1e-5)],
+)
+def test_a_run_whose_processes_are_killed_ends_with_the_same_loss(text, tmp_path, parallel, steps, kills, tolerance):
+    options = ("--set", "precision=float32", "--steps", str(steps), "--processes", "2", "--parallel", parallel)
     assert finish(begin(text, tmp_path / "calm", *options))[0] == 0
     out = tmp_path / "killed"
     process = begin(text, out, *options, "--max-restarts", "3")
-    for wanted in (24, 45):
+    for wanted in kills:
         wait_for(lambda wanted=wanted: steps_done(out) >= wanted, process)
         workers = [child for child in psutil.Process(process.pid).children() if "experiments.cli" in child.cmdline()]
         assert len(workers) == 2
@@ -146,5 +151,6 @@ def test_a_run_whose_processes_are_killed_ends_with_the_same_loss(text, tmp_path
     code, _, complained = finish(process)
     assert code == 0, complained
     calm, killed = (read_log(tmp_path / name / "metrics.jsonl") for name in ("calm", "killed"))
-    assert [row["loss"] for row in killed] == [row["loss"] for row in calm]
+    losses = [row["loss"] for row in calm]
+    assert [row["loss"] for row in killed] == pytest.approx(losses, rel=tolerance, abs=0)
     assert not list((out / "checkpoints").glob(".*"))

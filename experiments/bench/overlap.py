@@ -18,6 +18,7 @@ from routing.ground.terminal import plain_console
 from ..evidence.record import RECORDS, expect_records, save_record
 from ..placed.interface import Interface, launch_apart
 from ..train.distributed.launch import is_leader, is_worker, launch
+from .listed import listed_ratios
 
 LEAST_RATIO, MOST_RATIO = 0.2, 5.0
 """Of exchange over computation: beyond them so little can be hidden that noise would be printed."""
@@ -30,10 +31,10 @@ def bench_overlap(
         bool, typer.Option("--simulated", help="Hold rows back in this program instead of limiting an interface.")
     ] = False,
     ratio: Annotated[
-        float | None, typer.Option(min=0.01, help="Of exchange over computation: take the rate that gives it.")
+        str | None, typer.Option(help="Of exchange over computation: take the rates that give these, such as 0.5,1,2.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
-    parts: Annotated[int, typer.Option(min=1, help="Into which each process cuts its tokens.")] = 4,
+    parts: Annotated[int, typer.Option(min=1, help="Into which each process cuts its tokens.")] = 6,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of all processes together.")] = 4096,
     layers: Annotated[int, typer.Option(min=1, help="Layers with experts.")] = 8,
     experts: Annotated[int, typer.Option(min=1, help="Experts of a layer.")] = 16,
@@ -50,7 +51,7 @@ def bench_overlap(
     The bound is the longer of the first two. Bits of both orders must be equal, or no time is printed. Each process
     should have a core of its own; it has an interface of its own, in a network namespace, whose rate is limited.
 
-    Example: `expertier bench overlap --ratio 1`
+    Example: `expertier bench overlap --ratio 0.5,1,2`
 
     Where namespaces may not be made: `expertier bench overlap --ratio 1 --simulated`
     """
@@ -59,26 +60,27 @@ def bench_overlap(
     bytes_per_s = parse_size(rate)
     if top_k > experts:
         raise ValueError(f"--top-k {top_k} is more than the {experts} experts of a layer")
+    ratios = listed_ratios(ratio, "--ratio", LEAST_RATIO, MOST_RATIO) if ratio else []
     if processes > 1 and not is_worker():
         start = launch(sys.argv[1:], processes) if simulated else launch_apart(sys.argv[1:], processes, bytes_per_s)
         raise typer.Exit(start)
     from ..placed.overlap import Speed, measure
 
     sizes = {"layers": layers, "experts": experts, "top_k": top_k, "width": width, "inner_width": inner_width}
-    sizes |= {"parts": parts}
-    speed = Speed(bytes_per_s=bytes_per_s, ratio=ratio, interface=None if simulated else Interface())
+    sizes |= {"parts": parts, "tokens": tokens, "repeats": repeats}
+    speed = Speed(bytes_per_s=bytes_per_s, ratios=ratios, interface=None if simulated else Interface())
     is_limited = simulated or processes > 1
-    found = measure(**sizes, tokens=tokens, seed=SEED, repeats=repeats, speed=speed if is_limited else None)
+    found = measure(**sizes, seed=SEED, speed=speed if is_limited else None)
     if not is_leader():
         return
-    kind = "simulated" if simulated else "tbf on an interface of each process" if processes > 1 else "none: one process"
-    row = {"processes": processes, "parts": parts, "limit": kind, **found, **_judged(found)}
-    _print(row)
+    limit = "simulated" if simulated else "tbf on each process's interface" if processes > 1 else "none: one process"
+    rows = [{"processes": processes, "parts": parts, "limit": limit, **one, **_judged(one)} for one in found]
+    for row in rows:
+        _print(row)
     if json_file:
-        write_json(json_file, row)
+        write_json(json_file, {"rates": rows})
     if record:
-        config = {**sizes, "tokens": tokens, "repeats": repeats}
-        typer.echo(f"record: {save_record('overlap', [row], config=config, seed=SEED, folder=records)}")
+        typer.echo(f"record: {save_record('overlap', rows, config=sizes, seed=SEED, folder=records)}")
 
 
 def _judged(found: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +111,6 @@ def _print(row: dict[str, Any]) -> None:
             f"{row['hidden']:.0%} of the shorter is hidden",
             highlight=False,
         )
-    if "interface_bytes" in row:
-        share = row["interface_bytes"] / row["row_bytes"]
-        console.print(f"the interface of process 0 sent {share:.3f} bytes for each byte of rows", highlight=False)
+    if "sent_over_rows" in row:
+        sent = f"{row['sent_over_rows']:.3f}"
+        console.print(f"the interface of process 0 sent {sent} bytes for each byte of rows", highlight=False)

@@ -53,7 +53,12 @@ def is_leader() -> bool:
 
 
 def launch(
-    arguments: Sequence[str], processes: int, *, restarts: int = 0, entry: Sequence[str] = (), address: str | None = None
+    arguments: Sequence[str],
+    processes: int,
+    *,
+    restarts: int = 0,
+    entry: Sequence[str] = (),
+    address: str | None = None,
 ) -> int:
     """Run `expertier` with these arguments on so many processes of this machine; returns the exit code.
 
