@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from experiments.train.distributed.adapting import taken
+from experiments.train.distributed.launch import start_name
 from experiments.train.metrics import read_log
 from experiments.train.run_folder import checkpoints
 from moe import MoEForCausalLM
@@ -104,6 +105,25 @@ def test_what_cannot_be_split_is_refused_before_any_process_starts(run, text, tm
     assert run("train", "--preset", "smoke", "--data", text, "--out", tmp_path / "a", *options) == 2
     assert message in " ".join(capfd.readouterr().err.split())
     assert not (tmp_path / "a").exists()
+
+
+def test_what_processes_said_before_a_restart_is_kept_apart_or_the_start_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    names = []
+    for restarts in range(3):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        names.append(start_name())
+    assert len(set(names)) == 3
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        start_name()
+    # torchrun then has a new store for every start, and machines count their restarts for themselves
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    names = {start_name()}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert names == {start_name()}
 
 
 def wait_for(condition, process, limit_s=600):

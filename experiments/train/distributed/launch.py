@@ -36,15 +36,40 @@ def restart_number() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def start_name() -> str:
+    """Tells this start of the processes from those before a restart; the same on all of them.
+
+    torchrun's store outlives the processes. One that reads what another said of itself before a restart waits for it
+    for good.
+
+    Raises:
+        ValueError: if torchrun may restart processes of several machines and shares its store with them: every machine
+            counts its own restarts, so there is no such name.
+
+    Source: https://github.com/pytorch/pytorch/issues/135712
+    """
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:
+        return f"start {restart_number()}"
+    if _most_restarts() > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            "restarts on several machines need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun"
+        )
+    return "start"
+
+
 def is_resumed(run: Path, *, asked: bool) -> bool:
     """Whether a run continues: it was asked to, or torchrun started it again after a failure.
 
     Where torchrun may start processes again, `--resume` holds from the second time on: a machine that joins later has
     all of them start with the same command, and there may be no checkpoint yet.
     """
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0 or not is_worker():
+    if _most_restarts() == 0 or not is_worker():
         return asked
     return (asked or restart_number() > 0) and bool(checkpoints(run))
+
+
+def _most_restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
 def is_leader() -> bool:
