@@ -9,16 +9,10 @@ from pathlib import Path
 import pytest
 
 from experiments.placed.interface import BURST_BYTES, launch_apart
+from tests.rank_processes import may_make_namespaces
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--tokens", "1024", "--layers", "2", "--width", "256", "--inner-width", "64", "--repeats", "3"]
-
-
-def may_make_namespaces():
-    try:
-        return subprocess.run(["unshare", "--map-root-user", "--net", "true"], capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
 
 
 def names():

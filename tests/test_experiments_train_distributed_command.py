@@ -11,11 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from experiments.placed.interface import NAME, apart
 from experiments.train.distributed.adapting import taken
 from experiments.train.distributed.launch import start_name
 from experiments.train.metrics import read_log
 from experiments.train.run_folder import checkpoints
 from moe import MoEForCausalLM
+from tests.rank_processes import may_make_namespaces
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,3 +176,36 @@ def test_a_run_whose_processes_are_killed_ends_with_the_same_loss(text, tmp_path
     losses = [row["loss"] for row in calm]
     assert [row["loss"] for row in killed] == pytest.approx(losses, rel=tolerance, abs=0)
     assert not list((out / "checkpoints").glob(".*"))
+
+
+TWO_MACHINES = """
+for number in 0 1; do
+  ip netns exec $number "$0" -m torch.distributed.run --nnodes=1:2 --nproc-per-node=1 --max-restarts=3 \\
+    --rdzv-backend=c10d --rdzv-endpoint=10.77.0.2:29400 --rdzv-conf=is_host=$((1 - number)),last_call_timeout=5 \\
+    --local-addr=10.77.0.$((number + 2)) "$@" &
+  first=${first:-$!}
+done
+wait $first
+"""
+"""Network namespaces stand for machines; names of hosts mean nothing there, so addresses are given."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not may_make_namespaces(), reason="needs the right to make network namespaces")
+def test_one_of_two_machines_disappears_and_the_other_ends_the_run(text, tmp_path, monkeypatch):
+    options = ("--preset", "smoke", "--router", "rmoe", "--set", "precision=float32", "--steps", "26")
+    assert finish(start(*command(text, tmp_path / "one", *options, "--processes", "2")))[0] == 0
+    out = tmp_path / "two"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", NAME)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    process = start(*apart(2, 1e9), "sh", "-c", TWO_MACHINES, *command(text, out, *options))
+    wait_for(lambda: steps_done(out) >= 23, process)
+    started = psutil.Process(process.pid).children(recursive=True)
+    (second,) = (child for child in started if "--local-addr=10.77.0.3" in child.cmdline())
+    for lost in (second, *second.children()):
+        lost.kill()
+    code, _, complained = finish(process)
+    assert code == 0, complained
+    rows, expected = (read_log(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
+    assert [row["processes"] for row in rows] == [2] * 20 + [1] * 6
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)

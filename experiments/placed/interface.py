@@ -66,13 +66,24 @@ def launch_apart(arguments: Sequence[str], processes: int, bytes_per_s: float) -
         return launch(arguments, processes, entry=ENTER, address=STARTER)
     if processes > MOST_PROCESSES:
         raise ValueError(f"{processes} processes; there are addresses for 1 to {MOST_PROCESSES}")
-    namespaces = ("unshare", *(("--map-root-user",) if os.geteuid() else ()), "--net", "--mount")
-    begin = (*namespaces, "sh", "-e", "-c", SET_UP, STARTER, str(processes), NAME, _bucket(bytes_per_s))
+    begin = apart(processes, bytes_per_s)
     _expect_allowed((*begin, "true"))
     command = (*begin, sys.executable, "-m", "experiments.cli", *arguments)
     # torch would warn that no name server knows these addresses
     inside = {INSIDE: "1", "GLOO_SOCKET_IFNAME": NAME, "TORCH_CPP_LOG_LEVEL": "FATAL"}
     return subprocess.run(command, env=os.environ | inside).returncode
+
+
+def apart(processes: int, bytes_per_s: float) -> tuple[str, ...]:
+    """A program that makes the namespaces 0, 1, ... and goes on as the command that follows it.
+
+    Args:
+        processes: how many namespaces, with the addresses 10.77.0.2, 10.77.0.3, ...
+        bytes_per_s: that may leave each.
+    """
+    # who is not root becomes root of a user namespace
+    namespaces = ("unshare", *(("--map-root-user",) if os.geteuid() else ()), "--net", "--mount")
+    return (*namespaces, "sh", "-e", "-c", SET_UP, STARTER, str(processes), NAME, _bucket(bytes_per_s))
 
 
 def _expect_allowed(command: Sequence[str]) -> None:
