@@ -56,6 +56,12 @@ def test_where_none_can_be_had_one_line_says_why(run, tmp_path, monkeypatch, cap
     assert f"take --simulated ({reason})" in " ".join(capfd.readouterr().err.split())
 
 
+@pytest.mark.parametrize("ratio", ["0.5,x", "0.5,,1", "0.1", "1,6"])
+def test_ratios_of_which_nothing_would_be_said_are_refused(run, capfd, ratio):
+    assert run("bench", "overlap", "--ratio", ratio) == 2
+    assert "--ratio takes numbers from 0.2 to 5.0 with commas between them" in " ".join(capfd.readouterr().err.split())
+
+
 def test_addresses_end():
     with pytest.raises(ValueError, match="for 1 to 253"):
         launch_apart([], 254, 1e6)

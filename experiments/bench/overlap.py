@@ -16,7 +16,7 @@ from routing.ground.quantity import format_size, parse_size
 from routing.ground.terminal import plain_console
 
 from ..evidence.record import RECORDS, expect_records, save_record
-from ..placed.interface import Interface, launch_apart
+from ..placed.interface import Interface, is_apart, launch_apart
 from ..train.distributed.launch import is_leader, is_worker, launch
 from .listed import listed_ratios
 
@@ -69,11 +69,10 @@ def bench_overlap(
     sizes = {"layers": layers, "experts": experts, "top_k": top_k, "width": width, "inner_width": inner_width}
     sizes |= {"parts": parts, "tokens": tokens, "repeats": repeats}
     speed = Speed(bytes_per_s=bytes_per_s, ratios=ratios, interface=None if simulated else Interface())
-    is_limited = simulated or processes > 1
-    found = measure(**sizes, seed=SEED, speed=speed if is_limited else None)
+    found = measure(**sizes, seed=SEED, speed=speed if simulated or is_apart() else None)
     if not is_leader():
         return
-    limit = "simulated" if simulated else "tbf on each process's interface" if processes > 1 else "none: one process"
+    limit = "simulated" if simulated else "tbf on each process's interface" if is_apart() else "none"
     rows = [{"processes": processes, "parts": parts, "limit": limit, **one, **_judged(one)} for one in found]
     for row in rows:
         _print(row)

@@ -48,6 +48,11 @@ ENTER = ("sh", "-c", 'exec ip netns exec "$LOCAL_RANK" "$@"', "sh")
 """Before the command of a process that torchrun starts."""
 
 
+def is_apart() -> bool:
+    """Whether this program is in namespaces that `launch_apart` made; elsewhere no interface is touched."""
+    return INSIDE in os.environ
+
+
 def launch_apart(arguments: Sequence[str], processes: int, bytes_per_s: float) -> int:
     """Run `expertier` with these arguments on processes that reach each other by limited interfaces only.
 
@@ -62,7 +67,7 @@ def launch_apart(arguments: Sequence[str], processes: int, bytes_per_s: float) -
     Raises:
         ValueError: if network namespaces or limited interfaces may not be made here.
     """
-    if INSIDE in os.environ:
+    if is_apart():
         return launch(arguments, processes, entry=ENTER, address=STARTER)
     if processes > MOST_PROCESSES:
         raise ValueError(f"{processes} processes; there are addresses for 1 to {MOST_PROCESSES}")
