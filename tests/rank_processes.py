@@ -6,6 +6,7 @@ Run as a module, it imports that file and forks them, so that what they all impo
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+NEW_NETWORK = ("unshare", *(("--map-root-user",) if os.geteuid() else ()), "--net")
+"""Before a command that has a network of its own."""
 LIMIT_S = 600
 """A launch takes some ten seconds, on a busy machine minutes; a collective that one process never enters never ends."""
 
@@ -36,6 +39,13 @@ def run_ranks(count: int, module: str, *arguments: str, limit_s: float = LIMIT_S
         said = "\n".join(f"--- {file.stem}\n{file.read_text()}" for file in sorted(place.glob("*.txt")))
         assert code == 0, f"exit code {code} after {limit_s} s at most\n{said}"
         return json.loads((place / "found.json").read_text())
+
+
+def may_make_namespaces() -> bool:
+    """Whether this machine gives a process a network namespace of its own, with the tools to join it to others."""
+    if not all(shutil.which(tool) for tool in ("unshare", "ip", "tc")):
+        return False
+    return subprocess.run([*NEW_NETWORK, "true"], capture_output=True).returncode == 0
 
 
 def _start(place: Path, count: int, module: str, arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:

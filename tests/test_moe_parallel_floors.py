@@ -2,12 +2,13 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.rank_processes import NEW_NETWORK, may_make_namespaces
 
 ROOT = Path(__file__).parent.parent
 IN_NAMESPACE = "ip link set lo up && exec {python} -c '{code}'"
@@ -16,18 +17,13 @@ HEADERS = 1.015
 """Headers and acknowledgements on a loopback interface, whose packets are large."""
 
 
-def may_make_namespaces():
-    tools = shutil.which("unshare") and shutil.which("ip")
-    return bool(tools) and subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
-
-
 def counted(*arguments):
     """What two processes in a network namespace of their own counted."""
     code = CODE.format(arguments=", ".join(f'"{argument}"' for argument in arguments))
     shell = IN_NAMESPACE.format(python=sys.executable, code=code)
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["unshare", "--net", "sh", "-c", shell], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800
+        [*NEW_NETWORK, "sh", "-c", shell], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -1,12 +1,9 @@
 """`expertier bench overlap`: how much of an exchange woven parts hide behind computation, at a limited rate.
 
-The rate is that of a token bucket (`tbf`) on the loopback interface of a network namespace, which all processes share.
+The rate is that of a token bucket (`tbf`) on the interface that each process has in a network namespace of its own.
 Where namespaces may not be made, `--simulated` holds rows back in our own code, and says so.
 """
 
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,14 +16,10 @@ from routing.ground.quantity import format_size, parse_size
 from routing.ground.terminal import plain_console
 
 from ..evidence.record import RECORDS, expect_records, save_record
+from ..placed.interface import Interface, is_apart, launch_apart
 from ..train.distributed.launch import is_leader, is_worker, launch
+from .listed import listed_ratios
 
-INSIDE = "EXPERTIER_LIMITED"
-"""Set in the namespace whose interface is limited."""
-BURST_BYTES = 1 << 17
-"""Bytes that pass at once: two of the largest packets of a loopback interface, which a smaller bucket would drop."""
-QUEUE = "400ms"
-"""How long a packet may wait for the bucket before it is dropped; connections send less when they meet drops."""
 LEAST_RATIO, MOST_RATIO = 0.2, 5.0
 """Of exchange over computation: beyond them so little can be hidden that noise would be printed."""
 SEED = 0  # of weights, tokens and routing
@@ -38,17 +31,17 @@ def bench_overlap(
         bool, typer.Option("--simulated", help="Hold rows back in this program instead of limiting an interface.")
     ] = False,
     ratio: Annotated[
-        float | None, typer.Option(min=0.01, help="Of exchange over computation: take the rate that gives it.")
+        str | None, typer.Option(help="Of exchange over computation: take the rates that give these, such as 0.5,1,2.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
-    parts: Annotated[int, typer.Option(min=1, help="Into which each process cuts its tokens.")] = 4,
+    parts: Annotated[int, typer.Option(min=1, help="Into which each process cuts its tokens.")] = 6,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of all processes together.")] = 4096,
-    layers: Annotated[int, typer.Option(min=1, help="Layers with experts.")] = 6,
+    layers: Annotated[int, typer.Option(min=1, help="Layers with experts.")] = 8,
     experts: Annotated[int, typer.Option(min=1, help="Experts of a layer.")] = 16,
     top_k: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 2,
     width: Annotated[int, typer.Option(min=1, help="D, entries of a token.")] = 512,
-    inner_width: Annotated[int, typer.Option(min=1, help="F of an expert.")] = 1024,
-    repeats: Annotated[int, typer.Option(min=3, help="Runs of each way, which take turns.")] = 5,
+    inner_width: Annotated[int, typer.Option(min=1, help="F of an expert.")] = 2048,
+    repeats: Annotated[int, typer.Option(min=3, help="Runs of each way, in turns.")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.")] = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the result under experiments/records.")] = False,
     records: Annotated[Path, typer.Option(help="Where records live.")] = RECORDS,
@@ -56,65 +49,37 @@ def bench_overlap(
     """Time computation alone, exchange alone, parts one after the other, and parts woven, in one run.
 
     The bound is the longer of the first two. Bits of both orders must be equal, or no time is printed. Each process
-    should have a core of its own.
+    should have a core of its own; it has an interface of its own, in a network namespace, whose rate is limited.
 
-    Example: `expertier bench overlap --rate 16MiB`
+    Example: `expertier bench overlap --ratio 0.5,1,2`
 
-    At a ratio: `expertier bench overlap --simulated --ratio 1 --layers 12 --inner-width 2048`
+    Where namespaces may not be made: `expertier bench overlap --ratio 1 --simulated`
     """
     expect_records(records)
     expect_outputs(json_file, inputs=[])
     bytes_per_s = parse_size(rate)
     if top_k > experts:
         raise ValueError(f"--top-k {top_k} is more than the {experts} experts of a layer")
+    ratios = listed_ratios(ratio, "--ratio", LEAST_RATIO, MOST_RATIO) if ratio else []
     if processes > 1 and not is_worker():
-        if simulated or INSIDE in os.environ:
-            raise typer.Exit(launch(sys.argv[1:], processes))
-        raise typer.Exit(_in_namespace(bytes_per_s))
+        start = launch(sys.argv[1:], processes) if simulated else launch_apart(sys.argv[1:], processes, bytes_per_s)
+        raise typer.Exit(start)
     from ..placed.overlap import Speed, measure
 
     sizes = {"layers": layers, "experts": experts, "top_k": top_k, "width": width, "inner_width": inner_width}
-    sizes |= {"parts": parts}
-    speed = Speed(bytes_per_s=bytes_per_s, ratio=ratio, limit=None if simulated else _change_limit)
-    is_limited = simulated or INSIDE in os.environ
-    found = measure(**sizes, tokens=tokens, seed=SEED, repeats=repeats, speed=speed if is_limited else None)
+    sizes |= {"parts": parts, "tokens": tokens, "repeats": repeats}
+    speed = Speed(bytes_per_s=bytes_per_s, ratios=ratios, interface=None if simulated else Interface())
+    found = measure(**sizes, seed=SEED, speed=speed if simulated or is_apart() else None)
     if not is_leader():
         return
-    kind = "simulated" if simulated else "tbf on loopback" if processes > 1 else "none: one process"
-    row = {"processes": processes, "parts": parts, "limit": kind, **found, **_judged(found)}
-    _print(row)
+    limit = "simulated" if simulated else "tbf on each process's interface" if is_apart() else "none"
+    rows = [{"processes": processes, "parts": parts, "limit": limit, **one, **_judged(one)} for one in found]
+    for row in rows:
+        _print(row)
     if json_file:
-        write_json(json_file, row)
+        write_json(json_file, {"rates": rows})
     if record:
-        config = {**sizes, "tokens": tokens, "repeats": repeats}
-        typer.echo(f"record: {save_record('overlap', [row], config=config, seed=SEED, folder=records)}")
-
-
-def _in_namespace(bytes_per_s: int) -> int:
-    """Run this command line where the loopback interface has a rate; the exit code.
-
-    Raises:
-        ValueError: if network namespaces may not be made here.
-    """
-    tools = all(shutil.which(tool) for tool in ("unshare", "ip", "tc"))
-    if not tools or subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
-        raise ValueError(
-            "limiting an interface needs unshare, ip, tc and the right to make network namespaces; take --simulated"
-        )
-    shell = f'ip link set lo up && tc qdisc add dev lo root {_bucket(bytes_per_s)} && exec "$@"'
-    command = [sys.executable, "-m", "experiments.cli", *sys.argv[1:]]
-    inside = os.environ | {INSIDE: "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run(["unshare", "--net", "sh", "-c", shell, "sh", *command], env=inside).returncode
-
-
-def _bucket(bytes_per_s: float) -> str:
-    """A token bucket in the words of `tc`."""
-    return f"tbf rate {round(8 * bytes_per_s)}bit burst {BURST_BYTES} latency {QUEUE}"
-
-
-def _change_limit(bytes_per_s: float) -> None:
-    """Give the loopback interface of this namespace another rate."""
-    subprocess.run(["tc", "qdisc", "change", "dev", "lo", "root", *_bucket(bytes_per_s).split()], check=True)
+        typer.echo(f"record: {save_record('overlap', rows, config=sizes, seed=SEED, folder=records)}")
 
 
 def _judged(found: dict[str, Any]) -> dict[str, Any]:
@@ -145,3 +110,6 @@ def _print(row: dict[str, Any]) -> None:
             f"{row['hidden']:.0%} of the shorter is hidden",
             highlight=False,
         )
+    if "sent_over_rows" in row:
+        sent = f"{row['sent_over_rows']:.3f}"
+        console.print(f"the interface of process 0 sent {sent} bytes for each byte of rows", highlight=False)

@@ -14,21 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from moe.parallel import Steps, Wire, in_steps, stagger, weave
+from moe.parallel import STEPS, Steps, Wire, in_steps, stagger, weave
 from placement import Cluster, Plan, Problem, solve
 from routing.traces import RoutingTrace
 
 from ..train.distributed.launch import is_worker
 from ..train.distributed.run import leave_group, process_group
 from .coherent import follow
+from .interface import Interface
 from .work import Layer, Size, gathered, relative, source_T, tokens
 
-PARTS = 4
-"""One for each step of a layer that waits, and one that computes; with fewer, some wait has nothing to hide behind."""
+PARTS = 6
+"""Four have one that computes for each step of a layer that waits; two more make up for steps that last longer."""
 TRIALS = 3
 """Runs of computation alone from which a rate follows, where a ratio was asked for."""
-Limit = Callable[[float], None]
-"""Sets the bytes per second of the connection that all processes share."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,8 +134,8 @@ class TokenParts:
         return x_ND
 
     def woven(self, wire: Wire) -> list[Tensor]:
-        """All parts; each some steps behind the one before, where there are enough."""
-        order = stagger if len(self.numbers) >= PARTS else weave
+        """All parts; each some steps behind the one before, where one computes beside each step that waits."""
+        order = stagger if len(self.numbers) > STEPS else weave
         return order([self.through(number_N, wire) for number_N in self.numbers])
 
     def in_turn(self, wire: Wire) -> list[Tensor]:
@@ -167,81 +166,120 @@ def woven_parts(plan: Plan, trace: RoutingTrace, size: Size) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """How fast the connection is.
+    """How fast rows leave each process.
 
     Args:
         bytes_per_s: at first.
-        ratio: of exchange over computation, each alone, for which a rate is found; None keeps the first one.
-        limit: sets the rate of a connection that all processes share; None simulates one of each process's own.
+        ratios: of exchange over computation, each alone, for which rates are found; without any, the first rate stays.
+        interface: whose rate it is; None simulates one.
     """
 
     bytes_per_s: float
-    ratio: float | None = None
-    limit: Limit | None = None
+    ratios: Sequence[float] = ()
+    interface: Interface | None = None
 
-    def found(self, compute_s: float, remote_bytes: int) -> float:
-        """The rate at which the exchange takes `ratio` times as long as computation; all processes call this."""
-        if self.ratio is None:
-            return self.bytes_per_s
-        bytes_G = gathered(torch.tensor([float(remote_bytes)], dtype=torch.float64))
-        moved = bytes_G.sum() if self.limit else bytes_G.max()
-        return max(float(moved) / (self.ratio * compute_s), 1.0)
+    def rates(self, compute: Callable[[], Any], row_bytes: int) -> list[float]:
+        """Rates at which this computation and the exchange of rows have the ratios; all processes call this."""
+        if not self.ratios:
+            return [self.bytes_per_s]
+        compute_s = float(np.median([_slowest_s(compute) for _ in range(TRIALS)]))
+        most_bytes = float(gathered(torch.tensor([float(row_bytes)], dtype=torch.float64)).max())
+        return [max(most_bytes / (ratio * compute_s), 1.0) for ratio in self.ratios]
 
     def wire(self, wire: Wire, bytes_per_s: float) -> Wire:
         """The connection at that rate."""
-        if self.limit is None:
+        if self.interface is None:
             return SlowWire(rows=wire.rows, counts=wire.counts, bytes_per_s=bytes_per_s)
-        if self.ratio is not None and distributed.get_rank() == 0:
-            self.limit(bytes_per_s)
+        self.interface.limit(bytes_per_s)
         distributed.barrier()
         return wire
+
+
+class _Ways:
+    """What is timed: computation, exchange, parts in turn, parts woven; each means the same rows.
+
+    Computation is all that a process does but for exchanging: routing tables, gathers, experts, sums.
+
+    Args:
+        cut: parts of the tokens.
+    """
+
+    def __init__(self, cut: TokenParts) -> None:
+        self._cut, self._groups = cut, {"rows": cut.wire.rows, "counts": cut.wire.counts}
+        self._recorder = _Recorder(**self._groups)
+        self._right = cut.in_turn(self._recorder)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of rows that leave this process."""
+        return self._recorder.remote_bytes
+
+    def compute(self) -> list[Tensor]:
+        """All parts, with what was received before."""
+        return self._cut.in_turn(_Replay(**self._groups, landed=iter(self._recorder.landed)))
+
+    def exchange(self, wire: Wire) -> list[Tensor]:
+        """All rows, begun at once: what the connection takes, without the latency of each exchange."""
+        return [landed() for landed in [wire.begin(*given) for given in self._recorder.sent]]
+
+    def expect_equal_bits(self, wire: Wire) -> None:
+        """Refuse to time what is wrong anywhere; all processes call this."""
+        found = self._cut.woven(wire)
+        is_equal = all(torch.equal(*pair) for pair in zip(self._right, found, strict=True))
+        if not gathered(torch.tensor([is_equal])).all():
+            raise RuntimeError("woven parts have other bits than one part after the other; no time is shown")
+
+    def seconds(self, wire: Wire, repeats: int) -> dict[str, float]:
+        """Of each way; medians of runs that take turns, but for parts in turn, the longest, which run once."""
+        self.expect_equal_bits(wire)
+        in_turn_s = _slowest_s(partial(self._cut.in_turn, wire))
+        ways = {
+            "compute_s": self.compute,
+            "exchange_s": partial(self.exchange, wire),
+            "woven_s": partial(self._cut.woven, wire),
+        }
+        seconds = [{name: _slowest_s(run) for name, run in ways.items()} for _ in range(repeats)]
+        medians = {name: float(np.median([found[name] for found in seconds])) for name in ways}
+        return {"in_turn_s": in_turn_s} | medians
 
 
 @torch.no_grad()
 def time_overlap(
     plan: Plan, trace: RoutingTrace, size: Size, speed: Speed | None, repeats: int, parts: int = PARTS
-) -> dict[str, Any]:
-    """Seconds of computation and exchange alone, of parts in turn and woven; medians, of the slowest process.
-
-    Computation is all that a process does but for exchanging: routing tables, gathers, experts, sums.
+) -> list[dict[str, Any]]:
+    """Seconds of computation and exchange alone, of parts in turn and woven; of the slowest process.
 
     Args:
         plan, trace, size, parts: as for `TokenParts`.
         speed: of the connection; None leaves it as it is.
-        repeats: runs of each, which take turns.
+        repeats: runs of each way but parts in turn.
+
+    Returns:
+        For each rate `bytes_per_s`; `row_bytes` that leave this process once; `compute_s`, `exchange_s`, `in_turn_s`,
+        `woven_s`; and if it has an interface `sent_over_rows`, bytes that left by it for each byte of rows.
 
     Raises:
         RuntimeError: if bits differ between the two orders.
     """
     cut = TokenParts(plan, trace, size, parts)
-    groups = {"rows": cut.wire.rows, "counts": cut.wire.counts}
-    recorder = _Recorder(**groups)
-    right = cut.in_turn(recorder)
+    ways = _Ways(cut)
+    if speed is None:
+        return [{"bytes_per_s": None, "row_bytes": ways.row_bytes} | ways.seconds(cut.wire, repeats)]
+    rows = []
+    for rate in speed.rates(ways.compute, ways.row_bytes):
+        wire = speed.wire(cut.wire, rate)
+        found = {"bytes_per_s": rate, "row_bytes": ways.row_bytes} | ways.seconds(wire, repeats)
+        if speed.interface is not None:
+            found["sent_over_rows"] = _sent_over_rows(speed.interface, ways, wire)
+        rows.append(found)
+    return rows
 
-    def compute() -> Any:
-        return cut.in_turn(_Replay(**groups, landed=iter(recorder.landed)))
 
-    wire, bytes_per_s = cut.wire, None
-    if speed is not None:
-        alone_s = float(np.median([_slowest_s(compute) for _ in range(TRIALS)]))
-        bytes_per_s = speed.found(alone_s, recorder.remote_bytes)
-        wire = speed.wire(cut.wire, bytes_per_s)
-    found = cut.woven(wire)
-    is_equal = gathered(torch.tensor([all(torch.equal(*pair) for pair in zip(right, found, strict=True))]))
-    if not is_equal.all():
-        raise RuntimeError("woven parts have other bits than one part after the other; no time is shown")
-    ways: dict[str, Callable[[], Any]] = {
-        "compute": compute,
-        # all rows begun at once: what the connection takes, without the latency of each exchange
-        "exchange": lambda: [landed() for landed in [wire.begin(*given) for given in recorder.sent]],
-        "in_turn": lambda: cut.in_turn(wire),
-        "woven": lambda: cut.woven(wire),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, run in ways.items():
-            seconds[name].append(_slowest_s(run))
-    return {"bytes_per_s": bytes_per_s} | {f"{name}_s": float(np.median(values)) for name, values in seconds.items()}
+def _sent_over_rows(interface: Interface, ways: _Ways, wire: Wire) -> float:
+    """Bytes that this process sends for each byte of rows, headers and acknowledgements included."""
+    before = interface.sent_bytes
+    _slowest_s(partial(ways.exchange, wire))
+    return (interface.sent_bytes - before) / max(ways.row_bytes, 1)
 
 
 def _slowest_s(run: Callable[[], Any]) -> float:
@@ -264,7 +302,7 @@ def measure(
     parts: int,
     repeats: int,
     speed: Speed | None,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """`time_overlap` of random routing under the contiguous plan, on the processes that torchrun started, or on one.
 
     Args:

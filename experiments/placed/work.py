@@ -6,8 +6,8 @@ trace's. Every process also computes its own tokens with whole experts, so that 
 Shapes: T rows of a trace, L layers, K experts per token, E experts, D model width, F expert width, G processes.
 """
 
-import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,13 +69,20 @@ class Layer:
     def __init__(
         self, plan: Plan, number: int, trace: RoutingTrace, size: Size, processes: int, *, rows: str = "rank"
     ) -> None:
-        self.plan, self.number, self.trace = plan, number, trace
-        self.whole = _whole_experts(plan.num_experts, trace.top_k, number, size)
+        self.plan, self.number, self.trace, self._size = plan, number, trace, size
         self.held = held_by(plan, number, processes)
         self._load_E = _load_E(plan, number, trace)
         self.placed = PlacedExperts(
-            copy.deepcopy(self.whole), self.held, self.copies(self.held), distributed.group.WORLD, rows=rows
+            self._drawn(), self.held, self.copies(self.held), distributed.group.WORLD, rows=rows
         )
+
+    @cached_property
+    def whole(self) -> Experts:
+        """All experts, which tell what is right; in memory only once they were asked for."""
+        return self._drawn()
+
+    def _drawn(self) -> Experts:
+        return _whole_experts(self.plan.num_experts, self.trace.top_k, self.number, self._size)
 
     @staticmethod
     def turns_of(plan: Plan, number: int, trace: RoutingTrace, processes: int) -> list[NDArray[np.int64]]:

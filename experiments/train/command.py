@@ -49,7 +49,8 @@ ProcessesOption = Annotated[
     int | None, typer.Option(min=1, help="torch: processes of this machine; several machines: docs/distributed.md.")
 ]
 ParallelOption = Annotated[
-    str | None, typer.Option(help="torch: processes per axis, such as data=2,expert=2, or auto; default: data only.")
+    str | None,
+    typer.Option(help="torch: processes per axis, such as data=2,expert=2; auto goes by time; default: data only."),
 ]
 RestartsOption = Annotated[
     int, typer.Option(min=0, help="With --processes: start all again so often after one failed, from the last save.")

@@ -18,11 +18,12 @@ from .shard import Split, expect_splittable, split
 from .slicing import SlicedExperts, slice_of
 from .staying import Crossing, Here, go_on
 from .traffic import Traffic
-from .woven import Steps, Wire, in_steps, stagger, weave
+from .woven import STEPS, Steps, Wire, in_steps, stagger, weave
 
 __all__ = [
     "BY_TIME",
     "DISPATCHES",
+    "STEPS",
     "Copies",
     "Crossing",
     "DealtExperts",

@@ -6,7 +6,8 @@ are those of one part after the other.
 
 There are two orders. `weave` has all parts at the same step; it is for one layer, or for fewer than four parts.
 `stagger` has them at different steps, so that one computes in each slot of time while what the others wait for travels.
-With four parts each of the three waits of a layer has a computation of its own to hide behind.
+With four parts each of the three waits of a layer has a computation of its own to hide behind. With more, a step that
+lasts longer than others holds up less.
 
 Backward is woven by itself: autograd takes the last step first, and a gradient that begins to travel where rows landed
 lands where they began to travel.

@@ -36,15 +36,40 @@ def restart_number() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def start_name() -> str:
+    """Tells this start of the processes from those before a restart; the same on all of them.
+
+    torchrun's store outlives the processes. One that reads what another said of itself before a restart waits for it
+    for good.
+
+    Raises:
+        ValueError: if torchrun may restart processes of several machines and shares its store with them: every machine
+            counts its own restarts, so there is no such name.
+
+    Source: https://github.com/pytorch/pytorch/issues/135712
+    """
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:
+        return f"start {restart_number()}"
+    if _most_restarts() > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            "restarts on several machines need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun"
+        )
+    return "start"
+
+
 def is_resumed(run: Path, *, asked: bool) -> bool:
     """Whether a run continues: it was asked to, or torchrun started it again after a failure.
 
     Where torchrun may start processes again, `--resume` holds from the second time on: a machine that joins later has
     all of them start with the same command, and there may be no checkpoint yet.
     """
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0 or not is_worker():
+    if _most_restarts() == 0 or not is_worker():
         return asked
     return (asked or restart_number() > 0) and bool(checkpoints(run))
+
+
+def _most_restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
 def is_leader() -> bool:
@@ -52,13 +77,22 @@ def is_leader() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def launch(arguments: Sequence[str], processes: int, *, restarts: int = 0) -> int:
+def launch(
+    arguments: Sequence[str],
+    processes: int,
+    *,
+    restarts: int = 0,
+    entry: Sequence[str] = (),
+    address: str | None = None,
+) -> int:
     """Run `expertier` with these arguments on so many processes of this machine; returns the exit code.
 
     Args:
         arguments: of the command line.
         processes: how many, 1 or more.
         restarts: how often all are started again after one has failed.
+        entry: a program with its arguments, which goes on as the command that follows them.
+        address: of this program as the processes see it, where that is another network; None is one and the same.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -75,12 +109,15 @@ def launch(arguments: Sequence[str], processes: int, *, restarts: int = 0) -> in
         nproc_per_node=processes,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=f"{address or 'localhost'}:0",
+        rdzv_configs={"is_host": True},
+        local_addr=address,
         max_restarts=restarts,
         monitor_interval=0.1,
     )
+    program, *rest = (*entry, sys.executable, "-m", "experiments.cli", *arguments)
     try:
-        elastic_launch(settings, sys.executable)("-m", "experiments.cli", *arguments)
+        elastic_launch(settings, program)(*rest)
     except ChildFailedError as error:
         return _told(error.failures, processes)
     except SignalException as error:

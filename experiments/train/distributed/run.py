@@ -35,7 +35,7 @@ from ..torch_run import build_model
 from ..watching.watch import Watch
 from .adapting import Timings
 from .checkpoint import load_parts, save_parts
-from .launch import is_resumed
+from .launch import is_resumed, start_name
 from .step import Parts, distributed_evaluation, distributed_step
 
 # what process 0 says to the others
@@ -119,7 +119,9 @@ def join_group() -> torch.device:
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    distributed.init_process_group(backend, timeout=WAIT)
+    store, rank, processes = next(distributed.rendezvous("env://", timeout=WAIT))
+    store = distributed.PrefixStore(start_name(), store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=WAIT)
     return device
 
 
