@@ -32,6 +32,9 @@ from .bench.routers import routers as bench_routers
 from .bench.serving.bench import bench_serve
 from .bench.starting_points import bench_starts
 from .bench.step import bench_step
+from .bench.systems.loading import bench_load
+from .bench.systems.members import bench_members
+from .bench.systems.streamed import bench_streamed
 from .bench.training import bench_train
 from .bench.tuning.bench import bench_finetune
 from .bench.tuning.domains import bench_domains
@@ -101,8 +104,10 @@ bench.command("finetune-domains")(bench_domains)
 bench.command("flax")(bench_flax)
 bench.command("forecast")(bench_forecast)
 bench.command("kernels")(bench_kernels)
+bench.command("load")(bench_load)
 bench.command("locality")(bench_locality)
 bench.command("low-bits")(bench_low_bits)
+bench.command("members")(bench_members)
 bench.command("memory-layers")(bench_memory_layers)
 bench.command("offload")(bench_offload)
 bench.command("overlap")(bench_overlap)
@@ -113,6 +118,7 @@ bench.command("serve")(bench_serve)
 bench.command("starts")(bench_starts)
 bench.command("tiers")(bench_tiers)
 bench.command("step")(bench_step)
+bench.command("streamed")(bench_streamed)
 bench.command("train")(bench_train)
 app.add_typer(bench, name="bench")
 offload.cli.join_processes(PROCESSES)
