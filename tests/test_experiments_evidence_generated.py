@@ -9,9 +9,19 @@ from experiments.bench.systems.loading import config_of
 from experiments.evidence.generated import checkpoint_bytes, save_generated
 
 TINY = {
-    **{"model_type": "qwen3_moe", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
-    **{"moe_intermediate_size": 24, "max_position_embeddings": 64, "dtype": "bfloat16", "tie_word_embeddings": True},
+    "model_type": "qwen3_moe",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "dtype": "bfloat16",
+    "tie_word_embeddings": True,
 }
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload.checkpoint.numbering import trace_elements
 from experiments.bench.systems.loading import config_of
 from experiments.evidence.generated import save_generated
+from offload.checkpoint.numbering import trace_elements
 
 LOAD = """
 import json, sys

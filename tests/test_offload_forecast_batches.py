@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from experiments.evidence.generated import save_generated
 from offload.cache.steps import replay_steps
 from offload.cli import app
 from offload.compute.kv_cache import room_positions
@@ -17,7 +18,6 @@ from offload.forecast.steps import StepRates, forecast_steps
 from placement import generate_trace
 from routing.ground.hardware import Hardware
 from routing.traces import RoutingTrace
-from experiments.evidence.generated import save_generated
 from tests.test_offload_forecast_variants import CONFIG, RATES
 
 TOKEN_BYTES = 4 * 2 * 2 * 64 * 2  # layers, keys and values, heads, width, bfloat16

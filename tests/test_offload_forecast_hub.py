@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+from experiments.evidence.generated import save_generated
 from tests.gguf_models import TinyGguf, metadata_of
 from tests.small_hub import COMMIT, NAME, SmallHub
-from experiments.evidence.generated import save_generated
 
 CONFIG = {
     "model_type": "qwen3_moe",

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.evidence.generated import save_generated
 from offload.forecast.fit import fit
 from offload.forecast.variants import variants_of
 from routing.ground.hardware import Hardware
-from experiments.evidence.generated import save_generated
 
 CONFIG = {
     "model_type": "qwen3_moe",

@@ -147,9 +147,7 @@ def _parse(file: Path, text: bytes) -> Mapping[str, Any]:
     return header
 
 
-def _entry(
-    file: Path, name: str, described: Any, *, data_start: int, size: int, alike: dict[Any, Any]
-) -> TensorEntry:
+def _entry(file: Path, name: str, described: Any, *, data_start: int, size: int, alike: dict[Any, Any]) -> TensorEntry:
     """One tensor of a header; `alike` has the dtypes and shapes that tensors before it have, which it shares."""
     try:
         dtype, shape = str(described["dtype"]), tuple(map(int, described["shape"]))

@@ -89,7 +89,12 @@ def train(folder: Path, layers: int, experts: int, steps: int) -> None:
     from ..claims.domains import tune
 
     torch.manual_seed(SEED)
-    sizes = {"vocab_size": 256, "hidden_size": HIDDEN, "num_hidden_layers": layers, "moe_intermediate_size": EXPERT_WIDTH}
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": layers,
+        "moe_intermediate_size": EXPERT_WIDTH,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": HIDDEN // 4}
     model = MoEForCausalLM(MoEConfig(**sizes, **heads, num_experts=experts, num_experts_per_tok=TOP_K, router="olmoe"))
     tune(model, DOMAINS, steps, SEED)

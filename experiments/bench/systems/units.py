@@ -150,7 +150,9 @@ def compared(checkpoint: Path, bundle: Path, steps: int) -> list[dict[str, Any]]
         drop_cached(checkpoint)
         drop_cached(bundle.parent)
         limit = int(budget / KERNEL_SHARE)
-        rows.append({"way": way, "budget": budget, **measured("units", limit, **given, memory=budget, bundle=given_bundle)})
+        rows.append(
+            {"way": way, "budget": budget, **measured("units", limit, **given, memory=budget, bundle=given_bundle)}
+        )
     logits = [row.pop("logits") for row in rows]
     for row, found in zip(rows, logits, strict=True):
         row["difference"] = max(abs(one - other) for one, other in zip(found, logits[0], strict=True))
