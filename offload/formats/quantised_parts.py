@@ -45,7 +45,7 @@ class Piece:
 
     @cached_property
     def spans(self) -> Mapping[str, tuple[int, int]]:
-        """Where the rows begin in each part of a tensor that holds one expert, and their bytes; alike for all experts."""
+        """Where the rows begin in each part of an expert's own tensor, and their bytes; alike for all experts."""
         entry = self.source.entry_E[0]
         assert isinstance(entry, QuantisedEntry)
         places = entry.places(0, self.first_row, self.rows)

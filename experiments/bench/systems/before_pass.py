@@ -1,9 +1,9 @@
 """`expertier bench before-pass`: experts foreseen from token ids, before a pass: how many, and what decoding gains.
 
-A small mixture is trained here on text, and its routing recorded with token ids. A predictor learns from one part of the
-text. A replay checkpoint with large experts then decodes another part, which the predictor has not seen: without it,
-with reads ahead, and with eviction by prediction as well. Token ids of a replay are rows of the trace, so that the
-predictor's embedding is given by row.
+A small mixture is trained here on text, and its routing recorded with token ids. A predictor learns from one part of
+the text. A replay checkpoint with large experts then decodes another part, which the predictor has not seen: without
+it, with reads ahead, and with eviction by prediction as well. Token ids of a replay are rows of the trace, so that
+the predictor's embedding is given by row.
 
 Source: He et al. 2024 (ExpertFlow), arXiv:2410.17954.
 """
@@ -89,14 +89,10 @@ def train(folder: Path, layers: int, experts: int, steps: int) -> None:
     from ..claims.domains import tune
 
     torch.manual_seed(SEED)
-    sizes = {
-        "vocab_size": 256,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": layers,
-        "moe_intermediate_size": EXPERT_WIDTH,
-    }
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": HIDDEN // 4}
-    model = MoEForCausalLM(MoEConfig(**sizes, **heads, num_experts=experts, num_experts_per_tok=TOP_K, router="olmoe"))
+    sizes = {"vocab_size": 256, "hidden_size": HIDDEN, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": HIDDEN // 4}
+    sizes |= {"num_experts": experts, "num_experts_per_tok": TOP_K, "moe_intermediate_size": EXPERT_WIDTH}
+    model = MoEForCausalLM(MoEConfig(**sizes, router="olmoe"))
     tune(model, DOMAINS, steps, SEED)
     model.save_pretrained(folder)
     save_byte_tokenizer(folder)

@@ -3,10 +3,14 @@
 import importlib
 import json
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from ...evidence.memory_limit import run_limited
 
+TEMPORARY = Path(tempfile.gettempdir())
+"""Where files go for a while that need no disk of their own."""
 TIMEOUT_S = 600.0
 """Of one measurement; those of the default sizes take a minute or two."""
 

@@ -18,7 +18,7 @@ from routing.ground.terminal import plain_console
 
 from ...evidence.generated import save_generated
 from ...evidence.record import RECORDS, expect_records, save_record
-from .in_process import measured
+from .in_process import TEMPORARY, measured
 
 FORMS = ("fp8", "plain")
 SHARD_BYTES = 5 * 10**9
@@ -34,7 +34,7 @@ def bench_load(
     layers: Annotated[int, typer.Option(min=1, help="Layers with experts.")] = 16,
     experts: Annotated[int, typer.Option(min=2, help="Experts of a layer.")] = 1024,
     repeats: Annotated[int, typer.Option(min=1, help="Loads, each in a new process.")] = 3,
-    folder: Annotated[Path, typer.Option(help="Where the files go for a while.")] = Path(tempfile.gettempdir()),
+    folder: Annotated[Path, typer.Option(help="Where the files go for a while.")] = TEMPORARY,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows as JSON.")] = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the rows under experiments/records.")] = False,
     records: Annotated[Path, typer.Option(help="Where records live.")] = RECORDS,

@@ -20,7 +20,7 @@ from routing.ground.files import write_json
 from routing.ground.terminal import plain_console
 
 from ...evidence.record import RECORDS, expect_records, save_record
-from .in_process import measured
+from .in_process import TEMPORARY, measured
 
 ROUTERS: Mapping[str, dict[str, Any]] = {
     "ordinary": {"router": "olmoe"},
@@ -34,7 +34,7 @@ VOCABULARY, SEED = 1024, 0
 
 
 def bench_pregated(
-    folder: Annotated[Path, typer.Option(help="Where the generated models go.")] = Path(tempfile.gettempdir()),
+    folder: Annotated[Path, typer.Option(help="Where the generated models go.")] = TEMPORARY,
     layers: Annotated[int, typer.Option(min=4, help="Layers with experts.")] = 8,
     experts: Annotated[int, typer.Option(min=4, help="Experts of a layer.")] = 16,
     width: Annotated[int, typer.Option(min=64, help="D, and F of an expert.")] = 1024,

@@ -1,8 +1,8 @@
-"""`expertier bench streamed`: models whose weights outside experts do not fit, against the longer of disk and processor.
+"""`expertier bench streamed`: models whose layers do not fit, against the longer of disk and processor.
 
 A token of a dense model needs every weight. What memory does not hold comes from the disk for each token, while layers
-compute; so a step takes at least the longer of both. The same steps with all weights in memory say what computing takes,
-and their logits must be the same bits.
+compute; so a step takes at least the longer of both. The same steps with all weights in memory say what computing
+takes, and their logits must be the same bits.
 """
 
 import tempfile

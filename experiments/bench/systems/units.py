@@ -206,7 +206,7 @@ def measure(checkpoint: str, steps: int, memory: int | None, bundle: str | None)
 
 def _line(row: dict[str, Any]) -> str:
     said = (
-        f"{row['way']}: step {row['step_s'] * 1e3:.1f} ms, {row['times_layers']:.2f} times as fast as whole layers, reads "
+        f"{row['way']}: step {row['step_s'] * 1e3:.1f} ms, {row['times_layers']:.2f} times as fast as layers, reads "
         f"{format_size(row['read_per_step'])} of {format_size(row['weight_bytes'])}; loss {row['loss']:.3f}"
     )
     return said if row["zeros"] is None else f"{said}; {row['zeros']:.1%} zeros, {row['not_chosen']:.1%} not read for"

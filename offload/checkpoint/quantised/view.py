@@ -130,7 +130,7 @@ def _expect_no_codes(entry: TensorEntry) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Read:
-    """What thousands of experts have alike: the encoding, roles of the companions that are parts, bytes of all parts."""
+    """What thousands of experts have alike: the encoding, the roles of their parts, bytes of all parts."""
 
     found: Found
     roles: tuple[str, ...]
