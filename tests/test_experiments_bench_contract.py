@@ -66,8 +66,8 @@ def redden_resident(monkeypatch):
 
     right = resident.load_resident
 
-    def wrong(folder):
-        model = right(folder)
+    def wrong(folder, **options):
+        model = right(folder, **options)
         model.lm_head.weight.data.mul_(1.5)
         return model
 

@@ -9,11 +9,12 @@ import struct
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from routing.ground.files import write_json
+
+if TYPE_CHECKING:
+    import torch
 
 POOL_ELEMENTS = 1 << 24
 """Of random numbers, 32 MiB: drawing all weights of several GB takes a minute. The pool is taken from an odd place on,
@@ -71,6 +72,7 @@ def checkpoint_bytes(config: Mapping[str, Any]) -> int:
 
 def tensors_of(config: Mapping[str, Any]) -> Tensors:
     """All tensors of a checkpoint, fused experts as one matrix each."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
@@ -117,7 +119,7 @@ def _shards(tensors: Tensors, shard_bytes: int) -> Iterator[Tensors]:
     yield shard
 
 
-def _write_shard(file: Path, tensors: Tensors, pool: torch.Tensor | None, first: int) -> None:
+def _write_shard(file: Path, tensors: Tensors, pool: "torch.Tensor | None", first: int) -> None:
     head, end = {}, 0
     for name, described in tensors.items():
         begin, end = end, end + _nbytes(described)
@@ -130,21 +132,25 @@ def _write_shard(file: Path, tensors: Tensors, pool: torch.Tensor | None, first:
             return
         for number, (_, shape) in enumerate(tensors.values(), first):
             for piece in _drawn(pool, shape, number):
-                stream.write(memoryview(piece.view(torch.uint8).numpy()))
+                stream.write(memoryview(piece.numpy()))
 
 
-def _pool(seed: int) -> torch.Tensor:
+def _pool(seed: int) -> "torch.Tensor":
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     return torch.empty(POOL_ELEMENTS, dtype=torch.bfloat16).normal_(0.0, SPREAD, generator=generator)
 
 
-def _drawn(pool: torch.Tensor, shape: tuple[int, ...], number: int) -> Iterator[torch.Tensor]:
-    """The elements of a tensor, in pieces; vectors are the weights of norms."""
+def _drawn(pool: "torch.Tensor", shape: tuple[int, ...], number: int) -> "Iterator[torch.Tensor]":
+    """The bytes of a tensor, in pieces; vectors are the weights of norms."""
+    import torch
+
     left, place = prod(shape), number * STRIDE % len(pool)
     if len(shape) < 2:
-        yield torch.ones(left, dtype=torch.bfloat16)
+        yield torch.ones(left, dtype=torch.bfloat16).view(torch.uint8)
         return
     while left:
         piece = pool[place : place + left]
-        yield piece
+        yield piece.view(torch.uint8)
         left, place = left - len(piece), 0

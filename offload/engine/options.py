@@ -33,8 +33,8 @@ class EngineOptions:
             allows it, and `aligned` elsewhere.
         piece_tokens: tokens of a prompt that are computed at once, 1 or more. Each piece reads nearly all experts, and
             whole pieces are what `aligned` can reuse. None takes as many as memory allows.
-        order: who of those who wait starts next. `arrival` is the order of arrival, users in turn. `auto` prefers who is
-            foreseen to use the experts of running answers, where something foresees them; at most four overtake one.
+        order: who of those who wait starts next. `arrival` goes by arrival, users in turn; `auto` prefers who is
+            foreseen to use the experts of running answers, where something foresees; at most four overtake one.
         prefix_folder: where kept prefixes are written, so that they survive a restart; None keeps them in RAM only.
         prefix_disk: most bytes in that folder, such as `"8GiB"`.
 

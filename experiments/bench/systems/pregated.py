@@ -20,7 +20,7 @@ from routing.ground.files import write_json
 from routing.ground.terminal import plain_console
 
 from ...evidence.record import RECORDS, expect_records, save_record
-from .in_process import TEMPORARY, measured
+from .in_process import TEMPORARY
 
 ROUTERS: Mapping[str, dict[str, Any]] = {
     "ordinary": {"router": "olmoe"},
@@ -58,8 +58,8 @@ def bench_pregated(
             checkpoint = str(Path(place, name))
             save_model(checkpoint, settings, **sizes)
             for share in SHARES:
-                given = {"checkpoint": checkpoint, "slots": max(int(share * experts), 1), "experts": experts}
-                found = measured("pregated", **given, is_ahead=name != "ordinary", steps=steps)
+                slots = max(int(share * experts), 1)
+                _, found = decoded(checkpoint, slots, experts, is_ahead=name != "ordinary", steps=steps)
                 rows.append({"router": name, "share": share, **found, "n": steps})
     _print(rows)
     if json_file:
@@ -107,9 +107,11 @@ def check_parity() -> None:
 def decoded(checkpoint: str, slots: int, experts: int, *, is_ahead: bool, steps: int) -> tuple[Any, dict[str, Any]]:
     """Logits of fixed tokens, and what the steps after the first quarter took on the model's clock."""
     import torch
+    import transformers
 
     import offload
 
+    transformers.logging.disable_progress_bar()
     load = {"device": "simulated", "gpu_experts": slots, "cache_experts": experts, "context": 2 * steps}
     model = offload.load(checkpoint, **load, prefetch="plan" if is_ahead else "off")
     token_S = torch.randint(VOCABULARY, (steps + steps // 4,), generator=torch.Generator().manual_seed(SEED))
@@ -137,14 +139,6 @@ def decoded(checkpoint: str, slots: int, experts: int, *, is_ahead: bool, steps:
         "copied_ahead": gpu["copied_ahead"] / steps,
         "wire_s": gpu["copied_s"] / steps,
     }
-
-
-def measure(checkpoint: str, slots: int, experts: int, is_ahead: bool, steps: int) -> dict[str, Any]:
-    """What `decoded` says of the steps."""
-    import transformers
-
-    transformers.logging.disable_progress_bar()
-    return decoded(checkpoint, slots, experts, is_ahead=is_ahead, steps=steps)[1]
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
