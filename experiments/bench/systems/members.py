@@ -24,11 +24,9 @@ from ...evidence.record import RECORDS, expect_records, save_record
 from .in_process import measured
 from .streamed import SEED, SHARD_BYTES, config_of, disk_rate
 
-NAMES = ("first", "second")
-PROCESS_BYTES = 1 << 30
-"""Beside members: libraries, rows of embeddings, what a pass takes. Half of it is used; the rest is the pool's."""
-ROOM = {"one": 1.1, "both": 2.1}
-"""Sizes of a member that the budget has room for."""
+NAMES, CONTEXT = ("first", "second"), 64
+ROOM = {"one": 0.1, "both": 1.1}
+"""Sizes of a member that the budget has room for, beyond what one member needs alone."""
 KERNEL_SHARE = 0.95
 """Of the control group that the budget may take: the kernel's own memory counts there, too."""
 GOALS = {"share_of_disk": 0.90, "switch_s": 0.010}
@@ -57,7 +55,8 @@ def bench_members(
     check_parity()
     with tempfile.TemporaryDirectory(dir=folder, prefix="expertier-members-") as place:
         written = write_members(Path(place), config)
-        rows = [_row(Path(place), written, room, rounds) for room in ROOM]
+        needs = measured("members", file=str(Path(place, "models.yaml")), memory=None, rounds=0)["needs_bytes"]
+        rows = [_row(Path(place), written, room, needs, rounds) for room in ROOM]
     for row in rows:
         plain_console().print(_line(row), highlight=False)
     if json_file:
@@ -92,7 +91,7 @@ def check_parity() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         place = Path(folder)
         write_members(place, KINDS["dense"](128, 3, 256))
-        members = offload.load_members(place / "models.yaml", cpu_memory="2GiB", context=64)
+        members = offload.load_members(place / "models.yaml", cpu_memory="2GiB", context=CONTEXT)
         try:
             for name in (*NAMES, *NAMES):
                 members.choose("", label=name)
@@ -103,8 +102,8 @@ def check_parity() -> None:
             members.close()
 
 
-def _row(place: Path, written: Generated, room: str, rounds: int) -> dict[str, Any]:
-    budget = PROCESS_BYTES + int(ROOM[room] * written.nbytes)
+def _row(place: Path, written: Generated, room: str, needs: int, rounds: int) -> dict[str, Any]:
+    budget = needs + int(ROOM[room] * written.nbytes)
     for name in NAMES:
         drop_cached(place / name)
     rate = disk_rate(place / NAMES[0])
@@ -131,15 +130,22 @@ def _differences(first: Sequence[float], following: Sequence[float]) -> list[flo
     return [before - after for before, after in zip(first, following, strict=True)]
 
 
-def measure(file: str, memory: int, rounds: int) -> dict[str, list[float]]:
-    """Call two members in turn, each twice: seconds from choosing to logits, and bytes that the first call read."""
+def measure(file: str, memory: int | None, rounds: int) -> dict[str, Any]:
+    """Call two members in turn, each twice: seconds from choosing to logits, and bytes that the first call read.
+
+    Without a budget nothing is called: what one member needs alone is all that is said.
+    """
     import torch
     import transformers
 
     import offload
 
     transformers.logging.disable_progress_bar()
-    members, ids = offload.load_members(file, cpu_memory=memory, context=64), torch.tensor([[1]])
+    if memory is None:
+        alone = Path(file).parent / NAMES[0]
+        offload.fit(alone, context=CONTEXT)  # loads the libraries, which the next one counts as held
+        return {"needs_bytes": offload.fit(alone, context=CONTEXT).budgets.all_bytes}
+    members, ids = offload.load_members(file, cpu_memory=memory, context=CONTEXT), torch.tensor([[1]])
     found: dict[str, list[float]] = {"first_s": [], "next_s": [], "bytes_read": []}
 
     def call(name: str) -> float:

@@ -143,6 +143,7 @@ def _compared(checkpoint: Path, limit_bytes: int | None, budget: int | str, step
     """Measure with all weights in memory, then within the limit.
 
     Raises:
+        ValueError: if all weights are within the limit.
         RuntimeError: if the logits differ.
     """
     given = {"checkpoint": str(checkpoint), "steps": steps}
@@ -150,6 +151,8 @@ def _compared(checkpoint: Path, limit_bytes: int | None, budget: int | str, step
     drop_cached(checkpoint)
     rate = disk_rate(checkpoint)
     found = measured("streamed", limit_bytes, memory=budget, **given)
+    if not found["layers"][1]:
+        raise ValueError("all weights fit, so nothing is streamed; give a smaller --memory or a larger --size")
     if found["digest"] != whole["digest"]:
         raise RuntimeError("a smaller budget changes the output; no time is told")
     step_s, compute_s = median(found["step_s"]), median(whole["step_s"])
