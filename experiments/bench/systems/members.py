@@ -7,6 +7,7 @@ reads nothing: what a switch costs then is its first pass beside its next one.
 import tempfile
 import time
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -57,6 +58,8 @@ def bench_members(
         written = write_members(Path(place), config)
         needs = measured("members", file=str(Path(place, "models.yaml")), memory=None, rounds=0)["needs_bytes"]
         rows = [_row(Path(place), written, room, needs, rounds) for room in ROOM]
+    if len({row.pop("digest") for row in rows}) > 1:
+        raise RuntimeError("members that push each other out of memory give other bits; no time is told")
     for row in rows:
         plain_console().print(_line(row), highlight=False)
     if json_file:
@@ -75,7 +78,7 @@ def write_members(place: Path, config: dict[str, Any]) -> Generated:
 
 
 def check_parity() -> None:
-    """Members that push each other out of a pool must give the resident models' bits, before anything is timed.
+    """Members of one pool must give the resident models' bits, before anything is timed.
 
     Raises:
         RuntimeError: if they do not.
@@ -123,6 +126,7 @@ def _row(place: Path, written: Generated, room: str, needs: int, rounds: int) ->
         "disk_bytes_per_s": rate,
         "share_of_disk": read / switch_s / rate if read else None,
         "peak_bytes": found["peak_bytes"],
+        "digest": found["digest"],
     }
 
 
@@ -147,12 +151,15 @@ def measure(file: str, memory: int | None, rounds: int) -> dict[str, Any]:
         return {"needs_bytes": offload.fit(alone, context=CONTEXT).budgets.all_bytes}
     members, ids = offload.load_members(file, cpu_memory=memory, context=CONTEXT), torch.tensor([[1]])
     found: dict[str, list[float]] = {"first_s": [], "next_s": [], "bytes_read": []}
+    digest = sha256()
 
     def call(name: str) -> float:
         began = time.perf_counter()
         members.choose("", label=name)
-        members.models[name](ids)
-        return time.perf_counter() - began
+        logits = members.models[name](ids).logits
+        took_s = time.perf_counter() - began
+        digest.update(logits.view(torch.uint8).numpy().tobytes())
+        return took_s
 
     with torch.inference_mode():
         for turn in range(rounds + 1):
@@ -164,7 +171,7 @@ def measure(file: str, memory: int | None, rounds: int) -> dict[str, Any]:
                     for key, value in zip(found, (first_s, next_s, float(read)), strict=True):
                         found[key].append(value)
     members.close()
-    return found
+    return {**found, "digest": digest.hexdigest()}
 
 
 def _line(row: dict[str, Any]) -> str:
