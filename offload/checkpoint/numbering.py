@@ -59,7 +59,8 @@ def _trace_rows(convert: Convert, shapes: Sequence[tuple[int, ...]], most_runs: 
     if any(shape[-1] != width for shape in shapes):
         return None
     rows = [each.view(*shape[:-1], 1) for each, shape in zip(torch.arange(count).split(counts), shapes, strict=True)]
-    shape, row_R = (), torch.zeros(count, dtype=torch.int64)
+    shape: tuple[int, ...] = ()
+    row_R = torch.zeros(count, dtype=torch.int64)
     for shift, converted in _digits(convert, rows, shapes, count):
         shape, digit_RD = tuple(converted.shape), converted.reshape(-1, converted.shape[-1])
         if not torch.equal(digit_RD, digit_RD[:, :1].expand(count, width)):

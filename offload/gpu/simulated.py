@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..memory.budget import available_memory
-from .lanes import Mark, Pairs, Result
+from .lanes import Copy, Mark, Pairs, Result
 
 WIRE_BYTES_PER_S = 16e9
 """Of PCIe 4.0 with eight lanes, or of 3.0 with sixteen, in one direction."""
@@ -117,5 +117,5 @@ class SimulatedLane:
     def drain(self) -> None:
         self.wait_until(self._wire_free_s)
 
-    def compute_after(self, copy: SimulatedCopy) -> None:
+    def compute_after(self, copy: Copy) -> None:
         copy.wait()
