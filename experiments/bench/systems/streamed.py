@@ -40,7 +40,7 @@ def _llama(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
 def _mixture(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
     """Experts take about what attention takes, so that both are more than a small budget holds."""
     described = _common(hidden, layers, vocabulary) | {"model_type": "qwen3_moe", "num_experts": 8}
-    return described | {"num_experts_per_tok": 2, "moe_intermediate_size": 7 * hidden // 64}
+    return described | {"num_experts_per_tok": 2, "moe_intermediate_size": hidden // 8}
 
 
 KINDS: Mapping[str, Callable[[int, int, int], dict[str, Any]]] = {"dense": _llama, "experts": _mixture}
