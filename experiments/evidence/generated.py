@@ -1,7 +1,7 @@
 """Checkpoints of any size from a config alone: of random weights, or of holes, which take no room on a disk.
 
-Matrices of both are zeros or draws of one pool; names, shapes, heads and the index are those of a published model with
-experts one by one. Where the config names blocks of quantised weights, matrices are codes with scales beside them.
+Names, shapes, heads and the index are those of a published model with experts one by one. Where the config names blocks
+of quantised weights, matrices are codes with scales beside them.
 """
 
 import json
@@ -26,6 +26,8 @@ SPREAD = 0.02
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 """Dtype and shape by name."""
 ITEM_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
+ALIGNMENT = 8
+"""Of the first tensor in a file, as the safetensors library has it."""
 
 
 class Generated(NamedTuple):
@@ -125,6 +127,7 @@ def _write_shard(file: Path, tensors: Tensors, pool: "torch.Tensor | None", firs
         begin, end = end, end + _nbytes(described)
         head[name] = {"dtype": described[0], "shape": described[1], "data_offsets": [begin, end]}
     text = json.dumps(head).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         if pool is None:

@@ -1,8 +1,8 @@
 """A device that is not there: its work is done by the processor, and two clocks say what its wire would have cost.
 
 Whatever is queued is done at once, so bits are right whatever the clocks say. The first clock is the model's: the time
-of the processor, without the copying, plus what it has waited for copies. The second is the wire's: each copy begins
-when the one before it has ended and what it waits for has been reached, and takes its bytes over the wire's rate.
+of the processor, without the copying, plus what it has waited for copies. The second is the wire's. A copy begins when
+the one before it has ended and what it waits for has been reached. It takes its bytes over the wire's rate.
 """
 
 import time

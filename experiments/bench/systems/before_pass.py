@@ -1,9 +1,9 @@
 """`expertier bench before-pass`: experts foreseen from token ids, before a pass: how many, and what decoding gains.
 
 A small mixture is trained here on text, and its routing recorded with token ids. A predictor learns from one part of
-the text. A replay checkpoint with large experts then decodes another part, which the predictor has not seen: without
-it, with reads ahead, and with eviction by prediction as well. Token ids of a replay are rows of the trace, so that
-the predictor's embedding is given by row.
+the text. A replay checkpoint with large experts then decodes another part, which the predictor has not seen. It does so
+without the predictor, with reads ahead, and with eviction by prediction as well. Token ids of a replay are rows of
+the trace, so the predictor's embedding is given by row.
 
 Source: He et al. 2024 (ExpertFlow), arXiv:2410.17954.
 """
@@ -33,6 +33,7 @@ DOMAINS = ("prose", "python")
 CONTESTANTS = ("ours", "ours-ahead", "ours-predicted")
 HIDDEN, EXPERT_WIDTH, TOP_K = 128, 64, 4
 """Of the mixture that is trained."""
+# as many tokens as the predictor looks back on; and of all draws
 PREFILL, SEED = 32, 0
 GOAL = 1.10
 """Times as fast as without a predictor, by the project's issue on offloading systems."""

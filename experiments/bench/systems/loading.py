@@ -23,7 +23,7 @@ from .in_process import TEMPORARY, measured
 FORMS = ("fp8", "plain")
 SHARD_BYTES = 5 * 10**9
 """Of published checkpoints."""
-HIDDEN = 2048
+HIDDEN = 2048  # as of small published mixtures; wider ones have fewer experts in as many bytes
 GOALS = {"cpu_s": 10.0, "beside_bytes": 300e6}
 """What the project's issue on real checkpoints asks for 1,000 GB."""
 

@@ -25,6 +25,7 @@ from ...evidence.record import RECORDS, expect_records, save_record
 from .in_process import measured
 from .streamed import SEED, SHARD_BYTES, config_of, disk_rate
 
+# a request is one token; the cache takes next to nothing
 NAMES, CONTEXT = ("first", "second"), 64
 ROOM = {"one": 0.1, "both": 1.1}
 """Sizes of a member that the budget has room for, beyond what one member needs alone."""

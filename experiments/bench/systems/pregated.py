@@ -26,10 +26,12 @@ ROUTERS: Mapping[str, dict[str, Any]] = {
     "ordinary": {"router": "olmoe"},
     **{f"{ahead} ahead": {"router": "pregate", "router_options": {"ahead": ahead}} for ahead in (1, 2, 3)},
 }
+"""As the paper: gates of the layer itself, or of up to three layers before it."""
 SHARES = (0.25, 0.5)
 """Of a layer's experts that have a slot behind the wire."""
 GOAL = 0.05
 """Share of a step that waiting may take at half of the slots, by the project's issue on offloading systems."""
+# few ids, since tokens are drawn; and of weights and tokens
 VOCABULARY, SEED = 1024, 0
 
 

@@ -25,12 +25,12 @@ from ...evidence.memory_limit import drop_cached
 from ...evidence.record import RECORDS, expect_records, save_record
 from .in_process import measured
 
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 1 << 30  # a few shards of each model, as published ones have
 HEAD_WIDTH, SHARED_HEADS, VOCABULARY = 128, 4, 32000
 """As in models of 7 billion parameters and more: four heads of queries share one of keys."""
 GOALS = {"dense": 0.85, "experts": 0.80}
 """Share of the bound that the project's issue on offloading systems asks for."""
-SEED = 0
+SEED = 0  # of weights
 
 
 def _llama(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """`expertier bench units`: a model of sparse hidden units at half its memory, by units and by whole layers.
 
 The model is trained here on text, with a penalty that rises until most of its units are zero. Whole layers are streamed
-in the same memory control group, and both are held against the model in memory: loss, and the largest difference of
-logits, since sums without their zeros are the model's terms in another order.
+in the same memory control group. Both are held against the model in memory by their loss and the largest difference of
+logits: sums without their zeros are the model's terms in another order.
 
 Source: Alizadeh et al. 2023 (LLM in a flash), arXiv:2312.11514.
 """
@@ -24,6 +24,7 @@ from ...evidence.memory_limit import drop_cached
 from ...evidence.record import RECORDS, expect_records, save_record
 from .in_process import measured
 
+# bytes of one text; attention is small, because feed-forwards are what is asked about
 DOMAIN, VOCABULARY, HEAD_WIDTH, HEADS = "prose", 256, 64, 4
 RATE = 1e-3
 """The largest learning rate; not tuned."""
@@ -35,6 +36,7 @@ KERNEL_SHARE = 0.95
 """Of the control group that the budget may take."""
 CLOSE = 0.1
 """Largest difference of bfloat16 logits that another order of sums is allowed, of logits around 10."""
+# bytes before those that are timed; and of weights and rows
 PROMPT, SEED = 8, 0
 GOAL = 3.0
 """Times as fast as whole layers, by the project's issue on offloading systems."""

@@ -4,7 +4,7 @@ What running answers read together is the union of their experts, so a request t
 
 Source: He et al. 2024 (ExpertFlow), arXiv:2410.17954, section on token scheduling.
 
-Shapes: R experts of all layers.
+Shapes: L MoE layers, E experts.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ from ..request import GenerationRequest
 MOST_OVERTAKEN = 4
 """Later requests that may start before one: after that it is next. Not tuned."""
 Foresee = Callable[[Sequence[int]], NDArray[np.bool_]]
-"""Token ids of a prompt -> [R], the experts that it is foreseen to use."""
+"""Token ids of a prompt -> [L * E], the experts that it is foreseen to use."""
 
 
 class Numbered(Protocol):
@@ -51,11 +51,11 @@ class LikeFirst:
         self._overtaken = {key: count for key, count in self._overtaken.items() if key in known}
         if not running or len(in_turn) < 2:
             return in_turn
-        busy_R = np.logical_or.reduce([self._uses_of(each) for each in running])
+        busy = np.logical_or.reduce([self._uses_of(each) for each in running])
 
         def rank(sequence: Numbered) -> tuple[bool, int]:
             has_waited = self._overtaken.get(sequence.key, 0) >= MOST_OVERTAKEN
-            return not has_waited, 0 if has_waited else int((self._uses_of(sequence) & ~busy_R).sum())
+            return not has_waited, 0 if has_waited else int((self._uses_of(sequence) & ~busy).sum())
 
         return sorted(in_turn, key=rank)
 
