@@ -26,6 +26,7 @@ SPREAD = 0.02
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 """Dtype and shape by name."""
 ITEM_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
+"""Of the safetensors dtypes that are written."""
 ALIGNMENT = 8
 """Of the first tensor in a file, as the safetensors library has it."""
 
