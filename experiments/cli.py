@@ -32,6 +32,12 @@ from .bench.routers import routers as bench_routers
 from .bench.serving.bench import bench_serve
 from .bench.starting_points import bench_starts
 from .bench.step import bench_step
+from .bench.systems.before_pass import bench_before_pass
+from .bench.systems.loading import bench_load
+from .bench.systems.members import bench_members
+from .bench.systems.pregated import bench_pregated
+from .bench.systems.streamed import bench_streamed
+from .bench.systems.units import bench_units
 from .bench.training import bench_train
 from .bench.tuning.bench import bench_finetune
 from .bench.tuning.domains import bench_domains
@@ -93,6 +99,7 @@ app.command("compare")(compare)
 app.command("sweep")(sweep)
 app.command("judge")(judge)
 app.command("leverage")(leverage)
+bench.command("before-pass")(bench_before_pass)
 bench.command("claim")(bench_claim)
 app.command("tune-router")(tune_router)
 bench.command("duo")(bench_duo)
@@ -101,19 +108,24 @@ bench.command("finetune-domains")(bench_domains)
 bench.command("flax")(bench_flax)
 bench.command("forecast")(bench_forecast)
 bench.command("kernels")(bench_kernels)
+bench.command("load")(bench_load)
 bench.command("locality")(bench_locality)
 bench.command("low-bits")(bench_low_bits)
+bench.command("members")(bench_members)
 bench.command("memory-layers")(bench_memory_layers)
 bench.command("offload")(bench_offload)
 bench.command("overlap")(bench_overlap)
 bench.command("placement")(bench_placement)
+bench.command("pregated")(bench_pregated)
 bench.command("products")(bench_products)
 bench.command("routers")(bench_routers)
 bench.command("serve")(bench_serve)
 bench.command("starts")(bench_starts)
 bench.command("tiers")(bench_tiers)
 bench.command("step")(bench_step)
+bench.command("streamed")(bench_streamed)
 bench.command("train")(bench_train)
+bench.command("units")(bench_units)
 app.add_typer(bench, name="bench")
 offload.cli.join_processes(PROCESSES)
 offload.cli.join_trace(routing.cli.trace_app)

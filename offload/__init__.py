@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .lowbit.fitting import quantise_to_bits
     from .lowbit.quantise import quantise, quantise_in_levels, quantise_to_ternary
     from .members.members import load_members
+    from .neurons.packing import pack_units
     from .prefetch.softmax_gates import softmax_gates
     from .quality.quality import Contestant, Judge, quality
     from .runtime.loading import load
@@ -69,6 +70,7 @@ _HOME = {
     "load": ".runtime.loading",
     "load_members": ".members.members",
     "open_lane": ".gpu.devices",
+    "pack_units": ".neurons.packing",
     "product_rates": ".forecast.product_rates",
     "softmax_gates": ".prefetch.softmax_gates",
     "quality": ".quality.quality",
@@ -114,6 +116,7 @@ __all__ = [
     "make_cache",
     "measure_step_rates",
     "open_lane",
+    "pack_units",
     "parse_size",
     "product_rates",
     "quality",

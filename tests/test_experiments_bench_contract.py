@@ -61,13 +61,13 @@ def redden_flax(monkeypatch):
     monkeypatch.setattr(probe, "grouped_product_calls", wrong)
 
 
-def redden_finetune(monkeypatch):
+def redden_resident(monkeypatch):
     from experiments.evidence import resident
 
     right = resident.load_resident
 
-    def wrong(folder):
-        model = right(folder)
+    def wrong(folder, **options):
+        model = right(folder, **options)
         model.lm_head.weight.data.mul_(1.5)
         return model
 
@@ -178,6 +178,16 @@ def redden_step(monkeypatch):
     monkeypatch.setattr(step, "_models", wrong)
 
 
+def redden_pregated(monkeypatch):
+    from experiments.bench.systems import pregated
+
+    def decoded(checkpoint, slots, *given, **named):
+        return torch.tensor([float(slots)]), {}
+
+    monkeypatch.setattr(pregated, "save_model", lambda *given, **named: None)
+    monkeypatch.setattr(pregated, "decoded", decoded)
+
+
 def redden_products(monkeypatch):
     from offload.compute.orders import Order
 
@@ -214,6 +224,13 @@ def redden_train(monkeypatch):
 
 
 BENCHES = {
+    "before-pass": Bench(
+        command=("bench", "before-pass"),
+        wrong=("--folder", "{folder}", "--limit", "6"),
+        words="did you mean 6GiB?",
+        right=("--folder", "{folder}"),
+        redden=redden_offload,
+    ),
     "claim": Bench(
         command=("bench", "claim"),
         wrong=("glidr", "--records", "{folder}"),
@@ -229,7 +246,7 @@ BENCHES = {
         wrong=("{folder}", "--contestant", "lore"),
         words="unknown contestant 'lore' (did you mean 'lora'?)",
         right=("{folder}", "--limit", "none", "--contestant", "zo"),
-        redden=redden_finetune,
+        redden=redden_resident,
     ),
     "finetune-domains": Bench(
         command=("bench", "finetune-domains"),
@@ -255,6 +272,13 @@ BENCHES = {
         wrong=("--activation", "2", "--granularity", "12", "--compute", "1e22"),
         words="activation must lie in 0..1; got 2",
     ),
+    "load": Bench(
+        command=("bench", "load"),
+        wrong=("--form", "fp7"),
+        words="form must be one of fp8, plain; got 'fp7'",
+        right=("--form", "plain", "--size", "1MB", "--layers", "1", "--experts", "2", "--folder", "{folder}"),
+        redden=redden_offload,
+    ),
     "locality": Bench(
         command=("bench", "locality"),
         wrong=("--out", "{folder}/locality", "--variants", "olmo"),
@@ -266,6 +290,13 @@ BENCHES = {
         command=("bench", "low-bits"),
         wrong=("--work", "{file}"),
         words="pyproject.toml is a file; give a folder",
+    ),
+    "members": Bench(
+        command=("bench", "members"),
+        wrong=("--folder", "{folder}/missing"),
+        words="does not exist; create it first",
+        right=("--folder", "{folder}", "--size", "20MB", "--hidden", "128"),
+        redden=redden_resident,
     ),
     "memory-layers": Bench(
         command=("bench", "memory-layers"),
@@ -323,6 +354,13 @@ BENCHES = {
         right=("--trace", "{file}", "--records", "{folder}"),
         redden=redden_tiers,
     ),
+    "pregated": Bench(
+        command=("bench", "pregated"),
+        wrong=("--folder", "{folder}/missing"),
+        words="does not exist; create it first",
+        right=("--folder", "{folder}", "--width", "64"),
+        redden=redden_pregated,
+    ),
     "products": Bench(
         command=("bench", "products"),
         wrong=("--form", "mxfp5"),
@@ -341,6 +379,20 @@ BENCHES = {
         words="unknown family 'mixtrl' (did you mean 'mixtral'?)",
         right=("--family", "mixtral", "--layers", "1", "--contexts", "4", "--records", "{folder}"),
         redden=redden_step,
+    ),
+    "streamed": Bench(
+        command=("bench", "streamed"),
+        wrong=("--folder", "{folder}", "--kind", "sparse"),
+        words="kind must be one of dense, experts; got 'sparse'",
+        right=("--folder", "{folder}", "--size", "20MB", "--hidden", "128", "--limit", "none"),
+        redden=redden_resident,
+    ),
+    "units": Bench(
+        command=("bench", "units"),
+        wrong=("--folder", "{folder}/missing"),
+        words="does not exist; create it first",
+        right=("--folder", "{folder}", "--width", "64", "--units", "64", "--layers", "2"),
+        redden=redden_resident,
     ),
     "train": Bench(
         command=("bench", "train"),

@@ -126,7 +126,7 @@ def test_our_reader_takes_the_gguf_file_for_the_same_model(tmp_path):
 
 
 def test_a_form_that_gguf_has_no_type_for_is_named_in_the_row(tmp_path):
-    row = bench_offload._run("llama.cpp", replay(tmp_path, "fp8"), "none", 4, 2, None)
+    row = bench_offload.run_contestant("llama.cpp", replay(tmp_path, "fp8"), "none", 4, 2, None)
     assert row["tok_per_s"] is None
     assert "no type for blocks of FP8" in row["note"]
     assert "llama.cpp" in defaults_of("fp8")
@@ -180,6 +180,6 @@ def test_who_runs_at_which_limit():
 
 def test_without_llama_cpp_its_row_says_so(checkpoint, monkeypatch):
     monkeypatch.setattr(llama_cpp, "is_available", lambda: False)
-    row = bench_offload._run("llama.cpp", checkpoint, "none", 4, 2, None)
+    row = bench_offload.run_contestant("llama.cpp", checkpoint, "none", 4, 2, None)
     assert row["tok_per_s"] is None
     assert "not installed" in row["note"]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from experiments.evidence.generated import save_generated
 from offload.cache.steps import replay_steps
 from offload.cli import app
 from offload.compute.kv_cache import room_positions
@@ -17,7 +18,6 @@ from offload.forecast.steps import StepRates, forecast_steps
 from placement import generate_trace
 from routing.ground.hardware import Hardware
 from routing.traces import RoutingTrace
-from tests.sparse_checkpoint import save_sparse
 from tests.test_offload_forecast_variants import CONFIG, RATES
 
 TOKEN_BYTES = 4 * 2 * 2 * 64 * 2  # layers, keys and values, heads, width, bfloat16
@@ -32,7 +32,7 @@ def _small_process(monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
-    save_sparse(place, CONFIG, shard_bytes=10**9)
+    save_generated(place, CONFIG, shard_bytes=10**9)
     generate_trace(tokens=100, layers=4, experts=64, top_k=4, blocks=8, tokens_per_sequence=40).save(place / "t.npz")
     Hardware(**RATES).save(place / "h.toml")
     return place

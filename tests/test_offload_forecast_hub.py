@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+from experiments.evidence.generated import save_generated
 from tests.gguf_models import TinyGguf, metadata_of
 from tests.small_hub import COMMIT, NAME, SmallHub
-from tests.sparse_checkpoint import save_sparse
 
 CONFIG = {
     "model_type": "qwen3_moe",
@@ -74,7 +74,7 @@ def repository(tmp_path_factory):
     """Three shards of 20 GB, and what else repositories hold."""
     folder = tmp_path_factory.mktemp("repository")
     config = {**CONFIG, "hidden_size": 2048, "moe_intermediate_size": 8192, "num_experts": 256}
-    total = save_sparse(folder, config, shard_bytes=20 * 10**9)
+    total = save_generated(folder, config, shard_bytes=20 * 10**9).nbytes
     for name in ("original/model.safetensors", "metal/model.bin", "consolidated.safetensors", "README.md"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"not wanted" * 1000)
@@ -100,7 +100,7 @@ def test_fit_reads_the_heads_of_a_model_on_the_hub_and_no_weights(repository, se
 def test_load_takes_what_the_index_names_and_says_how_much_first(serve, tmp_path):
     folder, cache = tmp_path / "repository", tmp_path / "cache"
     folder.mkdir()
-    total = save_sparse(folder, CONFIG, shard_bytes=4 * 10**6)
+    total = save_generated(folder, CONFIG, shard_bytes=4 * 10**6).nbytes
     (folder / "original").mkdir()
     for name in ("original/model.safetensors", "consolidated.safetensors", "pytorch_model.bin"):
         (folder / name).write_bytes(b"not wanted" * 1000)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.evidence.generated import save_generated
 from offload.forecast.fit import fit
 from offload.forecast.variants import variants_of
 from routing.ground.hardware import Hardware
-from tests.sparse_checkpoint import save_sparse
 
 CONFIG = {
     "model_type": "qwen3_moe",
@@ -46,7 +46,7 @@ def _small_process(monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
-    save_sparse(place, CONFIG, shard_bytes=10**9)
+    save_generated(place, CONFIG, shard_bytes=10**9)
     return place
 
 

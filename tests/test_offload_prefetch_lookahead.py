@@ -7,7 +7,8 @@ import torch
 import offload
 from moe import MoEForCausalLM
 from moe.architectures.read_me.token_router import context_of
-from offload.serve.batches import planned_signature, signatures
+from offload.prefetch.foreseen import planned_signature
+from offload.serve.batches import signatures
 
 MODELS = {
     "readme": {

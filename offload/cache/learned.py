@@ -40,16 +40,23 @@ class LearnedReuse:
         self._decay = np.array(self.DECAYS, np.float64)[:, None]
         self._input = np.append(np.zeros(len(self.DECAYS) * num_keys), 1.0)
         self._frequency = self._input[:-1].reshape(len(self.DECAYS), num_keys)
-        self._start = np.zeros((len(self.DECAYS) * num_keys + 1, num_keys))
-        self._start[self.START * num_keys : (self.START + 1) * num_keys] = np.eye(num_keys)
-        self._model: NDArray[np.floating] = self._start
         self._score: np.ndarray | None = None
+        self._model: NDArray[np.floating] | None = None
         self._inputs: list[np.ndarray] = []
         self._demands: list[Sequence[int]] = []
+        self._num_learned = 0
+        self._learns = num_keys <= self.MOST_KEYS
+        if self._learns:
+            self._begin_learning()
+
+    def _begin_learning(self) -> None:
+        """Matrices of inputs by keys: at 1,024 keys, which are too many, they would take 8 MB of each layer at once."""
+        num_keys = self._num_keys
+        self._start = np.zeros((len(self._input), num_keys))
+        self._start[self.START * num_keys : (self.START + 1) * num_keys] = np.eye(num_keys)
         self._gram = np.zeros((len(self._start), len(self._start)))
         # as `_gram`, memory that is taken when it is written to; `zeros_like` would take it for every layer at once
         self._moment = np.zeros(self._start.shape)
-        self._num_learned = 0
 
     def __contains__(self, key: int) -> bool:
         return key in self._resident
@@ -66,7 +73,7 @@ class LearnedReuse:
         self._frequency *= self._decay
         self._frequency[:, keys] += 1 - self._decay
         self._score = None
-        if self._num_keys <= self.MOST_KEYS:
+        if self._learns:
             self._inputs.append(self._input.copy())
             self._demands.append(keys)
             if len(self._inputs) == self._block + self.HORIZON:
@@ -89,7 +96,7 @@ class LearnedReuse:
     def rank(self, key: int) -> tuple[float, float]:
         """Expected use soon, and how recent the last use is."""
         if self._score is None:
-            self._score = self._input @ self._model
+            self._score = self._frequency[self.START] if self._model is None else self._input @ self._model
         return float(self._score[key]), float(self._frequency[0, key])
 
     def access(self, keys: Sequence[int], next_uses: Sequence[int] = (), weights: Sequence[float] = ()) -> int:

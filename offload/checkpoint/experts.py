@@ -9,7 +9,7 @@ No model family is named here: layout flags of the experts module and the mappin
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -24,7 +24,7 @@ from .conversion import OneExpert, spread_over_banks, steps_of
 from .numbering import Origin, trace_elements
 from .tensors import TensorEntry
 
-EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
+EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")
 # contiguous pieces of one expert; with more, single reads are too short, and the expert is converted in memory instead
 MAX_RUNS = 32
 
@@ -109,15 +109,24 @@ def match_checkpoint(model: Any, entries: Mapping[str, TensorEntry]) -> dict[str
         return name, pattern
 
     # Patterns do not tell one expert of a list from another, so one of each list is matched for all: a model of 1,000
-    # GB has 70,000 of them, and a second of regular expressions.
-    lists: dict[str, tuple[str, str | None]] = {}
-    for key in sorted(entries, key=dot_natural_key):
-        kind = EXPERT_NUMBER.sub(".experts.*.", key)
-        if kind not in lists:
-            lists[kind] = renamed(key)
-        name, pattern = lists[kind] if lists[kind][1] is not None or kind == key else renamed(key)
-        found[name].append((key, pattern))
+    # GB has 70,000 of them, and seconds of regular expressions and of sorting.
+    for keys in _lists_of_experts(entries):
+        name, pattern = renamed(keys[0])
+        found[name].append((keys[0], pattern))
+        for key in keys[1:]:
+            name, pattern = (name, pattern) if pattern is not None else renamed(key)
+            found[name].append((key, pattern))
     return spread_over_banks(found, converters)
+
+
+def _lists_of_experts(entries: Iterable[str]) -> list[list[str]]:
+    """Keys that differ in an expert's number only, by this number; the lists are in the order of transformers."""
+    lists: dict[tuple[str, ...], list[tuple[list[int], str]]] = defaultdict(list)
+    for key in entries:
+        pieces = EXPERT_NUMBER.split(key)
+        lists[tuple(pieces[::2])].append(([int(number) for number in pieces[1::2]], key))
+    in_order = [[key for _, key in sorted(numbered)] for numbered in lists.values()]
+    return sorted(in_order, key=lambda keys: dot_natural_key(keys[0]))
 
 
 def locate_experts(

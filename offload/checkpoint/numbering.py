@@ -1,8 +1,10 @@
 """Where each element of a converted parameter comes from: the conversion is run on numbers instead of weights.
 
 Every element of a source has the number of its row (all axes but the last) and of its column. Both are passed through
-the conversion, one after the other, as views that take no memory before it and small whole numbers after it. Experts of
-a hundred million elements are numbered in a few hundred MB so.
+the conversion, one after the other, as views that take no memory before it and small whole numbers after it.
+
+Most conversions move whole rows. That shows in numbers of one digit at a time: of an expert of 60 million elements, 60
+MB for each copy that its conversion makes. Others are given whole numbers, which take several times that.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,8 @@ import torch
 
 PIECE_ELEMENTS = 1 << 20
 """Elements that are looked at together: their numbers take 8 MB. Others were not tried."""
+DIGIT_BITS = 8
+"""What a byte holds of a number."""
 
 Convert = Callable[[list[torch.Tensor]], torch.Tensor]
 
@@ -44,6 +48,51 @@ def trace_elements(convert: Convert, shapes: Sequence[tuple[int, ...]], most_run
         shapes: what each source is, of one axis or more.
         most_runs: starts that are kept, and one more.
     """
+    moved = _trace_rows(convert, shapes, most_runs)
+    return _trace_elements(convert, shapes, most_runs) if moved is None else moved
+
+
+def _trace_rows(convert: Convert, shapes: Sequence[tuple[int, ...]], most_runs: int) -> Origin | None:
+    """Find the origin of every row; None if a conversion does more than move whole rows."""
+    counts, width = [prod(shape[:-1]) for shape in shapes], shapes[0][-1]
+    count = sum(counts)
+    if any(shape[-1] != width for shape in shapes):
+        return None
+    rows = [each.view(*shape[:-1], 1) for each, shape in zip(torch.arange(count).split(counts), shapes, strict=True)]
+    shape: tuple[int, ...] = ()
+    row_R = torch.zeros(count, dtype=torch.int64)
+    for shift, converted in _digits(convert, rows, shapes, count):
+        shape, digit_RD = tuple(converted.shape), converted.reshape(-1, converted.shape[-1])
+        if not torch.equal(digit_RD, digit_RD[:, :1].expand(count, width)):
+            return None
+        row_R += digit_RD[:, 0].long() << shift
+    column_D = torch.arange(width)
+    for shift, converted in _digits(convert, [column_D] * len(shapes), shapes, width):
+        if not torch.equal(converted.reshape(-1, width), _digit(column_D, shift).expand(count, width)):
+            return None
+    breaks_r = torch.cat([torch.zeros(1, dtype=torch.int64), (row_R.diff() != 1).nonzero()[:, 0] + 1])[: most_runs + 1]
+    return Origin(
+        shape=shape,
+        is_whole=torch.equal(row_R.sort().values, torch.arange(count)),
+        starts=tuple((breaks_r * width).tolist()),
+        numbers=tuple((row_R[breaks_r] * width).tolist()),
+    )
+
+
+def _digits(
+    convert: Convert, numbers: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]], count: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each digit of numbers below `count`: its place in bits, and what a conversion makes of it."""
+    for shift in range(0, max((count - 1).bit_length(), 1), DIGIT_BITS):
+        yield shift, convert([_digit(each, shift).expand(shape) for each, shape in zip(numbers, shapes, strict=True)])
+
+
+def _digit(numbers: torch.Tensor, shift: int) -> torch.Tensor:
+    return (numbers >> shift & (1 << DIGIT_BITS) - 1).to(torch.uint8)
+
+
+def _trace_elements(convert: Convert, shapes: Sequence[tuple[int, ...]], most_runs: int) -> Origin:
+    """Find the origin of every element, from whole numbers."""
     row_of, column_of = convert(_rows(shapes)), convert(_columns(shapes))
     count = sum(map(prod, shapes))
     shape = tuple(row_of.shape)

@@ -57,7 +57,7 @@ TORCH_DTYPES = {
 STORED_DTYPES = {name: stored for stored, name in TORCH_DTYPES.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One stored tensor: `nbytes` bytes at `offset` of `file`, row-major."""
 
@@ -129,8 +129,9 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, max(size - 8, 0)):
             raise ValueError(f"{file}: not a safetensors file, or truncated ({size} bytes); copy it again")
         header = _parse(file, stream.read(header_bytes))
+    alike: dict[Any, Any] = {}
     return {
-        name: _entry(file, name, described, data_start=8 + header_bytes, size=size)
+        name: _entry(file, name, described, data_start=8 + header_bytes, size=size, alike=alike)
         for name, described in header.items()
         if name != "__metadata__"
     }
@@ -146,20 +147,22 @@ def _parse(file: Path, text: bytes) -> Mapping[str, Any]:
     return header
 
 
-def _entry(file: Path, name: str, described: Any, *, data_start: int, size: int) -> TensorEntry:
+def _entry(file: Path, name: str, described: Any, *, data_start: int, size: int, alike: dict[Any, Any]) -> TensorEntry:
+    """One tensor of a header; `alike` has the dtypes and shapes that tensors before it have, which it shares."""
     try:
-        dtype, shape = str(described["dtype"]), tuple(int(length) for length in described["shape"])
-        begin, end = (int(edge) for edge in described["data_offsets"])
+        dtype, shape = str(described["dtype"]), tuple(map(int, described["shape"]))
+        begin, end = map(int, described["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: tensor {name} has a malformed header entry") from error
     if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise ValueError(f"{file}: tensor {name} claims {end - begin} bytes for {dtype} {list(shape)}")
-    if begin < 0 or begin > end or any(length < 0 for length in shape):
+    if begin < 0 or begin > end or min(shape, default=0) < 0:
         raise ValueError(f"{file}: tensor {name} has offsets {begin}..{end} and shape {list(shape)}")
     if data_start + end > size:
         raise ValueError(
             f"{file}: truncated: tensor {name} ends at byte {data_start + end} and the file has {size}; copy it again"
         )
+    dtype, shape = alike.setdefault(dtype, dtype), alike.setdefault(shape, shape)
     return TensorEntry(name, file, data_start + begin, end - begin, dtype, shape)
 
 

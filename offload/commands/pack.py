@@ -98,16 +98,9 @@ def _pack_units(model: str, out: Path) -> None:
     console = plain_console(stderr=True)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("reading the checkpoint", total=None)
-        from ..checkpoint.model_folder import local_folder, sketch_of
-        from ..neurons.bundle import expect_replaceable, write_bundle
-        from ..neurons.feed_forwards import find_feed_forwards
+        from ..neurons.packing import pack_units
 
-        expect_replaceable(out)
-        sketch, entries = sketch_of(local_folder(model), "auto", needs_experts=False)
-        found = find_feed_forwards(sketch.skeleton, entries, sketch.found)
-        write_bundle(
-            out,
-            found,
-            lambda done, total: progress.update(task, completed=done, total=total, description="packing"),
+        pack_units(
+            model, out, lambda done, total: progress.update(task, completed=done, total=total, description="packing")
         )
     console.print(f"units packed in {out}, {format_size(out.stat().st_size)}", soft_wrap=True)

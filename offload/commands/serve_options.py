@@ -10,7 +10,7 @@ import typer
 from routing.ground.expect import expect_choice
 from routing.ground.quantity import parse_size
 
-from ..engine.options import LOOKUPS, REUSES, SCHEDULES, EngineOptions
+from ..engine.options import LOOKUPS, ORDERS, REUSES, SCHEDULES, EngineOptions
 from ..text.conversation import read_template
 from .options import LoadOptions
 
@@ -60,6 +60,9 @@ class ServeOptions(LoadOptions):
     reuse: Annotated[
         str, typer.Option("--reuse", help=f"What a prompt starts from of read ones: {', '.join(REUSES)}.")
     ] = "auto"
+    order: Annotated[str, typer.Option("--order", help=f"Who of those who wait starts next: {', '.join(ORDERS)}.")] = (
+        "auto"
+    )
     piece_tokens: Annotated[
         int | None, typer.Option("--piece-tokens", min=1, help="Tokens of a prompt that are read at once.")
     ] = None
@@ -84,6 +87,7 @@ class ServeOptions(LoadOptions):
         expect_choice(self.schedule, SCHEDULES, "--schedule")
         expect_choice(self.lookup, LOOKUPS, "--lookup")
         expect_choice(self.reuse, REUSES, "--reuse")
+        expect_choice(self.order, ORDERS, "--order")
         parse_size(self.prompt_cache_disk)
         if self.time_limit is not None and not self.time_limit > 0:
             raise ValueError(f"--time-limit {self.time_limit:g}: give seconds above 0")
@@ -104,6 +108,7 @@ class ServeOptions(LoadOptions):
             longest_wait_s=self.longest_wait,
             lookup=self.lookup,  # type: ignore[arg-type]
             reuse=self.reuse,  # type: ignore[arg-type]
+            order=self.order,  # type: ignore[arg-type]
             piece_tokens=self.piece_tokens,
             prefix_folder=self.prompt_cache_folder,
             prefix_disk=self.prompt_cache_disk,

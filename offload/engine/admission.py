@@ -9,6 +9,7 @@ from .kept.cached import CachedTokens
 from .kept.folder import PrefixFolder
 from .kept.prefixes import Prefixes, best
 from .options import EngineOptions
+from .planning.likeness import LikeFirst
 from .planning.lookup import Lookup
 from .planning.pool import TokenPool
 from .sequence import RunningSequence
@@ -35,6 +36,7 @@ class Admission:
         looks_up: whether tokens are guessed.
         folder: where finished sequences are written; None keeps them in RAM only.
         tally: counts prompts and kept tokens.
+        likeness: prefers who uses the experts of running requests; None keeps the order of those who wait.
     """
 
     def __init__(
@@ -49,26 +51,26 @@ class Admission:
         looks_up: bool,
         folder: PrefixFolder | None,
         tally: Tally,
+        likeness: LikeFirst | None = None,
     ) -> None:
         self.running: list[RunningSequence] = []
         self.pool = pool
         self._steps, self._prefixes, self._options, self._tally = steps, prefixes, options, tally
         self._piece_tokens = piece_tokens if reuse == "aligned" else None
         self._keeps, self._looks_up, self._folder = reuse != "off", looks_up, folder
+        self._likeness = likeness
 
     def next_of(self, waiting: Iterable[RunningSequence]) -> RunningSequence | None:
         """Who can start now, of those who wait in this order; nobody overtakes one for whom the pool is too full."""
         if len(self.running) >= self._options.most_users:
             return None
-        for sequence in waiting:
-            if self._is_being_read(sequence):
-                continue
-            return (
-                sequence
-                if places_of(sequence.request.num_reserved) <= self.pool.capacity - self.pool.reserved
-                else None
-            )
-        return None
+        in_order = waiting if self._likeness is None else self._likeness.order(waiting, self.running)
+        found = next((sequence for sequence in in_order if not self._is_being_read(sequence)), None)
+        if found is None or places_of(found.request.num_reserved) > self.pool.capacity - self.pool.reserved:
+            return None
+        if self._likeness is not None:
+            self._tally.overtaken_total += self._likeness.note_start(found, in_order)
+        return found
 
     def start(self, sequence: RunningSequence) -> None:
         """Let a request in, which `next_of` has found."""

@@ -1,14 +1,19 @@
 """The parts of an engine put together for one model: what it can hold, and what its level of exactness allows."""
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from routing.ground.model_config import experts_per_token, text_config
 from routing.ground.quantity import parse_size
 
 from ..compute.resident import embedding_bytes, weight_bytes
 from ..memory.budget import kv_bytes_per_token
+from ..prefetch.foreseen import can_foresee, foreseen_experts
 from ..runtime.activations import prefill_tokens
 from .admission import Admission, places_of
 from .counters import Tally
@@ -17,6 +22,7 @@ from .kept.folder import PrefixFolder
 from .kept.prefixes import Prefixes
 from .loop import Loop
 from .options import EngineOptions
+from .planning.likeness import LikeFirst
 from .planning.pool import TokenPool
 from .planning.rates import ExpertLoad
 from .planning.schedule import Schedule
@@ -77,6 +83,7 @@ def build_loop(model: Any, options: EngineOptions, tally: Tally) -> tuple[Loop, 
         looks_up=can_pack and options.lookup != "off" and is_plain(steps.empty().cache),
         folder=_folder(model, steps, options) if reuse != "off" else None,
         tally=tally,
+        likeness=_likeness(model) if options.order == "auto" else None,
     )
     schedule = Schedule(
         options.schedule,
@@ -95,6 +102,19 @@ def build_loop(model: Any, options: EngineOptions, tally: Tally) -> tuple[Loop, 
         reuse=reuse,
     )
     return Loop(steps, admission, schedule, piece_tokens=piece_tokens, tally=tally), info
+
+
+def _likeness(model: Any) -> LikeFirst | None:
+    """The order by foreseen experts; None where nothing foresees them."""
+    if not can_foresee(model):
+        return None
+
+    def foresee(prompt_ids: Sequence[int]) -> NDArray[np.bool_]:
+        _, signature = foreseen_experts(model, [prompt_ids])
+        assert signature is not None
+        return signature[0]
+
+    return LikeFirst(foresee)
 
 
 def _folder(model: Any, steps: ModelSteps, options: EngineOptions) -> PrefixFolder | None:

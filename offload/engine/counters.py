@@ -59,6 +59,7 @@ class EngineCounters:
         step_tokens, step_experts: tokens of each step, and experts that a layer asked for in it, as the mean of all.
         finished_total: requests by reason, `refused_total` those that were not accepted.
         proposed_total, accepted_total: tokens of prompt lookup.
+        overtaken_total: waiting requests that a later one was started before, because it uses the experts of others.
         hits_L, misses_L, bytes_read_L: experts of each layer that were in slots, that were not, and what was read.
         disk_busy_s: seconds in which the disk had something to read.
     """
@@ -86,6 +87,7 @@ class EngineCounters:
     refused_total: int = 0
     proposed_total: int = 0
     accepted_total: int = 0
+    overtaken_total: int = 0
     hits_L: tuple[int, ...] = ()
     misses_L: tuple[int, ...] = ()
     bytes_read_L: tuple[int, ...] = ()
@@ -109,6 +111,7 @@ class Tally:
     rows_total: int = 0
     proposed_total: int = 0
     accepted_total: int = 0
+    overtaken_total: int = 0
     step_tokens: Spread = field(default_factory=lambda: Spread(STEP_TOKENS))
     step_experts: Spread = field(default_factory=lambda: Spread(STEP_EXPERTS))
     finished_total: Counter[Reason] = field(default_factory=Counter)

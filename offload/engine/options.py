@@ -10,6 +10,7 @@ from routing.ground.quantity import parse_size
 SCHEDULES = ("auto", "turns", "together")
 LOOKUPS = ("auto", "off", "always")
 REUSES = ("auto", "any", "aligned", "off")
+ORDERS = ("auto", "arrival")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class EngineOptions:
             allows it, and `aligned` elsewhere.
         piece_tokens: tokens of a prompt that are computed at once, 1 or more. Each piece reads nearly all experts, and
             whole pieces are what `aligned` can reuse. None takes as many as memory allows.
+        order: who of those who wait starts next. `arrival` goes by arrival, users in turn; `auto` prefers who is
+            foreseen to use the experts of running answers, where something foresees; at most four overtake one.
         prefix_folder: where kept prefixes are written, so that they survive a restart; None keeps them in RAM only.
         prefix_disk: most bytes in that folder, such as `"8GiB"`.
 
@@ -48,6 +51,7 @@ class EngineOptions:
     lookup: Literal["auto", "off", "always"] = "auto"
     reuse: Literal["auto", "any", "aligned", "off"] = "auto"
     piece_tokens: int | None = None
+    order: Literal["auto", "arrival"] = "auto"
     prefix_folder: Path | None = None
     prefix_disk: str | int = "8GiB"
 
@@ -64,4 +68,5 @@ class EngineOptions:
         expect_choice(self.schedule, SCHEDULES, "schedule")
         expect_choice(self.lookup, LOOKUPS, "lookup")
         expect_choice(self.reuse, REUSES, "reuse")
+        expect_choice(self.order, ORDERS, "order")
         parse_size(self.prefix_disk)

@@ -184,15 +184,12 @@ class PlainForm:
         return tuple(tuple(group) for group in groups)
 
     def _adjacent(self, before: Parameter, after: Parameter) -> bool:
-        return all(
-            _follows(
-                _parameter_extents(before, expert, 0, 0)[-1],
-                _parameter_extents(after, expert, 0, before.nbytes)[0],
-            )
-            and len(_parameter_extents(before, expert, 0, 0)) == 1
-            and len(_parameter_extents(after, expert, 0, 0)) == 1
-            for expert in range(self.layer.num_experts)
-        )
+        for expert in range(self.layer.num_experts):
+            first = _parameter_extents(before, expert, 0, 0)
+            second = _parameter_extents(after, expert, 0, before.nbytes)
+            if len(first) != 1 or len(second) != 1 or not _follows(first[0], second[0]):
+                return False
+        return True
 
 
 def _in_records(parameter: Parameter, start: int, record_E: Sequence[TensorEntry]) -> Parameter:
@@ -230,10 +227,10 @@ def _parameter_extents(parameter: Parameter, expert: int, region: int, base: int
 
 def _follows(before: Extent, after: Extent) -> bool:
     return (
-        before.entry.file == after.entry.file
-        and before.region == after.region
+        before.region == after.region
         and before.offset + before.nbytes == after.offset
         and before.target + before.nbytes == after.target
+        and before.entry.file == after.entry.file
     )
 
 

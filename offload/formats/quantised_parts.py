@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..checkpoint.experts import ExpertLayer, Parameter, Source
 from ..checkpoint.quantised.entry import Place, QuantisedEntry
@@ -42,6 +43,14 @@ class Piece:
             return {"codes": self.rows * self.columns * self.item_bytes}
         return dict(self.encoding.part_bytes(self.rows, self.columns))
 
+    @cached_property
+    def spans(self) -> Mapping[str, tuple[int, int]]:
+        """Where the rows begin in each part of an expert's own tensor, and their bytes; alike for all experts."""
+        entry = self.source.entry_E[0]
+        assert isinstance(entry, QuantisedEntry)
+        places = entry.places(0, self.first_row, self.rows)
+        return {role: (offset - part.offset, nbytes) for role, (part, offset, nbytes) in places.items()}
+
     def places(self, expert: int) -> dict[str, Place]:
         """Where each part of an expert lies."""
         entry = self.source.entry_E[expert]
@@ -50,7 +59,8 @@ class Piece:
             _, offset, _ = self.source.place(expert)
             return {"codes": (entry, offset + self.first_row * row_bytes, self.rows * row_bytes)}
         if not self.source.is_fused:
-            return entry.places(0, self.first_row, self.rows)
+            parts = entry.parts
+            return {role: (parts[role], parts[role].offset + start, size) for role, (start, size) in self.spans.items()}
         if len(entry.shape) == 3:
             return entry.places(expert, self.first_row, self.rows)
         share = entry.rows // len(self.source.entry_E)
@@ -173,7 +183,7 @@ def parts_in_files(pieces: Mapping[str, tuple[Piece, ...]], num_experts: int) ->
 
 
 def _follows(before: Place, after: Place) -> bool:
-    return before[0].file == after[0].file and before[1] + before[2] == after[1]
+    return before[1] + before[2] == after[1] and before[0].file == after[0].file
 
 
 def rounded(nbytes: int) -> int:

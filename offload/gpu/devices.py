@@ -6,9 +6,10 @@ from routing.ground.expect import expect_choice
 
 from .cuda import CudaLane
 from .lanes import Lane
+from .simulated import SimulatedLane
 
-DEVICES = ("auto", "cpu", "cuda")
-LANES: Mapping[str, type[Lane]] = {"cuda": CudaLane}
+LANES: Mapping[str, type[Lane]] = {"cuda": CudaLane, "simulated": SimulatedLane}
+DEVICES = ("auto", "cpu", *LANES)
 
 
 def expect_device(device: str, gpu_memory: str | int, gpu_experts: int | None) -> None:
@@ -20,8 +21,8 @@ def expect_device(device: str, gpu_memory: str | int, gpu_experts: int | None) -
     expect_choice(device, DEVICES, "device")
     if device == "cpu" and _wants_gpu(gpu_memory, gpu_experts):
         raise ValueError(f'device="cpu" has no GPU slots; leave gpu_memory={gpu_memory!r} out, or use device="cuda"')
-    if device == "cuda" and gpu_memory in (0, "0"):
-        raise ValueError('device="cuda" with gpu_memory=0: nothing fits; give some memory, or use device="cpu"')
+    if device in LANES and gpu_memory in (0, "0"):
+        raise ValueError(f'device="{device}" with gpu_memory=0: nothing fits; give some memory, or use device="cpu"')
     if gpu_experts is not None and gpu_experts < 1:
         raise ValueError(f"gpu_experts must be at least 1 slot per layer; got {gpu_experts}")
 
@@ -35,12 +36,14 @@ def open_lane(device: str, gpu_memory: str | int, gpu_experts: int | None) -> La
         ValueError: if the device is unknown or absent, or the arguments contradict each other.
     """
     expect_device(device, gpu_memory, gpu_experts)
-    return LANES["cuda"]() if wants_device(device, gpu_memory, gpu_experts) else None
+    if not wants_device(device, gpu_memory, gpu_experts):
+        return None
+    return LANES["cuda" if device == "auto" else device]()
 
 
 def wants_device(device: str, gpu_memory: str | int, gpu_experts: int | None) -> bool:
     """Whether everything outside experts goes to a GPU, by what a caller asked for."""
-    return device == "cuda" or (device == "auto" and _wants_gpu(gpu_memory, gpu_experts))
+    return device in LANES or (device == "auto" and _wants_gpu(gpu_memory, gpu_experts))
 
 
 def _wants_gpu(gpu_memory: str | int, gpu_experts: int | None) -> bool:

@@ -53,7 +53,8 @@ def load(
     Args:
         path_or_id: a Hugging Face model folder with safetensors weights, or a model id.
         device: `"cuda"` puts everything outside experts on the GPU and adds a tier of GPU slots; `"auto"` does so if
-            `gpu_memory` names a size, and is the CPU otherwise.
+            `gpu_memory` names a size, and is the CPU otherwise. `"simulated"` computes on the CPU as if experts came
+            over a wire of 16 GB/s; `model.offload.lane.stall_s` says how long that would have been waited for.
         gpu_memory: the whole budget on the GPU, such as `"8GiB"`; `"auto"` takes 90 % of what is free.
         cpu_memory: the whole budget of the process, such as `"6GiB"`; `"auto"` takes 90 % of what the machine and the
             control group leave.

@@ -91,7 +91,7 @@ class LoadOptions:
             raise ValueError("plan and cache_experts both say how many slots a layer has; give one of them")
         if self.part is not None and (self.wants_gpu or self.plan is not None or self.prefetch != "off"):
             raise ValueError("a part of a model is on the CPU, without prefetching or a plan of tiers")
-        if self.adapter is not None and (self.device == "cuda" or self.gpu_memory not in ("auto", 0, "0")):
+        if self.adapter is not None and self.wants_gpu:
             raise ValueError("adapters of an offloaded model are computed on the CPU only; leave out the GPU, or merge")
         if self.policy in NEEDS_FUTURE:
             raise ValueError(f"policy {self.policy} needs to know the future; it is for `simulate` only")

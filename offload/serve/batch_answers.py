@@ -16,10 +16,10 @@ from ..engine.events import Finished
 from ..engine.options import EngineOptions
 from ..engine.request import GenerationRequest
 from ..engine.stream import Stream
-from ..prefetch.pass_predictor import PassPrefetcher
+from ..prefetch.foreseen import foreseen_experts
 from ..text.pieces import TextPieces
 from ..text.stops import StopStrings
-from .batches import Signature, experts_touched, form_batches, in_order, planned_signature
+from .batches import experts_touched, form_batches, in_order
 from .choosing import Choice
 from .live_text import Text
 
@@ -72,7 +72,7 @@ def form(model: Any, prompts: Sequence[Sequence[int]], batch_size: int) -> Forme
         batch_size: prompts of a batch, 1 or more.
     """
     plain = in_order(len(prompts), batch_size)
-    foreseen_by, signature = _foreseen(model, prompts)
+    foreseen_by, signature = foreseen_experts(model, prompts)
     if signature is None:
         return FormedBatches(batches=plain)
     formed = form_batches(signature, batch_size)
@@ -82,17 +82,6 @@ def form(model: Any, prompts: Sequence[Sequence[int]], batch_size: int) -> Forme
         experts_before=float(np.mean(experts_touched(signature, plain))),
         experts_after=float(np.mean(experts_touched(signature, formed))),
     )
-
-
-def _foreseen(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[str, Signature | None]:
-    """What says which experts a prompt uses, and what it says, `[N, L * E]`."""
-    if any(hasattr(module, "plan_of_ids") for module in model.modules()):
-        return "the model's own router", planned_signature(model, prompts)
-    prefetcher = model.offload.runtime.prefetcher
-    if not isinstance(prefetcher, PassPrefetcher):
-        return "", None
-    uses_NLE = np.stack([prefetcher.predictor.model.uses(prompt) for prompt in prompts])
-    return "the predictor", uses_NLE.reshape(len(prompts), -1)
 
 
 def answer_batches(

@@ -6,7 +6,6 @@ for two batches; here any number of equal batches, by greedy seeding and swaps).
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,26 +96,3 @@ def _try_swap(signature: Signature, one: list[int], other: list[int], i: int, j:
         return True
     one[i], other[j] = other[j], one[i]
     return False
-
-
-def planned_signature(model: Any, prompts: Sequence[Sequence[int]]) -> Signature:
-    """Which experts each prompt will use in any layer, before the model has run: input of `form_batches`, [N, L * E].
-
-    Raises:
-        ValueError: if the model's experts do not follow from token ids alone.
-    """
-    import torch
-
-    router: Any = next((module for module in model.modules() if hasattr(module, "plan_of_ids")), None)
-    if router is None:
-        raise ValueError(
-            f"{type(model).__name__} has no router over token ids; record a trace and use `signatures` instead"
-        )
-    rows = []
-    for prompt in prompts:
-        uses_LE = np.zeros((router.num_routed_layers, router.num_experts), bool)
-        with torch.no_grad():
-            ids = router.plan_of_ids(torch.tensor([list(prompt)])).unique()
-        uses_LE[:, ids.numpy()] = True
-        rows.append(uses_LE.reshape(-1))
-    return np.stack(rows)

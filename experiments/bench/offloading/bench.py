@@ -75,7 +75,7 @@ def bench_offload(
         for name in contestants:
             if not CONTESTANTS[name].runs_under(text):
                 continue
-            result = _run(name, checkpoint, text, prefill, decode, predictor)
+            result = run_contestant(name, checkpoint, text, prefill, decode, predictor)
             results.append({**result, "bound_tok_per_s": _bound(result, bandwidth)})
             console.print(_line(results[-1]), highlight=False)
     _print(console, results)
@@ -152,7 +152,10 @@ def check_parity(form: str = "plain") -> None:
             model.offload.close()
 
 
-def _run(name: str, checkpoint: Path, limit: str, prefill: int, decode: int, predictor: Path | None) -> dict[str, Any]:
+def run_contestant(
+    name: str, checkpoint: Path, limit: str, prefill: int, decode: int, predictor: Path | None
+) -> dict[str, Any]:
+    """One row of the table: what a contestant does in a process of its own under a limit."""
     row = find_contestant(name)
     told: dict[str, Any] = {"contestant": name, "limit": limit}
     if row.engine == "llama.cpp":

@@ -52,6 +52,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "resident": Contestant(engine="transformers", needs_limit=False, is_default=True),
     "llama.cpp": Contestant(engine="llama.cpp", is_default=True),
     "ours-ahead": Contestant(is_ahead=True),
+    "ours-predicted": Contestant(is_ahead=True, arguments={"policy": "predicted"}),
     "ours-compressed-ahead": Contestant(is_compressed=True, is_ahead=True),
     "ours-compressed-fast": Contestant(is_compressed=True, arguments={"arithmetic": "fast"}),
     "ours-compressed-lru": Contestant(is_compressed=True, arguments={"policy": "lru"}),

@@ -17,7 +17,7 @@ Place = tuple[TensorEntry, int, int]
 """Tensor, offset in its file, bytes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class QuantisedEntry(TensorEntry):
     """A tensor that is stored as codes and companions. Name, shape and dtype are those of the plain tensor.
 

@@ -1,6 +1,8 @@
 """The plain view of a checkpoint: every group of codes and companions is one tensor with a plain name and shape."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from .spellings import COMPANION_ENDINGS, IGNORED_ENDINGS, SPELLINGS, Spelling
 
 PART_ROLES = ("scales", "zeros", "global", "order", "nested", "table")
 CODE_DTYPES = frozenset(dtype for spelling in SPELLINGS for dtype in spelling.dtypes)
+SPELLINGS_OF = {dtype: [each for each in SPELLINGS if dtype in each.dtypes] for dtype in CODE_DTYPES}
+"""In their order."""
 
 
 def plain_view(
@@ -34,21 +38,21 @@ def plain_view(
         ValueError: if codes lack a companion, one has a wrong shape or dtype, or two tensors share a name; the message
             names the tensor.
     """
-    view, consumed, alike = dict[str, TensorEntry](), set[str](), dict[Any, Found]()
+    view, consumed, alike = dict[str, TensorEntry](), set[str](), dict[Any, _Read]()
     stored = STORED_DTYPES[str(dtype).removeprefix("torch.")]
     try:
         for key, codes in entries.items():
             if codes.dtype not in CODE_DTYPES or (spelled := _spelled(codes, entries)) is None:
                 continue
             name, spelling, companions = spelled
-            key_alike = _likeness(spelling, codes, companions)
-            if (found := alike.get(key_alike)) is None:
-                found = spelling.read(codes, companions, described)
+            likeness = _likeness(spelling, codes, companions)
+            if (read := alike.get(likeness)) is None:
+                read = _checked(codes, companions, spelling.read(codes, companions, described))
                 if spelling.is_by_shape:
-                    alike[key_alike] = found
+                    alike[likeness] = read
             if name != key and name in entries:
                 raise ValueError(f"{name} is there both plain and as {key}")
-            view[name] = _entry(name, codes, companions, found, stored)
+            view[name] = _entry(name, codes, companions, read, stored)
             consumed |= {key, *(companion.name for companion in companions.values())}
         quantised = bool(view) or described.method is not None
         for key, entry in entries.items():
@@ -81,8 +85,8 @@ def _spelled(
     codes: TensorEntry, entries: Mapping[str, TensorEntry]
 ) -> tuple[str, Spelling, dict[str, TensorEntry]] | None:
     """The plain name, the spelling and the companions of codes; None if this is something else."""
-    for spelling in SPELLINGS:
-        if codes.dtype not in spelling.dtypes or not codes.name.endswith(spelling.ending):
+    for spelling in SPELLINGS_OF[codes.dtype]:
+        if not codes.name.endswith(spelling.ending):
             continue
         name = codes.name.removesuffix(spelling.ending) + spelling.plain_ending
         companions, missing = dict[str, TensorEntry](), ""
@@ -103,8 +107,8 @@ def _likeness(spelling: Spelling, codes: TensorEntry, companions: Mapping[str, T
     """The same for codes of which a spelling that `is_by_shape` finds the same; None for other spellings."""
     if not spelling.is_by_shape:
         return None
-    described = ((role, each.dtype, each.shape) for role, each in companions.items())
-    return id(spelling), codes.dtype, codes.shape, *described
+    described = ((role, each.dtype, each.shape, each.nbytes) for role, each in companions.items())
+    return id(spelling), codes.dtype, codes.shape, codes.nbytes, *described
 
 
 def _names(name: str, endings: Sequence[str]) -> Iterator[str]:
@@ -124,27 +128,27 @@ def _expect_no_codes(entry: TensorEntry) -> None:
         raise ValueError(f"{entry.name} {entry.dtype} {list(entry.shape)} has no {entry.name}_scale beside it")
 
 
-def _entry(
-    name: str, codes: TensorEntry, companions: Mapping[str, TensorEntry], found: Found, stored: str
-) -> QuantisedEntry:
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """What thousands of experts have alike: the encoding, the roles of their parts, bytes of all parts."""
+
+    found: Found
+    roles: tuple[str, ...]
+    nbytes: int
+
+
+def _checked(codes: TensorEntry, companions: Mapping[str, TensorEntry], found: Found) -> _Read:
+    """Check that each part has the bytes that its encoding needs, and that none is left over.
+
+    Raises:
+        ValueError: if a part has other bytes, or is of no use.
+    """
     wanted = found.encoding.part_bytes(found.rows, found.columns)
-    roles = [role for role in PART_ROLES if role in companions and (role in wanted or role != "order")]
+    roles = tuple(role for role in PART_ROLES if role in companions and (role in wanted or role != "order"))
     parts = {"codes": codes, **{role: companions[role] for role in roles}}
-    entry = QuantisedEntry(
-        name,
-        codes.file,
-        codes.offset,
-        sum(part.nbytes for part in parts.values()),
-        stored,
-        found.shape,
-        encoding=found.encoding,
-        parts=parts,
-        rows=found.rows,
-        columns=found.columns,
-        is_transposed=found.is_transposed,
-    )
+    matrices = prod(found.shape[:-2])
     for role, nbytes in wanted.items():
-        shares = (nbytes * entry.num_matrices, nbytes) if role != "codes" else (nbytes * entry.num_matrices,)
+        shares = (nbytes * matrices, nbytes) if role != "codes" else (nbytes * matrices,)
         if parts[role].nbytes not in shares:
             raise ValueError(
                 f"{parts[role].name} {parts[role].dtype} {list(parts[role].shape)}: has {parts[role].nbytes} bytes, "
@@ -152,4 +156,23 @@ def _entry(
             )
     if extra := parts.keys() - wanted.keys():
         raise ValueError(f"{parts[min(extra)].name} stands beside {codes.name}, which has no use for it")
-    return entry
+    return _Read(found=found, roles=roles, nbytes=sum(part.nbytes for part in parts.values()))
+
+
+def _entry(
+    name: str, codes: TensorEntry, companions: Mapping[str, TensorEntry], read: _Read, stored: str
+) -> QuantisedEntry:
+    found = read.found
+    return QuantisedEntry(
+        name,
+        codes.file,
+        codes.offset,
+        read.nbytes,
+        stored,
+        found.shape,
+        encoding=found.encoding,
+        parts={"codes": codes, **{role: companions[role] for role in read.roles}},
+        rows=found.rows,
+        columns=found.columns,
+        is_transposed=found.is_transposed,
+    )

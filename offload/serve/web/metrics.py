@@ -148,6 +148,9 @@ class EngineCollector(Collector):
         yield self._counter("disk_busy_seconds", "Seconds in which the disk had something to read.", now.disk_busy_s)
         yield self._counter("lookup_proposed_tokens", "Tokens that prompt lookup proposed.", now.proposed_total)
         yield self._counter("lookup_accepted_tokens", "Tokens of them that were right.", now.accepted_total)
+        yield self._counter(
+            "overtaken_requests", "Waiting requests that a later one started before.", now.overtaken_total
+        )
         yield self._layers("expert_hits", "Experts that were in memory when a layer asked.", now.hits_L)
         yield self._layers("expert_misses", "Experts that were not.", now.misses_L)
         yield self._layers("expert_bytes_read", "Bytes of experts read from files.", now.bytes_read_L)
