@@ -15,6 +15,7 @@ from .listed import listed
 # as `offload.product_rates` knows them, which needs torch
 FORMS = (
     *("plain", "compressed", "mxfp4", "fp8", "int4", "int8", "int3", "int2", "planes-2", "planes-3", "planes-4"),
+    *("residual-2", "residual-4", "residual-8"),
     *("q4_0", "q8_0", "q4_k", "q6_k"),
 )
 GIGA = 1e9

@@ -9,14 +9,14 @@ import torch
 
 from ..codes.decode import decode
 from ..codes.encoding import Encoding
-from ..codes.expander import kernel_number, kernel_parameters
+from ..codes.expander import block_parameters, kernel_number, kernel_parameters
 from ..codes.levels import BASE_BITS, LevelledScheme
 from ..codes.schemes import Scheme
 from ..compute.orders import Order, orders
 from ..formats.compression import CompressedMatrix, expand
 from ..formats.gguf_blocks.expand import expand_rows, kernel_parameter
 from ..formats.lossy.levelled import joined
-from ..native.kernel_matrix import COMPRESSED, GGUF, PLAIN, KernelMatrix, plain_matrix
+from ..native.kernel_matrix import BLOCKS, COMPRESSED, GGUF, PLAIN, KernelMatrix, plain_matrix
 
 SHAPE = (1024, 2048)
 """Rows and columns of a matrix: 4 MiB of bfloat16, as an expert of common sizes has."""
@@ -33,6 +33,8 @@ ENCODINGS = {
 """As the most used checkpoints have them: gpt-oss, DeepSeek, Kimi-K2, and int8 rows of llm-compressor; then our own."""
 PLANES = {f"planes-{bits}": LevelledScheme("planes", 128, bits - BASE_BITS + 1) for bits in (2, 3, 4)}
 """By the bits of a weight that are read."""
+RESIDUALS = {f"residual-{levels}": LevelledScheme("residual", min(SHAPE) // 128, levels) for levels in (2, 4, 8)}
+"""By the levels that are read, with the ranks that `pack` takes."""
 USUAL_EXPONENTS = (110, 130)
 """Of scales that are powers of two: weights of 2^-17 to 2^5."""
 GGUF_TYPES = {"q4_0": 18, "q8_0": 34, "q4_k": 144, "q6_k": 210}
@@ -41,7 +43,7 @@ BLOCK_COLUMNS = {"q4_0": 32, "q8_0": 32, "q4_k": 256, "q6_k": 256}
 """Columns of a block, as ggml defines them."""
 HALVES = {"q4_0": (0,), "q8_0": (0,), "q4_k": (0, 2), "q6_k": (208,)}
 """Where in a block its scales of float16 stand."""
-FORMS = ("plain", "compressed", *ENCODINGS, *PLANES, *GGUF_TYPES)
+FORMS = ("plain", "compressed", *ENCODINGS, *PLANES, *RESIDUALS, *GGUF_TYPES)
 
 
 class Sample(NamedTuple):
@@ -134,6 +136,8 @@ def _make(form: str, generator: torch.Generator) -> Sample:
         return _make_codes(ENCODINGS[form], generator)
     if form in PLANES:
         return _make_planes(PLANES[form], generator)
+    if form in RESIDUALS:
+        return _make_residual(RESIDUALS[form], generator)
     if form in GGUF_TYPES:
         return _make_blocks(form, generator)
     weight_FD = torch.randn(SHAPE, generator=generator).bfloat16()
@@ -153,7 +157,9 @@ def _make_codes(encoding: Encoding, generator: torch.Generator) -> Sample:
     }
     count = len(parts["scales"])
     if encoding.scale == "EXP2":
-        parts["scales"] = torch.randint(*USUAL_EXPONENTS, (count,), dtype=torch.uint8, generator=generator)
+        parts["scales"] = torch.randint(*RESIDUALS = {f"residual-{levels}": LevelledScheme("residual", min(SHAPE) // 128, levels) for levels in (2, 4, 8)}
+"""By the levels that are read, with the ranks that `pack` takes."""
+USUAL_EXPONENTS, (count,), dtype=torch.uint8, generator=generator)
     elif encoding.scale == "F32":
         parts["scales"] = torch.rand(count // 4, generator=generator).view(torch.uint8)
     else:
@@ -172,6 +178,18 @@ def _make_planes(scheme: LevelledScheme, generator: torch.Generator) -> Sample:
     plain_FD = scheme.decode([base, *planes], *SHAPE).bfloat16()
     parameter = kernel_parameters(scheme.base, SHAPE[1], is_sum=True)
     return Sample(kernel_number(scheme.base), tuple(parts), parameter, plain_FD)
+
+
+def _make_residual(scheme: LevelledScheme, generator: torch.Generator) -> Sample:
+    levels = []
+    for level in range(scheme.levels):
+        nbytes = scheme.part_bytes(level, *SHAPE)
+        parts = {"codes": torch.randint(256, (nbytes["codes"],), dtype=torch.uint8, generator=generator)}
+        for role in ("left", "right"):
+            parts[role] = torch.rand(nbytes[role] // 2, generator=generator).bfloat16().view(torch.uint8)
+        levels.append(parts)
+    plain_FD = scheme.decode(levels, *SHAPE).bfloat16()
+    return Sample(BLOCKS, tuple(map(joined, levels)), block_parameters(scheme.size), plain_FD)
 
 
 def _make_blocks(form: str, generator: torch.Generator) -> Sample:

@@ -6,6 +6,7 @@
 
 #include "ahead.h"
 #include "bfloat16.h"
+#include "forms/blocks.h"
 #include "forms/compressed.h"
 #include "forms/bytes.h"
 #include "forms/few_bits.h"
@@ -57,6 +58,7 @@ static inline struct strip begin_strip(const struct stored_matrix *m, int64_t ro
     s.span_bytes = span_bytes_of(m, m->form);
     s.codes = m->part[CODES] + row * s.row_bytes;
     s.next_scales = s.codes;
+    if (m->form == BLOCKS) return s;
     if (m->form != GGUF && m->parameter[GROUP_ROWS] == 1 && m->parameter[GROUP_COLUMNS] <= span_of(m->form)) {
         s.next_scales = m->part[SCALES] + (row + STRIP_ROWS) * m->across * scale_size(m);
         s.scale_bytes = span_of(m->form) / m->parameter[GROUP_COLUMNS] * scale_size(m);
@@ -142,6 +144,8 @@ static inline __attribute__((always_inline)) void expand_span_of(struct strip *s
             expand_bytes_of(s, begin, rows, column, columns, out, stride, ahead);
         else if (form == FEW_BITS)
             expand_few_bits(s->m, s->row + begin, rows, column, columns, out, stride, ahead);
+        else if (form == BLOCKS)
+            expand_blocks(s->m, s->row + begin, rows, column, columns, out, stride);
         else if (form == GGUF)
             gguf_expander_of(s->m->parameter[0])(s->m, s->row + begin, rows, column, columns, out, stride, ahead);
         else
@@ -159,6 +163,7 @@ static void expand_span(struct strip *s, int64_t column, uint16_t *room, int64_t
     case NIBBLES: expand_span_of(s, NIBBLES, column, 0, STRIP_ROWS, room, stride); break;
     case BYTES: expand_span_of(s, BYTES, column, 0, STRIP_ROWS, room, stride); break;
     case FEW_BITS: expand_span_of(s, FEW_BITS, column, 0, STRIP_ROWS, room, stride); break;
+    case BLOCKS: expand_span_of(s, BLOCKS, column, 0, STRIP_ROWS, room, stride); break;
     default: expand_span_of(s, GGUF, column, 0, STRIP_ROWS, room, stride);
     }
 }
