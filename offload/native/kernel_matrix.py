@@ -6,7 +6,7 @@ import torch
 
 MOST_PLANES = 3
 """Planes of signs that our C adds to codes."""
-PLAIN, COMPRESSED, GGUF, BLOCKS = 0, 1, 4, 6
+PLAIN, COMPRESSED, GGUF, BLOCKS, TERNARY = 0, 1, 4, 6, 7
 """Numbers of stored forms in our C; the others are of codes (`codes/expander.py`)."""
 
 

@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-enum stored_form { PLAIN, COMPRESSED, NIBBLES, BYTES, GGUF, FEW_BITS, BLOCKS };
+enum stored_form { PLAIN, COMPRESSED, NIBBLES, BYTES, GGUF, FEW_BITS, BLOCKS, TERNARY };
 
 enum { MOST_PLANES = 3, MOST_LEVELS = 8, PARTS = MOST_LEVELS, PARAMETERS = 4 };
 
@@ -23,7 +23,7 @@ enum global_kind { GLOBAL_NONE, GLOBAL_MULTIPLIES, GLOBAL_DIVIDES };
 struct stored_matrix {
     int form;
     int64_t rows, columns;
-    const uint8_t *part[PARTS]; /* codes, scales, zeros, scale of scales, planes; or the levels of blocks; 0 where there is none */
+    const uint8_t *part[PARTS]; /* codes, scales, zeros, scale of scales, planes; levels of blocks; parts of `forms/ternary.h`; 0 where there is none */
     int32_t parameter[PARAMETERS];
     /* what `measure` finds, because divisions are slow: */
     int64_t row_bytes, across; /* bytes of a row of codes, scales of a row of groups */

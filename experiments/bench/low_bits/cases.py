@@ -39,9 +39,7 @@ class Case:
         return self.method in ("ggml", "importance")
 
 
-BY_TEXT = tuple(
-    Case(form, method) for form in ("int4", "int3", "int2") for method in ("rtn", "hqq", "awq", "gptq")
-)
+BY_TEXT = tuple(Case(form, method) for form in ("int4", "int3", "int2") for method in ("rtn", "hqq", "awq", "gptq"))
 MIXED_BITS = (3.5, 4.5, 6.5625)
 """Between int3 and int4 with their scales, and what Q4_K and Q6_K take."""
 PLANE_DEPTHS = (1, 2, 3)

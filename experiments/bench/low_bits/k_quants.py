@@ -30,6 +30,7 @@ def type_for(form: str, columns: int) -> str:
     return INSTEAD[form] if columns % K_COLUMNS and form in INSTEAD else form
 
 
+@torch.no_grad()
 def write_twin(model: Path, target: Path, form: str, inputs: Any = None) -> float:
     """Write a checkpoint whose experts are what a type of ggml makes of them.
 

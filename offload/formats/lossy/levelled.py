@@ -148,7 +148,7 @@ class LevelledForm(LossyForm):
         return found
 
     def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
-        """Residual blocks are bound by the arithmetic of their ranks, which is not measured: as if they were expanded."""
+        """Residual blocks are bound by the arithmetic of their ranks, which is not measured: as if expanded."""
         assert self.scheme is not None
         if self.scheme.kind == "residual":
             return hardware.exact_bytes_per_s * self.expert_bytes / self.layer.plain_bytes
