@@ -98,8 +98,10 @@ def trained(folder: Path, preset: str, seed: int, steps: int, data: Path | None)
         seed=seed,
     )
     train(config, load_corpus(data), folder / "run", resume=(folder / "run").is_dir())
-    export(MoEForCausalLM.from_pretrained(folder / "run"), "olmoe").bfloat16().save_pretrained(found.model)
-    save_byte_tokenizer(found.model)
+    part = folder / "model.part"
+    export(MoEForCausalLM.from_pretrained(folder / "run"), "olmoe").bfloat16().save_pretrained(part)
+    save_byte_tokenizer(part)
+    part.rename(found.model)
     return found
 
 
