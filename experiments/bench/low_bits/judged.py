@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -28,18 +29,29 @@ class JudgedModel:
     """
 
     def __init__(self, subject: Subject, tokens: int, scratch: Path) -> None:
-        from offload import Contestant, Judge, calibrate
+        self._subject, self._tokens, self._scratch = subject, tokens, scratch
+        self._folder, self._model = subject.folder, subject.model
 
-        self.seed, self._folder, self._model, self._tokens = subject.seed, subject.folder, subject.model, tokens
-        self._inputs = calibrate(
+    @cached_property
+    def _inputs(self) -> Any:
+        """What its experts see while it reads the calibration text; read once, and only if a case is not judged yet."""
+        from offload import calibrate
+
+        return calibrate(
             self._model,
-            subject.calibration,
+            self._subject.calibration,
             self._folder / "inputs",
             tokens=CALIBRATION_TOKENS,
             length=LENGTH,
             needs_sensitivity=True,
         )
-        self._judge = Judge(Contestant(path_or_id=self._model), subject.held_out, scratch, tokens=tokens)
+
+    @cached_property
+    def _judge(self) -> Any:
+        from offload import Contestant, Judge
+
+        reference = Contestant(path_or_id=self._model)
+        return Judge(reference, self._subject.held_out, self._scratch, tokens=self._tokens)
 
     def found(self, case: Case) -> dict[str, Any]:
         """What a way to store experts costs."""
