@@ -1,4 +1,4 @@
-"""The comparison of low-bit forms: its cases, what it concludes, and llama.cpp's quantisers where they are installed."""
+"""The comparison of low-bit forms: its cases, what it concludes, and llama.cpp's quantisers where they are there."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def rows(**of):
 def test_a_mixture_is_compared_with_the_line_between_its_forms():
     found = verdicts(rows(int3_gptq=(3.25, 8.0, 4.0), int4_gptq=(4.25, 2.0, 2.0), mixed_3_5_gptq=(3.5, 6.5, 1.75)))
     # a quarter of the way: 0.75 * 8 + 0.25 * 2 = 6.5 and 0.75 * 4 + 0.25 * 2 = 3.5
-    assert [(verdict.winner, verdict.ratio_S) for verdict in found] == [("mixed-3.5.gptq", (1.0, 0.5))]
+    assert [(verdict.winner, verdict.ratios) for verdict in found] == [("mixed-3.5.gptq", (1.0, 0.5))]
 
 
 def test_theirs_are_compared_with_the_best_of_ours_of_no_more_bits():
@@ -45,7 +45,7 @@ def test_theirs_are_compared_with_the_best_of_ours_of_no_more_bits():
             q2_k_ggml=(2.625, 9.0, 9.0),
         )
     )
-    assert [(verdict.winner, verdict.ratio_S) for verdict in found] == [("int4.hqq", (0.5, 0.25))]
+    assert [(verdict.winner, verdict.ratios) for verdict in found] == [("int4.hqq", (0.5, 0.25))]
 
 
 @pytest.mark.parametrize(

@@ -154,8 +154,8 @@ def kernel_matrix_of(number: int, parts: Mapping[str, torch.Tensor], rows: int, 
     Args:
         number: of the dictionary, a place in ZERO_SHARES.
         parts: uint8, by role.
-        rows: of the matrix.
-        columns: of the matrix.
+        rows: R, 1 or more.
+        columns: C, 1 or more.
     """
     addresses = (*(parts[role].data_ptr() for role in ROLES), dictionary(number).ctypes.data)
     return KernelMatrix(TERNARY, rows, columns, None, *addresses)

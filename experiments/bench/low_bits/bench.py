@@ -111,5 +111,5 @@ def _show(rows: Sequence[dict[str, Any]], cases: Sequence[Case]) -> None:
     console = plain_console()
     console.print(table)
     for verdict in verdicts(rows):
-        ratios = ", ".join(f"{ratio:.2f}" for ratio in verdict.ratio_S)
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in verdict.ratios)
         console.print(f"{verdict.question}: {verdict.winner} has {ratios} of its divergence", soft_wrap=True)

@@ -10,7 +10,6 @@ from typing import Any
 from routing.ground.files import write_json
 
 from .cases import Case
-from .k_quants import write_twin
 from .models import Subject
 
 # 4,096 rows for each expert that is visited as often as the others
@@ -78,6 +77,8 @@ class JudgedModel:
 
         told: dict[str, Any] = {"expected_divergence": "", "fallbacks": 0}
         if case.is_theirs:
+            from .k_quants import write_twin
+
             twin = self._folder / case.stored
             inputs = self._inputs if case.method == "importance" else None
             bits = write_twin(self._model, twin, case.form, inputs)

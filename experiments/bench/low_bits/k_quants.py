@@ -6,7 +6,7 @@ Everything outside the experts stays as it is, as in our own packed copies.
 
 Needs `pip install llama-cpp-python gguf`.
 
-Shapes: E experts, N rows of one expert, O outputs of any matrix, C its inputs, D model width, F expert width.
+Shapes: E experts, N rows of one expert, O outputs of any matrix, C its inputs, F expert width.
 """
 
 import ctypes

@@ -17,12 +17,12 @@ class Verdict:
 
     Args:
         question: in words.
-        ratio_S: divergence as a share of what it is compared with, for each seed; less than one is better.
+        ratios: divergence as a share of what it is compared with, for each seed; less than one is better.
         winner: which of ours was compared.
     """
 
     question: str
-    ratio_S: tuple[float, ...]
+    ratios: tuple[float, ...]
     winner: str
 
 
