@@ -9,6 +9,8 @@ from .cases import CASES, Case
 Row = Mapping[str, Any]
 LINE = ("int3.gptq", "int4.gptq")
 """Forms whose mixtures of whole experts lie on a line between them."""
+HEAD_BITS = 0.01
+"""Bits of a weight that heads of records may take on top: those of a GGUF file are not counted either."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def _against_theirs(by: Mapping[tuple[str, int], Row], seeds: Sequence[int]) -> 
     for case in CASES:
         if not case.is_theirs or not all((case.name, seed) in by for seed in seeds):
             continue
-        small = [each for each in ours if _mean(by, each, seeds, "bits") <= _mean(by, case, seeds, "bits") + 1e-9]
+        small = [each for each in ours if _mean(by, each, seeds, "bits") <= _mean(by, case, seeds, "bits") + HEAD_BITS]
         if not small:
             continue
         best = min(small, key=lambda each: _mean(by, each, seeds, "divergence"))
