@@ -21,7 +21,7 @@ from .bench.flax import bench_flax
 from .bench.forecasts import bench_forecast
 from .bench.leverage import leverage
 from .bench.locality.bench import bench_locality
-from .bench.low_bits import bench_low_bits
+from .bench.low_bits.bench import bench_low_bits
 from .bench.memory_layers import bench_memory_layers
 from .bench.offloading.bench import bench_offload
 from .bench.overlap import bench_overlap

@@ -15,9 +15,10 @@ import pytest
 import torch
 from typer.main import get_command
 
-from experiments.bench import flax, leverage, low_bits, memory_layers, routers, starting_points, step, training
+from experiments.bench import flax, leverage, memory_layers, routers, starting_points, step, training
 from experiments.bench.claims import bench as claims
 from experiments.bench.duo import bench as duo
+from experiments.bench.low_bits import bench as low_bits
 from experiments.bench.offloading import contestants
 from experiments.bench.serving import bench as serving
 from experiments.bench.serving import measures

@@ -5,11 +5,18 @@ import torch
 
 from offload.codes.decode import decode
 from offload.codes.encoding import Encoding
-from offload.codes.expander import expand, has_exact_kernel, kernel_number, kernel_parameters
+from offload.codes.expander import (
+    block_parameters,
+    expand,
+    expand_matrix,
+    has_exact_kernel,
+    kernel_number,
+    kernel_parameters,
+)
 from offload.codes.levels import LevelledScheme
 from offload.compute.orders import orders
 from offload.formats.lossy.levelled import joined
-from offload.native.kernel_matrix import KernelMatrix, plain_matrix
+from offload.native.kernel_matrix import BLOCKS, PARTS, KernelMatrix, plain_matrix
 
 
 def random_parts(encoding, rows, columns, chance):
@@ -81,3 +88,26 @@ def test_products_from_planes_have_the_bits_of_the_decoded_matrix(shape, group):
             order.multiply(x_nD, stored, got)
             order.multiply(x_nD, [plain_matrix(each) for each in plain], expected)
             assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize(("shape", "ranks"), [((64, 256), 2), ((96, 192), 17), ((33, 77), 1)])
+def test_residual_blocks_have_the_bits_of_the_definition(shape, ranks):
+    """Expanded, turned or not, and multiplied in every order; with one level, some, and all that our C adds."""
+    chance = torch.Generator().manual_seed(5)
+    scheme = LevelledScheme("residual", ranks, PARTS)
+    levels = scheme.encode(0.02 * torch.randn(shape, generator=chance))
+    stored = [joined(level) for level in levels]
+    for depth in (1, 3, PARTS):
+        plain_RC = scheme.decode(levels[:depth], *shape).bfloat16()
+        matrix = KernelMatrix(BLOCKS, *shape, block_parameters(ranks), *(each.data_ptr() for each in stored[:depth]))
+        for is_transposed in (False, True):
+            out = torch.empty(shape[::-1] if is_transposed else shape, dtype=torch.bfloat16)
+            assert expand_matrix(matrix, out, is_transposed=is_transposed)
+            assert torch.equal(out.t() if is_transposed else out, plain_RC)
+        for order in (order for order in orders() if order.fits(shape)):
+            for rows in (1, 5, 20):
+                x_nD = torch.randn(rows, shape[1], generator=chance).bfloat16()
+                got_nF, expected_nF = (torch.empty(rows, shape[0], dtype=torch.bfloat16) for _ in range(2))
+                order.multiply(x_nD, [matrix], [got_nF])
+                order.multiply(x_nD, [plain_matrix(plain_RC)], [expected_nF])
+                assert torch.equal(got_nF, expected_nF)

@@ -6,9 +6,11 @@ import torch
 
 from offload.codes import ternary
 from offload.codes.ternary import dictionary, encode, expand, most_words, part_bytes
+from offload.compute.orders import orders
 from offload.formats.lossy.ternary import HEAD_BYTES
 from offload.lowbit.methods.compensation import second_moment
 from offload.lowbit.methods.ternary import ternary as rounded
+from offload.native.kernel_matrix import plain_matrix
 
 
 def signs(rows, columns, zero, seed=0):
@@ -110,3 +112,32 @@ def test_spread_errors_lower_the_error_of_outputs():
         float((x_NC @ (found.weight_RC - w_RC).T).square().sum()) for found in (rounded(w_RC, moment_CC), rounded(w_RC))
     ]
     assert errors[0] < 0.7 * errors[1]
+
+
+@pytest.mark.parametrize(("shape", "zero"), [((64, 256), 0.9), ((33, 77), 0.7), ((96, 320), 0.97)])
+def test_products_have_the_bits_of_the_decoded_matrix(shape, zero):
+    """Two matrices with other words in one call, in every order of summation."""
+    chance, stored, plain, kept = torch.Generator().manual_seed(6), [], [], []
+    for seed in (0, 1):
+        low_R, high_R = -torch.rand(shape[0], generator=chance), torch.rand(shape[0], generator=chance)
+        number, parts = encode(signs(*shape, zero, seed), low_R, high_R)
+        kept.append(parts)
+        assert ternary.has_whole_rows(parts)
+        stored.append(ternary.kernel_matrix_of(number, parts, *shape))
+        plain.append(ternary.decode(number, parts, *shape))
+    for order in (order for order in orders() if order.fits(shape)):
+        for rows in (1, 5, 20):
+            x_nD = torch.randn(rows, shape[1], generator=chance).bfloat16()
+            got, expected = ([torch.empty(rows, shape[0], dtype=torch.bfloat16) for _ in plain] for _ in range(2))
+            order.multiply(x_nD, stored, got)
+            order.multiply(x_nD, [plain_matrix(each) for each in plain], expected)
+            assert all(map(torch.equal, got, expected))
+
+
+def test_rows_that_do_not_follow_each_other_are_seen():
+    _, parts = encode(signs(8, 96, 0.9), torch.full((8,), -1.0), torch.ones(8))
+    start = parts["starts"].view(torch.int32)
+    for place, value in ((0, 1), (3, int(start[4]) + 1), (8, int(start[8]) - 1), (2, -1)):
+        damaged = start.clone()
+        damaged[place] = value
+        assert not ternary.has_whole_rows({**parts, "starts": damaged.view(torch.uint8)})

@@ -15,6 +15,7 @@ from .listed import listed
 # as `offload.product_rates` knows them, which needs torch
 FORMS = (
     *("plain", "compressed", "mxfp4", "fp8", "int4", "int8", "int3", "int2", "planes-2", "planes-3", "planes-4"),
+    *("residual-2", "residual-4", "residual-8", "ternary"),
     *("q4_0", "q8_0", "q4_k", "q6_k"),
 )
 GIGA = 1e9
@@ -52,10 +53,11 @@ def bench_products(
     finally:
         torch.set_num_threads(before)
     reading = found[0]["bytes_per_s_p50"]
-    table = Table("order", "form", "rows", "stored GB/s", "p20", "p80", "of plain reading")
+    table = Table("order", "form", "rows", "bits", "stored GB/s", "p20", "p80", "of plain reading", "G weights/s")
     for row in found:
         rates = [f"{row[f'bytes_per_s_{name}'] / GIGA:.2f}" for name in ("p50", "p20", "p80")]
-        table.add_row(row["order"], row["form"], str(row["rows"]), *rates, f"{row['bytes_per_s_p50'] / reading:.2f}")
+        shares = f"{row['bytes_per_s_p50'] / reading:.2f}", f"{8 * row['bytes_per_s_p50'] / row['bits'] / GIGA:.2f}"
+        table.add_row(row["order"], row["form"], str(row["rows"]), f"{row['bits']:.2f}", *rates, *shares)
     plain_console().print(table)
     if record:
         config = {"rows": counts, "size": size, "threads": threads, "repeats": repeats}

@@ -51,6 +51,12 @@ def kernel_parameters(encoding: Encoding, columns: int, *, is_sum: bool = False)
     return Parameters(group_rows, group_columns, CODE_KINDS.index(encoding.codes), details)
 
 
+@cache
+def block_parameters(ranks: int) -> "ctypes.Array[ctypes.c_int32]":
+    """The same of residual blocks."""
+    return Parameters(ranks, 0, 0, 0)
+
+
 def kernel_matrix_of(encoding: Encoding, rows: int, columns: int, parts: Mapping[str, torch.Tensor]) -> KernelMatrix:
     """A matrix of an encoding that `has_exact_kernel` as our C multiplies it.
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..native.kernel_matrix import TERNARY, KernelMatrix
 from ..native.library import library
 
 WORDS = 1 << 16
@@ -145,6 +146,25 @@ def decode(number: int, parts: Mapping[str, torch.Tensor], rows: int, columns: i
     low_R, high_R = (parts[role].clone().view(torch.bfloat16) for role in ("low", "high"))
     value_RK = torch.stack([torch.zeros_like(low_R), high_R, low_R], dim=1)
     return value_RK.gather(1, code.view(rows, width)[:, :columns])
+
+
+def kernel_matrix_of(number: int, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> KernelMatrix:
+    """A matrix as our C multiplies it; it trusts the starts of rows, see `has_whole_rows`.
+
+    Args:
+        number: of the dictionary, a place in ZERO_SHARES.
+        parts: uint8, by role.
+        rows: R, 1 or more.
+        columns: C, 1 or more.
+    """
+    addresses = (*(parts[role].data_ptr() for role in ROLES), dictionary(number).ctypes.data)
+    return KernelMatrix(TERNARY, rows, columns, None, *addresses)
+
+
+def has_whole_rows(parts: Mapping[str, torch.Tensor]) -> bool:
+    """Whether rows follow each other: the first begins with the first word, the last ends with the last."""
+    start = np.frombuffer(parts["starts"].numpy().tobytes(), "<i4")
+    return bool(start[0] == 0 and start[-1] == parts["words"].numel() // 2 and (np.diff(start) >= 0).all())
 
 
 def expand(number: int, parts: Mapping[str, torch.Tensor], out: torch.Tensor, *, is_transposed: bool) -> None:

@@ -2,21 +2,24 @@
 
 import time
 from collections.abc import Callable, Sequence
+from math import prod
 from statistics import quantiles
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from ..codes import ternary
 from ..codes.decode import decode
 from ..codes.encoding import Encoding
-from ..codes.expander import kernel_number, kernel_parameters
+from ..codes.expander import block_parameters, kernel_number, kernel_parameters
 from ..codes.levels import BASE_BITS, LevelledScheme
 from ..codes.schemes import Scheme
 from ..compute.orders import Order, orders
 from ..formats.compression import CompressedMatrix, expand
 from ..formats.gguf_blocks.expand import expand_rows, kernel_parameter
 from ..formats.lossy.levelled import joined
-from ..native.kernel_matrix import COMPRESSED, GGUF, PLAIN, KernelMatrix, plain_matrix
+from ..native.kernel_matrix import BLOCKS, COMPRESSED, GGUF, PLAIN, TERNARY, KernelMatrix, plain_matrix
 
 SHAPE = (1024, 2048)
 """Rows and columns of a matrix: 4 MiB of bfloat16, as an expert of common sizes has."""
@@ -33,6 +36,8 @@ ENCODINGS = {
 """As the most used checkpoints have them: gpt-oss, DeepSeek, Kimi-K2, and int8 rows of llm-compressor; then our own."""
 PLANES = {f"planes-{bits}": LevelledScheme("planes", 128, bits - BASE_BITS + 1) for bits in (2, 3, 4)}
 """By the bits of a weight that are read."""
+RESIDUALS = {f"residual-{levels}": LevelledScheme("residual", min(SHAPE) // 128, levels) for levels in (2, 4, 8)}
+"""By the levels that are read, with the ranks that `pack` takes."""
 USUAL_EXPONENTS = (110, 130)
 """Of scales that are powers of two: weights of 2^-17 to 2^5."""
 GGUF_TYPES = {"q4_0": 18, "q8_0": 34, "q4_k": 144, "q6_k": 210}
@@ -41,7 +46,7 @@ BLOCK_COLUMNS = {"q4_0": 32, "q8_0": 32, "q4_k": 256, "q6_k": 256}
 """Columns of a block, as ggml defines them."""
 HALVES = {"q4_0": (0,), "q8_0": (0,), "q4_k": (0, 2), "q6_k": (208,)}
 """Where in a block its scales of float16 stand."""
-FORMS = ("plain", "compressed", *ENCODINGS, *PLANES, *GGUF_TYPES)
+FORMS = ("plain", "compressed", *ENCODINGS, *PLANES, *RESIDUALS, "ternary", *GGUF_TYPES)
 
 
 class Sample(NamedTuple):
@@ -52,6 +57,8 @@ class Sample(NamedTuple):
     parts: tuple[torch.Tensor | None, ...]
     parameter: Any
     plain_FD: torch.Tensor
+    shared: tuple[torch.Tensor, ...] = ()
+    """Parts that all matrices have in common."""
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +69,7 @@ class Sample(NamedTuple):
         return self._replace(parts=tuple(None if part is None else part.clone() for part in self.parts))
 
     def matrix(self) -> KernelMatrix:
-        addresses = [0 if part is None else part.data_ptr() for part in self.parts]
+        addresses = [0 if part is None else part.data_ptr() for part in (*self.parts, *self.shared)]
         return KernelMatrix(self.number, *SHAPE, self.parameter, *addresses)
 
 
@@ -76,7 +83,8 @@ def product_rates(forms: Sequence[str], rows: Sequence[int], *, nbytes: int, rep
         repeats: timed rounds, 2 or more.
 
     Returns:
-        For each order, form and number of rows: `order`, `form`, `rows`, and `bytes_per_s_p50`, `_p20`, `_p80`.
+        For each order, form and number of rows: `order`, `form`, `rows`, stored `bits` of a weight, and
+        `bytes_per_s_p50`, `_p20`, `_p80`.
 
     Raises:
         RuntimeError: if a product differs from that of the plain matrix in the same order.
@@ -99,7 +107,8 @@ def product_rates(forms: Sequence[str], rows: Sequence[int], *, nbytes: int, rep
             started = time.perf_counter()
             run()
             seconds[key].append(time.perf_counter() - started)
-    return [_rates(key, runs[key][0], taken) for key, taken in seconds.items()]
+    bits = {form: 8 * sample.nbytes / prod(SHAPE) for form, sample in samples.items()}
+    return [_rates(key, runs[key][0], bits.get(key[1], 16.0), taken) for key, taken in seconds.items()]
 
 
 def _run(order: Order, copies: Sequence[Sample], x_nD: torch.Tensor) -> Callable[[], None]:
@@ -114,11 +123,11 @@ def _run(order: Order, copies: Sequence[Sample], x_nD: torch.Tensor) -> Callable
     return run
 
 
-def _rates(key: tuple[str, str, int], nbytes: int, seconds: list[float]) -> dict[str, Any]:
+def _rates(key: tuple[str, str, int], nbytes: int, bits: float, seconds: list[float]) -> dict[str, Any]:
     order, form, rows = key
     p20, p50, p80 = (quantiles(seconds, n=10, method="inclusive")[place] for place in (7, 4, 1))
     found = {"bytes_per_s_p20": nbytes / p20, "bytes_per_s_p50": nbytes / p50, "bytes_per_s_p80": nbytes / p80}
-    return {"order": order, "form": form, "rows": rows, **found}
+    return {"order": order, "form": form, "rows": rows, "bits": bits, **found}
 
 
 def _require_equal(order: Order, sample: Sample, x_nD: torch.Tensor, form: str) -> None:
@@ -134,6 +143,10 @@ def _make(form: str, generator: torch.Generator) -> Sample:
         return _make_codes(ENCODINGS[form], generator)
     if form in PLANES:
         return _make_planes(PLANES[form], generator)
+    if form in RESIDUALS:
+        return _make_residual(RESIDUALS[form], generator)
+    if form == "ternary":
+        return _make_ternary(generator)
     if form in GGUF_TYPES:
         return _make_blocks(form, generator)
     weight_FD = torch.randn(SHAPE, generator=generator).bfloat16()
@@ -172,6 +185,28 @@ def _make_planes(scheme: LevelledScheme, generator: torch.Generator) -> Sample:
     plain_FD = scheme.decode([base, *planes], *SHAPE).bfloat16()
     parameter = kernel_parameters(scheme.base, SHAPE[1], is_sum=True)
     return Sample(kernel_number(scheme.base), tuple(parts), parameter, plain_FD)
+
+
+def _make_residual(scheme: LevelledScheme, generator: torch.Generator) -> Sample:
+    levels = []
+    for level in range(scheme.levels):
+        nbytes = scheme.part_bytes(level, *SHAPE)
+        parts = {"codes": torch.randint(256, (nbytes["codes"],), dtype=torch.uint8, generator=generator)}
+        for role in ("left", "right"):
+            parts[role] = torch.rand(nbytes[role] // 2, generator=generator).bfloat16().view(torch.uint8)
+        levels.append(parts)
+    plain_FD = scheme.decode(levels, *SHAPE).bfloat16()
+    return Sample(BLOCKS, tuple(map(joined, levels)), block_parameters(scheme.size), plain_FD)
+
+
+def _make_ternary(generator: torch.Generator) -> Sample:
+    """Of normal weights, about nine tenths of which lie within half of their row's extremes and become zero."""
+    weight_FD = torch.randn(SHAPE, generator=generator)
+    low_F, high_F = weight_FD.amin(1) / 2, weight_FD.amax(1) / 2
+    sign_FD = (weight_FD > high_F[:, None]).float() - (weight_FD < low_F[:, None]).float()
+    number, parts = ternary.encode(sign_FD, low_F, high_F)
+    entries = torch.from_numpy(ternary.dictionary(number).view(np.uint8))
+    return Sample(TERNARY, tuple(parts.values()), None, ternary.decode(number, parts, *SHAPE), (entries,))
 
 
 def _make_blocks(form: str, generator: torch.Generator) -> Sample:

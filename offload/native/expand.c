@@ -3,6 +3,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "forms/blocks.h"
 #include "forms/bytes.h"
 #include "forms/few_bits.h"
 #include "forms/nibbles.h"
@@ -15,7 +16,9 @@ enum { BLOCK_ROWS = 32, BLOCK_COLUMNS = 64, TURNED_ROWS = 256 };
 
 static void expand_rows(const struct stored_matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns,
                         uint16_t *out, int64_t stride) {
-    if (m->form == FEW_BITS)
+    if (m->form == BLOCKS)
+        expand_blocks(m, row, rows, column, columns, out, stride);
+    else if (m->form == FEW_BITS)
         expand_few_bits(m, row, rows, column, columns, out, stride, nothing_ahead(m->part[CODES]));
     else
         (m->form == NIBBLES ? expand_nibbles : expand_bytes)(m, row, rows, column, columns, out, stride);

@@ -6,8 +6,8 @@ import torch
 
 MOST_PLANES = 3
 """Planes of signs that our C adds to codes."""
-PLAIN, COMPRESSED, GGUF = 0, 1, 4
-"""Numbers of stored forms in our C; those between are of codes (`codes/expander.py`)."""
+PLAIN, COMPRESSED, GGUF, BLOCKS, TERNARY = 0, 1, 4, 6, 7
+"""Numbers of stored forms in our C; the others are of codes (`codes/expander.py`)."""
 
 
 class KernelMatrix(NamedTuple):
@@ -31,6 +31,8 @@ class KernelMatrix(NamedTuple):
     plane_1: int = 0
     plane_2: int = 0
     plane_3: int = 0
+    level_8: int = 0
+    """Of residual blocks only, whose levels take all fields in their order."""
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -40,7 +42,7 @@ class KernelMatrix(NamedTuple):
 
 FIRST_PART = KernelMatrix._fields.index("codes")
 PARTS = len(KernelMatrix._fields) - FIRST_PART
-"""Addresses of a matrix."""
+"""Addresses of a matrix, and levels of residual blocks that our C adds."""
 
 
 def plain_matrix(weight_FD: torch.Tensor) -> KernelMatrix:

@@ -5,13 +5,13 @@
 
 #include <stdint.h>
 
-enum stored_form { PLAIN, COMPRESSED, NIBBLES, BYTES, GGUF, FEW_BITS };
+enum stored_form { PLAIN, COMPRESSED, NIBBLES, BYTES, GGUF, FEW_BITS, BLOCKS, TERNARY };
 
-enum { MOST_PLANES = 3, PARTS = 4 + MOST_PLANES, PARAMETERS = 4 };
+enum { MOST_PLANES = 3, MOST_LEVELS = 8, PARTS = MOST_LEVELS, PARAMETERS = 4 };
 
 enum { CODES, SCALES, ZEROS, GLOBAL, PLANES };
 
-/* `parameter` of GGUF is the number of its type. Of the others it is group rows, group columns (both at least 1), the kind of codes, and the fields of `enum detail`. */
+/* `parameter` of GGUF is the number of its type, of blocks the ranks of a level. Of the others it is group rows, group columns (both at least 1), the kind of codes, and the fields of `enum detail`. */
 enum { GROUP_ROWS, GROUP_COLUMNS, CODE_KIND, DETAILS };
 
 enum code_kind { E2M1, OFFSET4, UINT4, NF4, E4M3, INT8, OFFSET8, UINT8, OFFSET2, OFFSET3 };
@@ -23,7 +23,7 @@ enum global_kind { GLOBAL_NONE, GLOBAL_MULTIPLIES, GLOBAL_DIVIDES };
 struct stored_matrix {
     int form;
     int64_t rows, columns;
-    const uint8_t *part[PARTS]; /* codes, scales, zeros, scale of scales, planes; 0 where there is none */
+    const uint8_t *part[PARTS]; /* codes, scales, zeros, scale of scales, planes; levels of blocks; parts of `forms/ternary.h`; 0 where there is none */
     int32_t parameter[PARAMETERS];
     /* what `measure` finds, because divisions are slow: */
     int64_t row_bytes, across; /* bytes of a row of codes, scales of a row of groups */
@@ -46,6 +46,7 @@ static inline int is_sum(const struct stored_matrix *m) { return m->parameter[DE
 static inline int shift_of(int64_t count) { return (count & (count - 1)) == 0 ? __builtin_ctzll((uint64_t)count) : -1; }
 
 static inline void measure(struct stored_matrix *m) {
+    if (m->form == BLOCKS) m->row_bytes = (m->columns + 7) / 8;
     if (m->form != NIBBLES && m->form != BYTES && m->form != FEW_BITS) return;
     int64_t group = m->parameter[GROUP_COLUMNS], bits = m->form == NIBBLES ? 4 : m->form == BYTES ? 8 : m->parameter[CODE_KIND] == OFFSET2 ? 2 : 3;
     int64_t unit = is_word_aligned(m) ? 4 : 1;

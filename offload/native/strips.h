@@ -6,11 +6,13 @@
 
 #include "ahead.h"
 #include "bfloat16.h"
+#include "forms/blocks.h"
 #include "forms/compressed.h"
 #include "forms/bytes.h"
 #include "forms/few_bits.h"
 #include "forms/gguf.h"
 #include "forms/nibbles.h"
+#include "forms/ternary.h"
 #include "stored_matrix.h"
 
 #include <stdlib.h>
@@ -26,6 +28,7 @@ struct strip {
     int64_t row_bytes, span_bytes; /* of codes, of one row */
     const uint8_t *next_scales;    /* of the next strip */
     int64_t scale_bytes;           /* of one row of a span */
+    struct ternary_row ternary[STRIP_ROWS];
 #ifdef HAS_QUICK_BYTES
     struct byte_span bytes; /* the span that is being expanded */
 #endif
@@ -52,11 +55,13 @@ static inline int64_t span_bytes_of(const struct stored_matrix *m, int form) {
 static inline struct strip begin_strip(const struct stored_matrix *m, int64_t row, const uint16_t *bias) {
     struct strip s = {m, row, m->rows - row < STRIP_ROWS ? m->rows - row : STRIP_ROWS, bias ? bias + row : NULL};
     if (m->form == COMPRESSED) s.block = compressed_block(m->part[0], m->rows, m->columns, row / STRIP_ROWS);
-    if (m->form == COMPRESSED || m->form == PLAIN) return s;
+    for (int64_t r = 0; m->form == TERNARY && r < s.rows; r++) s.ternary[r] = ternary_row(m, row + r);
+    if (m->form == COMPRESSED || m->form == PLAIN || m->form == TERNARY) return s;
     s.row_bytes = m->form == GGUF ? gguf_row_bytes(m->parameter[0], m->columns) : m->row_bytes;
     s.span_bytes = span_bytes_of(m, m->form);
     s.codes = m->part[CODES] + row * s.row_bytes;
     s.next_scales = s.codes;
+    if (m->form == BLOCKS) return s;
     if (m->form != GGUF && m->parameter[GROUP_ROWS] == 1 && m->parameter[GROUP_COLUMNS] <= span_of(m->form)) {
         s.next_scales = m->part[SCALES] + (row + STRIP_ROWS) * m->across * scale_size(m);
         s.scale_bytes = span_of(m->form) / m->parameter[GROUP_COLUMNS] * scale_size(m);
@@ -142,6 +147,11 @@ static inline __attribute__((always_inline)) void expand_span_of(struct strip *s
             expand_bytes_of(s, begin, rows, column, columns, out, stride, ahead);
         else if (form == FEW_BITS)
             expand_few_bits(s->m, s->row + begin, rows, column, columns, out, stride, ahead);
+        else if (form == BLOCKS)
+            expand_blocks(s->m, s->row + begin, rows, column, columns, out, stride);
+        else if (form == TERNARY)
+            for (int64_t r = 0; r < rows; r++)
+                ternary_columns(s->ternary + begin + r, (const uint64_t *)s->m->part[TERNARY_DICTIONARY], columns, out + r * stride);
         else if (form == GGUF)
             gguf_expander_of(s->m->parameter[0])(s->m, s->row + begin, rows, column, columns, out, stride, ahead);
         else
@@ -159,6 +169,8 @@ static void expand_span(struct strip *s, int64_t column, uint16_t *room, int64_t
     case NIBBLES: expand_span_of(s, NIBBLES, column, 0, STRIP_ROWS, room, stride); break;
     case BYTES: expand_span_of(s, BYTES, column, 0, STRIP_ROWS, room, stride); break;
     case FEW_BITS: expand_span_of(s, FEW_BITS, column, 0, STRIP_ROWS, room, stride); break;
+    case BLOCKS: expand_span_of(s, BLOCKS, column, 0, STRIP_ROWS, room, stride); break;
+    case TERNARY: expand_span_of(s, TERNARY, column, 0, STRIP_ROWS, room, stride); break;
     default: expand_span_of(s, GGUF, column, 0, STRIP_ROWS, room, stride);
     }
 }

@@ -130,7 +130,7 @@ def check_parity(form: str = "plain") -> None:
     from routing.traces import RoutingTrace
 
     from ...evidence.replay import ReplaySize, build_replay, usual_size
-    from .contestants import compressed_of, load_model
+    from .contestants import copy_of, load_model
 
     rng = np.random.default_rng(0)
     expert_TLK = np.stack([[rng.permutation(16)[:4] for _ in range(3)] for _ in range(40)]).astype(np.int16)
@@ -144,7 +144,7 @@ def check_parity(form: str = "plain") -> None:
         resident = load_model("resident", folder if form == "plain" else plain, "none", 40)
         resident(tokens)  # torch's first call in a process now and then differs in last bits from all later ones
         expected = resident(tokens).logits
-        pack = compressed_of(folder) if form == "plain" else None
+        pack = copy_of(folder, "compressed") if form == "plain" else None
         for cache_experts, copy in ((2, None), (5, pack), (16, None)):
             model = offload.load(folder, cache_experts=cache_experts, pack=copy)
             if not torch.equal(model(tokens).logits, expected):
@@ -163,10 +163,12 @@ def run_contestant(
         told["note"] = note
         if not can_run:
             return _row(told, {}, None)
-    if row.is_compressed:
-        from .contestants import compressed_of
+    if row.copy:
+        from .contestants import copy_of
 
-        compressed_of(checkpoint)
+        copy_of(checkpoint, row.copy)
+        if row.copy != "compressed":
+            told["note"] = f"lossy: experts as {row.copy} by hqq"
     drop_cached(checkpoint)
     limit_bytes = None if limit == "none" else parse_size(limit)
     program = [sys.executable, "-m", "experiments.bench.offloading.contestants"]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from routing.ground.expect import expect_name
 
 Engine = Literal["ours", "transformers", "accelerate", "llama.cpp"]
+Copy = Literal["", "compressed", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,7 @@ class Contestant:
     Args:
         engine: the program that computes; `ours` is `offload.load`, `transformers` keeps all weights in memory.
         needs_limit: True if it runs only under a memory limit, False if only without one, None if under both.
-        is_compressed: whether experts are read from the compressed copy, which is written if it is missing.
+        copy: form of the packed copy that experts are read from, which is written if it is missing; empty for none.
         is_ahead: whether it prefetches by the file of `--predictor`.
         arguments: further arguments of `offload.load`.
         is_default: whether it runs if `--contestant` names nobody.
@@ -24,7 +25,7 @@ class Contestant:
 
     engine: Engine = "ours"
     needs_limit: bool | None = None
-    is_compressed: bool = False
+    copy: Copy = ""
     is_ahead: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     is_default: bool = False
@@ -36,15 +37,15 @@ class Contestant:
     def reads(self, form: str) -> bool:
         """Whether it reads experts of a stored form.
 
-        Codes are not compressed again, and transformers needs the libraries and GPUs of their owners. llama.cpp says in
-        its row where GGUF has no type for them.
+        Codes are not packed in another form, and transformers needs the libraries and GPUs of their owners. llama.cpp
+        says in its row where GGUF has no type for them.
         """
-        return form == "plain" or self.engine == "llama.cpp" or (self.engine == "ours" and not self.is_compressed)
+        return form == "plain" or self.engine == "llama.cpp" or (self.engine == "ours" and not self.copy)
 
 
 # in the order in which they run
 CONTESTANTS: Mapping[str, Contestant] = {
-    "ours-compressed": Contestant(is_compressed=True, is_default=True),
+    "ours-compressed": Contestant(copy="compressed", is_default=True),
     "ours": Contestant(is_default=True),
     "ours-fast": Contestant(arguments={"arithmetic": "fast"}, is_default=True),
     "ours-lru": Contestant(arguments={"policy": "lru"}, is_default=True),
@@ -53,9 +54,11 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "llama.cpp": Contestant(engine="llama.cpp", is_default=True),
     "ours-ahead": Contestant(is_ahead=True),
     "ours-predicted": Contestant(is_ahead=True, arguments={"policy": "predicted"}),
-    "ours-compressed-ahead": Contestant(is_compressed=True, is_ahead=True),
-    "ours-compressed-fast": Contestant(is_compressed=True, arguments={"arithmetic": "fast"}),
-    "ours-compressed-lru": Contestant(is_compressed=True, arguments={"policy": "lru"}),
+    "ours-compressed-ahead": Contestant(copy="compressed", is_ahead=True),
+    "ours-compressed-fast": Contestant(copy="compressed", arguments={"arithmetic": "fast"}),
+    "ours-compressed-lru": Contestant(copy="compressed", arguments={"policy": "lru"}),
+    # lossy: by HQQ
+    "ours-int4": Contestant(copy="int4"),
     "ours-lfu": Contestant(arguments={"policy": "lfu"}),
     "ours-static": Contestant(arguments={"policy": "static"}),
     "ours-eam": Contestant(arguments={"policy": "eam"}),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from offload import parse_size, write_pack
+from offload import parse_size, quantise, write_pack
 
 from .catalogue import Contestant, find_contestant
 from .gguf_file import gguf_of
@@ -119,19 +119,22 @@ def weights_room(limit: str) -> int:
     return int(parse_size(limit) * WEIGHTS_SHARE) - WORKING_BYTES
 
 
-def compressed_of(checkpoint: Path) -> Path:
-    """The compressed copy of the experts in a checkpoint's folder, written when it is not there or older."""
-    file, index = checkpoint / "experts.compressed", checkpoint / "model.safetensors.index.json"
+def copy_of(checkpoint: Path, form: str) -> Path:
+    """The packed copy of the experts in a checkpoint's folder, written when it is not there or older."""
+    file, index = checkpoint / f"experts.{form}", checkpoint / "model.safetensors.index.json"
     if file.is_file() and file.stat().st_mtime >= index.stat().st_mtime:
         return file
-    return write_pack(checkpoint, file, is_compressed=True)
+    if form == "compressed":
+        return write_pack(checkpoint, file, is_compressed=True)
+    quantise(checkpoint, file, form=form)
+    return file
 
 
 def _options(row: Contestant, checkpoint: Path, predictor: str) -> dict[str, Any]:
     """What a row adds to the defaults of `offload.load`."""
     options = dict(row.arguments)
-    if row.is_compressed:
-        options["pack"] = compressed_of(checkpoint)
+    if row.copy:
+        options["pack"] = copy_of(checkpoint, row.copy)
     if row.is_ahead:
         options["prefetch"] = predictor
     return options

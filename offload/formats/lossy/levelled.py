@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import pad
 
+from routing.ground.hardware import Hardware
+
 from ...checkpoint.experts import ExpertLayer, Parameter
-from ...codes.expander import expand_matrix, kernel_number, kernel_parameters
+from ...codes.expander import block_parameters, expand_matrix, kernel_number, kernel_parameters
 from ...codes.levels import LevelledScheme
-from ...native.kernel_matrix import MOST_PLANES, KernelMatrix
+from ...native.kernel_matrix import BLOCKS, MOST_PLANES, PARTS, KernelMatrix
 from ..form import BLOCK_BYTES, Extent
 from ..quantised_parts import rounded
 from .form import LossyForm
@@ -120,9 +122,9 @@ class LevelledForm(LossyForm):
             room[name].copy_(w_OC.t() if self.is_transposed else w_OC)
 
     def can_multiply(self, *, is_transposed: bool) -> bool:
-        """Planes, as many as our C adds; blocks of few ranks are expanded."""
+        """Planes and residual blocks, as many as our C adds."""
         assert self.scheme is not None
-        is_known = self.scheme.kind == "planes" and self.scheme.levels <= 1 + MOST_PLANES
+        is_known = self.scheme.levels <= (1 + MOST_PLANES if self.scheme.kind == "planes" else PARTS)
         return is_known and all(parameter.dtype == torch.bfloat16 for parameter in self.layer.parameters)
 
     def kernel_matrices(self, views: Mapping[str, Any], expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
@@ -133,6 +135,10 @@ class LevelledForm(LossyForm):
         found: dict[str, tuple[KernelMatrix, ...]] = {}
         for parameter, parts_V in self._parts(levels):
             shape = stored_shape(parameter, is_transposed=self.is_transposed)
+            if self.scheme.kind == "residual":
+                levels_at = [parts["codes"].data_ptr() for parts in parts_V]
+                found[parameter.name] = (KernelMatrix(BLOCKS, *shape, block_parameters(self.scheme.size), *levels_at),)
+                continue
             base, *planes = parts_V
             addresses = [*(base[role].data_ptr() for role in ("codes", "scales", "zeros")), 0]
             addresses += [plane["codes"].data_ptr() for plane in planes]
@@ -140,6 +146,13 @@ class LevelledForm(LossyForm):
             kernel = KernelMatrix(kernel_number(self.scheme.base), *shape, parameters, *addresses)
             found[parameter.name] = (kernel,)
         return found
+
+    def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
+        """Residual blocks are bound by the arithmetic of their ranks, which is not measured: as if expanded."""
+        assert self.scheme is not None
+        if self.scheme.kind == "residual":
+            return hardware.exact_bytes_per_s * self.expert_bytes / self.layer.plain_bytes
+        return super().token_rate(hardware, is_fast=is_fast)
 
     def matrices(self, levels: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Each matrix from its first levels, outputs as rows, float32."""

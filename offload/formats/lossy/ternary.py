@@ -4,7 +4,7 @@ A record begins with a head of 64 bytes: a mark, and for each matrix its number 
 parts of the matrices follow, each on a whole multiple of 64 bytes. Outputs are rows, whatever way the model has them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,7 +14,8 @@ import torch
 from routing.ground.hardware import Hardware
 
 from ...checkpoint.experts import ExpertLayer, Parameter
-from ...codes.ternary import ZERO_SHARES, expand, most_words, part_bytes
+from ...codes.ternary import ZERO_SHARES, expand, has_whole_rows, kernel_matrix_of, most_words, part_bytes
+from ...native.kernel_matrix import KernelMatrix
 from ..quantised_parts import rounded
 from .form import LossyForm
 from .low_bit import stored_shape
@@ -45,27 +46,35 @@ class TernaryForm(LossyForm):
         return {parameter.name: slot[shifts[0] :] for parameter in self.layer.parameters}
 
     def check(self, expert: int, slot: torch.Tensor) -> None:
-        """Refuse a head whose matrices would reach beyond the record.
+        """Refuse a record whose matrices or rows would reach beyond it: our C does not look again.
 
         Raises:
             OSError: if they would.
         """
         told = self._head(slot)
         is_known = bytes(slot[: len(MARK)].numpy()) == MARK and all(number < len(ZERO_SHARES) for _, number in told)
-        if not is_known or self._record_bytes([words for words, _ in told]) != self.stored_bytes(expert):
+        is_known = is_known and self._record_bytes([words for words, _ in told]) == self.stored_bytes(expert)
+        if not (is_known and all(has_whole_rows(parts) for _, _, parts in self._matrices(slot))):
             raise OSError(
                 f"{self.file_of(expert)}: expert {expert} is not stored as its record says; make it again with "
                 "`expertier pack`"
             )
 
     def expand(self, views: Mapping[str, Any], room: Mapping[str, torch.Tensor]) -> None:
-        record, start = next(iter(views.values())), HEAD_BYTES
-        for parameter, (words, number) in zip(self.layer.parameters, self._head(record), strict=True):
-            parts = {}
-            for role, nbytes in part_bytes(self._shape(parameter)[0], words).items():
-                parts[role] = record[start : start + nbytes]
-                start += rounded(nbytes)
+        for parameter, number, parts in self._matrices(next(iter(views.values()))):
             expand(number, parts, room[parameter.name], is_transposed=self.is_transposed)
+
+    def can_multiply(self, *, is_transposed: bool) -> bool:
+        """Our C reads rows of outputs, whatever way the model has them."""
+        return all(parameter.dtype == torch.bfloat16 for parameter in self.layer.parameters)
+
+    def kernel_matrices(self, views: Mapping[str, Any], expert: int) -> dict[str, tuple[KernelMatrix, ...]]:
+        if not self.can_multiply(is_transposed=self.is_transposed):
+            return {}
+        return {
+            parameter.name: (kernel_matrix_of(number, parts, *self._shape(parameter)),)
+            for parameter, number, parts in self._matrices(next(iter(views.values())))
+        }
 
     def token_rate(self, hardware: Hardware, *, is_fast: bool) -> float:
         return hardware.exact_bytes_per_s * self.expert_bytes / self.layer.plain_bytes
@@ -84,6 +93,16 @@ class TernaryForm(LossyForm):
 
     def _shape(self, parameter: Parameter) -> tuple[int, int]:
         return stored_shape(parameter, is_transposed=self.is_transposed)
+
+    def _matrices(self, record: torch.Tensor) -> Iterator[tuple[Parameter, int, dict[str, torch.Tensor]]]:
+        """Each matrix, its dictionary, and its parts."""
+        start = HEAD_BYTES
+        for parameter, (words, number) in zip(self.layer.parameters, self._head(record), strict=True):
+            parts = {}
+            for role, nbytes in part_bytes(self._shape(parameter)[0], words).items():
+                parts[role] = record[start : start + nbytes]
+                start += rounded(nbytes)
+            yield parameter, number, parts
 
     def _head(self, record: torch.Tensor) -> list[tuple[int, int]]:
         """Words and dictionary of each matrix."""

@@ -36,15 +36,15 @@ def gptq(w_RC: torch.Tensor, scheme: Scheme, dtype: str, moment_CC: torch.Tensor
     """
     diagonal_C = moment_CC.diagonal()
     chosen = least_squares(w_RC, scheme, dtype, diagonal_C)
-    scale_RC = chosen.scale_RG.repeat_interleave(scheme.group or w_RC.shape[1], dim=1)
-    number_RC = torch.empty_like(w_RC)
+    scale_CR = chosen.scale_RG.t().repeat_interleave(scheme.group or w_RC.shape[1], dim=0)
+    number_CR = torch.empty_like(scale_CR)
 
     def nearest(column: int, left_R: torch.Tensor) -> torch.Tensor:
-        number_RC[:, column] = scheme.numbers(left_R, scale_RC[:, column])
-        return number_RC[:, column] * scale_RC[:, column]
+        number_CR[column] = scheme.numbers(left_R, scale_CR[column])
+        return number_CR[column] * scale_CR[column]
 
     spread_errors(w_RC, moment_CC, nearest)
-    return Rounded(scheme, number_RC, chosen.scale_RG, dtype)
+    return Rounded(scheme, number_CR.t().contiguous(), chosen.scale_RG, dtype)
 
 
 def spread_errors(
@@ -59,16 +59,17 @@ def spread_errors(
     """
     order_C = torch.argsort(moment_CC.diagonal(), descending=True, stable=True)
     factor_CC = _inverse_factor(moment_CC[order_C][:, order_C])
-    left_RC, number_C = w_RC[:, order_C].clone(), order_C.tolist()
-    for begin in range(0, left_RC.shape[1], BLOCK_COLUMNS):
-        end = min(begin + BLOCK_COLUMNS, left_RC.shape[1])
-        error_RX = torch.empty_like(left_RC[:, begin:end])
+    # columns lie in a row, because one after the other is read and written
+    left_CR, number_C = w_RC.t()[order_C].contiguous(), order_C.tolist()
+    for begin in range(0, len(left_CR), BLOCK_COLUMNS):
+        end = min(begin + BLOCK_COLUMNS, len(left_CR))
+        error_XR = torch.empty_like(left_CR[begin:end])
         for column in range(begin, end):
-            left_R = left_RC[:, column]
+            left_R = left_CR[column]
             error_R = (left_R - nearest(number_C[column], left_R)) / factor_CC[column, column]
-            left_RC[:, column:end] -= error_R[:, None] * factor_CC[column, column:end]
-            error_RX[:, column - begin] = error_R
-        left_RC[:, end:] -= error_RX @ factor_CC[begin:end, end:]
+            left_CR[column:end] -= factor_CC[column, column:end, None] * error_R
+            error_XR[column - begin] = error_R
+        left_CR[end:] -= factor_CC[begin:end, end:].t() @ error_XR
 
 
 def _inverse_factor(moment_CC: torch.Tensor) -> torch.Tensor:

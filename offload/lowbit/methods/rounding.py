@@ -15,6 +15,8 @@ SHRINKS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 """Scales that a fit begins with, as shares of the one that reaches the farthest weight: errors have several minima."""
 EXPONENT, STEPS, FIRST_BETA, BETA_GROWTH = 0.7, 20, 10.0, 1.01
 """p, iterations, beta and its growth: the defaults of HQQ."""
+CACHED_WEIGHTS = 1 << 16
+"""Weights that HQQ fits at a time: its handful of arrays then stay in the second cache over all iterations."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +75,14 @@ def hqq(w_RC: torch.Tensor, scheme: Scheme, dtype: str) -> Rounded:
     """
     if not scheme.has_zero:
         raise ValueError(f"hqq fits zeros, which {scheme.name} has not")
+    some = max(1, CACHED_WEIGHTS // w_RC.shape[1])
+    fitted = [_hqq_rows(rows_RC, scheme, dtype) for rows_RC in w_RC.split(some)]
+    number_RC, scale_RG, zero_RG = (torch.cat(parts) for parts in zip(*fitted, strict=True))
+    return Rounded(scheme, number_RC, scale_RG, dtype, zero_RG)
+
+
+def _hqq_rows(w_RC: torch.Tensor, scheme: Scheme, dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values of codes, scales and zeros of some rows; fitting stops when their mean error rises."""
     w_RGX = scheme.grouped(w_RC)
     least_RG, largest_RG = w_RGX.amin(-1), w_RGX.amax(-1)
     scale_RG = scheme.rounded_scale((largest_RG - least_RG) / (2 * scheme.most - 1), dtype)
@@ -85,7 +95,7 @@ def hqq(w_RC: torch.Tensor, scheme: Scheme, dtype: str) -> Rounded:
         best_RG = torch.where(error_RG < fewest_RG, kept_RG, best_RG)
         fewest_RG = torch.minimum(error_RG, fewest_RG)
     number_RGX = scheme.numbers(w_RGX, scale_RG[..., None], best_RG[..., None])
-    return Rounded(scheme, number_RGX.view_as(w_RC), scale_RG, dtype, best_RG)
+    return number_RGX.view_as(w_RC), scale_RG, best_RG
 
 
 def _as_stored(zero_RG: torch.Tensor, scheme: Scheme, dtype: str) -> torch.Tensor:

@@ -45,17 +45,18 @@ def ternary(w_RC: torch.Tensor, moment_CC: torch.Tensor | None = None) -> Ternar
     """
     below_R, above_R = w_RC.amin(1).clamp_max(0) / 2, w_RC.amax(1).clamp_min(0) / 2
     low_R, high_R = _mean(w_RC, w_RC < below_R[:, None]), _mean(w_RC, w_RC > above_R[:, None])
-    sign_RC = torch.zeros_like(w_RC)
+    sign_CR = torch.zeros_like(w_RC.t(), memory_format=torch.contiguous_format)
 
     def nearest(column: int, left_R: torch.Tensor) -> torch.Tensor:
         sign_R = (left_R > above_R).float() - (left_R < below_R).float()
-        sign_RC[:, column] = sign_R
+        sign_CR[column] = sign_R
         return torch.where(sign_R > 0, high_R, torch.where(sign_R < 0, low_R, 0.0))
 
     if moment_CC is None:
         sign_RC = (w_RC > above_R[:, None]).float() - (w_RC < below_R[:, None]).float()
     else:
         spread_errors(w_RC, moment_CC, nearest)
+        sign_RC = sign_CR.t().contiguous()
     return Ternary(sign_RC, low_R, high_R)
 
 

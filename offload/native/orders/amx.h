@@ -147,6 +147,8 @@ static void amx_strip(struct amx *amx, struct strip *s, const struct inputs *x, 
         case NIBBLES: multiply_while_expanding(s, NIBBLES, x, room, y, y_stride); return;
         case BYTES: multiply_while_expanding(s, BYTES, x, room, y, y_stride); return;
         case FEW_BITS: multiply_while_expanding(s, FEW_BITS, x, room, y, y_stride); return;
+        case BLOCKS: multiply_while_expanding(s, BLOCKS, x, room, y, y_stride); return;
+        case TERNARY: multiply_while_expanding(s, TERNARY, x, room, y, y_stride); return;
         default: multiply_while_expanding(s, GGUF, x, room, y, y_stride); return;
         }
     }
