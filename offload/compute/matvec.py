@@ -10,14 +10,15 @@ three promises:
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..formats.resident.stored_weight import expanded, kernel_matrix, stored_bytes
-from ..native.kernel_matrix import KernelMatrix
-from .orders import BLOCKS, Order, Shape, any_given, orders
+from ..native.kernel_matrix import KernelMatrix, plain_matrix
+from .orders import AMX_BLOCK, BLOCKS, Order, Shape, any_given, orders
 
 TRIALS = 4
 """Random inputs, 0.01 to 10 in size, that an order is tried on with the given weight. They need not be many: the sums
@@ -25,6 +26,12 @@ of `_cancelling` tell two orders of summation apart by themselves."""
 MOST_TRIED_ROWS = 4096
 """Rows of the trial that needs a weight of its own: that of a vocabulary would take 0.9 to 5 GB. With more rows than
 that the given weight shows another order of summation by itself: one output in thousands differs, in each trial."""
+MOST_PARTS = 12
+"""Parts that oneDNN was seen to cut the columns of a product of several rows into, at most 6 with 2,880 columns; each is
+a block of whole tiles."""
+EDGE_ROWS = 32
+"""First and last rows of an expert's matrix that an order is compared on: what torch computes of the others has no
+other blocks, because a block is one for a product."""
 MOST_ROWS = 16
 """Rows of x from which on torch's products, which compute blocks of many rows, are at least as quick as ours."""
 ARITHMETICS = ("auto", "exact", "fixed", "fast")
@@ -50,6 +57,7 @@ class Matvecs:
             raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS[1:])}; got {arithmetic!r}")
         self.arithmetic = arithmetic
         self._chosen: dict[tuple[int, int, int, int, bool], Order | None] = {}
+        self._chosen_of_rows: dict[tuple[Shape, int, int, bool], Order | None] = {}
         try:
             self._orders = orders()
         except OSError as error:
@@ -104,6 +112,18 @@ class Matvecs:
             return None
         found = [order for order in chosen if order is not None]
         return found if len({order.number for order in found}) == 1 else None
+
+    def rows_orders(self, rooms_FD: Sequence[torch.Tensor], rows: int) -> list[Order] | None:
+        """`experts_orders` for an expert with several rows, with the bits of torch's products of so many.
+
+        Args:
+            rooms_FD: for each weight of an expert, memory that has its shape and lies as torch multiplies it; the
+                trial writes to it.
+            rows: how many there are.
+        """
+        chosen = [self._order_of_rows(room_FD, rows) for room_FD in rooms_FD]
+        found = [order for order in chosen if order is not None]
+        return found if len(found) == len(chosen) and len({order.number for order in found}) == 1 else None
 
     def has_order(self, shape: Shape) -> bool:
         """Whether our C computes a row times a matrix of this shape as promised; small matrices are not tried."""
@@ -165,6 +185,16 @@ class Matvecs:
         return next((order for order in blocks if _equals_torch(order, tried, rows, has_bias)), None)
 
 
+    def _order_of_rows(self, room_FD: torch.Tensor, rows: int) -> Order | None:
+        shape = (room_FD.shape[0], room_FD.shape[1])
+        key = (shape, rows, torch.get_num_threads(), room_FD.is_contiguous())
+        if key not in self._chosen_of_rows:
+            candidates = [order for order in self._orders if order.fits(shape)]
+            blocks = [varied for order in candidates for varied in _with_parts(order, shape[1])]
+            self._chosen_of_rows[key] = _first_like_torch(blocks, room_FD, rows)
+        return self._chosen_of_rows[key]
+
+
 def is_in_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor's address is that of its numbers in host memory.
 
@@ -199,6 +229,50 @@ def _with_blocks(order: Order, columns: int) -> list[Order]:
         return [order]
     blocks = [block for block in BLOCKS if block < columns]
     return [Order(order.name, order.number, order.alignment, block) for block in blocks]
+
+
+def _with_parts(order: Order, columns: int) -> list[Order]:
+    """An order with each block that torch may take for several rows, the largest first."""
+    if order.name != "amx":
+        return _with_blocks(order, columns)
+    tiles = -(-columns // AMX_BLOCK)
+    blocks = dict.fromkeys(AMX_BLOCK * -(-tiles // parts) for parts in range(2, MOST_PARTS + 1))
+    return [replace(order, block=block) for block in (0, *blocks)]
+
+
+def _first_like_torch(orders: Sequence[Order], room_FD: torch.Tensor, rows: int) -> Order | None:
+    """The first order that is bit-identical to torch's product of several rows, on rounding errors alone.
+
+    Args:
+        orders: to be tried.
+        room_FD: memory for the weight of the trial, as torch is to multiply it.
+        rows: of x.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x_nD = _fill_cancelling(room_FD, rows, generator)
+    product_nF = torch.mm(x_nD, room_FD.t())
+    edges_F = torch.arange(len(room_FD)).unfold(0, min(EDGE_ROWS, len(room_FD)), 1)[[0, -1]].reshape(-1)
+    edge_FD, expected_nF = room_FD[edges_F].contiguous(), product_nF[:, edges_F]
+    found_nF = expected_nF.new_empty(expected_nF.shape)
+    for order in orders:
+        order.multiply(x_nD, (plain_matrix(edge_FD),), (found_nF,))
+        if torch.equal(found_nF, expected_nF):
+            return order
+    return None
+
+
+def _fill_cancelling(out_FD: torch.Tensor, rows: int, generator: torch.Generator) -> torch.Tensor:
+    """As `_cancelling`, with several rows of x, written in place; the terms come again from the last to the first.
+
+    Rows of the weight are the same numbers, shifted by one, which takes a tenth of the time of fresh ones.
+    """
+    height, half = len(out_FD), out_FD.shape[1] // 2
+    numbers = torch.randn(height + half, generator=generator).bfloat16()
+    out_FD[:, :half] = numbers.as_strided((height, half), (1, 1))
+    out_FD[:, half : 2 * half] = -out_FD[:, :half].flip(1)
+    out_FD[:, 2 * half :] = 0
+    x_nH = torch.randn(rows, half, generator=generator).bfloat16()
+    return torch.cat([x_nH, x_nH.flip(1), x_nH.new_zeros(rows, out_FD.shape[1] % 2)], dim=1)
 
 
 def _equals_torch(order: Order, weight_FD: torch.Tensor, rows: int, has_bias: bool) -> bool:
