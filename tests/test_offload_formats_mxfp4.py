@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import offload
+from offload.compute.orders import orders
+from offload.formats.quantised import QuantisedForm
 from tests.quantised_checkpoints import logits_of, random_bytes, random_e8m0, write_plain, write_tensors
 
 TOKENS = torch.tensor([[1, 5, 9, 3, 7, 2, 11]])
@@ -58,6 +60,28 @@ def test_offloaded_equals_resident(folders, tmp_path, io, packed):
         assert torch.equal(logits_of(model, TOKENS), logits_of(resident, TOKENS))
         assert torch.equal(logits_of(model, TOKENS[:, :1]), logits_of(resident, TOKENS[:, :1]))
         model.offload.close()
+
+
+def test_prompts_are_multiplied_from_the_stored_bytes(folders, monkeypatch):
+    quantised, plain = folders
+    resident = AutoModelForCausalLM.from_pretrained(plain, dtype="auto")
+    tokens = torch.randint(0, 64, (1, 90), generator=torch.Generator().manual_seed(0))
+    expanded = []
+    monkeypatch.setattr(QuantisedForm, "expand", _counted(QuantisedForm.expand, expanded))
+    for slots in (2, EXPERTS):
+        model = offload.load(quantised, cache_experts=slots)
+        assert torch.equal(logits_of(model, tokens), logits_of(resident, tokens))
+        model.offload.close()
+    if orders()[0].name == "amx":
+        assert not expanded
+
+
+def _counted(function, calls):
+    def counted(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return counted
 
 
 def test_another_dtype_than_the_checkpoints(folders):

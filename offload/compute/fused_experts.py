@@ -66,8 +66,7 @@ class FusedExperts:
         if self._matvecs.arithmetic != "exact":
             return True
         rooms = [room[name].t() if self._module.is_transposed else room[name] for name in (self._up_name, self._down_name)]
-        for count in several - self._several_rows.keys():
-            orders = self._matvecs.rows_orders(rooms, count)
+        for count, orders in self._matvecs.rows_orders(rooms, several - self._several_rows.keys()).items():
             self._several_rows[count] = None if orders is None else tuple(orders)
         return all(self._several_rows[count] is not None for count in several)
 

@@ -9,7 +9,7 @@ three promises:
     fast    no promise; what is quickest
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +57,7 @@ class Matvecs:
             raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS[1:])}; got {arithmetic!r}")
         self.arithmetic = arithmetic
         self._chosen: dict[tuple[int, int, int, int, bool], Order | None] = {}
-        self._chosen_of_rows: dict[tuple[Shape, int, int, bool], Order | None] = {}
+        self._chosen_of_rows: dict[tuple[Shape, int, bool], dict[int, Order | None]] = {}
         try:
             self._orders = orders()
         except OSError as error:
@@ -108,22 +108,18 @@ class Matvecs:
             shapes: rows and columns of each weight of an expert.
         """
         chosen = [self._order(shape, 1) for shape in shapes] if self._orders else [None]
-        if any(order is None for order in chosen):
-            return None
-        found = [order for order in chosen if order is not None]
-        return found if len({order.number for order in found}) == 1 else None
+        return _of_one_rule(chosen)
 
-    def rows_orders(self, rooms_FD: Sequence[torch.Tensor], rows: int) -> list[Order] | None:
-        """`experts_orders` for an expert with several rows, with the bits of torch's products of so many.
+    def rows_orders(self, rooms_FD: Sequence[torch.Tensor], counts: Iterable[int]) -> dict[int, list[Order] | None]:
+        """`experts_orders` for experts with several rows, with the bits of torch's products of so many.
 
         Args:
             rooms_FD: for each weight of an expert, memory that has its shape and lies as torch multiplies it; the
                 trial writes to it.
-            rows: how many there are.
+            counts: numbers of rows.
         """
-        chosen = [self._order_of_rows(room_FD, rows) for room_FD in rooms_FD]
-        found = [order for order in chosen if order is not None]
-        return found if len(found) == len(chosen) and len({order.number for order in found}) == 1 else None
+        chosen = [self._orders_of_rows(room_FD, sorted(counts)) for room_FD in rooms_FD]
+        return {count: _of_one_rule([of_room[count] for of_room in chosen]) for count in counts}
 
     def has_order(self, shape: Shape) -> bool:
         """Whether our C computes a row times a matrix of this shape as promised; small matrices are not tried."""
@@ -185,14 +181,20 @@ class Matvecs:
         return next((order for order in blocks if _equals_torch(order, tried, rows, has_bias)), None)
 
 
-    def _order_of_rows(self, room_FD: torch.Tensor, rows: int) -> Order | None:
+    def _orders_of_rows(self, room_FD: torch.Tensor, counts: Sequence[int]) -> dict[int, Order | None]:
         shape = (room_FD.shape[0], room_FD.shape[1])
-        key = (shape, rows, torch.get_num_threads(), room_FD.is_contiguous())
-        if key not in self._chosen_of_rows:
+        known = self._chosen_of_rows.setdefault((shape, torch.get_num_threads(), room_FD.is_contiguous()), {})
+        if unknown := [count for count in counts if count not in known]:
             candidates = [order for order in self._orders if order.fits(shape)]
             blocks = [varied for order in candidates for varied in _with_parts(order, shape[1])]
-            self._chosen_of_rows[key] = _first_like_torch(blocks, room_FD, rows)
-        return self._chosen_of_rows[key]
+            known.update(_orders_like_torch(blocks, room_FD, unknown))
+        return known
+
+
+def _of_one_rule(orders: Sequence[Order | None]) -> list[Order] | None:
+    """Orders that one call of C can follow; None if it cannot follow them all."""
+    found = [order for order in orders if order is not None]
+    return found if len(found) == len(orders) and len({order.number for order in found}) == 1 else None
 
 
 def is_in_memory(tensor: torch.Tensor) -> bool:
@@ -240,25 +242,33 @@ def _with_parts(order: Order, columns: int) -> list[Order]:
     return [replace(order, block=block) for block in (0, *blocks)]
 
 
-def _first_like_torch(orders: Sequence[Order], room_FD: torch.Tensor, rows: int) -> Order | None:
-    """The first order that is bit-identical to torch's product of several rows, on rounding errors alone.
+def _orders_like_torch(
+    orders: Sequence[Order], room_FD: torch.Tensor, counts: Sequence[int]
+) -> dict[int, Order | None]:
+    """The first order that is bit-identical to torch's product of so many rows, on rounding errors alone.
 
     Args:
         orders: to be tried.
         room_FD: memory for the weight of the trial, as torch is to multiply it.
-        rows: of x.
+        counts: numbers of rows of x.
     """
-    generator = torch.Generator().manual_seed(0)
-    x_nD = _fill_cancelling(room_FD, rows, generator)
-    product_nF = torch.mm(x_nD, room_FD.t())
-    edges_F = torch.arange(len(room_FD)).unfold(0, min(EDGE_ROWS, len(room_FD)), 1)[[0, -1]].reshape(-1)
-    edge_FD, expected_nF = room_FD[edges_F].contiguous(), product_nF[:, edges_F]
-    found_nF = expected_nF.new_empty(expected_nF.shape)
-    for order in orders:
-        order.multiply(x_nD, (plain_matrix(edge_FD),), (found_nF,))
-        if torch.equal(found_nF, expected_nF):
-            return order
-    return None
+    x_nD = _fill_cancelling(room_FD, max(counts), torch.Generator().manual_seed(0))
+    rows = torch.arange(len(room_FD))
+    edges_F = torch.cat([rows[:EDGE_ROWS], rows[-EDGE_ROWS:]])
+    edge_FD, found, likely = room_FD[edges_F].contiguous(), dict[int, Order | None](), list(orders)
+    for count in counts:
+        x_mD = x_nD[:count]
+        expected_mF = torch.mm(x_mD, room_FD.t())[:, edges_F]
+        found[count] = next((order for order in likely if _gives(order, x_mD, edge_FD, expected_mF)), None)
+        if (best := found[count]) is not None:  # about as many rows are likely to be multiplied alike
+            likely = [best, *(order for order in likely if order != best)]
+    return found
+
+
+def _gives(order: Order, x_nD: torch.Tensor, weight_FD: torch.Tensor, expected_nF: torch.Tensor) -> bool:
+    found_nF = torch.empty_like(expected_nF)
+    order.multiply(x_nD, (plain_matrix(weight_FD),), (found_nF,))
+    return torch.equal(found_nF, expected_nF)
 
 
 def _fill_cancelling(out_FD: torch.Tensor, rows: int, generator: torch.Generator) -> torch.Tensor:
