@@ -53,9 +53,9 @@ def test_a_block_begins_a_fresh_sum(name, rows):
     orders_of_blocks = [order for order in orders() if order.name == name]
     if not orders_of_blocks:
         pytest.skip(f"no {name} here")
-    # 2**26, then ones, which it swallows as they come, then -2**26: the ones are left where they have a sum of their own
+    # 2**29, then ones, which it swallows as they come, then -2**29: the ones are left where they have a sum of their own
     weight = torch.zeros(64, 192).bfloat16()
-    weight[:, 0], weight[:, 64:128], weight[:, 191] = 2**26, 1, -(2**26)
+    weight[:, 0], weight[:, 64:128], weight[:, 191] = 2**29, 1, -(2**29)
     x = torch.ones(rows, 192).bfloat16()
     for block, expected in ((0, 0.0), (64, 64.0), (128, 0.0), (192, 0.0), (320, 0.0)):
         out = torch.empty(rows, 64).bfloat16()
