@@ -39,9 +39,7 @@ class FusedExperts:
         matvecs: chooses the orders for several rows.
     """
 
-    def __init__(
-        self, orders: Sequence[Order], module: Any, gating: Gating, width: int, matvecs: Matvecs
-    ) -> None:
+    def __init__(self, orders: Sequence[Order], module: Any, gating: Gating, width: int, matvecs: Matvecs) -> None:
         self._one_row, self._several_rows = tuple(orders), dict[int, Orders | None]()
         self._gating, self._width, self._matvecs = gating, width, matvecs
         tables = (gating.gate.data_ptr(), None if gating.linear is None else gating.linear.data_ptr())
@@ -65,7 +63,9 @@ class FusedExperts:
             return False
         if self._matvecs.arithmetic != "exact":
             return True
-        rooms = [room[name].t() if self._module.is_transposed else room[name] for name in (self._up_name, self._down_name)]
+        rooms = [
+            room[name].t() if self._module.is_transposed else room[name] for name in (self._up_name, self._down_name)
+        ]
         for count, orders in self._matvecs.rows_orders(rooms, several - self._several_rows.keys()).items():
             self._several_rows[count] = None if orders is None else tuple(orders)
         return all(self._several_rows[count] is not None for count in several)

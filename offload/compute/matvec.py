@@ -180,7 +180,6 @@ class Matvecs:
         blocks = [varied for order in candidates for varied in _with_blocks(order, shape[1])]
         return next((order for order in blocks if _equals_torch(order, tried, rows, has_bias)), None)
 
-
     def _orders_of_rows(self, room_FD: torch.Tensor, counts: Sequence[int]) -> dict[int, Order | None]:
         shape = (room_FD.shape[0], room_FD.shape[1])
         known = self._chosen_of_rows.setdefault((shape, torch.get_num_threads(), room_FD.is_contiguous()), {})
