@@ -53,7 +53,7 @@ def test_a_block_begins_a_fresh_sum(name, rows):
     orders_of_blocks = [order for order in orders() if order.name == name]
     if not orders_of_blocks:
         pytest.skip(f"no {name} here")
-    # 2**29, then ones, which it swallows as they come, then -2**29: the ones are left where they have a sum of their own
+    # 2**29, ones that it swallows as they come, -2**29: only a sum of their own keeps the ones
     weight = torch.zeros(64, 192).bfloat16()
     weight[:, 0], weight[:, 64:128], weight[:, 191] = 2**29, 1, -(2**29)
     x = torch.ones(rows, 192).bfloat16()

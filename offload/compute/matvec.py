@@ -27,8 +27,8 @@ MOST_TRIED_ROWS = 4096
 """Rows of the trial that needs a weight of its own: that of a vocabulary would take 0.9 to 5 GB. With more rows than
 that the given weight shows another order of summation by itself: one output in thousands differs, in each trial."""
 MOST_PARTS = 12
-"""Parts that oneDNN was seen to cut the columns of a product of several rows into, at most 6 with 2,880 columns; each is
-a block of whole tiles."""
+"""Parts that the columns of a product of several rows are cut into at most, each a block of whole tiles; oneDNN was
+seen to cut 2,880 columns into 6."""
 EDGE_ROWS = 32
 """First and last rows of an expert's matrix that an order is compared on: what torch computes of the others has no
 other blocks, because a block is one for a product."""
