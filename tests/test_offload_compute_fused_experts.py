@@ -184,6 +184,32 @@ def test_biases_and_gates_of_pairs(arithmetic):
         assert torch.equal(one.combine(), many.combine())
 
 
+@pytest.mark.parametrize("is_oss", [False, True])
+def test_prompts_have_the_bits_of_the_path_for_many_tokens(is_oss):
+    torch.manual_seed(0)
+    module, matvecs = OssExperts(128, 96) if is_oss else Experts(), Matvecs("exact")
+    form = form_of(module, 128, 96)
+    fused = fuse(module, form, matvecs)
+    if fused is None:
+        pytest.skip("no kernel here is bit-identical to torch")
+    weights, _, _ = operands(form, 0)
+    x_TD, weight_TK = torch.randn(64, 96).bfloat16(), torch.rand(64, TOP_K).bfloat16()
+    expert_TK = torch.stack([torch.randperm(NUM_EXPERTS)[:TOP_K] for _ in range(64)])
+    expert_TK[:61][expert_TK[:61] == 4] = NUM_EXPERTS  # one expert has a few rows, or none
+    rows = FusedRows(fused, NUM_EXPERTS, x_TD, expert_TK, weight_TK)
+    room = {name: torch.empty_like(weight) for name, weight in weights[0].items()}
+    assert not fused.can_compute(rows.num_rows.values(), None)
+    if not fused.can_compute(rows.num_rows.values(), room):
+        pytest.skip("torch's order for several rows is not known here")
+    experts = list(rows.num_rows)
+    rows.compute_several(experts[1:], matrices(form, weights, experts[1:]))
+    rows.compute(experts[0], form.kernel_matrices(weights[experts[0]], experts[0]))
+    many = RoutedRows(module, NUM_EXPERTS, x_TD, expert_TK, weight_TK, matvecs)
+    for expert in experts:
+        many.compute(expert, weights[expert])
+    assert torch.equal(rows.combine(), many.combine())
+
+
 def test_tables_of_gates():
     usual, oss = find_gating(Experts(), 128), find_gating(OssExperts(128, 96), 128)
     assert (usual.linear, usual.is_interleaved, usual.is_gated) == (None, False, True)

@@ -1,5 +1,7 @@
 """Products of a few rows: close to float64 whatever the shape, with the bits that each level promises."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -43,6 +45,57 @@ def test_a_row_has_the_same_bits_however_many_are_computed_with_it(order, shape)
         alone = torch.empty(rows, shape[0], dtype=torch.bfloat16)
         order.multiply(x[start : start + rows], (plain_matrix(weight),), (alone,))
         assert torch.equal(alone, together[start : start + rows])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 17, 40])
+@pytest.mark.parametrize("name", ["amx", "avx512_bf16"])
+def test_a_block_begins_a_fresh_sum(name, rows):
+    orders_of_blocks = [order for order in orders() if order.name == name]
+    if not orders_of_blocks:
+        pytest.skip(f"no {name} here")
+    # 2**29, ones that it swallows as they come, -2**29: only a sum of their own keeps the ones
+    weight = torch.zeros(64, 192).bfloat16()
+    weight[:, 0], weight[:, 64:128], weight[:, 191] = 2**29, 1, -(2**29)
+    x = torch.ones(rows, 192).bfloat16()
+    for block, expected in ((0, 0.0), (64, 64.0), (128, 0.0), (192, 0.0), (320, 0.0)):
+        out = torch.empty(rows, 64).bfloat16()
+        replace(orders_of_blocks[0], block=block).multiply(x, (plain_matrix(weight),), (out,))
+        assert (out == expected).all(), block
+
+
+def agrees_with_torch(shape, counts, *, is_turned, seed=0):
+    """The numbers of rows for which an order was found, each tried on other numbers than the trial's."""
+    room = torch.empty(shape[::-1]).bfloat16().t() if is_turned else torch.empty(shape).bfloat16()
+    found = Matvecs("exact").rows_orders([room, room], counts)
+    _, weight, _ = operands(shape, seed)
+    room.copy_(weight)
+    for count, chosen in found.items():
+        if chosen is not None:
+            x, _, out = operands(shape, seed, count)
+            chosen[0].multiply(x, (plain_matrix(weight),), (out,))
+            assert torch.equal(out, torch.mm(x, room.t())), (shape, count, is_turned, chosen[0])
+    return {count for count, chosen in found.items() if chosen is not None}
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize("shape", [(576, 1408), (96, 2048), (17, 300)])
+def test_several_rows_of_an_expert_have_the_bits_of_torch(shape, is_turned):
+    agrees_with_torch(shape, (2, 7, 16, 33, 70), is_turned=is_turned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize("shape", [(576, 2880), (2880, 576), (2880, 2880), (5760, 2880)])
+def test_hundreds_of_rows_have_the_bits_of_torch(shape, is_turned):
+    found = agrees_with_torch(shape, (*range(2, 20), 31, 48, 64, 65, 100, 200, 333, 600), is_turned=is_turned)
+    if orders()[0].name == "amx" and shape[0] >= 2880:
+        assert len(found) > 13
+
+
+def test_an_order_that_torch_does_not_have_is_not_found():
+    matvecs = Matvecs("exact")
+    matvecs._orders = tuple(order for order in matvecs._orders if order.name not in ("amx", "avx512_bf16"))
+    assert matvecs.rows_orders([torch.empty(64, 2048).bfloat16()], (5, 40)) == {5: None, 40: None}
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16])

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import offload
+from offload.compute.orders import orders
+from offload.formats.quantised import QuantisedForm
 from tests.quantised_checkpoints import logits_of, random_bytes, random_e8m0, write_plain, write_tensors
 
 TOKENS = torch.tensor([[1, 5, 9, 3, 7, 2, 11]])
@@ -16,12 +18,15 @@ EXPERTS, LAYERS = 6, 2
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
+    return make_folders(tmp_path_factory.mktemp("gpt_oss"), width=96)
+
+
+def make_folders(root, width):
     """The quantised checkpoint, and the plain one that transformers' converter makes of it."""
-    root = tmp_path_factory.mktemp("gpt_oss")
     config = GptOssConfig(
         vocab_size=64,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=width,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -58,6 +63,25 @@ def test_offloaded_equals_resident(folders, tmp_path, io, packed):
         assert torch.equal(logits_of(model, TOKENS), logits_of(resident, TOKENS))
         assert torch.equal(logits_of(model, TOKENS[:, :1]), logits_of(resident, TOKENS[:, :1]))
         model.offload.close()
+
+
+def test_prompts_are_multiplied_from_the_stored_bytes(tmp_path, monkeypatch):
+    quantised, plain = make_folders(tmp_path, width=128)
+    resident = AutoModelForCausalLM.from_pretrained(plain, dtype="auto")
+    tokens = torch.randint(0, 64, (1, 90), generator=torch.Generator().manual_seed(0))
+    expected, expanded, expand = logits_of(resident, tokens), [], QuantisedForm.expand
+
+    def counted(*arguments):
+        expanded.append(arguments)
+        expand(*arguments)
+
+    monkeypatch.setattr(QuantisedForm, "expand", counted)
+    for slots in (2, EXPERTS):
+        model = offload.load(quantised, cache_experts=slots)
+        assert torch.equal(logits_of(model, tokens), expected)
+        model.offload.close()
+    if orders()[0].name == "amx":
+        assert not expanded
 
 
 def test_another_dtype_than_the_checkpoints(folders):

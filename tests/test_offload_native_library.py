@@ -56,6 +56,16 @@ for rows, shape in ((1, (96, 256)), (3, (64, 2880)), (17, (160, 128))):
     out = torch.empty(rows, shape[0]).bfloat16()
     if exact.multiply(x, (weight,), (out,)) and not torch.equal(out, linear(x, weight)):
         found["wrong"].append(["exact", rows, *shape])
+    for is_turned in (False, True):
+        room = torch.empty(shape[1], shape[0]).bfloat16().t() if is_turned else torch.empty(shape).bfloat16()
+        of_rows = exact.rows_orders([room], [2, 40])
+        room.copy_(weight)
+        for count, chosen in of_rows.items():
+            many, out = torch.randn(count, shape[1]).bfloat16(), torch.empty(count, shape[0]).bfloat16()
+            if chosen is not None:
+                chosen[0].multiply(many, (plain_matrix(weight),), (out,))
+                if not torch.equal(out, torch.mm(many, room.t())):
+                    found["wrong"].append(["exact", count, *shape, is_turned])
 print(json.dumps(found))
 """
 

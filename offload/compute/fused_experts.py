@@ -1,14 +1,15 @@
 """Experts computed from their inputs to their outputs by one call of C, from the bytes in their slots.
 
-The products are in an order of summation that `Matvecs` allows, the gate is tables. For a single token in `exact`, and
-for any number of tokens in `fixed`.
+The products are in an order of summation that `Matvecs` allows, the gate is tables. Strips of a stored matrix are
+expanded once for all rows of an expert, so a prompt takes this way too, unless torch's order for as many rows is not
+known in `exact`.
 
 Shapes: T tokens, K experts of the token, N = T * K routed rows sorted by expert, D model width, F expert width.
 """
 
 import ctypes
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,29 +24,59 @@ from .routed_rows import VECTOR_ELEMENTS, ExpertSpans
 
 KernelMatrices = Mapping[str, tuple[KernelMatrix, ...]]
 """An expert as our C reads it: the pieces of each parameter."""
+Orders = tuple[Order, ...]
+"""Of the first and of the second product."""
 
 
 class FusedExperts:
     """The kernel of one layer's experts.
 
     Args:
-        orders: of the first and of the second product.
+        orders: of the first and of the second product, for one row.
         module: the experts module.
         gating: its gate.
         width: F, columns of the second product.
+        matvecs: chooses the orders for several rows.
     """
 
-    def __init__(self, orders: Sequence[Order], module: Any, gating: Gating, width: int) -> None:
-        self._up_order, self._down_order = orders
-        self._gating, self._width = gating, width
+    def __init__(self, orders: Sequence[Order], module: Any, gating: Gating, width: int, matvecs: Matvecs) -> None:
+        self._one_row, self._several_rows = tuple(orders), dict[int, Orders | None]()
+        self._gating, self._width, self._matvecs = gating, width, matvecs
         tables = (gating.gate.data_ptr(), None if gating.linear is None else gating.linear.data_ptr())
         self._tables = GatingTables(*tables, gating.is_gated, gating.is_interleaved)
         self._up_name, self._down_name = weight_names(module)
         names = (f"{name}_bias" if module.has_bias else None for name in (self._up_name, self._down_name))
         self._module, (self._up_bias, self._down_bias) = module, names
 
+    def can_compute(self, rows: Iterable[int], room: Mapping[str, torch.Tensor] | None) -> bool:
+        """Whether experts with so many rows each are computed as promised, and are not better left to torch.
+
+        Args:
+            rows: of each expert of a call.
+            room: room for an expanded expert, which a trial may write to; None if the stored matrices are the model's,
+                of which torch multiplies several rows as quickly.
+        """
+        several = {count for count in rows if count > 1}
+        if self._matvecs.is_row_alone or not several:
+            return True
+        if room is None:
+            return False
+        if self._matvecs.arithmetic != "exact":
+            return True
+        rooms = [
+            room[name].t() if self._module.is_transposed else room[name] for name in (self._up_name, self._down_name)
+        ]
+        for count, orders in self._matvecs.rows_orders(rooms, several - self._several_rows.keys()).items():
+            self._several_rows[count] = None if orders is None else tuple(orders)
+        return all(self._several_rows[count] is not None for count in several)
+
+    def orders_of(self, rows: int) -> Orders:
+        """The orders of summation for an expert with so many rows, which `can_compute` has allowed."""
+        return self._several_rows.get(rows) or self._one_row
+
     def __call__(
         self,
+        orders: Orders,
         x_TD: torch.Tensor,
         token_N: torch.Tensor,
         rows: Mapping[int, int],
@@ -55,6 +86,7 @@ class FusedExperts:
         """Compute several experts.
 
         Args:
+            orders: of the two products.
             x_TD: hidden states, bfloat16 and contiguous.
             token_N: which row of x each row of each expert is, one expert after the other; int64.
             rows: how many rows each expert has, in their order.
@@ -66,8 +98,9 @@ class FusedExperts:
         for count in rows.values():
             starts.append(starts[-1] + count)
         weights = self._weights(list(rows), matrices, x_TD.shape[1])
+        up, down = orders
         experts_function()(
-            *(self._up_order.number, self._up_order.block, self._down_order.block, weights, self._tables, len(rows)),
+            *(up.number, up.block, down.block, weights, self._tables, len(rows)),
             *(x_TD.data_ptr(), token_N.data_ptr(), (ctypes.c_int64 * len(starts))(*starts)),
             *(hidden_NF.data_ptr(), addresses(out)),
         )
@@ -137,17 +170,17 @@ class FusedRows:
         """Rows of each expert that has any."""
         return self._spans.num_rows
 
-    @property
-    def is_one_each(self) -> bool:
-        """Whether no expert has several rows; torch's product of those may have other bits than of one."""
-        return all(stop - start == 1 for start, stop in self._spans.of.values())
-
     def compute_several(self, experts: Sequence[int], matrices: Sequence[KernelMatrices]) -> bool:
         """All of several experts; always done."""
-        spans = {expert: self._spans.of[expert] for expert in experts}
-        rows = {expert: stop - start for expert, (start, stop) in spans.items()}
-        outs = [self._out_ND[slice(*span)] for span in spans.values()]
-        self._fused(self._x_TD, self._spans.tokens_of(experts), rows, matrices, outs)
+        matrices_of, num_rows = dict(zip(experts, matrices, strict=True)), self.num_rows
+        alike: dict[Orders, list[int]] = {}
+        for expert in experts:
+            alike.setdefault(self._fused.orders_of(num_rows[expert]), []).append(expert)
+        for orders, some in alike.items():
+            rows = {expert: num_rows[expert] for expert in some}
+            outs = [self._out_ND[slice(*self._spans.of[expert])] for expert in some]
+            several = [matrices_of[expert] for expert in some]
+            self._fused(orders, self._x_TD, self._spans.tokens_of(some), rows, several, outs)
         return True
 
     def compute(self, expert: int, matrices: KernelMatrices) -> None:
@@ -191,7 +224,7 @@ def fuse_experts(module: Any, form: Form, top_k: int, matvecs: Matvecs) -> Fused
     if orders is None or width % orders[0].alignment:
         return None
     gating = find_gating(module, width)
-    return None if gating is None else FusedExperts(orders, module, gating, width)
+    return None if gating is None else FusedExperts(orders, module, gating, width, matvecs)
 
 
 def _has_usual_weights(module: Any, form: Form) -> bool:

@@ -9,15 +9,16 @@ three promises:
     fast    no promise; what is quickest
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..formats.resident.stored_weight import expanded, kernel_matrix, stored_bytes
-from ..native.kernel_matrix import KernelMatrix
-from .orders import BLOCKS, Order, Shape, any_given, orders
+from ..native.kernel_matrix import KernelMatrix, plain_matrix
+from .orders import AMX_BLOCK, BLOCKS, Order, Shape, any_given, orders
 
 TRIALS = 4
 """Random inputs, 0.01 to 10 in size, that an order is tried on with the given weight. They need not be many: the sums
@@ -25,6 +26,12 @@ of `_cancelling` tell two orders of summation apart by themselves."""
 MOST_TRIED_ROWS = 4096
 """Rows of the trial that needs a weight of its own: that of a vocabulary would take 0.9 to 5 GB. With more rows than
 that the given weight shows another order of summation by itself: one output in thousands differs, in each trial."""
+MOST_PARTS = 12
+"""Parts that the columns of a product of several rows are cut into at most, each a block of whole tiles; oneDNN was
+seen to cut 2,880 columns into 6."""
+EDGE_ROWS = 32
+"""First and last rows of an expert's matrix that an order is compared on: what torch computes of the others has no
+other blocks, because a block is one for a product."""
 MOST_ROWS = 16
 """Rows of x from which on torch's products, which compute blocks of many rows, are at least as quick as ours."""
 ARITHMETICS = ("auto", "exact", "fixed", "fast")
@@ -50,6 +57,7 @@ class Matvecs:
             raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS[1:])}; got {arithmetic!r}")
         self.arithmetic = arithmetic
         self._chosen: dict[tuple[int, int, int, int, bool], Order | None] = {}
+        self._chosen_of_rows: dict[tuple[Shape, int, bool], dict[int, Order | None]] = {}
         try:
             self._orders = orders()
         except OSError as error:
@@ -100,10 +108,18 @@ class Matvecs:
             shapes: rows and columns of each weight of an expert.
         """
         chosen = [self._order(shape, 1) for shape in shapes] if self._orders else [None]
-        if any(order is None for order in chosen):
-            return None
-        found = [order for order in chosen if order is not None]
-        return found if len({order.number for order in found}) == 1 else None
+        return _of_one_rule(chosen)
+
+    def rows_orders(self, rooms_FD: Sequence[torch.Tensor], counts: Iterable[int]) -> dict[int, list[Order] | None]:
+        """`experts_orders` for experts with several rows, with the bits of torch's products of so many.
+
+        Args:
+            rooms_FD: for each weight of an expert, memory that has its shape and lies as torch multiplies it; the
+                trial writes to it.
+            counts: numbers of rows.
+        """
+        chosen = [self._orders_of_rows(room_FD, sorted(counts)) for room_FD in rooms_FD]
+        return {count: _of_one_rule([of_room[count] for of_room in chosen]) for count in counts}
 
     def has_order(self, shape: Shape) -> bool:
         """Whether our C computes a row times a matrix of this shape as promised; small matrices are not tried."""
@@ -164,6 +180,21 @@ class Matvecs:
         blocks = [varied for order in candidates for varied in _with_blocks(order, shape[1])]
         return next((order for order in blocks if _equals_torch(order, tried, rows, has_bias)), None)
 
+    def _orders_of_rows(self, room_FD: torch.Tensor, counts: Sequence[int]) -> dict[int, Order | None]:
+        shape = (room_FD.shape[0], room_FD.shape[1])
+        known = self._chosen_of_rows.setdefault((shape, torch.get_num_threads(), room_FD.is_contiguous()), {})
+        if unknown := [count for count in counts if count not in known]:
+            candidates = [order for order in self._orders if order.fits(shape)]
+            blocks = [varied for order in candidates for varied in _with_parts(order, shape[1])]
+            known.update(_orders_like_torch(blocks, room_FD, unknown))
+        return known
+
+
+def _of_one_rule(orders: Sequence[Order | None]) -> list[Order] | None:
+    """Orders that one call of C can follow; None if it cannot follow them all."""
+    found = [order for order in orders if order is not None]
+    return found if len(found) == len(orders) and len({order.number for order in found}) == 1 else None
+
 
 def is_in_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor's address is that of its numbers in host memory.
@@ -199,6 +230,58 @@ def _with_blocks(order: Order, columns: int) -> list[Order]:
         return [order]
     blocks = [block for block in BLOCKS if block < columns]
     return [Order(order.name, order.number, order.alignment, block) for block in blocks]
+
+
+def _with_parts(order: Order, columns: int) -> list[Order]:
+    """An order with each block that torch may take for several rows, the largest first."""
+    if order.name != "amx":
+        return _with_blocks(order, columns)
+    tiles = -(-columns // AMX_BLOCK)
+    blocks = dict.fromkeys(AMX_BLOCK * -(-tiles // parts) for parts in range(2, MOST_PARTS + 1))
+    return [replace(order, block=block) for block in (0, *blocks)]
+
+
+def _orders_like_torch(
+    orders: Sequence[Order], room_FD: torch.Tensor, counts: Sequence[int]
+) -> dict[int, Order | None]:
+    """The first order that is bit-identical to torch's product of so many rows, on rounding errors alone.
+
+    Args:
+        orders: to be tried.
+        room_FD: memory for the weight of the trial, as torch is to multiply it.
+        counts: numbers of rows of x.
+    """
+    x_nD = _fill_cancelling(room_FD, max(counts), torch.Generator().manual_seed(0))
+    rows = torch.arange(len(room_FD))
+    edges_F = torch.cat([rows[:EDGE_ROWS], rows[-EDGE_ROWS:]])
+    edge_FD, found, likely = room_FD[edges_F].contiguous(), dict[int, Order | None](), list(orders)
+    for count in counts:
+        x_mD = x_nD[:count]
+        expected_mF = torch.mm(x_mD, room_FD.t())[:, edges_F]
+        found[count] = next((order for order in likely if _gives(order, x_mD, edge_FD, expected_mF)), None)
+        if (best := found[count]) is not None:  # about as many rows are likely to be multiplied alike
+            likely = [best, *(order for order in likely if order != best)]
+    return found
+
+
+def _gives(order: Order, x_nD: torch.Tensor, weight_FD: torch.Tensor, expected_nF: torch.Tensor) -> bool:
+    found_nF = torch.empty_like(expected_nF)
+    order.multiply(x_nD, (plain_matrix(weight_FD),), (found_nF,))
+    return torch.equal(found_nF, expected_nF)
+
+
+def _fill_cancelling(out_FD: torch.Tensor, rows: int, generator: torch.Generator) -> torch.Tensor:
+    """As `_cancelling`, with several rows of x, written in place; the terms come again from the last to the first.
+
+    Rows of the weight are the same numbers, shifted by one, which takes a tenth of the time of fresh ones.
+    """
+    height, half = len(out_FD), out_FD.shape[1] // 2
+    numbers = torch.randn(height + half, generator=generator).bfloat16()
+    out_FD[:, :half] = numbers.as_strided((height, half), (1, 1))
+    out_FD[:, half : 2 * half] = -out_FD[:, :half].flip(1)
+    out_FD[:, 2 * half :] = 0
+    x_nH = torch.randn(rows, half, generator=generator).bfloat16()
+    return torch.cat([x_nH, x_nH.flip(1), x_nH.new_zeros(rows, out_FD.shape[1] % 2)], dim=1)
 
 
 def _equals_torch(order: Order, weight_FD: torch.Tensor, rows: int, has_bias: bool) -> bool:

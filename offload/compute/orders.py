@@ -1,6 +1,7 @@
 """Orders of summation: how our C adds the terms of a product, each the same whatever else is computed.
 
-    amx           tiles of 32 columns, from left to right: the order of oneDNN where there is AMX
+    amx           tiles of 32 columns, from left to right, for several rows of x a fresh sum every `block` columns: the
+                  order of oneDNN where there is AMX
     avx512_bf16   pairs of columns from left to right, a fresh sum every `block` columns: that of oneDNN without AMX
     avx512, avx2, neon, c
                   16 sums, column c in sum c % 16: our own, for every other processor

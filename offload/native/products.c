@@ -12,7 +12,7 @@
 enum order { ORDER_AMX, ORDER_PAIRS, ORDER_LANES };
 enum { MOST_STRIPS_AT_ONCE = 16, TASKS_OF_A_THREAD = 4 };
 
-/* An order of summation; `block` is that of `pairs_strip`. */
+/* An order of summation; `block` is that of `pairs_strip` and `amx_strip`. */
 struct summation {
     enum order order;
     int64_t block;
@@ -48,7 +48,7 @@ static inline void multiply_strip(struct worker *worker, const struct summation 
                                   const uint16_t *bias, const struct inputs *x, uint16_t *y, int64_t y_stride) {
     struct strip s = begin_strip(m, row, bias);
     if (by->order == ORDER_AMX)
-        amx_strip(&worker->amx, &s, x, &worker->room, y, y_stride);
+        amx_strip(&worker->amx, by->block, &s, x, &worker->room, y, y_stride);
     else if (by->order == ORDER_PAIRS)
         pairs_strip(by->block, &s, x, &worker->room, y, y_stride);
     else
@@ -92,7 +92,7 @@ void expertier_multiply(enum order order, int64_t block, int form, const void *c
     for (int64_t n = 0; n < num; n++) strips += num_strips(rows[n]);
     for (int64_t n = 0; n < inputs; n++) {
         input[n] = (struct inputs){x + n * x_step, NULL, x_rows, columns, NULL};
-        input[n].packed = aligned_alloc(64, packed_bytes(&input[n]));
+        input[n].packed = aligned_alloc(64, packed_bytes(&input[n], order == ORDER_LANES));
     }
     int64_t groups = num_groups(&input[0]);
 #pragma omp parallel
@@ -118,19 +118,19 @@ void expertier_multiply(enum order order, int64_t block, int form, const void *c
 
 /* The rows of each expert are `token[start[n]]` to `token[start[n + 1] - 1]`; its inputs, packed one after the other. */
 static void expert_inputs(struct inputs *input, int64_t num, const uint16_t *x, const int64_t *token, const int64_t *start,
-                          int64_t columns, uint8_t *packed) {
+                          int64_t columns, int is_wide, uint8_t *packed) {
     for (int64_t n = 0; n < num; n++) {
         const uint16_t *from = token ? x : x + start[n] * columns;
         input[n] = (struct inputs){from, token ? token + start[n] : NULL, start[n + 1] - start[n], columns, packed};
-        packed += packed_bytes(&input[n]);
+        packed += packed_bytes(&input[n], is_wide);
     }
 }
 
-static size_t experts_packed_bytes(int64_t num, const int64_t *start, int64_t columns) {
+static size_t experts_packed_bytes(int64_t num, const int64_t *start, int64_t columns, int is_wide) {
     size_t bytes = 0;
     for (int64_t n = 0; n < num; n++) {
         const struct inputs x = {.rows = start[n + 1] - start[n], .columns = columns};
-        bytes += packed_bytes(&x);
+        bytes += packed_bytes(&x, is_wide);
     }
     return bytes;
 }
@@ -197,11 +197,12 @@ void expertier_experts(enum order order, int64_t up_block, int64_t down_block, c
     int64_t up_strips = num_strips(w->gate.count), down_strips = num_strips(model_width);
     for (int64_t n = 0; n < num; n++) most = start[n + 1] - start[n] > most ? start[n + 1] - start[n] : most;
     int64_t groups = (most + X_ROWS - 1) / X_ROWS, widest = width > model_width ? width : model_width;
+    int is_wide = order == ORDER_LANES;
     struct inputs input[num], inner[num];
-    size_t input_bytes = experts_packed_bytes(num, start, model_width);
-    uint8_t *packed = aligned_alloc(64, input_bytes + experts_packed_bytes(num, start, width));
-    expert_inputs(input, num, x, token, start, model_width, packed);
-    expert_inputs(inner, num, hidden, NULL, start, width, packed + input_bytes);
+    size_t input_bytes = experts_packed_bytes(num, start, model_width, is_wide);
+    uint8_t *packed = aligned_alloc(64, input_bytes + experts_packed_bytes(num, start, width, is_wide));
+    expert_inputs(input, num, x, token, start, model_width, is_wide, packed);
+    expert_inputs(inner, num, hidden, NULL, start, width, is_wide, packed + input_bytes);
 #pragma omp parallel
     {
         struct worker worker;

@@ -317,12 +317,13 @@ class OffloadRuntime:
         self, slots: LayerSlots, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> RoutedRows | FusedRows:
         num_tokens, top_k = expert_TK.shape
-        may_fuse = (num_tokens == 1 or self.matvecs.is_row_alone) and not adapted_of(module)
+        room = self._rooms[slots.layer]
+        may_fuse = (num_tokens == 1 or room is not None or self.matvecs.is_row_alone) and not adapted_of(module)
         if may_fuse and x_TD.dtype == torch.bfloat16 and x_TD.is_contiguous():
             fused = self._fused_experts(slots.layer, module, top_k)
             if fused is not None:
                 rows = FusedRows(fused, slots.num_experts, x_TD, expert_TK, weight_TK)
-                if self.matvecs.is_row_alone or rows.is_one_each:
+                if fused.can_compute(rows.num_rows.values(), room):
                     return rows
         return RoutedRows(module, slots.num_experts, x_TD, expert_TK, weight_TK, self.matvecs)
 

@@ -208,6 +208,7 @@ def _row(row: dict[str, Any], measured: dict[str, Any], peak_bytes: int | None) 
         "p20_s": ordered[len(ordered) // 5] if ordered else None,
         "p80_s": ordered[len(ordered) * 4 // 5] if ordered else None,
         "prefill_s": measured.get("prefill_s"),
+        "prefill_again_s": measured.get("prefill_again_s"),
         "load_s": measured.get("load_s"),
         "hit_rate": measured.get("hit_rate"),
         "bytes_per_token": measured.get("bytes_per_token"),
@@ -270,10 +271,15 @@ def _line(result: dict[str, Any]) -> str:
 
 
 def _print(console: Console, results: list[dict[str, Any]]) -> None:
-    table = Table("limit", "contestant", "tok/s", "median s", "p20", "p80", "bound", "hit rate", "prefill s", "peak")
+    table = Table(
+        "limit", "contestant", "tok/s", "median s", "p20", "p80", "bound", "hit rate", "prefill s", "again", "peak"
+    )
     for row in results:
         numbers = [row[key] for key in ("tok_per_s", "median_s", "p20_s", "p80_s", "bound_tok_per_s", "hit_rate")]
-        shown = ["-" if number is None else f"{number:.3f}" for number in [*numbers, row["prefill_s"]]]
+        shown = [
+            "-" if number is None else f"{number:.3f}"
+            for number in [*numbers, row["prefill_s"], row["prefill_again_s"]]
+        ]
         peak = "-" if row["peak_bytes"] is None else format_size(row["peak_bytes"])
         table.add_row(row["limit"], row["contestant"], *shown, peak)
     console.print(table)

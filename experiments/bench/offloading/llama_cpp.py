@@ -63,6 +63,10 @@ class LlamaCpp:
         logits = self._library.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(logits, shape=(self._vocabulary,)).copy()
 
+    def forget(self) -> None:
+        """Begin anew with an empty context."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+
     def together(self, ids: Sequence[Sequence[int]], start: int) -> None:
         """Continue several sequences in one batch, as llama-server does with its places.
 

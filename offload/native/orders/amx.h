@@ -1,6 +1,8 @@
-/* The order of summation of AMX tiles, which is that of oneDNN's products there: 32 columns at a time, from left to right.
+/* The order of summation of AMX tiles, which is that of oneDNN's products there: 32 columns at a time, from left to right, a fresh
+   sum every `block` columns; the sums of blocks are added in order. 0 is one block for all.
 
-   Rows and columns of the matrix are multiples of 32. A row of x has the same sums however many others are multiplied with it. */
+   Rows and columns of the matrix are multiples of 32, and so is a block. A row of x has the same sums however many others are
+   multiplied with it. */
 
 #pragma once
 
@@ -83,73 +85,110 @@ static inline void add_tile(const uint16_t *w, int64_t stride, const uint32_t *x
     }
 }
 
-static inline void store_group(const struct strip *s, const float *low, const float *high, const struct inputs *x, int64_t group,
-                               uint16_t *y, int64_t y_stride) {
-    int64_t width = group_width(x);
-    for (int64_t i = 0; i < width && group * X_ROWS + i < x->rows; i++)
-        for (int64_t row = 0; row < STRIP_ROWS; row++) {
-            float sum = (row < TILE_ROWS ? low : high)[row % TILE_ROWS * width + i];
-            y[(group * X_ROWS + i) * y_stride + row] = finish(s, row, sum);
-        }
+/* Sums of a strip with one group of rows of x, or two: [group][row of the strip][row of x]. */
+struct tile_sums {
+    float of[2][STRIP_ROWS * X_ROWS] __attribute__((aligned(64)));
+};
+
+static inline void store_tiles(struct tile_sums *sums, int64_t width, int is_pair) {
+    int64_t bytes = width * (int64_t)sizeof(float);
+    _tile_stored(SUM_0, sums->of[0], bytes);
+    _tile_stored(SUM_1, sums->of[0] + TILE_ROWS * width, bytes);
+    if (!is_pair) return;
+    _tile_stored(SUM_2, sums->of[1], bytes);
+    _tile_stored(SUM_3, sums->of[1] + TILE_ROWS * width, bytes);
 }
 
-static inline void store_sums(const struct strip *s, const struct inputs *x, int64_t group, int is_pair, uint16_t *y, int64_t y_stride) {
-    float sums[4][TILE_ROWS * X_ROWS] __attribute__((aligned(64)));
-    int64_t bytes = group_width(x) * (int64_t)sizeof(float);
-    _tile_stored(SUM_0, sums[0], bytes);
-    _tile_stored(SUM_1, sums[1], bytes);
-    store_group(s, sums[0], sums[1], x, group, y, y_stride);
-    if (!is_pair) return;
-    _tile_stored(SUM_2, sums[2], bytes);
-    _tile_stored(SUM_3, sums[3], bytes);
-    store_group(s, sums[2], sums[3], x, group + 1, y, y_stride);
+/* Move the finished sums of a block to the totals, which `is_first` begins. */
+static void end_tile_block(struct tile_sums *totals, int64_t width, int is_pair, int is_first) {
+    if (is_first) {
+        store_tiles(totals, width, is_pair);
+    } else {
+        struct tile_sums sums;
+        store_tiles(&sums, width, is_pair);
+        for (int group = 0; group <= is_pair; group++)
+            for (int64_t i = 0; i < STRIP_ROWS * width; i++) totals->of[group][i] += sums.of[group][i];
+    }
+    zero_sums(is_pair);
+}
+
+static void store_group(const struct strip *s, const float *sums, const struct inputs *x, int64_t group, uint16_t *y, int64_t y_stride) {
+    int64_t width = group_width(x);
+    for (int64_t i = 0; i < width && group * X_ROWS + i < x->rows; i++) {
+        float sum[STRIP_ROWS];
+        uint16_t *out = y + (group * X_ROWS + i) * y_stride;
+        for (int64_t row = 0; row < STRIP_ROWS; row++) sum[row] = sums[row * width + i];
+        if (s->bias)
+            for (int64_t row = 0; row < STRIP_ROWS; row++) sum[row] += load_bf16(s->bias[row]);
+        for (int64_t row = 0; row < STRIP_ROWS; row++) out[row] = round_bf16(sum[row]);
+    }
+}
+
+static inline void store_totals(const struct strip *s, const struct tile_sums *totals, const struct inputs *x, int64_t group, int is_pair,
+                                uint16_t *y, int64_t y_stride) {
+    for (int n = 0; n <= is_pair; n++) store_group(s, totals->of[n], x, group + n, y, y_stride);
 }
 
 /* A strip whose rows lie `stride` apart, times groups of x from `group` on, one or two. */
-static inline void multiply_tiles(const struct strip *s, const uint16_t *w, int64_t stride, const struct inputs *x, int64_t group,
-                                  int is_pair, uint16_t *y, int64_t y_stride) {
-    int64_t width = group_width(x), next = width * padded(x->columns) / 2;
+static inline void multiply_tiles(int64_t block, const struct strip *s, const uint16_t *w, int64_t stride, const struct inputs *x,
+                                  int64_t group, int is_pair, uint16_t *y, int64_t y_stride) {
+    int64_t width = group_width(x), next = width * padded(x->columns) / 2, columns = x->columns;
     const uint32_t *pairs = pairs_of(x, group);
+    struct tile_sums totals;
     zero_sums(is_pair);
-    for (int64_t c = 0; c < x->columns; c += TILE_COLUMNS) add_tile(w + c, stride, pairs + c / 2 * width, width, next, is_pair);
-    store_sums(s, x, group, is_pair, y, y_stride);
+    for (int64_t begin = 0, end; begin < columns; begin = end) {
+        end = begin + block < columns ? begin + block : columns;
+        for (int64_t c = begin; c < end; c += TILE_COLUMNS) add_tile(w + c, stride, pairs + c / 2 * width, width, next, is_pair);
+        end_tile_block(&totals, width, is_pair, begin == 0);
+    }
+    store_totals(s, &totals, x, group, is_pair, y, y_stride);
 }
 
 /* A strip that is expanded while it is multiplied with one group: after each half tile, some rows of the next span are expanded, so
    that both units of the processor are busy. */
-static inline __attribute__((always_inline)) void multiply_while_expanding(struct strip *s, const int form, const struct inputs *x,
-                                                                           struct room *room, uint16_t *y, int64_t y_stride) {
+static inline __attribute__((always_inline)) void multiply_while_expanding(int64_t block, struct strip *s, const int form,
+                                                                           const struct inputs *x, struct room *room, uint16_t *y,
+                                                                           int64_t y_stride) {
     const int span = (int)span_of(form), steps = span / TILE_COLUMNS, rows = STRIP_ROWS / steps;
-    int64_t width = group_width(x), columns = x->columns;
+    int64_t width = group_width(x), columns = x->columns, stop = block;
     const uint32_t *pairs = pairs_of(x, 0);
     uint16_t *now = room->span[0], *next = room->span[1];
+    struct tile_sums totals;
     expand_span(s, 0, now, span);
     zero_sums(0);
     for (int64_t c = 0; c < columns; c += span) {
         for (int step = 0; step < steps; step++) {
             int64_t w = step * TILE_COLUMNS;
-            if (c + w < columns) add_tile(now + w, span, pairs + (c + w) / 2 * width, width, 0, 0);
+            if (c + w < columns) {
+                int64_t end = c + w + TILE_COLUMNS;
+                add_tile(now + w, span, pairs + (c + w) / 2 * width, width, 0, 0);
+                if (end == stop || end == columns) {
+                    end_tile_block(&totals, width, 0, stop == block);
+                    stop += block;
+                }
+            }
             if (c + span < columns) expand_span_of(s, form, c + span, step * rows, (step + 1) * rows, next, span);
         }
         uint16_t *done = now;
         now = next;
         next = done;
     }
-    store_sums(s, x, 0, 0, y, y_stride);
+    store_totals(s, &totals, x, 0, 0, y, y_stride);
 }
 
 /* y[i][row] for all rows i of x and the rows of one strip. */
-static void amx_strip(struct amx *amx, struct strip *s, const struct inputs *x, struct room *room, uint16_t *y, int64_t y_stride) {
+static void amx_strip(struct amx *amx, int64_t block, struct strip *s, const struct inputs *x, struct room *room, uint16_t *y, int64_t y_stride) {
     configure(amx, group_width(x));
+    if (!block) block = x->columns;
     if (s->m->form != PLAIN && num_groups(x) == 1) {
         switch (s->m->form) {
-        case COMPRESSED: multiply_while_expanding(s, COMPRESSED, x, room, y, y_stride); return;
-        case NIBBLES: multiply_while_expanding(s, NIBBLES, x, room, y, y_stride); return;
-        case BYTES: multiply_while_expanding(s, BYTES, x, room, y, y_stride); return;
-        case FEW_BITS: multiply_while_expanding(s, FEW_BITS, x, room, y, y_stride); return;
-        case BLOCKS: multiply_while_expanding(s, BLOCKS, x, room, y, y_stride); return;
-        case TERNARY: multiply_while_expanding(s, TERNARY, x, room, y, y_stride); return;
-        default: multiply_while_expanding(s, GGUF, x, room, y, y_stride); return;
+        case COMPRESSED: multiply_while_expanding(block, s, COMPRESSED, x, room, y, y_stride); return;
+        case NIBBLES: multiply_while_expanding(block, s, NIBBLES, x, room, y, y_stride); return;
+        case BYTES: multiply_while_expanding(block, s, BYTES, x, room, y, y_stride); return;
+        case FEW_BITS: multiply_while_expanding(block, s, FEW_BITS, x, room, y, y_stride); return;
+        case BLOCKS: multiply_while_expanding(block, s, BLOCKS, x, room, y, y_stride); return;
+        case TERNARY: multiply_while_expanding(block, s, TERNARY, x, room, y, y_stride); return;
+        default: multiply_while_expanding(block, s, GGUF, x, room, y, y_stride); return;
         }
     }
     const uint16_t *w = plain_row(s, 0);
@@ -158,12 +197,12 @@ static void amx_strip(struct amx *amx, struct strip *s, const struct inputs *x, 
         w = room->strip;
     }
     int64_t stride = s->m->form == PLAIN ? x->columns : padded(x->columns), group = 0;
-    for (; group + 2 <= num_groups(x); group += 2) multiply_tiles(s, w, stride, x, group, 1, y, y_stride);
-    if (group < num_groups(x)) multiply_tiles(s, w, stride, x, group, 0, y, y_stride);
+    for (; group + 2 <= num_groups(x); group += 2) multiply_tiles(block, s, w, stride, x, group, 1, y, y_stride);
+    if (group < num_groups(x)) multiply_tiles(block, s, w, stride, x, group, 0, y, y_stride);
 }
 #else
 int expertier_has_amx(void) { return 0; }
 static void begin_amx(struct amx *amx) {}
 static void end_amx(const struct amx *amx) {}
-static void amx_strip(struct amx *amx, struct strip *s, const struct inputs *x, struct room *room, uint16_t *y, int64_t y_stride) {}
+static void amx_strip(struct amx *amx, int64_t block, struct strip *s, const struct inputs *x, struct room *room, uint16_t *y, int64_t y_stride) {}
 #endif

@@ -34,13 +34,16 @@ static inline const uint32_t *pairs_of(const struct inputs *x, int64_t group) {
 
 static void pack_pairs(const struct inputs *x, int64_t group) {
     if (is_paired(x)) return;
-    int64_t width = group_width(x), pairs = padded(x->columns) / 2;
-    uint16_t *out = (uint16_t *)x->packed + group * width * pairs * 2;
-    memset(out, 0, (size_t)(width * pairs * 2) * sizeof(uint16_t));
-    for (int64_t i = 0; i < width && group * X_ROWS + i < x->rows; i++) {
-        const uint16_t *row = input_row(x, group * X_ROWS + i);
-        for (int64_t c = 0; c < x->columns; c++) out[(c / 2 * width + i) * 2 + c % 2] = row[c];
-    }
+    int64_t width = group_width(x), pairs = padded(x->columns) / 2, left = x->rows - group * X_ROWS;
+    uint32_t *out = (uint32_t *)x->packed + group * width * pairs;
+    const uint16_t *row[X_ROWS];
+    for (int64_t i = 0; i < width && i < left; i++) row[i] = input_row(x, group * X_ROWS + i);
+    memset(out, 0, (size_t)(width * pairs) * sizeof(uint32_t));
+    for (int64_t pair = 0; pair < x->columns / 2; pair++)
+        for (int64_t i = 0; i < width && i < left; i++) memcpy(out + pair * width + i, row[i] + 2 * pair, sizeof(uint32_t));
+    if (x->columns % 2)
+        for (int64_t i = 0; i < width && i < left; i++)
+            memcpy(out + x->columns / 2 * width + i, row[i] + x->columns - 1, sizeof(uint16_t));
 }
 
 /* As float32: [row][column]. */
@@ -58,7 +61,7 @@ static void pack_lanes(const struct inputs *x, int64_t group) {
     }
 }
 
-/* Room for either. */
-static inline size_t packed_bytes(const struct inputs *x) {
-    return (size_t)(num_groups(x) * X_ROWS * padded(x->columns)) * sizeof(float);
+/* Room for either: numbers of `pack_lanes` are wide. */
+static inline size_t packed_bytes(const struct inputs *x, int is_wide) {
+    return (size_t)(num_groups(x) * X_ROWS * padded(x->columns)) * (is_wide ? sizeof(float) : sizeof(uint16_t));
 }
