@@ -97,11 +97,17 @@ class Shuffle(nn.Module):
 
     def forward(self, place: Tensor) -> Tensor:
         num_rows = self.move.shape[-1]
-        row, column = place // num_rows, place % num_rows
+        row = place // num_rows
+        column = place - row * num_rows
         for by_column, by_row in self.move:
-            row = (row + by_column[column]) % num_rows
-            column = (column + by_row[row]) % num_rows
+            row = _wrapped(row + by_column[column], num_rows)
+            column = _wrapped(column + by_row[row], num_rows)
         return row * num_rows + column
+
+
+def _wrapped(number: Tensor, modulus: int) -> Tensor:
+    """Of numbers below twice the modulus; a remainder of integers would be divided one by one."""
+    return torch.where(number < modulus, number, number - modulus)
 
 
 class UltraMemLayer(RoutedLayer):

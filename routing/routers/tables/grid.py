@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...choice.table_rows import slices
+from ...choice.top_k import top_experts
 from ...contract.assignment import Routing
 from ...contract.context import RoutingContext
 from ...contract.module import RouterModule, drop_padding
@@ -46,8 +47,8 @@ class Selection:
 class GridRouter(RouterModule):
     """What routers over a square grid of experts share: sizes, chunked selection, statistics of rows and columns.
 
-    A subclass says what the scores of rows and columns are (`first_stage`) and how they make the score of a pair
-    (`second_stage`).
+    A subclass says what the scores of rows and columns are (`first_stage`), which pairs of the best ones can be among
+    the best places (`pairs`), and what a pair's score is (`second_stage`).
 
     Args:
         sizes: D, N as the number of experts, K per head.
@@ -107,20 +108,37 @@ class GridRouter(RouterModule):
         """Of some tokens: scores of rows and columns [t, H, M], and what the second stage needs, [t, H, ranks, M]."""
         raise NotImplementedError
 
-    def second_stage(self, row: Tensor, column: Tensor) -> Tensor:
-        """Scores [t, H, K, K] of the pairs of K rows and K columns, from their first-stage parts [t, H, ranks, K]."""
+    def pairs(self, k: int) -> list[tuple[int, int]]:
+        """Ranks of the row and of the column, best first from 0, of each pair that the second stage scores."""
+        return [(row, column) for row in range(k) for column in range(k)]
+
+    def second_stage(self, row: Tensor, column: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
+        """Scores [t, H, P] of the pairs, from the first-stage parts [t, H, ranks, K] of the K best rows and columns.
+
+        Args:
+            row, column: those parts, best first.
+            first_P, second_P: `pairs(K)`: ranks of rows, and of columns.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
     def select(self, query: Tensor, k: int, is_valid_T: Tensor | None) -> Selection:
         """The K best pairs of every token and head, a few tokens at a time."""
         rows, columns, scores, total, entropy = [], [], [], 0.0, 0.0
+        first_P, second_P = torch.tensor(self.pairs(k), device=query.device).T
         for part in slices(len(query), self.num_heads * max(2 * self.num_rows * (1 + self.ranks), k * k)):
-            row_score, column_score, *best = self._select_some(query[part], k)
-            for kept, found in zip((rows, columns, scores), best, strict=True):
-                kept.append(found)
+            row_score, column_score, row_part, column_part = self.first_stage(query[part])
+            row, column = _best_places(row_score, k), _best_places(column_score, k)
+            pair_score = self.second_stage(_pick(row_part, row), _pick(column_part, column), first_P, second_P)
+            pair = _best_places(pair_score, k)
+            rows.append(row.gather(-1, first_P[pair]))
+            columns.append(column.gather(-1, second_P[pair]))
+            scores.append(pair_score.gather(-1, pair))
             valid = slice(None) if is_valid_T is None else is_valid_T[part]
-            sums = [_total_and_entropy(score[valid]) for score in (row_score, column_score)]
+            sums = [
+                _total_and_entropy(score[valid], place[valid][..., :1])
+                for score, place in ((row_score, row), (column_score, column))
+            ]
             total = total + torch.cat([share for share, _ in sums])
             entropy = entropy + sums[0][1] + sums[1][1]
         num_valid = len(query) if is_valid_T is None else int(is_valid_T.sum())
@@ -156,14 +174,6 @@ class GridRouter(RouterModule):
         expert_TK = (found.row_THK * self.num_rows + found.column_THK).flatten(1)
         return drop_padding(self.routing(expert_TK, weight_TK), context)
 
-    def _select_some(self, query: Tensor, k: int) -> tuple[Tensor, ...]:
-        """First-stage scores of rows and columns; rows, columns and scores of the K best pairs."""
-        row_score, column_score, row_part, column_part = self.first_stage(query)
-        row, column = (score.topk(k, dim=-1).indices for score in (row_score, column_score))
-        grid = self.second_stage(_pick(row_part, row), _pick(column_part, column))
-        score, place = grid.flatten(-2).topk(k, dim=-1)
-        return row_score, column_score, row.gather(-1, place // k), column.gather(-1, place % k), score
-
     def _mean_probability(self, query: Tensor) -> Tensor:
         """With gradient; each run of tokens is computed again in the backward pass instead of being kept."""
 
@@ -176,11 +186,21 @@ class GridRouter(RouterModule):
         return torch.stack(sums).sum(dim=0) / max(len(query) * self.num_heads * 2, 1)
 
 
-def _total_and_entropy(score: Tensor) -> tuple[Tensor, Tensor]:
-    """Of scores [t, H, M]: the summed distributions [M], and their summed entropies, with one exponential per score."""
+def _best_places(score: Tensor, k: int) -> Tensor:
+    """The places [t, H, K] of the K highest of scores [t, H, M], best first."""
+    return top_experts(score.flatten(0, 1), k).unflatten(0, score.shape[:2])
+
+
+def _total_and_entropy(score: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """Of scores [t, H, M]: the summed distributions [M], and their summed entropies, with one exponential per score.
+
+    Args:
+        score: of rows or columns.
+        best: the place [t, H, 1] of each highest score.
+    """
     share = score.softmax(dim=-1)
-    logsumexp = score.amax(dim=-1) - share.amax(dim=-1).log()
-    return share.sum(dim=(0, 1)), (logsumexp - torch.linalg.vecdot(share, score)).sum()
+    logsumexp = score.gather(-1, best) - share.gather(-1, best).log()
+    return share.sum(dim=(0, 1)), logsumexp.sum() - torch.dot(share.flatten(), score.flatten())
 
 
 def _pick(part: Tensor, place: Tensor) -> Tensor:

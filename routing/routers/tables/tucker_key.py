@@ -102,8 +102,9 @@ class TuckerKeyRouter(GridRouter):
         u, v = self.proxy(query.dtype)
         return torch.einsum("r,thrm->thm", u, row), torch.einsum("r,thrm->thm", v, column), row, column
 
-    def second_stage(self, row: Tensor, column: Tensor) -> Tensor:
-        return torch.einsum("thrm,rs,thsn->thmn", row, self.core.sum(dim=0).to(row.dtype), column)
+    def second_stage(self, row: Tensor, column: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
+        weighed = row.transpose(-1, -2) @ self.core.sum(dim=0).to(row.dtype)
+        return (weighed @ column).flatten(-2)
 
     @torch.no_grad()
     def post_step(self, count_R: Tensor, num_tokens: int) -> None:
@@ -123,5 +124,8 @@ class TuckerKeyRouter(GridRouter):
                 for rank in range(self.ranks)
             ]
             sides.append(torch.stack(per_rank, dim=-1))
-        score = torch.einsum("nkr,crs,nks->nkc", sides[0], self.core.to(query.dtype), sides[1])
+        # [r, c * s]: one product for all cores; a bilinear form per slot would be as many products
+        core = self.core.to(query.dtype).transpose(0, 1).flatten(1)
+        weighed = (sides[0] @ core).unflatten(-1, (-1, self.ranks))
+        score = (weighed * sides[1][:, :, None]).sum(dim=-1)
         return score.unflatten(0, (-1, self.num_heads)).flatten(1, 2)
