@@ -101,8 +101,8 @@ MISSING = {
     "bench tiers": "--trace nowhere.npz",
 }
 READS_NOTHING = {
-    "bench claim", "bench flax", "bench forecast", "bench kernels", "bench low-bits", "bench memory-layers",
-    "bench overlap", "bench products", "bench routers", "bench step", "bench train",
+    "bench claim", "bench flax", "bench forecast", "bench kernels", "bench latent-experts", "bench low-bits",
+    "bench memory-layers", "bench overlap", "bench products", "bench routers", "bench step", "bench train",
 }  # fmt: skip
 
 
