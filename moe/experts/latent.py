@@ -119,6 +119,6 @@ class LatentExperts(nn.Module):
         y_ND = gate_NR.new_empty(len(gate_NR), self.gate_basis.shape[2])
         for expert, rows in spans(ends):
             gate_FR, up_FR = self.gate_up_proj[expert].to(gate_NR.dtype).chunk(2)
-            hidden_nF = self.act_fn(linear(gate_NR[rows], gate_FR)) * linear(up_NR[rows], up_FR)
+            hidden_nF = self.act_fn(linear(gate_NR[rows], gate_FR)).mul_(linear(up_NR[rows], up_FR))
             torch.mm(hidden_nF, self.down_proj[expert].to(gate_NR.dtype).T, out=y_ND[rows])
         return y_ND

@@ -1,5 +1,5 @@
 /* The best experts of each token. Few scores: LANES tokens side by side, whose lists are kept sorted while their scores
-   pass by. Many: one token at a time, and only scores that reach a bound enter its list. */
+   pass by. Many: one token at a time, whose scores are first compared a block at a time with the last of its list. */
 
 #include <math.h>
 #include <stdint.h>
@@ -7,8 +7,8 @@
 
 enum { LANES = 16 };
 
-/* Products R K from which a bound pays, and scores per place of the list from which it leaves few of them. */
-enum { FEWEST_STEPS = 4096, SCORES_PER_PLACE = 8 };
+/* Products R K from which one token at a time pays, scores per place of the list from which most blocks are left out. */
+enum { FEWEST_STEPS = 4096, SCORES_PER_PLACE = 8, BLOCK = 32 };
 
 typedef float scores __attribute__((vector_size(4 * LANES)));
 typedef int32_t ids __attribute__((vector_size(4 * LANES)));
@@ -59,36 +59,25 @@ static int top_of_few(const float *score, int64_t T, int64_t R, int64_t K, int64
 
 static float or_lowest(float score) { return score == score ? score : -INFINITY; }
 
-/* The K-th best score is at least the least of K groups' best: of R random scores about K ln K reach that. */
-static float bound_of(const float *score, int64_t R, int64_t K, float *best) {
-    for (int64_t k = 0; k < K; k++) best[k] = -INFINITY;
-    for (int64_t first = 0; first < R; first += K) {
-        int64_t group = R - first < K ? R - first : K;
-#pragma omp simd
-        for (int64_t k = 0; k < group; k++) best[k] = score[first + k] > best[k] ? score[first + k] : best[k];
-    }
-    float bound = INFINITY;
-    for (int64_t k = 0; k < K; k++) bound = best[k] < bound ? best[k] : bound;
-    return bound;
-}
-
-static void top_of_many_for_one(const float *score, int64_t R, int64_t K, float *best, int32_t *reaches, int64_t *id) {
-    float bound = bound_of(score, R, K, best);
-    int64_t count = 0, length = 0;
-    for (int64_t r = 0; r < R; r++) {
-        reaches[count] = r;
-        count += or_lowest(score[r]) >= bound;
-    }
-    for (int64_t i = 0; i < count; i++) {
-        float own = or_lowest(score[reaches[i]]);
-        if (length == K && !(own > best[K - 1])) continue;
-        int64_t place = length < K ? length++ : K - 1;
-        for (; place > 0 && own > best[place - 1]; place--) {
-            best[place] = best[place - 1];
-            id[place] = id[place - 1];
+static void top_of_many_for_one(const float *score, int64_t R, int64_t K, float *best, int64_t *id) {
+    int64_t length = 0;
+    for (int64_t first = 0; first < R; first += BLOCK) {
+        int64_t end = first + BLOCK < R ? first + BLOCK : R;
+        int enters = length < K;
+        float bound = enters ? 0 : best[K - 1];
+#pragma omp simd reduction(| : enters)
+        for (int64_t r = first; r < end; r++) enters |= score[r] > bound;
+        for (int64_t r = first; enters && r < end; r++) {
+            float own = or_lowest(score[r]);
+            if (length == K && !(own > best[K - 1])) continue;
+            int64_t place = length < K ? length++ : K - 1;
+            for (; place > 0 && own > best[place - 1]; place--) {
+                best[place] = best[place - 1];
+                id[place] = id[place - 1];
+            }
+            best[place] = own;
+            id[place] = r;
         }
-        best[place] = own;
-        id[place] = reaches[i];
     }
 }
 
@@ -97,13 +86,11 @@ static int top_of_many(const float *score, int64_t T, int64_t R, int64_t K, int6
 #pragma omp parallel reduction(| : failed) if (T * R > 1 << 15)
     {
         float *best = malloc(K * sizeof(float));
-        int32_t *reaches = malloc(R * sizeof(int32_t));
-        failed = best == NULL || reaches == NULL;
+        failed = best == NULL;
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < T; t++)
-            if (!failed) top_of_many_for_one(score + t * R, R, K, best, reaches, expert + t * K);
+            if (!failed) top_of_many_for_one(score + t * R, R, K, best, expert + t * K);
         free(best);
-        free(reaches);
     }
     return failed;
 }

@@ -117,15 +117,14 @@ class TuckerKeyRouter(GridRouter):
     def _core_scores(self, query: Tensor, found: Selection) -> Tensor:
         """[T, H * K, c] with gradient, from the keys of the selected rows and columns only."""
         keys = self._keys(query.dtype)
-        sides = []
-        for half, place in enumerate((found.row_THK, found.column_THK)):
-            per_rank = [
+        row, column = (
+            [
                 gather_dot(query[:, :, half, rank].flatten(0, 1), keys[half, rank], place.flatten(0, 1))
                 for rank in range(self.ranks)
             ]
-            sides.append(torch.stack(per_rank, dim=-1))
-        # [r, c * s]: one product for all cores; a bilinear form per slot would be as many products
-        core = self.core.to(query.dtype).transpose(0, 1).flatten(1)
-        weighed = (sides[0] @ core).unflatten(-1, (-1, self.ranks))
-        score = (weighed * sides[1][:, :, None]).sum(dim=-1)
-        return score.unflatten(0, (-1, self.num_heads)).flatten(1, 2)
+            for half, place in enumerate((found.row_THK, found.column_THK))
+        )
+        # one product for all cores and slots: a bilinear form of two numbers per slot would be as many small products
+        pair = torch.stack([(one * other).flatten() for one in row for other in column])
+        score = self.core.to(query.dtype).flatten(1) @ pair
+        return score.view(len(self.core), len(query), -1).permute(1, 2, 0)
