@@ -107,7 +107,8 @@ def test_weights_and_every_gradient_are_those_of_a_loop_over_the_chosen(name, to
         wanted = weights_of_chosen(name, router, x_TD[t], [e for _, e in chosen])
         for (slot, e), weight in zip(chosen, wanted, strict=True):
             torch.testing.assert_close(routing.weight_TK[t, slot], weight, **tolerance[torch.float64])
-            ours, expected = ours + upstream_TE[t, e] * routing.weight_TK[t, slot], expected + upstream_TE[t, e] * weight
+            ours = ours + upstream_TE[t, e] * routing.weight_TK[t, slot]
+            expected = expected + upstream_TE[t, e] * weight
     found = torch.autograd.grad(ours, [x_TD, router.weight], retain_graph=True)
     for a, b in zip(found, torch.autograd.grad(expected, [x_TD, router.weight]), strict=True):
         torch.testing.assert_close(a, b, **tolerance[torch.float64])

@@ -59,17 +59,31 @@ static int top_of_few(const float *score, int64_t T, int64_t R, int64_t K, int64
 
 static float or_lowest(float score) { return score == score ? score : -INFINITY; }
 
+/* The K-th best score is at least the least of K groups' best. */
+static float bound_of(const float *score, int64_t R, int64_t K, float *best) {
+    for (int64_t k = 0; k < K; k++) best[k] = -INFINITY;
+    for (int64_t first = 0; first < R; first += K) {
+        int64_t group = R - first < K ? R - first : K;
+#pragma omp simd
+        for (int64_t k = 0; k < group; k++) best[k] = score[first + k] > best[k] ? score[first + k] : best[k];
+    }
+    float bound = INFINITY;
+    for (int64_t k = 0; k < K; k++) bound = best[k] < bound ? best[k] : bound;
+    return bound;
+}
+
 static void top_of_many_for_one(const float *score, int64_t R, int64_t K, float *best, int64_t *id) {
+    float bound = bound_of(score, R, K, best);
     int64_t length = 0;
     for (int64_t first = 0; first < R; first += BLOCK) {
         int64_t end = first + BLOCK < R ? first + BLOCK : R;
-        int enters = length < K;
-        float bound = enters ? 0 : best[K - 1];
+        float last = length < K ? bound : best[K - 1];
+        int enters = 0;
 #pragma omp simd reduction(| : enters)
-        for (int64_t r = first; r < end; r++) enters |= score[r] > bound;
+        for (int64_t r = first; r < end; r++) enters |= !(score[r] < last);
         for (int64_t r = first; enters && r < end; r++) {
             float own = or_lowest(score[r]);
-            if (length == K && !(own > best[K - 1])) continue;
+            if (length < K ? own < bound : !(own > best[K - 1])) continue;
             int64_t place = length < K ? length++ : K - 1;
             for (; place > 0 && own > best[place - 1]; place--) {
                 best[place] = best[place - 1];

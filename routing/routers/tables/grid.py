@@ -3,9 +3,11 @@
 Selection runs over a few tokens at a time and without gradient; the scores of what was selected are then computed anew,
 with gradient, from the selected keys only. Nothing of size T times N, or T times M, is ever held.
 
-Shapes: T tokens, D model width, H heads, K experts per head, M = sqrt(N) rows and columns, A = width of a sub-key.
+Shapes: T tokens, D model width, H heads, K experts per head, M = sqrt(N) rows and columns, A = width of a sub-key, P
+pairs of ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Literal, get_args
@@ -124,31 +126,24 @@ class GridRouter(RouterModule):
     @torch.no_grad()
     def select(self, query: Tensor, k: int, is_valid_T: Tensor | None) -> Selection:
         """The K best pairs of every token and head, a few tokens at a time."""
-        rows, columns, scores, total, entropy = [], [], [], 0.0, 0.0
-        first_P, second_P = torch.tensor(self.pairs(k), device=query.device).T
+        best, sums = [], []
+        rank_2P = torch.tensor(self.pairs(k), device=query.device).T
         for part in slices(len(query), self.num_heads * max(2 * self.num_rows * (1 + self.ranks), k * k)):
-            row_score, column_score, row_part, column_part = self.first_stage(query[part])
-            row, column = _best_places(row_score, k), _best_places(column_score, k)
-            pair_score = self.second_stage(_pick(row_part, row), _pick(column_part, column), first_P, second_P)
-            pair = _best_places(pair_score, k)
-            rows.append(row.gather(-1, first_P[pair]))
-            columns.append(column.gather(-1, second_P[pair]))
-            scores.append(pair_score.gather(-1, pair))
+            row_score, column_score, *parts = self.first_stage(query[part])
+            places = [_best_places(score, k) for score in (row_score, column_score)]
+            best.append(self._best_pairs(parts, places, rank_2P, k))
             valid = slice(None) if is_valid_T is None else is_valid_T[part]
-            sums = [
-                _total_and_entropy(score[valid], place[valid][..., :1])
-                for score, place in ((row_score, row), (column_score, column))
-            ]
-            total = total + torch.cat([share for share, _ in sums])
-            entropy = entropy + sums[0][1] + sums[1][1]
+            sides = zip((row_score, column_score), places, strict=True)
+            sums.append([_total_and_entropy(score[valid], place[valid][..., :1]) for score, place in sides])
+        rows, columns, scores = (torch.cat(found) for found in zip(*best, strict=True))
         num_valid = len(query) if is_valid_T is None else int(is_valid_T.sum())
         share = 1 / max(num_valid * self.num_heads * 2, 1)
         return Selection(
-            row_THK=torch.cat(rows),
-            column_THK=torch.cat(columns),
-            score_THK=torch.cat(scores),
-            probability_R=total * share,
-            entropy=entropy * share,
+            row_THK=rows,
+            column_THK=columns,
+            score_THK=scores,
+            probability_R=torch.stack([torch.cat([total for total, _ in both]) for both in sums]).sum(dim=0) * share,
+            entropy=torch.stack([entropy for both in sums for _, entropy in both]).sum() * share,
         )
 
     def grid_stats(self, query: Tensor, found: Selection, context: RoutingContext) -> MarginalStats:
@@ -173,6 +168,16 @@ class GridRouter(RouterModule):
         """The routing of a selection, heads side by side; an expert that two heads chose stands there twice."""
         expert_TK = (found.row_THK * self.num_rows + found.column_THK).flatten(1)
         return drop_padding(self.routing(expert_TK, weight_TK), context)
+
+    def _best_pairs(
+        self, parts: Sequence[Tensor], places: Sequence[Tensor], rank_2P: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, columns and scores of the K best pairs, from the best rows and columns of some tokens."""
+        picked = (_pick(part, place) for part, place in zip(parts, places, strict=True))
+        score = self.second_stage(*picked, *rank_2P)
+        pair = _best_places(score, k)
+        row, column = (place.gather(-1, ranks[pair]) for place, ranks in zip(places, rank_2P, strict=True))
+        return row, column, score.gather(-1, pair)
 
     def _mean_probability(self, query: Tensor) -> Tensor:
         """With gradient; each run of tokens is computed again in the backward pass instead of being kept."""

@@ -82,7 +82,7 @@ class ProductKeyRouter(GridRouter):
         return row, column, row[:, :, None], column[:, :, None]
 
     def pairs(self, k: int) -> list[tuple[int, int]]:
-        """A pair is beaten by all pairs of better rows and columns, so K of them leave it no place: K ln K pairs stay."""
+        """A pair is beaten by all pairs of better rows and columns, so K of them leave it no place; K ln K stay."""
         return [(row, column) for row in range(k) for column in range(k // (row + 1))]
 
     def second_stage(self, row: Tensor, column: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:

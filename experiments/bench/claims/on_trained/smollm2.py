@@ -135,7 +135,8 @@ def _blends(texts: list[Any]) -> list[Any]:
     pieces = [np.array_split(text, len(text) // BLEND_BYTES) for text in texts]
     turns = [piece for turn in zip(*pieces, strict=False) for piece in turn]
     count = len(texts)
-    return [np.concatenate([turns[i] for i in range(len(turns)) if i // count % count == part]) for part in range(count)]
+    places = np.arange(len(turns)) // count % count
+    return [np.concatenate([turns[place] for place in np.flatnonzero(places == part)]) for part in range(count)]
 
 
 def _row(name: str, model: Any, held: dict[str, _HeldOut], *, stored: float, active: float) -> Row:
