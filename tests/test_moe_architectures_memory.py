@@ -176,9 +176,7 @@ def test_training_a_million_experts_holds_tables_gradients_and_tokens_only(name,
         y_TD, _, _ = layer(x_TD, Carry(), RoutingContext(is_training=True))
         y_TD.sum().backward()
     working = 32 * routing.choice.table_rows.ELEMENTS_AT_ONCE
-    assert training.peak < tables + 64 * T * 8 * 4 + working, (
-        "gradients of tables count where torch makes them"
-    )
+    assert training.peak < tables + 64 * T * 8 * 4 + working, "gradients of tables count where torch makes them"
     assert training.largest <= max(p.numel() * 4 for p in layer.parameters())
 
 
