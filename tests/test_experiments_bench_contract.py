@@ -15,9 +15,10 @@ import pytest
 import torch
 from typer.main import get_command
 
-from experiments.bench import flax, leverage, memory_layers, routers, starting_points, step, training
+from experiments.bench import flax, leverage, routers, starting_points, step, training
 from experiments.bench.claims import bench as claims
 from experiments.bench.duo import bench as duo
+from experiments.bench.layers import memory as memory_layers
 from experiments.bench.low_bits import bench as low_bits
 from experiments.bench.offloading import contestants
 from experiments.bench.serving import bench as serving
@@ -103,6 +104,13 @@ def redden_locality(monkeypatch):
         return resident
 
     monkeypatch.setattr(measures, "load_resident", wrong)
+
+
+def redden_latent_experts(monkeypatch):
+    from moe.experts.latent import LatentExperts
+
+    right = LatentExperts.forward
+    monkeypatch.setattr(LatentExperts, "forward", lambda *given: right(*given) + 1e-6)
 
 
 def redden_memory_layers(monkeypatch):
@@ -298,6 +306,13 @@ BENCHES = {
         words="does not exist; create it first",
         right=("--folder", "{folder}", "--size", "20MB", "--hidden", "128"),
         redden=redden_resident,
+    ),
+    "latent-experts": Bench(
+        command=("bench", "latent-experts"),
+        wrong=("--tokens", "none"),
+        words="--tokens takes whole numbers from 1 on with commas between them; got 'none'",
+        right=("--tokens", "2", "--width", "16"),
+        redden=redden_latent_experts,
     ),
     "memory-layers": Bench(
         command=("bench", "memory-layers"),

@@ -18,6 +18,13 @@ def expert(layer, e, x_TD):
     return (layer.experts.act_fn(gate) * up) @ layer.experts.down_proj[e].T
 
 
+def expect_equal_gradients(ours, theirs, leaves, tolerance):
+    upstream = torch.randn_like(ours)
+    found = torch.autograd.grad((ours * upstream).sum(), leaves)
+    for a, b in zip(found, torch.autograd.grad((theirs * upstream).sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
 def test_dense_mixer_is_sparse_forward_and_dense_for_the_router(tiny_config, tolerance):
     layer, plain = (layer_of(tiny_config, architecture=name) for name in ("dense_mixer", "moe"))
     x_TD, upstream = torch.randn(9, 32).double(), torch.randn(9, 32).double()
@@ -39,7 +46,7 @@ def test_dense_mixer_is_sparse_forward_and_dense_for_the_router(tiny_config, tol
 
 def test_latent_moe_computes_experts_between_two_projections(tiny_config, tolerance):
     layer = layer_of(tiny_config, architecture="latent_moe", architecture_options={"width": 12}, router="qwen3_moe")
-    x_TD = torch.randn(7, 32).double()
+    x_TD = torch.randn(7, 32).double().requires_grad_()
     y_TD, _, _ = layer(x_TD, Carry(), RoutingContext())
     probability_TE = (x_TD @ layer.router.weight.T).softmax(dim=-1)
     best = probability_TE.topk(2)
@@ -51,7 +58,9 @@ def test_latent_moe_computes_experts_between_two_projections(tiny_config, tolera
             for t in range(7)
         ]
     )
-    torch.testing.assert_close(y_TD, expected @ layer.up.weight.T, **tolerance[torch.float64])
+    expected = expected @ layer.up.weight.T
+    torch.testing.assert_close(y_TD, expected, **tolerance[torch.float64])
+    expect_equal_gradients(y_TD, expected, [x_TD, *layer.parameters()], tolerance[torch.float64])
     assert layer.experts.down_proj.shape == (6, 12, 24)
     with pytest.raises(ValueError, match=r"width must lie in 1\.\.32"):
         layer_of(tiny_config, architecture="latent_moe", architecture_options={"width": 33})
@@ -74,10 +83,7 @@ def test_autonomous_experts_are_chosen_by_the_norm_of_their_own_activation(tiny_
     expected = torch.stack(rows)
     torch.testing.assert_close(y_TD, expected, **tolerance[torch.float64])
     weights = [experts.low.weight, experts.high, experts.up_proj, experts.down_proj, x_TD]
-    ours = torch.autograd.grad(y_TD.square().sum(), weights)
-    theirs = torch.autograd.grad(expected.square().sum(), weights)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, **tolerance[torch.float64])
+    expect_equal_gradients(y_TD, expected, weights, tolerance[torch.float64])
 
 
 def test_multi_token_prediction_adds_a_loss_and_changes_no_logit(tiny_config):
@@ -143,13 +149,15 @@ def test_n_gram_tables_read_rows_of_the_last_tokens_and_nothing_else(tiny_config
             assert row == number * 61 + (total ^ (total >> 17)) % 61
     assert torch.equal(row_TN[3, :2], row_TN[6, :2]), "the same two tokens"
     assert not torch.equal(row_TN[3], row_TN[6])
-    x_TD = torch.randn(7, 32).double()
+    x_TD = torch.randn(7, 32).double().requires_grad_()
     plain_TD, _, _ = super(type(layer), layer).forward(x_TD, Carry(), context)
     read = torch.stack([torch.cat([tables.table[row] for row in rows]) for rows in row_TN.tolist()])
     key, token = tables.key_norm(read @ tables.key.weight.T), tables.token_norm(x_TD)
     gate = torch.sigmoid((key * token).sum(dim=1) / 32**0.5)
     expected = plain_TD + gate[:, None] * (read @ tables.value.weight.T)
-    torch.testing.assert_close(layer(x_TD, Carry(), context)[0], expected, **tolerance[torch.float64])
+    found_TD, _, _ = layer(x_TD, Carry(), context)
+    torch.testing.assert_close(found_TD, expected, **tolerance[torch.float64])
+    expect_equal_gradients(found_TD, expected, [x_TD, *layer.parameters()], tolerance[torch.float64])
     with pytest.raises(ValueError, match=r"0\.\.2; got \[3\]"):
         layer_of(tiny_config, architecture="engram", architecture_options={"layers": [3]})
 

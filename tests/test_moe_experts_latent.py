@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+import moe.experts.latent
 import offload
 from moe import MoEForCausalLM
 from moe.experts.latent import LatentExperts
@@ -56,18 +57,27 @@ def test_experts_equal_a_plain_loop_with_the_matrices_multiplied_out(tiny_config
 def test_trap_a_token_is_projected_once_per_group(tiny_config, monkeypatch):
     experts = build_experts(tiny_config, group=3, rank=U)
     projected = []
-    original = torch.nn.functional.linear
-    bases = {basis.data_ptr() for both in (experts.gate_basis, experts.up_basis) for basis in both}
+    original = moe.experts.latent.looped_product
 
-    def counting(x, weight, bias=None):
-        if weight.data_ptr() in bases:
-            projected.append(len(x))
-        return original(x, weight, bias)
+    def counting(rows, right, ends):
+        if len(right) == 2:
+            projected.append((len(rows), ends))
+        return original(rows, right, ends)
 
-    monkeypatch.setattr("moe.experts.latent.linear", counting)
+    monkeypatch.setattr(moe.experts.latent, "looped_product", counting)
     expert_TK = torch.tensor([[0, 1, 2], [0, 3, 4], [5, 4, 3]])
     experts(torch.randn(3, D).double(), expert_TK, torch.ones(3, 3).double())
-    assert projected == [2, 2, 2, 2], "two tokens in each of two groups, gate and up"
+    assert projected == [(4, [2, 4])] * 2, "two tokens in each of two groups, gate and up"
+
+
+def test_one_expert_after_the_other_computes_what_all_together_do(tiny_config):
+    """Without a gradient, as offloaded experts are computed; empty slots are at both ends and in the middle."""
+    experts = build_experts(tiny_config, group=4, rank=U)
+    x_TD, weight_TK = torch.randn(T, D).double(), torch.rand(T, K).double()
+    for expert_TK in (torch.randint(E + 1, (T, K)), torch.full((T, K), E), torch.tensor([[5, E], [E, 0]] * 10)):
+        together = experts(x_TD, expert_TK, weight_TK)
+        with torch.no_grad():
+            torch.testing.assert_close(experts(x_TD, expert_TK, weight_TK), together)
 
 
 def test_trap_down_projection_stays_full(tiny_config):

@@ -39,6 +39,15 @@ def test_many_tokens_are_those_of_topk(num_experts, top_k, spread):
     assert torch.equal(expert_TK, _by_stable_sort(score, top_k))
 
 
+@pytest.mark.parametrize(("num_experts", "top_k"), [(513, 8), (600, 7), (1000, 64)])
+def test_a_bound_on_many_scores_loses_none_of_the_best(num_experts, top_k):
+    """Ties by the hundred, infinities, rows that are nearly or wholly without a number."""
+    score = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (40, num_experts))]
+    score[0], score[1, :-3], score[2], score[3, 1:] = -torch.inf, torch.nan, torch.nan, -torch.inf
+    assert torch.equal(_by_insertion(score, top_k), _by_stable_sort(score, top_k))
+    assert _by_insertion(score[4:], top_k).tolist() == by_the_book(score[4:], top_k)
+
+
 def test_rows_that_are_no_neighbours_in_memory():
     score = torch.randn(64, 300).T
     assert torch.equal(top_experts(score, 5), _by_stable_sort(score, 5))

@@ -54,6 +54,14 @@ def dense(routing):
     return weight_TR.scatter_add(1, routing.expert_TK, routing.weight_TK)[:, :E]
 
 
+def expect_gradients_of(routing, expected, leaves, tolerance):
+    upstream = torch.randn(T, E).double()
+    ours = torch.autograd.grad((dense(routing) * upstream).sum(), leaves, retain_graph=True)
+    theirs = torch.autograd.grad((expected * upstream).sum(), leaves)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
 @pytest.mark.parametrize("admits", ["now", "next"])
 @pytest.mark.parametrize(("swaps", "rank"), [("chosen", K), ("better", 3)])
 def test_resident_routing_and_its_gradients_are_those_of_a_loop(admits, swaps, rank, tolerance):
@@ -65,11 +73,7 @@ def test_resident_routing_and_its_gradients_are_those_of_a_loop(admits, swaps, r
     logit_TE = x_TD @ router.weight.T
     expected = naive(logit_TE, resident_sets(logit_TE.detach(), 3, rank, admits))
     torch.testing.assert_close(dense(routing), expected, **tolerance[torch.float64])
-    upstream = torch.randn(T, E).double()
-    ours = torch.autograd.grad((dense(routing) * upstream).sum(), [x_TD, router.weight], retain_graph=True)
-    theirs = torch.autograd.grad((expected * upstream).sum(), [x_TD, router.weight])
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, **tolerance[torch.float64])
+    expect_gradients_of(routing, expected, [x_TD, router.weight], tolerance[torch.float64])
     assert stats.probability_TR.shape == (T, E)
 
 
@@ -112,15 +116,17 @@ def test_a_cropped_and_a_reordered_cache_take_the_state_along(name, options, tin
         torch.testing.assert_close(step.logits[:, 0], whole[[2, 2, 0], 6])
 
 
-def test_a_documents_pool_holds_its_best_experts_and_no_others_are_chosen():
-    router, x_TD = build("pool", smallest=3, largest=3), torch.randn(T, D).double()
+def test_a_documents_pool_holds_its_best_experts_and_no_others_are_chosen(tolerance):
+    router, x_TD = build("pool", smallest=3, largest=3), torch.randn(T, D).double().requires_grad_()
     routing, _, _ = router(x_TD, Carry(), context_of(is_training=True))
     probability_TE = (x_TD @ router.weight.T).softmax(dim=-1)
     allowed = []
     for start in (0, 10):
         best = probability_TE[start : start + 10].sum(dim=0).topk(3).indices.tolist()
         allowed += [set(best)] * 10
-    torch.testing.assert_close(dense(routing), naive(x_TD @ router.weight.T, allowed))
+    expected = naive(x_TD @ router.weight.T, allowed)
+    torch.testing.assert_close(dense(routing), expected)
+    expect_gradients_of(routing, expected, [x_TD, router.weight], tolerance[torch.float64])
     plain, _, _ = router(x_TD, Carry(), context_of())
     torch.testing.assert_close(dense(plain), naive(x_TD @ router.weight.T, [set(range(E))] * T))
 

@@ -36,8 +36,9 @@ def gate_of(routers, block, ahead):
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 3, 4])
-def test_ids_and_weights_come_from_the_earlier_blocks_input(ahead, tolerance):
-    routers, x_LTD = build(ahead=ahead), torch.randn(L, T, D, dtype=torch.float64)
+def test_ids_weights_and_gradients_come_from_the_earlier_blocks_input(ahead, tolerance):
+    routers, x_LTD = build(ahead=ahead), torch.randn(L, T, D, dtype=torch.float64, requires_grad=True)
+    upstream_LTK, ours, theirs = torch.randn(L, T, K).double(), 0.0, 0.0
     for block, (routing, stats) in enumerate(run(routers, x_LTD)):
         read_at = block if block < ahead else block - ahead
         logit_TE = x_LTD[read_at] @ gate_of(routers, block, ahead).weight.T
@@ -45,6 +46,12 @@ def test_ids_and_weights_come_from_the_earlier_blocks_input(ahead, tolerance):
         assert torch.equal(routing.expert_TK, top.indices)
         torch.testing.assert_close(routing.weight_TK, top.values.softmax(dim=1), **tolerance[torch.float64])
         torch.testing.assert_close(stats.logit_TR, logit_TE, **tolerance[torch.float64])
+        ours = ours + (routing.weight_TK * upstream_LTK[block]).sum()
+        theirs = theirs + (top.values.softmax(dim=1) * upstream_LTK[block]).sum()
+    leaves = [x_LTD, *(gate_of(routers, block, ahead).weight for block in range(L))]
+    found = torch.autograd.grad(ours, leaves, retain_graph=True)
+    for a, b in zip(found, torch.autograd.grad(theirs, leaves), strict=True):
+        torch.testing.assert_close(a, b, **tolerance[torch.float64])
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 3])

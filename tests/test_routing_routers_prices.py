@@ -81,6 +81,39 @@ def test_thresholds_reach_k_experts_per_token_and_choice_does_not_see_the_batch(
         build("threshold", kept_share=1.0)
 
 
+def weights_of_chosen(name, router, x, ids):
+    """One token's weights, number by number from the formulas of its router."""
+    logits = [sum(w * value for w, value in zip(router.weight[e], x, strict=True)) for e in range(E)]
+    exponentials = [logit.exp() for logit in logits]
+    if name == "bip":
+        return [exponentials[e] / sum(exponentials) for e in ids]
+    if name == "deepseek_v4":
+        scores = [(1 + exponentials[e]).log().sqrt() for e in ids]
+        return [1.5 * score / sum(scores) for score in scores]
+    return [1 / (1 + (-logits[e]).exp()) for e in ids]
+
+
+@pytest.mark.parametrize("name", ["bip", "quantile", "threshold", "deepseek_v4"])
+def test_weights_and_every_gradient_are_those_of_a_loop_over_the_chosen(name, tolerance):
+    """Prices, thresholds and tables choose; no gradient passes through them."""
+    router = build(name, num_layers=2)[0].double()
+    x_TD = torch.randn(12, D).double().requires_grad_()
+    context = RoutingContext(is_training=True, token_id_T=torch.arange(12) * 5)
+    routing, _, _ = router(x_TD, Carry(), context)
+    upstream_TE = torch.randn(12, E).double()
+    ours = expected = 0.0
+    for t, ids in enumerate(routing.expert_TK.tolist()):
+        chosen = [(slot, e) for slot, e in enumerate(ids) if e < E]
+        wanted = weights_of_chosen(name, router, x_TD[t], [e for _, e in chosen])
+        for (slot, e), weight in zip(chosen, wanted, strict=True):
+            torch.testing.assert_close(routing.weight_TK[t, slot], weight, **tolerance[torch.float64])
+            ours = ours + upstream_TE[t, e] * routing.weight_TK[t, slot]
+            expected = expected + upstream_TE[t, e] * weight
+    found = torch.autograd.grad(ours, [x_TD, router.weight], retain_graph=True)
+    for a, b in zip(found, torch.autograd.grad(expected, [x_TD, router.weight]), strict=True):
+        torch.testing.assert_close(a, b, **tolerance[torch.float64])
+
+
 def test_the_first_thresholds_are_the_quantiles_of_the_first_batch():
     (router,) = build("threshold")
     x_TD = torch.randn(30, D)

@@ -8,7 +8,6 @@ Shapes: T tokens, K slots, N = T * K rows, E experts, D model width, F expert wi
 """
 
 import importlib.util
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,11 @@ from torch.nn.functional import grouped_mm
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from routing import has_known_values, is_transformed
+from routing import is_transformed
 
 from .blockwise import blockwise_experts
 from .looped_product import looped_product
+from .sorted_rows import Groups, combine, groups_of, product_dtype
 
 # routed rows up to which, without gradient, a loop in Python costs less than looking at every expert; two cores of an
 # Intel processor, record 2026-11-21_kernels-cpu
@@ -74,11 +74,11 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
     T, K = expert_TK.shape
     E = experts.num_experts
     expert_N, order_N = expert_TK.flatten().sort(stable=True)
-    groups = _groups(expert_N, E)
+    groups = groups_of(expert_N, E)
     is_blockwise = groups.ends is not None and T * K >= BLOCKWISE_ROWS * E and _is_swiglu(experts)
     if is_blockwise and not is_transformed(x_TD, weight_TK, experts.gate_up_proj, experts.down_proj):
         rights = (_right(experts, "gate_up_proj"), _right(experts, "down_proj"))
-        return blockwise_experts(x_TD, weight_TK, *rights, order_N, groups.ends, _product_dtype(experts.down_proj))
+        return blockwise_experts(x_TD, weight_TK, *rights, order_N, groups.ends, product_dtype(experts.down_proj))
     expert_N = expert_N.clamp(max=E - 1) if experts.has_bias else expert_N
 
     x_ND = _rows(x_TD, order_N // K)
@@ -91,34 +91,7 @@ def grouped_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_
         y_ND = experts.post_expert_norm(y_ND)
     if not groups.has_all_rows:
         weight_TK = torch.where(expert_TK < E, weight_TK, 0.0)
-    y_TKD = torch.empty_like(y_ND).index_copy_(0, order_N, y_ND).view(T, K, -1)
-    wide = torch.promote_types(y_TKD.dtype, weight_TK.dtype)
-    return torch.bmm(weight_TK[:, None].to(wide), y_TKD.to(wide))[:, 0].to(x_TD.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class _Groups:
-    """Where each expert's rows end: on the device, and as numbers where that costs no waiting (None elsewhere)."""
-
-    end_E: Tensor
-    ends: list[int] | None
-    num_rows: int
-
-    @property
-    def has_all_rows(self) -> bool:
-        """Whether every row is known to belong to an expert."""
-        return self.ends is not None and self.ends[-1] == self.num_rows
-
-
-def _groups(expert_N: Tensor, num_experts: int) -> _Groups:
-    """The ends of runs of equal ids among sorted ones; a search costs less than counting, and no waiting on a GPU."""
-    wanted_E = torch.arange(num_experts, device=expert_N.device)
-    end_E = torch.searchsorted(expert_N, wanted_E, right=True, out_int32=True)
-    if not has_known_values(expert_N):
-        return _Groups(end_E, None, len(expert_N))
-    if len(expert_N) and (first := expert_N[0].item()) < 0:
-        raise ValueError(f"expert ids must not be negative; got {first}; pass {num_experts} for an empty slot")
-    return _Groups(end_E, end_E.tolist(), len(expert_N))
+    return combine(y_ND, order_N, weight_TK, x_TD.dtype)
 
 
 def _is_swiglu(experts: nn.Module) -> bool:
@@ -135,27 +108,22 @@ def _right(experts: nn.Module, name: str) -> Tensor:
     return weight if experts.is_transposed else weight.transpose(-2, -1)
 
 
-def _product_dtype(weight: Tensor) -> torch.dtype:
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
 def _rows(x_TD: Tensor, token_N: Tensor) -> Tensor:
     """Gather rows; `index_select` is faster, but on a GPU its gradient adds in no fixed order."""
     return x_TD[token_N] if x_TD.is_cuda else x_TD.index_select(0, token_N)
 
 
-def _project(x_ND: Tensor, experts: nn.Module, name: str, groups: _Groups, expert_N: Tensor) -> Tensor:
+def _project(x_ND: Tensor, experts: nn.Module, name: str, groups: Groups, expert_N: Tensor) -> Tensor:
     """Multiply each row by its own expert's matrix of that name; rows of no expert become zero, or some bias."""
     right = _right(experts, name)
-    dtype = _product_dtype(right)
+    dtype = product_dtype(right)
     y_ND = _product(x_ND.to(dtype), right.to(dtype), groups)
     if experts.has_bias:
         y_ND = y_ND + getattr(experts, f"{name}_bias")[expert_N].to(dtype)
     return y_ND
 
 
-def _product(x_ND: Tensor, right_EDF: Tensor, groups: _Groups) -> Tensor:
+def _product(x_ND: Tensor, right_EDF: Tensor, groups: Groups) -> Tensor:
     """The faster of two ways: a loop over the experts in use, or `grouped_mm`, which looks at all of them."""
     # compiled, exported or batched: the loop as one operator
     is_opaque = not x_ND.is_cuda and groups.ends is None

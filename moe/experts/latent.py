@@ -1,18 +1,20 @@
 """Latent experts: the experts of a group read two small projections of the token instead of the token itself.
 
-Shapes: T tokens, K slots, E experts, D model width, F expert width.
+Shapes: T tokens, K slots, N rows sorted by expert, G groups of experts that share a basis, R rank, E experts, D
+model width, F expert width.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from ..parts.config import MoEConfig
+from .looped_product import looped_product
+from .sorted_rows import combine, groups_of, product_dtype, spans
 
 
 class OwnLoop:
@@ -77,19 +79,46 @@ class LatentExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """[T, D]: the weighted sum over each token's experts; ids >= E contribute nothing."""
-        y_TD = torch.zeros_like(x_TD)
-        used = [expert for expert in expert_TK.unique().tolist() if expert < self.num_experts]
-        for group in sorted({expert // self.group for expert in used}):
-            is_here_T = ((expert_TK // self.group == group) & (expert_TK < self.num_experts)).any(dim=-1)
-            token_of_row = is_here_T.nonzero()[:, 0]
-            row_of_token = is_here_T.cumsum(0) - 1
-            latents = [linear(x_TD[token_of_row], basis[group]) for basis in (self.gate_basis, self.up_basis)]
-            for expert in (expert for expert in used if expert // self.group == group):
-                token_id, slot = torch.where(expert_TK == expert)
-                y = self._expert(expert, *(latent[row_of_token[token_id]] for latent in latents))
-                y_TD.index_add_(0, token_id, (y * weight_TK[token_id, slot, None]).to(y_TD.dtype))
-        return y_TD
+        dtype = product_dtype(self.gate_basis)
+        expert_N, order_N = expert_TK.flatten().sort(stable=True)
+        ends = groups_of(expert_N, self.num_experts).end_E.tolist()
+        latents = self._latents(x_TD.to(dtype), expert_N[: ends[-1]], order_N[: ends[-1]] // expert_TK.shape[1])
+        # offloaded weights are no tensors: they come one expert at a time, and pass no gradient
+        is_differentiable = torch.is_grad_enabled() and isinstance(self.gate_up_proj, Tensor)
+        y_ND = (self._together if is_differentiable else self._in_turn)(*latents, ends)
+        if num_empty := len(order_N) - ends[-1]:
+            y_ND = pad(y_ND, (0, 0, 0, num_empty))
+            weight_TK = torch.where(expert_TK < self.num_experts, weight_TK, 0.0)
+        return combine(y_ND, order_N, weight_TK, x_TD.dtype)
 
-    def _expert(self, expert: Any, gate_latent: Tensor, up_latent: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj[expert].chunk(2)
-        return linear(self.act_fn(linear(gate_latent, gate)) * linear(up_latent, up), self.down_proj[expert])
+    def _latents(self, x_TD: Tensor, expert_N: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
+        """What the gate and the up projection of each row read, [N, rank] each; a token is projected once per group."""
+        T, num_groups = len(x_TD), len(self.gate_basis)
+        group_N = expert_N // self.group
+        visits_GT = torch.zeros(num_groups, T, dtype=torch.bool, device=x_TD.device)
+        visits_GT[group_N, token_N] = True
+        place_GT = visits_GT.flatten().cumsum(0).view(num_groups, T)
+        place_N, ends = place_GT[group_N, token_N] - 1, visits_GT.sum(dim=1).cumsum(0).tolist()
+        visitors = x_TD.index_select(0, visits_GT.nonzero()[:, 1])
+        gate, up = (
+            looped_product(visitors, basis.to(x_TD.dtype).transpose(1, 2), ends)
+            for basis in (self.gate_basis, self.up_basis)
+        )
+        return gate.index_select(0, place_N), up.index_select(0, place_N)
+
+    def _together(self, gate_NR: Tensor, up_NR: Tensor, ends: list[int]) -> Tensor:
+        """[N, D]: all rows through one projection after the other."""
+        dtype = gate_NR.dtype
+        gate_EFR, up_EFR = self.gate_up_proj.to(dtype).unflatten(1, (2, -1)).unbind(1)
+        hidden_NF = self.act_fn(looped_product(gate_NR, gate_EFR.transpose(1, 2), ends))
+        hidden_NF = hidden_NF * looped_product(up_NR, up_EFR.transpose(1, 2), ends)
+        return looped_product(hidden_NF, self.down_proj.to(dtype).transpose(1, 2), ends)
+
+    def _in_turn(self, gate_NR: Tensor, up_NR: Tensor, ends: list[int]) -> Tensor:
+        """[N, D]: one expert after the other, so that one expert's weights are needed at a time."""
+        y_ND = gate_NR.new_empty(len(gate_NR), self.gate_basis.shape[2])
+        for expert, rows in spans(ends):
+            gate_FR, up_FR = self.gate_up_proj[expert].to(gate_NR.dtype).chunk(2)
+            hidden_nF = self.act_fn(linear(gate_NR[rows], gate_FR)).mul_(linear(up_NR[rows], up_FR))
+            torch.mm(hidden_nF, self.down_proj[expert].to(gate_NR.dtype).T, out=y_ND[rows])
+        return y_ND

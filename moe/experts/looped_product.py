@@ -6,13 +6,15 @@ zeros in the rows after the last group, and no work for groups without rows.
 Shapes: N rows sorted by group, E groups, I inputs, O outputs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from routing import is_transformed
+
+from .sorted_rows import spans
 
 
 def looped_product(x_NI: Tensor, right_EIO: Tensor, ends: Sequence[int] | Tensor) -> Tensor:
@@ -61,18 +63,9 @@ class _LoopedProduct(torch.autograd.Function):
         return grad_x_NI, grad_right_EIO, None
 
 
-def _groups(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """The groups that have rows, and their rows."""
-    start = 0
-    for group, end in enumerate(ends):
-        if end > start:
-            yield group, slice(start, end)
-        start = end
-
-
 def _multiply(x_NI: Tensor, right_EIO: Tensor, ends: Sequence[int]) -> Tensor:
     y_NO = x_NI.new_empty(x_NI.shape[0], right_EIO.shape[2])
-    for group, rows in _groups(ends):
+    for group, rows in spans(ends):
         torch.mm(x_NI[rows], right_EIO[group], out=y_NO[rows])
     y_NO[ends[-1] :].zero_()
     return y_NO
@@ -81,7 +74,7 @@ def _multiply(x_NI: Tensor, right_EIO: Tensor, ends: Sequence[int]) -> Tensor:
 def _multiply_back(x_NI: Tensor, grad_NO: Tensor, right_EIO: Tensor, ends: Sequence[int]) -> Tensor:
     grad_EIO = torch.empty_like(right_EIO)
     first_idle = 0
-    for group, rows in _groups(ends):
+    for group, rows in spans(ends):
         grad_EIO[first_idle:group].zero_()
         # checkpoints mostly store [E, O, I], whose gradient this writes without a copy
         torch.mm(grad_NO[rows].T, x_NI[rows], out=grad_EIO[group].T)

@@ -35,6 +35,8 @@ void expertier_scatter_rows(const float *weight, const float *x, const int64_t *
     for (int64_t part = 0; part < parts; part++)
         for (int64_t t = 0; t < T; t++)
             for (int64_t k = 0; k < K; k++) {
+                int64_t next = t * K + k + AHEAD;
+                if (next < T * K && row[next] % parts == part) ask_for(grad + row[next] * D);
                 if (row[t * K + k] % parts != part) continue;
                 float share = weight[t * K + k];
                 const float *token = x + t * D;

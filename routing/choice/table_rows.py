@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -122,13 +123,15 @@ def _sum(weight_TK: Tensor, table_ND: Tensor, row_TK: Tensor) -> Tensor:
 
 
 def _scatter(weight_TK: Tensor, x_TD: Tensor, table_ND: Tensor, row_TK: Tensor) -> Tensor:
-    grad_ND = torch.zeros_like(table_ND, memory_format=torch.contiguous_format)
-    kernels, (T, K) = _kernels_for(row_TK, grad_ND, weight_TK, x_TD), row_TK.shape
+    kernels, (T, K) = _kernels_for(row_TK, table_ND, weight_TK, x_TD), row_TK.shape
     if kernels is not None:
+        # numpy asks the system for pages of zeros, and large ones; torch would write every page once more
+        grad_ND = torch.from_numpy(np.zeros(table_ND.shape, np.float32))
         weight_TK, x_TD, row_TK = weight_TK.contiguous(), x_TD.contiguous(), row_TK.contiguous()
         addresses = (weight_TK.data_ptr(), x_TD.data_ptr(), row_TK.data_ptr())
         kernels.expertier_scatter_rows(*addresses, T, K, x_TD.shape[1], torch.get_num_threads(), grad_ND.data_ptr())
         return grad_ND
+    grad_ND = torch.zeros_like(table_ND, memory_format=torch.contiguous_format)
     for part in slices(len(row_TK), row_TK.shape[1] * table_ND.shape[1]):
         share = weight_TK[part, :, None] * x_TD[part, None]
         grad_ND.index_add_(0, row_TK[part].flatten(), share.flatten(0, 1))

@@ -1,10 +1,14 @@
-/* The best experts of each token: LANES tokens side by side, whose lists are kept sorted while their scores pass by. */
+/* The best experts of each token. Few scores: LANES tokens side by side, whose lists are kept sorted while their scores
+   pass by. Many: one token at a time, whose scores are first compared a block at a time with the last of its list. */
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 
 enum { LANES = 16 };
+
+/* Products R K from which one token at a time pays, scores per place of the list from which most blocks are left out. */
+enum { FEWEST_STEPS = 4096, SCORES_PER_PLACE = 8, BLOCK = 32 };
 
 typedef float scores __attribute__((vector_size(4 * LANES)));
 typedef int32_t ids __attribute__((vector_size(4 * LANES)));
@@ -27,9 +31,7 @@ static void insert(scores score, int32_t expert, int64_t length, int is_growing,
     best_id[0] = choose_id(beats, id, best_id[0]);
 }
 
-/* The K highest of R scores of each of T tokens, best first; equal scores by id, lowest first; NaN counts as the lowest,
-   because nothing compares with it and the lists would lose their order. 0, or 1 without memory. */
-int expertier_top_experts(const float *score, int64_t T, int64_t R, int64_t K, int64_t *expert) {
+static int top_of_few(const float *score, int64_t T, int64_t R, int64_t K, int64_t *expert) {
     int failed = 0;
 #pragma omp parallel reduction(| : failed) if (T > 8 * LANES)
     {
@@ -53,4 +55,63 @@ int expertier_top_experts(const float *score, int64_t T, int64_t R, int64_t K, i
         free(column);
     }
     return failed;
+}
+
+static float or_lowest(float score) { return score == score ? score : -INFINITY; }
+
+/* The K-th best score is at least the least of K groups' best. */
+static float bound_of(const float *score, int64_t R, int64_t K, float *best) {
+    for (int64_t k = 0; k < K; k++) best[k] = -INFINITY;
+    for (int64_t first = 0; first < R; first += K) {
+        int64_t group = R - first < K ? R - first : K;
+#pragma omp simd
+        for (int64_t k = 0; k < group; k++) best[k] = score[first + k] > best[k] ? score[first + k] : best[k];
+    }
+    float bound = INFINITY;
+    for (int64_t k = 0; k < K; k++) bound = best[k] < bound ? best[k] : bound;
+    return bound;
+}
+
+static void top_of_many_for_one(const float *score, int64_t R, int64_t K, float *best, int64_t *id) {
+    float bound = bound_of(score, R, K, best);
+    int64_t length = 0;
+    for (int64_t first = 0; first < R; first += BLOCK) {
+        int64_t end = first + BLOCK < R ? first + BLOCK : R;
+        float last = length < K ? bound : best[K - 1];
+        int enters = 0;
+#pragma omp simd reduction(| : enters)
+        for (int64_t r = first; r < end; r++) enters |= !(score[r] < last);
+        for (int64_t r = first; enters && r < end; r++) {
+            float own = or_lowest(score[r]);
+            if (length < K ? own < bound : !(own > best[K - 1])) continue;
+            int64_t place = length < K ? length++ : K - 1;
+            for (; place > 0 && own > best[place - 1]; place--) {
+                best[place] = best[place - 1];
+                id[place] = id[place - 1];
+            }
+            best[place] = own;
+            id[place] = r;
+        }
+    }
+}
+
+static int top_of_many(const float *score, int64_t T, int64_t R, int64_t K, int64_t *expert) {
+    int failed = 0;
+#pragma omp parallel reduction(| : failed) if (T * R > 1 << 15)
+    {
+        float *best = malloc(K * sizeof(float));
+        failed = best == NULL;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < T; t++)
+            if (!failed) top_of_many_for_one(score + t * R, R, K, best, expert + t * K);
+        free(best);
+    }
+    return failed;
+}
+
+/* The K highest of R scores of each of T tokens, best first; equal scores by id, lowest first; NaN counts as the lowest,
+   because nothing compares with it and the lists would lose their order. 0, or 1 without memory. */
+int expertier_top_experts(const float *score, int64_t T, int64_t R, int64_t K, int64_t *expert) {
+    int is_many = R * K >= FEWEST_STEPS && R >= SCORES_PER_PLACE * K;
+    return (is_many ? top_of_many : top_of_few)(score, T, R, K, expert);
 }

@@ -16,6 +16,8 @@ from .on_trained.pruned_by_prompt import IMPORTANT, NO_TRANSPORT, ONE_LEARNED, R
 from .on_trained.rewired import AS_TRAINED, SELECTIONS, rewired_rows
 from .on_trained.shapes import APART, CHOSEN, EVENLY, ONE_ADAPTER, THE_MODEL, TUNED, UNBALANCED, shape_rows
 from .on_trained.shards import LORA, WIDE_LORA, WITHOUT, shard_rows
+from .on_trained.smollm2 import BY_BLENDS, BY_DOMAIN, WHOLE, smollm2_rows
+from .on_trained.smollm2 import TUNED as WHOLE_TUNED
 
 NO_LOSS = 0.02
 """Bits per byte that count as none: about one percent of what these models reach. Stated before any run."""
@@ -137,6 +139,17 @@ CLAIMS: dict[str, Claim] = {
             Expected(variant="cut by domain", against="dense, half width", measure="bits_mean"),
             Expected(variant="cut by domain", against="cut by blends", measure="bits_mean"),
             Expected(variant="cut by domain", against="dense, all channels", measure="bits_mean", by=-NO_LOSS),
+        ),
+    ),
+    "read-me-smollm2": Claim(
+        question="Do experts cut from SmolLM2-135M by domain, half of it per token, equal it after little tuning?",
+        source="Cai et al. 2024 (Read-ME), arXiv:2410.19123",
+        run=smollm2_rows,
+        steps=20,
+        expected=(
+            Expected(variant=BY_DOMAIN, against=BY_BLENDS, measure="bits_mean"),
+            Expected(variant=BY_DOMAIN, against=WHOLE, measure="bits_mean", by=-NO_LOSS),
+            Expected(variant=BY_DOMAIN, against=WHOLE_TUNED, measure="bits_mean", by=-NO_LOSS),
         ),
     ),
     "rewiring": Claim(

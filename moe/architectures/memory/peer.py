@@ -75,7 +75,7 @@ class PeerLayer(RoutedLayer):
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry, list[MarginalStats]]:
         routing, carry, stats = self.router(x_TD, carry, context)
         with torch.autocast(x_TD.device.type, enabled=False):
-            row_TK, weight_TK = table_rows(routing)
+            row_TK, weight_TK = table_rows(routing, context)
             neuron_TK = self.act_fn(gather_dot(x_TD.to(self.experts.down.dtype), self.experts.down, row_TK))
             y_TD = gather_sum(neuron_TK * weight_TK.to(neuron_TK.dtype), self.experts.up, row_TK).to(x_TD.dtype)
         return y_TD if self.shared is None else y_TD + self.shared(x_TD), carry, [stats]
@@ -85,10 +85,11 @@ class PeerLayer(RoutedLayer):
         return LayerFlops(experts=passes * per_token, shared=passes * projection_flops(self.shared))
 
 
-def table_rows(routing: Routing) -> tuple[Tensor, Tensor]:
-    """Rows and weights of a routing; empty slots read row 0 with weight 0."""
-    is_empty_TK = routing.expert_TK == routing.empty_id
-    return routing.expert_TK.masked_fill(is_empty_TK, 0), routing.weight_TK
+def table_rows(routing: Routing, context: RoutingContext) -> tuple[Tensor, Tensor]:
+    """Rows and weights of a routing; the empty slots of padding read row 0 with weight 0."""
+    if context.is_valid_T is None:
+        return routing.expert_TK, routing.weight_TK
+    return routing.expert_TK.masked_fill(~context.is_valid_T[:, None], 0), routing.weight_TK
 
 
 def shared_feed_forward(config: MoEConfig) -> FeedForward | None:

@@ -97,11 +97,14 @@ class Shuffle(nn.Module):
 
     def forward(self, place: Tensor) -> Tensor:
         num_rows = self.move.shape[-1]
-        row, column = place // num_rows, place % num_rows
-        for by_column, by_row in self.move:
-            row = (row + by_column[column]) % num_rows
-            column = (column + by_row[row]) % num_rows
-        return row * num_rows + column
+        # sums stay below one period more in each round; a table of so many is cheaper than remainders of integers
+        period = self.move.repeat(1, 1, SHUFFLE_ROUNDS + 1)
+        row = place.flatten() // num_rows
+        column = place.flatten() - row * num_rows
+        for by_column, by_row in period:
+            row = row + by_column.index_select(0, column)
+            column = column + by_row.index_select(0, row)
+        return (row % num_rows * num_rows + column % num_rows).view(place.shape)
 
 
 class UltraMemLayer(RoutedLayer):
@@ -136,9 +139,9 @@ class UltraMemLayer(RoutedLayer):
     def forward(self, x_TD: Tensor, carry: Carry, context: RoutingContext) -> tuple[Tensor, Carry, list[MarginalStats]]:
         routing, carry, stats = self.router(x_TD, carry, context)
         core_weight = carry.get(self.router.CORE_WEIGHT)
-        place_TK, _ = table_rows(routing)
-        # padding keeps its scores in the carry
-        core_weight = core_weight.masked_fill((routing.expert_TK == routing.empty_id)[..., None], 0.0)
+        place_TK, _ = table_rows(routing, context)
+        if context.is_valid_T is not None:  # padding keeps its scores in the carry
+            core_weight = core_weight.masked_fill(~context.is_valid_T[:, None, None], 0.0)
         y_TD = self.out_proj(self._read(self.pre_proj(x_TD), self.value_rows(place_TK), core_weight).to(x_TD.dtype))
         return y_TD if self.shared is None else y_TD + self.shared(x_TD), carry.drop(self.router.CORE_WEIGHT), [stats]
 

@@ -76,7 +76,7 @@ class FactualMemory(nn.Module):
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         routing, _, _ = self.keys(x_TD, Carry(), replace(context, logit_bias_LR=None, top_k=None))
         with torch.autocast(x_TD.device.type, enabled=False):
-            row_TK, weight_TK = table_rows(routing)
+            row_TK, weight_TK = table_rows(routing, context)
             return gather_sum(weight_TK.to(self.values.dtype), self.values, row_TK).to(x_TD.dtype)
 
     def flops(self) -> float:

@@ -3,9 +3,11 @@
 Selection runs over a few tokens at a time and without gradient; the scores of what was selected are then computed anew,
 with gradient, from the selected keys only. Nothing of size T times N, or T times M, is ever held.
 
-Shapes: T tokens, D model width, H heads, K experts per head, M = sqrt(N) rows and columns, A = width of a sub-key.
+Shapes: T tokens, D model width, H heads, K experts per head, M = sqrt(N) rows and columns, A = width of a sub-key, P
+pairs of ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Literal, get_args
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...choice.table_rows import slices
+from ...choice.top_k import top_experts
 from ...contract.assignment import Routing
 from ...contract.context import RoutingContext
 from ...contract.module import RouterModule, drop_padding
@@ -46,8 +49,8 @@ class Selection:
 class GridRouter(RouterModule):
     """What routers over a square grid of experts share: sizes, chunked selection, statistics of rows and columns.
 
-    A subclass says what the scores of rows and columns are (`first_stage`) and how they make the score of a pair
-    (`second_stage`).
+    A subclass says what the scores of rows and columns are (`first_stage`), which pairs of the best ones can be among
+    the best places (`pairs`), and what a pair's score is (`second_stage`).
 
     Args:
         sizes: D, N as the number of experts, K per head.
@@ -107,30 +110,40 @@ class GridRouter(RouterModule):
         """Of some tokens: scores of rows and columns [t, H, M], and what the second stage needs, [t, H, ranks, M]."""
         raise NotImplementedError
 
-    def second_stage(self, row: Tensor, column: Tensor) -> Tensor:
-        """Scores [t, H, K, K] of the pairs of K rows and K columns, from their first-stage parts [t, H, ranks, K]."""
+    def pairs(self, k: int) -> list[tuple[int, int]]:
+        """Ranks of the row and of the column, best first from 0, of each pair that the second stage scores."""
+        return [(row, column) for row in range(k) for column in range(k)]
+
+    def second_stage(self, row: Tensor, column: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
+        """Scores [t, H, P] of the pairs, from the first-stage parts [t, H, ranks, K] of the K best rows and columns.
+
+        Args:
+            row, column: those parts, best first.
+            first_P, second_P: `pairs(K)`: ranks of rows, and of columns.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
     def select(self, query: Tensor, k: int, is_valid_T: Tensor | None) -> Selection:
         """The K best pairs of every token and head, a few tokens at a time."""
-        rows, columns, scores, total, entropy = [], [], [], 0.0, 0.0
+        best, sums = [], []
+        rank_2P = torch.tensor(self.pairs(k), device=query.device).T
         for part in slices(len(query), self.num_heads * max(2 * self.num_rows * (1 + self.ranks), k * k)):
-            row_score, column_score, *best = self._select_some(query[part], k)
-            for kept, found in zip((rows, columns, scores), best, strict=True):
-                kept.append(found)
+            row_score, column_score, *parts = self.first_stage(query[part])
+            places = [_best_places(score, k) for score in (row_score, column_score)]
+            best.append(self._best_pairs(parts, places, rank_2P, k))
             valid = slice(None) if is_valid_T is None else is_valid_T[part]
-            sums = [_total_and_entropy(score[valid]) for score in (row_score, column_score)]
-            total = total + torch.cat([share for share, _ in sums])
-            entropy = entropy + sums[0][1] + sums[1][1]
+            sides = zip((row_score, column_score), places, strict=True)
+            sums.append([_total_and_entropy(score[valid], place[valid][..., :1]) for score, place in sides])
+        rows, columns, scores = (torch.cat(found) for found in zip(*best, strict=True))
         num_valid = len(query) if is_valid_T is None else int(is_valid_T.sum())
         share = 1 / max(num_valid * self.num_heads * 2, 1)
         return Selection(
-            row_THK=torch.cat(rows),
-            column_THK=torch.cat(columns),
-            score_THK=torch.cat(scores),
-            probability_R=total * share,
-            entropy=entropy * share,
+            row_THK=rows,
+            column_THK=columns,
+            score_THK=scores,
+            probability_R=torch.stack([torch.cat([total for total, _ in both]) for both in sums]).sum(dim=0) * share,
+            entropy=torch.stack([entropy for both in sums for _, entropy in both]).sum() * share,
         )
 
     def grid_stats(self, query: Tensor, found: Selection, context: RoutingContext) -> MarginalStats:
@@ -156,13 +169,15 @@ class GridRouter(RouterModule):
         expert_TK = (found.row_THK * self.num_rows + found.column_THK).flatten(1)
         return drop_padding(self.routing(expert_TK, weight_TK), context)
 
-    def _select_some(self, query: Tensor, k: int) -> tuple[Tensor, ...]:
-        """First-stage scores of rows and columns; rows, columns and scores of the K best pairs."""
-        row_score, column_score, row_part, column_part = self.first_stage(query)
-        row, column = (score.topk(k, dim=-1).indices for score in (row_score, column_score))
-        grid = self.second_stage(_pick(row_part, row), _pick(column_part, column))
-        score, place = grid.flatten(-2).topk(k, dim=-1)
-        return row_score, column_score, row.gather(-1, place // k), column.gather(-1, place % k), score
+    def _best_pairs(
+        self, parts: Sequence[Tensor], places: Sequence[Tensor], rank_2P: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, columns and scores of the K best pairs, from the best rows and columns of some tokens."""
+        picked = (_pick(part, place) for part, place in zip(parts, places, strict=True))
+        score = self.second_stage(*picked, *rank_2P)
+        pair = _best_places(score, k)
+        row, column = (place.gather(-1, ranks[pair]) for place, ranks in zip(places, rank_2P, strict=True))
+        return row, column, score.gather(-1, pair)
 
     def _mean_probability(self, query: Tensor) -> Tensor:
         """With gradient; each run of tokens is computed again in the backward pass instead of being kept."""
@@ -176,11 +191,21 @@ class GridRouter(RouterModule):
         return torch.stack(sums).sum(dim=0) / max(len(query) * self.num_heads * 2, 1)
 
 
-def _total_and_entropy(score: Tensor) -> tuple[Tensor, Tensor]:
-    """Of scores [t, H, M]: the summed distributions [M], and their summed entropies, with one exponential per score."""
+def _best_places(score: Tensor, k: int) -> Tensor:
+    """The places [t, H, K] of the K highest of scores [t, H, M], best first."""
+    return top_experts(score.flatten(0, 1), k).unflatten(0, score.shape[:2])
+
+
+def _total_and_entropy(score: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """Of scores [t, H, M]: the summed distributions [M], and their summed entropies, with one exponential per score.
+
+    Args:
+        score: of rows or columns.
+        best: the place [t, H, 1] of each highest score.
+    """
     share = score.softmax(dim=-1)
-    logsumexp = score.amax(dim=-1) - share.amax(dim=-1).log()
-    return share.sum(dim=(0, 1)), (logsumexp - torch.linalg.vecdot(share, score)).sum()
+    logsumexp = score.gather(-1, best) - share.gather(-1, best).log()
+    return share.sum(dim=(0, 1)), logsumexp.sum() - torch.dot(share.flatten(), score.flatten())
 
 
 def _pick(part: Tensor, place: Tensor) -> Tensor:

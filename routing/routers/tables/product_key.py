@@ -81,8 +81,12 @@ class ProductKeyRouter(GridRouter):
         row, column = (query[:, :, half] @ self.keys[half].T.to(query.dtype) for half in (0, 1))
         return row, column, row[:, :, None], column[:, :, None]
 
-    def second_stage(self, row: Tensor, column: Tensor) -> Tensor:
-        return row[:, :, 0, :, None] + column[:, :, 0, None, :]
+    def pairs(self, k: int) -> list[tuple[int, int]]:
+        """A pair is beaten by all pairs of better rows and columns, so K of them leave it no place; K ln K stay."""
+        return [(row, column) for row in range(k) for column in range(k // (row + 1))]
+
+    def second_stage(self, row: Tensor, column: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
+        return row[:, :, 0].index_select(-1, first_P) + column[:, :, 0].index_select(-1, second_P)
 
     def notes(self) -> list[Tensor]:
         return list(self._seen or ())

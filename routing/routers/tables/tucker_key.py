@@ -102,8 +102,9 @@ class TuckerKeyRouter(GridRouter):
         u, v = self.proxy(query.dtype)
         return torch.einsum("r,thrm->thm", u, row), torch.einsum("r,thrm->thm", v, column), row, column
 
-    def second_stage(self, row: Tensor, column: Tensor) -> Tensor:
-        return torch.einsum("thrm,rs,thsn->thmn", row, self.core.sum(dim=0).to(row.dtype), column)
+    def second_stage(self, row: Tensor, column: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
+        weighed = row.transpose(-1, -2) @ self.core.sum(dim=0).to(row.dtype)
+        return (weighed @ column).flatten(-2)
 
     @torch.no_grad()
     def post_step(self, count_R: Tensor, num_tokens: int) -> None:
@@ -116,12 +117,14 @@ class TuckerKeyRouter(GridRouter):
     def _core_scores(self, query: Tensor, found: Selection) -> Tensor:
         """[T, H * K, c] with gradient, from the keys of the selected rows and columns only."""
         keys = self._keys(query.dtype)
-        sides = []
-        for half, place in enumerate((found.row_THK, found.column_THK)):
-            per_rank = [
+        row, column = (
+            [
                 gather_dot(query[:, :, half, rank].flatten(0, 1), keys[half, rank], place.flatten(0, 1))
                 for rank in range(self.ranks)
             ]
-            sides.append(torch.stack(per_rank, dim=-1))
-        score = torch.einsum("nkr,crs,nks->nkc", sides[0], self.core.to(query.dtype), sides[1])
-        return score.unflatten(0, (-1, self.num_heads)).flatten(1, 2)
+            for half, place in enumerate((found.row_THK, found.column_THK))
+        )
+        # one product for all cores and slots: a bilinear form of two numbers per slot would be as many small products
+        pair = torch.stack([(one * other).flatten() for one in row for other in column])
+        score = self.core.to(query.dtype).flatten(1) @ pair
+        return score.view(len(self.core), len(query), -1).permute(1, 2, 0)

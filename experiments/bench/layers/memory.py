@@ -1,8 +1,5 @@
 """`expertier bench memory-layers`: PEER and UltraMemV2 beside a dense feed-forward of equal operations."""
 
-import statistics
-import time
-from collections.abc import Callable
 from math import isqrt
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +9,9 @@ from rich.table import Table
 
 from routing.ground.terminal import plain_console
 
-from ..evidence.record import RECORDS, expect_records, save_record
-from .listed import listed
+from ...evidence.record import RECORDS, expect_records, save_record
+from ..listed import listed
+from .turns import compared, pass_through
 
 # Experts per token and heads of the layers that are timed. PEER's 8 heads and 16 experts per
 # head are the paper's (arXiv:2407.04153); the other widths suit the default model width of 128.
@@ -55,7 +53,7 @@ def bench_memory_layers(
             f"{row['layer']}{', train' if row['backward'] else ''}",
             f"{row['experts']:,}",
             str(row["tokens"]),
-            *(f"{row[name]:.2f}" for name in ("p50_ms", "p20_ms", "p80_ms", "dense_ms", "ratio")),
+            *(f"{row[name]:.2f}" for name in ("p50_ms", "p20_ms", "p80_ms", "plain_ms", "ratio")),
             f"{row['working_bytes'] / 1e6:.1f}",
             f"{row['table_bytes'] / 1e6:.0f}",
         )
@@ -136,51 +134,24 @@ def _compare(layer: Any, dense: Any, width: int, tokens: int, backward: bool, re
 
     from routing import Carry, RoutingContext
 
-    from ..evidence.live_bytes import LiveBytes
+    from ...evidence.live_bytes import LiveBytes
 
     x_TD = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1), requires_grad=backward)
 
-    def through(call: Callable[[], Any], module: Any) -> Callable[[], None]:
-        def run() -> None:
-            with torch.set_grad_enabled(backward):
-                y_TD = call()
-                if backward:
-                    y_TD.sum().backward()
-                    module.zero_grad()
+    def call(module: Any) -> Any:
+        return layer(x_TD, Carry(), RoutingContext())[0] if module is layer else dense(x_TD)
 
-        return run
-
-    memory = through(lambda: layer(x_TD, Carry(), RoutingContext())[0], layer)
-    plain = through(lambda: dense(x_TD), dense)
     with LiveBytes() as live:
-        memory()
-    samples = _take_turns([memory, plain], repeats)
+        pass_through(layer, call, backward)()
     table_bytes = sum(p.numel() * p.element_size() for p in layer.experts.parameters())
-    deciles = statistics.quantiles(samples[0], n=10)
     return {
         "tokens": tokens,
         "backward": backward,
-        "p20_ms": deciles[1],
-        "p50_ms": statistics.median(samples[0]),
-        "p80_ms": deciles[7],
-        "n": repeats,
-        "dense_ms": statistics.median(samples[1]),
-        "ratio": statistics.median(a / b for a, b in zip(*samples, strict=True)),
-        # gradients of the tables are as large as the tables, and are not counted as working memory
-        "working_bytes": live.peak - (table_bytes if backward else 0),
+        **compared(layer, dense, call, backward, repeats),
+        # gradients of the tables are as large as the tables, and are not seen: numpy allocates them
+        "working_bytes": live.peak,
         "table_bytes": table_bytes,
     }
-
-
-def _take_turns(runs: list[Callable[[], None]], repeats: int) -> list[list[float]]:
-    samples: list[list[float]] = [[] for _ in runs]
-    for number in range(repeats + 3):
-        for run, times in zip(runs, samples, strict=True):
-            start = time.perf_counter()
-            run()
-            if number >= 3:
-                times.append((time.perf_counter() - start) * 1e3)
-    return samples
 
 
 def _peer_at_once(layer: Any, x_TD: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Layers beside plain ones of as many operations: memory layers, latent experts."""
