@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from ...compute.adapters import LowRank
 from ...compute.routed_rows import ExpertSpans
+from ...memory.heap import return_free_blocks_beyond
 from ..storage.activations import SpilledActivations
 from ..storage.units import UNIT
 from ..storage.visits import ExpertVisits
@@ -104,10 +106,13 @@ class TunedExperts:
         modules: the experts modules, in the order of the layers; their `forward` is replaced.
         visits: where their experts are.
         lockstep: runs the passes, and carries what they ask.
+        memory_bytes: of the process, beyond which freed blocks go back to the system.
     """
 
-    def __init__(self, modules: Sequence[Any], visits: ExpertVisits, lockstep: Lockstep) -> None:
-        self.visits, self.lockstep = visits, lockstep
+    def __init__(
+        self, modules: Sequence[Any], visits: ExpertVisits, lockstep: Lockstep, memory_bytes: float = inf
+    ) -> None:
+        self.visits, self.lockstep, self._memory_bytes = visits, lockstep, memory_bytes
         self.method: Method | None = None
         self.count_LE = [torch.zeros(form.layer.num_experts, dtype=torch.int64) for form in visits.forms]
         """Rows that each expert computed; whoever reads the counts sets them to 0."""
@@ -151,6 +156,7 @@ class TunedExperts:
     def answer(self, place: Any, calls: Sequence[Call]) -> Sequence[Any]:
         """What all passes get at one experts module: outputs, or the gradients of inputs and weights."""
         assert self.method is not None
+        return_free_blocks_beyond(self._memory_bytes)
         layer, is_backward = place
         tokens = [len(call.x_TD) for call in calls]
         asked = [_joined(calls)] if self.method.joins_passes else calls
