@@ -40,6 +40,19 @@ class LowRank:
         """What it adds to the product, `[N, O]`."""
         return (x_NI @ self.a_rI.to(x_NI.dtype).t()) @ self.b_Or.to(x_NI.dtype).t() * self.scale
 
+    def added_to(self, out_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
+        """A product with what this adds to it, in the product's place; both inputs are of one dtype."""
+        inner_Nr = x_NI @ self.a_rI.to(x_NI.dtype).t()
+        return out_NO.addmm_(inner_Nr, self.b_Or.to(x_NI.dtype).t(), alpha=self.scale)
+
+    def pass_back(self, x_NI: torch.Tensor, grad_NO: torch.Tensor, grad_NI: torch.Tensor) -> None:
+        """Leave the gradients of the factors at them, and add that of the inputs to `grad_NI`; all of one dtype."""
+        a_rI, b_Or = (part.detach().to(x_NI.dtype) for part in (self.a_rI, self.b_Or))
+        inner_Nr, grad_Nr = x_NI @ a_rI.t(), grad_NO @ b_Or
+        self.b_Or.grad = (grad_NO.t() @ inner_Nr).to(self.b_Or.dtype).mul_(self.scale)
+        self.a_rI.grad = (grad_Nr.t() @ x_NI).to(self.a_rI.dtype).mul_(self.scale)
+        grad_NI.addmm_(grad_Nr, a_rI, alpha=self.scale)
+
 
 @dataclass(frozen=True, eq=False)
 class AdaptedMatrix:

@@ -23,9 +23,9 @@ from ...compute.adapters import Adapted, shown_to_peft, take_over
 from ...runtime.opening import OpenedCheckpoint
 from ..examples import PackedRows
 from ..options import TuneOptions
-from ..passing.experts import Seen, Weights
 from ..passing.losses import backward_passes, relative_error
 from ..passing.opening import TunedModel, open_tuned, spilled_activations
+from ..passing.rows import Seen, Weights
 from .expert_adapters import ExpertAdapters, OwnedAdapters, most_used, num_chosen
 
 ADAM_BYTES, WRITTEN_BYTES = 16, 4
@@ -120,6 +120,9 @@ class Adapters:
         """An expert with its adapters, whose factors collect the gradients of all passes."""
         seen = Seen(stored, self.of_experts.factors(layer, expert))
         return lambda number: seen
+
+    def leave(self) -> None:
+        """Nothing of an expert is waited for."""
 
     def take(self, layer: int, expert: int, seen: Sequence[Seen]) -> None:
         self.of_experts.take(layer, expert, seen[0].adapters)

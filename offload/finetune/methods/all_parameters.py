@@ -14,9 +14,10 @@ Source: exact replay of missed steps as in `adamw.py`; all micro-batches of a la
 and Qian 2025, arXiv:2512.17570.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ import torch
 from ...runtime.opening import OpenedCheckpoint
 from ..examples import PackedRows
 from ..options import TuneOptions
-from ..passing.experts import Seen, Weights
 from ..passing.losses import backward_passes, relative_error
 from ..passing.opening import spilled_activations
+from ..passing.rows import Seen, Weights
 from ..storage.gradients import KeptGradients
 from .adamw import AdamVector, AdamW
 from .record_layout import RecordLayout
@@ -35,6 +36,11 @@ from .whole_model import WholeModel
 
 GRADIENT_BYTES = 1 << 30
 """Gradients of experts that stay in memory until the step; the rest is written and read once more. Not tuned."""
+
+READS_AHEAD = 2
+"""Records of the next experts that are on their way: the disk has something to do while one read ends."""
+PASSING = READS_AHEAD + 2
+"""Rooms for records: besides those that are read, one is stepped and one written."""
 
 
 class AllParameters(WholeModel):
@@ -120,21 +126,20 @@ class AllParameters(WholeModel):
             parameter.grad = None
 
     def _step_experts(self, scale: float) -> None:
-        """Step every touched expert: the next one is read and the last one written meanwhile."""
-        keys = self._kept.keys
-        with ThreadPoolExecutor(2, thread_name_prefix="expertier-record") as threads:
-            reading: Future[AdamVector] | None = None
-            writing: Future[None] | None = None
-            for key, following in pairwise([*keys, None]):
-                assert key is not None
-                vector = self._vector(*key) if reading is None else reading.result()
-                reading = None if following is None else threads.submit(self._vector, *following)
+        """Step every touched expert: the next ones are read and the last one is written meanwhile."""
+        keys, size = self._kept.keys, max(layout.nbytes for layout in self._layouts)
+        rooms = cycle([torch.empty(size, dtype=torch.uint8) for _ in range(PASSING)])
+        with ThreadPoolExecutor(READS_AHEAD, thread_name_prefix="expertier-record") as readers:
+            reading = deque(readers.submit(self._vector, *key, next(rooms)) for key in keys[:READS_AHEAD])
+            for key, following in zip_longest(keys, keys[READS_AHEAD:]):
+                vector = reading.popleft().result()
+                if following is not None:
+                    reading.append(readers.submit(self._vector, *following, next(rooms)))
+                self.experts.visits.traffic.bytes_read += self._layouts[key[0]].nbytes
                 self._adamw.step(vector, self._kept.take(key).mul_(scale), self._step)
-                if writing is not None:
-                    writing.result()
-                writing = threads.submit(self._write_vector, *key, vector, self._step)
-            if writing is not None:
-                writing.result()
+                self._wait_for_writes()
+                self._write_behind(self._write_vector, *key, vector, self._step)
+        self._wait_for_writes()
 
     def enter(self, number: int) -> None:
         """All passes see the same model."""
@@ -161,6 +166,8 @@ class AllParameters(WholeModel):
         if place is not None and place.step >= upto:
             return None
         vector = self._begun(layer, stored) if place is None else self._vector(layer, expert)
+        if place is not None:
+            self.experts.visits.traffic.bytes_read += self._layouts[layer].nbytes
         if place is not None or self._options.weight_decay:
             self._adamw.catch_up(vector, 0 if place is None else place.step, upto)
         return vector
@@ -168,11 +175,9 @@ class AllParameters(WholeModel):
     def _begun(self, layer: int, stored: Weights) -> AdamVector:
         return AdamVector.begun(torch.cat([weight.float().reshape(-1) for weight in self._form(layer).ordered(stored)]))
 
-    def _vector(self, layer: int, expert: int) -> AdamVector:
-        """An expert's weights and moments as of the last step that is in its record."""
-        data = self._records.read(layer, expert)
-        self.experts.visits.traffic.bytes_read += data.nbytes
-        return self._layouts[layer].vector(data)
+    def _vector(self, layer: int, expert: int, room: torch.Tensor | None = None) -> AdamVector:
+        """An expert's weights and moments as of the last step that is in its record, in a room that is used again."""
+        return self._layouts[layer].vector(self._records.read(layer, expert, room))
 
     def _write_vector(self, layer: int, expert: int, vector: AdamVector, step: int) -> None:
         """Write an expert's record, and its new weights into its slot if it is in one."""
@@ -221,11 +226,11 @@ def sizes_of(options: TuneOptions) -> dict[str, Any]:
 
 def held_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int:
     """What the method holds besides the model: float32 copies, gradients and moments of everything outside experts;
-    gradients of experts up to the limit; three experts with their moments on their way through the step."""
+    gradients of experts up to the limit; some experts with their moments on their way through the step."""
     resident = sum(parameter.numel() for parameter in opened.model.parameters())
     layouts = [RecordLayout(form, options.state_bits) for form in opened.forms]
     gradients = sum(4 * layout.num_elements * layout.form.layer.num_experts for layout in layouts)
     passing = max(layout.nbytes + 12 * layout.num_elements for layout in layouts)
     # once, gradients with exact activations beside those with coded ones
     of_one = 16 if options.activation_bits is None else 20
-    return of_one * resident + min(GRADIENT_BYTES, gradients) + 3 * passing
+    return of_one * resident + min(GRADIENT_BYTES, gradients) + PASSING * passing

@@ -31,8 +31,8 @@ from ...compute.resident import weight_bytes
 from ...runtime.opening import OpenedCheckpoint
 from ..examples import PackedRows
 from ..options import TuneOptions
-from ..passing.experts import Seen, Weights
 from ..passing.losses import learnt_tokens, share_of_loss
+from ..passing.rows import Seen, Weights
 from ..peers import Alone, Peers
 from ..storage.records import Key
 from .whole_model import WholeModel
@@ -211,7 +211,7 @@ class ForwardOnly(WholeModel):
     def seen(self, layer: int, expert: int, stored: Weights) -> Callable[[int], Seen]:
         """An expert in its slot: brought up to date there, then perturbed in both ways."""
         if (step := self._bring_up_to_date(layer, expert, stored)) is not None:
-            self._write(layer, expert, self._form(layer).ordered(stored), step)
+            self._write_behind(self._write, layer, expert, self._form(layer).ordered(stored), step)
         self._touched.add((layer, expert))
         direction = Direction(self._options.seed, self._step, (layer + 1, expert))
         form = self._form(layer)

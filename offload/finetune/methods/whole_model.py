@@ -1,7 +1,9 @@
 """What methods share that change every weight: experts in records on the disk, everything else in memory."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ from ...formats.form import Form
 from ...runtime.opening import OpenedCheckpoint
 from ..examples import PackedRows
 from ..options import TuneOptions
-from ..passing.experts import Weights
 from ..passing.opening import TunedModel, open_tuned
+from ..passing.rows import Weights
 from ..storage.export import LayerWeights, write_model
 from ..storage.overlay import OverlaidForm, expect_plain
 from ..storage.records import ExpertRecords
@@ -59,9 +61,12 @@ class WholeModel(ABC):
         self._model, self.experts = self._tuned.model, self._tuned.experts
         self._parameters = [value for value in self._model.parameters() if value.is_floating_point()]
         self._step = 0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="expertier-record")
+        self._writing: deque[Future[None]] = deque()
 
     def close(self) -> None:
         """End threads, close files."""
+        self._writer.shutdown(cancel_futures=True)
         self._tuned.close()
         self._records.close()
 
@@ -69,6 +74,23 @@ class WholeModel(ABC):
         form = self._tuned.forms[layer]
         assert isinstance(form, OverlaidForm)
         return form
+
+    def _write_behind(self, write: Callable[..., None], *given: Any) -> None:
+        """Write a record in a thread of its own; what is given has to stay until `_wait_for_writes`."""
+        self._writing.append(self._writer.submit(write, *given))
+
+    def _wait_for_writes(self, most: int = 0) -> None:
+        """Let all records be written but the last `most`.
+
+        Raises:
+            OSError: if one could not be.
+        """
+        while len(self._writing) > most:
+            self._writing.popleft().result()
+
+    def leave(self) -> None:
+        """An expert's slot is not given up before its record is written."""
+        self._wait_for_writes()
 
     def _write(self, layer: int, expert: int, parts: Sequence[torch.Tensor], step: int) -> None:
         """Write an expert's record and count its bytes."""

@@ -7,52 +7,35 @@ Shapes: T tokens, K experts per token, N routed rows sorted by expert, n rows of
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from math import inf
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
-from ...compute.adapters import LowRank
 from ...compute.routed_rows import ExpertSpans
+from ...memory.heap import return_free_blocks_beyond
 from ..storage.activations import SpilledActivations
 from ..storage.units import UNIT
 from ..storage.visits import ExpertVisits
 from .lockstep import Lockstep
-
-Weights = Mapping[str, torch.Tensor]
-ROWS_STEP = 32
-"""Rows of an expert's bfloat16 products are filled up to a multiple of this, where passes are joined. oneDNN compiles a
-kernel for every new number of rows: 11 ms for a product that takes 5, and it keeps 1,024 of them, fewer than a step of
-some hundred tokens has. Two cores of an Intel processor; other steps were not tried."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One expert as one pass sees it.
-
-    Args:
-        weights: the two matrices by parameter name.
-        adapters: by parameter name.
-
-    Those that require gradients get them in the backward pass.
-    """
-
-    weights: Weights
-    adapters: Mapping[str, LowRank] = field(default_factory=dict)
+from .rows import Call, RowGradients, Seen, Weights, expert_rows, filled_rows
 
 
 class Method(Protocol):
     """What a method of fine-tuning does with experts."""
 
     joins_passes: bool
-    """Whether an expert computes the rows of all passes in one product: they see the same, and nobody needs to know
-    which pass a gradient is from. Sums then have another order than pass by pass."""
+    """Whether an expert computes the rows of all passes in one product: they see the same frozen matrices, and nobody
+    needs to know which pass a gradient is from. Sums then have another order than pass by pass."""
 
     def seen(self, layer: int, expert: int, stored: Weights) -> Callable[[int], Seen]:
         """An expert in its slot: called once per visit, gives what each pass sees."""
+        ...
+
+    def leave(self) -> None:
+        """The expert that was seen last is computed; once this returns, its slot may hold another one."""
         ...
 
     def take(self, layer: int, expert: int, seen: Sequence[Seen]) -> None:
@@ -64,39 +47,6 @@ class Method(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Call:
-    """One pass at one experts module; `grad_TD` in the backward pass only."""
-
-    x_TD: torch.Tensor
-    expert_TK: torch.Tensor
-    weight_TK: torch.Tensor
-    grad_TD: torch.Tensor | None = None
-
-
-def filled_rows(module: Any, expert: int, seen: Seen, x_nD: torch.Tensor) -> torch.Tensor:
-    """`expert_rows`, with rows of zeros after them while it computes in bfloat16: their number has few values."""
-    missing = -len(x_nD) % ROWS_STEP
-    if x_nD.dtype != torch.bfloat16 or x_nD.device.type != "cpu" or not missing:
-        return expert_rows(module, expert, seen, x_nD)
-    return expert_rows(module, expert, seen, nn.functional.pad(x_nD, (0, 0, 0, missing)))[: len(x_nD)]
-
-
-def expert_rows(module: Any, expert: int, seen: Seen, x_nD: torch.Tensor) -> torch.Tensor:
-    """One expert's outputs for its own rows, `[n, D]`, before they are weighted."""
-    up = _linear(module, expert, seen, x_nD, "gate_up_proj" if module.has_gate else "up_proj")
-    out = _linear(module, expert, seen, module._apply_gate(up) if module.has_gate else module.act_fn(up), "down_proj")
-    return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
-
-
-def _linear(module: Any, expert: int, seen: Seen, x_nI: torch.Tensor, name: str) -> torch.Tensor:
-    weight = seen.weights[name]
-    out = x_nI.to(weight.dtype) @ (weight if module.is_transposed else weight.t())
-    if module.has_bias:
-        out = out + getattr(module, f"{name}_bias")[expert]
-    return out + seen.adapters[name](x_nI) if name in seen.adapters else out
-
-
 class TunedExperts:
     """All experts modules of a model, computed for passes that meet.
 
@@ -104,10 +54,13 @@ class TunedExperts:
         modules: the experts modules, in the order of the layers; their `forward` is replaced.
         visits: where their experts are.
         lockstep: runs the passes, and carries what they ask.
+        memory_bytes: of the process, beyond which freed blocks go back to the system.
     """
 
-    def __init__(self, modules: Sequence[Any], visits: ExpertVisits, lockstep: Lockstep) -> None:
-        self.visits, self.lockstep = visits, lockstep
+    def __init__(
+        self, modules: Sequence[Any], visits: ExpertVisits, lockstep: Lockstep, memory_bytes: float = inf
+    ) -> None:
+        self.visits, self.lockstep, self._memory_bytes = visits, lockstep, memory_bytes
         self.method: Method | None = None
         self.count_LE = [torch.zeros(form.layer.num_experts, dtype=torch.int64) for form in visits.forms]
         """Rows that each expert computed; whoever reads the counts sets them to 0."""
@@ -151,6 +104,7 @@ class TunedExperts:
     def answer(self, place: Any, calls: Sequence[Call]) -> Sequence[Any]:
         """What all passes get at one experts module: outputs, or the gradients of inputs and weights."""
         assert self.method is not None
+        return_free_blocks_beyond(self._memory_bytes)
         layer, is_backward = place
         tokens = [len(call.x_TD) for call in calls]
         asked = [_joined(calls)] if self.method.joins_passes else calls
@@ -188,7 +142,10 @@ class TunedExperts:
             used = []
             for number in numbers:
                 used.append(seen(number))
-                grads[number].pass_through(self._rows_of(), module, expert, used[-1])
+                if self.method.joins_passes and not getattr(module, "has_post_expert_norm", False):
+                    grads[number].pass_through_frozen(module, expert, used[-1])
+                else:
+                    grads[number].pass_through(self._rows_of(), module, expert, used[-1])
             self.method.take(layer, expert, used)
         return [grad.inputs() for grad in grads]
 
@@ -201,6 +158,7 @@ class TunedExperts:
         for expert, stored in self.visits(layer, needed):
             numbers = [number for number, span in enumerate(spans) if expert in span.of]
             yield expert, self.method.seen(layer, expert, stored), numbers
+            self.method.leave()
 
     def _rows_of(self) -> Callable[..., torch.Tensor]:
         """How an expert computes its rows; where bits are promised, as a resident model does."""
@@ -213,48 +171,6 @@ class TunedExperts:
             assert self.method is not None
             self.method.enter(number)
         return compute(module, *given)
-
-
-class RowGradients:
-    """The gradients of one pass at one experts module.
-
-    Args:
-        call: inputs, routing, and the gradient of the output.
-        spans: which rows belong to which expert.
-    """
-
-    def __init__(self, call: Call, spans: ExpertSpans) -> None:
-        self.spans, self._call = spans, call
-        self._order_N = torch.sort(call.expert_TK.reshape(-1))[1]
-        self._x_ND = torch.zeros(len(self._order_N), call.x_TD.shape[1], dtype=call.x_TD.dtype)
-        self._weight_N = torch.zeros(len(self._order_N), dtype=call.weight_TK.dtype)
-
-    def pass_through(self, compute: Callable[..., torch.Tensor], module: Any, expert: int, seen: Seen) -> None:
-        """Compute an expert's rows once more and take their gradients."""
-        start, stop = self.spans.of[expert]
-        token_n, call = self.spans.token_N[start:stop], self._call
-        assert call.grad_TD is not None
-        with torch.enable_grad():
-            x_nD = call.x_TD[token_n].detach().requires_grad_()
-            weight_n = call.weight_TK.reshape(-1)[self._order_N[start:stop]].detach().requires_grad_()
-            out_nD = compute(module, expert, seen, x_nD) * weight_n.unsqueeze(-1)
-            out_nD.backward(call.grad_TD[token_n].to(out_nD.dtype))
-        assert x_nD.grad is not None
-        assert weight_n.grad is not None
-        self._x_ND[start:stop], self._weight_N[start:stop] = x_nD.grad, weight_n.grad
-
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of `x_TD` and `weight_TK`."""
-        place_N = torch.empty_like(self._order_N)
-        place_N[self._order_N] = torch.arange(len(place_N))
-        # in the order of experts, each sum rounded, as autograd adds rows to tokens; that is slower by far
-        place_KT = place_N.view(self._call.expert_TK.shape).sort(1)[0].t()
-        x_TD = self._x_ND[place_KT[0]]
-        for place_T in place_KT[1:]:
-            x_TD += self._x_ND[place_T]
-        weight_TK = torch.zeros_like(self._call.weight_TK)
-        weight_TK.view(-1)[self._order_N] = self._weight_N
-        return x_TD, weight_TK
 
 
 def _joined(calls: Sequence[Call]) -> Call:

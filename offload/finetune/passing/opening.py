@@ -11,7 +11,7 @@ from routing.ground.quantity import format_size
 from ...checkpoint.experts import ExpertLayer, experts_modules
 from ...formats.form import Form
 from ...memory.budget import MemoryPlan, expect_budgets, plan_memory, sufficient_size
-from ...memory.heap import TUNING_BYTES, return_large_blocks
+from ...memory.heap import reuse_blocks
 from ...runtime.division import cpu_limit, expect_machine_has
 from ...runtime.needs import memory_needs
 from ...runtime.opening import OpenedCheckpoint, open_checkpoint
@@ -30,8 +30,7 @@ from .lockstep import Lockstep
 Overlay = Callable[[Sequence[Form]], list[Form]]
 
 GAPS_BYTES = 400 << 20
-"""Memory between blocks that the allocator cannot give back, of several threads' activations: 4.26 GiB were seen after
-two steps where 4 were planned, with pages of spilled files that wait for the disk besides."""
+"""What the allocator may keep of freed blocks: what is beyond goes back to the system wherever passes meet."""
 KEPT_ARRAYS = 24
 """Arrays of [T, D] that autograd keeps of one layer outside experts: an estimate from Qwen3-MoE's modules."""
 LEAST_SLOTS = 4
@@ -92,7 +91,7 @@ def open_tuned(
         path_or_id=model, cpu_memory=cpu_memory, cache_experts=cache_experts, context=tokens, dtype=options.dtype
     )
     expect_machine_has(loading)
-    return_large_blocks(TUNING_BYTES)
+    reuse_blocks()
     opened = open_checkpoint(loading)
     _expect_experts(opened, model)
     forms = overlay(opened.forms)
@@ -104,7 +103,7 @@ def open_tuned(
     sweeps = Sweeps(len(forms), is_round_trip=has_backward, crosses_steps=options.method != "full")
     visits = ExpertVisits(store, sum(plan.num_slots), sweeps)
     modules = list(experts_modules(opened.model).values())
-    experts = TunedExperts(modules, visits, Lockstep(options.own_passes))
+    experts = TunedExperts(modules, visits, Lockstep(options.own_passes), plan.limit_bytes - GAPS_BYTES)
     opened.model.eval().requires_grad_(False)
     return TunedModel(opened.model, experts, forms, plan)
 

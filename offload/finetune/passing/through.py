@@ -14,7 +14,7 @@ import torch
 
 from ...checkpoint.experts import experts_modules
 from ...compute.routed_rows import ExpertSpans
-from .experts import Call, RowGradients, Seen, expert_rows
+from .rows import Call, RowGradients, Seen, expert_rows
 
 
 @contextmanager

@@ -109,14 +109,18 @@ class ExpertRecords:
         self._now[key] = Place(number, step, found.hexdigest())
         self.bytes_written += file.nbytes
 
-    def read(self, layer: int, expert: int) -> torch.Tensor:
+    def read(self, layer: int, expert: int, into: torch.Tensor | None = None) -> torch.Tensor:
         """The bytes of an expert's record, checked.
+
+        Args:
+            layer, expert: whose.
+            into: bytes to be used again, at least as many; None for new ones.
 
         Raises:
             OSError: if they are not those that were written.
         """
         file, place = self._files[layer], self._now[layer, expert]
-        data = torch.empty(file.nbytes, dtype=torch.uint8)
+        data = torch.empty(file.nbytes, dtype=torch.uint8) if into is None else into[: file.nbytes]
         read_into(file.path, file.descriptor, place.number * file.stride, memoryview(data.numpy()))
         if (found := xxh3_64_hexdigest(data.numpy())) != place.checksum:
             raise OSError(f"{file.path}: expert {expert} has checksum {found} instead of {place.checksum}: damaged")
