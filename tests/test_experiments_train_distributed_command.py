@@ -128,6 +128,17 @@ def test_what_processes_said_before_a_restart_is_kept_apart_or_the_start_is_refu
     assert names == {start_name()}
 
 
+@pytest.mark.slow
+def test_groups_are_made_anew_after_each_restart_beside_what_the_store_still_has(tmp_path):
+    options = ("--standalone", "--nproc-per-node=2", "--max-restarts=3")
+    code, _, complained = finish(
+        start(sys.executable, "-m", "torch.distributed.run", *options, "-m", "tests.restarted_ranks", str(tmp_path))
+    )
+    assert code == 0, complained
+    kept = {file.stem: json.loads(file.read_text())["kept"] for file in tmp_path.glob("*.json")}
+    assert kept == {f"{start} {rank}": start > 0 for start in range(3) for rank in range(2)}
+
+
 def wait_for(condition, process, limit_s=600):
     deadline = time.monotonic() + limit_s
     while not condition():

@@ -233,7 +233,7 @@ class _Ways:
         """Of each way; medians of runs that take turns, but for parts in turn, the longest, which run once."""
         self.expect_equal_bits(wire)
         in_turn_s = _slowest_s(partial(self._cut.in_turn, wire))
-        ways = {
+        ways: dict[str, Callable[[], Any]] = {
             "compute_s": self.compute,
             "exchange_s": partial(self.exchange, wire),
             "woven_s": partial(self._cut.woven, wire),

@@ -115,9 +115,9 @@ def launch(
         max_restarts=restarts,
         monitor_interval=0.1,
     )
-    program, *rest = (*entry, sys.executable, "-m", "experiments.cli", *arguments)
+    command = [*entry, sys.executable, "-m", "experiments.cli", *arguments]
     try:
-        elastic_launch(settings, program)(*rest)
+        elastic_launch(settings, command[0])(*command[1:])
     except ChildFailedError as error:
         return _told(error.failures, processes)
     except SignalException as error:
