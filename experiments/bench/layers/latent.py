@@ -3,6 +3,7 @@
 Shapes: T tokens, K slots, E experts, D model width, F expert width.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,6 +65,8 @@ def check_parity(width: int) -> None:
     """
     import torch
 
+    from moe import expertier_experts
+
     latent, ordinary = (part.double() for part in build_experts(width, INNER_WIDTH, INNER_WIDTH))
     with torch.no_grad():
         basis = torch.stack([latent.gate_basis, latent.up_basis], dim=1).repeat_interleave(GROUP, dim=0)
@@ -72,9 +75,9 @@ def check_parity(width: int) -> None:
         ordinary.down_proj.copy_(latent.down_proj)
     x_TD, expert_TK, weight_TK = (given.double() if given.is_floating_point() else given for given in inputs(64, width))
     results = []
-    for experts in (latent, ordinary):
+    for compute in (latent, partial(expertier_experts, ordinary)):
         token_TD = x_TD.detach().requires_grad_()
-        y_TD = experts(token_TD, expert_TK, weight_TK)
+        y_TD = compute(token_TD, expert_TK, weight_TK)
         results.append((y_TD, *torch.autograd.grad(y_TD.square().sum(), token_TD)))
     if not all(torch.allclose(a, b, atol=1e-8, rtol=1e-6) for a, b in zip(*results, strict=True)):
         raise RuntimeError("latent experts do not compute what their multiplied matrices give; no time is shown")
@@ -119,15 +122,16 @@ def build_experts(width: int, latent_width: int, ordinary_width: int) -> tuple[A
     """Latent and ordinary experts with random weights."""
     import torch
 
-    from moe import MoEConfig
-    from moe.experts.bank import Experts
-    from moe.experts.latent import LatentExperts
+    from moe import MoEConfig, build_body
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": width, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K}
-    latent = LatentExperts(MoEConfig(**sizes, moe_intermediate_size=latent_width), GROUP, width // 4)
+    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K}
+    named = {"architecture": "latent", "architecture_options": {"group": GROUP, "rank": width // 4}}
+    latent, ordinary = (
+        build_body(MoEConfig(**sizes, **own)).layers[0].experts
+        for own in (named | {"moe_intermediate_size": latent_width}, {"moe_intermediate_size": ordinary_width})
+    )
     latent.init_parameters(0.02)
-    ordinary = Experts(MoEConfig(**sizes, moe_intermediate_size=ordinary_width))
     for parameter in ordinary.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return latent, ordinary

@@ -6,6 +6,7 @@ Shapes: B sequences, S positions.
 """
 
 import importlib.util
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...starting_points import load
+from ...starting_points import command, load
 from ..claim import Row
 from ..domains import domains, training_part
 
@@ -58,7 +59,7 @@ def smollm2_rows(steps: int, seed: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as place, products:
         folder = Path(place)
         dense = offload.dequantise(smollm2_file(), folder / "dense", dtype="float32")
-        held = {name: _HeldOut.read(dense, name, folder) for name in DOMAINS}
+        held = {name: _HeldOut.read(dense, name) for name in DOMAINS}
         rows = [_row(WHOLE, load(dense), held, stored=1.0, active=1.0)]
         for name, (is_by_domain, keep) in VARIANTS.items():
             made, report = _refactored(dense, folder, is_by_domain, keep, steps, seed)
@@ -76,12 +77,14 @@ class _HeldOut:
     num_bytes: int
 
     @classmethod
-    def read(cls, model: Path, name: str, folder: Path) -> "_HeldOut":
+    def read(cls, model: Path, name: str) -> "_HeldOut":
+        import torch
         from transformers import AutoTokenizer
 
-        text = domains()[name][len(training_part(name)) :]
-        token_BS = _rows(model, text, folder / f"{name}.txt")[:HELD_ROWS]
         tokenizer = AutoTokenizer.from_pretrained(model)
+        text = domains()[name][len(training_part(name)) :][: 8 * HELD_ROWS * LENGTH]
+        ids = tokenizer(text.tobytes().decode(errors="replace"))["input_ids"][: HELD_ROWS * LENGTH]
+        token_BS = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
         return cls(token_BS, sum(len(tokenizer.decode(token_S[1:]).encode()) for token_S in token_BS))
 
     def bits_per_byte(self, model: Any) -> float:
@@ -97,37 +100,25 @@ class _HeldOut:
         return nats / float(np.log(2)) / self.num_bytes
 
 
-def _rows(model: Path, text: Any, file: Path) -> "Tensor":
-    from moe.parts.text import token_rows
-
-    file.write_bytes(text.tobytes())
-    return token_rows(model, 0, [file], LENGTH, 2 * HELD_ROWS * LENGTH)
-
-
 def _refactored(
     dense: Path, folder: Path, is_by_domain: bool, keep: float, steps: int, seed: int
 ) -> tuple[Path, dict[str, Any]]:
     """A folder with the model that `expertier refactor` makes, and its report."""
-    from moe.conversion.dense_to_experts.refactor import RefactorPlan, refactor
-    from moe.conversion.dense_to_experts.training import Rounds
-
     texts = [training_part(name) for name in DOMAINS]
-    files = []
-    for number, text in enumerate(texts if is_by_domain else _blends(texts)):
-        files.append(folder / f"text-{number}.txt")
-        files[-1].write_bytes(text.tobytes())
-    rounds = Rounds(
-        rounds=ROUNDS,
-        router_steps=steps // ROUNDS if keep < 1 else 0,
-        expert_steps=steps // ROUNDS,
-        batch_size=BATCH,
-        router_rate=ROUTER_RATE,
-        expert_rate=EXPERT_RATE,
-        seed=seed,
+    files = [folder / f"text-{number}.txt" for number in range(len(texts))]
+    for file, text in zip(files, texts if is_by_domain else _blends(texts), strict=True):
+        file.write_bytes(text.tobytes())
+    made, report = folder / f"{'domains' if is_by_domain else 'blends'}-{keep}", folder / "report.json"
+    each = steps // ROUNDS
+    command(
+        *("refactor", dense, "--out", made, "--json", report, "--keep", keep, "--seed", seed),
+        *(part for file in files for part in ("--data", file)),
+        *("--sequence-length", LENGTH, "--tokens", TOKENS, "--batch-size", BATCH, "--rounds", ROUNDS),
+        # where nothing is left out, all experts are alike
+        *("--router-steps", each if keep < 1 else 0, "--expert-steps", each),
+        *("--router-rate", ROUTER_RATE, "--expert-rate", EXPERT_RATE),
     )
-    plan = RefactorPlan(texts=tuple(files), keep=keep, sequence_length=LENGTH, tokens=TOKENS, rounds=rounds)
-    out = folder / f"{'domains' if is_by_domain else 'blends'}-{keep}"
-    return out, refactor(dense, out, plan)
+    return made, json.loads(report.read_text(encoding="utf-8"))
 
 
 def _blends(texts: list[Any]) -> list[Any]:
