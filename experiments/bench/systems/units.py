@@ -94,7 +94,7 @@ def train(folder: Path, steps: int, *, width: int, units: int, layers: int) -> f
     gates: list[torch.Tensor] = []
     for layer in model.model.layers:
         layer.mlp.gate_proj.register_forward_hook(lambda module, given, gate: gates.append(gate))
-    draws, penalty = np.random.default_rng(SEED), 1e-3
+    draws, penalty = np.random.default_rng(SEED), 0.1
 
     def loss_of(step: int) -> torch.Tensor:
         nonlocal penalty
