@@ -72,7 +72,11 @@ def ours(method: str, work: Work, cache_experts: int | None = None) -> dict[str,
 
 
 def accelerate(work: Work) -> dict[str, Any]:
-    """PEFT's LoRA on a model that accelerate keeps on the disk, layers computed again in the backward pass."""
+    """PEFT's LoRA on a model that accelerate keeps on the disk, layers computed again in the backward pass.
+
+    It runs where all weights fit. What accelerate keeps on the disk is a tensor without data outside its own forward
+    pass: PEFT's parametrisation of experts fails on those, and with linear layers alone the backward pass does.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
