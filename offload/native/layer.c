@@ -37,7 +37,7 @@ struct decoder_layer {
     struct norm before, query, key, after;
     struct siblings inputs; /* queries, keys, values */
     struct siblings output;
-    struct siblings router; /* num is 0 if something else routes */
+    struct siblings router;
 };
 
 /* Where a layer's keys or values of the new token go: heads lie `stride` numbers apart. */
@@ -78,11 +78,11 @@ void expertier_begin_attention(const struct decoder_layer *layer, const uint16_t
 }
 
 /* From what the heads attended to: `sum` is x with the layer's own contribution, `normed` what its feed-forward reads, `logits` what
-   its router says; all but `logits` have the layer's width. */
+   its router says if that is not NULL; all but `logits` have the layer's width. */
 void expertier_end_attention(const struct decoder_layer *layer, const uint16_t *x, const uint16_t *attended, uint16_t *sum,
                              uint16_t *normed, uint16_t *logits) {
     multiply(&layer->output, attended, (uint16_t *const[]){sum});
     for (int64_t i = 0; i < layer->width; i++) sum[i] = round_bf16(load_bf16(x[i]) + load_bf16(sum[i]));
     norm_rows(&layer->after, sum, normed, layer->width);
-    if (layer->router.num) multiply(&layer->router, normed, (uint16_t *const[]){logits});
+    if (logits) multiply(&layer->router, normed, (uint16_t *const[]){logits});
 }

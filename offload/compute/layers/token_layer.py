@@ -83,13 +83,16 @@ class PreparedLayer:
         children = [(owner._modules, name, child) for owner in (layer, parts.attention) for name, child in owner.named_children()]
         weights = [(module._parameters, name, module._parameters[name]) for module, name in parts.weights()]
         self._held: list[tuple[Mapping[str, Any], str, Any]] = [*children, *weights]
-        self._stored = [stored_bytes(weight) for _, _, weight in weights]
+        self._weights = [weight for _, _, weight in weights]
+        self._stored = [stored_bytes(weight) for weight in self._weights]
         self._addresses = self._places_of_weights()
 
     @property
     def is_usable(self) -> bool:
         """Whether nobody listens to a module that would not be called, and attention is the one that was prepared."""
         is_same = self._config.get(IMPLEMENTATION) == self._implementation
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self._weights):
+            return False
         return is_same and not any(self._hooks) and not self._parts.attention.training
 
     @property
