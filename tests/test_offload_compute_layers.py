@@ -1,6 +1,10 @@
 """Decoder layers of single tokens by two calls of C: the bits of their modules, growing caches, and who keeps them."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from offload.compute.linears import quicken_linears
 from offload.compute.matvec import Matvecs
 from offload.compute.norms import quicken_norms
 from offload.compute.orders import orders
+from offload.native.library import FORBIDDING
 
 LAYERS, PROMPT, STEPS = 2, 5, 8
 SIZES = {
@@ -32,6 +37,7 @@ FAMILIES = {
     "qwen3_moe": {},
     "gpt_oss": {"sliding_window": 8},
 }
+USUAL = ("mixtral, window", "qwen3_moe", "gpt_oss")
 # scaled sums, further norms, a branch beside attention
 OTHERS = {"granitemoe": {"residual_multiplier": 0.5}, "gemma2": {}, "gpt_neox": {}}
 
@@ -100,7 +106,11 @@ def assert_same(found, expected):
         assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def slow_unless(usual, names):
+    return [name if name in usual else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("family", slow_unless(USUAL, FAMILIES))
 def test_bits_are_those_of_the_modules_while_the_cache_grows(family, several_threads, monkeypatch):
     several_threads(1)
     model = make(family, FAMILIES[family])
@@ -124,7 +134,7 @@ def test_two_threads_are_tried_by_themselves_and_give_the_same_bits(several_thre
     assert len(whole.model.layers[0].forward.__self__._prepared) == 2
 
 
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", slow_unless({"granitemoe"}, OTHERS))
 def test_layers_of_another_form_keep_their_modules(family):
     model = make(family, {"head_dim": 16, **OTHERS[family]})
     assert quickened(model)[2] == 0
@@ -135,7 +145,7 @@ def test_a_cut_cache_and_a_copied_one_go_on_with_the_same_bits():
     caches = []
     for model in (modules, whole):
         _, cache = decoded(model)
-        cache.crop(PROMPT + 2)
+        cache.crop(-4)
         kept = copy.deepcopy(cache)
         first, second = decoded(model, 3, cache), decoded(model, 3, kept)
         assert_same(first, second)
@@ -203,3 +213,26 @@ def test_a_copied_model_reads_its_own_weights():
     assert isinstance(copied.model.layers[0].forward.__self__, TokenLayer)
     assert copied.model.layers[0].forward.__self__ is not whole.model.layers[0].forward.__self__
     assert_same(decoded(copied), expected)
+
+
+@pytest.mark.slow  # the C is compiled anew for each
+@pytest.mark.parametrize("forbidden", ["amx", "amx,avx512_bf16,avx512_vbmi", "amx,avx512_bf16,avx512,avx2"])
+def test_bits_are_those_of_the_modules_without_some_instruction_sets(forbidden):
+    environment = os.environ | {FORBIDDING: forbidden, "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "while_the_cache_grows",
+        "-m",
+        "",
+    ]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and f"{len(FAMILIES)} passed" in done.stdout, done.stdout[-3000:]

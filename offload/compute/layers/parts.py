@@ -118,7 +118,10 @@ def _are_usual(parts: LayerParts) -> bool:
         and query % width == key % width == 0
         and query % key == 0
         and all(norm.module.weight.shape[0] == model_width for norm in parts.norms)
-        and all(norm is None or rows % norm.module.weight.shape[0] == 0 for norm, rows in zip(parts.head_norms, (query, key), strict=True))
+        and all(
+            norm is None or rows % norm.module.weight.shape[0] == 0
+            for norm, rows in zip(parts.head_norms, (query, key), strict=True)
+        )
     )
 
 

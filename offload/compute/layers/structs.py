@@ -10,7 +10,7 @@ import torch
 from ...formats.resident.stored_weight import kernel_matrix
 from ...native import library as native
 from ..norms import TokenNorm
-from ..orders import Order, pointers
+from ..orders import Order, part_addresses, pointers
 
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 
@@ -68,7 +68,7 @@ def siblings_struct(
     matrices = [matrix for weight in weights_FD if (matrix := kernel_matrix(weight)) is not None]
     assert len(matrices) == len(weights_FD)
     first = matrices[0]
-    parts = pointers([part for matrix in matrices for part in matrix.parts])
+    parts = part_addresses(matrices)
     bias = pointers([0 if each is None else each.data_ptr() for each in biases_F])
     rows = (NUMBER * len(matrices))(*[matrix.rows for matrix in matrices])
     parameter = None if first.parameter is None else ctypes.addressof(first.parameter)

@@ -80,7 +80,11 @@ class PreparedLayer:
         self._implementation = self._config.get(IMPLEMENTATION)
         modules = (parts.attention, *parts.attention.children(), *(norm.module for norm in parts.norms))
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        children = [(owner._modules, name, child) for owner in (layer, parts.attention) for name, child in owner.named_children()]
+        children = [
+            (owner._modules, name, child)
+            for owner in (layer, parts.attention)
+            for name, child in owner.named_children()
+        ]
         weights = [(module._parameters, name, module._parameters[name]) for module, name in parts.weights()]
         self._held: list[tuple[Mapping[str, Any], str, Any]] = [*children, *weights]
         self._weights = [weight for _, _, weight in weights]
@@ -154,9 +158,7 @@ def _attention(parts: LayerParts) -> Attend:
 
     def attend(query: Any, keys: Any, values: Any, mask: Any) -> torch.Tensor:
         if mask is None and is_torchs:
-            return nn.functional.scaled_dot_product_attention(
-                query, keys, values, scale=scaling, enable_gqa=is_shared
-            )
+            return nn.functional.scaled_dot_product_attention(query, keys, values, scale=scaling, enable_gqa=is_shared)
         found: torch.Tensor = interface(attention, query, keys, values, mask, dropout=0.0, scaling=scaling)[0]
         return found
 

@@ -95,7 +95,11 @@ def _agrees(twin: Any, ours: PreparedLayer, parts: LayerParts, config: Any, angl
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).bfloat16()
 
-    x_11D, cos_11A, sin_11A = normal(1, 1, parts.output.out_features) * scale, normal(1, 1, angles), normal(1, 1, angles)
+    x_11D, cos_11A, sin_11A = (
+        normal(1, 1, parts.output.out_features) * scale,
+        normal(1, 1, angles),
+        normal(1, 1, angles),
+    )
     held = [normal(1, parts.shared_heads, TRIED_POSITIONS, parts.head_width) for _ in range(2)]
     number, caches = parts.attention.layer_idx, [DynamicCache(config=config) for _ in range(2)]
     for cache in caches:
