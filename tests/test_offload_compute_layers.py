@@ -19,6 +19,9 @@ from offload.compute.linears import quicken_linears
 from offload.compute.matvec import Matvecs
 from offload.compute.norms import quicken_norms
 from offload.compute.orders import orders
+from offload.compute.resident import store_linears
+from offload.formats.compression import CompressedMatrix
+from offload.formats.resident.linears import count_stored
 from offload.native.library import FORBIDDING
 
 LAYERS, PROMPT, STEPS = 2, 5, 8
@@ -103,7 +106,8 @@ def assert_same(found, expected):
     (logits, cache), (expected_logits, expected_cache) = found, expected
     assert all(map(torch.equal, logits, expected_logits))
     for layer, other in zip(cache.layers, expected_cache.layers, strict=True):
-        assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
+        assert torch.equal(layer.keys, other.keys)
+        assert torch.equal(layer.values, other.values)
 
 
 def slow_unless(usual, names):
@@ -179,7 +183,8 @@ def test_router_logits_and_attentions_are_recorded_by_the_modules(monkeypatch):
             for model, cache in zip((modules, whole), caches, strict=True)
         )
     assert all(map(torch.equal, found.router_logits, expected.router_logits))
-    assert len(found.attentions) == len(expected.attentions) and not counted
+    assert len(found.attentions) == len(expected.attentions)
+    assert not counted
 
 
 def test_hooks_exchanged_modules_and_gradients_end_it(monkeypatch):
@@ -188,7 +193,7 @@ def test_hooks_exchanged_modules_and_gradients_end_it(monkeypatch):
     layer, seen = whole.model.layers[0], []
     handle = layer.self_attn.q_proj.register_forward_hook(lambda *args: seen.append(args))
     decoded(whole, 2)
-    assert len(counted) == (LAYERS - 1) * 2 and len(seen) == 3
+    assert (len(counted), len(seen)) == ((LAYERS - 1) * 2, 3)
     handle.remove()
     assert_same(decoded(whole), decoded(modules))
     for model in (modules, whole):
@@ -202,6 +207,15 @@ def test_hooks_exchanged_modules_and_gradients_end_it(monkeypatch):
     model(torch.tensor([[1, 2]]), past_key_values=cache)
     assert model(torch.tensor([[3]]), past_key_values=cache).logits.requires_grad
     assert not counted
+
+
+def test_compressed_linear_layers_are_multiplied_from_what_is_stored():
+    model = make("mixtral")
+    store_linears(model, CompressedMatrix())
+    assert count_stored(model)
+    modules, whole, count = quickened(model)
+    assert count == LAYERS
+    assert_same(decoded(whole), decoded(modules))
 
 
 def test_a_copied_model_reads_its_own_weights():
@@ -235,4 +249,5 @@ def test_bits_are_those_of_the_modules_without_some_instruction_sets(forbidden):
     done = subprocess.run(
         command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0 and f"{len(FAMILIES)} passed" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"{len(FAMILIES)} passed" in done.stdout

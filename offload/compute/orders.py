@@ -28,8 +28,8 @@ BLOCKS = (ONE_ROW_BLOCK, 1024, 0, 256, 384, 768, 2048)
 """What is tried where oneDNN's blocks are not known; 1,024 is what it takes for several rows. All are multiples of the
 64 columns that our C adds before it may begin afresh; 0 is one block for all."""
 MOST_PACKED = 1 << 15
-"""Matrices whose addresses are kept as C takes them: three for each expert of 80 layers of 128. Converting them anew for
-each product takes longer than a small product."""
+"""Matrices whose addresses are kept as C takes them: three for each expert of 80 layers of 128. To convert them anew
+for each product would take longer than a small product."""
 
 Shape = tuple[int, int]
 

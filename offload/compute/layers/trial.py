@@ -22,8 +22,9 @@ from .token_layer import PreparedLayer, Token, TokenLayer, prepare
 
 TRIED_POSITIONS = 5
 """Positions in the cache of a trial; how attention sums is not tried, because both sides ask the same function."""
-TRIED_SCALES = (0.1, 1.0, 30.0)
-"""Sizes of the hidden numbers of a trial; small ones show where a norm adds its epsilon."""
+TRIED_SCALES = (1.0, 0.1, 30.0)
+"""Sizes of the hidden numbers of a trial; small ones show where a norm adds its epsilon. Only the first layer of a class
+is tried with all of them."""
 
 
 def quicken_layers(model: nn.Module, matvecs: Matvecs) -> int:
@@ -43,10 +44,11 @@ def quicken_layers(model: nn.Module, matvecs: Matvecs) -> int:
     except OSError:
         return 0
     config, count = model.config.get_text_config(), 0
+    known: set[type] = set()
     for layer in list(model.modules()):
         if (parts := find_parts(layer)) is None:
             continue
-        token_layer = TokenLayer(layer, parts, partial(_tried, config=config, matvecs=matvecs))
+        token_layer = TokenLayer(layer, parts, partial(_tried, config=config, matvecs=matvecs, known=known))
         if token_layer.prepared() is not None:
             layer.forward = token_layer.forward
             count += 1
@@ -54,15 +56,19 @@ def quicken_layers(model: nn.Module, matvecs: Matvecs) -> int:
 
 
 @torch.no_grad()
-def _tried(layer: nn.Module, parts: LayerParts, config: Any, matvecs: Matvecs) -> PreparedLayer | None:
-    """A layer as C takes it, if it has the bits of its modules."""
+def _tried(
+    layer: nn.Module, parts: LayerParts, config: Any, matvecs: Matvecs, known: set[type]
+) -> PreparedLayer | None:
+    """A layer as C takes it, if it has the bits of its modules; its class is known then."""
+    scales = TRIED_SCALES[:1] if type(layer) in known else TRIED_SCALES
     for angles in (parts.head_width, parts.head_width // 2):
-        if (prepared := prepare(layer, parts, angles, matvecs)) is None:
-            return None
         for is_pair in (False, True):
-            twin = _twin(layer, parts, is_pair)
             try:
-                if all(_agrees(twin, prepared.of(twin), parts, config, angles, scale) for scale in TRIED_SCALES):
+                if (prepared := prepare(layer, parts, angles, matvecs)) is None:
+                    return None
+                twin = _twin(layer, parts, is_pair)
+                if all(_agrees(twin, prepared.of(twin), parts, config, angles, scale) for scale in scales):
+                    known.add(type(layer))
                     return prepared
             except Exception:  # of a layer that is something else, which fails in its own way
                 continue
