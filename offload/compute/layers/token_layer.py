@@ -6,6 +6,7 @@ Shapes: D model width, H heads of queries, J heads of keys and values, W head wi
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -50,6 +51,24 @@ class Token:
     mask: torch.Tensor | None
 
 
+class Positions:
+    """Cosines and sines of a token's position, which all layers of a pass are given: looked at once for all of them."""
+
+    def __init__(self) -> None:
+        self._checked: Any = None
+
+    def are_read(self, embeddings: Any) -> bool:
+        """Whether our C reads both, `[1, 1, A]` each."""
+        if embeddings is self._checked is not None:
+            return True
+        if not isinstance(embeddings, tuple) or len(embeddings) != 2 or not all(map(_is_read, embeddings)):
+            return False
+        cos, sin = embeddings
+        is_one = cos.shape == sin.shape and cos.shape[:-1] == (1, 1)
+        self._checked = embeddings if is_one and not torch.is_grad_enabled() else None
+        return is_one
+
+
 class PreparedLayer:
     """A decoder layer as C takes it, as long as its modules and weights stay where they are.
 
@@ -86,7 +105,9 @@ class PreparedLayer:
             for name, child in owner.named_children()
         ]
         weights = [(module._parameters, name, module._parameters[name]) for module, name in parts.weights()]
-        self._held: list[tuple[Mapping[str, Any], str, Any]] = [*children, *weights]
+        held: list[tuple[Mapping[str, Any], str, Any]] = [*children, *weights]
+        self._look_ups = [(owner.get, name) for owner, name, _ in held]
+        self._held = [each for _, _, each in held]
         self._weights = [weight for _, _, weight in weights]
         self._stored = [stored_bytes(weight) for weight in self._weights]
         self._addresses = self._places_of_weights()
@@ -102,7 +123,7 @@ class PreparedLayer:
     @property
     def is_current(self) -> bool:
         """Whether modules and weights are those that were prepared, where they were."""
-        is_held = all(owner.get(name) is held for owner, name, held in self._held)
+        is_held = all(map(is_, [look_up(name) for look_up, name in self._look_ups], self._held))
         return is_held and self._places_of_weights() == self._addresses
 
     def _places_of_weights(self) -> list[int]:
@@ -197,12 +218,17 @@ class TokenLayer:
         layer: the module, of which `find_parts` found all parts.
         parts: what it computes with.
         prepare: gives the layer for a number of threads as C takes it, or None where the modules compute.
+        positions: shared by all layers of the model.
     """
 
     def __init__(
-        self, layer: nn.Module, parts: LayerParts, prepare: Callable[[nn.Module, LayerParts], PreparedLayer | None]
+        self,
+        layer: nn.Module,
+        parts: LayerParts,
+        prepare: Callable[[nn.Module, LayerParts], PreparedLayer | None],
+        positions: Positions,
     ) -> None:
-        self._layer, self._parts, self._prepare = layer, parts, prepare
+        self._layer, self._parts, self._prepare, self._positions = layer, parts, prepare, positions
         self._otherwise = layer.forward
         self._prepared: dict[int, PreparedLayer | None] = {}
 
@@ -211,7 +237,7 @@ class TokenLayer:
         copied = memo[id(self)] = TokenLayer.__new__(TokenLayer)
         copied._layer, copied._parts = copy.deepcopy(self._layer, memo), copy.deepcopy(self._parts, memo)
         copied._otherwise, copied._prepare = copy.deepcopy(self._otherwise, memo), self._prepare
-        copied._prepared = {}
+        copied._positions, copied._prepared = self._positions, {}
         return copied
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -245,15 +271,12 @@ class TokenLayer:
                 return None
         embeddings, cache = options.get("position_embeddings"), options.get("past_key_values")
         layers, number = getattr(cache, "layers", ()), attention.layer_idx
-        if not isinstance(embeddings, tuple) or len(embeddings) != 2 or not 0 <= number < len(layers):
-            return None
-        cos, sin = embeddings
-        if not (_is_read(cos) and _is_read(sin)) or cos.shape != sin.shape or cos.shape[:-1] != (1, 1):
+        if not self._positions.are_read(embeddings) or not 0 <= number < len(layers):
             return None
         shape = (self._parts.shared_heads, self._parts.head_width)
         if not can_extend(layers[number], shape):
             return None
-        return Token(x, cos, sin, layers[number], options.get("attention_mask"))
+        return Token(x, *embeddings, layers[number], options.get("attention_mask"))
 
 
 def _is_read(states: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Which decoder layers two calls of C compute: those of the common form, as a trial on each of them shows.
+"""Which decoder layers two calls of C compute: those of the common form, as a trial of each of them shows.
 
 The trial compares the sum that a layer gives, and the keys and values that it caches, with those of its modules, bit by
 bit. A layer of another form (scaled sums, further norms, parallel branches) differs in every number.
@@ -18,13 +18,14 @@ from ..kv_cache import grow_in_place
 from ..matvec import Matvecs
 from .parts import LayerParts, find_parts
 from .structs import begin_attention
-from .token_layer import PreparedLayer, Token, TokenLayer, prepare
+from .token_layer import Positions, PreparedLayer, Token, TokenLayer, prepare
 
 TRIED_POSITIONS = 5
 """Positions in the cache of a trial; how attention sums is not tried, because both sides ask the same function."""
 TRIED_SCALES = (1.0, 0.1, 30.0)
-"""Sizes of the hidden numbers of a trial; small ones show where a norm adds its epsilon. Only the first layer of a class
-is tried with all of them."""
+"""Sizes of the hidden numbers of a trial; small ones show where a norm adds its epsilon.
+
+Only the first layer of a class is tried with all of them."""
 
 
 def quicken_layers(model: nn.Module, matvecs: Matvecs) -> int:
@@ -45,10 +46,12 @@ def quicken_layers(model: nn.Module, matvecs: Matvecs) -> int:
         return 0
     config, count = model.config.get_text_config(), 0
     known: set[type] = set()
+    positions = Positions()
     for layer in list(model.modules()):
         if (parts := find_parts(layer)) is None:
             continue
-        token_layer = TokenLayer(layer, parts, partial(_tried, config=config, matvecs=matvecs, known=known))
+        tried = partial(_tried, config=config, matvecs=matvecs, known=known)
+        token_layer = TokenLayer(layer, parts, tried, positions)
         if token_layer.prepared() is not None:
             layer.forward = token_layer.forward
             count += 1
