@@ -73,9 +73,9 @@ class PreparedLayer:
     """A decoder layer as C takes it, as long as its modules and weights stay where they are.
 
     Args:
-        layer: the module.
+        layer: a decoder layer, whose feed-forward is called.
         parts: what it computes with.
-        angles: A.
+        angles: A, the head width or half of it.
         siblings: products of inputs, output and router.
     """
 
@@ -190,9 +190,9 @@ def prepare(layer: Any, parts: LayerParts, angles: int, matvecs: Matvecs) -> Pre
     """A layer as C takes it; None if our products do not have the bits that `matvecs` promises.
 
     Args:
-        layer: the module.
+        layer: a decoder layer, whose feed-forward is called.
         parts: what it computes with.
-        angles: A.
+        angles: A, the head width or half of it.
         matvecs: chooses orders of summation.
     """
     linears = [parts.inputs, (parts.output,)]
@@ -215,7 +215,7 @@ class TokenLayer:
     """The forward pass of one decoder layer; a method, so that a copied model has copies of its own.
 
     Args:
-        layer: the module, of which `find_parts` found all parts.
+        layer: a decoder layer of the common form.
         parts: what it computes with.
         prepare: gives the layer for a number of threads as C takes it, or None where the modules compute.
         positions: shared by all layers of the model.
