@@ -19,7 +19,7 @@ from ..formats.form import Form
 from ..native.kernel_matrix import KernelMatrix
 from .gating import Gating, find_gating
 from .matvec import Matvecs
-from .orders import ExpertWeights, GatingTables, Matrices, Order, addresses, experts_function, pointers
+from .orders import ExpertWeights, GatingTables, Matrices, Order, addresses, experts_function, part_addresses, pointers
 from .routed_rows import VECTOR_ELEMENTS, ExpertSpans
 
 KernelMatrices = Mapping[str, tuple[KernelMatrix, ...]]
@@ -130,7 +130,7 @@ class FusedExperts:
 def _matrices(matrices: Sequence[KernelMatrix], first: int, count: int) -> Matrices:
     """Some rows of matrices of one form and shape, as C takes them."""
     one = matrices[0]
-    parts = pointers([part for matrix in matrices for part in matrix.parts])
+    parts = part_addresses(matrices)
     found = Matrices(one.form, ctypes.addressof(parts), _address(one.parameter), one.rows, one.columns, first, count)
     found.keeps = (parts, one.parameter)
     return found

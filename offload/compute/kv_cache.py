@@ -55,11 +55,17 @@ class _Room:
             # a layer that is changed after each token (beam search) gains nothing from a room
             self._memory, self._latest = None, None
             return torch.cat([held, new_BHSW], dim=-2)
-        before, length = held.shape[-2], new_BHSW.shape[-2]
-        if self._memory is None or self._end + length > self._memory.shape[-2]:
+        extended = self.extend(held, new_BHSW.shape[-2])
+        extended.narrow(-2, held.shape[-2], new_BHSW.shape[-2]).copy_(new_BHSW)
+        return extended
+
+    def extend(self, held: torch.Tensor, length: int) -> torch.Tensor:
+        """What is held, with more positions behind it, which the caller writes."""
+        before = held.shape[-2]
+        is_own = held is self._latest
+        if not is_own or self._memory is None or self._end + length > self._memory.shape[-2]:
             self._memory, self._end = self._moved(held, length), before
         start, self._latest = self._end, None
-        self._memory.narrow(-2, start, length).copy_(new_BHSW)
         self._end = start + length
         return self._memory.narrow(-2, start - before, before + length)
 
@@ -99,6 +105,24 @@ def _can_grow(layer: DynamicLayer, *new: torch.Tensor) -> bool:
     return not (torch.is_grad_enabled() and any(states.requires_grad for states in (*new, layer.keys, layer.values)))
 
 
+def can_extend(layer: Any, like_1J1W: tuple[int, int]) -> bool:
+    """Whether a layer of a cache is one of ours and holds bfloat16 keys and values of one sequence in memory.
+
+    Args:
+        like_1J1W: heads J and head width W of keys and of values.
+    """
+    if type(layer) not in (GrowingLayer, GrowingWindow) or not layer.is_initialized:
+        return False
+    if getattr(layer, "record_past", False):
+        return False
+    for held in (layer.keys, layer.values):
+        if held.dim() != 4 or (held.shape[0], held.shape[1], held.shape[3]) != (1, *like_1J1W):
+            return False
+        if held.dtype != torch.bfloat16 or held.requires_grad or not is_in_memory(held):
+            return False
+    return True
+
+
 def _state(layer: DynamicLayer) -> dict[str, Any]:
     """What is copied of a layer: copies, also those in other processes, get rooms of their own."""
     return {name: value for name, value in vars(layer).items() if name != ROOMS}
@@ -116,6 +140,13 @@ class GrowingLayer(DynamicLayer):
         keys, values = _rooms(self)
         self.keys = keys.keep(keys.append(self.keys, key_states))
         self.values = values.keep(values.append(self.values, value_states))
+        return self.keys, self.values
+
+    def extend(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values with one more position, which the caller writes; `can_extend` says whether it may."""
+        keys, values = _rooms(self)
+        self.keys = keys.keep(keys.extend(self.keys, 1))
+        self.values = values.keep(values.extend(self.values, 1))
         return self.keys, self.values
 
     def reset(self) -> None:
@@ -137,6 +168,15 @@ class GrowingWindow(DynamicSlidingWindowLayer):
         self.cumulative_length += key_states.shape[-2]
         keys, values = _rooms(self)
         all_keys, all_values = keys.append(self.keys, key_states), values.append(self.values, value_states)
+        self.keys = keys.keep(all_keys[:, :, -self.sliding_window + 1 :, :])
+        self.values = values.keep(all_values[:, :, -self.sliding_window + 1 :, :])
+        return all_keys, all_values
+
+    def extend(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in `GrowingLayer`; what is returned is all that the new position sees."""
+        self.cumulative_length += 1
+        keys, values = _rooms(self)
+        all_keys, all_values = keys.extend(self.keys, 1), values.extend(self.values, 1)
         self.keys = keys.keep(all_keys[:, :, -self.sliding_window + 1 :, :])
         self.values = values.keep(all_values[:, :, -self.sliding_window + 1 :, :])
         return all_keys, all_values

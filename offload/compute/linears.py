@@ -4,7 +4,8 @@ Routers and the like hold a matrix and call `torch.nn.functional.linear` themsel
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,8 @@ class TokenWeight(nn.Parameter):
     """
 
     matvecs: Matvecs
+    known_of: tuple[int, torch.Tensor] | None = None
+    """Address of an input whose product is known, and the product."""
 
     def __new__(cls, weight_FD: torch.Tensor, matvecs: Matvecs) -> "TokenWeight":
         weight: TokenWeight = torch.Tensor._make_subclass(cls, weight_FD, False)
@@ -51,17 +54,39 @@ class TokenWeight(nn.Parameter):
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func is nn.functional.linear and len(args) == 2 and not kwargs and isinstance(args[1], TokenWeight):
-                x, weight_FD = args
+            if func is nn.functional.linear and len(args) in (2, 3) and not kwargs and isinstance(args[1], TokenWeight):
+                x, weight_FD, bias_F = *args, *([None] * (3 - len(args)))
                 is_usable = isinstance(x, torch.Tensor) and x.shape[-1:] == weight_FD.shape[1:] and not x.requires_grad
                 if is_usable and not torch.compiler.is_compiling():
+                    if (known := weight_FD.known_of) is not None and known[0] == x.data_ptr():
+                        return known[1].view(*x.shape[:-1], len(weight_FD))
                     out = x.new_empty(*x.shape[:-1], len(weight_FD))
-                    if weight_FD.matvecs.multiply(x, (weight_FD.data,), (out,)):
+                    if weight_FD.matvecs.multiply(x, (weight_FD.data,), (out,), (bias_F,)):
                         return out
             return func(*args, **(kwargs or {}))
 
+    @contextmanager
+    def known(self, x: torch.Tensor, product: torch.Tensor) -> Iterator[None]:
+        """Within, the product of this very `x` with the matrix, bias included, is not computed again.
+
+        Args:
+            x: one row, which nobody writes to within.
+            product: its product.
+        """
+        self.known_of = (x.data_ptr(), product)
+        try:
+            yield
+        finally:
+            self.known_of = None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "TokenWeight":
         return TokenWeight(self.data.clone(), self.matvecs)
+
+
+def plain_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The matrix of a `TokenWeight` as any tensor; others as they are."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.data if isinstance(weight, TokenWeight) else weight
 
 
 @dataclass(eq=False)

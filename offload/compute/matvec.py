@@ -101,6 +101,19 @@ class Matvecs:
         order.multiply(x_ND, matrices, outs_F, is_row_each=True)
         return True
 
+    def common_order(
+        self, weights_FD: Sequence[torch.Tensor], biases_F: Sequence[torch.Tensor | None] = ()
+    ) -> Order | None:
+        """The order of one row times matrices of the same width and form; None if none fits all of them.
+
+        Args:
+            weights_FD: matrices that `multiply` would take together.
+            biases_F: as there.
+        """
+        if not self._orders or not _are_usable(biases_F) or _matrices(weights_FD) is None:
+            return None
+        return self._common(weights_FD, 1, any_given(biases_F))
+
     def experts_orders(self, shapes: Sequence[Shape]) -> list[Order] | None:
         """The order of each product of a whole expert, if our C computes them all by the same rule; else None.
 

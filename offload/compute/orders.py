@@ -11,6 +11,7 @@ Shapes: n rows of x, D model width, F hidden width.
 
 import ctypes
 import functools
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ ONE_ROW_BLOCK = 512
 BLOCKS = (ONE_ROW_BLOCK, 1024, 0, 256, 384, 768, 2048)
 """What is tried where oneDNN's blocks are not known; 1,024 is what it takes for several rows. All are multiples of the
 64 columns that our C adds before it may begin afresh; 0 is one block for all."""
+MOST_PACKED = 1 << 15
+"""Matrices whose addresses are kept as C takes them: three for each expert of 80 layers of 128. To convert them anew
+for each product would take longer than a small product."""
 
 Shape = tuple[int, int]
 
@@ -109,7 +113,7 @@ class Order:
         first = matrices[0]
         columns, num = first.columns, len(matrices)
         rows = (ctypes.c_int64 * num)(*[matrix.rows for matrix in matrices])
-        parts = pointers([part for matrix in matrices for part in matrix.parts])
+        parts = part_addresses(matrices)
         bias = pointers([0 if bias is None else bias.data_ptr() for bias in biases]) if any_given(biases) else None
         x_rows, step = (1, columns) if is_row_each else (x.numel() // columns, 0)
         _multiply()(
@@ -163,6 +167,17 @@ def experts_function() -> Any:
 def pointers(numbers: Sequence[int]) -> Any:
     """Addresses as C takes them."""
     return (ctypes.c_void_p * len(numbers))(*numbers)
+
+
+def part_addresses(matrices: Sequence[KernelMatrix]) -> Any:
+    """All addresses of several matrices, one matrix after the other, as C takes them."""
+    joined = b"".join([_packed(matrix.parts) for matrix in matrices])
+    return (ctypes.c_char * len(joined)).from_buffer_copy(joined)
+
+
+@functools.lru_cache(maxsize=MOST_PACKED)
+def _packed(parts: tuple[int, ...]) -> bytes:
+    return struct.pack(f"{len(parts)}P", *parts)
 
 
 def addresses(tensors: Sequence[torch.Tensor]) -> Any:

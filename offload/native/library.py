@@ -10,7 +10,9 @@ from routing import compile_library
 from routing.ground.expect import expect_name
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("products.c", "compress.c", "norms.c", "expand.c", "gguf.c", "ternary.c"))
+SOURCES = tuple(
+    FOLDER / name for name in ("products.c", "layer.c", "compress.c", "norms.c", "expand.c", "gguf.c", "ternary.c")
+)
 HEADERS = tuple(sorted(FOLDER.rglob("*.h")))
 
 FORBIDDING = "EXPERTIER_WITHOUT"

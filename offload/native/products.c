@@ -55,11 +55,22 @@ static inline void multiply_strip(struct worker *worker, const struct summation 
         lanes_strip(&s, x, &worker->room, y, y_stride);
 }
 
-/* Strips of one task. The first strip of a task was not asked for before, so tasks are long, but each thread should have several.
+/* Strips of a product that threads take one after the other. */
+struct tasks {
+    int64_t strips, taken;
+};
+
+/* The next task: its first strip, and its end; none is left if both are equal. The first strip of a task was not asked for before, so
+   tasks are long, but each thread should have several, and the last ones are short, so that threads end together.
    (MXFP4 from memory, two cores of a Xeon with AMX, the best of 45 runs: 12.8 GB/s with 4 strips, 15.6 with 16.) */
-static inline int64_t strips_at_once(int64_t strips) {
-    int64_t most = strips / (TASKS_OF_A_THREAD * omp_get_max_threads());
-    return most < 1 ? 1 : most < MOST_STRIPS_AT_ONCE ? most : MOST_STRIPS_AT_ONCE;
+static inline int64_t take_strips(struct tasks *tasks, int64_t *end) {
+    int64_t first = __atomic_load_n(&tasks->taken, __ATOMIC_RELAXED);
+    do {
+        int64_t left = tasks->strips - first, most = left / (TASKS_OF_A_THREAD * omp_get_num_threads());
+        most = most < MOST_STRIPS_AT_ONCE ? most : MOST_STRIPS_AT_ONCE;
+        *end = first + (most > 1 ? most : left > 0);
+    } while (!__atomic_compare_exchange_n(&tasks->taken, &first, *end, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return first;
 }
 
 static inline int64_t num_strips(int64_t rows) { return (rows + STRIP_ROWS - 1) / STRIP_ROWS; }
@@ -95,20 +106,22 @@ void expertier_multiply(enum order order, int64_t block, int form, const void *c
         input[n].packed = aligned_alloc(64, packed_bytes(&input[n], order == ORDER_LANES));
     }
     int64_t groups = num_groups(&input[0]);
+    struct tasks tasks = {strips, 0};
 #pragma omp parallel
     {
         struct worker worker;
+        int64_t end;
         begin_work(&worker, &by, x_rows, columns);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < inputs * groups; i++) pack(&by, &input[i / groups], i % groups);
-#pragma omp for schedule(dynamic, strips_at_once(strips))
-        for (int64_t i = 0; i < strips; i++) {
-            int64_t n = 0, row = i * STRIP_ROWS;
-            for (; row >= rows[n]; n++) row -= num_strips(rows[n]) * STRIP_ROWS;
-            const struct matrices of = {form, part, parameter, rows[n], columns, 0, rows[n]};
-            struct stored_matrix m = matrix_of(&of, n);
-            multiply_strip(&worker, &by, &m, row, bias ? bias[n] : NULL, &input[x_step ? n : 0], y[n] + row, rows[n]);
-        }
+        for (int64_t first = take_strips(&tasks, &end); first < end; first = take_strips(&tasks, &end))
+            for (int64_t i = first; i < end; i++) {
+                int64_t n = 0, row = i * STRIP_ROWS;
+                for (; row >= rows[n]; n++) row -= num_strips(rows[n]) * STRIP_ROWS;
+                const struct matrices of = {form, part, parameter, rows[n], columns, 0, rows[n]};
+                struct stored_matrix m = matrix_of(&of, n);
+                multiply_strip(&worker, &by, &m, row, bias ? bias[n] : NULL, &input[x_step ? n : 0], y[n] + row, rows[n]);
+            }
         end_work(&worker, &by);
     }
     for (int64_t n = 0; n < inputs; n++) free(input[n].packed);
@@ -203,30 +216,33 @@ void expertier_experts(enum order order, int64_t up_block, int64_t down_block, c
     uint8_t *packed = aligned_alloc(64, input_bytes + experts_packed_bytes(num, start, width, is_wide));
     expert_inputs(input, num, x, token, start, model_width, is_wide, packed);
     expert_inputs(inner, num, hidden, NULL, start, width, is_wide, packed + input_bytes);
+    struct tasks up_tasks = {num * up_strips, 0}, down_tasks = {num * down_strips, 0};
 #pragma omp parallel
     {
         struct worker worker;
+        int64_t end;
         begin_work(&worker, &up_by, most, widest);
         uint16_t *sums = aligned_alloc(64, 2 * (size_t)most * STRIP_ROWS * sizeof(uint16_t));
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < num * groups; i++)
             if (i % groups < num_groups(&input[i / groups])) pack(&up_by, &input[i / groups], i % groups);
-#pragma omp for schedule(dynamic, strips_at_once(num * up_strips))
-        for (int64_t i = 0; i < num * up_strips; i++) {
-            int64_t n = i / up_strips;
-            up_strip(&worker, &up_by, w, gating, n, i % up_strips * STRIP_ROWS, &input[n], sums, hidden + start[n] * width, width);
-        }
+        for (int64_t first = take_strips(&up_tasks, &end); first < end; first = take_strips(&up_tasks, &end))
+            for (int64_t i = first; i < end; i++) {
+                int64_t n = i / up_strips, row = i % up_strips * STRIP_ROWS;
+                up_strip(&worker, &up_by, w, gating, n, row, &input[n], sums, hidden + start[n] * width, width);
+            }
+#pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < num * groups; i++)
             if (i % groups < num_groups(&inner[i / groups])) pack(&down_by, &inner[i / groups], i % groups);
-#pragma omp for schedule(dynamic, strips_at_once(num * down_strips))
-        for (int64_t i = 0; i < num * down_strips; i++) {
-            int64_t n = i / down_strips, row = i % down_strips * STRIP_ROWS, left = model_width - row;
-            struct stored_matrix m = matrix_of(&w->down, n);
-            multiply_strip(&worker, &down_by, &m, w->down.first + row, NULL, &inner[n], y[n] + row, model_width);
-            const uint16_t *bias = w->down_bias ? w->down_bias[n] + row : NULL;
-            add_bias(bias, inner[n].rows, left < STRIP_ROWS ? left : STRIP_ROWS, y[n] + row, model_width);
-        }
+        for (int64_t first = take_strips(&down_tasks, &end); first < end; first = take_strips(&down_tasks, &end))
+            for (int64_t i = first; i < end; i++) {
+                int64_t n = i / down_strips, row = i % down_strips * STRIP_ROWS, left = model_width - row;
+                struct stored_matrix m = matrix_of(&w->down, n);
+                multiply_strip(&worker, &down_by, &m, w->down.first + row, NULL, &inner[n], y[n] + row, model_width);
+                const uint16_t *bias = w->down_bias ? w->down_bias[n] + row : NULL;
+                add_bias(bias, inner[n].rows, left < STRIP_ROWS ? left : STRIP_ROWS, y[n] + row, model_width);
+            }
         free(sums);
         end_work(&worker, &up_by);
     }

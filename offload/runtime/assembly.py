@@ -9,6 +9,7 @@ from routing.ground.model_config import text_config
 from ..cache.catalogue import NEEDS_PREDICTOR
 from ..checkpoint.experts import experts_modules
 from ..compute.attention import quicken_attention
+from ..compute.layers.trial import quicken_layers
 from ..compute.levels import best_arithmetic
 from ..compute.linears import quicken_linears
 from ..compute.matvec import Matvecs
@@ -86,6 +87,7 @@ def assemble(
         quicken_linears(model, matvecs)
         quicken_norms(model)
         quicken_attention(model)
+        running.whole_layers = quicken_layers(model, matvecs)
     else:
         _add_gpu_tier(opened, division, lane, running)
     if window is not None:

@@ -124,7 +124,7 @@ class Offload:
             ),
             **self._floor(),
             "policy": self.policy,
-            "arithmetic": described(self._runtime.matvecs),
+            "arithmetic": {**described(self._runtime.matvecs), "whole_layers": self._runtime.whole_layers},
             **({} if self._preference is None else {"prefer_cached": self._preference.report()}),
             "slots_per_layer": list(self.plan.num_slots),
             "is_direct": self._runtime.store.is_direct,

@@ -1,0 +1,103 @@
+"""The structs and functions of `native/layer.c`."""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...formats.resident.stored_weight import kernel_matrix
+from ...native import library as native
+from ..norms import TokenNorm
+from ..orders import Order, part_addresses, pointers
+
+POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
+
+
+class Norm(ctypes.Structure):
+    """`struct norm`; without a weight there is none."""
+
+    _fields_ = (("weight", POINTER), ("width", NUMBER), ("epsilon", ctypes.c_float), ("rounds_first", ctypes.c_int))
+
+
+class Siblings(ctypes.Structure):
+    """`struct siblings`: matrices that are multiplied with the same row."""
+
+    _fields_ = (
+        *(("order", ctypes.c_int), ("form", ctypes.c_int)),
+        *(("block", NUMBER), ("num", NUMBER), ("columns", NUMBER)),
+        *(("part", POINTER), ("parameter", POINTER), ("bias", POINTER), ("rows", POINTER)),
+    )
+
+
+class Layer(ctypes.Structure):
+    """`struct decoder_layer`."""
+
+    _fields_ = (
+        *(("width", NUMBER), ("heads", NUMBER), ("shared_heads", NUMBER), ("head_width", NUMBER)),
+        *(("before", Norm), ("query", Norm), ("key", Norm), ("after", Norm)),
+        *(("inputs", Siblings), ("output", Siblings), ("router", Siblings)),
+    )
+
+
+class Place(ctypes.Structure):
+    """`struct place`: where the keys or values of a new token go."""
+
+    _fields_ = (("first", POINTER), ("stride", NUMBER))
+
+
+def norm_struct(norm: TokenNorm | None) -> Norm:
+    """A norm as C takes it."""
+    if norm is None:
+        return Norm()
+    weight = norm.module.weight
+    return Norm(weight.data_ptr(), weight.shape[0], norm.epsilon, norm.rounds_first)
+
+
+def siblings_struct(
+    order: Order, weights_FD: Sequence[torch.Tensor], biases_F: Sequence[torch.Tensor | None]
+) -> Siblings:
+    """Matrices of one form and width as C takes them; the struct keeps what its addresses point to.
+
+    Args:
+        order: in which products are added.
+        weights_FD: that our C multiplies from where they are stored.
+        biases_F: one for each, or None.
+    """
+    matrices = [matrix for weight in weights_FD if (matrix := kernel_matrix(weight)) is not None]
+    assert len(matrices) == len(weights_FD)
+    first = matrices[0]
+    parts = part_addresses(matrices)
+    bias = pointers([0 if each is None else each.data_ptr() for each in biases_F])
+    rows = (NUMBER * len(matrices))(*[matrix.rows for matrix in matrices])
+    parameter = None if first.parameter is None else ctypes.addressof(first.parameter)
+    found = Siblings(
+        *(order.number, first.form, order.block, len(matrices), first.columns),
+        *(ctypes.addressof(parts), parameter, ctypes.addressof(bias), ctypes.addressof(rows)),
+    )
+    found.keeps = (matrices, parts, bias, rows)
+    return found
+
+
+@functools.cache
+def begin_attention() -> Any:
+    """`expertier_begin_attention`.
+
+    Raises:
+        OSError: if there is no C compiler, or it fails.
+    """
+    function = native.library().expertier_begin_attention
+    place = ctypes.POINTER(Place)
+    function.argtypes = [ctypes.POINTER(Layer), POINTER, POINTER, POINTER, NUMBER, POINTER, place, place]
+    function.restype = None
+    return function
+
+
+@functools.cache
+def end_attention() -> Any:
+    """`expertier_end_attention`."""
+    function = native.library().expertier_end_attention
+    function.argtypes = [ctypes.POINTER(Layer), *([POINTER] * 5)]
+    function.restype = None
+    return function

@@ -1,0 +1,285 @@
+"""A decoder layer's forward pass for one token: two calls of C, with attention and the feed-forward's module between.
+
+Shapes: D model width, H heads of queries, J heads of keys and values, W head width, A angles, S positions.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...formats.resident.stored_weight import stored_bytes
+from ..attention import EAGER
+from ..kv_cache import can_extend
+from ..linears import TokenWeight, plain_weight
+from ..matvec import Matvecs, is_in_memory
+from ..rebinding import ReboundForward
+from .parts import LayerParts
+from .structs import Layer, Place, Siblings, begin_attention, end_attention, norm_struct, siblings_struct
+
+READ_OPTIONS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"})
+"""What decoder layers are given; all else has to be None or False, since nobody here looks at it."""
+IMPLEMENTATION = "_attn_implementation_internal"
+BYTES = 2  # of a bfloat16 number
+MOST_SHARED_WIDTH = 256
+"""Widest heads for which transformers lets torch share keys between heads of queries, rather than repeat them."""
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a layer was given, where our C computes it.
+
+    Args:
+        x_11D: hidden numbers.
+        cos_11A: cosines of the token's position.
+        sin_11A: sines.
+        cached: the layer's keys and values.
+        mask: what attention is given besides; None where the token sees all keys.
+    """
+
+    x_11D: torch.Tensor
+    cos_11A: torch.Tensor
+    sin_11A: torch.Tensor
+    cached: Any
+    mask: torch.Tensor | None
+
+
+class Positions:
+    """Cosines and sines of a token's position, which all layers of a pass are given: looked at once for all of them."""
+
+    def __init__(self) -> None:
+        self._checked: Any = None
+
+    def are_read(self, embeddings: Any) -> bool:
+        """Whether our C reads both, `[1, 1, A]` each."""
+        if embeddings is self._checked is not None:
+            return True
+        if not isinstance(embeddings, tuple) or len(embeddings) != 2 or not all(map(_is_read, embeddings)):
+            return False
+        cos, sin = embeddings
+        is_one = cos.shape == sin.shape and cos.shape[:-1] == (1, 1)
+        self._checked = embeddings if is_one and not torch.is_grad_enabled() else None
+        return is_one
+
+
+class PreparedLayer:
+    """A decoder layer as C takes it, as long as its modules and weights stay where they are.
+
+    Args:
+        layer: a decoder layer, whose feed-forward is called.
+        parts: what it computes with.
+        angles: A, the head width or half of it.
+        siblings: products of inputs, output and router.
+    """
+
+    def __init__(
+        self, layer: Any, parts: LayerParts, angles: int, siblings: tuple[Siblings, Siblings, Siblings | None]
+    ) -> None:
+        self.angles = angles
+        self._layer, self._parts = layer, parts
+        self._width = int(parts.output.out_features)
+        self._shape = (parts.heads, parts.shared_heads, parts.head_width)
+        before, after = map(norm_struct, parts.norms)
+        query, key = map(norm_struct, parts.head_norms)
+        inputs, output, router = siblings
+        structs = (before, query, key, after, inputs, output, router or Siblings())
+        self._struct = Layer(self._width, *self._shape, *structs)
+        self._keeps = siblings
+        self._router: TokenWeight | None = None if router is None else parts.router.weight
+        self._experts = 0 if self._router is None else self._router.shape[0]
+        self._begin, self._end, self._attend = begin_attention(), end_attention(), _attention(parts)
+        self._config = vars(parts.attention.config)
+        self._implementation = self._config.get(IMPLEMENTATION)
+        modules = (parts.attention, *parts.attention.children(), *(norm.module for norm in parts.norms))
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        children = [
+            (owner._modules, name, child)
+            for owner in (layer, parts.attention)
+            for name, child in owner.named_children()
+        ]
+        weights = [(module._parameters, name, module._parameters[name]) for module, name in parts.weights()]
+        held: list[tuple[Mapping[str, Any], str, Any]] = [*children, *weights]
+        self._look_ups = [(owner.get, name) for owner, name, _ in held]
+        self._held = [each for _, _, each in held]
+        self._weights = [weight for _, _, weight in weights]
+        self._stored = [stored_bytes(weight) for weight in self._weights]
+        self._addresses = self._places_of_weights()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether nobody listens to a module that would not be called, and attention is the one that was prepared."""
+        is_same = self._config.get(IMPLEMENTATION) == self._implementation
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self._weights):
+            return False
+        return is_same and not any(self._hooks) and not self._parts.attention.training
+
+    @property
+    def is_current(self) -> bool:
+        """Whether modules and weights are those that were prepared, where they were."""
+        is_held = all(map(is_, [look_up(name) for look_up, name in self._look_ups], self._held))
+        return is_held and self._places_of_weights() == self._addresses
+
+    def _places_of_weights(self) -> list[int]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return [stored.data_ptr() for stored in self._stored]
+
+    def of(self, twin: Any) -> "PreparedLayer":
+        """The same for a module with the same weights and another feed-forward."""
+        found = copy.copy(self)
+        found._layer, found._router = twin, None
+        return found
+
+    def __call__(self, token: Token) -> torch.Tensor:
+        """What the layer gives, `[1, 1, D]`."""
+        x, (heads, _, width) = token.x_11D, self._shape
+        keys, values = token.cached.extend()
+        places = _last_place(keys), _last_place(values)
+        query_1H1W = x.new_empty(1, heads, 1, width)
+        angles = (token.cos_11A.data_ptr(), token.sin_11A.data_ptr(), self.angles)
+        self._begin(self._struct, x.data_ptr(), *angles, query_1H1W.data_ptr(), *places)
+        attended = self._attend(query_1H1W, keys, values, token.mask).contiguous()
+        sum_11D, normed_11D = torch.empty_like(x), torch.empty_like(x)
+        logits = None if self._router is None else x.new_empty(1, self._experts)
+        address = None if logits is None else logits.data_ptr()
+        self._end(self._struct, x.data_ptr(), attended.data_ptr(), sum_11D.data_ptr(), normed_11D.data_ptr(), address)
+        return sum_11D + self._fed_forward(normed_11D, logits)
+
+    def _fed_forward(self, normed_11D: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
+        feed_forward = self._layer._modules[self._parts.feed_forward]
+        if self._router is None or logits is None:
+            found = feed_forward(normed_11D)
+        else:
+            with self._router.known(normed_11D, logits):
+                found = feed_forward(normed_11D)
+        fed: torch.Tensor = found[0] if isinstance(found, tuple) else found
+        return fed
+
+
+def _last_place(states_1JSW: torch.Tensor) -> Place:
+    positions, width = states_1JSW.shape[2:]
+    return Place(states_1JSW.data_ptr() + (positions - 1) * width * BYTES, states_1JSW.stride(1))
+
+
+def _attention(parts: LayerParts) -> Attend:
+    """The attention function that the module would call, for one token."""
+    attention = parts.attention
+    bound = getattr(vars(attention).get("forward"), "__self__", None)
+    function = bound.function if isinstance(bound, ReboundForward) else type(attention).forward
+    name = vars(attention.config).get(IMPLEMENTATION)
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, function.__globals__.get(EAGER))
+    scaling, is_shared = attention.scaling, parts.shared_heads < parts.heads
+    is_torchs = name == "sdpa" and (parts.head_width <= MOST_SHARED_WIDTH or not is_shared)
+
+    def attend(query: Any, keys: Any, values: Any, mask: Any) -> torch.Tensor:
+        if mask is None and is_torchs:
+            return nn.functional.scaled_dot_product_attention(query, keys, values, scale=scaling, enable_gqa=is_shared)
+        found: torch.Tensor = interface(attention, query, keys, values, mask, dropout=0.0, scaling=scaling)[0]
+        return found
+
+    return attend
+
+
+def prepare(layer: Any, parts: LayerParts, angles: int, matvecs: Matvecs) -> PreparedLayer | None:
+    """A layer as C takes it; None if our products do not have the bits that `matvecs` promises.
+
+    Args:
+        layer: a decoder layer, whose feed-forward is called.
+        parts: what it computes with.
+        angles: A, the head width or half of it.
+        matvecs: chooses orders of summation.
+    """
+    linears = [parts.inputs, (parts.output,)]
+    found = []
+    for group in linears:
+        weights, biases = [linear.weight for linear in group], [linear.bias for linear in group]
+        if (order := matvecs.common_order(weights, biases)) is None:
+            return None
+        found.append(siblings_struct(order, weights, biases))
+    router = None
+    if parts.router is not None:
+        plain, bias = plain_weight(parts.router.weight), getattr(parts.router, "bias", None)
+        usable = plain.is_contiguous() and plain.shape[1] == parts.output.out_features
+        if usable and (order := matvecs.common_order([plain], [bias])) is not None:
+            router = siblings_struct(order, [plain], [bias])
+    return PreparedLayer(layer, parts, angles, (found[0], found[1], router))
+
+
+class TokenLayer:
+    """The forward pass of one decoder layer; a method, so that a copied model has copies of its own.
+
+    Args:
+        layer: a decoder layer of the common form.
+        parts: what it computes with.
+        prepare: gives the layer for a number of threads as C takes it, or None where the modules compute.
+        positions: shared by all layers of the model.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        parts: LayerParts,
+        prepare: Callable[[nn.Module, LayerParts], PreparedLayer | None],
+        positions: Positions,
+    ) -> None:
+        self._layer, self._parts, self._prepare, self._positions = layer, parts, prepare, positions
+        self._otherwise = layer.forward
+        self._prepared: dict[int, PreparedLayer | None] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TokenLayer":
+        """Addresses are those of the original, so a copy prepares its own."""
+        copied = memo[id(self)] = TokenLayer.__new__(TokenLayer)
+        copied._layer, copied._parts = copy.deepcopy(self._layer, memo), copy.deepcopy(self._parts, memo)
+        copied._otherwise, copied._prepare = copy.deepcopy(self._otherwise, memo), self._prepare
+        copied._positions, copied._prepared = self._positions, {}
+        return copied
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the layer computes; anything but one token with a cache of ours by its modules."""
+        token = None if args or torch.compiler.is_compiling() else self._token(hidden_states, kwargs)
+        prepared = None if token is None else self.prepared()
+        if token is None or prepared is None or token.cos_11A.shape[-1] != prepared.angles or not prepared.is_usable:
+            return self._otherwise(hidden_states, *args, **kwargs)
+        return prepared(token)
+
+    def prepared(self) -> PreparedLayer | None:
+        """The layer as C takes it with the number of threads in use; tried when it is first asked for.
+
+        A layer whose modules or weights were exchanged is left to its modules from then on.
+        """
+        threads = torch.get_num_threads()
+        if threads not in self._prepared:
+            self._prepared[threads] = self._prepare(self._layer, self._parts)
+        found = self._prepared[threads]
+        if found is not None and not found.is_current:
+            found = self._prepared[threads] = None
+        return found
+
+    def _token(self, x: torch.Tensor, options: dict[str, Any]) -> Token | None:
+        """What our C reads of a call; None if it computes something else."""
+        width, attention = self._parts.output.out_features, self._parts.attention
+        if x.shape != (1, 1, width) or not _is_read(x):
+            return None
+        for name, value in options.items():
+            if name not in READ_OPTIONS and value is not None and value is not False:
+                return None
+        embeddings, cache = options.get("position_embeddings"), options.get("past_key_values")
+        layers, number = getattr(cache, "layers", ()), attention.layer_idx
+        if not self._positions.are_read(embeddings) or not 0 <= number < len(layers):
+            return None
+        shape = (self._parts.shared_heads, self._parts.head_width)
+        if not can_extend(layers[number], shape):
+            return None
+        return Token(x, *embeddings, layers[number], options.get("attention_mask"))
+
+
+def _is_read(states: torch.Tensor) -> bool:
+    """Whether our C reads numbers where they lie, and nobody wants their gradient."""
+    is_plain = is_in_memory(states) and states.dtype == torch.bfloat16 and states.is_contiguous()
+    return is_plain and not (torch.is_grad_enabled() and states.requires_grad)

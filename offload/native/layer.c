@@ -1,0 +1,88 @@
+/* What surrounds the experts of a decoder layer, for one token: two calls, with attention between them.
+
+   Sums, roundings and their order are those of `expertier_multiply`, `expertier_rms_norm` and `expertier_rotate`. */
+
+#include "bfloat16.h"
+
+#include <stddef.h>
+
+void expertier_multiply(int order, int64_t block, int form, const void *const *part, const int32_t *parameter, int64_t num,
+                        const uint16_t *const *bias, const uint16_t *x, int64_t x_rows, int64_t x_step, uint16_t *const *y,
+                        const int64_t *rows, int64_t columns);
+void expertier_rms_norm(int rounds_first, const uint16_t *x, const uint16_t *w, float eps, uint16_t *y, int64_t rows,
+                        int64_t columns);
+void expertier_rotate(const uint16_t *x, uint16_t *y, int64_t rows, int64_t columns, const uint16_t *cos, const uint16_t *sin,
+                      int64_t angles);
+
+/* A norm over rows of `width` numbers; there is none if `weight` is NULL. */
+struct norm {
+    const uint16_t *weight;
+    int64_t width;
+    float epsilon;
+    int rounds_first;
+};
+
+/* Matrices of one width and form that are multiplied with the same row; see `expertier_multiply`. */
+struct siblings {
+    int order, form;
+    int64_t block, num, columns;
+    const void *const *part;
+    const int32_t *parameter;
+    const uint16_t *const *bias;
+    const int64_t *rows;
+};
+
+struct decoder_layer {
+    int64_t width, heads, shared_heads, head_width;
+    struct norm before, query, key, after;
+    struct siblings inputs; /* queries, keys, values */
+    struct siblings output;
+    struct siblings router;
+};
+
+/* Where a layer's keys or values of the new token go: heads lie `stride` numbers apart. */
+struct place {
+    uint16_t *first;
+    int64_t stride;
+};
+
+static void norm_rows(const struct norm *norm, const uint16_t *x, uint16_t *y, int64_t count) {
+    expertier_rms_norm(norm->rounds_first, x, norm->weight, norm->epsilon, y, count / norm->width, norm->width);
+}
+
+static void multiply(const struct siblings *w, const uint16_t *x, uint16_t *const *y) {
+    expertier_multiply(w->order, w->block, w->form, w->part, w->parameter, w->num, w->bias, x, 1, 0, y, w->rows, w->columns);
+}
+
+static void put_heads(const uint16_t *from, int64_t heads, int64_t width, const struct place *to) {
+    for (int64_t head = 0; head < heads; head++)
+        memcpy(to->first + head * to->stride, from + head * width, (size_t)width * sizeof *from);
+}
+
+/* From a token's hidden numbers to its rotated queries [heads, head width], with its rotated keys and its values in the cache.
+   `angles` are those of `expertier_rotate`. */
+void expertier_begin_attention(const struct decoder_layer *layer, const uint16_t *x, const uint16_t *cos, const uint16_t *sin,
+                               int64_t angles, uint16_t *query, const struct place *key, const struct place *value) {
+    int64_t width = layer->head_width, queries = layer->heads * width, keys = layer->shared_heads * width;
+    uint16_t normed[layer->width], made[2 * queries + 3 * keys];
+    uint16_t *q = made, *k = q + queries, *v = k + keys, *normed_q = v + keys, *normed_k = normed_q + queries;
+    norm_rows(&layer->before, x, normed, layer->width);
+    multiply(&layer->inputs, normed, (uint16_t *const[]){q, k, v});
+    if (layer->query.weight) norm_rows(&layer->query, q, normed_q, queries), q = normed_q;
+    if (layer->key.weight) norm_rows(&layer->key, k, normed_k, keys), k = normed_k;
+    expertier_rotate(q, query, layer->heads, width, cos, sin, angles);
+    uint16_t *rotated = k == normed_k ? made + queries : normed_k;
+    expertier_rotate(k, rotated, layer->shared_heads, width, cos, sin, angles);
+    put_heads(rotated, layer->shared_heads, width, key);
+    put_heads(v, layer->shared_heads, width, value);
+}
+
+/* From what the heads attended to: `sum` is x with the layer's own contribution, `normed` what its feed-forward reads, `logits` what
+   its router says if that is not NULL; all but `logits` have the layer's width. */
+void expertier_end_attention(const struct decoder_layer *layer, const uint16_t *x, const uint16_t *attended, uint16_t *sum,
+                             uint16_t *normed, uint16_t *logits) {
+    multiply(&layer->output, attended, (uint16_t *const[]){sum});
+    for (int64_t i = 0; i < layer->width; i++) sum[i] = round_bf16(load_bf16(x[i]) + load_bf16(sum[i]));
+    norm_rows(&layer->after, sum, normed, layer->width);
+    if (logits) multiply(&layer->router, normed, (uint16_t *const[]){logits});
+}
