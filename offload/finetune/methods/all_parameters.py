@@ -30,6 +30,7 @@ from ..passing.losses import backward_passes, relative_error
 from ..passing.opening import spilled_activations
 from ..passing.rows import Seen, Weights
 from ..storage.gradients import KeptGradients
+from ..storage.records import Key
 from .adamw import AdamVector, AdamW
 from .record_layout import RecordLayout
 from .whole_model import WholeModel
@@ -130,16 +131,19 @@ class AllParameters(WholeModel):
         keys, size = self._kept.keys, max(layout.nbytes for layout in self._layouts)
         rooms = cycle([torch.empty(size, dtype=torch.uint8) for _ in range(PASSING)])
         with ThreadPoolExecutor(READS_AHEAD, thread_name_prefix="expertier-record") as readers:
-            reading = deque(readers.submit(self._vector, *key, next(rooms)) for key in keys[:READS_AHEAD])
+            reading = deque(readers.submit(self._read, key, next(rooms)) for key in keys[:READS_AHEAD])
             for key, following in zip_longest(keys, keys[READS_AHEAD:]):
                 vector = reading.popleft().result()
                 if following is not None:
-                    reading.append(readers.submit(self._vector, *following, next(rooms)))
+                    reading.append(readers.submit(self._read, following, next(rooms)))
                 self.experts.visits.traffic.bytes_read += self._layouts[key[0]].nbytes
                 self._adamw.step(vector, self._kept.take(key).mul_(scale), self._step)
                 self._wait_for_writes()
                 self._write_behind(self._write_vector, *key, vector, self._step)
         self._wait_for_writes()
+
+    def _read(self, key: Key, room: torch.Tensor) -> AdamVector:
+        return self._vector(*key, room)
 
     def enter(self, number: int) -> None:
         """All passes see the same model."""

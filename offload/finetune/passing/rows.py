@@ -1,7 +1,7 @@
 """What one expert computes for its own rows, and the gradients of what it was given.
 
-Shapes: T tokens, K experts per token, N routed rows sorted by expert, n rows of one expert, m the same filled up with
-rows that do not count, D model width, F expert width, I inputs, r rank of an adapter.
+Shapes: T tokens, K experts per token, N routed rows sorted by expert, n rows of one expert, m rows filled up with some
+that do not count, D model width, F expert width, I inputs, r rank of an adapter.
 """
 
 from collections.abc import Callable, Mapping
