@@ -124,7 +124,7 @@ class Matvecs:
         return _of_one_rule(chosen)
 
     def rows_orders(self, rooms_FD: Sequence[torch.Tensor], counts: Iterable[int]) -> dict[int, list[Order] | None]:
-        """`experts_orders` for experts with several rows, with the bits of torch's products of so many.
+        """`experts_orders` for experts with several rows, bit-identical to torch's products of so many.
 
         Args:
             rooms_FD: for each weight of an expert, memory that has its shape and lies as torch multiplies it; the
