@@ -56,8 +56,8 @@ def combine(y_ND: Tensor, order_N: Tensor, weight_TK: Tensor, dtype: torch.dtype
     Args:
         y_ND: rows sorted by expert.
         order_N: the routed row (`token * K + k`) at each place of that order.
-        weight_TK: of each row.
-        dtype: of the result.
+        weight_TK: floating-point weight of each row, 0 in empty slots.
+        dtype: number format that the sums are rounded to; usually that of the tokens.
     """
     y_TKD = torch.empty_like(y_ND).index_copy_(0, order_N, y_ND).view(*weight_TK.shape, -1)
     wide = torch.promote_types(y_TKD.dtype, weight_TK.dtype)
