@@ -187,7 +187,7 @@ def _attention(parts: LayerParts) -> Attend:
 
 
 def prepare(layer: Any, parts: LayerParts, angles: int, matvecs: Matvecs) -> PreparedLayer | None:
-    """A layer as C takes it; None if our products do not have the bits that `matvecs` promises.
+    """A layer as C takes it; None if our products are not bit-identical to what `matvecs` promises.
 
     Args:
         layer: a decoder layer, whose feed-forward is called.
