@@ -62,7 +62,7 @@ def quicken_layers(model: nn.Module, matvecs: Matvecs) -> int:
 def _tried(
     layer: nn.Module, parts: LayerParts, config: Any, matvecs: Matvecs, known: set[type]
 ) -> PreparedLayer | None:
-    """A layer as C takes it, if it has the bits of its modules; its class is known then."""
+    """A layer as C takes it, if it is bit-identical to its modules; its class is known then."""
     scales = TRIED_SCALES[:1] if type(layer) in known else TRIED_SCALES
     for angles in (parts.head_width, parts.head_width // 2):
         for is_pair in (False, True):
