@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -149,6 +150,10 @@ def lent(model: dict[str, Any]) -> dict[str, list[int]]:
         return all_gather(outputs, *given, **options)
 
     def found() -> list[int]:
+        # a thread of gloo lets go of a tensor a moment after its process has it
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline and not all(storage.expired() for storage in gathered):
+            time.sleep(0.01)
         return [sum(not storage.expired() for storage in gathered), len(gathered)]
 
     token_BS = torch.zeros(2, 16, dtype=torch.int64)

@@ -54,6 +54,7 @@ def test_what_has_no_rate_has_no_device_of_size_nothing():
         open_lane("simulated", 0, None)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_pregated_models_counts_what_is_copied_ahead(tmp_path):
     """Of an ordinary model nothing is; of a pre-gated one only the first layers, whose gates are their own, miss."""
     from experiments.bench.systems.pregated import ROUTERS, decoded, save_model

@@ -63,7 +63,7 @@ def _trace_rows(convert: Convert, shapes: Sequence[tuple[int, ...]], most_runs: 
     row_R = torch.zeros(count, dtype=torch.int64)
     for shift, converted in _digits(convert, rows, shapes, count):
         shape, digit_RD = tuple(converted.shape), converted.reshape(-1, converted.shape[-1])
-        if not torch.equal(digit_RD, digit_RD[:, :1].expand(count, width)):
+        if digit_RD.shape != (count, width) or not torch.equal(digit_RD, digit_RD[:, :1].expand(count, width)):
             return None
         row_R += digit_RD[:, 0].long() << shift
     column_D = torch.arange(width)
