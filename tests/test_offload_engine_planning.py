@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from offload.cache.catalogue import make_cache
 from offload.engine.planning.lookup import PAUSE_TOKENS, TRIES, Lookup
 from offload.engine.planning.pool import Departures, FairQueue, TokenPool
-from offload.engine.planning.rates import ExpertLoad
+from offload.engine.planning.rates import HOPELESS_STEPS, ExpertLoad
 from offload.engine.planning.schedule import LONGEST_GAP_S, Candidate, Schedule
 
 EXPERTS, TOP_K = 32, 4
@@ -95,6 +95,27 @@ def test_the_schedule_finds_the_quicker_way(users, slots, better):
     other = "turns" if better == "together" else "together"
     assert rates[better] > 1.05 * rates[other]
     assert rates["auto"] > 0.95 * rates[better]
+
+
+def steps_together(step_s, tokens=600):
+    """Steps of four users, when one of a user alone takes 0.28 s and each of all four `step_s`."""
+    load = ExpertLoad(num_experts=EXPERTS, top_k=TOP_K, slots=10, expert_share=0.5)
+    schedule = Schedule("auto", load, longest_wait_s=15.0, decode_share=0.3, may_pack=True, piece_tokens=512)
+    now_s, served, count, done = 0.0, dict.fromkeys(range(4), 0.0), 0, 0
+    while done < tokens:
+        chosen = schedule.choose([Candidate(key=key, prompt_left=0, since_s=at) for key, at in served.items()], now_s)
+        is_together = len(chosen.decode) > 1
+        seconds, stall_s, misses = (step_s, step_s - 0.25, 7.0) if is_together else (0.28, 0.18, 1.1)
+        schedule.note_decoding(len(chosen.decode), seconds, stall_s, misses)
+        now_s, done, count = now_s + seconds, done + len(chosen.decode), count + is_together
+        served |= dict.fromkeys(chosen.decode, now_s)
+    return count
+
+
+def test_steps_together_that_are_slower_than_turns_are_given_up_soon():
+    """Four users at 10 of 32 slots, as measured: 1.74 s together, 0.28 s alone."""
+    assert steps_together(1.74) == HOPELESS_STEPS
+    assert steps_together(0.9) > 4 * HOPELESS_STEPS
 
 
 def test_nobody_waits_longer_for_a_turn_than_he_should():
