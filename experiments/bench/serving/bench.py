@@ -24,6 +24,7 @@ TokensOption = Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens o
 PromptOption = Annotated[int, typer.Option("--prompt", min=16, help="Tokens of the long prompt.")]
 MeasureOption = Annotated[list[str] | None, typer.Option("--measure", help="One of " + ", ".join(MEASURES))]
 ScheduleOption = Annotated[list[str] | None, typer.Option("--schedule", help="One of " + ", ".join(SCHEDULES))]
+WaitOption = Annotated[float, typer.Option("--longest-wait", help="Most seconds between turns of a user.")]
 RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Rounds; schedules alternate in each.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the rows as JSON.")]
 RecordOption = Annotated[bool, typer.Option("--record", help="Save a record.")]
@@ -39,6 +40,7 @@ def bench_serve(
     prompt: PromptOption = 1024,
     measure: MeasureOption = None,
     schedule: ScheduleOption = None,
+    longest_wait: WaitOption = 15.0,
     repeats: RepeatsOption = 1,
     json_file: JsonOption = None,
     record: RecordOption = False,
@@ -54,7 +56,7 @@ def bench_serve(
     load = {"cpu_memory": cpu_memory, "cache_experts": cache_experts, "arithmetic": arithmetic}
     console, results = plain_console(), []
     if "rates" in wanted:
-        results += _rates(console, checkpoint, load, users or [1, 4], schedules, new_tokens, repeats)
+        results += _rates(console, checkpoint, load, users or [1, 4], schedules, longest_wait, new_tokens, repeats)
     if "llama.cpp" in wanted:
         results += _peers(console, checkpoint, cpu_memory, users or [1, 4], new_tokens)
     if "http" in wanted:
@@ -65,7 +67,11 @@ def bench_serve(
     if record:
         from ...evidence.record import save_record
 
-        save_record("bench-serve", results, config={**load, "new_tokens": new_tokens, "prompt": prompt})
+        save_record(
+            "bench-serve",
+            results,
+            config={**load, "new_tokens": new_tokens, "prompt": prompt, "longest_wait": longest_wait},
+        )
 
 
 def _chosen(kind: str, names: list[str] | None, known: tuple[str, ...]) -> list[str]:
@@ -86,6 +92,7 @@ def _rates(
     load: dict[str, Any],
     users: list[int],
     schedules: list[str],
+    longest_wait: float,
     new_tokens: int,
     repeats: int,
 ) -> list[dict[str, Any]]:
@@ -100,7 +107,8 @@ def _rates(
             for schedule in schedules if count > 1 else ["turns"]:
                 rows = [user_rows(number, 16 + new_tokens) for number in range(count)]
                 places = count * (max(48, 16 + new_tokens) + GROWTH_PLACES)
-                with _open(checkpoint, load, context=places, schedule=schedule) as engine:
+                options = {"schedule": schedule, "longest_wait_s": longest_wait}
+                with _open(checkpoint, load, context=places, **options) as engine:
                     rates(engine, [user_rows(8, 32)], 16)  # experts that are used first, kernels that are compiled
                     row, answers = rates(engine, rows, new_tokens)
                 for number, answer in enumerate(answers):
