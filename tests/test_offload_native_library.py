@@ -2,13 +2,15 @@
 
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from offload.native.library import FORBIDDING, WITHOUT
+from offload.native.library import FORBIDDING, SOURCES, WITHOUT
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,6 +93,18 @@ def test_products_without_some_instruction_sets(forbidden, isa):
     found = run(forbidden, isa)
     assert found["wrong"] == []
     assert not {"amx", "avx512_bf16", "avx512", "avx2"} & set(found["orders"]) & set(forbidden.split(","))
+
+
+@pytest.mark.parametrize("forbidden", ["avx512_bf16,avx512_vbmi", "avx512_bf16,avx512", "avx512_bf16,avx512,avx2"])
+def test_every_source_is_right_for_processors_without_some_sets(forbidden):
+    """Read, not compiled: headers that one set includes may be missing with another."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("no C compiler, or one for another kind of processor")
+    flags = [flag for name in ("amx", *forbidden.split(",")) for flag in WITHOUT[name]]
+    strict = ["-fsyntax-only", "-Werror=implicit-function-declaration", "-march=native", "-fopenmp", *flags]
+    done = subprocess.run([compiler, *strict, *map(str, SOURCES)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_set_that_is_not_known_is_refused():

@@ -80,7 +80,9 @@ def _compile(command: list[str], sources: Sequence[Path], work: Path) -> Path:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(f"our C could not be compiled: {done.stderr.strip()[:300]}")
+        said = done.stderr.strip().splitlines()
+        problem = [line for line in said if "error:" in line] or said
+        raise OSError(f"our C could not be compiled: {' '.join(problem)[:300]}")
 
 
 def processor_fact(name: str) -> str:

@@ -7,6 +7,8 @@
 
 #include "../stored_matrix.h"
 
+#include <string.h>
+
 #if defined(__AVX512BW__) && defined(__AVX512VBMI__)
 #include <immintrin.h>
 #endif
