@@ -318,12 +318,22 @@ def measure(
         sequence_T=np.arange(tokens, dtype=np.int32),
         metadata={"num_experts": experts},
     )
-    with process_group() if is_worker() else _alone():
-        torch.set_num_threads(1)
+    with process_group() if is_worker() else _alone(), _one_thread():
         problem = Problem.from_trace(trace, Cluster.grid(1, distributed.get_world_size()))
         plan = solve(problem, solver="contiguous", processes=1)
         size = Size(width=width, inner_width=inner_width, seed=seed)
         return time_overlap(plan, trace, size, speed, repeats, parts)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Each process computes on one core, as the exchange beside it needs the others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
