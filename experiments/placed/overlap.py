@@ -327,7 +327,7 @@ def measure(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Each process computes on one core, as the exchange beside it needs the others."""
+    """Compute on one thread, as each of several processes on one machine does."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
