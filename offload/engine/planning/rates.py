@@ -15,7 +15,7 @@ TRUSTED_TURNS = 2
 """Turns before their measurement counts, where experts are read from disk: the first of them begins cold."""
 HOPELESS_STEPS = 8
 """Steps together after which they are given up if the quickest of them was slower than turns. On GPT-OSS-20B's routing
-at 10 of 32 slots, four users together took 1.5 times as long a token, and a whole trial a fifth of their answers."""
+at 10 of 32 slots, four users together took 1.5 times as long a token, and a whole trial is 32 tokens of each."""
 STALE_TOKENS = 4000
 """Tokens after which a measurement of the way that is not in use is forgotten: turns are measured again, steps together
 are predicted again. The texts have changed meanwhile. Measuring takes 3 % of these tokens."""
