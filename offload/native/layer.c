@@ -3,16 +3,10 @@
    Sums, roundings and their order are those of `expertier_multiply`, `expertier_rms_norm` and `expertier_rotate`. */
 
 #include "bfloat16.h"
+#include "calls.h"
 
 #include <stddef.h>
-
-void expertier_multiply(int order, int64_t block, int form, const void *const *part, const int32_t *parameter, int64_t num,
-                        const uint16_t *const *bias, const uint16_t *x, int64_t x_rows, int64_t x_step, uint16_t *const *y,
-                        const int64_t *rows, int64_t columns);
-void expertier_rms_norm(int rounds_first, const uint16_t *x, const uint16_t *w, float eps, uint16_t *y, int64_t rows,
-                        int64_t columns);
-void expertier_rotate(const uint16_t *x, uint16_t *y, int64_t rows, int64_t columns, const uint16_t *cos, const uint16_t *sin,
-                      int64_t angles);
+#include <string.h>
 
 /* A norm over rows of `width` numbers; there is none if `weight` is NULL. */
 struct norm {
@@ -24,7 +18,8 @@ struct norm {
 
 /* Matrices of one width and form that are multiplied with the same row; see `expertier_multiply`. */
 struct siblings {
-    int order, form;
+    enum order order;
+    int form;
     int64_t block, num, columns;
     const void *const *part;
     const int32_t *parameter;

@@ -4,6 +4,7 @@
    contraction of products and sums. */
 
 #include "bfloat16.h"
+#include "calls.h"
 
 #include <math.h>
 

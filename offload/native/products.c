@@ -5,11 +5,11 @@
 
 #include <omp.h>
 
+#include "calls.h"
 #include "orders/amx.h"
 #include "orders/lanes.h"
 #include "orders/pairs.h"
 
-enum order { ORDER_AMX, ORDER_PAIRS, ORDER_LANES };
 enum { MOST_STRIPS_AT_ONCE = 16, TASKS_OF_A_THREAD = 4 };
 
 /* An order of summation; `block` is that of `pairs_strip` and `amx_strip`. */
