@@ -35,7 +35,7 @@ def bench_overlap(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
     parts: Annotated[int, typer.Option(min=1, help="Into which each process cuts its tokens.")] = 6,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of all processes together.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of all processes together.")] = 2048,
     layers: Annotated[int, typer.Option(min=1, help="Layers with experts.")] = 8,
     experts: Annotated[int, typer.Option(min=1, help="Experts of a layer.")] = 16,
     top_k: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 2,
@@ -70,12 +70,14 @@ def bench_overlap(
     sizes |= {"parts": parts, "tokens": tokens, "repeats": repeats}
     speed = Speed(bytes_per_s=bytes_per_s, ratios=ratios, interface=None if simulated else Interface())
     found = measure(**sizes, seed=SEED, speed=speed if simulated or is_apart() else None)
+    limit = "simulated" if simulated else "tbf on each process's interface" if is_apart() else "none"
+    rows = []
+    for one in found:  # every process takes part in every rate
+        rows.append({"processes": processes, "parts": parts, "limit": limit, **one, **_judged(one)})
+        if is_leader():
+            _print(rows[-1])
     if not is_leader():
         return
-    limit = "simulated" if simulated else "tbf on each process's interface" if is_apart() else "none"
-    rows = [{"processes": processes, "parts": parts, "limit": limit, **one, **_judged(one)} for one in found]
-    for row in rows:
-        _print(row)
     if json_file:
         write_json(json_file, {"rates": rows})
     if record:

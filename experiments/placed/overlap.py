@@ -246,7 +246,7 @@ class _Ways:
 @torch.no_grad()
 def time_overlap(
     plan: Plan, trace: RoutingTrace, size: Size, speed: Speed | None, repeats: int, parts: int = PARTS
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Seconds of computation and exchange alone, of parts in turn and woven; of the slowest process.
 
     Args:
@@ -254,9 +254,9 @@ def time_overlap(
         speed: of the connection; None leaves it as it is.
         repeats: runs of each way but parts in turn.
 
-    Returns:
-        For each rate `bytes_per_s`; `row_bytes` that leave this process once; `compute_s`, `exchange_s`, `in_turn_s`,
-        `woven_s`; and if it has an interface `sent_over_rows`, bytes that left by it for each byte of rows.
+    Yields:
+        For each rate, once it is measured, `bytes_per_s`; `row_bytes` that leave this process once; `compute_s`,
+        `exchange_s`, `in_turn_s`, `woven_s`; and if it has an interface `sent_over_rows`, bytes that left by it for each byte of rows.
 
     Raises:
         RuntimeError: if bits differ between the two orders.
@@ -264,15 +264,14 @@ def time_overlap(
     cut = TokenParts(plan, trace, size, parts)
     ways = _Ways(cut)
     if speed is None:
-        return [{"bytes_per_s": None, "row_bytes": ways.row_bytes} | ways.seconds(cut.wire, repeats)]
-    rows = []
+        yield {"bytes_per_s": None, "row_bytes": ways.row_bytes} | ways.seconds(cut.wire, repeats)
+        return
     for rate in speed.rates(ways.compute, ways.row_bytes):
         wire = speed.wire(cut.wire, rate)
         found = {"bytes_per_s": rate, "row_bytes": ways.row_bytes} | ways.seconds(wire, repeats)
         if speed.interface is not None:
             found["sent_over_rows"] = _sent_over_rows(speed.interface, ways, wire)
-        rows.append(found)
-    return rows
+        yield found
 
 
 def _sent_over_rows(interface: Interface, ways: _Ways, wire: Wire) -> float:
@@ -302,7 +301,7 @@ def measure(
     parts: int,
     repeats: int,
     speed: Speed | None,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """`time_overlap` of random routing under the contiguous plan, on the processes that torchrun started, or on one.
 
     Args:
@@ -322,7 +321,7 @@ def measure(
         problem = Problem.from_trace(trace, Cluster.grid(1, distributed.get_world_size()))
         plan = solve(problem, solver="contiguous", processes=1)
         size = Size(width=width, inner_width=inner_width, seed=seed)
-        return time_overlap(plan, trace, size, speed, repeats, parts)
+        yield from time_overlap(plan, trace, size, speed, repeats, parts)
 
 
 @contextmanager
