@@ -256,7 +256,8 @@ def time_overlap(
 
     Yields:
         For each rate, once it is measured, `bytes_per_s`; `row_bytes` that leave this process once; `compute_s`,
-        `exchange_s`, `in_turn_s`, `woven_s`; and if it has an interface `sent_over_rows`, bytes that left by it for each byte of rows.
+        `exchange_s`, `in_turn_s`, `woven_s`; and if it has an interface `sent_over_rows`, bytes that left by it for
+        each byte of rows.
 
     Raises:
         RuntimeError: if bits differ between the two orders.
