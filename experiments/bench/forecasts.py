@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -69,11 +70,13 @@ def bench_forecast(
     hardware: Annotated[Path | None, typer.Option(help="A file of `expertier calibrate`; measured if missing.")] = None,
     batches: Annotated[str, typer.Option(help="Sequences that decode together, with commas between them.")] = "1,4",
     steps: Annotated[int, typer.Option(min=2, help="Decode steps that are timed at each point.")] = 48,
+    repeats: Annotated[int, typer.Option(min=1, help="Loads of each point; the median counts.")] = 3,
     records: Annotated[Path, typer.Option(help="Folder of the record.")] = RECORDS,
 ) -> None:
     """Predict tokens per second and hit rates at each (budget, model, batch), measure them, tell the errors.
 
-    The machine must be quiet, and the models' folder on its usual disk.
+    The machine must be quiet, and the models' folder on its usual disk. Its rates are measured anew before each budget,
+    because hosts that others share change within minutes.
 
     Example: `expertier bench forecast --folder /data/scratch --hardware hardware.toml`
     """
@@ -89,17 +92,16 @@ def bench_forecast(
     console, rows = plain_console(), []
     with tempfile.TemporaryDirectory(dir=folder, prefix="expertier-forecast-") as place:
         _expect_counted_misses(Path(place) / "gate")
-        rates = _in_a_process(measure_step_rates, folder, given, sizes)
-        for row in _points(Path(place), sizes, steps, rates):
+        measured = partial(_in_a_process, measure_step_rates, folder, given, sizes)
+        for row in _points(Path(place), sizes, steps, repeats, measured):
             rows.append(row)
             console.print(", ".join(f"{key} {_shown(value)}" for key, value in row.items()), highlight=False)
     found = summary(rows)
     for name, value in found.items():
         verdict = "within" if value <= GOALS[name] else "above"
         console.print(f"{name} {value:.3f}, {verdict} the goal of {GOALS[name]}", highlight=False)
-    config = {"steps": steps, "warm_steps": WARM_STEPS, "batches": sizes, "shares": SHARES, "policy": POLICY}
-    machine = {"ratios": rates.ratios, "call_s": rates.call_s, **vars(rates.machine)}
-    saved = save_record("offload-forecast", rows, config=config | found | machine, seed=SEED, folder=records)
+    config = {"steps": steps, "repeats": repeats, "warm_steps": WARM_STEPS, "batches": sizes, "shares": SHARES}
+    saved = save_record("offload-forecast", rows, config=config | {"policy": POLICY} | found, seed=SEED, folder=records)
     console.print(f"record: {saved}", highlight=False)
 
 
@@ -118,15 +120,32 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {"median_error": median(errors), "worst_error": max(errors), "hit_rate_error": max(hits)}
 
 
-def _points(place: Path, batches: list[int], steps: int, rates: "StepRates") -> Iterator[dict[str, Any]]:
+def _points(
+    place: Path, batches: list[int], steps: int, repeats: int, measured: "Callable[[], StepRates]"
+) -> Iterator[dict[str, Any]]:
     context = WARM_STEPS + steps
     for number, shape in enumerate(MODELS):
         checkpoint = place / f"model{number}"
         trace = _build(shape, checkpoint, context * max(batches))
         for share in SHARES:
+            rates = measured()
             for batch in batches:
-                found = _in_a_process(point, checkpoint, trace, share, _lanes(context, batch), rates)
-                yield {"model": shape.name, "share": share, "batch": batch, **found, "n": steps}
+                given = (checkpoint, trace, share, _lanes(context, batch), rates)
+                loads = [_in_a_process(point, *given) for _ in range(repeats)]
+                found = sorted(loads, key=lambda load: load["tokens_per_second"])[repeats // 2]
+                seen = [load["tokens_per_second"] for load in loads]
+                yield {"model": shape.name, "share": share, "batch": batch, **found, **_used(rates),
+                       "slowest": min(seen), "quickest": max(seen), "n": steps}  # fmt: skip
+
+
+def _used(rates: "StepRates") -> dict[str, float]:
+    """The rates that a prediction rests on most."""
+    machine = rates.machine
+    return {
+        "disk_bytes_per_s": machine.disk_bytes_per_s,
+        "exact_bytes_per_s": machine.exact_bytes_per_s,
+        "layer_s": machine.layer_s,
+    }
 
 
 def point(checkpoint: Path, trace: "RoutingTrace", share: float, row_AT: Any, rates: "StepRates") -> dict[str, Any]:

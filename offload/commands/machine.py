@@ -300,7 +300,7 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", help="Where the rates go (TOML).")] = Path("hardware.toml"),
     folder: Annotated[Path, typer.Option("--folder", help="A folder on the disk that holds the models.")] = Path(),
 ) -> None:
-    """Measure the disk, the memory and the kernels of this machine; takes some ten seconds and 512 MiB of disk.
+    """Measure the disk, the memory and the kernels of this machine; takes some fifteen seconds and 512 MiB of disk.
 
     Example: `expertier calibrate --out hardware.toml --folder /data/models`
     """

@@ -3,12 +3,13 @@
 The disk part needs no torch.
 """
 
+import itertools
 import mmap
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -17,35 +18,56 @@ from routing.ground.hardware import Hardware
 # O_DIRECT reads begin and end at multiples; 4096 suits disks of 512 and of 4096 bytes
 BLOCK_BYTES = 4096
 
-# enough for half a second of a disk of 1 GB/s; larger files take longer to write first. Other sizes have no record.
 MEASURED_BYTES = 512 << 20
+"""Of the file that is read; larger ones take longer to write first. Other sizes have no record."""
+SETTLE_S, READING_S = 1.0, 2.0
+"""Shared disks give bursts at a rate that they do not keep. One read 1 MiB at 1.50 GB/s and, right after it, 16 MiB at
+0.94. Half a second of reading therefore says too much. Longer times were not tried."""
 # of the model whose overhead per layer is measured: small, so that Python and not weights take the time
 LAYERS, CONTEXT, CALIBRATED_EXPERTS = 4, 64, 4
 WEIGHTS = 96
 """Of 8 MiB each, so that no cache holds what was read last time."""
 
 
-def disk_bandwidth(file: Path, *, num_threads: int, read_bytes: int, total_bytes: int = MEASURED_BYTES) -> float:
-    """Bytes per second of O_DIRECT reads of `file` by several threads, each taking every num_threads-th piece."""
+def disk_bandwidth(
+    file: Path, *, num_threads: int, read_bytes: int, settle_s: float = SETTLE_S, seconds: float = READING_S
+) -> float:
+    """Bytes per second of O_DIRECT reads of `file`, from its begin to its end again and again, once bursts are over.
+
+    Args:
+        file: read in pieces, of which each thread takes every num_threads-th.
+        num_threads: that read at the same time.
+        read_bytes: of one piece.
+        settle_s: first seconds, which do not count.
+        seconds: that count.
+
+    Raises:
+        ValueError: if the file is smaller than a piece.
+    """
     size = file.stat().st_size // BLOCK_BYTES * BLOCK_BYTES
-    pieces = range(0, min(size, total_bytes) - read_bytes + 1, read_bytes)
+    pieces = range(0, size - read_bytes + 1, read_bytes)
     if not pieces:
         raise ValueError(f"{file} is too small to measure with reads of {read_bytes} bytes")
     descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    started = time.perf_counter()
+    counted_from, until = started + settle_s, started + settle_s + seconds
 
-    def read(first: int) -> None:
-        buffer = memoryview(mmap.mmap(-1, read_bytes))
-        for offset in pieces[first::num_threads]:
+    def read(first: int) -> float:
+        """Bytes of this thread that landed in the time that counts; of the read at either edge, a part."""
+        buffer, done, mine = memoryview(mmap.mmap(-1, read_bytes)), 0.0, pieces[first::num_threads] or pieces
+        for offset in itertools.cycle(mine):
+            begun = time.perf_counter()
+            if begun >= until:
+                return done
             os.preadv(descriptor, [buffer], offset)
+            landed = time.perf_counter()
+            inside = min(landed, until) - max(begun, counted_from)
+            done += read_bytes * max(inside, 0.0) / (landed - begun)
+        raise AssertionError("pieces are read again and again")
 
     try:
-        threads = [threading.Thread(target=read, args=(first,)) for first in range(num_threads)]
-        started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return len(pieces) * read_bytes / (time.perf_counter() - started)
+        with ThreadPoolExecutor(num_threads) as pool:
+            return sum(pool.map(read, range(num_threads))) / seconds
     finally:
         os.close(descriptor)
 
@@ -53,7 +75,7 @@ def disk_bandwidth(file: Path, *, num_threads: int, read_bytes: int, total_bytes
 def calibrate(
     folder: Path, *, num_threads: int = 4, read_bytes: int = 4 << 20, file_bytes: int = MEASURED_BYTES
 ) -> Hardware:
-    """Measure this machine; takes some ten seconds and `file_bytes` of disk in `folder` for as long.
+    """Measure this machine; takes some fifteen seconds and `file_bytes` of disk in `folder` for as long.
 
     Args:
         folder: on the disk where models are.
