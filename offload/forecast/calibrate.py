@@ -12,8 +12,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from routing.ground.hardware import Hardware
+
+if TYPE_CHECKING:
+    import torch
 
 # O_DIRECT reads begin and end at multiples; 4096 suits disks of 512 and of 4096 bytes
 BLOCK_BYTES = 4096
@@ -25,8 +29,12 @@ SETTLE_S, READING_S = 1.0, 2.0
 0.94. Half a second of reading therefore says too much. Longer times were not tried."""
 # of the model whose overhead per layer is measured: small, so that Python and not weights take the time
 LAYERS, CONTEXT, CALIBRATED_EXPERTS = 4, 64, 4
+WIDTH = 2048
+MATRIX_BYTES = 2 * WIDTH * WIDTH
 WEIGHTS = 96
-"""Of 8 MiB each, so that no cache holds what was read last time."""
+"""Matrices of one measurement, so that no cache holds what was read last time."""
+STEPS = 25
+"""Of the model whose overhead per layer is measured. Other numbers were not tried."""
 
 
 def disk_bandwidth(
@@ -98,7 +106,7 @@ def calibrate(
         memory_bytes_per_s=memory,
         exact_bytes_per_s=exact,
         fast_bytes_per_s=fast,
-        layer_s=layer_seconds(exact),
+        layer_s=layer_seconds(),
         compressed_bytes_per_s=compressed,
         **gpu_rates(),
     )
@@ -119,13 +127,13 @@ def cached_bandwidth(file: Path, read_bytes: int) -> float:
         os.close(descriptor)
 
 
-def layer_seconds(bytes_per_s: float, batch: int = 1, arithmetic: str = "auto") -> float:
+def layer_seconds(batch: int = 1, arithmetic: str = "auto") -> float:
     """Seconds that a decoder layer costs a step besides reading weights: a small offloaded model, all in memory.
 
-    Its weights are of a usual width, because reading them empties the caches that everything else would run from.
+    Products of as many bytes are timed in turns with the model's steps and taken off, because rates of shared machines
+    change. Weights are of a usual width: reading them empties the caches that everything else would run from.
 
     Args:
-        bytes_per_s: at which products of so many rows read weights.
         batch: tokens of a step; each uses all of the layer's `CALIBRATED_EXPERTS`.
         arithmetic: as for `load`.
     """
@@ -136,7 +144,7 @@ def layer_seconds(bytes_per_s: float, batch: int = 1, arithmetic: str = "auto") 
     from ..runtime.loading import load
 
     config = OlmoeConfig(
-        vocab_size=64, hidden_size=2048, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=16,
+        vocab_size=64, hidden_size=WIDTH, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=16,
         num_key_value_heads=16, num_experts=CALIBRATED_EXPERTS, num_experts_per_tok=CALIBRATED_EXPERTS,
         eos_token_id=None, pad_token_id=None, dtype="bfloat16",
     )  # fmt: skip
@@ -151,9 +159,44 @@ def layer_seconds(bytes_per_s: float, batch: int = 1, arithmetic: str = "auto") 
         model = load(folder, cache_experts=CALIBRATED_EXPERTS, arithmetic=arithmetic)
         past = model(torch.ones(batch, CONTEXT, dtype=torch.long), use_cache=True).past_key_values
         token = torch.ones(batch, 1, dtype=torch.long)
-        seconds = _median_s(lambda: model(token, past_key_values=past, use_cache=True), times=25)
+        count = nbytes // MATRIX_BYTES
+        products = Products(batch, square_matrices(count))
+        besides = []
+        for _ in range(STEPS + 1):  # the first one is not used to anything
+            step_s = _seconds(lambda: model(token, past_key_values=past, use_cache=True))
+            besides.append(step_s - _seconds(products) * nbytes / (count * MATRIX_BYTES))
         model.offload.close()
-    return max(seconds - nbytes / bytes_per_s, 0.0) / LAYERS
+    return max(median(besides[1:]), 0.0) / LAYERS
+
+
+class Products:
+    """Products of a few rows with square matrices, one after the other.
+
+    Args:
+        rows: of the other factor.
+        weights: plain or stored, `WIDTH` wide.
+        arithmetic: of them.
+    """
+
+    def __init__(self, rows: int, weights: "Sequence[torch.Tensor]", arithmetic: str = "exact") -> None:
+        import torch
+
+        from ..compute.matvec import Matvecs
+
+        self._weights, self._matvecs, self._mm = weights, Matvecs(arithmetic), torch.mm
+        self._x, self._out = torch.randn(rows, WIDTH).bfloat16(), torch.empty(rows, WIDTH, dtype=torch.bfloat16)
+
+    def __call__(self) -> None:
+        for weight in self._weights:
+            if not self._matvecs.multiply(self._x, (weight,), (self._out,)):
+                self._mm(self._x, weight.t(), out=self._out)
+
+
+def square_matrices(count: int) -> "list[torch.Tensor]":
+    """Random bfloat16 matrices of `MATRIX_BYTES` each."""
+    import torch
+
+    return [torch.randn(WIDTH, WIDTH).bfloat16() for _ in range(count)]
 
 
 def _token_products() -> tuple[float, float, float, float]:
@@ -161,41 +204,28 @@ def _token_products() -> tuple[float, float, float, float]:
     import torch
     from torch import nn
 
-    from ..compute.matvec import Matvecs
     from ..compute.resident import store_linears, weight_bytes
     from ..formats.compression import CompressedMatrix
 
-    weights = [torch.randn(2048, 2048).bfloat16() for _ in range(WEIGHTS)]
-    x, out = torch.randn(1, 2048).bfloat16(), torch.empty(1, 2048, dtype=torch.bfloat16)
-    total = sum(weight.nbytes for weight in weights)
-
-    def each(run: Callable[[torch.Tensor], object], weights: Sequence[torch.Tensor], nbytes: int) -> float:
-        def once() -> None:
-            for weight in weights:
-                run(weight)
-
-        return nbytes / _median_s(once)
-
-    def product(matvecs: Matvecs) -> Callable[[torch.Tensor], object]:
-        return lambda weight: matvecs.multiply(x, (weight,), (out,)) or torch.mm(x, weight.t(), out=out)
-
-    exact = each(product(Matvecs("exact")), weights, total)
-    memory = each(lambda weight: weight.view(torch.int64).sum(), weights, total)
+    weights, total = square_matrices(WEIGHTS), WEIGHTS * MATRIX_BYTES
+    exact = total / _median_s(Products(1, weights))
+    memory = total / _median_s(lambda: [weight.view(torch.int64).sum() for weight in weights])
     try:
-        fast = each(product(Matvecs("fast")), weights, total)
+        fast = total / _median_s(Products(1, weights, "fast"))
     except ValueError:
         fast = 0.0
-    model = nn.ModuleList([nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16) for _ in weights])
+    model = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in weights])
     store_linears(model, CompressedMatrix())
-    compressed = each(product(Matvecs("exact")), [linear.weight for linear in model], weight_bytes(model))
+    compressed = weight_bytes(model) / _median_s(Products(1, [linear.weight for linear in model]))
     return exact, fast, compressed, memory
 
 
 def _median_s(run: Callable[[], object], times: int = 9) -> float:
     run()
-    seconds = []
-    for _ in range(times):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return median(seconds)
+    return median(_seconds(run) for _ in range(times))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

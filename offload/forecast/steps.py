@@ -21,7 +21,7 @@ from routing.traces import RoutingTrace
 
 from ..cache.steps import ReplayedSteps, replay_steps
 from ..memory.cost import layer_call_seconds
-from .calibrate import CALIBRATED_EXPERTS, calibrate, layer_seconds
+from .calibrate import CALIBRATED_EXPERTS, Products, calibrate, layer_seconds, square_matrices
 from .fit import Fit
 
 WEIGHTS = 24  # matrices of 8 MiB, more than the last cache holds
@@ -123,31 +123,23 @@ def measure_step_rates(folder: Path, given: Hardware | None, batches: list[int])
         batches: rows of a step.
     """
     machine = given or calibrate(folder)
-    rate = machine.token_rate(is_fast=False)
     rates = StepRates(machine, _row_ratios(batches), {})
-    alone_s = layer_seconds(rate, arithmetic="exact")
+    alone_s = layer_seconds(arithmetic="exact")
     for batch in batches:
-        together_s = alone_s if batch == 1 else layer_seconds(rate / float(rates.ratio(batch)), batch, "exact")
+        together_s = alone_s if batch == 1 else layer_seconds(batch, "exact")
         rates.call_s[batch] = max(together_s - alone_s, 0.0) / CALIBRATED_EXPERTS
     return rates
 
 
 def _row_ratios(batches: list[int]) -> dict[int, float]:
     """How much longer this machine's products of n rows take than of one, at powers of two up to the largest batch."""
-    import torch
-
-    from ..compute.matvec import Matvecs
-
-    matvecs = Matvecs("exact")
-    weights = [torch.randn(2048, 2048).bfloat16() for _ in range(WEIGHTS)]
     counts = [1 << power for power in range(math.ceil(math.log2(max(*batches, 2))) + 1)]
+    weights = square_matrices(WEIGHTS)
+    products = {count: Products(count, weights) for count in counts}
     seconds: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(ROUNDS):
         for count in counts:
-            x, out = torch.randn(count, 2048).bfloat16(), torch.empty(count, 2048, dtype=torch.bfloat16)
             began = time.perf_counter()
-            for weight in weights:
-                if not matvecs.multiply(x, (weight,), (out,)):
-                    torch.mm(x, weight.t(), out=out)
+            products[count]()
             seconds[count].append(time.perf_counter() - began)
     return {count: median(taken) / median(seconds[1]) for count, taken in seconds.items()}
