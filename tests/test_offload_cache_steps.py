@@ -99,9 +99,9 @@ def test_a_forecast_adds_up_by_hand():
     rates = StepRates(machine, {1: 1.0, 2: 1.5}, {2: 0.1})
     row_AT = np.arange(4).reshape(2, 2)
     said = forecast_steps(fitted, trace, row_AT, rates, policy="lru", warm=0)
-    computing = (1.5 + 0.1) + 2 * (1.0 + 0.1)  # expert 0 has two rows, two others one each
-    reading = 3 * 4.0  # the first step reads three experts, the second none
-    outside = 0.5 * 1.5 + 0.5
+    computing = 1.5 + 2 * 1.0  # expert 0 has two rows, two others one each
+    reading = 3 * (4.0 + 0.25)  # the first step reads three experts, the second none; each takes half a layer's time
+    outside = 0.5 * 1.5 + 0.5 + 0.1
     assert said.hit_rate == pytest.approx(0.5)
     assert said.step_s == pytest.approx(outside + (max(reading, computing * 2 / 3) + computing / 3 + computing) / 2)
     with pytest.raises(ValueError, match=r"batches \[2\]; got 1"):

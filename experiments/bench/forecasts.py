@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -70,13 +70,13 @@ def bench_forecast(
     hardware: Annotated[Path | None, typer.Option(help="A file of `expertier calibrate`; measured if missing.")] = None,
     batches: Annotated[str, typer.Option(help="Sequences that decode together, with commas between them.")] = "1,4",
     steps: Annotated[int, typer.Option(min=2, help="Decode steps that are timed at each point.")] = 48,
-    repeats: Annotated[int, typer.Option(min=1, help="Loads of each point; the median counts.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Loads of each point; the one with the median error counts.")] = 3,
     records: Annotated[Path, typer.Option(help="Folder of the record.")] = RECORDS,
 ) -> None:
     """Predict tokens per second and hit rates at each (budget, model, batch), measure them, tell the errors.
 
     The machine must be quiet, and the models' folder on its usual disk. Its rates are measured anew before each budget,
-    because hosts that others share change within minutes.
+    and the disk's before each load, because hosts that others share change within minutes.
 
     Example: `expertier bench forecast --folder /data/scratch --hardware hardware.toml`
     """
@@ -132,24 +132,12 @@ def _points(
             for batch in batches:
                 given = (checkpoint, trace, share, _lanes(context, batch), rates)
                 loads = [_in_a_process(point, *given) for _ in range(repeats)]
-                found = sorted(loads, key=lambda load: load["tokens_per_second"])[repeats // 2]
-                seen = [load["tokens_per_second"] for load in loads]
-                yield {"model": shape.name, "share": share, "batch": batch, **found, **_used(rates),
-                       "slowest": min(seen), "quickest": max(seen), "n": steps}  # fmt: skip
-
-
-def _used(rates: "StepRates") -> dict[str, float]:
-    """The rates that a prediction rests on most."""
-    machine = rates.machine
-    return {
-        "disk_bytes_per_s": machine.disk_bytes_per_s,
-        "exact_bytes_per_s": machine.exact_bytes_per_s,
-        "layer_s": machine.layer_s,
-    }
+                found = sorted(loads, key=lambda load: load["error"])[repeats // 2]
+                yield {"model": shape.name, "share": share, "batch": batch, **found, "n": steps}
 
 
 def point(checkpoint: Path, trace: "RoutingTrace", share: float, row_AT: Any, rates: "StepRates") -> dict[str, Any]:
-    """Predict one point, then load the model and measure it.
+    """Predict one point from the disk's rate of this moment, then load the model and measure it.
 
     Args:
         checkpoint: which routes as the trace says.
@@ -158,13 +146,15 @@ def point(checkpoint: Path, trace: "RoutingTrace", share: float, row_AT: Any, ra
         row_AT: rows of each step, the warm ones first.
         rates: of this machine.
     """
-    from offload import fit, forecast_steps
+    from offload import disk_bandwidth, fit, forecast_steps
 
     context = trace.num_tokens
     fit(checkpoint, context=context)  # loads the libraries, which the next one counts as held
     budgets = fit(checkpoint, context=context).budgets
     budget = budgets.least_bytes + int(share * (budgets.all_bytes - budgets.least_bytes))
     fitted = fit(checkpoint, cpu_memory=budget, context=context)
+    disk = disk_bandwidth(max(checkpoint.glob("*.safetensors"), key=_size), num_threads=4, read_bytes=4 << 20)
+    rates = replace(rates, machine=replace(rates.machine, disk_bytes_per_s=disk))
     held = row_AT.size // 2  # on average, over the steps
     said = forecast_steps(fitted, trace, row_AT, rates, policy=POLICY, warm=WARM_STEPS, held_tokens=held)
     predicted = row_AT.shape[1] / said.step_s
@@ -178,7 +168,15 @@ def point(checkpoint: Path, trace: "RoutingTrace", share: float, row_AT: Any, ra
         "tokens_per_second": got["tokens_per_second"],
         "tokens_per_second_predicted": predicted,
         "error": abs(predicted / got["tokens_per_second"] - 1),
+        "disk_bytes_per_s": disk,
+        "exact_bytes_per_s": rates.machine.exact_bytes_per_s,
+        "layer_s": rates.machine.layer_s,
+        "call_s": rates.call_s[row_AT.shape[1]],
     }
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
 
 
 def _build(shape: GeneratedModel, checkpoint: Path, tokens: int) -> "RoutingTrace":

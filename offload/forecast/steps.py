@@ -20,8 +20,8 @@ from routing.ground.hardware import Hardware
 from routing.traces import RoutingTrace
 
 from ..cache.steps import ReplayedSteps, replay_steps
-from ..memory.cost import layer_call_seconds
-from .calibrate import CALIBRATED_EXPERTS, Products, calibrate, layer_seconds, square_matrices
+from ..memory.cost import layer_call_seconds, miss_seconds
+from .calibrate import Products, calibrate, layer_seconds, square_matrices
 from .fit import Fit
 
 WEIGHTS = 24  # matrices of 8 MiB, more than the last cache holds
@@ -35,7 +35,7 @@ class StepRates:
     Args:
         machine: rates for one row, as `expertier calibrate` has them.
         ratios: how much longer products of n rows take than of one, at powers of two.
-        call_s: by batch, seconds that a call of several rows costs for each of its experts, besides reading weights.
+        call_s: by batch, seconds that a layer costs several rows more than one, besides reading weights.
     """
 
     machine: Hardware
@@ -99,17 +99,17 @@ def _step_seconds(fitted: Fit, paper: ReplayedSteps, rates: StepRates, batch: in
     """Mean seconds of a step: all outside experts, and each layer's calls as their reads and products overlap."""
     machine = rates.machine
     rate, expert_bytes = machine.token_rate(is_fast=False), fitted.forms[0].expert_bytes
-    one_ALE = rates.ratio(paper.rows_ALE) * expert_bytes / rate + rates.call_s[batch]
+    one_ALE = rates.ratio(paper.rows_ALE) * expert_bytes / rate
     computing_AL = np.where(paper.rows_ALE > 0, one_ALE, 0.0).sum(axis=2)
     used_AL = np.maximum((paper.rows_ALE > 0).sum(axis=2), 1)
-    read_s = expert_bytes / machine.disk_bytes_per_s
+    read_s = miss_seconds(expert_bytes, machine.disk_bytes_per_s, machine.layer_s)
     total = 0.0
     for step, layer in np.ndindex(*paper.misses_AL.shape):
         computing = float(computing_AL[step, layer])
         last = computing / int(used_AL[step, layer])
         total += layer_call_seconds(int(paper.misses_AL[step, layer]), read_s, computing, last)
     dense_s = (fitted.dense_bytes - fitted.unread_bytes) / rate * float(rates.ratio(batch)) + attention_s
-    dense_s += len(fitted.forms) * machine.layer_s
+    dense_s += len(fitted.forms) * (machine.layer_s + rates.call_s[batch])
     outside = max(dense_s, fitted.streamed_bytes / machine.disk_bytes_per_s)
     return outside + total / len(paper.misses_AL)
 
@@ -127,7 +127,7 @@ def measure_step_rates(folder: Path, given: Hardware | None, batches: list[int])
     alone_s = layer_seconds(arithmetic="exact")
     for batch in batches:
         together_s = alone_s if batch == 1 else layer_seconds(batch, "exact")
-        rates.call_s[batch] = max(together_s - alone_s, 0.0) / CALIBRATED_EXPERTS
+        rates.call_s[batch] = max(together_s - alone_s, 0.0)
     return rates
 
 

@@ -16,6 +16,12 @@ It is 0 without slots and 1 with all of them. On the GPT-OSS-20B trace of experi
 a quarter gives 65 to 67 % with `lru` and 71 to 73 % with `learned`; other models were not compared."""
 
 
+MISS_SHARE = 0.5
+"""What an expert that is not in memory costs besides its bytes, in parts of what a layer costs besides weights: asking
+for it, waking up, making room. At 0.63 ms a layer it was 0.2 to 0.5 ms with one sequence and four, by the differences
+of twelve points (experiments/records/2026-11-30_offload-forecast)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeWork:
     """What one decoded token needs.
@@ -83,7 +89,7 @@ def predict_decode(work: DecodeWork, hardware: Hardware, *, rate: float, is_cach
     dense_s = work.resident_bytes / rate + work.num_layers * hardware.layer_s
     outside = max(dense_s, work.streamed_bytes / disk_rate)
     experts = (work.active_bytes - work.resident_bytes) / rate
-    layer = _layer_seconds(work, work.expert_bytes / disk_rate, work.expert_bytes / rate)
+    layer = _layer_seconds(work, miss_seconds(work.expert_bytes, disk_rate, hardware.layer_s), work.expert_bytes / rate)
     return Prediction(
         disk_s=(work.missed_bytes + work.streamed_bytes) / disk_rate,
         compute_s=dense_s + experts,
@@ -98,6 +104,17 @@ def _layer_seconds(work: DecodeWork, read_s: float, compute_s: float) -> float:
         chance = comb(top_k, misses) * (1 - work.hit_rate) ** misses * work.hit_rate ** (top_k - misses)
         seconds += chance * layer_call_seconds(misses, read_s, top_k * compute_s, compute_s)
     return seconds
+
+
+def miss_seconds(expert_bytes: int, disk_rate: float, layer_s: float) -> float:
+    """From asking for an expert that is not in memory until it is there.
+
+    Args:
+        expert_bytes: stored bytes of it.
+        disk_rate: bytes per second.
+        layer_s: what a layer costs besides weights.
+    """
+    return expert_bytes / disk_rate + MISS_SHARE * layer_s
 
 
 def layer_call_seconds(misses: int, read_s: float, computing_s: float, last_s: float) -> float:
