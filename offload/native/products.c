@@ -9,6 +9,7 @@
 #include "orders/amx.h"
 #include "orders/lanes.h"
 #include "orders/pairs.h"
+#include "orders/panels.h"
 
 enum { MOST_STRIPS_AT_ONCE = 16, TASKS_OF_A_THREAD = 4 };
 
@@ -125,6 +126,37 @@ void expertier_multiply(enum order order, int64_t block, int form, const void *c
         end_work(&worker, &by);
     }
     for (int64_t n = 0; n < inputs; n++) free(input[n].packed);
+}
+
+/* y = x w: x is [rows, w_rows], w [w_rows, columns], y [rows, columns]; 0, and nothing done, where only lanes are there. */
+int expertier_multiply_turned(enum order order, const uint16_t *x, int64_t rows, const uint16_t *w, int64_t w_rows, int64_t columns,
+                              uint16_t *y) {
+#ifdef HAS_PANELS
+    if (order == ORDER_LANES) return 0;
+    uint16_t *tiles = order == ORDER_AMX ? aligned_alloc(64, (size_t)(tiled(rows) * tiled(w_rows)) * sizeof *tiles) : NULL;
+#pragma omp parallel
+    {
+        struct amx amx;
+        struct panel_room *room = aligned_alloc(64, panel_room_bytes(rows));
+        if (tiles) {
+            begin_amx(&amx);
+            configure(&amx, X_ROWS);
+#pragma omp for schedule(static)
+            for (int64_t begin = 0; begin < rows; begin += STRIPE) tile_rows(x, rows, w_rows, begin, tiles);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t column = 0; column < columns; column += PANEL_COLUMNS) {
+            int64_t left = columns - column, count = left < PANEL_COLUMNS ? left : PANEL_COLUMNS;
+            multiply_panel(x, tiles, rows, w, w_rows, columns, column, count, room, y);
+        }
+        if (tiles) end_amx(&amx);
+        free(room);
+    }
+    free(tiles);
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 /* --- whole experts ------------------------------------------------------------------------------------------------ */

@@ -24,6 +24,8 @@ struct amx {
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#define HAS_AMX
+
 /* Tiles are named by literals: the intrinsics paste them into register names. Sums of rows 0-15 and 16-31 of the strip, each
    with two groups of rows of x. */
 #define SUM_0 0
@@ -51,14 +53,20 @@ static void end_amx(const struct amx *amx) {
         _tile_release();
 }
 
-static void configure(struct amx *amx, int64_t width) {
+/* The intrinsics do not tell the compiler what they read: it may leave out what is written before. */
+static inline void load_config(const struct tile_config *config) {
+    __asm__ volatile("" : : "r"(config) : "memory");
+    _tile_loadconfig(config);
+}
+
+static inline void configure(struct amx *amx, int64_t width) {
     if (amx->width == width) return;
     struct tile_config config = {.palette = 1};
     for (int tile = 0; tile < TILES; tile++) {
         config.rows[tile] = TILE_ROWS;
         config.row_bytes[tile] = tile == W_0 || tile == W_1 ? 2 * TILE_COLUMNS : (uint16_t)(width * (int64_t)sizeof(float));
     }
-    _tile_loadconfig(&config);
+    load_config(&config);
     amx->width = width;
 }
 
@@ -112,12 +120,48 @@ static void end_tile_block(struct tile_sums *totals, int64_t width, int is_pair,
     zero_sums(is_pair);
 }
 
+/* Sums of 16 rows of a strip with 16 rows of x, turned: those of one row of x lie side by side, STRIP_ROWS from the next one's. */
+static void turn_sums(const float *sums, float *out) {
+    __m512 a[X_ROWS], b[X_ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < X_ROWS; i++) a[i] = _mm512_loadu_ps(sums + i * X_ROWS);
+#pragma GCC unroll 8
+    for (int i = 0; i < X_ROWS; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < X_ROWS; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            __m512d low = (__m512d)b[i + j], high = (__m512d)b[i + j + 2];
+            a[i + 2 * j] = (__m512)_mm512_unpacklo_pd(low, high);
+            a[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(low, high);
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        __m512 even = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), odd = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
+        __m512 even_below = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88), odd_below = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+        _mm512_storeu_ps(out + j * STRIP_ROWS, _mm512_shuffle_f32x4(even, even_below, 0x88));
+        _mm512_storeu_ps(out + (4 + j) * STRIP_ROWS, _mm512_shuffle_f32x4(odd, odd_below, 0x88));
+        _mm512_storeu_ps(out + (8 + j) * STRIP_ROWS, _mm512_shuffle_f32x4(even, even_below, 0xdd));
+        _mm512_storeu_ps(out + (12 + j) * STRIP_ROWS, _mm512_shuffle_f32x4(odd, odd_below, 0xdd));
+    }
+}
+
 static void store_group(const struct strip *s, const float *sums, const struct inputs *x, int64_t group, uint16_t *y, int64_t y_stride) {
     int64_t width = group_width(x);
+    float turned[X_ROWS * STRIP_ROWS];
+    if (width == X_ROWS) {
+        turn_sums(sums, turned);
+        turn_sums(sums + TILE_ROWS * X_ROWS, turned + TILE_ROWS);
+    } else {
+        for (int64_t i = 0; i < width; i++)
+            for (int64_t row = 0; row < STRIP_ROWS; row++) turned[i * STRIP_ROWS + row] = sums[row * width + i];
+    }
     for (int64_t i = 0; i < width && group * X_ROWS + i < x->rows; i++) {
-        float sum[STRIP_ROWS];
+        float *sum = turned + i * STRIP_ROWS;
         uint16_t *out = y + (group * X_ROWS + i) * y_stride;
-        for (int64_t row = 0; row < STRIP_ROWS; row++) sum[row] = sums[row * width + i];
         if (s->bias)
             for (int64_t row = 0; row < STRIP_ROWS; row++) sum[row] += load_bf16(s->bias[row]);
         for (int64_t row = 0; row < STRIP_ROWS; row++) out[row] = round_bf16(sum[row]);
@@ -129,16 +173,36 @@ static inline void store_totals(const struct strip *s, const struct tile_sums *t
     for (int n = 0; n <= is_pair; n++) store_group(s, totals->of[n], x, group + n, y, y_stride);
 }
 
+/* Rows of the strip that comes next, some for each group of x, which are asked for while this one is multiplied. */
+struct next_rows {
+    const uint16_t *w;
+    int64_t begin, end;
+};
+
+static inline struct next_rows next_rows(const struct strip *s, int64_t group, int64_t groups) {
+    int is_plain = s->m->form == PLAIN && groups > 2 && s->row + 2 * STRIP_ROWS <= s->m->rows;
+    int64_t begin = STRIP_ROWS * group / groups, end = STRIP_ROWS * (group + 2) / groups;
+    return (struct next_rows){plain_row(s, STRIP_ROWS), begin, !is_plain ? begin : end < STRIP_ROWS ? end : STRIP_ROWS};
+}
+
+static inline void ask_for(const struct next_rows *next, int64_t stride, int64_t column) {
+    for (int64_t row = next->begin; row < next->end; row++) _mm_prefetch((const char *)(next->w + row * stride + column), _MM_HINT_T1);
+}
+
 /* A strip whose rows lie `stride` apart, times groups of x from `group` on, one or two. */
 static inline void multiply_tiles(int64_t block, const struct strip *s, const uint16_t *w, int64_t stride, const struct inputs *x,
                                   int64_t group, int is_pair, uint16_t *y, int64_t y_stride) {
     int64_t width = group_width(x), next = width * padded(x->columns) / 2, columns = x->columns;
     const uint32_t *pairs = pairs_of(x, group);
+    const struct next_rows ahead = next_rows(s, group, num_groups(x));
     struct tile_sums totals;
     zero_sums(is_pair);
     for (int64_t begin = 0, end; begin < columns; begin = end) {
         end = begin + block < columns ? begin + block : columns;
-        for (int64_t c = begin; c < end; c += TILE_COLUMNS) add_tile(w + c, stride, pairs + c / 2 * width, width, next, is_pair);
+        for (int64_t c = begin; c < end; c += TILE_COLUMNS) {
+            ask_for(&ahead, stride, c);
+            add_tile(w + c, stride, pairs + c / 2 * width, width, next, is_pair);
+        }
         end_tile_block(&totals, width, is_pair, begin == 0);
     }
     store_totals(s, &totals, x, group, is_pair, y, y_stride);
