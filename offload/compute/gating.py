@@ -61,6 +61,45 @@ def find_gating(module: Any, width: int) -> Gating | None:
     return next((found for found in candidates if found is not None and _agrees(found, apply, width)), None)
 
 
+@dataclass(frozen=True)
+class Slopes:
+    """Derivatives of a gate's two functions for each bfloat16 number, in float32; `linear` as in `Gating`."""
+
+    gate: torch.Tensor
+    linear: torch.Tensor | None = None
+
+
+def find_slopes(module: Any, gating: Gating) -> Slopes:
+    """The derivatives of a gate whose tables are known: by the gate's own gradient, in float32."""
+    apply: Apply = module._apply_gate if module.has_gate else module.act_fn
+    if not gating.is_gated:
+        return Slopes(_gradient(apply, _every().float()))
+    neutral = 1.0 if gating.linear is None else float(_every()[(gating.linear == 1).nonzero()[0]])
+    gate, _ = _gradients(apply, _every().float(), neutral, gating.is_interleaved)
+    if gating.linear is None:
+        return Slopes(gate)
+    power = _power_of_two(gating.gate)
+    assert power is not None
+    factor, value = power
+    _, linear = _gradients(apply, value, _every().float(), gating.is_interleaved)
+    return Slopes(gate, linear / factor)
+
+
+def _gradients(
+    apply: Apply, gate: torch.Tensor | float, linear: torch.Tensor | float, is_interleaved: bool
+) -> torch.Tensor:
+    """Of a gate with respect to both parts, one of which is the same number everywhere."""
+    parts = [part if isinstance(part, torch.Tensor) else torch.full((ALL_BFLOAT16,), part) for part in (gate, linear)]
+    found = _gradient(apply, _joined(*parts, is_interleaved))[0]
+    return found.view(-1, 2).t() if is_interleaved else found.view(2, -1)
+
+
+def _gradient(apply: Apply, numbers: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        given = numbers.requires_grad_()
+        return torch.autograd.grad(apply(given).sum(), given)[0]
+
+
 def _activation(apply: Apply) -> Gating | None:
     table = apply(_every())
     return Gating(table, is_gated=False) if _is_table(table) else None

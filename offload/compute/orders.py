@@ -72,6 +72,10 @@ class ExpertWeights(ctypes.Structure):
     )
 
 
+SUMMING_ROWS = ("amx", "avx512_bf16")
+"""Orders that also have products which sum over the rows of a matrix."""
+
+
 @dataclass(frozen=True)
 class Order:
     """One order of summation.
@@ -121,6 +125,21 @@ class Order:
             *(bias, x.data_ptr(), x_rows, step, addresses(outs), rows, columns),
         )
 
+    def multiply_turned(self, x_nF: torch.Tensor, weight_FD: torch.Tensor, out_nD: torch.Tensor) -> None:
+        """`out = x @ weight`: sums go down the rows of a bfloat16 matrix, which is read as it lies.
+
+        Args:
+            x_nF, weight_FD: bfloat16, contiguous.
+            out_nD: likewise; written.
+
+        Raises:
+            ValueError: if this order has no such product; those with tiles or pairs have.
+        """
+        count, (rows, columns) = x_nF.numel() // weight_FD.shape[0], weight_FD.shape
+        given = (x_nF.data_ptr(), count, weight_FD.data_ptr(), rows, columns, out_nD.data_ptr())
+        if not _multiply_turned()(self.number, *given):
+            raise ValueError(f"the order {self.name} does not sum over rows; amx and avx512_bf16 do")
+
 
 def any_given(biases: Sequence[torch.Tensor | None]) -> bool:
     """Whether any matrix has a bias."""
@@ -150,6 +169,14 @@ def _multiply() -> Any:
         *(pointer, pointer, number, number, pointer, pointer, number),
     ]
     function.restype = None
+    return function
+
+
+@functools.cache
+def _multiply_turned() -> Any:
+    function = library().expertier_multiply_turned
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [ctypes.c_int, pointer, number, pointer, number, number, pointer]
     return function
 
 

@@ -11,7 +11,11 @@ from routing.ground.expect import expect_name
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(
-    FOLDER / name for name in ("products.c", "layer.c", "compress.c", "norms.c", "expand.c", "gguf.c", "ternary.c")
+    FOLDER / name
+    for name in (
+        *("products.c", "layer.c", "compress.c", "norms.c", "expand.c", "gguf.c", "ternary.c"),
+        *("tuning/low_rank.c", "tuning/gates.c"),
+    )
 )
 HEADERS = tuple(sorted(FOLDER.rglob("*.h")))
 

@@ -19,6 +19,7 @@ from ...memory.heap import return_free_blocks_beyond
 from ..storage.activations import SpilledActivations
 from ..storage.units import UNIT
 from ..storage.visits import ExpertVisits
+from .frozen import FrozenExperts, frozen_experts
 from .lockstep import Lockstep
 from .rows import Call, RowGradients, Seen, Weights, expert_rows, filled_rows
 
@@ -67,6 +68,7 @@ class TunedExperts:
         self.spilled: SpilledActivations | None = None
         """Takes outputs for decoder layers that are computed again."""
         self._modules = list(modules)
+        self._kernels: dict[int, FrozenExperts | None] = {}
         # whatever needs a gradient further down, a layer's own experts may have parameters of their own
         self._anchor = torch.zeros((), requires_grad=True)
         for layer, module in enumerate(modules):
@@ -123,7 +125,7 @@ class TunedExperts:
         for expert, seen, numbers in self._visit(layer, spans):
             for number in numbers:
                 start, stop = spans[number].of[expert]
-                rows = self._entered(number, self._rows_of(), module, expert, seen(number), x[number][start:stop])
+                rows = self._rows(layer, expert, number, seen(number), x[number][start:stop])
                 out = outs[number]
                 if out is None:
                     outs[number] = out = rows.new_zeros(len(x[number]), rows.shape[1])
@@ -142,7 +144,10 @@ class TunedExperts:
             used = []
             for number in numbers:
                 used.append(seen(number))
-                if self.method.joins_passes and not getattr(module, "has_post_expert_norm", False):
+                kernel = self._kernel(layer, used[-1])
+                if kernel is not None:
+                    grads[number].pass_through_kernel(kernel, expert, used[-1])
+                elif self.method.joins_passes and not getattr(module, "has_post_expert_norm", False):
                     grads[number].pass_through_frozen(module, expert, used[-1])
                 else:
                     grads[number].pass_through(self._rows_of(), module, expert, used[-1])
@@ -159,6 +164,22 @@ class TunedExperts:
             numbers = [number for number, span in enumerate(spans) if expert in span.of]
             yield expert, self.method.seen(layer, expert, stored), numbers
             self.method.leave()
+
+    def _rows(self, layer: int, expert: int, number: int, seen: Seen, x_nD: torch.Tensor) -> torch.Tensor:
+        """What an expert gives for the rows of pass `number`."""
+        if (kernel := self._kernel(layer, seen)) is not None:
+            return kernel.outputs(expert, seen, x_nD)
+        return self._entered(number, self._rows_of(), self._modules[layer], expert, seen, x_nD)
+
+    def _kernel(self, layer: int, seen: Seen) -> FrozenExperts | None:
+        """What computes an expert without torch, where no bits of torch are promised."""
+        assert self.method is not None
+        if not self.method.joins_passes:
+            return None
+        if layer not in self._kernels:
+            self._kernels[layer] = frozen_experts(self._modules[layer], self.visits.forms[layer].layer)
+        kernel = self._kernels[layer]
+        return kernel if kernel is not None and kernel.takes(seen) else None
 
     def _rows_of(self) -> Callable[..., torch.Tensor]:
         """How an expert computes its rows; where bits are promised, as a resident model does."""

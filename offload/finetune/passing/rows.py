@@ -6,7 +6,7 @@ that do not count, D model width, F expert width, I inputs, r rank of an adapter
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -44,6 +44,16 @@ class Call:
     expert_TK: torch.Tensor
     weight_TK: torch.Tensor
     grad_TD: torch.Tensor | None = None
+
+
+class FrozenKernel(Protocol):
+    """What computes experts with frozen matrices in both directions; see `frozen.FrozenExperts`."""
+
+    def pass_back(
+        self, expert: int, seen: Seen, x_nD: torch.Tensor, weight_n: torch.Tensor, grad_nD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of an expert's rows and of their weights."""
+        ...
 
 
 def filled_rows(module: Any, expert: int, seen: Seen, x_nD: torch.Tensor) -> torch.Tensor:
@@ -135,6 +145,16 @@ class RowGradients:
         self._x_ND[start:stop], self._weight_N[start:stop] = x_mD.grad[:rows], weight_n.grad
         if module.has_bias:
             self._weight_N[start:stop] += grad_mD[:rows] @ module.down_proj_bias[expert].to(down.dtype)
+
+    def pass_through_kernel(self, kernel: FrozenKernel, expert: int, seen: Seen) -> None:
+        """The same by our C."""
+        start, stop = self.spans.of[expert]
+        token_n, call = self.spans.token_N[start:stop], self._call
+        assert call.grad_TD is not None
+        weight_n = call.weight_TK.detach().reshape(-1)[self._order_N[start:stop]].float()
+        grad_nD = call.grad_TD[token_n].to(torch.bfloat16)
+        found = kernel.pass_back(expert, seen, call.x_TD.detach()[token_n], weight_n, grad_nD)
+        self._x_ND[start:stop], self._weight_N[start:stop] = found
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of `x_TD` and `weight_TK`."""

@@ -1,0 +1,217 @@
+"""Experts with frozen bfloat16 matrices, computed by our C in both directions.
+
+Products read a matrix as it lies in its slot. oneDNN would first bring it into an order of its own, for every product
+anew, and compile a kernel for every new number of rows. Adapters keep their float32 factors. Sums do not depend on
+threads, nor on the rows beside.
+
+Shapes: n rows of one expert, I inputs, O outputs of a matrix, D model width, F expert width, r rank of an adapter.
+"""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+
+from ...checkpoint.experts import ExpertLayer, weight_names
+from ...compute.adapters import LowRank
+from ...compute.gating import Gating, Slopes, find_gating, find_slopes
+from ...compute.orders import SUMMING_ROWS, Order, orders
+from ...native.kernel_matrix import plain_matrix
+from ...native.library import library
+from .rows import Seen
+
+MOST_RANK = 16
+"""Of adapters that our C computes: it takes time in proportion to the rank, and tiles of torch's products do not. Not
+tuned."""
+
+
+class GateTables(ctypes.Structure):
+    """`struct gate_tables` of native/tuning/gates.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("gate", "gate_slope", "linear", "linear_slope")),
+        *((name, ctypes.c_int) for name in ("is_gated", "is_interleaved")),
+    )
+
+
+def frozen_experts(module: Any, layer: ExpertLayer) -> "FrozenExperts | None":
+    """The kernel of a layer's experts; None where our C does not compute them, or torch does as quickly.
+
+    Args:
+        module: the experts module.
+        layer: its parameters.
+    """
+    names, parameters = weight_names(module), {parameter.name: parameter for parameter in layer.parameters}
+    is_usual = parameters.keys() == set(names) and not getattr(module, "has_post_expert_norm", False)
+    if not is_usual or any(parameter.dtype != torch.bfloat16 for parameter in parameters.values()):
+        return None
+    try:
+        order = orders()[0]
+    except OSError:
+        return None
+    shapes = [(parameter.shape[0], parameter.shape[1]) for parameter in parameters.values()]
+    if order.name not in SUMMING_ROWS or not all(order.fits(shape) for shape in shapes):
+        return None
+    width = parameters["down_proj"].shape[0 if module.is_transposed else 1]
+    gating = find_gating(module, width)
+    return None if gating is None else FrozenExperts(order, module, gating, find_slopes(module, gating), width)
+
+
+class FrozenExperts:
+    """The kernel of one layer's experts.
+
+    Args:
+        order: of the products' sums; it fits all matrices.
+        module: the experts module.
+        gating, slopes: its gate.
+        width: F.
+    """
+
+    def __init__(self, order: Order, module: Any, gating: Gating, slopes: Slopes, width: int) -> None:
+        self._order, self._module, self._width = order, module, width
+        self._up, self._down = weight_names(module)
+        tables = (gating.gate, slopes.gate, gating.linear, slopes.linear)
+        self._kept = [None if table is None else table.float().contiguous() for table in tables]
+        self._tables = GateTables(*map(_address, self._kept), gating.is_gated, gating.is_interleaved)
+
+    def takes(self, seen: Seen) -> bool:
+        """Whether an expert's adapters have factors as our C reads them."""
+        return all(low.a_rI.dtype == torch.float32 and len(low.a_rI) <= MOST_RANK for low in seen.adapters.values())
+
+    def outputs(self, expert: int, seen: Seen, x_nD: torch.Tensor) -> torch.Tensor:
+        """One expert's outputs for its own rows, `[n, D]`, before they are weighted; `x` is contiguous."""
+        up_nO, _ = self._linear(expert, seen, x_nD, self._up)
+        return self._linear(expert, seen, self._hidden(up_nO, None), self._down)[0]
+
+    def pass_back(
+        self, expert: int, seen: Seen, x_nD: torch.Tensor, weight_n: torch.Tensor, grad_nD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of an expert's rows and of their weights; adapters get theirs.
+
+        The last product is left out: a row's output is linear in what goes into it, so that is weighted instead.
+
+        Args:
+            expert, seen: the expert.
+            x_nD: rows that go in.
+            weight_n: float32.
+            grad_nD: of the weighted outputs, bfloat16.
+        """
+        up_nO, inner_nr = self._linear(expert, seen, x_nD, self._up)
+        grad_nF = self._product(grad_nD, self._matrix(seen, self._down))
+        if (low := seen.adapters.get(self._down)) is not None:
+            weighted_nF = self._hidden(up_nO, weight_n)
+            _pass_back(low, weighted_nF, _inner(weighted_nF, low.a_rI), grad_nD, grad_nF)
+        grad_n = torch.empty(len(x_nD))
+        _gates().expertier_gate_back(
+            *(self._tables, up_nO.data_ptr(), len(x_nD), self._width),
+            *(weight_n.data_ptr(), grad_nF.data_ptr(), grad_n.data_ptr()),
+        )
+        if self._module.has_bias:
+            grad_n += (grad_nD @ self._module.down_proj_bias[expert].to(grad_nD.dtype)).float()
+        grad_x_nD = self._product(up_nO, self._matrix(seen, self._up))
+        if (low := seen.adapters.get(self._up)) is not None:
+            assert inner_nr is not None
+            _pass_back(low, x_nD, inner_nr, up_nO, grad_x_nD)
+        return grad_x_nD, grad_n
+
+    def _hidden(self, up_nO: torch.Tensor, weight_n: torch.Tensor | None) -> torch.Tensor:
+        """What goes into the last product, weighted if weights are given."""
+        hidden_nF = up_nO.new_empty(len(up_nO), self._width)
+        _gates().expertier_gate(
+            *(self._tables, up_nO.data_ptr(), len(up_nO), self._width), _address(weight_n), hidden_nF.data_ptr()
+        )
+        return hidden_nF
+
+    def _matrix(self, seen: Seen, name: str) -> torch.Tensor:
+        """A matrix as `[O, I]`, however it lies."""
+        weight = seen.weights[name]
+        return weight.t() if self._module.is_transposed else weight
+
+    def _linear(
+        self, expert: int, seen: Seen, x_nI: torch.Tensor, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A product with its bias and adapter, and what the adapter's first factor gives."""
+        out_nO = self._product(x_nI, self._matrix(seen, name).t())
+        if self._module.has_bias:
+            out_nO += getattr(self._module, f"{name}_bias")[expert]
+        if (low := seen.adapters.get(name)) is None:
+            return out_nO, None
+        inner_nr = _inner(x_nI, low.a_rI)
+        _add(out_nO, inner_nr, low.b_Or.detach().t().contiguous(), low.scale)
+        return out_nO, inner_nr
+
+    def _product(self, x_nI: torch.Tensor, matrix_IO: torch.Tensor) -> torch.Tensor:
+        """`x @ matrix`, whichever of the matrix's dimensions lies in rows."""
+        out_nO = x_nI.new_empty(len(x_nI), matrix_IO.shape[1])
+        if matrix_IO.is_contiguous():
+            self._order.multiply_turned(x_nI, matrix_IO, out_nO)
+        else:
+            self._order.multiply(x_nI, (plain_matrix(matrix_IO.t()),), (out_nO,))
+        return out_nO
+
+
+def _pass_back(
+    low: LowRank, x_nI: torch.Tensor, inner_nr: torch.Tensor, grad_nO: torch.Tensor, grad_nI: torch.Tensor
+) -> None:
+    """Leave the gradients of an adapter's factors at them, and add that of the inputs to `grad_nI`."""
+    b_rO = low.b_Or.detach().t().contiguous()
+    grad_nr = _inner(grad_nO, b_rO)
+    low.b_Or.grad = _outer(grad_nO, inner_nr, low.scale).t()
+    low.a_rI.grad = _outer(x_nI, grad_nr, low.scale)
+    _add(grad_nI, grad_nr, low.a_rI, low.scale)
+
+
+def _inner(x_nI: torch.Tensor, factor_rI: torch.Tensor) -> torch.Tensor:
+    """`x @ factor.t()` in float32."""
+    rows, columns, rank = *x_nI.shape, len(factor_rI)
+    found_nr = torch.empty(rows, rank)
+    _low_rank().expertier_low_rank_inner(
+        x_nI.data_ptr(), rows, columns, factor_rI.data_ptr(), rank, found_nr.data_ptr()
+    )
+    return found_nr
+
+
+def _add(to_nO: torch.Tensor, inner_nr: torch.Tensor, factor_rO: torch.Tensor, scale: float) -> None:
+    """`to += scale * inner @ factor`, rounded once."""
+    rows, columns, rank = *to_nO.shape, len(factor_rO)
+    given = (inner_nr.data_ptr(), factor_rO.data_ptr(), rank, scale)
+    _low_rank().expertier_low_rank_add(to_nO.data_ptr(), rows, columns, *given)
+
+
+def _outer(x_nI: torch.Tensor, inner_nr: torch.Tensor, scale: float) -> torch.Tensor:
+    """`scale * inner.t() @ x` in float32."""
+    rows, columns, rank = *x_nI.shape, inner_nr.shape[1]
+    found_rI = torch.empty(rank, columns)
+    given = (inner_nr.data_ptr(), rank, scale, found_rI.data_ptr())
+    _low_rank().expertier_low_rank_outer(x_nI.data_ptr(), rows, columns, *given)
+    return found_rI
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def _low_rank() -> Any:
+    """The library with the types of native/tuning/low_rank.c set."""
+    found, pointer, number = library(), ctypes.c_void_p, ctypes.c_int64
+    rows = (pointer, number, number)
+    found.expertier_low_rank_inner.argtypes = [*rows, pointer, number, pointer]
+    found.expertier_low_rank_add.argtypes = [*rows, pointer, pointer, number, ctypes.c_float]
+    found.expertier_low_rank_outer.argtypes = [*rows, pointer, number, ctypes.c_float, pointer]
+    for function in (found.expertier_low_rank_inner, found.expertier_low_rank_add, found.expertier_low_rank_outer):
+        function.restype = None
+    return found
+
+
+@functools.cache
+def _gates() -> Any:
+    """The library with the types of native/tuning/gates.c set."""
+    found, pointer, number = library(), ctypes.c_void_p, ctypes.c_int64
+    given = (ctypes.POINTER(GateTables), pointer, number, number, pointer, pointer)
+    found.expertier_gate.argtypes = [*given]
+    found.expertier_gate_back.argtypes = [*given, pointer]
+    for function in (found.expertier_gate, found.expertier_gate_back):
+        function.restype = None
+    return found
