@@ -1,4 +1,4 @@
-"""Experts with frozen matrices by our C: outputs and every gradient against float64, whatever the shapes and threads."""
+"""Experts with frozen matrices by our C: outputs and gradients against float64, whatever the shapes and threads."""
 
 from itertools import product
 from types import SimpleNamespace
@@ -25,9 +25,9 @@ def clamped(up):
 
 
 GATES = {
-    "halves": dict(has_gate=True, _apply_gate=lambda up: silu(up.chunk(2, dim=-1)[0]) * up.chunk(2, dim=-1)[1]),
-    "interleaved": dict(has_gate=True, is_transposed=True, has_bias=True, _apply_gate=clamped),
-    "activation": dict(has_gate=False, act_fn=lambda up: torch.relu(up).square()),
+    "halves": {"has_gate": True, "_apply_gate": lambda up: silu(up.chunk(2, dim=-1)[0]) * up.chunk(2, dim=-1)[1]},
+    "interleaved": {"has_gate": True, "is_transposed": True, "has_bias": True, "_apply_gate": clamped},
+    "activation": {"has_gate": False, "act_fn": lambda up: torch.relu(up).square()},
 }
 
 

@@ -14,7 +14,35 @@ from torch import nn
 
 from routing.traces import RoutingTrace
 
-from ...compute.adapters import Adapted, LowRank
+from ...compute.adapters import Adapted, AdaptedMatrix, LowRank
+
+
+class SecondFactors:
+    """The second factors of all experts of one matrix, each of them in one piece, while their layer is computed.
+
+    PEFT keeps the numbers of one expert E apart, so that each of them is in a line of the cache of its own.
+    """
+
+    def __init__(self, matrix: AdaptedMatrix) -> None:
+        self._matrix = matrix
+        self._b_ErO = matrix.b_OrE.detach().permute(2, 1, 0).contiguous()
+        self._grad_ErO: torch.Tensor | None = None
+
+    def of(self, expert: int) -> torch.Tensor:
+        """An expert's factor, `[O, r]`."""
+        return self._b_ErO[expert].t()
+
+    def add(self, expert: int, grad_Or: torch.Tensor | None) -> None:
+        """Add to the gradient of an expert's factor."""
+        assert grad_Or is not None
+        if self._grad_ErO is None:
+            self._grad_ErO = torch.zeros_like(self._b_ErO)
+        self._grad_ErO[expert] += grad_Or.t()
+
+    def leave(self) -> None:
+        """Add what was collected to the gradient of PEFT's tensor."""
+        if self._grad_ErO is not None:
+            _grad_of(self._matrix.weights[1]).view(self._matrix.b_OrE.shape).add_(self._grad_ErO.permute(2, 1, 0))
 
 
 class ExpertAdapters:
@@ -26,26 +54,42 @@ class ExpertAdapters:
 
     def __init__(self, adapted_L: Sequence[Adapted]) -> None:
         self._adapted_L = list(adapted_L)
+        self._layer = -1
+        self._near: dict[str, SecondFactors] = {}
         self.parameters: list[nn.Parameter] = []
         """Trained tensors that PEFT does not know."""
 
     def factors(self, layer: int, expert: int) -> dict[str, LowRank]:
         """An expert's adapters by parameter name; their factors collect gradients."""
-        return {name: _leaf(matrix.of(expert)) for name, matrix in self._adapted_L[layer].items()}
+        self._go_to(layer)
+        pairs = ((name, matrix, self._near[name]) for name, matrix in self._adapted_L[layer].items())
+        return {
+            name: _leaf(LowRank(matrix.a_ErI[expert], near.of(expert), matrix.scale)) for name, matrix, near in pairs
+        }
 
     def take(self, layer: int, expert: int, factors: Mapping[str, LowRank]) -> None:
         """Add what the factors of one expert have collected to the gradients of PEFT's tensors."""
+        self._go_to(layer)
         for name, matrix in self._adapted_L[layer].items():
-            grad_a, grad_b = (_grad_of(weight) for weight in matrix.weights)
-            grad_a.view(matrix.a_ErI.shape)[expert] += factors[name].a_rI.grad
-            grad_b.view(matrix.b_OrE.shape)[:, :, expert] += factors[name].b_Or.grad
+            _grad_of(matrix.weights[0]).view(matrix.a_ErI.shape)[expert] += factors[name].a_rI.grad
+            self._near[name].add(expert, factors[name].b_Or.grad)
 
     def finish(self) -> None:
         """All gradients of a step are there; experts that no token visited have zeros, as in a resident model."""
+        self._go_to(-1)
         for adapted in self._adapted_L:
             for matrix in adapted.values():
                 for weight in matrix.weights:
                     _grad_of(weight)
+
+    def _go_to(self, layer: int) -> None:
+        """Bring the second factors of one layer near, and leave those of the last one; -1 for no layer."""
+        if layer == self._layer:
+            return
+        for near in self._near.values():
+            near.leave()
+        adapted = {} if layer < 0 else self._adapted_L[layer]
+        self._layer, self._near = layer, {name: SecondFactors(matrix) for name, matrix in adapted.items()}
 
     def publish(self) -> None:
         """PEFT's tensors hold everything already."""
@@ -144,7 +188,8 @@ def most_used(trace: RoutingTrace, share: float, experts_L: Sequence[int]) -> li
 
 
 def _leaf(low: LowRank) -> LowRank:
-    return LowRank(*(part.detach().clone().requires_grad_() for part in _factors(low)), low.scale)
+    """The same numbers with gradients of their own."""
+    return LowRank(*(part.detach().requires_grad_() for part in _factors(low)), low.scale)
 
 
 def _own(low: LowRank) -> LowRank:

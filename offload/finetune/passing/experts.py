@@ -118,7 +118,7 @@ class TunedExperts:
 
     @torch.no_grad()
     def _outputs(self, layer: int, calls: Sequence[Call]) -> list[torch.Tensor]:
-        module, num_experts = self._modules[layer], len(self.count_LE[layer])
+        num_experts = len(self.count_LE[layer])
         spans = [ExpertSpans(call.expert_TK, num_experts) for call in calls]
         x = [call.x_TD[span.token_N] for call, span in zip(calls, spans, strict=True)]
         outs: list[torch.Tensor | None] = [None] * len(calls)

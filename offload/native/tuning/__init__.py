@@ -1,1 +1,1 @@
-"""What fine-tuning computes in C between the products with frozen matrices: adapters, and gates with their gradients."""
+"""What fine-tuning computes in C between products with frozen matrices: adapters, gates and their gradients."""
