@@ -10,8 +10,9 @@ from torch.nn.functional import silu
 from offload.compute.adapters import LowRank
 from offload.compute.orders import SUMMING_ROWS, orders
 from offload.compute.routed_rows import ExpertSpans
-from offload.finetune.passing import frozen
-from offload.finetune.passing.frozen import MOST_RANK, frozen_experts
+from offload.finetune.passing import low_rank
+from offload.finetune.passing.frozen import frozen_experts
+from offload.finetune.passing.low_rank import MOST_RANK
 from offload.finetune.passing.rows import Call, RowGradients, Seen, expert_rows
 
 D, F, E = 96, 64, 2
@@ -133,5 +134,5 @@ def test_what_our_c_does_not_compute_is_left_to_torch(monkeypatch):
     assert frozen_experts(SimpleNamespace(**vars(module), has_post_expert_norm=True), layer) is None
     mixing = SimpleNamespace(**vars(module) | {"_apply_gate": lambda up: up[..., :F].softmax(-1)})
     assert frozen_experts(mixing, layer) is None
-    monkeypatch.setattr(frozen, "orders", lambda: orders()[-1:])
+    monkeypatch.setattr(low_rank, "orders", lambda: orders()[-1:])
     assert frozen_experts(module, layer) is None

@@ -1,4 +1,4 @@
-"""Root-mean-square norms of single tokens: one call of C, bit-identical to torch's seven operations."""
+"""Root-mean-square norms: one call of C, bit-identical to torch's seven operations, and their gradients."""
 
 import ctypes
 import functools
@@ -31,17 +31,18 @@ def quicken_norms(model: nn.Module) -> None:
     numbers of several magnitudes. A module that is bit-identical to neither stays as it is. All stay as they are if
     torch's summation order differs from ours.
     """
-    kernels = _kernels()
-    if kernels is None:
-        return
     for module in model.modules():
-        epsilon = _epsilon(module)
-        if epsilon is not None and _sums_like_torch(kernels, module.weight.shape[0]):
-            for rounds_first in (True, False):
-                norm = TokenNorm(module, rounds_first, epsilon, module.forward)
-                if _are_bit_identical(module, norm.forward):
-                    module.forward = norm.forward  # type: ignore[method-assign]
-                    break
+        if (norm := find_norm(module)) is not None:
+            module.forward = norm.forward  # type: ignore[method-assign]
+
+
+def find_norm(module: nn.Module) -> "TokenNorm | None":
+    """How our kernel computes what a module does, bit by bit; None if it does not."""
+    kernels, epsilon = _kernels(), _epsilon(module)
+    if kernels is None or epsilon is None or not _sums_like_torch(kernels, module.weight.shape[0]):
+        return None
+    candidates = (TokenNorm(module, rounds_first, epsilon, module.forward) for rounds_first in (True, False))
+    return next((norm for norm in candidates if _are_bit_identical(module, norm.forward)), None)
 
 
 @dataclass(eq=False)
@@ -64,9 +65,22 @@ class TokenNorm:
         fits = x.dtype == weight_D.dtype == torch.bfloat16 and x.numel() <= MOST_ELEMENTS and x.is_contiguous()
         if kernels is None or learns or not fits or x.shape[-1] != width:
             return self.otherwise(x)
-        out = torch.empty_like(x)
+        return self.normed(x)
+
+    def normed(self, x: torch.Tensor) -> torch.Tensor:
+        """What our kernel computes of any number of rows, bfloat16 and contiguous."""
+        kernels, out, weight_D = _kernels(), torch.empty_like(x), self.module.weight
+        assert kernels is not None
         addresses = (x.data_ptr(), weight_D.data_ptr(), self.epsilon, out.data_ptr())
-        kernels.expertier_rms_norm(self.rounds_first, *addresses, x.numel() // width, width)
+        kernels.expertier_rms_norm(self.rounds_first, *addresses, x.numel() // len(weight_D), len(weight_D))
+        return out
+
+    def passed_back(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient of the inputs from that of the outputs; both bfloat16 and contiguous."""
+        kernels, out, weight_D = _kernels(), torch.empty_like(x), self.module.weight
+        assert kernels is not None
+        addresses = (x.data_ptr(), weight_D.data_ptr(), self.epsilon, grad.data_ptr(), out.data_ptr())
+        kernels.expertier_rms_norm_back(*addresses, x.numel() // len(weight_D), len(weight_D))
         return out
 
 
@@ -105,7 +119,7 @@ def _sums_like_torch(kernels: ctypes.CDLL, width: int) -> bool:
 
 @functools.cache
 def _kernels() -> ctypes.CDLL | None:
-    """The library with the types of `expertier_sum` and `expertier_rms_norm` set; None without a C compiler."""
+    """The library with the types of what norms.c has set; None without a C compiler."""
     try:
         library = native.library()
     except OSError:
@@ -117,4 +131,6 @@ def _kernels() -> ctypes.CDLL | None:
         ctypes.c_int, pointer, pointer, ctypes.c_float, pointer, number, number,
     ]  # fmt: skip
     library.expertier_rms_norm.restype = None
+    library.expertier_rms_norm_back.argtypes = [pointer, pointer, ctypes.c_float, pointer, pointer, number, number]
+    library.expertier_rms_norm_back.restype = None
     return library

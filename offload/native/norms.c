@@ -8,7 +8,7 @@
 
 #include <math.h>
 
-enum { LANES = 8, CHAINS = 4, LEVELS = 4, LEAST_POWER = 4 };
+enum { LANES = 8, CHAINS = 4, LEVELS = 4, LEAST_POWER = 4, ONE_THREAD = 1 << 15 };
 
 static int power_of_level(int64_t steps) {
     int power = 0;
@@ -57,15 +57,38 @@ float expertier_sum(const float *value, int64_t count) {
    The caller sees to it that a row in float32 fits on the stack. */
 void expertier_rms_norm(int rounds_first, const uint16_t *x, const uint16_t *w, float eps, uint16_t *y, int64_t rows,
                         int64_t columns) {
-    float square[columns];
-    for (int64_t row = 0; row < rows; row++, x += columns, y += columns) {
-        for (int64_t i = 0; i < columns; i++) square[i] = load_bf16(x[i]) * load_bf16(x[i]);
+#pragma omp parallel for schedule(static) if (rows * columns > ONE_THREAD)
+    for (int64_t row = 0; row < rows; row++) {
+        const uint16_t *of = x + row * columns;
+        uint16_t *to = y + row * columns;
+        float square[columns];
+        for (int64_t i = 0; i < columns; i++) square[i] = load_bf16(of[i]) * load_bf16(of[i]);
         float scale = 1.0f / sqrtf(expertier_sum(square, columns) / (float)columns + eps);
         for (int64_t i = 0; i < columns; i++) {
-            float normed = load_bf16(x[i]) * scale;
+            float normed = load_bf16(of[i]) * scale;
             if (rounds_first) normed = load_bf16(round_bf16(normed));
-            y[i] = round_bf16(load_bf16(w[i]) * normed);
+            to[i] = round_bf16(load_bf16(w[i]) * normed);
         }
+    }
+}
+
+/* From the gradient of y, that of x: scale * (w grad - x scale^2 mean(w grad x)), in float32, rounded once. */
+void expertier_rms_norm_back(const uint16_t *x, const uint16_t *w, float eps, const uint16_t *grad, uint16_t *x_grad, int64_t rows,
+                             int64_t columns) {
+#pragma omp parallel for schedule(static) if (rows * columns > ONE_THREAD)
+    for (int64_t row = 0; row < rows; row++) {
+        const uint16_t *of = x + row * columns, *from = grad + row * columns;
+        uint16_t *to = x_grad + row * columns;
+        float squares = 0, along = 0;
+#pragma omp simd reduction(+ : squares, along)
+        for (int64_t i = 0; i < columns; i++) {
+            float value = load_bf16(of[i]);
+            squares += value * value;
+            along += value * load_bf16(w[i]) * load_bf16(from[i]);
+        }
+        float scale = 1.0f / sqrtf(squares / (float)columns + eps), by = scale * scale * along / (float)columns;
+        for (int64_t i = 0; i < columns; i++)
+            to[i] = round_bf16(scale * (load_bf16(w[i]) * load_bf16(from[i]) - load_bf16(of[i]) * by));
     }
 }
 

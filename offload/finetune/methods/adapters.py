@@ -23,6 +23,7 @@ from ...compute.adapters import Adapted, shown_to_peft, take_over
 from ...runtime.opening import OpenedCheckpoint
 from ..examples import PackedRows
 from ..options import TuneOptions
+from ..passing.frozen_layers import quicken_frozen_layers
 from ..passing.losses import backward_passes, relative_error
 from ..passing.opening import TunedModel, open_tuned, spilled_activations
 from ..passing.rows import Seen, Weights
@@ -181,7 +182,9 @@ def _adapted(tuned: TunedModel, source: str | Path, options: TuneOptions) -> tup
             peft = get_peft_model(tuned.model, config)
     except ValueError as error:
         raise ValueError(f"adapters for {', '.join(targets) or 'experts only'}: {str(error)[:300]}") from error
-    return peft.eval(), take_over(peft, tuned.layers, modules)
+    adapted = take_over(peft, tuned.layers, modules)
+    quicken_frozen_layers(peft)
+    return peft.eval(), adapted
 
 
 def _owners(layers: Sequence[ExpertLayer], options: TuneOptions) -> list[list[int | None]]:

@@ -14,16 +14,11 @@ from typing import Any
 import torch
 
 from ...checkpoint.experts import ExpertLayer, weight_names
-from ...compute.adapters import LowRank
 from ...compute.gating import Gating, Slopes, find_gating, find_slopes
-from ...compute.orders import SUMMING_ROWS, Order, orders
-from ...native.kernel_matrix import plain_matrix
+from ...compute.orders import Order
 from ...native.library import library
+from .low_rank import MOST_RANK, add, inner, pass_back, product, summing_order
 from .rows import Seen
-
-MOST_RANK = 16
-"""Of adapters that our C computes: it takes time in proportion to the rank, and tiles of torch's products do not. Not
-tuned."""
 
 
 class GateTables(ctypes.Structure):
@@ -46,12 +41,8 @@ def frozen_experts(module: Any, layer: ExpertLayer) -> "FrozenExperts | None":
     is_usual = parameters.keys() == set(names) and not getattr(module, "has_post_expert_norm", False)
     if not is_usual or any(parameter.dtype != torch.bfloat16 for parameter in parameters.values()):
         return None
-    try:
-        order = orders()[0]
-    except OSError:
-        return None
-    shapes = [(parameter.shape[0], parameter.shape[1]) for parameter in parameters.values()]
-    if order.name not in SUMMING_ROWS or not all(order.fits(shape) for shape in shapes):
+    order, shapes = summing_order(), [(value.shape[0], value.shape[1]) for value in parameters.values()]
+    if order is None or not all(order.fits(shape) for shape in shapes):
         return None
     width = parameters["down_proj"].shape[0 if module.is_transposed else 1]
     gating = find_gating(module, width)
@@ -101,7 +92,7 @@ class FrozenExperts:
         grad_nF = self._product(grad_nD, self._matrix(seen, self._down))
         if (low := seen.adapters.get(self._down)) is not None:
             weighted_nF = self._hidden(up_nO, weight_n)
-            _pass_back(low, weighted_nF, _inner(weighted_nF, low.a_rI), grad_nD, grad_nF)
+            pass_back(low, weighted_nF, inner(weighted_nF, low.a_rI), grad_nD, grad_nF)
         grad_n = torch.empty(len(x_nD))
         _gates().expertier_gate_back(
             *(self._tables, up_nO.data_ptr(), len(x_nD), self._width),
@@ -112,7 +103,7 @@ class FrozenExperts:
         grad_x_nD = self._product(up_nO, self._matrix(seen, self._up))
         if (low := seen.adapters.get(self._up)) is not None:
             assert inner_nr is not None
-            _pass_back(low, x_nD, inner_nr, up_nO, grad_x_nD)
+            pass_back(low, x_nD, inner_nr, up_nO, grad_x_nD)
         return grad_x_nD, grad_n
 
     def _hidden(self, up_nO: torch.Tensor, weight_n: torch.Tensor | None) -> torch.Tensor:
@@ -137,72 +128,17 @@ class FrozenExperts:
             out_nO += getattr(self._module, f"{name}_bias")[expert]
         if (low := seen.adapters.get(name)) is None:
             return out_nO, None
-        inner_nr = _inner(x_nI, low.a_rI)
-        _add(out_nO, inner_nr, low.b_Or.detach().t().contiguous(), low.scale)
+        inner_nr = inner(x_nI, low.a_rI)
+        add(out_nO, inner_nr, low.b_Or.detach().t().contiguous(), low.scale)
         return out_nO, inner_nr
 
     def _product(self, x_nI: torch.Tensor, matrix_IO: torch.Tensor) -> torch.Tensor:
         """`x @ matrix`, whichever of the matrix's dimensions lies in rows."""
-        out_nO = x_nI.new_empty(len(x_nI), matrix_IO.shape[1])
-        if matrix_IO.is_contiguous():
-            self._order.multiply_turned(x_nI, matrix_IO, out_nO)
-        else:
-            self._order.multiply(x_nI, (plain_matrix(matrix_IO.t()),), (out_nO,))
-        return out_nO
-
-
-def _pass_back(
-    low: LowRank, x_nI: torch.Tensor, inner_nr: torch.Tensor, grad_nO: torch.Tensor, grad_nI: torch.Tensor
-) -> None:
-    """Leave the gradients of an adapter's factors at them, and add that of the inputs to `grad_nI`."""
-    b_rO = low.b_Or.detach().t().contiguous()
-    grad_nr = _inner(grad_nO, b_rO)
-    low.b_Or.grad = _outer(grad_nO, inner_nr, low.scale).t()
-    low.a_rI.grad = _outer(x_nI, grad_nr, low.scale)
-    _add(grad_nI, grad_nr, low.a_rI, low.scale)
-
-
-def _inner(x_nI: torch.Tensor, factor_rI: torch.Tensor) -> torch.Tensor:
-    """`x @ factor.t()` in float32."""
-    rows, columns, rank = *x_nI.shape, len(factor_rI)
-    found_nr = torch.empty(rows, rank)
-    _low_rank().expertier_low_rank_inner(
-        x_nI.data_ptr(), rows, columns, factor_rI.data_ptr(), rank, found_nr.data_ptr()
-    )
-    return found_nr
-
-
-def _add(to_nO: torch.Tensor, inner_nr: torch.Tensor, factor_rO: torch.Tensor, scale: float) -> None:
-    """`to += scale * inner @ factor`, rounded once."""
-    rows, columns, rank = *to_nO.shape, len(factor_rO)
-    given = (inner_nr.data_ptr(), factor_rO.data_ptr(), rank, scale)
-    _low_rank().expertier_low_rank_add(to_nO.data_ptr(), rows, columns, *given)
-
-
-def _outer(x_nI: torch.Tensor, inner_nr: torch.Tensor, scale: float) -> torch.Tensor:
-    """`scale * inner.t() @ x` in float32."""
-    rows, columns, rank = *x_nI.shape, inner_nr.shape[1]
-    found_rI = torch.empty(rank, columns)
-    given = (inner_nr.data_ptr(), rank, scale, found_rI.data_ptr())
-    _low_rank().expertier_low_rank_outer(x_nI.data_ptr(), rows, columns, *given)
-    return found_rI
+        return product(self._order, x_nI, matrix_IO)
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-@functools.cache
-def _low_rank() -> Any:
-    """The library with the types of native/tuning/low_rank.c set."""
-    found, pointer, number = library(), ctypes.c_void_p, ctypes.c_int64
-    rows = (pointer, number, number)
-    found.expertier_low_rank_inner.argtypes = [*rows, pointer, number, pointer]
-    found.expertier_low_rank_add.argtypes = [*rows, pointer, pointer, number, ctypes.c_float]
-    found.expertier_low_rank_outer.argtypes = [*rows, pointer, number, ctypes.c_float, pointer]
-    for function in (found.expertier_low_rank_inner, found.expertier_low_rank_add, found.expertier_low_rank_outer):
-        function.restype = None
-    return found
 
 
 @functools.cache
