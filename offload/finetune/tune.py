@@ -7,6 +7,7 @@ from typing import Any
 from ..checkpoint.gguf.head import is_gguf
 from ..checkpoint.location import local_folder
 from ..checkpoint.model_folder import read_config
+from ..memory.collector import what_stays_left_out
 from .examples import PackedRows, read_rows
 from .methods.adapters import Adapters
 from .methods.all_parameters import AllParameters
@@ -68,7 +69,8 @@ def fine_tune(
         tuning = _open(model, out, options, rows, peers, cache_experts=cache_experts, cpu_memory=cpu_memory)
         try:
             done = continue_from(tuning, found)
-            return run_steps(tuning, options, out, done, advance, is_interrupted, peers)
+            with what_stays_left_out():
+                return run_steps(tuning, options, out, done, advance, is_interrupted, peers)
         finally:
             tuning.close()
 

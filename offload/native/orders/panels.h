@@ -13,7 +13,7 @@
 
 /* Pieces of rows are long enough for a processor to foresee the next line; to ask for rows further on took longer. A stripe of a panel
    stays in the first cache for all rows of x. */
-enum { PANEL_COLUMNS = 256, PANEL_ROWS = 512, STRIPE = 32, TILE_NUMBERS = 256, PAIRS_OF_TILE = 16 };
+enum { PANEL_COLUMNS = 256, PANEL_ROWS = 256, STRIPE = 32, TILE_NUMBERS = 256, PAIRS_OF_TILE = 16 };
 
 /* What a thread computes in: a panel in pairs of rows, [32 columns][32 rows][16 columns][pair of rows][column], and sums of it. */
 struct panel_room {
