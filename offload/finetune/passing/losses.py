@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from ..examples import NO_LOSS
 from ..storage.activations import SpilledActivations
@@ -27,10 +28,18 @@ def share_of_loss(model: Any, token_BS: torch.Tensor, label_BS: torch.Tensor, nu
         num_learnt: tokens of the whole step that are learnt.
     """
     logits_BSV = model(input_ids=token_BS, use_cache=False).logits
+    if not torch.is_grad_enabled():
+        return _sum_of_losses(logits_BSV, label_BS) / num_learnt
+    # computed once more in the backward pass: autograd would keep two copies of all logits in float32
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    total: torch.Tensor = checkpoint(_sum_of_losses, logits_BSV, label_BS, **options)
+    return total / num_learnt
+
+
+def _sum_of_losses(logits_BSV: torch.Tensor, label_BS: torch.Tensor) -> torch.Tensor:
     wide = torch.promote_types(logits_BSV.dtype, torch.float32)
     flat = logits_BSV[:, :-1].to(wide).flatten(0, 1)
-    total: torch.Tensor = cross_entropy(flat, label_BS[:, 1:].flatten(), ignore_index=NO_LOSS, reduction="sum")
-    return total / num_learnt
+    return cross_entropy(flat, label_BS[:, 1:].flatten(), ignore_index=NO_LOSS, reduction="sum")
 
 
 def relative_error(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
