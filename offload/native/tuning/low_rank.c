@@ -4,7 +4,8 @@
 
 #include "../bfloat16.h"
 
-enum { COLUMNS_AT_ONCE = 512 };
+/* Fewer products than ONE_THREAD are not worth a second thread, which has to be woken. Not tuned. */
+enum { COLUMNS_AT_ONCE = 512, ONE_THREAD = 1 << 20 };
 
 static inline void widen_row(const uint16_t *x, int64_t columns, float *wide) {
 #pragma omp simd
@@ -13,7 +14,7 @@ static inline void widen_row(const uint16_t *x, int64_t columns, float *wide) {
 
 /* inner[i][k] = sum_c x[i][c] a[k][c] */
 void expertier_low_rank_inner(const uint16_t *x, int64_t rows, int64_t columns, const float *a, int64_t rank, float *inner) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * columns * rank > ONE_THREAD)
     for (int64_t i = 0; i < rows; i++) {
         float wide[COLUMNS_AT_ONCE];
         for (int64_t k = 0; k < rank; k++) inner[i * rank + k] = 0;
@@ -33,7 +34,7 @@ void expertier_low_rank_inner(const uint16_t *x, int64_t rows, int64_t columns, 
 
 /* y[i][c] += scale sum_k inner[i][k] b[k][c], rounded once */
 void expertier_low_rank_add(uint16_t *y, int64_t rows, int64_t columns, const float *inner, const float *b, int64_t rank, float scale) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * columns * rank > ONE_THREAD)
     for (int64_t i = 0; i < rows; i++) {
         float wide[COLUMNS_AT_ONCE];
         for (int64_t begin = 0; begin < columns; begin += COLUMNS_AT_ONCE) {
@@ -52,7 +53,7 @@ void expertier_low_rank_add(uint16_t *y, int64_t rows, int64_t columns, const fl
 
 /* out[k][c] = scale sum_i inner[i][k] x[i][c] */
 void expertier_low_rank_outer(const uint16_t *x, int64_t rows, int64_t columns, const float *inner, int64_t rank, float scale, float *out) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * columns * rank > ONE_THREAD)
     for (int64_t begin = 0; begin < columns; begin += COLUMNS_AT_ONCE) {
         int64_t count = columns - begin < COLUMNS_AT_ONCE ? columns - begin : COLUMNS_AT_ONCE;
         float wide[COLUMNS_AT_ONCE];
