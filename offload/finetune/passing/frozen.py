@@ -56,7 +56,7 @@ class FrozenExperts:
         order: of the products' sums; it fits all matrices.
         module: the experts module.
         gating, slopes: its gate.
-        width: F.
+        width: F, a multiple of what the order's tiles have.
     """
 
     def __init__(self, order: Order, module: Any, gating: Gating, slopes: Slopes, width: int) -> None:
