@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from offload.codes.decode import decode
 from offload.codes.encoding import Encoding
 from offload.compute.matvec import Matvecs
-from offload.compute.orders import orders
+from offload.compute.orders import SUMMING_ROWS, orders
 from offload.formats.compression import CompressedMatrix, compress
 from offload.codes.stored_matrix import StoredMatrix
 from offload.native.kernel_matrix import plain_matrix
@@ -54,6 +54,13 @@ for rows, shape in ((1, (96, 256)), (3, (64, 2880)), (17, (160, 128))):
             close = ((out.double() - expected).abs() <= most).all()
             if not (torch.equal(out, same) and close):
                 found["wrong"].append([order.name, name, rows, *shape])
+        if order.name in SUMMING_ROWS:
+            turned = torch.empty(rows, shape[1]).bfloat16()
+            order.multiply_turned(out, weight, turned)
+            expected = out.double() @ weight.double()
+            most = 2**-8 * expected.abs() + 2e-5 * shape[0] * out.abs().max().double()
+            if not ((turned.double() - expected).abs() <= most).all():
+                found["wrong"].append([order.name, "turned", rows, *shape])
     exact = Matvecs("exact")
     out = torch.empty(rows, shape[0]).bfloat16()
     if exact.multiply(x, (weight,), (out,)) and not torch.equal(out, linear(x, weight)):

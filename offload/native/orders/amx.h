@@ -268,5 +268,6 @@ static void amx_strip(struct amx *amx, int64_t block, struct strip *s, const str
 int expertier_has_amx(void) { return 0; }
 static void begin_amx(struct amx *amx) {}
 static void end_amx(const struct amx *amx) {}
+static inline void configure(struct amx *amx, int64_t width) {}
 static void amx_strip(struct amx *amx, int64_t block, struct strip *s, const struct inputs *x, struct room *room, uint16_t *y, int64_t y_stride) {}
 #endif
