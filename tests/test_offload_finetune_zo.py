@@ -11,7 +11,9 @@ import offload
 from experiments.evidence.resident import load_resident
 from offload.checkpoint.model_folder import skeleton_of
 from offload.finetune.examples import NO_LOSS
-from offload.finetune.methods.forward_only import RESIDENT, Direction, moved, perturbed
+from offload.finetune.methods import directions
+from offload.finetune.methods.directions import Direction, moved, perturbed
+from offload.finetune.methods.forward_only import RESIDENT
 from offload.finetune.run import read_log
 from offload.formats.catalogue import form_in_place
 from tests.small_tuning import LENGTH, rows_of, save_examples, save_model
@@ -102,6 +104,27 @@ class ResidentZo:
             for tensor, new in zip(tensors, news, strict=True):
                 tensor.copy_(new)
         return sum(losses) / 2
+
+
+@pytest.mark.parametrize("size", [1e-3, 3e-8, 7.0, 0.0])
+def test_steps_in_c_have_the_bits_of_torch(size, monkeypatch):
+    """Of numbers of all magnitudes, and in numbers that fill no byte of signs and no vector."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [
+        torch.randn(count, generator=generator).mul(10.0**power).bfloat16()
+        for power, count in ((-30, 7), (-3, 1000), (0, 641), (3, 33))
+    ]
+    weights[0][0] = 0.0
+
+    def steps():
+        signs = [Direction(5, 2, (1, 3)).of(weight) for weight in weights]
+        nearest = [perturbed(weight, sign, size) for weight, sign in zip(weights, signs, strict=True)]
+        return [*signs, *nearest, *moved(weights, Direction(5, 2, (1, 3)), size)]
+
+    found = steps()
+    monkeypatch.setattr(directions, "_kernels", lambda: None)
+    assert all(torch.equal(ours, torchs) for ours, torchs in zip(found, steps(), strict=True))
+    assert all(set(sign.tolist()) <= {1, -1} for sign in found[:4])
 
 
 def test_bit_equal_to_the_resident_model_at_every_number_of_slots(folder):

@@ -14,7 +14,7 @@ SOURCES = tuple(
     FOLDER / name
     for name in (
         *("products.c", "layer.c", "compress.c", "norms.c", "expand.c", "gguf.c", "ternary.c"),
-        *("tuning/low_rank.c", "tuning/gates.c"),
+        *("tuning/low_rank.c", "tuning/gates.c", "tuning/directions.c"),
     )
 )
 HEADERS = tuple(sorted(FOLDER.rglob("*.h")))

@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...compute.resident import weight_bytes
@@ -35,72 +34,14 @@ from ..passing.losses import learnt_tokens, share_of_loss
 from ..passing.rows import Seen, Weights
 from ..peers import Alone, Peers
 from ..storage.records import Key
+from .directions import Direction, moved, perturbed
 from .whole_model import WholeModel
 
 ALONE = Alone()
 Pass = tuple[int, int]
 """Which side of the weights, 0 or 1, and which micro-batch."""
-PIECE = 1 << 18
-"""Numbers at a time: 1 MiB in float32, which stays in a core's cache from one operation to the next. Not tuned."""
 RESIDENT = 0
 """In place of a layer's number, which counts from 1 here, in the seeds of everything outside experts."""
-
-
-class Direction:
-    """One random direction of one step for some tensors, drawn once, one tensor after the other.
-
-    Args:
-        seed: the run's, 0 or more.
-        step: counts from 1.
-        owner: a MoE layer, from 1, and an expert; or RESIDENT and the number of a parameter.
-    """
-
-    def __init__(self, seed: int, step: int, owner: tuple[int, int]) -> None:
-        self._generator = np.random.SFC64(np.random.SeedSequence([seed, step, *owner]))
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Signs, 1 or -1 in int8, of the shape of a tensor."""
-        count = tensor.numel()
-        bits = np.unpackbits(self._raw(-(-count // 64)).view(np.uint8), count=count)
-        return torch.from_numpy(bits.view(np.int8)).mul_(2).sub_(1).view(tensor.shape)
-
-    def chances(self, count: int) -> torch.Tensor:
-        """Numbers of 16 bits with a sign, each as likely."""
-        return torch.from_numpy(self._raw(-(-count // 4)).view(np.int16)[:count])
-
-    def _raw(self, count: int) -> np.ndarray:
-        found: np.ndarray = self._generator.random_raw(count)
-        return found
-
-
-def perturbed(weight: torch.Tensor, direction: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """A weight at a distance along a direction, in its own dtype."""
-    found = torch.empty(weight.shape, dtype=weight.dtype)
-    pieces = zip(*(tensor.reshape(-1).split(PIECE) for tensor in (found, weight, direction)), strict=True)
-    for to, of, along in pieces:
-        to.copy_(of.float().add_(along, alpha=epsilon))
-    return found
-
-
-def moved(weights: Sequence[torch.Tensor], by: Direction, size: float) -> list[torch.Tensor]:
-    """Weights after a step of some size against its direction; all of an owner together, in their order.
-
-    In bfloat16 they are rounded up or down by chance, which is drawn after the directions. A step changes far less
-    than a bfloat16's last bit, and would be lost if it were rounded to the nearest. By chance it arrives on average.
-    """
-    directions = [by.of(weight) for weight in weights]
-    if weights[0].dtype != torch.bfloat16:
-        return [perturbed(weight, along, -size) for weight, along in zip(weights, directions, strict=True)]
-    found = [torch.empty(weight.shape, dtype=weight.dtype) for weight in weights]
-    for new, weight, direction in zip(found, weights, directions, strict=True):
-        chance = by.chances(weight.numel())
-        pieces = zip(*(tensor.reshape(-1).split(PIECE) for tensor in (new, weight, direction, chance)), strict=True)
-        for to, of, along, odds in pieces:
-            bits = of.float().add_(along, alpha=-size).view(torch.int32)
-            # 0..65535 is added to what bfloat16 cuts off
-            bits.add_(odds).add_(1 << 15).bitwise_and_(-(1 << 16))
-            to.copy_(bits.view(torch.float32))
-    return found
 
 
 class ForwardOnly(WholeModel):

@@ -1,1 +1,1 @@
-"""What fine-tuning computes in C between products with frozen matrices: adapters, gates and their gradients."""
+"""What fine-tuning computes in C beside products: adapters, gates and their gradients, steps along directions."""
