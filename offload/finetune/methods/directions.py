@@ -1,6 +1,6 @@
 """Random directions of signs, drawn from seeds, and steps of weights along them.
 
-In bfloat16 our C does both, with the bits of torch's operations one after the other.
+In bfloat16 our C does both, bit-identical to torch's operations one after the other.
 """
 
 import ctypes
