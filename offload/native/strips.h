@@ -196,9 +196,16 @@ static void expand_span(struct strip *s, int64_t column, uint16_t *room, int64_t
     WITH_KIND_OF(s->kind, expand_span_of(s, KIND, column, 0, STRIP_ROWS, room, stride));
 }
 
-/* A whole strip, with zeros up to a multiple of CHUNK columns. */
+/* A whole strip, with zeros up to a multiple of CHUNK columns. Rows of ternary runs are read at once, as their runs end anywhere. */
 static inline void expand_strip(struct strip *s, uint16_t *room, int64_t stride) {
-    for (int64_t c = 0; c < s->m->columns; c += span_of(s->kind)) expand_span(s, c, room + c, stride);
+    const int64_t columns = s->m->columns;
+    if (s->kind != TERNARY) {
+        for (int64_t c = 0; c < columns; c += span_of(s->kind)) expand_span(s, c, room + c, stride);
+        return;
+    }
+    for (int64_t r = 0; r < s->rows; r++)
+        ternary_columns(s->ternary + r, (const uint64_t *)s->m->part[TERNARY_DICTIONARY], columns, room + r * stride);
+    fill_span(room, stride, columns, 0, s->rows, STRIP_ROWS);
 }
 
 /* What one thread computes in: rooms for expanded weights and for sums. */

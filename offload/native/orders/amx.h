@@ -196,7 +196,7 @@ static inline __attribute__((always_inline)) void multiply_while_expanding(int64
 static void amx_strip(struct amx *amx, int64_t block, struct strip *s, const struct inputs *x, struct room *room, uint16_t *y, int64_t y_stride) {
     configure(amx, group_width(x));
     if (!block) block = x->columns;
-    if (s->m->form != PLAIN && num_groups(x) == 1) {
+    if (s->kind != PLAIN && s->kind != TERNARY && num_groups(x) == 1) {
         WITH_KIND_OF(s->kind, multiply_while_expanding(block, s, KIND, x, room, y, y_stride));
         return;
     }
