@@ -21,7 +21,7 @@ enum { STRIP_ROWS = BLOCK_ROWS, CHUNK = SEGMENT_COLUMNS, MOST_SPAN = GGUF_LARGE 
 
 struct strip {
     const struct stored_matrix *m;
-    int kind;
+    int kind; /* of `kind_of` */
     int64_t row, rows;
     const uint16_t *bias;          /* of these rows, added before a sum is rounded; NULL for none */
     struct compressed_block block; /* of a compressed matrix; its other exponents are used up from left to right */
@@ -49,20 +49,20 @@ static inline int kind_of(const struct stored_matrix *m) {
 static inline int is_few(int kind) { return kind >= FEW_KINDS; }
 
 /* `call` with KIND, which the compiler knows, for what `kind` is. */
-#define WITH_KIND_OF(kind, call)                                   \
-    switch (kind) {                                                \
-    case PLAIN: { enum { KIND = PLAIN }; call; } break;            \
-    case COMPRESSED: { enum { KIND = COMPRESSED }; call; } break;  \
-    case NIBBLES: { enum { KIND = NIBBLES }; call; } break;        \
-    case BYTES: { enum { KIND = BYTES }; call; } break;            \
-    case BLOCKS: { enum { KIND = BLOCKS }; call; } break;          \
-    case TERNARY: { enum { KIND = TERNARY }; call; } break;        \
-    case FEW_KINDS: { enum { KIND = FEW_KINDS }; call; } break;    \
+#define WITH_KIND_OF(kind, call)                                        \
+    switch (kind) {                                                     \
+    case PLAIN: { enum { KIND = PLAIN }; call; } break;                 \
+    case COMPRESSED: { enum { KIND = COMPRESSED }; call; } break;       \
+    case NIBBLES: { enum { KIND = NIBBLES }; call; } break;             \
+    case BYTES: { enum { KIND = BYTES }; call; } break;                 \
+    case BLOCKS: { enum { KIND = BLOCKS }; call; } break;               \
+    case TERNARY: { enum { KIND = TERNARY }; call; } break;             \
+    case FEW_KINDS: { enum { KIND = FEW_KINDS }; call; } break;         \
     case FEW_KINDS + 1: { enum { KIND = FEW_KINDS + 1 }; call; } break; \
     case FEW_KINDS + 2: { enum { KIND = FEW_KINDS + 2 }; call; } break; \
     case FEW_KINDS + 3: { enum { KIND = FEW_KINDS + 3 }; call; } break; \
-    case THREE_BITS: { enum { KIND = THREE_BITS }; call; } break;  \
-    default: { enum { KIND = GGUF }; call; }                       \
+    case THREE_BITS: { enum { KIND = THREE_BITS }; call; } break;       \
+    default: { enum { KIND = GGUF }; call; }                            \
     }
 
 /* Columns that are expanded at a time: a segment of compressed weights, a line of the cache of codes of two or four bits, two of codes
