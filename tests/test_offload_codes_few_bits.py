@@ -10,6 +10,7 @@ from offload.codes.expander import (
     expand,
     expand_matrix,
     has_exact_kernel,
+    kernel_matrix_of,
     kernel_number,
     kernel_parameters,
 )
@@ -33,7 +34,8 @@ def random_parts(encoding, rows, columns, chance):
 @pytest.mark.parametrize("bits", [2, 3])
 @pytest.mark.parametrize("zero", ["none", "floats"])
 @pytest.mark.parametrize(
-    ("rows", "columns", "group"), [(40, 256, 64), (33, 96, 16), (7, 80, 0), (3, 37, 0), (64, 160, 32)]
+    ("rows", "columns", "group"),
+    [(40, 256, 64), (33, 96, 16), (7, 80, 0), (3, 37, 0), (64, 160, 32), (9, 640, 128), (6, 576, 192), (5, 352, 0)],
 )
 def test_expansion_has_the_bits_of_the_definition(bits, zero, rows, columns, group):
     product = "F32" if zero == "floats" else "BF16"
@@ -64,7 +66,27 @@ def test_what_the_c_does_not_know_is_left_to_torch():
     assert not has_exact_kernel(Encoding(codes="offset4", group_rows=1, group_columns=64, scale="BF16", has_order=True))
 
 
-@pytest.mark.parametrize(("shape", "group"), [((64, 256), 128), ((96, 192), 16), ((32, 320), 64)])
+@pytest.mark.parametrize("zero", ["none", "floats"])
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize(("shape", "group"), [((64, 320), 64), ((39, 512), 128), ((32, 576), 0), ((35, 512), 256)])
+def test_products_have_the_bits_of_the_decoded_matrix(bits, zero, shape, group):
+    """Spans that are expanded at once, and what they leave over; strips whose rows are no multiple of four."""
+    chance = torch.Generator().manual_seed(6)
+    numbers = {"scale": "BF16", "zero": zero, "product": "F32" if zero == "floats" else "BF16"}
+    encoding = Encoding(codes=f"offset{bits}", group_rows=1, group_columns=group, **numbers)
+    parts = random_parts(encoding, *shape, chance)
+    parts["scales"].view(torch.bfloat16)[:3] = torch.tensor([0.0, 1e-39, 3e38])
+    stored, plain = kernel_matrix_of(encoding, *shape, parts), decode(encoding, parts, *shape, torch.bfloat16)
+    for order in (order for order in orders() if order.fits(shape)):
+        for rows in (1, 16):
+            x_nD = torch.randn(rows, shape[1], generator=chance).bfloat16()
+            got_nF, expected_nF = (torch.empty(rows, shape[0], dtype=torch.bfloat16) for _ in range(2))
+            order.multiply(x_nD, [stored], [got_nF])
+            order.multiply(x_nD, [plain_matrix(plain)], [expected_nF])
+            assert torch.equal(got_nF.view(torch.int16), expected_nF.view(torch.int16))
+
+
+@pytest.mark.parametrize(("shape", "group"), [((64, 256), 128), ((96, 192), 16), ((32, 576), 64), ((38, 512), 256)])
 def test_products_from_planes_have_the_bits_of_the_decoded_matrix(shape, group):
     """At every depth, beside a matrix of another depth, whichever order sums."""
     chance = torch.Generator().manual_seed(4)

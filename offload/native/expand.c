@@ -19,7 +19,7 @@ static void expand_rows(const struct stored_matrix *m, int64_t row, int64_t rows
     if (m->form == BLOCKS)
         expand_blocks(m, row, rows, column, columns, out, stride);
     else if (m->form == FEW_BITS)
-        expand_few_bits(m, row, rows, column, columns, out, stride, nothing_ahead(m->part[CODES]));
+        expand_few_bits(m, row, rows, column, columns, out, stride);
     else
         (m->form == NIBBLES ? expand_nibbles : expand_bytes)(m, row, rows, column, columns, out, stride);
 }

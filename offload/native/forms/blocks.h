@@ -8,6 +8,7 @@
 
 #include "../bfloat16.h"
 #include "../stored_matrix.h"
+#include "scales.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -89,6 +90,15 @@ static inline void add_signed(const uint8_t signs[BLOCK_SPAN / 8], const float s
 #endif
 }
 
+/* Some columns as bfloat16. */
+static inline void round_span(const float sum[BLOCK_SPAN], int64_t columns, uint16_t *out) {
+    int64_t c = 0;
+#ifdef HAS_QUICK_BLOCKS
+    for (; c + 16 <= columns; c += 16) _mm256_storeu_si256((__m256i *)(out + c), round_bf16s(_mm512_loadu_ps(sum + c)));
+#endif
+    for (; c < columns; c++) out[c] = round_bf16(sum[c]);
+}
+
 /* Up to SOME_ROWS rows of up to BLOCK_SPAN columns that begin at a whole byte of signs. */
 static void expand_block_span(const struct stored_matrix *m, int levels, int64_t row, int64_t rows, int64_t column, int64_t columns,
                               uint16_t *out, int64_t stride) {
@@ -113,8 +123,7 @@ static void expand_block_span(const struct stored_matrix *m, int levels, int64_t
             add_signed(signs, size[r], sum[r]);
         }
     }
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < columns; c++) out[r * stride + c] = round_bf16(sum[r][c]);
+    for (int64_t r = 0; r < rows; r++) round_span(sum[r], columns, out + r * stride);
 }
 
 /* Rows row .. row + rows - 1, columns column .. column + columns - 1 as bfloat16, rows `stride` elements apart; `column` is a multiple

@@ -137,16 +137,21 @@ static inline float less_zero(const struct stored_matrix *m, float value, float 
 #ifdef __AVX512BW__
 #include <immintrin.h>
 
-/* The same for sixteen products; integers, because vcvtneps2bf16 takes denormal numbers for zero. */
+/* Sixteen numbers rounded as `round_bf16` does; integers, because vcvtneps2bf16 takes denormal numbers for zero. */
+static inline __m256i round_bf16s(__m512 value) {
+    __m512i bits = _mm512_castps_si512(value);
+    __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff))), 16);
+    __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, is_nan, _mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+    return _mm512_cvtepi32_epi16(rounded);
+}
+
+/* The same for sixteen products. */
 static inline __m256i round_products(const struct stored_matrix *m, __m512 product) {
     if (product_kind(m) == PRODUCT_F127) product = _mm512_mul_ps(product, _mm512_set1_ps(PART_OF_127));
     if (product_kind(m) == PRODUCT_F16) product = _mm512_cvtph_ps(_mm512_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT));
-    __m512i bits = _mm512_castps_si512(product);
-    __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff))), 16);
-    __mmask16 is_nan = _mm512_cmp_ps_mask(product, product, _CMP_UNORD_Q);
-    rounded = _mm512_mask_or_epi32(rounded, is_nan, _mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
-    return _mm512_cvtepi32_epi16(rounded);
+    return round_bf16s(product);
 }
 
 static inline __m512 less_zeros(const struct stored_matrix *m, __m512 value, float zero) {

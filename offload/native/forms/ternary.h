@@ -42,41 +42,67 @@ static inline struct ternary_row ternary_row(const struct stored_matrix *m, int6
     return at;
 }
 
-/* The next columns of a row. Whatever the words are, nothing beyond them is written; what they leave over is zero. */
-static inline void ternary_columns(struct ternary_row *at, const uint64_t *dictionary, int64_t columns, uint16_t *out) {
+#if defined(__AVX512BW__) && defined(__AVX512VBMI__)
+/* Which bits of an entry the lower bytes of words take; what is above a weight's two bits does not matter. */
+static uint8_t ternary_places[64] __attribute__((aligned(64)));
+
+static __attribute__((constructor)) void fill_ternary_places(void) {
+    for (int k = 0; k < 64; k++) ternary_places[k] = (uint8_t)((RUN_LENGTH_BITS + k / 2 * 2) & 63);
+}
+
+/* All weights of a run, and others after them. */
+static inline __m512i ternary_run(uint64_t entry, __m512i values) {
+    __m512i index = _mm512_multishift_epi64_epi8(_mm512_load_si512(ternary_places), _mm512_set1_epi64((long long)entry));
+    return _mm512_permutexvar_epi16(index, values);
+}
+#endif
+
+/* Whole runs, as long as there is room for the longest; gives how many columns they are. */
+static inline int64_t ternary_runs(struct ternary_row *at, const uint64_t *dictionary, int64_t columns, uint16_t *out) {
     int64_t c = 0;
 #if defined(__AVX512BW__) && defined(__AVX512VBMI__)
-    static const uint8_t place[64] = {0,  0, 2,  0, 4,  0, 6,  0, 8,  0, 10, 0, 12, 0, 14, 0, 16, 0, 18, 0, 20, 0,
-                                      22, 0, 24, 0, 26, 0, 28, 0, 30, 0, 32, 0, 34, 0, 36, 0, 38, 0, 40, 0, 42, 0,
-                                      44, 0, 46, 0, 48, 0, 50, 0, 52, 0, 54, 0, 56, 0, 56, 0, 56, 0, 56, 0};
-    const __m512i places = _mm512_loadu_si512(place), three = _mm512_set1_epi16(3);
-    uint64_t values;
-    memcpy(&values, at->value, sizeof values);
-    const __m512i table = _mm512_set1_epi64((long long)values);
+    uint64_t four;
+    memcpy(&four, at->value, sizeof four);
+    const __m512i values = _mm512_set1_epi64((long long)four);
+    const uint8_t *word = at->word, *end = at->end;
+    for (; c + RUN_ROOM <= columns && word < end; word += 2) {
+        uint16_t number;
+        memcpy(&number, word, 2);
+        /* the whole register is stored: the next run begins where this one ends */
+        _mm512_storeu_si512(out + c, ternary_run(dictionary[number], values));
+        c += 2 * (int64_t)(dictionary[number] & RUN_LENGTH);
+    }
+    at->word = word;
 #endif
-    while (c < columns && (at->left || at->word < at->end)) {
-        if (!at->left) {
-            uint16_t word;
-            memcpy(&word, at->word, 2);
-            at->word += 2;
-            at->left = 2 * (int64_t)(dictionary[word] & RUN_LENGTH);
-            at->codes = dictionary[word] >> RUN_LENGTH_BITS;
-        }
-        int64_t room = columns - c, count = at->left < room ? at->left : room;
+    return c;
+}
+
+/* As many of the begun run's weights as there are columns left. */
+static inline int64_t ternary_rest(struct ternary_row *at, int64_t columns, uint16_t *out) {
+    int64_t count = at->left < columns ? at->left : columns;
 #if defined(__AVX512BW__) && defined(__AVX512VBMI__)
-        __m512i index = _mm512_and_si512(_mm512_multishift_epi64_epi8(places, _mm512_set1_epi64((long long)at->codes)), three);
-        __m512i weights = _mm512_permutexvar_epi16(index, table);
-        /* whole stores where there is room for the longest run; the next one begins where this one ends */
-        if (room >= RUN_ROOM)
-            _mm512_storeu_si512(out + c, weights);
-        else
-            _mm512_mask_storeu_epi16(out + c, (__mmask32)((1ull << count) - 1), weights);
+    uint64_t four;
+    memcpy(&four, at->value, sizeof four);
+    _mm512_mask_storeu_epi16(out, (__mmask32)((1ull << count) - 1), ternary_run(at->codes << RUN_LENGTH_BITS, _mm512_set1_epi64((long long)four)));
 #else
-        for (int64_t k = 0; k < count; k++) out[c + k] = at->value[at->codes >> 2 * k & 3];
+    for (int64_t k = 0; k < count; k++) out[k] = at->value[at->codes >> 2 * k & 3];
 #endif
-        at->codes >>= 2 * count;
-        at->left -= count;
-        c += count;
+    at->codes >>= 2 * count;
+    at->left -= count;
+    return count;
+}
+
+/* The next columns of a row. Whatever the words are, nothing beyond them is written; what they leave over is zero. */
+static inline void ternary_columns(struct ternary_row *at, const uint64_t *dictionary, int64_t columns, uint16_t *out) {
+    int64_t c = at->left ? ternary_rest(at, columns, out) : 0;
+    if (!at->left) c += ternary_runs(at, dictionary, columns - c, out + c);
+    while (c < columns && at->word < at->end) {
+        uint16_t word;
+        memcpy(&word, at->word, 2);
+        at->word += 2;
+        at->left = 2 * (int64_t)(dictionary[word] & RUN_LENGTH);
+        at->codes = dictionary[word] >> RUN_LENGTH_BITS;
+        c += ternary_rest(at, columns - c, out + c);
     }
     if (c < columns) memset(out + c, 0, (size_t)(columns - c) * sizeof *out);
 }

@@ -93,6 +93,18 @@ static inline void add_tile(const uint16_t *w, int64_t stride, const uint32_t *x
     }
 }
 
+/* The same of one group in two parts, between which there is other work. */
+static inline void load_tile(const uint16_t *w, int64_t stride, const uint32_t *x, int64_t width) {
+    _tile_loadd(X_0, x, width * sizeof(float));
+    _tile_loadd(W_0, w, 2 * stride);
+    _tile_loadd(W_1, w + TILE_ROWS * stride, 2 * stride);
+}
+
+static inline void multiply_tile(void) {
+    _tile_dpbf16ps(SUM_0, W_0, X_0);
+    _tile_dpbf16ps(SUM_1, W_1, X_0);
+}
+
 /* Sums of a strip with one group of rows of x, or two: [group][row of the strip][row of x]. */
 struct tile_sums {
     float of[2][STRIP_ROWS * X_ROWS] __attribute__((aligned(64)));
@@ -208,30 +220,34 @@ static inline void multiply_tiles(int64_t block, const struct strip *s, const ui
     store_totals(s, &totals, x, group, is_pair, y, y_stride);
 }
 
-/* A strip that is expanded while it is multiplied with one group: after each half tile, some rows of the next span are expanded, so
-   that both units of the processor are busy. */
-static inline __attribute__((always_inline)) void multiply_while_expanding(int64_t block, struct strip *s, const int form,
+/* A strip that is expanded while it is multiplied with one group: between loading a tile and multiplying it, some rows of the next span
+   are expanded, so that both units of the processor are busy. Those of few bits are so quick that more are expanded with each call. */
+static inline __attribute__((always_inline)) void multiply_while_expanding(int64_t block, struct strip *s, const int kind,
                                                                            const struct inputs *x, struct room *room, uint16_t *y,
                                                                            int64_t y_stride) {
-    const int span = (int)span_of(form), steps = span / TILE_COLUMNS, rows = STRIP_ROWS / steps;
+    const int span = (int)span_of(kind), steps = span / TILE_COLUMNS, every = is_few(kind) ? 2 : 1, rows = STRIP_ROWS / steps * every;
     int64_t width = group_width(x), columns = x->columns, stop = block;
     const uint32_t *pairs = pairs_of(x, 0);
     uint16_t *now = room->span[0], *next = room->span[1];
     struct tile_sums totals;
     expand_span(s, 0, now, span);
     zero_sums(0);
+    load_tile(now, span, pairs, width);
     for (int64_t c = 0; c < columns; c += span) {
         for (int step = 0; step < steps; step++) {
-            int64_t w = step * TILE_COLUMNS;
-            if (c + w < columns) {
-                int64_t end = c + w + TILE_COLUMNS;
-                add_tile(now + w, span, pairs + (c + w) / 2 * width, width, 0, 0);
-                if (end == stop || end == columns) {
+            int64_t at = c + step * TILE_COLUMNS, after = at + TILE_COLUMNS;
+            const int is_last = step == steps - 1;
+            if (at < columns) {
+                multiply_tile();
+                if (after == stop || after == columns) {
                     end_tile_block(&totals, width, 0, stop == block);
                     stop += block;
                 }
             }
-            if (c + span < columns) expand_span_of(s, form, c + span, step * rows, (step + 1) * rows, next, span);
+            if (!is_last && after < columns) load_tile(now + (after - c), span, pairs + after / 2 * width, width);
+            if (c + span < columns && step % every == 0)
+                expand_span_of(s, kind, c + span, step * rows / every, step * rows / every + rows, next, span);
+            if (is_last && after < columns) load_tile(next, span, pairs + after / 2 * width, width);
         }
         uint16_t *done = now;
         now = next;
@@ -244,16 +260,9 @@ static inline __attribute__((always_inline)) void multiply_while_expanding(int64
 static void amx_strip(struct amx *amx, int64_t block, struct strip *s, const struct inputs *x, struct room *room, uint16_t *y, int64_t y_stride) {
     configure(amx, group_width(x));
     if (!block) block = x->columns;
-    if (s->m->form != PLAIN && num_groups(x) == 1) {
-        switch (s->m->form) {
-        case COMPRESSED: multiply_while_expanding(block, s, COMPRESSED, x, room, y, y_stride); return;
-        case NIBBLES: multiply_while_expanding(block, s, NIBBLES, x, room, y, y_stride); return;
-        case BYTES: multiply_while_expanding(block, s, BYTES, x, room, y, y_stride); return;
-        case FEW_BITS: multiply_while_expanding(block, s, FEW_BITS, x, room, y, y_stride); return;
-        case BLOCKS: multiply_while_expanding(block, s, BLOCKS, x, room, y, y_stride); return;
-        case TERNARY: multiply_while_expanding(block, s, TERNARY, x, room, y, y_stride); return;
-        default: multiply_while_expanding(block, s, GGUF, x, room, y, y_stride); return;
-        }
+    if (s->kind != PLAIN && s->kind != TERNARY && num_groups(x) == 1) {
+        WITH_KIND_OF(s->kind, multiply_while_expanding(block, s, KIND, x, room, y, y_stride));
+        return;
     }
     const uint16_t *w = plain_row(s, 0);
     if (s->m->form != PLAIN) {
