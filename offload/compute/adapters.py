@@ -100,7 +100,7 @@ Adapted = Mapping[str, AdaptedMatrix]
 
 def adapted_of(module: Any) -> Adapted:
     """The adapters of an experts module; empty without any."""
-    found: Adapted = getattr(module, "_expertier_adapted", {})
+    found: Adapted = vars(module).get("_expertier_adapted", {})
     return found
 
 

@@ -40,13 +40,13 @@ class FusedExperts:
     """
 
     def __init__(self, orders: Sequence[Order], module: Any, gating: Gating, width: int, matvecs: Matvecs) -> None:
-        self._one_row, self._several_rows = tuple(orders), dict[int, Orders | None]()
+        self.one_row, self._several_rows = tuple(orders), dict[int, Orders | None]()
         self._gating, self._width, self._matvecs = gating, width, matvecs
         tables = (gating.gate.data_ptr(), None if gating.linear is None else gating.linear.data_ptr())
-        self._tables = GatingTables(*tables, gating.is_gated, gating.is_interleaved)
-        self._up_name, self._down_name = weight_names(module)
-        names = (f"{name}_bias" if module.has_bias else None for name in (self._up_name, self._down_name))
-        self._module, (self._up_bias, self._down_bias) = module, names
+        self.tables = GatingTables(*tables, gating.is_gated, gating.is_interleaved)
+        self.up_name, self.down_name = weight_names(module)
+        names = (f"{name}_bias" if module.has_bias else None for name in (self.up_name, self.down_name))
+        self._module, (self.up_bias, self.down_bias) = module, names
 
     def can_compute(self, rows: Iterable[int], room: Mapping[str, torch.Tensor] | None) -> bool:
         """Whether experts with so many rows each are computed as promised, and are not better left to torch.
@@ -64,7 +64,7 @@ class FusedExperts:
         if self._matvecs.arithmetic != "exact":
             return True
         rooms = [
-            room[name].t() if self._module.is_transposed else room[name] for name in (self._up_name, self._down_name)
+            room[name].t() if self._module.is_transposed else room[name] for name in (self.up_name, self.down_name)
         ]
         for count, orders in self._matvecs.rows_orders(rooms, several - self._several_rows.keys()).items():
             self._several_rows[count] = None if orders is None else tuple(orders)
@@ -72,7 +72,7 @@ class FusedExperts:
 
     def orders_of(self, rows: int) -> Orders:
         """The orders of summation for an expert with so many rows, which `can_compute` has allowed."""
-        return self._several_rows.get(rows) or self._one_row
+        return self._several_rows.get(rows) or self.one_row
 
     def __call__(
         self,
@@ -97,16 +97,17 @@ class FusedExperts:
         starts = [0]
         for count in rows.values():
             starts.append(starts[-1] + count)
-        weights = self._weights(list(rows), matrices, x_TD.shape[1])
+        weights = self.weights(list(rows), matrices, x_TD.shape[1])
         up, down = orders
         experts_function()(
-            *(up.number, up.block, down.block, weights, self._tables, len(rows)),
+            *(up.number, up.block, down.block, weights, self.tables, len(rows)),
             *(x_TD.data_ptr(), token_N.data_ptr(), (ctypes.c_int64 * len(starts))(*starts)),
             *(hidden_NF.data_ptr(), addresses(out)),
         )
 
-    def _weights(self, experts: Sequence[int], matrices: Sequence[KernelMatrices], model_width: int) -> ExpertWeights:
-        pieces = [matrix[self._up_name] for matrix in matrices]
+    def weights(self, experts: Sequence[int], matrices: Sequence[KernelMatrices], model_width: int) -> ExpertWeights:
+        """Matrices and biases of some experts as C takes them."""
+        pieces = [matrix[self.up_name] for matrix in matrices]
         firsts, width = [piece[0] for piece in pieces], self._width
         if self._gating.is_interleaved or not self._gating.is_gated:
             gate = linear = _matrices(firsts, 0, firsts[0].rows)
@@ -114,13 +115,20 @@ class FusedExperts:
             gate, linear = _matrices(firsts, 0, width), _matrices(firsts, width, width)
         else:
             gate, linear = _matrices(firsts, 0, width), _matrices([piece[1] for piece in pieces], 0, width)
-        down = _matrices([matrix[self._down_name][0] for matrix in matrices], 0, model_width)
-        up_bias, down_bias = self._biases(self._up_bias, experts), self._biases(self._down_bias, experts)
+        down = _matrices([matrix[self.down_name][0] for matrix in matrices], 0, model_width)
+        up_bias, down_bias = self.biases(self.up_bias, experts), self.biases(self.down_bias, experts)
         found = ExpertWeights(gate, linear, down, _address(up_bias), _address(down_bias))
         found.keeps = (gate, linear, down, up_bias, down_bias)  # addresses alone do not keep what they point to
         return found
 
-    def _biases(self, name: str | None, experts: Sequence[int]) -> Any:
+    @property
+    def bias_addresses(self) -> tuple[int, ...]:
+        """Where the biases lie; nothing without any."""
+        names = (self.up_bias, self.down_bias)
+        return tuple(getattr(self._module, name).data_ptr() for name in names if name is not None)
+
+    def biases(self, name: str | None, experts: Sequence[int]) -> Any:
+        """Addresses of some experts' biases; None without such a bias."""
         if name is None:
             return None
         bias_EF = getattr(self._module, name)

@@ -13,7 +13,8 @@ FOLDER = Path(__file__).parent
 SOURCES = tuple(
     FOLDER / name
     for name in (
-        *("products.c", "layer.c", "compress.c", "norms.c", "expand.c", "gguf.c", "ternary.c"),
+        *("products.c", "compress.c", "norms.c", "expand.c", "gguf.c", "ternary.c"),
+        *("layers/layer.c", "layers/choice.c", "layers/routed.c"),
         *("tuning/low_rank.c", "tuning/gates.c", "tuning/directions.c"),
     )
 )

@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include "calls.h"
+#include "experts.h"
 #include "orders/amx.h"
 #include "orders/lanes.h"
 #include "orders/pairs.h"
@@ -75,14 +76,6 @@ static inline int64_t take_strips(struct tasks *tasks, int64_t *end) {
 }
 
 static inline int64_t num_strips(int64_t rows) { return (rows + STRIP_ROWS - 1) / STRIP_ROWS; }
-
-/* Several matrices of one form and shape, of which rows `first` to `first` + `rows` - 1 are meant; `part` has PARTS pointers each. */
-struct matrices {
-    int form;
-    const void *const *part;
-    const int32_t *parameter; /* NULL if the form has none */
-    int64_t rows, columns, first, count;
-};
 
 static struct stored_matrix matrix_of(const struct matrices *of, int64_t n) {
     struct stored_matrix m = {.form = of->form, .rows = of->rows, .columns = of->columns};
@@ -180,13 +173,6 @@ static size_t experts_packed_bytes(int64_t num, const int64_t *start, int64_t co
     return bytes;
 }
 
-/* What becomes of the sums of the first product. Tables have the result for each of the 65536 bfloat16 numbers. */
-struct gating {
-    const uint16_t *gate, *linear; /* hidden = gate[g] * linear[u]; u itself if `linear` is NULL */
-    int is_gated;                  /* else hidden = gate[g] */
-    int is_interleaved;            /* g and u are rows 2 j and 2 j + 1 of one matrix */
-};
-
 static inline uint16_t gated(const struct gating *by, uint16_t g, uint16_t u) {
     uint16_t value = by->gate[g];
     if (!by->is_gated) return value;
@@ -207,12 +193,6 @@ static inline void gate_strip(const struct gating *by, const uint16_t *g, const 
         for (int64_t j = 0; j < count; j++)
             hidden[i * width + j] = by->is_interleaved ? gated(by, g[2 * j], g[2 * j + 1]) : gated(by, g[j], u[j]);
 }
-
-/* One expert's matrices: where gates and linear parts come from, and biases of the two products, which may be NULL. */
-struct expert_weights {
-    struct matrices gate, linear, down;
-    const uint16_t *const *up_bias, *const *down_bias;
-};
 
 /* Hidden numbers of expert n that come of the strip that begins at `row` of its gates. */
 static void up_strip(struct worker *worker, const struct summation *by, const struct expert_weights *w, const struct gating *gating,

@@ -11,12 +11,16 @@ from numpy.typing import NDArray
 
 from ..cache.catalogue import Cache, make_cache
 from ..cache.predicted import PredictedUse
+from ..compute.layers.routed_experts import ExpertAddresses
 from ..compute.routed_rows import can_group
 from ..native.kernel_matrix import KernelMatrix
 from ..prefetch.predictor import likely_first
 from ..store.reading import Ticket
 from ..store.store import ExpertStore, Slots
 from .counters import AheadCounters
+
+MOST_UNHEARD = 64
+"""Tokens whose uses may wait for the policy's next decision."""
 
 
 @dataclass(eq=False)
@@ -65,6 +69,8 @@ class LayerSlots:
         self._slots = Slots(num_places or num_slots, sizes, self.form.guard_bytes, num_held=held)
         self._policy = policy
         self.ahead_counters = AheadCounters()
+        self.addresses = ExpertAddresses(self.num_experts)
+        """Of experts that a call can compute with at once: in a slot, and not read ahead for nobody knows what."""
         self.clear()
 
     def clear(self) -> None:
@@ -75,12 +81,31 @@ class LayerSlots:
         self._unproven: set[int] = set()
         self._given_up: list[tuple[Ticket, int]] = []
         self._held: frozenset[int] = frozenset()
-        self.cache: Cache = make_cache(self._policy, self.num_slots, self.num_experts)
+        self.addresses.clear()
+        self.cache = make_cache(self._policy, self.num_slots, self.num_experts)
 
     def close(self) -> None:
         """Forget every expert and give the memory back; nothing may be on its way into a slot."""
         self.clear()
         self._slots.give_back()
+
+    @property
+    def cache(self) -> Cache:
+        """The policy, which has heard of every use."""
+        for experts in self._unheard:
+            self._cache.demand(experts)
+        self._unheard.clear()
+        return self._cache
+
+    @cache.setter
+    def cache(self, policy: Cache) -> None:
+        self._cache, self._unheard = policy, list[list[int]]()
+
+    def use(self, experts: list[int]) -> None:
+        """A token uses these experts, each named once; the policy hears of it before it is asked the next time."""
+        self._unheard.append(experts)
+        if len(self._unheard) >= MOST_UNHEARD:
+            _ = self.cache
 
     def __contains__(self, expert: int) -> bool:
         return expert in self._resident
@@ -103,7 +128,17 @@ class LayerSlots:
         if self._ahead or not self._unproven.isdisjoint(experts):
             return None
         found = [self._resident.get(expert) for expert in experts]
-        return None if None in found else [resident.matrices for resident in found if resident is not None]
+        if None in found:
+            return None
+        for expert in experts:
+            if expert not in self.addresses.known:
+                self.complete(expert)
+        return [resident.matrices for resident in found if resident is not None]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing was begun ahead that the layer's turn would end."""
+        return not self._ahead
 
     @property
     def num_free(self) -> int:
@@ -146,6 +181,7 @@ class LayerSlots:
 
     def complete(self, expert: int) -> None:
         """All that a call waits for of an expert has landed."""
+        self.addresses.put(expert, self._resident[expert].matrices)
 
     def start_reads(
         self, experts: Sequence[int], pinned: Collection[int], landed: "SimpleQueue[Ticket]"
@@ -317,6 +353,7 @@ class LayerSlots:
 
     def _forget(self, expert: int) -> int:
         slot = self._resident.pop(expert).slot
+        self.addresses.remove(expert)
         self.cache.discard(expert)
         if expert in self._unproven:
             self._unproven.discard(expert)

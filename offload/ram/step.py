@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..compute.fused_experts import FusedRows
+from ..compute.layers.routed_experts import TokenExperts
 from ..compute.routed_rows import RoutedRows
 from ..store.reading import Ticket, next_landed
 from .counters import Counters
@@ -50,12 +51,44 @@ def compute_hits(slots: LayerSlots, counters: Counters, rows: FusedRows, expert_
     return True
 
 
+class TokenStep:
+    """What `compute_hits` does for one token, and the sum of its experts, by one call of C.
+
+    Args:
+        slots: the layer's RAM slots.
+        counters: receives hits and seconds.
+        experts: the layer's kernel, with the addresses that the slots keep.
+    """
+
+    def __init__(self, slots: LayerSlots, counters: Counters, experts: TokenExperts) -> None:
+        self._slots, self._counters, self.experts = slots, counters, experts
+
+    def __call__(
+        self, x: int, expert_1K: torch.Tensor, expert: int, weight: int, added_to: int | None, out: int
+    ) -> bool:
+        """Whether the token is computed; else nothing is done.
+
+        Args:
+            x, weight, added_to, out: as for `TokenExperts`.
+            expert_1K: the token's experts.
+            expert: their address.
+        """
+        started, slots, counters = time.perf_counter(), self._slots, self._counters
+        if not slots.is_settled or not self.experts(x, expert, weight, added_to, out):
+            return False
+        if not slots.has_all:
+            slots.use(expert_1K[0].tolist())
+        counters.layers[slots.layer].hits += self.experts.top_k
+        counters.compute_s += time.perf_counter() - started
+        return True
+
+
 def _learn(slots: LayerSlots, expert_TK: torch.Tensor) -> None:
     """Tell the cache policy of the last tokens; nothing where no expert ever has to go."""
     if slots.has_all:
         return
     for experts in expert_TK[-LEARN_FROM_TOKENS:].tolist():
-        slots.cache.demand([expert for expert in dict.fromkeys(experts) if 0 <= expert < slots.num_experts])
+        slots.use([expert for expert in dict.fromkeys(experts) if 0 <= expert < slots.num_experts])
 
 
 class ExpertStep:

@@ -9,6 +9,7 @@ from routing.ground.model_config import text_config
 from ..cache.catalogue import NEEDS_PREDICTOR
 from ..checkpoint.experts import experts_modules
 from ..compute.attention import quicken_attention
+from ..compute.layers.routed_block import PLACE
 from ..compute.layers.trial import quicken_layers
 from ..compute.levels import best_arithmetic
 from ..compute.linears import quicken_linears
@@ -83,6 +84,7 @@ def assemble(
             f"policy {options.policy_name} keeps what a predictor of whole passes expects; give prefetch= a file of "
             "`expertier trace predictor --before-pass`"
         )
+    _attach(model, running)
     if lane is None:
         quicken_linears(model, matvecs)
         quicken_norms(model)
@@ -101,7 +103,8 @@ def assemble(
             running.gpu.hold(division.starting.gpu_L)
             running.gpu.hold_at_peers(division.starting.peer_L)
         running.fill(division.starting.experts_L)
-    _attach(model, running)
+    if running.prefetcher is not None:
+        running.prefetcher.attach(model, running)
     if str(options.prefetch) != "off":
         read_by_ids(model, find_tables(model, [form.layer for form in forms]), running)
     read_prompts_in_pieces(model, options.context)
@@ -164,11 +167,9 @@ def _add_gpu_tier(opened: OpenedCheckpoint, division: Division, lane: Lane, runn
 def _attach(model: Any, running: OffloadRuntime) -> None:
     """Tell each experts module where its layer's experts are."""
     for layer, module in enumerate(experts_modules(model).values()):
-        module._expertier_place = (running, layer)
+        setattr(module, PLACE, (running, layer))
         module.config._experts_implementation = IMPLEMENTATION
         # what transformers would look up by that name, at every call
         module.forward = MethodType(offloaded_experts_forward, module)
         if getattr(module, "is_own_loop", False):
             running.layers[layer].is_grouped = False
-    if running.prefetcher is not None:
-        running.prefetcher.attach(model, running)

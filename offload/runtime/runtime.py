@@ -23,6 +23,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..compute.adapters import adapted_of
 from ..compute.fused_experts import FusedExperts, FusedRows, fuse_experts
+from ..compute.layers.routed_block import PLACE
+from ..compute.layers.routed_experts import WEIGHT_TYPES, TokenExperts, combines_like_torch
 from ..compute.matvec import Matvecs
 from ..compute.routed_rows import RoutedRows, eager_forward
 from ..gpu.tier import GpuTier
@@ -32,7 +34,7 @@ from ..ram.counters import Counters, LayerCounters
 from ..ram.expanded import ExpandedWeights, make_rooms
 from ..ram.level_slots import LevelRoom, LevelSlots
 from ..ram.slots import KernelSlots, LayerSlots
-from ..ram.step import ExpertStep, compute_hits
+from ..ram.step import ExpertStep, TokenStep, compute_hits
 from ..store.reading import Ticket, next_landed
 from ..store.store import ExpertStore
 from ..window.window import Streamed
@@ -70,6 +72,7 @@ class OffloadRuntime:
         self.prefetcher: Prefetcher | None = None
         self._rooms = make_rooms(store.forms)
         self._fused: dict[tuple[int, int, int], FusedExperts | None] = {}
+        self._token_steps: dict[tuple[int, int, int, torch.dtype], TokenStep | None] = {}
         self.gpu: GpuTier | None = None
         self.window: Streamed | None = None
         self.units: BundledUnits | None = None
@@ -113,6 +116,8 @@ class OffloadRuntime:
             return self.gpu.forward(layer, x_TD, expert_TK, weight_TK, look_ahead)
         slots = self.layers[layer]
         expert_TK = slots.begin(x_TD, expert_TK, weight_TK)
+        if len(x_TD) == 1 and (found := self._token(layer, module, x_TD, expert_TK, weight_TK)) is not None:
+            return found
         result = self._computed(slots, module, x_TD, expert_TK, weight_TK)
         slots.end()
         return result
@@ -333,6 +338,72 @@ class OffloadRuntime:
         room = self._rooms[slots.layer]
         return slots if room is None else ExpandedWeights(slots, slots.form, room)
 
+    def _token(
+        self, layer: int, module: Any, x_1D: torch.Tensor, expert_1K: torch.Tensor, weight_1K: torch.Tensor
+    ) -> torch.Tensor | None:
+        """One token whose experts are all in slots; None, and nothing is done, if they are not."""
+        step = self.token_step(layer, module, expert_1K.shape[1], weight_1K.dtype)
+        if step is None or self.prefetcher is not None or not step.experts.takes(x_1D, expert_1K, weight_1K):
+            return None
+        out_1D = torch.empty_like(x_1D)
+        pointers = (expert_1K.data_ptr(), weight_1K.data_ptr(), None, out_1D.data_ptr())
+        return out_1D if step(x_1D.data_ptr(), expert_1K, *pointers) else None
+
+    @property
+    def listens(self) -> bool:
+        """Whether tokens are recorded, or experts guessed from them."""
+        return self.recorder is not None or self.prefetcher is not None
+
+    def token_step(self, layer: int, module: Any, top_k: int, weight_type: torch.dtype) -> TokenStep | None:
+        """What computes single tokens of a layer; None if nothing does, or no expert of the layer was used yet.
+
+        Args:
+            layer: number of the MoE layer.
+            module: its experts.
+            top_k: K.
+            weight_type: of the combine weights.
+        """
+        slots, threads = self.layers[layer], torch.get_num_threads()
+        key = (layer, top_k, threads, weight_type)
+        if key not in self._token_steps:
+            if (example := slots.addresses.example) is None:
+                return None
+            fused = self._fused_experts(layer, module, top_k) if slots.is_grouped else None
+            width = example[fused.down_name][0].rows if fused is not None else 0
+            can_sum = weight_type in WEIGHT_TYPES and combines_like_torch(top_k, width, weight_type, threads)
+            if fused is None or not can_sum:
+                self._token_steps[key] = None
+            else:
+                sizes = (slots.num_experts, top_k, width, weight_type)
+                experts = TokenExperts(fused, slots.addresses, example, *sizes)
+                self._token_steps[key] = TokenStep(slots, self.counters, experts)
+        return None if adapted_of(module) else self._token_steps[key]
+
+    def forward_token(
+        self, step: TokenStep, x: int, expert_1K: torch.Tensor, expert: int, weight: int, added_to: int, out: int
+    ) -> bool:
+        """What `forward` gives for one token whose experts are all in slots, added to other numbers.
+
+        Nobody `listens`: the token is neither recorded nor looked at.
+
+        Args:
+            step: that of the layer, from `token_step`.
+            x, expert_1K, expert, weight, added_to, out: as for a `TokenStep`.
+
+        Returns:
+            Whether it is done; if not, nothing has changed, and `forward` has to be called.
+        """
+        if self._process != os.getpid():
+            return False
+        with self._lock:
+            if not self._is_whole:
+                return False
+            self._is_whole = False
+            is_done = step(x, expert_1K, expert, weight, added_to, out)
+            self.store.expect_open()
+            self._is_whole = True
+            return is_done
+
     def _fused_experts(self, layer: int, module: Any, top_k: int) -> FusedExperts | None:
         key = (layer, top_k, torch.get_num_threads())
         if key not in self._fused:
@@ -390,7 +461,7 @@ def offloaded_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """The experts function `expertier_offload` of transformers' experts interface."""
-    place = getattr(self, "_expertier_place", None)
+    place = getattr(self, PLACE, None)
     if place is None:
         raise ValueError(
             f'experts_implementation="{IMPLEMENTATION}" needs a model that was loaded by offload.load(); '

@@ -1,4 +1,4 @@
-"""The structs and functions of `native/layer.c`."""
+"""The structs and functions of `native/layers`."""
 
 import ctypes
 import functools
@@ -31,13 +31,22 @@ class Siblings(ctypes.Structure):
     )
 
 
+class Choice(ctypes.Structure):
+    """`struct choice`: how a router chooses experts for one token; nothing is chosen if `chosen` is 0."""
+
+    _fields_ = (
+        *(("experts", NUMBER), ("chosen", NUMBER)),
+        *((name, ctypes.c_int) for name in ("rule", "normalises", "is_rounded", "lanes")),
+    )
+
+
 class Layer(ctypes.Structure):
     """`struct decoder_layer`."""
 
     _fields_ = (
         *(("width", NUMBER), ("heads", NUMBER), ("shared_heads", NUMBER), ("head_width", NUMBER)),
         *(("before", Norm), ("query", Norm), ("key", Norm), ("after", Norm)),
-        *(("inputs", Siblings), ("output", Siblings), ("router", Siblings)),
+        *(("inputs", Siblings), ("output", Siblings), ("router", Siblings), ("choice", Choice)),
     )
 
 
@@ -98,6 +107,15 @@ def begin_attention() -> Any:
 def end_attention() -> Any:
     """`expertier_end_attention`."""
     function = native.library().expertier_end_attention
-    function.argtypes = [ctypes.POINTER(Layer), *([POINTER] * 5)]
-    function.restype = None
+    function.argtypes = [ctypes.POINTER(Layer), *([POINTER] * 7)]
+    function.restype = ctypes.c_int
+    return function
+
+
+@functools.cache
+def choose_experts() -> Any:
+    """`expertier_choose`."""
+    function = native.library().expertier_choose
+    function.argtypes = [ctypes.POINTER(Choice), POINTER, POINTER, POINTER]
+    function.restype = ctypes.c_int
     return function

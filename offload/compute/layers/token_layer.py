@@ -20,7 +20,9 @@ from ..linears import TokenWeight, plain_weight
 from ..matvec import Matvecs, is_in_memory
 from ..rebinding import ReboundForward
 from .parts import LayerParts
+from .routed_block import RoutedBlock
 from .structs import Layer, Place, Siblings, begin_attention, end_attention, norm_struct, siblings_struct
+from .token_room import RoomSizes, TokenRoom, TokenRooms
 
 READ_OPTIONS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"})
 """What decoder layers are given; all else has to be None or False, since nobody here looks at it."""
@@ -77,23 +79,30 @@ class PreparedLayer:
         parts: what it computes with.
         angles: A, the head width or half of it.
         siblings: products of inputs, output and router.
+        rooms: of the model.
     """
 
     def __init__(
-        self, layer: Any, parts: LayerParts, angles: int, siblings: tuple[Siblings, Siblings, Siblings | None]
+        self,
+        layer: Any,
+        parts: LayerParts,
+        angles: int,
+        siblings: tuple[Siblings, Siblings, Siblings | None],
+        rooms: TokenRooms,
     ) -> None:
         self.angles = angles
         self._layer, self._parts = layer, parts
-        self._width = int(parts.output.out_features)
-        self._shape = (parts.heads, parts.shared_heads, parts.head_width)
+        width, shape = int(parts.output.out_features), (parts.heads, parts.shared_heads, parts.head_width)
         before, after = map(norm_struct, parts.norms)
         query, key = map(norm_struct, parts.head_norms)
         inputs, output, router = siblings
         structs = (before, query, key, after, inputs, output, router or Siblings())
-        self._struct = Layer(self._width, *self._shape, *structs)
+        self._struct = Layer(width, *shape, *structs)
         self._keeps = siblings
         self._router: TokenWeight | None = None if router is None else parts.router.weight
-        self._experts = 0 if self._router is None else self._router.shape[0]
+        experts = 0 if self._router is None else self._router.shape[0]
+        self._sizes, self._all_rooms = RoomSizes(width, parts.heads, parts.head_width, experts), rooms
+        self._rooms, self._routed = rooms.of(self._sizes, None), None
         self._begin, self._end, self._attend = begin_attention(), end_attention(), _attention(parts)
         self._config = vars(parts.attention.config)
         self._implementation = self._config.get(IMPLEMENTATION)
@@ -133,31 +142,44 @@ class PreparedLayer:
     def of(self, twin: Any) -> "PreparedLayer":
         """The same for a module with the same weights and another feed-forward."""
         found = copy.copy(self)
-        found._layer, found._router = twin, None
+        found._layer, found._router, found._routed = twin, None, None
         return found
+
+    def leave_out(self, routed: RoutedBlock | None) -> None:
+        """From now on the experts are chosen here, and the feed-forward's module is not called."""
+        if routed is not None and self._router is not None:
+            self._routed, self._struct.choice = routed, routed.how
+            self._rooms = self._all_rooms.of(self._sizes, routed.how)
 
     def __call__(self, token: Token) -> torch.Tensor:
         """What the layer gives, `[1, 1, D]`."""
-        x, (heads, _, width) = token.x_11D, self._shape
+        x, room = token.x_11D, self._rooms.take()
         keys, values = token.cached.extend()
-        places = _last_place(keys), _last_place(values)
-        query_1H1W = x.new_empty(1, heads, 1, width)
         angles = (token.cos_11A.data_ptr(), token.sin_11A.data_ptr(), self.angles)
-        self._begin(self._struct, x.data_ptr(), *angles, query_1H1W.data_ptr(), *places)
-        attended = self._attend(query_1H1W, keys, values, token.mask).contiguous()
-        sum_11D, normed_11D = torch.empty_like(x), torch.empty_like(x)
-        logits = None if self._router is None else x.new_empty(1, self._experts)
-        address = None if logits is None else logits.data_ptr()
-        self._end(self._struct, x.data_ptr(), attended.data_ptr(), sum_11D.data_ptr(), normed_11D.data_ptr(), address)
-        return sum_11D + self._fed_forward(normed_11D, logits)
+        self._begin(self._struct, x.data_ptr(), *angles, room.query, _last_place(keys), _last_place(values))
+        attended = self._attend(room.query_1H1W, keys, values, token.mask).contiguous()
+        routed = self._routed if self._routed is not None and self._routed.is_usable else None
+        logits = None if self._router is None else room.logits
+        choice = (None, None) if routed is None else (room.expert, room.weight)
+        sums = (room.sum, room.normed, logits, *choice)
+        has_chosen = self._end(self._struct, x.data_ptr(), attended.data_ptr(), *sums)
+        if routed is None or not has_chosen:
+            return room.sum_11D + self._fed_forward(room)
+        out_11D = torch.empty_like(x)
+        if not routed.compute(room, out_11D):
+            torch.add(room.sum_11D, routed.otherwise(room), out=out_11D)
+        if not routed.has_listeners:
+            self._rooms.give_back(room)
+        return out_11D
 
-    def _fed_forward(self, normed_11D: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
+    def _fed_forward(self, room: TokenRoom) -> torch.Tensor:
+        """What the feed-forward's module gives. It may keep what it is given, so the room is not used again."""
         feed_forward = self._layer._modules[self._parts.feed_forward]
-        if self._router is None or logits is None:
-            found = feed_forward(normed_11D)
+        if self._router is None:
+            found = feed_forward(room.normed_11D)
         else:
-            with self._router.known(normed_11D, logits):
-                found = feed_forward(normed_11D)
+            with self._router.known(room.normed_11D, room.logit_1E):
+                found = feed_forward(room.normed_11D)
         fed: torch.Tensor = found[0] if isinstance(found, tuple) else found
         return fed
 
@@ -186,7 +208,7 @@ def _attention(parts: LayerParts) -> Attend:
     return attend
 
 
-def prepare(layer: Any, parts: LayerParts, angles: int, matvecs: Matvecs) -> PreparedLayer | None:
+def prepare(layer: Any, parts: LayerParts, angles: int, matvecs: Matvecs, rooms: TokenRooms) -> PreparedLayer | None:
     """A layer as C takes it; None if our products are not bit-identical to what `matvecs` promises.
 
     Args:
@@ -194,6 +216,7 @@ def prepare(layer: Any, parts: LayerParts, angles: int, matvecs: Matvecs) -> Pre
         parts: what it computes with.
         angles: A, the head width or half of it.
         matvecs: chooses orders of summation.
+        rooms: of the model.
     """
     linears = [parts.inputs, (parts.output,)]
     found = []
@@ -208,7 +231,7 @@ def prepare(layer: Any, parts: LayerParts, angles: int, matvecs: Matvecs) -> Pre
         usable = plain.is_contiguous() and plain.shape[1] == parts.output.out_features
         if usable and (order := matvecs.common_order([plain], [bias])) is not None:
             router = siblings_struct(order, [plain], [bias])
-    return PreparedLayer(layer, parts, angles, (found[0], found[1], router))
+    return PreparedLayer(layer, parts, angles, (found[0], found[1], router), rooms)
 
 
 class TokenLayer:

@@ -17,8 +17,10 @@ from transformers import DynamicCache
 from ..kv_cache import grow_in_place
 from ..matvec import Matvecs
 from .parts import LayerParts, find_parts
+from .routed_block import find_routed_block
 from .structs import begin_attention
 from .token_layer import Positions, PreparedLayer, Token, TokenLayer, prepare
+from .token_room import TokenRooms
 
 TRIED_POSITIONS = 5
 """Positions in the cache of a trial; how attention sums is not tried, because both sides ask the same function."""
@@ -46,11 +48,12 @@ def quicken_layers(model: nn.Module, matvecs: Matvecs) -> int:
         return 0
     config, count = model.config.get_text_config(), 0
     known: set[type] = set()
+    rooms = TokenRooms()
     positions = Positions()
     for layer in list(model.modules()):
         if (parts := find_parts(layer)) is None:
             continue
-        tried = partial(_tried, config=config, matvecs=matvecs, known=known)
+        tried = partial(_tried, config=config, matvecs=matvecs, known=known, rooms=rooms)
         token_layer = TokenLayer(layer, parts, tried, positions)
         if token_layer.prepared() is not None:
             layer.forward = token_layer.forward
@@ -60,18 +63,20 @@ def quicken_layers(model: nn.Module, matvecs: Matvecs) -> int:
 
 @torch.no_grad()
 def _tried(
-    layer: nn.Module, parts: LayerParts, config: Any, matvecs: Matvecs, known: set[type]
+    layer: nn.Module, parts: LayerParts, config: Any, matvecs: Matvecs, known: set[type], rooms: TokenRooms
 ) -> PreparedLayer | None:
     """A layer as C takes it, if it is bit-identical to its modules; its class is known then."""
     scales = TRIED_SCALES[:1] if type(layer) in known else TRIED_SCALES
     for angles in (parts.head_width, parts.head_width // 2):
         for is_pair in (False, True):
             try:
-                if (prepared := prepare(layer, parts, angles, matvecs)) is None:
+                if (prepared := prepare(layer, parts, angles, matvecs, rooms)) is None:
                     return None
                 twin = _twin(layer, parts, is_pair)
                 if all(_agrees(twin, prepared.of(twin), parts, config, angles, scale) for scale in scales):
                     known.add(type(layer))
+                    block = layer._modules[parts.feed_forward]
+                    prepared.leave_out(find_routed_block(block, parts.router, parts.output.out_features))
                     return prepared
             except Exception:  # of a layer that is something else, which fails in its own way
                 continue

@@ -2,8 +2,10 @@
 
    Sums, roundings and their order are those of `expertier_multiply`, `expertier_rms_norm` and `expertier_rotate`. */
 
-#include "bfloat16.h"
-#include "calls.h"
+#include "choice.h"
+
+#include "../bfloat16.h"
+#include "../calls.h"
 
 #include <stddef.h>
 #include <string.h>
@@ -33,6 +35,7 @@ struct decoder_layer {
     struct siblings inputs; /* queries, keys, values */
     struct siblings output;
     struct siblings router;
+    struct choice choice;
 };
 
 /* Where a layer's keys or values of the new token go: heads lie `stride` numbers apart. */
@@ -73,11 +76,13 @@ void expertier_begin_attention(const struct decoder_layer *layer, const uint16_t
 }
 
 /* From what the heads attended to: `sum` is x with the layer's own contribution, `normed` what its feed-forward reads, `logits` what
-   its router says if that is not NULL; all but `logits` have the layer's width. */
-void expertier_end_attention(const struct decoder_layer *layer, const uint16_t *x, const uint16_t *attended, uint16_t *sum,
-                             uint16_t *normed, uint16_t *logits) {
+   its router says if that is not NULL; all but `logits` have the layer's width. Whether experts were chosen by those logits: their
+   numbers and weights are then in `expert` and `weight`. */
+int expertier_end_attention(const struct decoder_layer *layer, const uint16_t *x, const uint16_t *attended, uint16_t *sum,
+                            uint16_t *normed, uint16_t *logits, int64_t *expert, void *weight) {
     multiply(&layer->output, attended, (uint16_t *const[]){sum});
     for (int64_t i = 0; i < layer->width; i++) sum[i] = round_bf16(load_bf16(x[i]) + load_bf16(sum[i]));
     norm_rows(&layer->after, sum, normed, layer->width);
     if (logits) multiply(&layer->router, normed, (uint16_t *const[]){logits});
+    return expert && expertier_choose(&layer->choice, logits, expert, weight);
 }

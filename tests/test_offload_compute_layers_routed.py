@@ -1,0 +1,257 @@
+"""The chosen experts of a token in C: torch's choice and order, the same hits and evictions, and who turns it off."""
+
+import copy
+import random
+
+import pytest
+import torch
+import transformers
+
+import offload
+from experiments.evidence.resident import load_resident
+from offload.compute.layers.choice import choose, find_choice
+from offload.compute.layers.routed_experts import ExpertAddresses, TokenExperts, combines_like_torch
+from offload.compute.linears import quicken_linears
+from offload.compute.matvec import Matvecs
+from offload.compute.orders import orders
+from offload.native.kernel_matrix import plain_matrix
+from offload.runtime.runtime import OffloadRuntime
+
+LAYERS, EXPERTS, TOKENS = 2, 8, 24
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+    "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64, "num_hidden_layers": LAYERS,
+    "num_experts": EXPERTS, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "max_position_embeddings": 128,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+FAMILIES = {
+    "olmoe": {},
+    "mixtral": {},
+    "qwen3_moe": {"norm_topk_prob": True, "num_experts_per_tok": 3},
+    "gpt_oss": {"num_experts_per_tok": 4},
+    "qwen2_moe": {"decoder_sparse_step": 1},
+}
+FUSED = FAMILIES.keys() - {"gpt_oss"}  # whose plain weights are stored transposed
+WHOLE = FUSED - {"qwen2_moe"}  # which adds an expert that every token uses
+
+
+@pytest.fixture(autouse=True)
+def _compiler(several_threads):
+    several_threads(1)
+    try:
+        orders()
+    except OSError:
+        pytest.skip("no C compiler")
+
+
+def made(family, **more):
+    config_class = transformers.CONFIG_MAPPING[family]
+    known = config_class().to_dict().keys() | getattr(config_class, "attribute_map", {}).keys()
+    sizes = {**SIZES, **FAMILIES[family], **more}
+    config = config_class(**{name: value for name, value in sizes.items() if name in known})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    found = {}
+    for family in FAMILIES:
+        found[family] = tmp_path_factory.mktemp(family)
+        made(family).save_pretrained(found[family])
+    return found
+
+
+def decoded(model, ids=None):
+    """Logits of a prompt and of the tokens after it."""
+    ids = torch.arange(TOKENS)[None] * 7 % 64 if ids is None else ids
+    with torch.no_grad():
+        output = model(ids[:, :3], use_cache=True)
+        logits = [output.logits]
+        for place in range(3, ids.shape[1]):
+            output = model(ids[:, place : place + 1], past_key_values=output.past_key_values, use_cache=True)
+            logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def counted(monkeypatch, owner, name):
+    """What calls of a method gave, from now on."""
+    found, original = [], getattr(owner, name)
+
+    def count(self, *arguments):
+        found.append(original(self, *arguments))
+        return found[-1]
+
+    monkeypatch.setattr(owner, name, count)
+    return found
+
+
+def slow_unless(usual, names):
+    return [name if name in usual else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def quickened_router(family, **more):
+    model = made(family, num_hidden_layers=1, **more)
+    quicken_linears(model, Matvecs("fixed"))
+    block = model.model.layers[0].mlp
+    return block.gate if hasattr(block, "gate") else block.router
+
+
+@pytest.mark.parametrize("normalises", [False, True])
+@pytest.mark.parametrize(("family", "experts", "top_k"), [("olmoe", 64, 8), ("mixtral", 8, 2), ("gpt_oss", 32, 4)])
+def test_choices_are_those_of_the_router_ties_and_all(family, experts, top_k, normalises):
+    sizes = {"num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": top_k}
+    router = quickened_router(family, **sizes, norm_topk_prob=normalises)
+    how = find_choice(router)
+    assert how is not None, "torch chooses in another way on this processor"
+    x_1D, generator = torch.zeros(1, SIZES["hidden_size"]).bfloat16(), torch.Generator().manual_seed(3)
+    for row in range(60):
+        logit_1E = torch.randn(1, experts, generator=generator) * 10.0 ** (row % 4 - 1)
+        logit_1E = (logit_1E.round() if row % 3 else logit_1E).bfloat16()
+        with router.weight.known(x_1D, logit_1E):
+            _, weight_1K, expert_1K = router(x_1D)
+        found_1K, found_weight_1K = choose(how, logit_1E)
+        assert torch.equal(found_1K, expert_1K)
+        assert torch.equal(found_weight_1K, weight_1K)
+
+
+def test_what_is_left_to_torch():
+    how = find_choice(quickened_router("olmoe"))
+    assert choose(how, torch.full((1, EXPERTS), torch.nan).bfloat16()) is None
+    assert choose(how, torch.full((1, EXPERTS), torch.inf).bfloat16()) is None
+    for experts, top_k in ((128, 2), (32, 16)):
+        sizes = {"num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": top_k}
+        assert find_choice(quickened_router("olmoe", **sizes)) is None
+    router = quickened_router("olmoe")
+    for change in (
+        lambda logits, weight, expert: (logits, weight * 2, expert),
+        lambda logits, weight, expert: (logits, weight, expert.flip(-1)),
+        lambda logits, weight, expert: (logits, weight.double(), expert),
+        lambda logits, weight, expert: (logits, weight),
+    ):
+        changed, forward = copy.copy(router), router.forward
+        changed.forward = lambda x, change=change, forward=forward: change(*forward(x))
+        assert find_choice(changed) is None
+
+
+def test_experts_of_a_token_are_added_in_torchs_order():
+    for top_k, width in ((2, 64), (3, 96), (8, 2048)):
+        for weight_type in (torch.bfloat16, torch.float32):
+            assert combines_like_torch(top_k, width, weight_type, torch.get_num_threads())
+
+
+def test_addresses_of_experts_come_and_go():
+    found, matrices = ExpertAddresses(4), [torch.zeros(2, 2).bfloat16() for _ in range(3)]
+    found.remove(1)
+    found.put(0, {})  # an expert that our C does not read
+    assert (found.first, found.known) == (None, set())
+    up, gate, down = map(plain_matrix, matrices)
+    for expert in (2, 3):
+        found.put(expert, {"gate_up_proj": (gate, up), "down_proj": (down,)})
+    first = found.first
+    row = [found._address_EM[2, place] for place in (0, 8, 16)]
+    assert row == [gate.codes, up.codes, down.codes]
+    assert not found._address_EM[:2].any()
+    found.remove(2)
+    assert found.known == {3}
+    assert not found._address_EM[2].any()
+    found.clear()
+    assert (found.known, found.first, found._address_EM.any()) == (set(), first, False)
+
+
+@pytest.mark.parametrize("family", slow_unless({"qwen3_moe", "qwen2_moe"}, FAMILIES))
+def test_bits_are_the_same_in_memory_with_few_slots_and_by_the_modules(family, folders, monkeypatch):
+    exact = offload.load(folders[family], cache_experts=4, arithmetic="exact")
+    assert torch.equal(decoded(exact), decoded(load_resident(folders[family]).eval()))
+    found = []
+    for cache_experts in (EXPERTS, 5, 3):
+        with monkeypatch.context() as patched:
+            if cache_experts == 3:
+                patched.setattr(OffloadRuntime, "token_step", lambda *_: None)
+            done = counted(patched, TokenExperts, "__call__")
+            whole = counted(patched, OffloadRuntime, "forward_token")
+            model = offload.load(folders[family], cache_experts=cache_experts, arithmetic="fixed")
+            found.append(decoded(model))
+            assert any(done) == (cache_experts > 3 and family in FUSED)
+            assert all(done[-LAYERS:]) or cache_experts < EXPERTS
+            assert bool(whole) == (cache_experts > 3 and family in WHOLE)
+            model.offload.close()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("policy", slow_unless({"lru"}, ["lru", "score", "eam"]))
+def test_hits_evictions_and_traces_are_those_of_the_path_without_it(policy, folders, monkeypatch):
+    ids, outcomes = torch.randint(0, 64, (1, 50), generator=torch.Generator().manual_seed(5)), []
+    for is_quick in (True, False):
+        with monkeypatch.context() as patched:
+            if not is_quick:
+                patched.setattr(OffloadRuntime, "token_step", lambda *_: None)
+            done = counted(patched, TokenExperts, "__call__")
+            model = offload.load(
+                folders["olmoe"], cache_experts=5, policy=policy, arithmetic="fixed", record_trace=True
+            )
+            runtime = model.offload.runtime
+            decoded(model, ids[:, :12])
+            trace, runtime.recorder = model.offload.trace(), None
+            logits = decoded(model, ids)
+            outcomes.append({
+                "ranks": [[slots.cache.rank(expert) for expert in range(EXPERTS)] for slots in runtime.layers],
+                "resident": [sorted(slots.cache.resident) for slots in runtime.layers],
+                "counters": [(layer.hits, layer.misses, layer.bytes_read) for layer in runtime.counters.layers],
+                "trace": (trace.expert_TLK.tolist(), trace.weight_TLK.tolist()),
+                "logits": logits.tolist(),
+            })  # fmt: skip
+            assert any(done) == is_quick
+            assert not all(done) or not is_quick
+            model.offload.close()
+    assert outcomes[0] == outcomes[1]
+
+
+def test_known_addresses_are_those_of_experts_in_slots(folders):
+    model = offload.load(folders["olmoe"], cache_experts=4, prefetch="transitions", arithmetic="fixed")
+    runtime, rng = model.offload.runtime, random.Random(0)
+    with torch.no_grad():
+        past = model(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+        for _ in range(40):
+            model(torch.tensor([[rng.randrange(64)]]), past_key_values=past, use_cache=True)
+            for slots in runtime.layers:
+                known = slots.addresses.known
+                assert known <= slots._resident.keys() - slots._ahead.keys() - slots._unproven
+                for expert in range(EXPERTS):
+                    there = slots._resident[expert].matrices.values() if expert in known else ()
+                    parts = [part for pieces in there for matrix in pieces for part in matrix.parts]
+                    assert not slots.addresses.example or slots.addresses._address_EM[expert].any() == bool(parts)
+                    assert not parts or slots.addresses._address_EM[expert].tolist() == parts
+    model.offload.close()
+    assert not any(slots.addresses.known for slots in runtime.layers)
+
+
+def test_listeners_and_replaced_modules_are_called(folders, monkeypatch):
+    model = offload.load(folders["olmoe"], cache_experts=EXPERTS, arithmetic="fixed")
+    expected, layer, seen = decoded(model), model.model.layers[0].mlp, []
+    done = counted(monkeypatch, OffloadRuntime, "forward_token")
+    for module in (layer, layer.gate, layer.experts):
+        done.clear()
+        handle = module.register_forward_hook(lambda *_: seen.append(1))
+        assert torch.equal(decoded(model), expected)
+        handle.remove()
+        assert len(done) == (LAYERS - 1) * (TOKENS - 3)
+    assert len(seen) == 3 * (TOKENS - 2)
+    layer.forward = lambda x: torch.zeros_like(x)
+    changed = decoded(model)
+    del layer.forward
+    assert not torch.equal(changed, expected)
+    layer.gate = copy.copy(layer.gate)
+    done.clear()
+    assert torch.equal(decoded(model), expected)
+    assert len(done) == (LAYERS - 1) * (TOKENS - 3)
+    assert torch.equal(decoded(copy.deepcopy(model)), expected)
+    model.offload.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        decoded(model)
