@@ -119,7 +119,7 @@ def _varied_logits(num_experts: int, rows: int) -> Iterator[torch.Tensor]:
 
 @cache
 def _lanes_of_torch(num_experts: int, top_k: int, rule: int, normalises: bool) -> int | None:
-    """With how many lanes a rule has the bits of torch's operations, compared before weights are rounded; or None."""
+    """The lanes with which a rule is bit-identical to torch before weights are rounded; None if there are none."""
     logits = list(_varied_logits(num_experts, TRIED_ROWS))
     is_rounded = rule == LARGEST_FIRST
     expected = [_by_torch(logit_1E, top_k, rule, normalises) for logit_1E in logits]

@@ -82,7 +82,7 @@ def find_routed_block(block: Any, router: Any, model_width: int) -> RoutedBlock 
     Args:
         block: the feed-forward.
         router: its router, whose weight is a `TokenWeight`.
-        model_width: D.
+        model_width: D, of the token that it is tried on.
     """
     experts = [(name, module) for name, module in block.named_children() if hasattr(module, PLACE)]
     if router is None or len(experts) != 1 or "forward" in vars(block) or block.training:

@@ -40,7 +40,7 @@ class ExpertAddresses:
     """Where the matrices of a layer's experts lie, as our C reads them; nothing of experts that are not known here.
 
     Args:
-        num_experts: E.
+        num_experts: E; ids are 0..E-1.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -82,7 +82,7 @@ class TokenExperts:
         fused: the layer's kernel.
         addresses: of the layer's experts.
         example: one of them.
-        num_experts, top_k, model_width: E, K and D.
+        num_experts, top_k, model_width: E, K and D of the layer.
         weight_type: of the weights, bfloat16 or float32.
     """
 
@@ -160,8 +160,8 @@ def combines_like_torch(top_k: int, model_width: int, weight_type: torch.dtype, 
     Half of the terms come a second time, negative, so that sums are rounding errors.
 
     Args:
-        top_k, model_width: K and D.
-        weight_type: of the weights.
+        top_k, model_width: K and D, of the terms.
+        weight_type: bfloat16 or float32, of the weights.
         threads: in use by torch; large sums are divided among them.
     """
     generator = torch.Generator().manual_seed(0)
