@@ -79,7 +79,7 @@ class PreparedLayer:
         parts: what it computes with.
         angles: A, the head width or half of it.
         siblings: products of inputs, output and router.
-        rooms: of the model.
+        rooms: memory that all layers of the model share.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ def prepare(layer: Any, parts: LayerParts, angles: int, matvecs: Matvecs, rooms:
         parts: what it computes with.
         angles: A, the head width or half of it.
         matvecs: chooses orders of summation.
-        rooms: of the model.
+        rooms: memory that all layers of the model share.
     """
     linears = [parts.inputs, (parts.output,)]
     found = []

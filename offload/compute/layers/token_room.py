@@ -28,7 +28,7 @@ class TokenRoom:
     """Rooms for queries, sums, logits and the choice of experts, and their addresses.
 
     Args:
-        sizes: of the layer.
+        sizes: how large each room is.
         how: how experts are chosen; None if they are not.
     """
 
