@@ -360,7 +360,7 @@ class OffloadRuntime:
         Args:
             layer: number of the MoE layer.
             module: its experts.
-            top_k: K.
+            top_k: K, experts of the token.
             weight_type: of the combine weights.
         """
         slots, threads = self.layers[layer], torch.get_num_threads()
