@@ -1,4 +1,4 @@
-"""Decoder layers of single tokens by two calls of C: the bits of their modules, growing caches, and who keeps them."""
+"""Decoder layers of single tokens in C: the bits of their modules, growing caches, and who keeps them."""
 
 import copy
 import os
@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from offload.compute.attention import quicken_attention
 from offload.compute.kv_cache import grow_in_place
+from offload.compute.layers import token_layer
+from offload.compute.layers.attending import attends_like_torch
+from offload.compute.layers.structs import Heads
 from offload.compute.layers.token_layer import PreparedLayer, TokenLayer
 from offload.compute.layers.trial import quicken_layers
 from offload.compute.linears import quicken_linears
@@ -125,6 +129,22 @@ def test_bits_are_those_of_the_modules_while_the_cache_grows(family, several_thr
     assert len(counted) == LAYERS * STEPS
     assert_same(found, decoded(modules))
     assert_same(decoded(quickened(model, "exact")[1]), decoded(model))
+
+
+def test_layers_attend_in_c_unless_another_kernel_of_torch_is_asked_for(several_threads, monkeypatch):
+    several_threads(1)
+    if not attends_like_torch(Heads(4, 2, 32), 32**-0.5):
+        pytest.skip("torch's order is not known on this processor")
+    called, original = [], token_layer.whole_attention()
+    monkeypatch.setattr(token_layer, "whole_attention", lambda: lambda *given: called.append(1) or original(*given))
+    modules, whole, _ = quickened(make("mixtral"))
+    called.clear()
+    assert_same(decoded(whole, 40), decoded(modules, 40))
+    assert len(called) == 2 * 40
+    called.clear()
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_same(decoded(whole), decoded(modules))
+    assert not called
 
 
 def test_two_threads_are_tried_by_themselves_and_give_the_same_bits(several_threads, monkeypatch):

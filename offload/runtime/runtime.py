@@ -77,7 +77,7 @@ class OffloadRuntime:
         self.window: Streamed | None = None
         self.units: BundledUnits | None = None
         self.whole_layers = 0
-        """Decoder layers that two calls of C compute for one token."""
+        """Decoder layers that our C computes for one token."""
         # re-entrant: a signal handler that calls the model within a call must not wait for itself for ever
         self._lock, self._process, self._is_whole = threading.RLock(), os.getpid(), True
 

@@ -1,1 +1,1 @@
-"""Decoder layers computed for one token by two calls of C, where those give the bits of the modules."""
+"""Decoder layers computed for one token by one call of C, or by two around attention, bit-identical to the modules."""

@@ -40,18 +40,24 @@ class Choice(ctypes.Structure):
     )
 
 
+class Heads(ctypes.Structure):
+    """`struct heads`."""
+
+    _fields_ = (("heads", NUMBER), ("shared_heads", NUMBER), ("width", NUMBER), ("scale", ctypes.c_float))
+
+
 class Layer(ctypes.Structure):
     """`struct decoder_layer`."""
 
     _fields_ = (
-        *(("width", NUMBER), ("heads", NUMBER), ("shared_heads", NUMBER), ("head_width", NUMBER)),
+        *(("width", NUMBER), ("heads", Heads)),
         *(("before", Norm), ("query", Norm), ("key", Norm), ("after", Norm)),
         *(("inputs", Siblings), ("output", Siblings), ("router", Siblings), ("choice", Choice)),
     )
 
 
 class Place(ctypes.Structure):
-    """`struct place`: where the keys or values of a new token go."""
+    """`struct place`, where the keys or values of a new token go; and `struct cached`, where all of them begin."""
 
     _fields_ = (("first", POINTER), ("stride", NUMBER))
 
@@ -108,6 +114,24 @@ def end_attention() -> Any:
     """`expertier_end_attention`."""
     function = native.library().expertier_end_attention
     function.argtypes = [ctypes.POINTER(Layer), *([POINTER] * 7)]
+    function.restype = ctypes.c_int
+    return function
+
+
+@functools.cache
+def whole_attention() -> Any:
+    """`expertier_attention`."""
+    function, place = native.library().expertier_attention, ctypes.POINTER(Place)
+    function.argtypes = [ctypes.POINTER(Layer), *([POINTER] * 3), NUMBER, place, place, NUMBER, *([POINTER] * 7)]
+    function.restype = ctypes.c_int
+    return function
+
+
+@functools.cache
+def attend() -> Any:
+    """`expertier_attend`."""
+    function, place = native.library().expertier_attend, ctypes.POINTER(Place)
+    function.argtypes = [ctypes.POINTER(Heads), NUMBER, POINTER, place, place, POINTER]
     function.restype = ctypes.c_int
     return function
 

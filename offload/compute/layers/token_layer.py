@@ -1,4 +1,4 @@
-"""A decoder layer's forward pass for one token: two calls of C, with attention and the feed-forward's module between.
+"""A decoder layer's forward pass for one token: calls of C, and of modules for what is not C.
 
 Shapes: D model width, H heads of queries, J heads of keys and values, W head width, A angles, S positions.
 """
@@ -19,9 +19,20 @@ from ..kv_cache import can_extend
 from ..linears import TokenWeight, plain_weight
 from ..matvec import Matvecs, is_in_memory
 from ..rebinding import ReboundForward
+from .attending import attends_like_torch
 from .parts import LayerParts
 from .routed_block import RoutedBlock
-from .structs import Layer, Place, Siblings, begin_attention, end_attention, norm_struct, siblings_struct
+from .structs import (
+    Heads,
+    Layer,
+    Place,
+    Siblings,
+    begin_attention,
+    end_attention,
+    norm_struct,
+    siblings_struct,
+    whole_attention,
+)
 from .token_room import RoomSizes, TokenRoom, TokenRooms
 
 READ_OPTIONS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"})
@@ -92,18 +103,20 @@ class PreparedLayer:
     ) -> None:
         self.angles = angles
         self._layer, self._parts = layer, parts
-        width, shape = int(parts.output.out_features), (parts.heads, parts.shared_heads, parts.head_width)
+        width, scale = int(parts.output.out_features), _scale_of_torch(parts)
+        heads = Heads(parts.heads, parts.shared_heads, parts.head_width, scale or 0.0)
         before, after = map(norm_struct, parts.norms)
         query, key = map(norm_struct, parts.head_norms)
         inputs, output, router = siblings
         structs = (before, query, key, after, inputs, output, router or Siblings())
-        self._struct = Layer(width, *shape, *structs)
+        self._struct = Layer(width, heads, *structs)
         self._keeps = siblings
         self._router: TokenWeight | None = None if router is None else parts.router.weight
         experts = 0 if self._router is None else self._router.shape[0]
         self._sizes, self._all_rooms = RoomSizes(width, parts.heads, parts.head_width, experts), rooms
         self._rooms, self._routed = rooms.of(self._sizes, None), None
         self._begin, self._end, self._attend = begin_attention(), end_attention(), _attention(parts)
+        self._whole = whole_attention() if scale is not None and attends_like_torch(heads, scale) else None
         self._config = vars(parts.attention.config)
         self._implementation = self._config.get(IMPLEMENTATION)
         modules = (parts.attention, *parts.attention.children(), *(norm.module for norm in parts.norms))
@@ -155,14 +168,17 @@ class PreparedLayer:
         """What the layer gives, `[1, 1, D]`."""
         x, room = token.x_11D, self._rooms.take()
         keys, values = token.cached.extend()
-        angles = (token.cos_11A.data_ptr(), token.sin_11A.data_ptr(), self.angles)
-        self._begin(self._struct, x.data_ptr(), *angles, room.query, _last_place(keys), _last_place(values))
-        attended = self._attend(room.query_1H1W, keys, values, token.mask).contiguous()
         routed = self._routed if self._routed is not None and self._routed.is_usable else None
+        given = (self._struct, x.data_ptr(), token.cos_11A.data_ptr(), token.sin_11A.data_ptr(), self.angles)
         logits = None if self._router is None else room.logits
         choice = (None, None) if routed is None else (room.expert, room.weight)
-        sums = (room.sum, room.normed, logits, *choice)
-        has_chosen = self._end(self._struct, x.data_ptr(), attended.data_ptr(), *sums)
+        sums, places = (room.sum, room.normed, logits, *choice), (_last_place(keys), _last_place(values))
+        if self._whole is not None and token.mask is None and torch.backends.cuda.flash_sdp_enabled():
+            has_chosen = self._whole(*given, *places, keys.shape[2], room.query, room.attended, *sums)
+        else:
+            self._begin(*given, room.query, *places)
+            attended = self._attend(room.query_1H1W, keys, values, token.mask).contiguous()
+            has_chosen = self._end(self._struct, x.data_ptr(), attended.data_ptr(), *sums)
         if routed is None or not has_chosen:
             return room.sum_11D + self._fed_forward(room)
         out_11D = torch.empty_like(x)
@@ -189,6 +205,14 @@ def _last_place(states_1JSW: torch.Tensor) -> Place:
     return Place(states_1JSW.data_ptr() + (positions - 1) * width * BYTES, states_1JSW.stride(1))
 
 
+def _scale_of_torch(parts: LayerParts) -> float | None:
+    """What torch's own attention multiplies products by, where the module would call that; else None."""
+    name, scale = vars(parts.attention.config).get(IMPLEMENTATION), parts.attention.scaling
+    is_shared = parts.shared_heads < parts.heads
+    is_torchs = name == "sdpa" and (parts.head_width <= MOST_SHARED_WIDTH or not is_shared)
+    return scale if is_torchs and isinstance(scale, float) else None
+
+
 def _attention(parts: LayerParts) -> Attend:
     """The attention function that the module would call, for one token."""
     attention = parts.attention
@@ -196,12 +220,11 @@ def _attention(parts: LayerParts) -> Attend:
     function = bound.function if isinstance(bound, ReboundForward) else type(attention).forward
     name = vars(attention.config).get(IMPLEMENTATION)
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, function.__globals__.get(EAGER))
-    scaling, is_shared = attention.scaling, parts.shared_heads < parts.heads
-    is_torchs = name == "sdpa" and (parts.head_width <= MOST_SHARED_WIDTH or not is_shared)
+    scaling, scale, is_shared = attention.scaling, _scale_of_torch(parts), parts.shared_heads < parts.heads
 
     def attend(query: Any, keys: Any, values: Any, mask: Any) -> torch.Tensor:
-        if mask is None and is_torchs:
-            return nn.functional.scaled_dot_product_attention(query, keys, values, scale=scaling, enable_gqa=is_shared)
+        if mask is None and scale is not None:
+            return nn.functional.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=is_shared)
         found: torch.Tensor = interface(attention, query, keys, values, mask, dropout=0.0, scaling=scaling)[0]
         return found
 

@@ -25,7 +25,7 @@ class RoomSizes(NamedTuple):
 
 
 class TokenRoom:
-    """Rooms for queries, sums, logits and the choice of experts, and their addresses.
+    """Rooms for queries, what they attend to, sums, logits and the choice of experts, and their addresses.
 
     Args:
         sizes: how large each room is.
@@ -39,13 +39,13 @@ class TokenRoom:
         # tensors of inference mode could not be used outside of it
         with torch.inference_mode(False):
             self.query_1H1W = empty(1, sizes.heads, 1, sizes.head_width)
+            self.attended_1H1W = empty(1, sizes.heads, 1, sizes.head_width)
             self.sum_11D, self.normed_11D = empty(1, 1, sizes.model_width), empty(1, 1, sizes.model_width)
             self.logit_1E, top_k = empty(1, sizes.experts), 0 if how is None else how.chosen
             self.expert_1K = empty(1, top_k, dtype=torch.int64)
             self.weight_1K = empty(1, top_k, dtype=torch.float32 if how and not how.is_rounded else torch.bfloat16)
-        self.query, self.sum, self.normed = (
-            each.data_ptr() for each in (self.query_1H1W, self.sum_11D, self.normed_11D)
-        )
+        self.query, self.attended = self.query_1H1W.data_ptr(), self.attended_1H1W.data_ptr()
+        self.sum, self.normed = self.sum_11D.data_ptr(), self.normed_11D.data_ptr()
         self.logits = self.logit_1E.data_ptr() if sizes.experts else None
         self.expert, self.weight = (self.expert_1K.data_ptr(), self.weight_1K.data_ptr()) if top_k else (None, None)
 

@@ -1,4 +1,4 @@
-"""Which decoder layers two calls of C compute: those of the common form, as a trial of each of them shows.
+"""Which decoder layers our C computes for a token: those of the common form, as a trial of each of them shows.
 
 The trial compares the sum that a layer gives, and the keys and values that it caches, with those of its modules, bit by
 bit. A layer of another form (scaled sums, further norms, parallel branches) differs in every number.
@@ -31,7 +31,7 @@ Only the first layer of a class is tried with all of them."""
 
 
 def quicken_layers(model: nn.Module, matvecs: Matvecs) -> int:
-    """Let the decoder layers of a model compute single tokens by two calls of C each, where those give the same bits.
+    """Let the decoder layers of a model compute single tokens by our C, where it gives the same bits.
 
     Norms, linear layers and attention have been quickened before.
 

@@ -1,7 +1,8 @@
-/* What surrounds the experts of a decoder layer, for one token: two calls, with attention between them.
+/* What surrounds the experts of a decoder layer, for one token: one call, or two calls with attention between them.
 
    Sums, roundings and their order are those of `expertier_multiply`, `expertier_rms_norm` and `expertier_rotate`. */
 
+#include "attend.h"
 #include "choice.h"
 
 #include "../bfloat16.h"
@@ -30,7 +31,8 @@ struct siblings {
 };
 
 struct decoder_layer {
-    int64_t width, heads, shared_heads, head_width;
+    int64_t width;
+    struct heads heads;
     struct norm before, query, key, after;
     struct siblings inputs; /* queries, keys, values */
     struct siblings output;
@@ -61,18 +63,18 @@ static void put_heads(const uint16_t *from, int64_t heads, int64_t width, const 
    `angles` are those of `expertier_rotate`. */
 void expertier_begin_attention(const struct decoder_layer *layer, const uint16_t *x, const uint16_t *cos, const uint16_t *sin,
                                int64_t angles, uint16_t *query, const struct place *key, const struct place *value) {
-    int64_t width = layer->head_width, queries = layer->heads * width, keys = layer->shared_heads * width;
+    int64_t width = layer->heads.width, queries = layer->heads.heads * width, keys = layer->heads.shared_heads * width;
     uint16_t normed[layer->width], made[2 * queries + 3 * keys];
     uint16_t *q = made, *k = q + queries, *v = k + keys, *normed_q = v + keys, *normed_k = normed_q + queries;
     norm_rows(&layer->before, x, normed, layer->width);
     multiply(&layer->inputs, normed, (uint16_t *const[]){q, k, v});
     if (layer->query.weight) norm_rows(&layer->query, q, normed_q, queries), q = normed_q;
     if (layer->key.weight) norm_rows(&layer->key, k, normed_k, keys), k = normed_k;
-    expertier_rotate(q, query, layer->heads, width, cos, sin, angles);
+    expertier_rotate(q, query, layer->heads.heads, width, cos, sin, angles);
     uint16_t *rotated = k == normed_k ? made + queries : normed_k;
-    expertier_rotate(k, rotated, layer->shared_heads, width, cos, sin, angles);
-    put_heads(rotated, layer->shared_heads, width, key);
-    put_heads(v, layer->shared_heads, width, value);
+    expertier_rotate(k, rotated, layer->heads.shared_heads, width, cos, sin, angles);
+    put_heads(rotated, layer->heads.shared_heads, width, key);
+    put_heads(v, layer->heads.shared_heads, width, value);
 }
 
 /* From what the heads attended to: `sum` is x with the layer's own contribution, `normed` what its feed-forward reads, `logits` what
@@ -85,4 +87,15 @@ int expertier_end_attention(const struct decoder_layer *layer, const uint16_t *x
     norm_rows(&layer->after, sum, normed, layer->width);
     if (logits) multiply(&layer->router, normed, (uint16_t *const[]){logits});
     return expert && expertier_choose(&layer->choice, logits, expert, weight);
+}
+
+/* Both of the above, with attention to `positions` tokens between them, the new one included; `query` and `attended` are rooms. */
+int expertier_attention(const struct decoder_layer *layer, const uint16_t *x, const uint16_t *cos, const uint16_t *sin,
+                        int64_t angles, const struct place *key, const struct place *value, int64_t positions, uint16_t *query,
+                        uint16_t *attended, uint16_t *sum, uint16_t *normed, uint16_t *logits, int64_t *expert, void *weight) {
+    int64_t before = (positions - 1) * layer->heads.width;
+    const struct cached keys = {key->first - before, key->stride}, values = {value->first - before, value->stride};
+    expertier_begin_attention(layer, x, cos, sin, angles, query, key, value);
+    expertier_attend(&layer->heads, positions, query, &keys, &values, attended);
+    return expertier_end_attention(layer, x, attended, sum, normed, logits, expert, weight);
 }
