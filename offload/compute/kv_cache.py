@@ -48,13 +48,16 @@ class _Room:
         self._memory: torch.Tensor | None = None
         self._end = 0
         self._latest: torch.Tensor | None = None
+        self._known: tuple[int, int] | None = None
+        """Heads and width of bfloat16 numbers of one sequence, as which `can_extend` has looked at what is held."""
 
     def append(self, held: torch.Tensor, new_BHSW: torch.Tensor) -> torch.Tensor:
         """What is held and what is new, one behind the other."""
         if held is not self._latest:
             # a layer that is changed after each token (beam search) gains nothing from a room
-            self._memory, self._latest = None, None
+            self._memory, self._latest, self._known = None, None, None
             return torch.cat([held, new_BHSW], dim=-2)
+        self._known = None
         extended = self.extend(held, new_BHSW.shape[-2])
         extended.narrow(-2, held.shape[-2], new_BHSW.shape[-2]).copy_(new_BHSW)
         return extended
@@ -68,6 +71,14 @@ class _Room:
         start, self._latest = self._end, None
         self._end = start + length
         return self._memory.narrow(-2, start - before, before + length)
+
+    def knows(self, held: torch.Tensor, like_1J1W: tuple[int, int]) -> bool:
+        """Whether these are numbers that `know` was told of, extended by others since."""
+        return held is self._latest and self._known == like_1J1W
+
+    def know(self, like_1J1W: tuple[int, int]) -> None:
+        """What is held is bfloat16, of one sequence, and of so many heads of this width."""
+        self._known = like_1J1W
 
     def keep(self, held: torch.Tensor) -> torch.Tensor:
         """What the layer holds from now on, a view that ends with what was appended last."""
@@ -115,11 +126,16 @@ def can_extend(layer: Any, like_1J1W: tuple[int, int]) -> bool:
         return False
     if getattr(layer, "record_past", False):
         return False
+    keys, values = _rooms(layer)
+    if keys.knows(layer.keys, like_1J1W) and values.knows(layer.values, like_1J1W):
+        return True
     for held in (layer.keys, layer.values):
         if held.dim() != 4 or (held.shape[0], held.shape[1], held.shape[3]) != (1, *like_1J1W):
             return False
         if held.dtype != torch.bfloat16 or held.requires_grad or not is_in_memory(held):
             return False
+    keys.know(like_1J1W)
+    values.know(like_1J1W)
     return True
 
 

@@ -63,18 +63,15 @@ class TokenStep:
     def __init__(self, slots: LayerSlots, counters: Counters, experts: TokenExperts) -> None:
         self._slots, self._counters, self.experts = slots, counters, experts
 
-    def __call__(
-        self, x: int, expert_1K: torch.Tensor, expert: int, weight: int, added_to: int | None, out: int
-    ) -> bool:
+    def __call__(self, x: int, expert_1K: torch.Tensor, weight: int, added_to: int | None, out: int) -> bool:
         """Whether the token is computed; else nothing is done.
 
         Args:
             x, weight, added_to, out: as for `TokenExperts`.
             expert_1K: the token's experts.
-            expert: their address.
         """
         started, slots, counters = time.perf_counter(), self._slots, self._counters
-        if not slots.is_settled or not self.experts(x, expert, weight, added_to, out):
+        if not slots.is_settled or not self.experts(x, expert_1K.data_ptr(), weight, added_to, out):
             return False
         if not slots.has_all:
             slots.use(expert_1K[0].tolist())

@@ -346,8 +346,7 @@ class OffloadRuntime:
         if step is None or self.prefetcher is not None or not step.experts.takes(x_1D, expert_1K, weight_1K):
             return None
         out_1D = torch.empty_like(x_1D)
-        pointers = (expert_1K.data_ptr(), weight_1K.data_ptr(), None, out_1D.data_ptr())
-        return out_1D if step(x_1D.data_ptr(), expert_1K, *pointers) else None
+        return out_1D if step(x_1D.data_ptr(), expert_1K, weight_1K.data_ptr(), None, out_1D.data_ptr()) else None
 
     @property
     def listens(self) -> bool:
@@ -380,29 +379,39 @@ class OffloadRuntime:
         return None if adapted_of(module) else self._token_steps[key]
 
     def forward_token(
-        self, step: TokenStep, x: int, expert_1K: torch.Tensor, expert: int, weight: int, added_to: int, out: int
-    ) -> bool:
-        """What `forward` gives for one token whose experts are all in slots, added to other numbers.
-
-        Nobody `listens`: the token is neither recorded nor looked at.
+        self,
+        layer: int,
+        module: Any,
+        x_1D: torch.Tensor,
+        expert_1K: torch.Tensor,
+        weight_1K: torch.Tensor,
+        added_to: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """What `forward` gives for one token that nobody `listens` to, added to other numbers.
 
         Args:
-            step: that of the layer, from `token_step`.
-            x, expert_1K, expert, weight, added_to, out: as for a `TokenStep`.
-
-        Returns:
-            Whether it is done; if not, nothing has changed, and `forward` has to be called.
+            layer: number of the MoE layer.
+            module: its experts.
+            x_1D: hidden numbers, contiguous and bfloat16.
+            expert_1K: ids, contiguous.
+            weight_1K: combine weights, contiguous.
+            added_to: D bfloat16 numbers.
+            out: room for as many; written.
         """
-        if self._process != os.getpid():
-            return False
+        self._enter_process()
         with self._lock:
-            if not self._is_whole:
-                return False
-            self._is_whole = False
-            is_done = step(x, expert_1K, expert, weight, added_to, out)
+            self._begin_changes()
+            step = self.token_step(layer, module, weight_1K.shape[1], weight_1K.dtype)
+            weights_and_sums = (weight_1K.data_ptr(), added_to.data_ptr(), out.data_ptr())
+            if step is None or not step(x_1D.data_ptr(), expert_1K, *weights_and_sums):
+                with torch.no_grad():
+                    slots = self.layers[layer]
+                    given = slots.begin(x_1D, expert_1K, weight_1K)
+                    torch.add(added_to, self._computed(slots, module, x_1D, given, weight_1K), out=out)
+                    slots.end()
             self.store.expect_open()
             self._is_whole = True
-            return is_done
 
     def _fused_experts(self, layer: int, module: Any, top_k: int) -> FusedExperts | None:
         key = (layer, top_k, torch.get_num_threads())

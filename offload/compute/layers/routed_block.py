@@ -55,24 +55,14 @@ class RoutedBlock:
         experts = self.experts
         return bool(experts._forward_hooks or experts._forward_pre_hooks) or vars(experts)[PLACE][0].listens
 
-    def compute(self, room: TokenRoom, out_11D: torch.Tensor) -> bool:
-        """Write what the layer gives: what the chosen experts make of the token, added to the sum before them.
-
-        Returns:
-            Whether it is done: all of the experts are where our C computes them.
-        """
-        experts = self.experts
+    def compute(self, room: TokenRoom, out_11D: torch.Tensor) -> None:
+        """Write what the layer gives: what the chosen experts make of the token, added to the sum before them."""
+        x_1D, chosen = room.normed_11D[0], (room.expert_1K, room.weight_1K)
         if self.has_listeners:
-            return False
-        runtime, layer = vars(experts)[PLACE]
-        step = runtime.token_step(layer, experts, self.how.chosen, room.weight_1K.dtype)
-        routed = (room.normed, room.expert_1K, room.expert, room.weight, room.sum, out_11D.data_ptr())
-        return step is not None and runtime.forward_token(step, *routed)
-
-    def otherwise(self, room: TokenRoom) -> torch.Tensor:
-        """What the experts' module makes of the token and of the choice, `[1, D]`."""
-        found: torch.Tensor = self.experts(room.normed_11D[0], room.expert_1K, room.weight_1K)
-        return found
+            torch.add(room.sum_11D, self.experts(x_1D, *chosen), out=out_11D)
+        else:
+            runtime, layer = vars(self.experts)[PLACE]
+            runtime.forward_token(layer, self.experts, x_1D, *chosen, room.sum_11D, out_11D)
 
 
 @torch.no_grad()

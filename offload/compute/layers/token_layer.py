@@ -5,9 +5,8 @@ Shapes: D model width, H heads of queries, J heads of keys and values, W head wi
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -45,8 +44,7 @@ MOST_SHARED_WIDTH = 256
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """What a layer was given, where our C computes it.
 
     Args:
@@ -182,8 +180,7 @@ class PreparedLayer:
         if routed is None or not has_chosen:
             return room.sum_11D + self._fed_forward(room)
         out_11D = torch.empty_like(x)
-        if not routed.compute(room, out_11D):
-            torch.add(room.sum_11D, routed.otherwise(room), out=out_11D)
+        routed.compute(room, out_11D)
         if not routed.has_listeners:
             self._rooms.give_back(room)
         return out_11D
