@@ -1,7 +1,8 @@
 """The engine's thread: lets requests in, chooses and computes steps, chooses tokens, ends requests."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -49,14 +50,10 @@ class Loop:
         """Whose prompt the model is reading now, if steps of others may run between its layers."""
         self._read_since_s = 0.0
         self._read_in_steps = Reads()
-        self._hooks = [
-            module.register_forward_pre_hook(self._between_layers) for module in experts_modules(steps.model).values()
-        ]
+        self._experts = list(experts_modules(steps.model).values())
 
     def close(self) -> None:
-        """Take the hooks off the model, and write what is to be kept."""
-        while self._hooks:
-            self._hooks.pop().remove()
+        """Write what is to be kept."""
         self.admission.close()
 
     def moment(self) -> dict[str, Any]:
@@ -105,12 +102,11 @@ class Loop:
         token_ids = sequence.next_piece(self._piece_tokens)
         others_wait = not riders and bool(self._decoding())
         pieces = [Piece(cached=sequence.tokens, token_ids=token_ids), *map(_token_of, riders)]
-        # a step between two layers could not compute a rider's next token before this one
-        self._reading = None if riders else sequence
         started_s = self._read_since_s = time.monotonic()
         decode_before_s = self.tally.decode_s
-        logits = self._run(pieces, [sequence, *riders])
-        self._reading = None
+        # a step between two layers could not compute a rider's next token before this one
+        with nullcontext() if riders else self._interrupted(sequence):
+            logits = self._run(pieces, [sequence, *riders])
         # what other answers took between the layers is theirs
         seconds = time.monotonic() - started_s - (self.tally.decode_s - decode_before_s)
         self.tally.prefill_s += seconds
@@ -124,6 +120,21 @@ class Loop:
             self._take(sequence, logits[0][-1])
         for rider, logits_NV in zip(riders, logits[1:], strict=True):
             self._take(rider, logits_NV[-1])
+
+    @contextmanager
+    def _interrupted(self, sequence: RunningSequence) -> Iterator[None]:
+        """Within, steps of others may run between the layers of a prompt's piece.
+
+        Steps of single tokens, which nothing interrupts, call no module that a hook is on.
+        """
+        hooks = [module.register_forward_pre_hook(self._between_layers) for module in self._experts]
+        self._reading = sequence
+        try:
+            yield
+        finally:
+            self._reading = None
+            for hook in hooks:
+                hook.remove()
 
     def _between_layers(self, module: Any, args: Any) -> None:
         """Before a layer of a prompt's piece: cancel, and pay the running answers their share of the time."""
