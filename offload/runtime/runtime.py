@@ -380,6 +380,7 @@ class OffloadRuntime:
 
     def forward_token(
         self,
+        step: TokenStep | None,
         layer: int,
         module: Any,
         x_1D: torch.Tensor,
@@ -391,6 +392,7 @@ class OffloadRuntime:
         """What `forward` gives for one token that nobody `listens` to, added to other numbers.
 
         Args:
+            step: that of the layer, from `token_step`.
             layer: number of the MoE layer.
             module: its experts.
             x_1D: hidden numbers, contiguous and bfloat16.
@@ -402,7 +404,6 @@ class OffloadRuntime:
         self._enter_process()
         with self._lock:
             self._begin_changes()
-            step = self.token_step(layer, module, weight_1K.shape[1], weight_1K.dtype)
             weights_and_sums = (weight_1K.data_ptr(), added_to.data_ptr(), out.data_ptr())
             if step is None or not step(x_1D.data_ptr(), expert_1K, *weights_and_sums):
                 with torch.no_grad():

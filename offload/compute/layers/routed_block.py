@@ -50,19 +50,36 @@ class RoutedBlock:
         return is_same and router in block._modules.values() and self.experts in block._modules.values()
 
     @property
+    def weight_type(self) -> torch.dtype:
+        return torch.bfloat16 if self.how.is_rounded else torch.float32
+
+    @property
     def has_listeners(self) -> bool:
         """Whether somebody may keep what the experts are given."""
         experts = self.experts
         return bool(experts._forward_hooks or experts._forward_pre_hooks) or vars(experts)[PLACE][0].listens
 
-    def compute(self, room: TokenRoom, out_11D: torch.Tensor) -> None:
-        """Write what the layer gives: what the chosen experts make of the token, added to the sum before them."""
-        x_1D, chosen = room.normed_11D[0], (room.expert_1K, room.weight_1K)
-        if self.has_listeners:
-            torch.add(room.sum_11D, self.experts(x_1D, *chosen), out=out_11D)
-        else:
-            runtime, layer = vars(self.experts)[PLACE]
-            runtime.forward_token(layer, self.experts, x_1D, *chosen, room.sum_11D, out_11D)
+    def step(self) -> Any:
+        """What computes the experts where nobody listens, if it is known already."""
+        runtime, layer = vars(self.experts)[PLACE]
+        return runtime.token_step(layer, self.experts, self.how.chosen, self.weight_type)
+
+    def compute(self, step: Any, room: TokenRoom, out_11D: torch.Tensor) -> None:
+        """Write what the layer gives where nobody listens: what the chosen experts make of the token, added to the sum.
+
+        Args:
+            step: from `step`.
+            room: with the token and its choice.
+            out_11D: contiguous; written.
+        """
+        runtime, layer = vars(self.experts)[PLACE]
+        chosen = (room.expert_1K, room.weight_1K)
+        runtime.forward_token(step, layer, self.experts, room.normed_1D, *chosen, room.sum_11D, out_11D)
+
+    def by_module(self, room: TokenRoom, out_11D: torch.Tensor) -> None:
+        """The same by the experts' module, whose listeners may keep what they are given."""
+        given = (each.clone() for each in (room.normed_1D, room.expert_1K, room.weight_1K))
+        torch.add(room.sum_11D, self.experts(*given), out=out_11D)
 
 
 @torch.no_grad()

@@ -62,11 +62,23 @@ class Token(NamedTuple):
     mask: torch.Tensor | None
 
 
-class Positions:
-    """Cosines and sines of a token's position, which all layers of a pass are given: looked at once for all of them."""
+class Seen:
+    """What was looked at for another layer: cosines and sines of a position, and what the layer before has made."""
 
     def __init__(self) -> None:
         self._checked: Any = None
+        self._made: Any = None
+
+    def made(self, x_11D: torch.Tensor) -> torch.Tensor:
+        """What a layer gives, which the next one need not look at."""
+        self._made = x_11D
+        return x_11D
+
+    def is_read(self, x: torch.Tensor, width: int) -> bool:
+        """Whether our C reads a token of this width."""
+        if x is self._made and not torch.is_grad_enabled():
+            return x.shape[2] == width
+        return x.shape == (1, 1, width) and _is_read(x)
 
     def are_read(self, embeddings: Any) -> bool:
         """Whether our C reads both, `[1, 1, A]` each."""
@@ -164,9 +176,13 @@ class PreparedLayer:
 
     def __call__(self, token: Token) -> torch.Tensor:
         """What the layer gives, `[1, 1, D]`."""
+        # what is done in Python is done before the first call of C, which fills the caches with weights
         x, room = token.x_11D, self._rooms.take()
         keys, values = token.cached.extend()
+        out_11D = torch.empty_like(x)
         routed = self._routed if self._routed is not None and self._routed.is_usable else None
+        listens = routed is not None and routed.has_listeners
+        step = None if routed is None or listens else routed.step()
         given = (self._struct, x.data_ptr(), token.cos_11A.data_ptr(), token.sin_11A.data_ptr(), self.angles)
         logits = None if self._router is None else room.logits
         choice = (None, None) if routed is None else (room.expert, room.weight)
@@ -178,21 +194,22 @@ class PreparedLayer:
             attended = self._attend(room.query_1H1W, keys, values, token.mask).contiguous()
             has_chosen = self._end(self._struct, x.data_ptr(), attended.data_ptr(), *sums)
         if routed is None or not has_chosen:
-            return room.sum_11D + self._fed_forward(room)
-        out_11D = torch.empty_like(x)
-        routed.compute(room, out_11D)
-        if not routed.has_listeners:
-            self._rooms.give_back(room)
+            torch.add(room.sum_11D, self._fed_forward(room), out=out_11D)
+        elif listens:
+            routed.by_module(room, out_11D)
+        else:
+            routed.compute(step, room, out_11D)
+        self._rooms.give_back(room)
         return out_11D
 
     def _fed_forward(self, room: TokenRoom) -> torch.Tensor:
-        """What the feed-forward's module gives. It may keep what it is given, so the room is not used again."""
-        feed_forward = self._layer._modules[self._parts.feed_forward]
+        """What the feed-forward's module gives; it is given copies, which somebody may keep."""
+        feed_forward, normed_11D = self._layer._modules[self._parts.feed_forward], room.normed_11D.clone()
         if self._router is None:
-            found = feed_forward(room.normed_11D)
+            found = feed_forward(normed_11D)
         else:
-            with self._router.known(room.normed_11D, room.logit_1E):
-                found = feed_forward(room.normed_11D)
+            with self._router.known(normed_11D, room.logit_1E.clone()):
+                found = feed_forward(normed_11D)
         fed: torch.Tensor = found[0] if isinstance(found, tuple) else found
         return fed
 
@@ -261,7 +278,7 @@ class TokenLayer:
         layer: a decoder layer of the common form.
         parts: what it computes with.
         prepare: gives the layer for a number of threads as C takes it, or None where the modules compute.
-        positions: shared by all layers of the model.
+        seen: shared by all layers of the model.
     """
 
     def __init__(
@@ -269,9 +286,9 @@ class TokenLayer:
         layer: nn.Module,
         parts: LayerParts,
         prepare: Callable[[nn.Module, LayerParts], PreparedLayer | None],
-        positions: Positions,
+        seen: Seen,
     ) -> None:
-        self._layer, self._parts, self._prepare, self._positions = layer, parts, prepare, positions
+        self._layer, self._parts, self._prepare, self._seen = layer, parts, prepare, seen
         self._otherwise = layer.forward
         self._prepared: dict[int, PreparedLayer | None] = {}
 
@@ -280,7 +297,7 @@ class TokenLayer:
         copied = memo[id(self)] = TokenLayer.__new__(TokenLayer)
         copied._layer, copied._parts = copy.deepcopy(self._layer, memo), copy.deepcopy(self._parts, memo)
         copied._otherwise, copied._prepare = copy.deepcopy(self._otherwise, memo), self._prepare
-        copied._positions, copied._prepared = self._positions, {}
+        copied._seen, copied._prepared = self._seen, {}
         return copied
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -289,7 +306,7 @@ class TokenLayer:
         prepared = None if token is None else self.prepared()
         if token is None or prepared is None or token.cos_11A.shape[-1] != prepared.angles or not prepared.is_usable:
             return self._otherwise(hidden_states, *args, **kwargs)
-        return prepared(token)
+        return self._seen.made(prepared(token))
 
     def prepared(self) -> PreparedLayer | None:
         """The layer as C takes it with the number of threads in use; tried when it is first asked for.
@@ -307,14 +324,14 @@ class TokenLayer:
     def _token(self, x: torch.Tensor, options: dict[str, Any]) -> Token | None:
         """What our C reads of a call; None if it computes something else."""
         width, attention = self._parts.output.out_features, self._parts.attention
-        if x.shape != (1, 1, width) or not _is_read(x):
+        if not self._seen.is_read(x, width):
             return None
         for name, value in options.items():
             if name not in READ_OPTIONS and value is not None and value is not False:
                 return None
         embeddings, cache = options.get("position_embeddings"), options.get("past_key_values")
         layers, number = getattr(cache, "layers", ()), attention.layer_idx
-        if not self._positions.are_read(embeddings) or not 0 <= number < len(layers):
+        if not self._seen.are_read(embeddings) or not 0 <= number < len(layers):
             return None
         shape = (self._parts.shared_heads, self._parts.head_width)
         if not can_extend(layers[number], shape):

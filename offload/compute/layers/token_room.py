@@ -41,6 +41,7 @@ class TokenRoom:
             self.query_1H1W = empty(1, sizes.heads, 1, sizes.head_width)
             self.attended_1H1W = empty(1, sizes.heads, 1, sizes.head_width)
             self.sum_11D, self.normed_11D = empty(1, 1, sizes.model_width), empty(1, 1, sizes.model_width)
+            self.normed_1D = self.normed_11D[0]
             self.logit_1E, top_k = empty(1, sizes.experts), 0 if how is None else how.chosen
             self.expert_1K = empty(1, top_k, dtype=torch.int64)
             self.weight_1K = empty(1, top_k, dtype=torch.float32 if how and not how.is_rounded else torch.bfloat16)

@@ -19,11 +19,11 @@ from ..matvec import Matvecs
 from .parts import LayerParts, find_parts
 from .routed_block import find_routed_block
 from .structs import begin_attention
-from .token_layer import Positions, PreparedLayer, Token, TokenLayer, prepare
+from .token_layer import PreparedLayer, Seen, Token, TokenLayer, prepare
 from .token_room import TokenRooms
 
 TRIED_POSITIONS = 5
-"""Positions in the cache of a trial; how attention sums is not tried, because both sides ask the same function."""
+"""Positions in the cache of a trial; how attention sums is tried by itself, at other lengths."""
 TRIED_SCALES = (1.0, 0.1, 30.0)
 """Sizes of the hidden numbers of a trial; small ones show where a norm adds its epsilon.
 
@@ -49,12 +49,12 @@ def quicken_layers(model: nn.Module, matvecs: Matvecs) -> int:
     config, count = model.config.get_text_config(), 0
     known: set[type] = set()
     rooms = TokenRooms()
-    positions = Positions()
+    seen = Seen()
     for layer in list(model.modules()):
         if (parts := find_parts(layer)) is None:
             continue
         tried = partial(_tried, config=config, matvecs=matvecs, known=known, rooms=rooms)
-        token_layer = TokenLayer(layer, parts, tried, positions)
+        token_layer = TokenLayer(layer, parts, tried, seen)
         if token_layer.prepared() is not None:
             layer.forward = token_layer.forward
             count += 1
