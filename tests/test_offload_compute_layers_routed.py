@@ -181,7 +181,8 @@ def test_bits_are_the_same_in_memory_with_few_slots_and_by_the_modules(family, f
                 patched.setattr(trial, "find_routed_block", lambda *_: None)
             done = counted(patched, TokenExperts, "__call__")
             whole = counted(patched, OffloadRuntime, "forward_token")
-            model = offload.load(folders[family], cache_experts=cache_experts, arithmetic="fixed")
+            with torch.inference_mode(cache_experts == 5):  # which changes what operations are called by
+                model = offload.load(folders[family], cache_experts=cache_experts, arithmetic="fixed")
             found.append(decoded(model))
             assert any(done) == (cache_experts > 3 and family in FUSED)
             assert all(done[-LAYERS:]) or cache_experts < EXPERTS

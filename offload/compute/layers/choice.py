@@ -71,6 +71,7 @@ def choose(how: Choice, logit_1E: torch.Tensor) -> Chosen | None:
     return (expert_1K, weight_1K) if choose_experts()(how, *addresses) else None
 
 
+@torch.inference_mode(False)  # within it, operations are not called by the names of what they are made of
 @torch.no_grad()
 def find_choice(router: Any) -> Choice | None:
     """The rule by which a router chooses; None if it is not a usual one, or not torch's on this processor.

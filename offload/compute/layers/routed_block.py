@@ -82,6 +82,7 @@ class RoutedBlock:
         torch.add(room.sum_11D, self.experts(*given), out=out_11D)
 
 
+@torch.inference_mode(False)  # as for `find_choice`
 @torch.no_grad()
 def find_routed_block(block: Any, router: Any, model_width: int) -> RoutedBlock | None:
     """What may stand for a feed-forward; None if it does more than its router and experts, or those are not known.
