@@ -444,7 +444,7 @@ def test_experts_that_are_decided_ahead_are_copied_ahead(load, tiny_config, tmp_
     for seed, copy_share in ((1, 0.0), (2, 0.7)):
         model = load(tmp_path, seed=seed, copy_share=copy_share, **planned)
         assert torch.equal(model.generate(prompt, **settings), expected)
-        model.offload.runtime.fill([range(6)] * 5)  # what the disk has to read first may come late
+        model.offload.runtime.ahead.fill([range(6)] * 5)  # what the disk has to read first may come late
         model.offload.reset()
         with torch.no_grad():
             for token in range(4):

@@ -130,7 +130,7 @@ def test_a_miss_reads_the_first_level_and_upgrades_read_one_plane(model):
     for slots in running.offload.runtime.layers:
         hottest = slots.heat.hottest()[:2]
         packed = loaded(model, cache_experts=EXPERTS).offload.runtime
-        packed.fill([range(EXPERTS)] * 2)
+        packed.ahead.fill([range(EXPERTS)] * 2)
         for expert in hottest:
             whole = packed.layers[slots.layer][expert]["down_proj"]
             assert all(map(torch.equal, slots[expert]["down_proj"], whole))
@@ -208,7 +208,7 @@ def test_an_exception_in_a_call_leaves_the_next_one_whole(model, monkeypatch):
     expected = logits_of(running, TOKENS)
     slots = running.offload.runtime.layers[1]
     monkeypatch.setattr(slots, "complete", lambda expert: (_ for _ in ()).throw(KeyboardInterrupt))
-    running.offload.runtime._is_whole = False
+    running.offload.runtime.changes.begin()
     with pytest.raises(KeyboardInterrupt):
         logits_of(running, TOKENS)
     monkeypatch.undo()

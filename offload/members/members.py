@@ -52,7 +52,7 @@ class Members:
         chosen = self.chooser.choose(prompt, label)
         self.pool.note_request(list(self.models).index(chosen.name))
         if is_next:
-            self.models[chosen.name].offload.runtime.begin_window()
+            self.models[chosen.name].offload.runtime.guests.begin()
         return chosen
 
     def report(self) -> dict[str, Any]:

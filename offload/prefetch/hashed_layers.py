@@ -38,13 +38,13 @@ def token_ids_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor 
     return token_BS
 
 
-def read_by_ids(model: Any, tables: Mapping[int, torch.Tensor], runtime: Any) -> None:
-    """From now on, tell the runtime at the beginning of each call what its token ids need.
+def read_by_ids(model: Any, tables: Mapping[int, torch.Tensor], ahead: Any) -> None:
+    """From now on, say at the beginning of each call what its token ids need.
 
     Args:
-        model: a model whose experts `runtime` computes.
+        model: a model with offloaded experts.
         tables: of `find_tables`.
-        runtime: reads ahead.
+        ahead: a `ReadingAhead`.
     """
 
     def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ def read_by_ids(model: Any, tables: Mapping[int, torch.Tensor], runtime: Any) ->
         token_T = token_BS.reshape(-1)
         if int(token_T.min()) < 0 or int(token_T.max()) >= min(map(len, tables.values())):
             return  # the model refuses them
-        runtime.read_ahead({layer: most_used_first(table[token_T.to(table.device)]) for layer, table in tables.items()})
+        ahead.read({layer: most_used_first(table[token_T.to(table.device)]) for layer, table in tables.items()})
 
     if tables:
         # a compiler would trace the reads

@@ -27,8 +27,8 @@ class ExactPlan(Prefetcher):
     def __init__(self) -> None:
         self.is_active = True
 
-    def attach(self, model: nn.Module, runtime: Any) -> None:
-        """Tell the runtime every plan, and every set of experts to keep, as soon as a router has made it.
+    def attach(self, model: nn.Module, ahead: Any) -> None:
+        """Pass every plan on, and every set of experts to keep, as soon as a router has made it.
 
         Raises:
             ValueError: if no router of the model decides ahead.
@@ -43,10 +43,10 @@ class ExactPlan(Prefetcher):
 
         def follow(router: Any, inputs: Any, result: Any) -> None:
             plan = router.exact_plan(result, *inputs)
-            runtime.read_ahead({layer: most_used_first(expert_TK) for layer, expert_TK in plan.items()})
+            ahead.read({layer: most_used_first(expert_TK) for layer, expert_TK in plan.items()})
 
         def keep(router: Any, inputs: Any, result: Any) -> None:
-            runtime.hold({layer: held.tolist() for layer, held in router.held_experts(result).items()})
+            ahead.hold({layer: held.tolist() for layer, held in router.held_experts(result).items()})
 
         for router in planning:
             router.register_forward_hook(follow)

@@ -89,13 +89,13 @@ class PassPrefetcher(Prefetcher):
         self._logit_LE: NDArray[np.float32] | None = None
         """Of the one token of the pass that is going on; None in prompts and batches."""
 
-    def attach(self, model: Any, runtime: Any) -> None:
+    def attach(self, model: Any, ahead: Any) -> None:
         """Guess before each call of the model."""
 
         # a compiler would trace the prediction
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._begin(runtime, kwargs.get("input_ids", args[0] if args else None), kwargs.get("past_key_values"))
+            self._begin(ahead, kwargs.get("input_ids", args[0] if args else None), kwargs.get("past_key_values"))
 
         model.register_forward_pre_hook(begin, with_kwargs=True)
 
@@ -114,7 +114,7 @@ class PassPrefetcher(Prefetcher):
                 for expert in likely[: self._most]:
                     layers[layer + ahead].read_ahead(expert, likely, self._most)
 
-    def _begin(self, runtime: Any, tokens: Any, cache: Any) -> None:
+    def _begin(self, ahead: Any, tokens: Any, cache: Any) -> None:
         self._logit_LE = None
         if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2 or not tokens.numel():
             return
@@ -128,4 +128,4 @@ class PassPrefetcher(Prefetcher):
             self._logit_LE = logit_NLE[0]
         # an expert is used if any token uses it
         unused_LE = (1 / (1 + np.exp(logit_NLE.astype(np.float64)))).prod(axis=0)
-        runtime.expect_use(1 - unused_LE, self._most)
+        ahead.expect_use(1 - unused_LE, self._most)

@@ -101,7 +101,7 @@ class Prefetcher:
         self._predictor, self._most = predictor, most
         self.is_active = True
 
-    def attach(self, model: Any, runtime: Any) -> None:
+    def attach(self, model: Any, ahead: Any) -> None:
         """When the model is ready; guessing needs nothing more than its calls."""
 
     def look_ahead(self, layer: int, x_1D: Any, expert_1K: Any, layers: Sequence[Any]) -> None:

@@ -34,6 +34,7 @@ from ..window.window import Streamed, Window
 from .depths import Deepening
 from .division import Division
 from .guards import guard_model
+from .lent_guests import LentGuests
 from .opening import OpenedCheckpoint
 from .options import LoadOptions
 from .pieces import read_prompts_in_pieces
@@ -94,7 +95,8 @@ def assemble(
         _add_gpu_tier(opened, division, lane, running)
     if window is not None:
         running.window = make_window(store, window, len(forms))
-        bind(model, window, running)
+        running.guests = LentGuests(running.window, running.changes)
+        bind(model, window, running.guests)
     if opened.bundle is not None:
         running.units = BundledUnits(opened.bundle, list(opened.unit_slots), options.io_threads)
         running.units.bind(model)
@@ -102,11 +104,11 @@ def assemble(
         if running.gpu is not None:
             running.gpu.hold(division.starting.gpu_L)
             running.gpu.hold_at_peers(division.starting.peer_L)
-        running.fill(division.starting.experts_L)
+        running.ahead.fill(division.starting.experts_L)
     if running.prefetcher is not None:
-        running.prefetcher.attach(model, running)
+        running.prefetcher.attach(model, running.ahead)
     if str(options.prefetch) != "off":
-        read_by_ids(model, find_tables(model, [form.layer for form in forms]), running)
+        read_by_ids(model, find_tables(model, [form.layer for form in forms]), running.ahead)
     read_prompts_in_pieces(model, options.context)
     if forms or opened.streamed:
         guard_model(model, forms)
@@ -159,6 +161,7 @@ def _add_gpu_tier(opened: OpenedCheckpoint, division: Division, lane: Lane, runn
     modules = list(experts_modules(opened.model).values())
     layers = [form.layer for form in opened.forms]
     share = running.matvecs if running.matvecs.arithmetic == "fast" else None
+    running.changes.may_fork = False
     running.gpu = GpuTier(
         *(lane, layers, modules, running.layers, division.gpu, running.counters, share), division.peer_slots
     )

@@ -3,22 +3,13 @@
 One call of one layer looks all experts up and starts to read all that are missing. It computes the experts in slots,
 then the others in the order in which they arrive, and combines them in a fixed order. Slots that a call uses are not
 evicted during that call.
-
-An exception can come between any two lines of Python (Ctrl-C, a timer, no memory). `_is_whole` is therefore false from
-the first change of a call to the last. A call that finds it false clears every slot and starts from nothing.
 """
 
-import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
-from queue import SimpleQueue
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..compute.adapters import adapted_of
@@ -35,10 +26,12 @@ from ..ram.expanded import ExpandedWeights, make_rooms
 from ..ram.level_slots import LevelRoom, LevelSlots
 from ..ram.slots import KernelSlots, LayerSlots
 from ..ram.step import ExpertStep, TokenStep, compute_hits
-from ..store.reading import Ticket, next_landed
 from ..store.store import ExpertStore
 from ..window.window import Streamed
+from .ahead import ReadingAhead
+from .changes import Changes
 from .guards import expect_no_gradient, expect_numbers_in_memory
+from .lent_guests import LentGuests
 from .recorder import TraceRecorder
 
 IMPLEMENTATION = "expertier_offload"
@@ -75,11 +68,13 @@ class OffloadRuntime:
         self._token_steps: dict[tuple[int, int, int, torch.dtype], TokenStep | None] = {}
         self.gpu: GpuTier | None = None
         self.window: Streamed | None = None
+        self.guests: LentGuests | None = None
+        """What modules ask for their streamed weights."""
         self.units: BundledUnits | None = None
         self.whole_layers = 0
         """Decoder layers that our C computes for one token."""
-        # re-entrant: a signal handler that calls the model within a call must not wait for itself for ever
-        self._lock, self._process, self._is_whole = threading.RLock(), os.getpid(), True
+        self.changes = Changes(self._clear)
+        self.ahead = ReadingAhead(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadRuntime":
         """A copied model shares its experts, which are only read."""
@@ -92,9 +87,9 @@ class OffloadRuntime:
         self, layer: int, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> torch.Tensor:
         """The experts' output for one layer, `[T, D]`."""
-        self._enter_process()
-        with self._lock:
-            self._begin_changes()
+        self.changes.enter_process()
+        with self.changes.lock:
+            self.changes.begin()
             if torch.is_grad_enabled():
                 with torch.no_grad():
                     result = self._forward(layer, module, x_TD, expert_TK, weight_TK)
@@ -102,8 +97,8 @@ class OffloadRuntime:
                 result = self._forward(layer, module, x_TD, expert_TK, weight_TK)
             # a signal handler may have closed the model within this call, and its slots hold zeros since
             self.store.expect_open()
-            # not in a `finally`: after an exception it has to stay false
-            self._is_whole = True
+            # not in a `finally`: after an exception they have to stay unfinished
+            self.changes.finish()
             return result
 
     def _forward(
@@ -141,22 +136,8 @@ class OffloadRuntime:
         step.finish(rows)
         return rows.combine()
 
-    def _enter_process(self) -> None:
-        """In a child of fork(): the lock may be held by a thread that is not here, and no thread reads."""
-        if self._process == os.getpid():
-            return
-        if self.gpu is not None:
-            raise RuntimeError("CUDA does not work in a forked process; start processes by spawn and load there")
-        self._lock, self._process, self._is_whole = threading.RLock(), os.getpid(), False
-
-    def _begin_changes(self) -> None:
-        """Start to change the bookkeeping, which the lock guards; what an earlier call left half changed goes first."""
-        if not self._is_whole:
-            self._clear()
-        self._is_whole = False
-
     def _clear(self) -> None:
-        """Forget all experts. Whoever interrupts this leaves `_is_whole` false, so it is done again."""
+        """Forget all experts."""
         self.store.quiesce()
         for slots in self.layers:
             slots.clear()
@@ -164,65 +145,6 @@ class OffloadRuntime:
             self.gpu.clear()
         if self.window is not None:
             self.window.clear()
-
-    @contextmanager
-    def _changes(self) -> Iterator[None]:
-        """Within, the bookkeeping changes; an exception leaves it half changed."""
-        self._begin_changes()
-        yield
-        self._is_whole = True
-
-    @contextmanager
-    def lend(self, number: int) -> Iterator[dict[str, torch.Tensor]]:
-        """The weights of a streamed guest, while it is computed; other threads wait meanwhile.
-
-        Args:
-            number: place in the window's plan.
-
-        Raises:
-            OSError: if reading fails.
-            RuntimeError: if the model is called again within.
-        """
-        self._enter_process()
-        with self._lock:
-            assert self.window is not None
-            with self._changes():
-                weights = self.window.enter(number)
-            turn = self.window.turn
-            yield weights
-            with self._changes():
-                self.window.leave(turn)
-
-    def begin_window(self) -> None:
-        """Start to read streamed weights before a pass needs them."""
-        self._enter_process()
-        with self._lock, self._changes():
-            assert self.window is not None
-            self.window.begin()
-
-    def expect_rows(self, rows: Mapping[int, Sequence[int]]) -> None:
-        """Start to read rows of tables that a pass will look up.
-
-        Args:
-            rows: place in the window's plan -> numbers of different rows of that table.
-        """
-        self._enter_process()
-        with self._lock, self._changes():
-            assert self.window is not None
-            for table, row_N in rows.items():
-                self.window.expect_rows(table, row_N)
-
-    def rows(self, table: int, row_N: Sequence[int]) -> torch.Tensor:
-        """Rows of a streamed embedding, `[N, D]`.
-
-        Args:
-            table: place in the window's plan.
-            row_N: numbers of the rows.
-        """
-        self._enter_process()
-        with self._lock, self._changes():
-            assert self.window is not None
-            return self.window.rows(table, row_N)
 
     def visit(self, layer: int, expert_TK: torch.Tensor) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
         """The experts of some tokens again, one after the other, each with its weights until the next one is asked for.
@@ -234,8 +156,7 @@ class OffloadRuntime:
         Raises:
             OSError: if reading fails.
         """
-        self._enter_process()
-        with self._lock, self._changes():
+        with self.changes.within():
             slots = self.layers[layer]
             expert_ids, counts = expert_TK.unique(return_counts=True)
             found = zip(expert_ids.tolist(), counts.tolist(), strict=True)
@@ -245,80 +166,16 @@ class OffloadRuntime:
             for expert in num_rows:
                 yield expert, step.fetch(expert)
 
-    def fill(self, experts_L: Sequence[Sequence[int]]) -> None:
-        """Read experts into free slots before anything asks for them; gives up none that is there.
-
-        Raises:
-            OSError: if reading fails.
-        """
-        landed: SimpleQueue[Ticket] = SimpleQueue()
-        reads = 0
-        for slots, experts in zip(self.layers, experts_L, strict=True):
-            for expert in [expert for expert in experts if expert not in slots][: slots.num_free]:
-                slots.start_read(expert, (), landed)
-                reads += 1
-        for _ in range(reads):
-            next_landed(landed, "an expert that the plan starts with")
-
     def resize(self, rooms: Sequence[LevelRoom]) -> None:
         """Give each layer other room, between two calls; experts in levels lose the coldest of what they had.
 
         Raises:
             OSError: if a read that is on its way fails.
         """
-        self._enter_process()
-        with self._lock, self._changes():
+        with self.changes.within():
             for slots, room in zip(self.layers, rooms, strict=True):
                 if isinstance(slots, LevelSlots):
                     slots.resize(room)
-
-    def read_ahead(self, plan: Mapping[int, Sequence[int]]) -> None:
-        """Start reading what later layers of this pass will certainly need, nearest layer first, where there is room.
-
-        Args:
-            plan: layer -> its experts in this pass, most used first.
-        """
-        self._enter_process()
-        with self._lock:
-            self._begin_changes()
-            for layer, experts in sorted(plan.items()):
-                slots = self.layers[layer]
-                experts = [expert for expert in experts if 0 <= expert < slots.num_experts]
-                present = [expert for expert in experts if expert in slots]
-                if self.gpu is not None:
-                    experts = self.gpu.prepare(layer, experts)
-                    present += self.gpu.lent(layer)
-                waiting = [expert for expert in experts if expert not in slots]
-                for expert in waiting:
-                    slots.read_ahead(expert, present, len(waiting))
-            self._is_whole = True
-
-    def expect_use(self, use_LE: NDArray[np.floating[Any]], most: int) -> None:
-        """A pass begins: start to read what it will probably use, the first layers first.
-
-        Args:
-            use_LE: how likely each expert is, 0..1; E is that of the widest layer.
-            most: experts of one layer that may be on their way at the same time.
-        """
-        self._enter_process()
-        with self._lock, self._changes():
-            for slots, use_E in zip(self.layers, use_LE, strict=True):
-                slots.expect_use(use_E[: slots.num_experts], most)
-
-    def hold(self, experts: Mapping[int, Sequence[int]]) -> None:
-        """Keep what a router says that its next tokens can visit, and start reading what is missing of it.
-
-        Args:
-            experts: layer -> experts; a layer keeps them until it is named again.
-        """
-        if self.gpu is not None:  # GPU slots are filled through RAM slots, whose bookkeeping is the tier's
-            return
-        self._enter_process()
-        with self._lock:
-            self._begin_changes()
-            for layer, held in experts.items():
-                self.layers[layer].hold(held)
-            self._is_whole = True
 
     def _rows(
         self, slots: LayerSlots, module: Any, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
@@ -401,9 +258,9 @@ class OffloadRuntime:
             added_to: D bfloat16 numbers.
             out: room for as many; written.
         """
-        self._enter_process()
-        with self._lock:
-            self._begin_changes()
+        self.changes.enter_process()
+        with self.changes.lock:
+            self.changes.begin()
             weights_and_sums = (weight_1K.data_ptr(), added_to.data_ptr(), out.data_ptr())
             if step is None or not step(x_1D.data_ptr(), expert_1K, *weights_and_sums):
                 with torch.no_grad():
@@ -412,7 +269,7 @@ class OffloadRuntime:
                     torch.add(added_to, self._computed(slots, module, x_1D, given, weight_1K), out=out)
                     slots.end()
             self.store.expect_open()
-            self._is_whole = True
+            self.changes.finish()
 
     def _fused_experts(self, layer: int, module: Any, top_k: int) -> FusedExperts | None:
         key = (layer, top_k, torch.get_num_threads())
@@ -422,8 +279,8 @@ class OffloadRuntime:
 
     def close(self) -> None:
         """Stop reading and give the memory of slots and window back; the model cannot run afterwards."""
-        self._enter_process()
-        with self._lock:
+        self.changes.enter_process()
+        with self.changes.lock:
             if self.gpu is not None:
                 self.gpu.close()
             self.store.close()

@@ -117,7 +117,7 @@ def decoded(checkpoint: str, slots: int, experts: int, *, is_ahead: bool, steps:
     load: dict[str, Any] = {"device": "simulated", "gpu_experts": slots, "cache_experts": experts, "context": 2 * steps}
     model = offload.load(checkpoint, **load, prefetch="plan" if is_ahead else "off")
     token_S = torch.randint(VOCABULARY, (steps + steps // 4,), generator=torch.Generator().manual_seed(SEED))
-    model.offload.runtime.fill([range(experts)] * len(model.offload.runtime.layers))
+    model.offload.runtime.ahead.fill([range(experts)] * len(model.offload.runtime.layers))
     logits, lane = list[Any](), model.offload.lane
     past: Any = None
     began_s = stalled_s = 0.0
