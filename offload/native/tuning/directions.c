@@ -2,11 +2,22 @@
 
 #include "../bfloat16.h"
 
+/* Eight signs, of the highest bit first: the product has a copy of the byte every nine bits, so that bit 7 of its byte i is bit 7 - i. */
+static inline uint64_t signs_of(uint8_t byte) {
+    uint64_t is_up = byte * 0x8040201008040201u >> 7 & 0x0101010101010101u;
+    return (is_up ^ 0x0101010101010101u) * 0xff | is_up;
+}
+
 /* Signs 1 and -1 from bits, the highest of each byte first. */
 void expertier_signs(const uint8_t *bits, int64_t count, int8_t *sign) {
 #pragma omp parallel for schedule(static)
-    for (int64_t byte = 0; byte < (count + 7) / 8; byte++)
-        for (int64_t i = 8 * byte; i < 8 * byte + 8 && i < count; i++) sign[i] = (int8_t)(bits[byte] >> (7 - i % 8) & 1 ? 1 : -1);
+    for (int64_t byte = 0; byte < count / 8; byte++) {
+        uint64_t eight = signs_of(bits[byte]);
+        memcpy(sign + 8 * byte, &eight, sizeof eight);
+    }
+    if (count % 8 == 0) return;
+    uint64_t last = signs_of(bits[count / 8]);
+    memcpy(sign + count / 8 * 8, &last, (size_t)(count % 8));
 }
 
 /* out = w + size sign, rounded to nearest. */
