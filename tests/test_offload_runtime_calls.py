@@ -1,5 +1,8 @@
 """What the hooks of an offloaded model note about its calls."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeConfig
@@ -42,6 +45,33 @@ def steps(model):
     counters = model.offload._runtime.counters
     assert all(seconds > 0 for seconds, _ in counters.last_calls)
     return [tokens for _, tokens in counters.last_calls]
+
+
+def test_threads_call_one_model_at_the_same_time(tmp_path):
+    """Their calls overlap as they like: each waits for the others before its first layer."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = OlmoeConfig(**sizes, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, vocab_size=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model, meeting = offload.load(tmp_path, cache_experts=2), threading.Barrier(4, timeout=30)
+    prompts = [torch.arange(length)[None] for length in (5, 13, 6, 9)]
+
+    def logits(prompt):
+        with torch.no_grad():
+            return model(prompt).logits
+
+    expected = [logits(prompt) for prompt in prompts]
+
+    def meet(*_):
+        meeting.wait()
+
+    waits = model.model.embed_tokens.register_forward_hook(meet)
+    model.offload.reset()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(logits, prompts))
+    waits.remove()
+    assert all(map(torch.equal, found, expected))
+    assert sorted(steps(model)) == [5, 6, 9, 13]
+    model.offload.close()
 
 
 def test_tokens_of_a_call_are_counted_however_they_are_given(model):

@@ -3,6 +3,7 @@
 Shapes: B sequences in a call, S positions of each.
 """
 
+import threading
 import time
 from typing import Any
 
@@ -37,8 +38,9 @@ class _Calls:
 
     def __init__(self, runtime: OffloadRuntime) -> None:
         self._runtime = runtime
-        self._begun: list[tuple[float, int]] = []
-        """When each call began that is going on, and its S: the engine makes calls between two layers of another."""
+        self._begun: dict[int, list[tuple[float, int]]] = {}
+        """By thread, when each call began that is going on, and its S: the engine makes calls between two layers of
+        another. Threads take turns in the layers, not in the calls."""
 
     # torch.compile would break the graph at the clock and trace the recorder's NumPy; so it leaves both hooks alone
     @torch.compiler.disable
@@ -56,8 +58,9 @@ class _Calls:
                 mask_BS.bool().cpu().numpy() if is_padding else None,
                 token_BS.cpu().numpy().astype(np.int32) if isinstance(token_BS, torch.Tensor) else None,
             )
-        del self._begun[:-MOST_NESTED]
-        self._begun.append((time.perf_counter(), num_tokens))
+        begun = self._begun.setdefault(threading.get_ident(), [])
+        del begun[:-MOST_NESTED]
+        begun.append((time.perf_counter(), num_tokens))
 
     @torch.compiler.disable
     def end(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -67,7 +70,10 @@ class _Calls:
         if runtime.prefetcher is not None:
             tried = total_ahead(slots.ahead_counters for slots in runtime.layers)
             runtime.prefetcher.judge(tried.issued, tried.useful, tried.late)
-        started_s, num_tokens = self._begun.pop()
+        begun = self._begun[threading.get_ident()]
+        started_s, num_tokens = begun.pop()
+        if not begun:
+            del self._begun[threading.get_ident()]
         runtime.counters.end_call(time.perf_counter() - started_s, num_tokens)
 
 
