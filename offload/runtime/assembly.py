@@ -33,8 +33,8 @@ from ..window.planning import WindowPlan
 from ..window.window import Streamed, Window
 from .depths import Deepening
 from .division import Division
+from .guarded.lent_guests import LentGuests
 from .guards import guard_model
-from .lent_guests import LentGuests
 from .opening import OpenedCheckpoint
 from .options import LoadOptions
 from .pieces import read_prompts_in_pieces
@@ -162,7 +162,7 @@ def _add_gpu_tier(opened: OpenedCheckpoint, division: Division, lane: Lane, runn
     layers = [form.layer for form in opened.forms]
     share = running.matvecs if running.matvecs.arithmetic == "fast" else None
     running.changes.may_fork = False
-    running.gpu = GpuTier(
+    running.gpu = running.ahead.gpu = GpuTier(
         *(lane, layers, modules, running.layers, division.gpu, running.counters, share), division.peer_slots
     )
 

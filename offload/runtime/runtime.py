@@ -28,10 +28,10 @@ from ..ram.slots import KernelSlots, LayerSlots
 from ..ram.step import ExpertStep, TokenStep, compute_hits
 from ..store.store import ExpertStore
 from ..window.window import Streamed
-from .ahead import ReadingAhead
-from .changes import Changes
+from .guarded.ahead import ReadingAhead
+from .guarded.changes import Changes
+from .guarded.lent_guests import LentGuests
 from .guards import expect_no_gradient, expect_numbers_in_memory
-from .lent_guests import LentGuests
 from .recorder import TraceRecorder
 
 IMPLEMENTATION = "expertier_offload"
@@ -74,7 +74,7 @@ class OffloadRuntime:
         self.whole_layers = 0
         """Decoder layers that our C computes for one token."""
         self.changes = Changes(self._clear)
-        self.ahead = ReadingAhead(self)
+        self.ahead = ReadingAhead(self.layers, self.changes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadRuntime":
         """A copied model shares its experts, which are only read."""

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..window.window import Streamed
+from ...window.window import Streamed
 from .changes import Changes
 
 

@@ -2,26 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..store.reading import Ticket, next_landed
-
-if TYPE_CHECKING:
-    from .runtime import OffloadRuntime
+from ...gpu.tier import GpuTier
+from ...ram.slots import LayerSlots
+from ...store.reading import Ticket, next_landed
+from .changes import Changes
 
 
 class ReadingAhead:
     """Reads into the slots of a running model.
 
     Args:
-        running: whose slots.
+        layers: RAM slots of each.
+        changes: guards them.
     """
 
-    def __init__(self, running: "OffloadRuntime") -> None:
-        self._running = running
+    def __init__(self, layers: Sequence[LayerSlots], changes: Changes) -> None:
+        self._layers, self._changes = layers, changes
+        self.gpu: GpuTier | None = None
 
     def fill(self, experts_L: Sequence[Sequence[int]]) -> None:
         """Read experts into free slots before anything asks for them; gives up none that is there.
@@ -31,7 +33,7 @@ class ReadingAhead:
         """
         landed: SimpleQueue[Ticket] = SimpleQueue()
         reads = 0
-        for slots, experts in zip(self._running.layers, experts_L, strict=True):
+        for slots, experts in zip(self._layers, experts_L, strict=True):
             for expert in [expert for expert in experts if expert not in slots][: slots.num_free]:
                 slots.start_read(expert, (), landed)
                 reads += 1
@@ -44,15 +46,14 @@ class ReadingAhead:
         Args:
             plan: layer -> its experts in this pass, most used first.
         """
-        running = self._running
-        with running.changes.within():
+        with self._changes.within():
             for layer, experts in sorted(plan.items()):
-                slots = running.layers[layer]
+                slots = self._layers[layer]
                 experts = [expert for expert in experts if 0 <= expert < slots.num_experts]
                 present = [expert for expert in experts if expert in slots]
-                if running.gpu is not None:
-                    experts = running.gpu.prepare(layer, experts)
-                    present += running.gpu.lent(layer)
+                if self.gpu is not None:
+                    experts = self.gpu.prepare(layer, experts)
+                    present += self.gpu.lent(layer)
                 waiting = [expert for expert in experts if expert not in slots]
                 for expert in waiting:
                     slots.read_ahead(expert, present, len(waiting))
@@ -64,8 +65,8 @@ class ReadingAhead:
             use_LE: how likely each expert is, 0..1; E is that of the widest layer.
             most: experts of one layer that may be on their way at the same time.
         """
-        with self._running.changes.within():
-            for slots, use_E in zip(self._running.layers, use_LE, strict=True):
+        with self._changes.within():
+            for slots, use_E in zip(self._layers, use_LE, strict=True):
                 slots.expect_use(use_E[: slots.num_experts], most)
 
     def hold(self, experts: Mapping[int, Sequence[int]]) -> None:
@@ -74,8 +75,8 @@ class ReadingAhead:
         Args:
             experts: layer -> experts; a layer keeps them until it is named again.
         """
-        if self._running.gpu is not None:  # GPU slots are filled through RAM slots, whose bookkeeping is the tier's
+        if self.gpu is not None:  # GPU slots are filled through RAM slots, whose bookkeeping is the tier's
             return
-        with self._running.changes.within():
+        with self._changes.within():
             for layer, held in experts.items():
-                self._running.layers[layer].hold(held)
+                self._layers[layer].hold(held)

@@ -1,0 +1,1 @@
+"""What changes a running model beside its calls: one lock, reading ahead, streamed weights that are lent."""
