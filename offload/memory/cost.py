@@ -18,8 +18,8 @@ a quarter gives 65 to 67 % with `lru` and 71 to 73 % with `learned`; other model
 
 MISS_SHARE = 0.5
 """What an expert that is not in memory costs besides its bytes, in parts of what a layer costs besides weights: asking
-for it, waking up, making room. At 0.63 ms a layer it was 0.2 to 0.5 ms with one sequence and four, by the differences
-of twelve points (experiments/records/2026-11-30_offload-forecast)."""
+for it, waking up, making room. Where a layer cost 0.63 ms, it was 0.2 to 0.5 ms, by the differences between predicted
+and measured steps of `bench forecast` with one sequence and four. That run has no record."""
 
 
 @dataclass(frozen=True, kw_only=True)
