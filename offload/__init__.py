@@ -11,6 +11,7 @@ from routing.ground.quantity import format_size, parse_size
 from .cache.catalogue import CACHES, make_cache
 from .cache.simulate import Simulated, simulate
 from .cache.steps import ReplayedSteps, replay_steps
+from .memory.budget import available_memory
 
 if TYPE_CHECKING:
     from .engine.counters import EngineCounters
@@ -104,6 +105,7 @@ __all__ = [
     "Stream",
     "TokenEvent",
     "TuneOptions",
+    "available_memory",
     "calibrate",
     "dequantise",
     "disk_bandwidth",

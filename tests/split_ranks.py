@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from experiments.train.corpus import BatchOrder, Corpus, windows
+from experiments.train.distributed import run
 from experiments.train.distributed.checkpoint import load_parts, save_parts
 from experiments.train.distributed.run import build_parts
 from experiments.train.distributed.step import Parts, accumulate, distributed_evaluation, distributed_step
@@ -110,6 +111,15 @@ def worst_difference(config: TrainConfig, layout: Layout, spoil: Callable[[Parts
         if error > worst:
             worst, where = error, name
     return [abs(seen.loss - loss) / abs(loss), worst, where]
+
+
+def difference_without_room(config: TrainConfig, layout: Layout) -> list[Any]:
+    """`worst_difference` where weights are given back after the forward pass and gathered again."""
+    share, run.GATHERED_SHARE = run.GATHERED_SHARE, 0.0
+    try:
+        return worst_difference(config, layout)
+    finally:
+        run.GATHERED_SHARE = share
 
 
 def degree_differences(names: list[str]) -> dict[str, Any]:
@@ -251,6 +261,7 @@ def two(folder: Path) -> dict[str, Any]:
     found = {"float64": equalities(["expert=2"], list(SOME)) | equalities(["data=2"], ["rmoe", "ultramem"])}
     torch.set_default_dtype(torch.float32)
     found["float32"] = equalities(["expert=2"], ["rmoe"])
+    found["float32"]["rmoe, gathered twice"] = difference_without_room(config_of(model), Layout(data=2))
     found["states"] = states(["loss_free"], Layout(expert=2)) | states(["peer"], Layout(data=2))
     uneven = config_of(cases()["deepseek_v3"], accumulation=3)
     found["degrees"] = degree_differences(["moepp"])

@@ -7,6 +7,7 @@ import torch
 
 from experiments.train.checkpoint import CheckpointPlace, restore, save_checkpoint
 from experiments.train.distributed.launch import shared_out
+from experiments.train.distributed.run import keep_to_own_cores
 from experiments.train.torch_run import build, train_step
 from moe import MoEForCausalLM
 from moe.parallel import Layout
@@ -63,6 +64,20 @@ def check_losses(subtests, ours, **losses):
     for name, found in losses.items():
         with subtests.test(name):
             torch.testing.assert_close(torch.tensor(found), torch.tensor(ours[3:]), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "rank", "kept"),
+    [({0, 1}, 2, 1, [[1]]), ({2, 3, 6, 7}, 2, 0, [[2, 3]]), ({0, 1, 2}, 2, 0, []), ({0, 1}, 4, 0, [])],
+)
+def test_a_process_keeps_to_its_cores_where_each_gets_as_many(monkeypatch, cores, processes, rank, kept):
+    found = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: cores)
+    monkeypatch.setattr("os.sched_setaffinity", lambda pid, chosen: found.append(chosen))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    keep_to_own_cores()
+    assert found == kept
 
 
 def test_two_processes_train_as_one_and_resume(tmp_path, subtests):

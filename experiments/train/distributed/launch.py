@@ -31,6 +31,11 @@ def started_processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if is_worker() else 1
 
 
+def place_on_machine() -> tuple[int, int]:
+    """Which process of this machine this is, and how many it has."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def restart_number() -> int:
     """How often torchrun has started these processes again after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

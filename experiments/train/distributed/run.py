@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 
 from moe.parallel import Degree, Layout, split
+from offload import available_memory
 
 from ..checkpoint import CheckpointPlace, write_checkpoint
 from ..corpus import BatchOrder, Corpus, windows
@@ -35,11 +36,13 @@ from ..torch_run import build_model
 from ..watching.watch import Watch
 from .adapting import Timings
 from .checkpoint import load_parts, save_parts
-from .launch import is_resumed, start_name
+from .launch import is_resumed, place_on_machine, start_name
 from .step import Parts, distributed_evaluation, distributed_step
 
 # what process 0 says to the others
 STEP, EVALUATE, SAVE, STOP = range(4)
+GATHERED_SHARE = 0.1
+"""Of a process's free memory, the most that gathered weights may take during a step: gradients take as much again."""
 WAIT = timedelta(minutes=30)
 """How long a process waits for another that is alive: the slowest thing between two exchanges is reading a corpus."""
 
@@ -74,6 +77,8 @@ def train(
         KeyboardInterrupt: on process 0 after Ctrl-C or SIGTERM, once the step that it came in is done and saved.
     """
     with process_group() as device:
+        if device.type == "cpu":
+            keep_to_own_cores()
         rank = distributed.get_rank()
         found, config = _agreed(run, config, corpus, device, resume=is_resumed(run, asked=resume))
         parts = build_parts(config, corpus, Layout.parse(parallel, distributed.get_world_size()), device)
@@ -117,7 +122,7 @@ def join_group() -> torch.device:
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
+        device, backend = torch.device("cuda", place_on_machine()[0]), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     store, rank, processes = next(distributed.rendezvous("env://", timeout=WAIT))
     store = distributed.PrefixStore(start_name(), store)
@@ -125,10 +130,21 @@ def join_group() -> torch.device:
     return device
 
 
+def keep_to_own_cores() -> None:
+    """Keep this process and its threads to its share of the cores, where every process of the machine gets a whole one.
+
+    A core's cache holds one process's work then. Otherwise the threads that exchange tensors push the others about.
+    """
+    cores, (rank, processes) = sorted(os.sched_getaffinity(0)), place_on_machine()
+    share, rest = divmod(len(cores), processes)
+    if share and not rest:
+        os.sched_setaffinity(0, cores[rank * share : (rank + 1) * share])
+
+
 def build_parts(config: TrainConfig, corpus: Corpus, layout: Layout, device: torch.device) -> Parts:
     """A run before its first step: every process draws the whole model from the seed, and keeps its part."""
     model = build_model(config, corpus, device)
-    pieces = split(model, layout, device.type)
+    pieces = split(model, layout, device.type, stays_gathered=_has_room(model, device))
     order = BatchOrder(windows(corpus.train, config.sequence_length), config.batch_size, config.seed)
     return Parts(
         model=model,
@@ -138,6 +154,16 @@ def build_parts(config: TrainConfig, corpus: Corpus, layout: Layout, device: tor
         corpus=corpus,
         config=config,
     )
+
+
+def _has_room(model: nn.Module, device: torch.device) -> bool:
+    """Whether every process has memory for the whole model's weights during a step; the same answer on all of them."""
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    is_gpu, processes = device.type == "cuda", place_on_machine()[1]
+    room = torch.cuda.mem_get_info(device)[0] if is_gpu else available_memory() // processes
+    has_room = torch.tensor(float(whole <= GATHERED_SHARE * room), device=device)
+    distributed.all_reduce(has_room, distributed.ReduceOp.MIN)
+    return bool(has_room)
 
 
 def split_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
