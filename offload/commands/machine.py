@@ -143,6 +143,8 @@ def fit(
     variants: list[Any] = []
     if fitted.gpu_plan is not None:
         predicted = _gpu_fit(fitted, rates)
+    elif fitted.bundle is not None:
+        plain_console(soft_wrap=True).print("speeds by units depend on the text: how many are active shows when it runs")
     elif rates is not None and fitted.plan is not None:
         if recorded is not None:
             hit_rate = fitted.traced_hit_rate(recorded)
@@ -202,6 +204,12 @@ def _show_fit(fitted: Any, cpu_memory: str) -> None:
 
 
 def _consists_of(fitted: Any) -> str:
+    if fitted.bundle is not None:
+        units = sum(layer.num_units for layer in fitted.bundle.layers)
+        return (
+            f"{units} hidden units in {len(fitted.bundle.layers)} layers, {format_size(fitted.bundle.nbytes)} of them, "
+            f"and {format_size(fitted.dense_bytes)} of other weights"
+        )
     if not fitted.forms:
         return f"a dense model of {format_size(fitted.dense_bytes)}"
     sizes = {form.expert_bytes for form in fitted.forms}
@@ -215,6 +223,9 @@ def _consists_of(fitted: Any) -> str:
 
 def _held_by(fitted: Any) -> str:
     """How much of a model that fits is in memory."""
+    if fitted.bundle is not None:
+        units = sum(layer.num_units for layer in fitted.bundle.layers)
+        return f"{sum(fitted.unit_slots)} of {units} units"
     if fitted.streamed_bytes:
         layers = f"{fitted.window.num_resident} of {len(fitted.window.guests.passing)} layers"
     else:

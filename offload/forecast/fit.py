@@ -15,7 +15,8 @@ from ..gpu.plan.cost import GpuPrediction, predict_gpu_decode
 from ..gpu.plan.planning import expect_forms_on_gpu
 from ..memory.budget import Budgets, MemoryPlan, Needs, kv_bytes_per_token
 from ..memory.cost import DecodeWork, Prediction, expected_hit_rate, predict_decode
-from ..runtime.division import budgets_of, choose_window, divide_memory, needs_of, stored_shapes
+from ..neurons.bundle import Bundle
+from ..runtime.division import budgets_of, choose_units, choose_window, divide_memory, needs_of, stored_shapes
 from ..runtime.opening import open_headers
 from ..runtime.options import DEFAULT_POLICY, LoadOptions
 from ..window.planning import WindowPlan
@@ -29,7 +30,8 @@ class Fit:
     `plan` is None if the budget is too small; `shortfall` then says what would do. `gpu_plan` is None without a GPU.
     `unread_bytes` are weights of which a token reads a row: the embedding of its input. `window` is what is streamed
     of the weights outside experts; None if they all stay in memory. `kv_token_bytes` are the keys and values of one
-    token in all layers, at most.
+    token in all layers, at most. `bundle` are units that come one by one, and `unit_slots` how many of each layer stay;
+    such experts are in no form.
     """
 
     forms: list[Form]
@@ -42,6 +44,8 @@ class Fit:
     gpu_plan: MemoryPlan | None = None
     window: WindowPlan | None = None
     kv_token_bytes: int = 0
+    bundle: Bundle | None = None
+    unit_slots: tuple[int, ...] = ()
 
     @property
     def dense_bytes(self) -> int:
@@ -156,6 +160,7 @@ class Fit:
             "resident_layers": None if self.window is None else self.window.num_resident,
             "layers_ahead": None if self.window is None else self.window.ahead,
             "slots_per_layer": slots,
+            "unit_slots_per_layer": list(self.unit_slots),
             "gpu_slots_per_layer": None if self.gpu_plan is None else list(self.gpu_plan.num_slots),
             "share_of_experts_in_memory": None
             if slots is None
@@ -182,11 +187,12 @@ def fit(
         gpu_memory: the whole budget on a GPU; None plans without one.
         context: tokens, prompt and answer together, to keep room for.
         io_threads: reads in flight at most, each with a buffer.
-        pack: a packed copy of the experts.
+        pack: a packed copy of the experts, or a bundle of units.
         resident_layers, layers_ahead: as for `load`.
 
     Raises:
-        ValueError: if the checkpoint is damaged, its experts cannot be offloaded, or a budget is not a size.
+        ValueError: if the checkpoint is damaged, its experts cannot be offloaded, units are planned for a GPU, or a
+            budget is not a size.
     """
     options = LoadOptions(
         path_or_id=path_or_id,
@@ -200,7 +206,9 @@ def fit(
     )
     with heads_of(path_or_id) as place:
         opened = open_headers(place, pack, stored_shapes(options))
-    opened = replace(opened, window=choose_window(opened, options))
+    if opened.bundle is not None and gpu_memory is not None:
+        raise ValueError(f"bundle {pack}: units are computed on the CPU; leave out the GPU's memory")
+    opened = choose_units(replace(opened, window=choose_window(opened, options)), options)
     if gpu_memory is not None:
         expect_forms_on_gpu(opened.forms)
     division, shortfall = None, None
@@ -219,4 +227,6 @@ def fit(
         gpu_plan=None if division is None else division.gpu,
         window=opened.window,
         kv_token_bytes=kv_bytes_per_token(opened.config, opened.model.dtype.itemsize),
+        bundle=opened.bundle,
+        unit_slots=opened.unit_slots,
     )

@@ -29,7 +29,7 @@ ROUNDING = 2.0**-23
 
 @dataclass(frozen=True, eq=False)
 class GateBounds:
-    """Of one gate.
+    """Of one gate, or of the gates of all experts of a layer below each other.
 
     Args:
         code_FD: int8.
@@ -52,10 +52,10 @@ class GateBounds:
         rest_F = (exact_FD - approximate_FD).double().norm(dim=1).float() * (1 + 1e-6)
         return cls(code_FD, scale_F, approximate_FD.double().norm(dim=1).float() * (1 + 1e-6), rest_F)
 
-    @property
-    def nbytes(self) -> int:
-        """In memory, and in the file."""
-        return sum(tensor.nbytes for tensor in (self.code_FD, self.scale_F, self.length_F, self.rest_F))
+    def split(self, num_units: int) -> list[Self]:
+        """The same by so many units each: views, without memory of their own."""
+        pieces = (each.split(num_units) for each in (self.code_FD, self.scale_F, self.length_F, self.rest_F))
+        return [type(self)(*piece) for piece in zip(*pieces, strict=True)]
 
     def may_be_active(self, x_TD: torch.Tensor, bias_F: torch.Tensor | None) -> torch.Tensor:
         """[F] bool: units that some token may make active."""

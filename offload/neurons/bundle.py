@@ -2,9 +2,9 @@
 
 The file: a magic, the length of a header, the header in JSON (see `Header`), then layer by layer F records of
 `unit_bytes`, then layer by layer the arrays of its GateBounds. Each record is a row of the gate, of the other matrix
-before the activation if there is one, and a column of the matrix after it.
+before the activation if there is one, and a column of the matrix after it. Experts of a layer follow each other.
 
-Shapes: F hidden units, D model width, W numbers of a unit, n units.
+Shapes: F hidden units of a layer, D model width, W numbers of a unit, n units.
 """
 
 import os
@@ -12,30 +12,27 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from xxhash import xxh3_64_hexdigest
 
 from routing.ground.files import atomic_write
 
-from ..checkpoint.tensors import TensorEntry
 from .bounds import GateBounds
-from .feed_forwards import FeedForward
+from .unit_layer import UnitLayer
 
 MAGIC = b"XPUNITS1"
 MOST_HEADER = 64 << 20
 """Bytes of a header that is taken for one: a thousand feed-forwards take half a megabyte."""
-STAMP_BYTES = 1 << 16
-"""Of each tensor's beginning: another checkpoint of the same shapes differs there."""
 RUN_BYTES = 1 << 20
 """One read is at most this long, so that several threads share a long run of units. Not tuned."""
 
 
 class HeaderLayer(BaseModel):
-    """One feed-forward."""
+    """One feed-forward, or the experts of one layer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -55,7 +52,7 @@ class Header(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class BundledLayer:
-    """One feed-forward in a bundle.
+    """One feed-forward, or the experts of one layer, in a bundle.
 
     Args:
         of: the same in the model.
@@ -63,7 +60,7 @@ class BundledLayer:
         bounds_offset: where the arrays of its bounds begin.
     """
 
-    of: FeedForward
+    of: UnitLayer
     offset: int
     bounds_offset: int
 
@@ -96,8 +93,8 @@ class Bundle:
 
     @property
     def work_bytes(self) -> int:
-        """Of the largest feed-forward: a long prompt needs all of its units at once."""
-        return max(layer.of.nbytes for layer in self.layers)
+        """Of what one read may bring: a long prompt needs all units of a feed-forward at once."""
+        return max(layer.of.num_at_once * layer.of.unit_bytes for layer in self.layers)
 
     def bounds(self, layer: BundledLayer) -> GateBounds:
         """The bounds of one gate."""
@@ -112,7 +109,7 @@ class Bundle:
         return GateBounds(code_FD, *floats_3F)
 
 
-def _bounds_bytes(of: FeedForward) -> int:
+def _bounds_bytes(of: UnitLayer) -> int:
     codes = of.num_units * of.width
     return codes + (-codes) % 4 + 3 * 4 * of.num_units
 
@@ -136,36 +133,47 @@ def expect_replaceable(out: Path) -> None:
 
 
 def write_bundle(
-    out: Path, feed_forwards: Sequence[FeedForward], progress: Callable[[int, int], None] = lambda done, total: None
+    out: Path, layers: Sequence[UnitLayer], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> None:
-    """Write the units of a model, a feed-forward at a time, and the bounds of its gates.
+    """Write the units of a model and the bounds of its gates, a feed-forward at a time.
 
     Args:
         out: the file; it appears when it is whole.
-        feed_forwards: of the model, with the places of their weights.
-        progress: told how many are done, and how many there are.
+        layers: of the model, with the places of their weights.
+        progress: told how many units are done, and how many there are.
     """
-    header = Header(layers=tuple(_header_layer(each) for each in feed_forwards))
-    text = header.model_dump_json().encode()
-    total = 2 * len(feed_forwards)
+    text = _header(layers).model_dump_json().encode()
+    head = MAGIC + len(text).to_bytes(8, "little") + text
+    done, total = 0, sum(each.num_units for each in layers)
     with atomic_write(out, "wb") as file:
-        file.write(MAGIC + len(text).to_bytes(8, "little") + text)
-        for done, each in enumerate(feed_forwards, 1):
-            *rows, down_DF = (_tensor(entry) for entry in each.entries)
-            unit_FW = torch.cat([*rows, down_DF.t()], dim=1).contiguous()
-            file.write(memoryview(unit_FW.view(torch.uint8).numpy()).cast("B"))
-            progress(done, total)
-        for done, each in enumerate(feed_forwards, 1):
-            bounds = GateBounds.of(_tensor(each.entries[0]))
-            code = memoryview(bounds.code_FD.contiguous().numpy()).cast("B")
-            file.write(code)
-            file.write(bytes(-len(code) % 4))
-            for array_F in (bounds.scale_F, bounds.length_F, bounds.rest_F):
-                file.write(memoryview(array_F.contiguous().numpy()).cast("B"))
-            progress(len(feed_forwards) + done, total)
+        file.write(head)
+        for layer in _places(layers, len(head))[0]:
+            for count in _write_layer(file, layer):
+                done += count
+                progress(done, total)
 
 
-def read_bundle(file: Path, feed_forwards: Sequence[FeedForward]) -> Bundle:
+def _write_layer(file: BinaryIO, layer: BundledLayer) -> Iterator[int]:
+    """Write units and codes where they belong, a feed-forward at a time; gives how many units each had."""
+    units_at, codes_at, floats = layer.offset, layer.bounds_offset, []
+    for *rows, down_DF in layer.of.matrices():
+        bounds = GateBounds.of(rows[0])
+        units_at = _write_at(file, units_at, torch.cat([*rows, down_DF.t()], dim=1))
+        codes_at = _write_at(file, codes_at, bounds.code_FD)
+        floats.append(torch.stack([bounds.scale_F, bounds.length_F, bounds.rest_F]))
+        yield len(bounds.scale_F)
+    codes = layer.of.num_units * layer.of.width
+    _write_at(file, codes_at + (-codes) % 4, torch.cat(floats, dim=1))
+
+
+def _write_at(file: BinaryIO, offset: int, numbers: torch.Tensor) -> int:
+    """Write numbers; gives where they end."""
+    file.seek(offset)
+    file.write(memoryview(numbers.contiguous().view(torch.uint8).numpy()).cast("B"))
+    return offset + numbers.nbytes
+
+
+def read_bundle(file: Path, layers: Sequence[UnitLayer]) -> Bundle:
     """A bundle, checked against the model that it shall belong to.
 
     Raises:
@@ -181,43 +189,37 @@ def read_bundle(file: Path, feed_forwards: Sequence[FeedForward]) -> Bundle:
         header = Header.model_validate_json(text)
     except ValidationError as error:
         raise ValueError(f"bundle {file}: damaged header ({error.errors()[0]['msg']})") from error
-    if header != Header(layers=tuple(_header_layer(each) for each in feed_forwards)):
+    if header != _header(layers):
         raise ValueError(f"bundle {file}: it is of another model, or of another state of this one; pack it again")
-    start = len(MAGIC) + 8 + length
-    bounds = start + sum(each.nbytes for each in feed_forwards)
-    layers = []
-    for each in feed_forwards:
-        layers.append(BundledLayer(each, start, bounds))
+    places, end = _places(layers, len(MAGIC) + 8 + length)
+    if file.stat().st_size != end:
+        raise ValueError(f"bundle {file}: {file.stat().st_size} bytes; {end} were expected")
+    return Bundle(file, places)
+
+
+def _places(layers: Sequence[UnitLayer], start: int) -> tuple[tuple[BundledLayer, ...], int]:
+    """Where each layer is in a file whose header ends at `start`, and where the file ends."""
+    bounds = start + sum(each.nbytes for each in layers)
+    places = []
+    for each in layers:
+        places.append(BundledLayer(each, start, bounds))
         start, bounds = start + each.nbytes, bounds + _bounds_bytes(each)
-    if file.stat().st_size != bounds:
-        raise ValueError(f"bundle {file}: {file.stat().st_size} bytes; {bounds} were expected")
-    return Bundle(file, tuple(layers))
+    return tuple(places), bounds
 
 
-def _header_layer(each: FeedForward) -> HeaderLayer:
+def _header(layers: Sequence[UnitLayer]) -> Header:
+    return Header(layers=tuple(_header_layer(each) for each in layers))
+
+
+def _header_layer(each: UnitLayer) -> HeaderLayer:
     return HeaderLayer(
         name=each.name,
         parts=each.parts,
         num_units=each.num_units,
         width=each.width,
         dtype=str(each.dtype),
-        stamps=tuple(_stamp(entry) for entry in each.entries),
+        stamps=each.stamps(),
     )
-
-
-def _stamp(entry: TensorEntry) -> str:
-    with entry.file.open("rb") as file:
-        file.seek(entry.offset)
-        return str(xxh3_64_hexdigest(file.read(min(STAMP_BYTES, entry.nbytes))))
-
-
-def _tensor(entry: TensorEntry) -> torch.Tensor:
-    with entry.file.open("rb") as file:
-        file.seek(entry.offset)
-        data = bytearray(file.read(entry.nbytes))
-    if len(data) != entry.nbytes:
-        raise OSError(f"{entry.file} ends within {entry.name}")
-    return torch.frombuffer(data, dtype=entry.torch_dtype()).view(entry.shape)
 
 
 class BundleReader:

@@ -1,12 +1,9 @@
-"""Feed-forwards whose inactive units are exactly zero: which linear layers they are made of.
-
-A unit is a row of the matrices before the activation and a column of the one after it. It is active where its gate's
-product is positive. What a unit gives where it is not active must be zero, so that nothing has to be read of it.
+"""Dense feed-forwards whose inactive units are exactly zero: which linear layers they are made of.
 
 Shapes: F hidden units, D model width.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,58 +12,38 @@ from torch import nn
 
 from ..checkpoint.tensors import TensorEntry
 from ..window.guests import Matches, plain_entry
+from .unit_layer import UnitLayer, expect_zero_below_zero, stamp, stored_bytes
 
 SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj"), ("fc1", "fc2"))
 """Names of the layers of a feed-forward; the first is what the activation is applied to."""
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
-TRIED = (-1e-6, -0.5, -3.0, -1e4)
-"""Inputs at which an activation has to be zero."""
+STAMP_BYTES = 1 << 16
+"""Of each tensor's beginning: another checkpoint of the same shapes differs there."""
 
 
-@dataclass(frozen=True, eq=False)
-class FeedForward:
-    """One feed-forward of a model.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FeedForward(UnitLayer):
+    """One dense feed-forward; its parts are linear layers of its module.
 
     Args:
-        name: of the module that holds its layers.
-        parts: names of the layers in it: the gate first, the one after the activation last.
         entries: where the checkpoint has the weight of each.
-        dtype: of the running model.
     """
 
-    name: str
-    parts: tuple[str, ...]
     entries: tuple[TensorEntry, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_units(self) -> int:
-        """F."""
-        return self.entries[0].shape[0]
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.entries[0].shape[1]
-
-    @property
-    def unit_bytes(self) -> int:
-        """Of one unit: a row of each matrix before the activation, a column of the one after it."""
-        return len(self.parts) * self.width * self.dtype.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Of all units."""
-        return self.num_units * self.unit_bytes
 
     @property
     def weight_names(self) -> frozenset[str]:
-        """Full names of its matrices."""
         return frozenset(f"{self.name}.{part}.weight" for part in self.parts)
+
+    def stamps(self) -> tuple[str, ...]:
+        return tuple(stamp(_bytes(entry, STAMP_BYTES)) for entry in self.entries)
+
+    def matrices(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        yield tuple(_tensor(entry) for entry in self.entries)
 
 
 def find_feed_forwards(model: nn.Module, entries: Mapping[str, TensorEntry], found: Matches) -> tuple[FeedForward, ...]:
-    """All feed-forwards of a model, in its order.
+    """All dense feed-forwards of a model, in its order.
 
     Args:
         model: on the meta device, in the dtype it will run in.
@@ -94,12 +71,7 @@ def _spelt(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]
 def _found(name: str, module: nn.Module, entries: Mapping[str, TensorEntry], found: Matches) -> FeedForward:
     parts = next(parts for _, _, parts in _spelt(module))
     activation = _activation(module)
-    if activation is None or not is_zero_below_zero(activation):
-        kind = type(activation).__name__ if activation is not None else "unknown"
-        raise ValueError(
-            f"{name}: its activation ({kind}) is not zero where the gate is negative, so every unit of every token is "
-            "needed; `expertier trace neurons` says how sparse a model is"
-        )
+    expect_zero_below_zero(name, activation, "unknown" if activation is None else type(activation).__name__)
     stored = []
     for part in parts:
         weight: Any = getattr(module, part).weight
@@ -107,19 +79,19 @@ def _found(name: str, module: nn.Module, entries: Mapping[str, TensorEntry], fou
         if entry is None or entry.torch_dtype() != weight.dtype:
             raise ValueError(f"{name}.{part}: its weight is not one plain tensor of {weight.dtype} in the checkpoint")
         stored.append(entry)
-    return FeedForward(name, parts, tuple(stored), weight.dtype)
+    F, D = stored[0].shape
+    return FeedForward(
+        name=name, parts=parts, num_units=F, num_at_once=F, width=D, dtype=weight.dtype, entries=tuple(stored)
+    )
 
 
 def _activation(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
     return next((getattr(module, name) for name in ACTIVATIONS if callable(getattr(module, name, None))), None)
 
 
-def is_zero_below_zero(activation: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Whether an activation gives zero for everything that is not positive: ReLU and its square."""
-    with torch.no_grad():
-        return not activation(torch.tensor([0.0, *TRIED])).any()
+def _tensor(entry: TensorEntry) -> torch.Tensor:
+    return torch.frombuffer(_bytes(entry, entry.nbytes), dtype=entry.torch_dtype()).view(entry.shape)
 
 
-def total_bytes(feed_forwards: Sequence[FeedForward]) -> int:
-    """Of all units of all feed-forwards."""
-    return sum(each.nbytes for each in feed_forwards)
+def _bytes(entry: TensorEntry, most: int) -> bytearray:
+    return stored_bytes(entry.file, entry.offset, min(most, entry.nbytes), entry.name)

@@ -1,9 +1,11 @@
-"""The units of one feed-forward in memory: those of the last tokens stay, and only the difference is read.
+"""Units of one layer in memory: those of the last tokens stay, and only the difference is read.
 
 Source: Alizadeh et al. 2023 (LLM in a flash), arXiv:2312.11514, section 3.1: the sliding window and the bundled rows
 and columns. There the window is a number of tokens; here it is as many as the slots hold.
 
-Shapes: F hidden units, C slots, n units of a call, W = parts times D numbers of a unit.
+The experts of a layer share its slots: which of them need many is up to the text.
+
+Shapes: F hidden units of the layer, C slots, n units of a call, W = parts times D numbers of a unit.
 """
 
 from dataclasses import dataclass
@@ -16,48 +18,65 @@ from numpy.typing import NDArray
 from .bundle import BundledLayer, BundleReader
 
 
+def expect_no_gradient(*tensors: torch.Tensor) -> None:
+    """Refuse a call whose gradients would need weights that are overwritten by then.
+
+    Raises:
+        RuntimeError: if one of the tensors wants a gradient.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError("gradients do not pass through bundled units; run the model under torch.no_grad()")
+
+
 @dataclass
 class UnitCounters:
-    """Counts of one feed-forward since loading or `reset`.
+    """Counts of one layer since loading or `reset`.
 
-    `calls` asked for `chosen` units, of which `active` ones were not zero for some token; `read` ones came from disk.
+    `calls` asked for `chosen` of the `visited` units, which are those of the feed-forward, or of each expert that a
+    token went to. `active` ones of them were not zero for some token; `read` ones came from disk.
     """
 
     calls: int = 0
+    visited: int = 0
     chosen: int = 0
     active: int = 0
     read: int = 0
 
 
 class UnitSlots:
-    """The slots of one feed-forward. One thread at a time calls it.
+    """The slots of one layer. One thread at a time calls it.
 
     Args:
         layer: where its units are.
         reader: reads them.
         num_slots: units that stay; 0 reads all that a call needs.
-        work_nW: memory for the units of one call, in order of their numbers, shared by all feed-forwards.
+        work_nW: memory for the units of one call, in order of their numbers, shared by all layers.
     """
 
     def __init__(self, layer: BundledLayer, reader: BundleReader, num_slots: int, work_nW: torch.Tensor) -> None:
-        self._layer, self.reader, self._work_nW = layer, reader, work_nW
+        self.layer, self.reader, self._work_nW = layer, reader, work_nW
         self._unit_CW = torch.zeros(num_slots, work_nW.shape[1], dtype=work_nW.dtype)
         self.counters = UnitCounters()
         self.clear()
 
+    @property
+    def most(self) -> int:
+        """Units of one call at most."""
+        return len(self._work_nW)
+
     def clear(self) -> None:
         """Forget all units."""
-        self._slot_F = np.full(self._layer.num_units, -1, np.int64)
+        self._slot_F = np.full(self.layer.num_units, -1, np.int64)
         self._unit_C = np.full(len(self._unit_CW), -1, np.int64)
         self._used_C = np.full(len(self._unit_CW), -1, np.int64)
         self._time = 0
         self._is_whole = True
 
     def gather(self, unit_n: NDArray[np.int64]) -> torch.Tensor:
-        """[n, W]: units by number, in memory that the next call of any feed-forward overwrites.
+        """[n, W]: units by number, in memory that the next call of any layer overwrites.
 
         Args:
-            unit_n: rising.
+            unit_n: rising, no more than `most`.
 
         Raises:
             OSError: if reading fails.
@@ -72,7 +91,7 @@ class UnitSlots:
         here_n, missing_n = np.flatnonzero(is_here_n), np.flatnonzero(~is_here_n)
         gathered_nW[here_n] = self._unit_CW[slot_n[here_n]]
         self._used_C[slot_n[here_n]] = self._time
-        self.reader.read(self._layer, unit_n[missing_n], missing_n, gathered_nW)
+        self.reader.read(self.layer, unit_n[missing_n], missing_n, gathered_nW)
         self._keep(unit_n[missing_n], gathered_nW[missing_n])
         self.counters.calls += 1
         self.counters.chosen += len(unit_n)
@@ -80,15 +99,33 @@ class UnitSlots:
         self._is_whole = True
         return gathered_nW
 
+    def expect_turn(self, turn: int) -> None:
+        """Refuse memory that another call has overwritten since it was gathered.
+
+        Args:
+            turn: `reader.turn` as it was then.
+
+        Raises:
+            RuntimeError: if one has.
+        """
+        if turn != self.reader.turn:
+            raise RuntimeError("a model with bundled units was called within another of its calls; call it in turn")
+
     def _keep(self, unit_m: NDArray[np.int64], read_mW: torch.Tensor) -> None:
         """Give slots to what was read: those of units that were not used for longest, none that is used now."""
-        oldest_C = np.argsort(self._used_C, kind="stable")
-        slot_m = oldest_C[self._used_C[oldest_C] < self._time][: len(unit_m)]
+        slot_m = self._oldest(len(unit_m))
         unit_m = unit_m[: len(slot_m)]
         gone_m = self._unit_C[slot_m]
         self._slot_F[gone_m[gone_m >= 0]] = -1
         self._unit_CW[slot_m] = read_mW[: len(slot_m)]
         self._unit_C[slot_m], self._slot_F[unit_m], self._used_C[slot_m] = unit_m, slot_m, self._time
+
+    def _oldest(self, count: int) -> NDArray[np.int64]:
+        """So many slots that are not used now, or all of them; experts have many, so they are not sorted."""
+        free = np.flatnonzero(self._used_C < self._time)
+        if count >= len(free):
+            return free
+        return free[np.argpartition(self._used_C[free], count)[:count]]
 
     def report(self) -> dict[str, Any]:
         """Counts, JSON-serialisable."""

@@ -79,13 +79,15 @@ def assemble(
     if opened.own_L is not None:
         for slots, own in zip(running.layers, opened.own_L, strict=True):
             slots.own = own
-    running.prefetcher = make_prefetcher(str(options.prefetch), model, [form.layer for form in forms], opened.top_k)
+    if forms:
+        running.prefetcher = make_prefetcher(str(options.prefetch), model, [form.layer for form in forms], opened.top_k)
     if options.policy_name in NEEDS_PREDICTOR and not isinstance(running.prefetcher, PassPrefetcher):
         raise ValueError(
             f"policy {options.policy_name} keeps what a predictor of whole passes expects; give prefetch= a file of "
             "`expertier trace predictor --before-pass`"
         )
-    _attach(model, running)
+    if forms:
+        _attach(model, running)
     if lane is None:
         quicken_linears(model, matvecs)
         quicken_norms(model)
@@ -111,7 +113,7 @@ def assemble(
         read_by_ids(model, find_tables(model, [form.layer for form in forms]), running.ahead)
     read_prompts_in_pieces(model, options.context)
     if forms or opened.streamed:
-        guard_model(model, forms)
+        guard_model(model)
     model.offload = Offload(model, running, plan, options.policy_name, deepening)
     return model
 

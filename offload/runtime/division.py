@@ -143,7 +143,7 @@ def _held(needs: Needs) -> str:
 def budgets_of(opened: OpenedCheckpoint, options: LoadOptions) -> Budgets:
     """The least budget that `load` accepts without a GPU, and the one that holds all experts."""
     shapes = opened.slot_bytes_L, opened.most_slots_L, opened.top_k
-    whole = needs_of(replace(opened, window=None), options)
+    whole = needs_of(replace(opened, window=None, unit_slots=()), options)
     budgets = expect_budgets(whole, *shapes, _loading_bytes(opened, whole), whole_bytes=opened.whole_bytes)
     if opened.bundle is not None:
         everything = replace(opened, unit_slots=tuple(layer.num_units for layer in opened.bundle.layers))
@@ -159,7 +159,7 @@ def budgets_of(opened: OpenedCheckpoint, options: LoadOptions) -> Budgets:
 
 
 def choose_units(opened: OpenedCheckpoint, options: LoadOptions) -> OpenedCheckpoint:
-    """The same checkpoint, with as many units of its feed-forwards in memory as a budget holds, of each the same share.
+    """The same checkpoint, with as many of its units in memory as a budget holds, of each layer the same share.
 
     Args:
         opened: with or without a bundle.
@@ -184,7 +184,7 @@ def choose_window(opened: OpenedCheckpoint, options: LoadOptions) -> WindowPlan 
         opened: of which nothing is loaded.
         options: the budget, and how many layers shall stay or be read ahead.
     """
-    if options.wants_gpu:
+    if options.wants_gpu or opened.bundle is not None:
         return None
     limit, shapes = cpu_limit(options), (opened.slot_bytes_L, opened.most_slots_L, opened.top_k)
     if options.resident_layers is None and (room := room_besides(limit, needs_of(opened, options), *shapes)) >= 0:

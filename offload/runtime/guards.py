@@ -1,13 +1,11 @@
 """What an offloaded model refuses, because it would not be what the resident model does."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-
-from ..formats.form import Form
 
 
 def expect_no_gradient(*tensors: torch.Tensor) -> None:
@@ -41,16 +39,14 @@ def expect_numbers_in_memory(*tensors: torch.Tensor) -> None:
             )
 
 
-def guard_model(model: Any, forms: Sequence[Form]) -> None:
+def guard_model(model: Any) -> None:
     """Replace the methods of a model that would silently leave out what is on disk.
 
     `save_pretrained` and `state_dict` refuse, `num_parameters` counts the experts, and conversions refuse: what is on
     disk would keep its dtype and device.
     """
-    num_expert_parameters = sum(
-        form.layer.num_experts * prod(parameter.shape) for form in forms for parameter in form.layer.parameters
-    )
-    absent = "expert" if forms else "streamed"
+    num_expert_parameters = sum(map(prod, model.expert_shapes.values()))
+    absent = "expert" if model.expert_shapes else "streamed"
     count, apply, choose = model.num_parameters, model._apply, model.set_experts_implementation
 
     def refuse_to_save(*args: Any, **kwargs: Any) -> None:

@@ -45,13 +45,15 @@ def with_window(needs: Needs, window: WindowPlan | None) -> Needs:
 
 
 def _with_units(needs: Needs, opened: OpenedCheckpoint) -> Needs:
-    """What is needed if feed-forwards come by units: the bounds of their gates, units that stay, and one whole."""
+    """What is needed if units come one by one: the bounds of their gates, those that stay, and those of one read."""
     bundle = opened.bundle
     if bundle is None:
         return needs
     slots = zip(opened.unit_slots, bundle.layers, strict=False)
     held = bundle.bounds_bytes + bundle.work_bytes + sum(count * layer.of.unit_bytes for count, layer in slots)
-    return replace(needs, weight_bytes=needs.weight_bytes - bundle.nbytes, window_bytes=needs.window_bytes + held)
+    # of experts, which no model holds here, nothing is saved
+    saved = sum(weight.nbytes for name, weight in opened.model.named_parameters() if name in bundle.weight_names)
+    return replace(needs, weight_bytes=needs.weight_bytes - saved, window_bytes=needs.window_bytes + held)
 
 
 def _needs_of_all(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:

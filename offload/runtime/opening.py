@@ -24,12 +24,15 @@ from ..formats.resident.coded import coded_linear
 from ..formats.resident.linears import IsMultiplied, StoredLinear, find_stored, hold_stored
 from ..memory.budget import resident_bytes
 from ..neurons.bundle import Bundle, is_bundle, read_bundle
-from ..neurons.feed_forwards import find_feed_forwards
+from ..neurons.packing import find_units
 from ..store.packing import Pack, read_pack
 from ..window.guests import Guests, find_guests
 from ..window.planning import WindowPlan
 from .options import LoadOptions, Part
 from .runtime import IMPLEMENTATION
+
+DENSE = "a dense model, which is computed on the CPU; it has no experts"
+BY_UNITS = "experts come by units, which are computed on the CPU; no slot holds a whole one"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,8 +49,8 @@ class OpenedCheckpoint:
         left_out: full names of parameters that are neither loaded nor read.
         own_L: the experts of each layer that this process computes; None for all.
         packed: the packed copy that is read; None without one.
-        bundle: feed-forwards by their units; None if they are in memory like everything else.
-        unit_slots: units of each of them that stay in memory; empty before that is known.
+        bundle: feed-forwards, or the experts of a mixture, by their units; None without one. Such experts have no form.
+        unit_slots: units of each layer of it that stay in memory; empty before that is known.
         stored: linear layers that are held as the checkpoint stores them, by the full name of their weight.
     """
 
@@ -93,7 +96,7 @@ class OpenedCheckpoint:
     @property
     def top_k(self) -> int:
         """Experts that a token visits in each layer; 0 in a dense model."""
-        return experts_per_token(self.config) if self.forms else 0
+        return experts_per_token(self.config) if experts_modules(self.model) else 0
 
     @property
     def streamed(self) -> frozenset[str]:
@@ -138,12 +141,16 @@ def open_checkpoint(
         return _with_part(_open_gguf(folder, options, is_multiplied), options.part)
     sketch, entries = sketch_of(folder, options.dtype, needs_experts=False)
     if not experts_modules(sketch.skeleton):
-        _expect_dense_options(folder, options)
+        _expect_no_slots(options, f"model {folder}: {DENSE}")
+    elif options.pack is not None and is_bundle(Path(options.pack)):
+        _expect_no_slots(options, f"bundle {options.pack}: {BY_UNITS}")
     headers = _opened_sketch(sketch, entries, options.pack, is_multiplied)
     headers = _with_part(headers, options.part)
     if headers.bundle is not None and options.resident_layers is not None:
         raise ValueError("layers stay whole, or their feed-forwards come by units; leave resident_layers or pack out")
-    window = None if headers.bundle is not None or headers.left_out else choose(headers)
+    if headers.bundle is not None and options.adapter is not None:
+        raise ValueError("an adapter changes which units are active; merge it and pack the result, or leave pack out")
+    window = None if headers.left_out else choose(headers)
     headers = replace(headers, window=window)
     model = load_resident(sketch, entries, IMPLEMENTATION, headers.streamed | headers.stored.keys())
     # hollow experts must be gone before anything looks at the size of the model's parameters
@@ -186,9 +193,7 @@ def _opened_sketch(
     forms: list[Form] = [form_in_place(layer) for layer in layers]
     checksums, packed, bundle = None, None, None
     if pack is not None and is_bundle(Path(pack)):
-        if layers:
-            raise ValueError(f"bundle {pack}: it is of a dense model, and {sketch.folder} has experts")
-        bundle = read_bundle(Path(pack), find_feed_forwards(sketch.skeleton, entries, sketch.found))
+        bundle, forms = read_bundle(Path(pack), find_units(sketch, entries, layers)), []
     elif pack is not None:
         packed = read_pack(Path(pack), layers, entries)
         forms, checksums = packed.forms, packed.checksums
@@ -223,7 +228,7 @@ def _open_gguf(file: Path, options: LoadOptions, is_multiplied: IsMultiplied) ->
     _expect_no_pack(file, options.pack)
     opened = open_gguf_model(file, options.dtype)
     if not opened.names.experts:
-        _expect_dense_options(file, options)
+        _expect_no_slots(options, f"model {file}: {DENSE}")
     process_bytes = resident_bytes()
     is_part = options.part is not None and not options.part.has_rest
     left_out = _outside_experts(opened.skeleton) if is_part else frozenset()
@@ -235,19 +240,23 @@ def _open_gguf(file: Path, options: LoadOptions, is_multiplied: IsMultiplied) ->
     return OpenedCheckpoint(model=model, forms=forms, checksums=None, process_bytes=process_bytes, stored=stored)
 
 
-def _expect_dense_options(file: Path, options: LoadOptions) -> None:
-    """Refuse what is said about experts to a model that has none."""
+def _expect_no_slots(options: LoadOptions, what: str) -> None:
+    """Refuse what is said about whole experts where none come: of a dense model, or of one whose experts come by units.
+
+    Args:
+        options: of the caller.
+        what: is loaded, and what it lacks, for the message.
+    """
     said = {
         "record_trace": options.record_trace,
         "cache_experts": options.cache_experts is not None,
         "plan": options.plan is not None,
         "prefetch": options.prefetch not in ("auto", "off"),
+        "part": options.part is not None and what.endswith(BY_UNITS),
         "device": options.device not in ("auto", "cpu") or options.gpu_memory != "auto",
     }
     if wrong := [name for name, is_said in said.items() if is_said]:
-        raise ValueError(
-            f"model {file}: a dense model, which is computed on the CPU; it has no experts for {wrong[0]} to act on"
-        )
+        raise ValueError(f"{what} for {wrong[0]} to act on")
 
 
 def _open_gguf_heads(file: Path, pack: str | Path | None, is_multiplied: IsMultiplied) -> OpenedCheckpoint:
