@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 import offload
 from offload.neurons.bounds import GateBounds
-from offload.neurons.feed_forwards import is_zero_below_zero
+from offload.neurons.unit_layer import is_zero_below_zero
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 CONFIGS = {

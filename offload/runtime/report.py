@@ -76,8 +76,11 @@ class Offload:
             strength: the bonus over the range of a token's logits, 0..1; see `CachedFirst`.
 
         Raises:
-            ValueError: if the strength is out of range, was given before, or a router is no softmax of logits.
+            ValueError: if the strength is out of range, was given before, a router is no softmax of logits, or experts
+                come by units.
         """
+        if not self._runtime.layers:
+            raise ValueError("this model has no slots of whole experts, so none can be preferred")
         if self._preference is not None:
             raise ValueError("this model prefers cached experts already; load it anew for another strength")
         preference = CachedFirst(strength)
