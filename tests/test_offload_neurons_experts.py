@@ -12,6 +12,7 @@ from moe import MoEForCausalLM
 from offload.neurons.bundle import MAGIC
 from tests.quantised_checkpoints import write_tensors
 from tests.quantised_formats import fp8_blocks
+from tests.served import ask, collect, ids_of, serve
 
 D, F, E, K, L = 48, 40, 6, 2, 2
 SIZES = {"vocab_size": 96, "hidden_size": D, "num_hidden_layers": L, "num_attention_heads": 4, "head_dim": 12}
@@ -140,6 +141,15 @@ def test_experts_of_a_layer_share_slots_and_only_the_difference_is_read(saved):
     logits(model, IDS[:1, :1])
     assert model.offload.report()["units"]["read"] == read
     model.offload.close()
+
+
+def test_two_users_have_the_resident_models_answers(saved):
+    folder, resident = saved["single"]
+    with serve(folder, cache_experts=None, pack=folder / "units", cache_units=60) as engine:
+        streams = [engine.submit(ask(prompt, 6, ignore_end=True)) for prompt in IDS.tolist()]
+        for prompt, stream in zip(IDS, streams, strict=True):
+            expected = resident.generate(prompt[None], max_new_tokens=6, do_sample=False, pad_token_id=0)
+            assert ids_of(collect(stream)[0]) == expected[0, len(prompt) :].tolist()
 
 
 def test_memory_is_divided_among_bounds_slots_and_one_read(saved, run, capsys):

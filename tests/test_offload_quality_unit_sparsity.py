@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, OPTConfig
 
-from offload.quality.unit_sparsity import open_eager, unit_sparsity
+from offload.quality.unit_sparsity import UnitSparsity, open_eager, unit_sparsity
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS = {
@@ -74,8 +74,24 @@ def test_what_is_not_sparse_is_called_so(saved, run, capsys, tmp_path):
 def test_units_of_experts_count_where_a_token_visits_them(saved):
     model = open_eager(saved["experts"])
     found = unit_sparsity(model, TEXT)
-    assert len(found.zeros_L) == 2
+    assert found.unit_bytes_L == [3 * 32 * 4] * 2
     assert 0.3 < found.zeros < 0.7
+    # a page has parts of eleven such units, and hardly ever are all of them zero
+    assert found.read_share > 0.99
+    assert unit_sparsity(open_eager(saved["opt"]), TEXT).unit_bytes_L == [2 * 32 * 4] * 2
+
+
+def test_units_must_be_longer_than_what_the_pages_of_others_bring_along():
+    def of(zeros, unit_bytes):
+        shares = {"allowed": 0.01, "perplexity": 5.0, "sparse_perplexity": 5.0, "sparsity": zeros, "tokens": 9}
+        return UnitSparsity(zeros_L=[zeros], unit_bytes_L=[unit_bytes], **shares)
+
+    assert of(0.9, 4096).read_share == pytest.approx(1 - 0.9**2)
+    assert of(0.9, 4096).verdict.startswith("sparse: 90.0% of the units are exactly zero")
+    assert of(0.9, 512).read_share == pytest.approx(1 - 0.9**9)
+    assert of(0.9, 512).verdict.startswith("sparse, but its units are short: 90.0%")
+    assert of(0.3, 1 << 20).verdict.startswith("not sparse: 30.0%")
+    assert [of(*each).is_worthwhile for each in ((0.9, 4096), (0.9, 512), (0.3, 1 << 20))] == [True, False, False]
 
 
 def test_the_command_says_what_was_found(run, tmp_path, capsys):

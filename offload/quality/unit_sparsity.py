@@ -35,8 +35,10 @@ QUANTILES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.94, 0.97
 HALVINGS = 8
 """Of the interval in which CETT lies: it is known to 0.4 %."""
 WORTHWHILE = 0.5
-"""Least share of zeros at which reading units alone is called worthwhile. A unit is read in pieces of its rows, and
-each layer keeps what tells active units: below half, at most a factor of two is there to win. Not measured."""
+"""Most of the weights of its feed-forwards that a token may read for units to be called worthwhile. Each layer keeps
+what tells active units, too: above half, at most a factor of two is there to win. Not measured."""
+PAGE_BYTES = 4096
+"""What a disk reads at least; a unit begins anywhere in a page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class UnitSparsity:
 
     Args:
         zeros_L: share of activations of each layer that are exactly zero.
+        unit_bytes_L: bytes of a unit of each layer: its rows and its column.
         allowed: how much perplexity may rise, such as 0.01.
         perplexity: of the model as it is; `sparse_perplexity` with the units left out.
         sparsity: share of units left out at that perplexity, exact zeros among them: PPL-p % sparsity.
@@ -52,6 +55,7 @@ class UnitSparsity:
     """
 
     zeros_L: list[float]
+    unit_bytes_L: list[int]
     allowed: float
     perplexity: float
     sparse_perplexity: float
@@ -64,9 +68,21 @@ class UnitSparsity:
         return sum(self.zeros_L) / len(self.zeros_L)
 
     @property
+    def read_share(self) -> float:
+        """Share of the weights of its feed-forwards that a token reads by units: whole pages, each for any active unit.
+
+        Active units are taken to lie anywhere. A page of p bytes has bytes of 1 + p / u units of u bytes.
+        """
+        touched = (
+            1 - zeros ** (1 + PAGE_BYTES / unit_bytes)
+            for zeros, unit_bytes in zip(self.zeros_L, self.unit_bytes_L, strict=True)
+        )
+        return sum(touched) / len(self.zeros_L)
+
+    @property
     def is_worthwhile(self) -> bool:
         """Whether reading active units alone leaves out enough without changing what is computed."""
-        return self.zeros >= WORTHWHILE
+        return self.read_share <= WORTHWHILE
 
     @property
     def verdict(self) -> str:
@@ -74,7 +90,13 @@ class UnitSparsity:
         if self.is_worthwhile:
             return (
                 f"sparse: {self.zeros:.1%} of the units are exactly zero, so that a token needs "
-                f"{1 - self.zeros:.1%} of the weights of its feed-forwards"
+                f"{1 - self.zeros:.1%} of the weights of its feed-forwards, and reads {self.read_share:.1%} by pages"
+            )
+        if self.zeros >= WORTHWHILE:
+            return (
+                f"sparse, but its units are short: {self.zeros:.1%} of them are exactly zero, and of {PAGE_BYTES} bytes "
+                f"that a disk reads at least, a unit has {min(self.unit_bytes_L)}; {self.read_share:.1%} of the weights "
+                "would be read by units, so that whole feed-forwards or experts are the better piece"
             )
         lossy = f"; leaving {self.sparsity:.1%} out would cost {self.allowed:.0%} of perplexity and be another model"
         return (
@@ -87,6 +109,7 @@ class UnitSparsity:
 class _Layer:
     """What a layer has shown so far."""
 
+    unit_bytes: int
     threshold: float = 0.0
     """Units whose output is shorter are left out."""
     num_units: int = 0
@@ -157,15 +180,15 @@ def _try(layer: _Layer, unit_NF: Tensor, length_NF: Tensor, weight_DF: Tensor) -
 def _watched(model: nn.Module) -> Iterator[tuple[list[_Layer], _DownProducts]]:
     """Within, products with down matrices are seen."""
     layers, layer_of = [], {}
-    for weight in _down_matrices(model):
-        layers.append(_Layer())
+    for weight, unit_bytes in _down_matrices(model):
+        layers.append(_Layer(unit_bytes))
         layer_of[weight.untyped_storage().data_ptr()] = layers[-1]
     with _DownProducts(layer_of) as mode, torch.no_grad():
         yield layers, mode
 
 
-def _down_matrices(model: nn.Module) -> list[Tensor]:
-    """Down matrices of dense feed-forwards and of banks of experts, in the order of the model.
+def _down_matrices(model: nn.Module) -> list[tuple[Tensor, int]]:
+    """Down matrices of dense feed-forwards and of banks of experts, and bytes of a unit, in the order of the model.
 
     Raises:
         ValueError: if there is none that is found, or experts multiply by transposed matrices.
@@ -178,15 +201,28 @@ def _down_matrices(model: nn.Module) -> list[Tensor]:
                 raise ValueError(
                     f"{name}: {type(module).__name__} holds its matrices transposed, which is not read yet"
                 )
-            found.append(getattr(module, weight_names(module)[1]))
+            weight = getattr(module, weight_names(module)[1])
+            found.append((weight, (3 if module.has_gate else 2) * _column_bytes(weight)))
         elif name.rpartition(".")[2] in DOWN_NAMES and isinstance(getattr(module, "weight", None), Tensor):
-            found.append(module.weight)
+            parts = _matrices_beside(model.get_submodule(name.rpartition(".")[0]), module.weight.shape[1])
+            found.append((module.weight, parts * _column_bytes(module.weight)))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no feed-forward that is known here; its down matrix must be one of "
             f"{', '.join(DOWN_NAMES)}, or the model have experts behind transformers' interface"
         )
     return found
+
+
+def _column_bytes(weight: Tensor) -> int:
+    """Of a matrix [.., D, F]."""
+    return int(weight.shape[-2]) * weight.dtype.itemsize
+
+
+def _matrices_beside(module: nn.Module, num_units: int) -> int:
+    """Matrices of a feed-forward that have a row or a column for each unit."""
+    weights = (getattr(child, "weight", None) for child in module.children())
+    return sum(isinstance(weight, Tensor) and weight.dim() == 2 and num_units in weight.shape for weight in weights)
 
 
 def unit_sparsity(
@@ -237,6 +273,7 @@ def unit_sparsity(
                 high = middle
     return UnitSparsity(
         zeros_L=zeros,
+        unit_bytes_L=[layer.unit_bytes for layer in used],
         allowed=allowed,
         perplexity=math.exp(loss),
         sparse_perplexity=math.exp(best[0]),

@@ -1,8 +1,8 @@
 """`expertier bench units`: a model of sparse hidden units at half its memory, by units and by whole layers.
 
 The model is trained here on text, with a penalty that rises until most of its units are zero. Whole layers are streamed
-in the same memory control group. Both are held against the model in memory by their loss and the largest difference of
-logits: sums without their zeros are the model's terms in another order.
+in the same memory control group; of a mixture, whole experts. Both are held against the model in memory by their loss
+and the largest difference of logits: sums without their zeros are the model's terms in another order.
 
 Source: Alizadeh et al. 2023 (LLM in a flash), arXiv:2312.11514.
 """
@@ -26,6 +26,8 @@ from .in_process import measured
 
 # bytes of one text; attention is small, because feed-forwards are what is asked about
 DOMAIN, VOCABULARY, HEAD_WIDTH, HEADS = "prose", 256, 64, 4
+TOP_K = 2
+"""Experts of a token, with --experts."""
 RATE = 1e-3
 """The largest learning rate; not tuned."""
 ZEROS = 0.85
@@ -46,7 +48,8 @@ GOAL = 3.0
 def bench_units(
     folder: Annotated[Path, typer.Option(help="Where the model goes, on the disk to be measured.")],
     width: Annotated[int, typer.Option(min=64, help="D; a unit is three rows of it.")] = 2048,
-    units: Annotated[int, typer.Option(min=64, help="F, hidden units of a feed-forward.")] = 3072,
+    units: Annotated[int, typer.Option(min=64, help="F, hidden units of a feed-forward, or of each expert.")] = 3072,
+    experts: Annotated[int, typer.Option(min=0, help="Experts of a layer, of which 2 are chosen; 0 is dense.")] = 0,
     layers: Annotated[int, typer.Option(min=2, help="Decoder layers.")] = 6,
     train_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of 1,024 bytes.")] = 50,
     steps: Annotated[int, typer.Option(min=2, help="Bytes that are decoded and timed.")] = 64,
@@ -56,6 +59,8 @@ def bench_units(
 ) -> None:
     """Train a ReLU model, then decode with half of its weights in memory: by hidden units, and by whole layers.
 
+    With --experts the model is a mixture, and its experts come by units, or whole.
+
     Example: `expertier bench units --folder /data/scratch`
     """
     expect_outputs(json_file, inputs=[])
@@ -63,13 +68,13 @@ def bench_units(
     expect_folder(folder / "model")
     import offload
 
-    check_parity()
-    sizes = {"width": width, "units": units, "layers": layers}
+    check_parity(experts)
+    sizes = {"width": width, "units": units, "layers": layers, "experts": experts}
     with tempfile.TemporaryDirectory(dir=folder, prefix="expertier-units-") as place:
         checkpoint, bundle = Path(place, "model"), Path(place, "model.units")
         penalty = train(checkpoint, train_steps, **sizes)
         offload.pack_units(checkpoint, bundle)
-        rows = compared(checkpoint, bundle, steps)
+        rows = compared(checkpoint, bundle, steps, "whole experts" if experts else "whole layers")
     for row in rows:
         plain_console().print(_line(row), highlight=False)
     if json_file:
@@ -79,11 +84,11 @@ def bench_units(
         typer.echo(f"record: {save_record('bench-units', rows, config=kept, seed=SEED, folder=records)}")
 
 
-def train(folder: Path, steps: int, *, width: int, units: int, layers: int) -> float:
+def train(folder: Path, steps: int, *, width: int, units: int, layers: int, experts: int) -> float:
     """Train a ReLU model on bytes until most of its units are zero; saves it in bfloat16 and gives the last penalty."""
     import numpy as np
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
     from ..claims.claim import fit
     from ..claims.domains import rows_of
@@ -91,10 +96,16 @@ def train(folder: Path, steps: int, *, width: int, units: int, layers: int) -> f
     torch.manual_seed(SEED)
     sizes = {"hidden_size": width, "intermediate_size": units, "num_hidden_layers": layers, "vocab_size": VOCABULARY}
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": HEAD_WIDTH}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, hidden_act="relu", max_position_embeddings=1024))
+    kind = {"hidden_act": "relu", "max_position_embeddings": 1024}
+    if experts:
+        chosen = {"num_experts": experts, "num_experts_per_tok": min(TOP_K, experts), "moe_intermediate_size": units}
+        model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, **heads, **kind, **chosen, norm_topk_prob=True))
+    else:
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads, **kind))
     gates: list[torch.Tensor] = []
     for layer in model.model.layers:
-        layer.mlp.gate_proj.register_forward_hook(lambda module, given, gate: gates.append(gate))
+        rectified = (layer.mlp.experts if experts else layer.mlp).act_fn
+        rectified.register_forward_hook(lambda module, given, unit: gates.append(given[0]))
     draws, penalty = np.random.default_rng(SEED), 0.02
 
     def loss_of(step: int) -> torch.Tensor:
@@ -112,8 +123,8 @@ def train(folder: Path, steps: int, *, width: int, units: int, layers: int) -> f
     return penalty
 
 
-def check_parity() -> None:
-    """On a small model, logits by units must be close to the resident model's, before anything is timed.
+def check_parity(experts: int) -> None:
+    """On a small model of the same kind, logits by units must be close to the resident model's, before anything is timed.
 
     Raises:
         RuntimeError: if they are not.
@@ -127,7 +138,7 @@ def check_parity() -> None:
     ids = torch.arange(12)[None]
     with tempfile.TemporaryDirectory() as place:
         checkpoint, bundle = Path(place, "model"), Path(place, "model.units")
-        train(checkpoint, 1, width=64, units=128, layers=2)
+        train(checkpoint, 1, width=64, units=128, layers=2, experts=experts)
         offload.pack_units(checkpoint, bundle)
         model = offload.load(checkpoint, pack=bundle, cache_units=16)
         try:
@@ -140,8 +151,13 @@ def check_parity() -> None:
         raise RuntimeError(f"units change logits by {difference:.2g}; nothing is measured")
 
 
-def compared(checkpoint: Path, bundle: Path, steps: int) -> list[dict[str, Any]]:
+def compared(checkpoint: Path, bundle: Path, steps: int, whole_way: str) -> list[dict[str, Any]]:
     """Rows of the whole model, and of both ways within its needs without half of its weights.
+
+    Args:
+        checkpoint, bundle: of the model.
+        steps: bytes that are timed.
+        whole_way: name of the way without units.
 
     Raises:
         RuntimeError: if logits differ by more than another order of sums makes of them.
@@ -150,7 +166,7 @@ def compared(checkpoint: Path, bundle: Path, steps: int) -> list[dict[str, Any]]
     whole = measured("units", **given, memory=None, bundle=None)
     budget = whole["needs_bytes"] - whole["weight_bytes"] // 2
     rows = [{"way": "in memory", "budget": None, **whole}]
-    for way, given_bundle in (("whole layers", None), ("units", str(bundle))):
+    for way, given_bundle in ((whole_way, None), ("units", str(bundle))):
         drop_cached(checkpoint)
         drop_cached(bundle.parent)
         limit = int(budget / KERNEL_SHARE)
@@ -194,23 +210,23 @@ def measure(checkpoint: str, steps: int, memory: int | None, bundle: str | None)
             losses.append(float(torch.nn.functional.cross_entropy(found, token_S[position + 1])))
             logits += found[:4].tolist()
     report = model.offload.report()
-    chosen = report.get("units", {"chosen": 0, "active": 0, "bytes_read": 0, "units_per_layer": []})
-    asked = steps * sum(chosen["units_per_layer"])
+    chosen = report.get("units", {"chosen": 0, "active": 0, "visited": 0})
+    visited = chosen["visited"]
     return {
         "step_s": median(step_s),
         "loss": sum(losses) / steps,
         "logits": logits,
         "needs_bytes": needs,
-        "weight_bytes": report["memory"]["weight_bytes"],
-        "read_per_step": (chosen["bytes_read"] + report.get("window", {}).get("bytes_read", 0)) / steps,
-        "zeros": 1 - chosen["active"] / asked if asked else None,
-        "not_chosen": 1 - chosen["chosen"] / asked if asked else None,
+        "weight_bytes": report["memory"]["weight_bytes"] + report["memory"]["slot_bytes"],
+        "read_per_step": report["bytes_read"] / steps,
+        "zeros": 1 - chosen["active"] / visited if visited else None,
+        "not_chosen": 1 - chosen["chosen"] / visited if visited else None,
     }
 
 
 def _line(row: dict[str, Any]) -> str:
     said = (
-        f"{row['way']}: step {row['step_s'] * 1e3:.1f} ms, {row['times_layers']:.2f} times as fast as layers, reads "
+        f"{row['way']}: step {row['step_s'] * 1e3:.1f} ms, {row['times_layers']:.2f} times as fast as whole, reads "
         f"{format_size(row['read_per_step'])} of {format_size(row['weight_bytes'])}; loss {row['loss']:.3f}"
     )
     return said if row["zeros"] is None else f"{said}; {row['zeros']:.1%} zeros, {row['not_chosen']:.1%} not read for"

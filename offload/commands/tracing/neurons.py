@@ -23,8 +23,9 @@ def neurons(
 ) -> None:
     """Say how many hidden units of the feed-forwards are zero, and how many could be left out (PPL-p % sparsity).
 
-    Where units are not exactly zero it says so: reading active units alone would not be the same model. Of experts,
-    only those that a token visits count. The whole model is held in memory.
+    Where units are not exactly zero it says so: reading active units alone would not be the same model. It says so,
+    too, where units are so short that a disk's pages bring most of the others along. Of experts, only those that a
+    token visits count. The whole model is held in memory.
 
     Example: `expertier trace neurons my-model --data book.txt`
     """
@@ -59,4 +60,5 @@ def neurons(
     )
     console.print(found.verdict)
     if json_file:
-        write_json(json_file, {**asdict(found), "zeros": found.zeros, "is_worthwhile": found.is_worthwhile})
+        derived = {name: getattr(found, name) for name in ("zeros", "read_share", "is_worthwhile")}
+        write_json(json_file, {**asdict(found), **derived})
