@@ -97,7 +97,7 @@ def test_logits_and_tokens_are_the_models(saved, name, cache_units):
 
 
 def test_counts_are_those_of_the_resident_model(saved):
-    """Of each expert that some token visits, units that are not zero for one of its tokens, in as many turns as need be."""
+    """Of each visited expert, the units that are not zero for one of its tokens, in as many turns as need be."""
     folder, resident = saved["single"]
     active, visited, hooks = 0, 0, []
 

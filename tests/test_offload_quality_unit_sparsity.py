@@ -89,7 +89,7 @@ def test_units_must_be_longer_than_what_the_pages_of_others_bring_along():
     assert of(0.9, 4096).read_share == pytest.approx(1 - 0.9**2)
     assert of(0.9, 4096).verdict.startswith("sparse: 90.0% of the units are exactly zero")
     assert of(0.9, 512).read_share == pytest.approx(1 - 0.9**9)
-    assert of(0.9, 512).verdict.startswith("sparse, but its units are short: 90.0%")
+    assert of(0.9, 512).verdict.startswith("sparse, but not enough for units of 512 bytes: 90.0%")
     assert of(0.3, 1 << 20).verdict.startswith("not sparse: 30.0%")
     assert [of(*each).is_worthwhile for each in ((0.9, 4096), (0.9, 512), (0.3, 1 << 20))] == [True, False, False]
 

@@ -144,7 +144,9 @@ def fit(
     if fitted.gpu_plan is not None:
         predicted = _gpu_fit(fitted, rates)
     elif fitted.bundle is not None:
-        plain_console(soft_wrap=True).print("speeds by units depend on the text: how many are active shows when it runs")
+        plain_console(soft_wrap=True).print(
+            "speeds by units depend on the text: how many are active shows when it runs"
+        )
     elif rates is not None and fitted.plan is not None:
         if recorded is not None:
             hit_rate = fitted.traced_hit_rate(recorded)

@@ -39,8 +39,8 @@ def pack(
         bool,
         typer.Option(
             "--bundle",
-            help="Of a dense model whose hidden units can be zero (ReLU): its feed-forwards, row by row and column by "
-            "column, so that a token's units alone are read.",
+            help="Of a model whose hidden units can be zero (ReLU): its feed-forwards, or its experts, row by row and "
+            "column by column, so that a token's units alone are read.",
         ),
     ] = False,
     *,
@@ -54,7 +54,7 @@ def pack(
 
     Or `expertier pack my-model --out my-model.int4 --form int4 --method gptq --calibrate book.txt`
 
-    Or, of a dense model with ReLU: `expertier pack my-model --out my-model.units --bundle`
+    Or, of a model with ReLU: `expertier pack my-model --out my-model.units --bundle`
     """
     expect_model(model)
     expect_folder(out)
@@ -92,7 +92,7 @@ def pack(
 
 
 def _pack_units(model: str, out: Path) -> None:
-    """Write the feed-forwards of a dense model by units."""
+    """Write the feed-forwards or the experts of a model by units."""
     from rich.progress import Progress
 
     console = plain_console(stderr=True)

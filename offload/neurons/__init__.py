@@ -1,1 +1,1 @@
-"""Feed-forwards by hidden units: bundled rows and columns on disk, proven bounds of what is active, units in memory."""
+"""Feed-forwards and experts by hidden units: bundled on disk, bounds of what is active, units in memory."""

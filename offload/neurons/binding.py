@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bundle import Bundle, BundledLayer, BundleReader
+from .bundle import Bundle, BundledLayer
 from .expert_banks import ExpertBank
+from .reader import BundleReader
 from .routed_units import bind_experts
 from .slots import UnitCounters, UnitSlots
 from .unit_linears import bind_linears

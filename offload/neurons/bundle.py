@@ -7,16 +7,12 @@ before the activation if there is one, and a column of the matrix after it. Expe
 Shapes: F hidden units of a layer, D model width, W numbers of a unit, n units.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from routing.ground.files import atomic_write
@@ -27,8 +23,6 @@ from .unit_layer import UnitLayer
 MAGIC = b"XPUNITS1"
 MOST_HEADER = 64 << 20
 """Bytes of a header that is taken for one: a thousand feed-forwards take half a megabyte."""
-RUN_BYTES = 1 << 20
-"""One read is at most this long, so that several threads share a long run of units. Not tuned."""
 
 
 class HeaderLayer(BaseModel):
@@ -220,74 +214,3 @@ def _header_layer(each: UnitLayer) -> HeaderLayer:
         dtype=str(each.dtype),
         stamps=each.stamps(),
     )
-
-
-class BundleReader:
-    """Reads units by several threads, neighbours in one piece, through the page cache.
-
-    Args:
-        bundle: where each feed-forward's units are; its file stays open until `close`.
-        num_threads: reads in flight at most.
-    """
-
-    def __init__(self, bundle: Bundle, num_threads: int) -> None:
-        self._file = bundle.file
-        self._descriptor: int | None = os.open(bundle.file, os.O_RDONLY)
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="expertier-units")
-        self.bytes_read = 0
-        self.turn = 0
-        """Counts calls of feed-forwards, which share the memory that is read into."""
-
-    def close(self) -> None:
-        """Stop the threads and close the file."""
-        self._threads.shutdown()
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def read(
-        self, layer: BundledLayer, unit_m: NDArray[np.int64], place_m: NDArray[np.int64], target_nW: torch.Tensor
-    ) -> None:
-        """Read units into rows of a target, and wait for them.
-
-        Args:
-            layer: whose units.
-            unit_m, place_m: numbers of units and of rows, both rising.
-            target_nW: contiguous.
-
-        Raises:
-            OSError: if the file is shorter than it was, or the disk fails.
-            RuntimeError: if the reader is closed.
-        """
-        if self._descriptor is None:
-            raise RuntimeError("this model was closed; load it again")
-        if not len(unit_m):
-            return
-        memory = memoryview(target_nW.view(torch.uint8).numpy()).cast("B")
-        jobs = [
-            self._threads.submit(self._run, layer, first, memory[place : place + nbytes])
-            for first, place, nbytes in _runs(unit_m, place_m, layer.of.unit_bytes)
-        ]
-        for job in jobs:
-            job.result()
-        self.bytes_read += len(unit_m) * layer.of.unit_bytes
-
-    def _run(self, layer: BundledLayer, first: int, target: memoryview) -> None:
-        assert self._descriptor is not None
-        offset = layer.offset + first * layer.of.unit_bytes
-        done = os.preadv(self._descriptor, [target], offset)
-        while 0 < done < len(target):
-            more = os.preadv(self._descriptor, [target[done:]], offset + done)
-            done = done + more if more else -1
-        if done != len(target):
-            raise OSError(f"{self._file} ends within the units of {layer.of.name}; it was changed while it was open")
-
-
-def _runs(unit_m: NDArray[np.int64], place_m: NDArray[np.int64], unit_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """First unit, place in the target and length in bytes of each piece whose units and places are neighbours."""
-    breaks = np.flatnonzero((np.diff(unit_m) != 1) | (np.diff(place_m) != 1)) + 1
-    most = max(RUN_BYTES // unit_bytes, 1)
-    for start, stop in zip([0, *breaks], [*breaks, len(unit_m)], strict=True):
-        for piece in range(start, stop, most):
-            count = min(most, stop - piece)
-            yield int(unit_m[piece]), int(place_m[piece]) * unit_bytes, count * unit_bytes

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .bundle import BundledLayer, BundleReader
+from .bundle import BundledLayer
+from .reader import BundleReader
 
 
 def expect_no_gradient(*tensors: torch.Tensor) -> None:

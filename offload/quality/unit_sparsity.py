@@ -94,9 +94,9 @@ class UnitSparsity:
             )
         if self.zeros >= WORTHWHILE:
             return (
-                f"sparse, but its units are short: {self.zeros:.1%} of them are exactly zero, and of {PAGE_BYTES} bytes "
-                f"that a disk reads at least, a unit has {min(self.unit_bytes_L)}; {self.read_share:.1%} of the weights "
-                "would be read by units, so that whole feed-forwards or experts are the better piece"
+                f"sparse, but not enough for units of {min(self.unit_bytes_L)} bytes: {self.zeros:.1%} of them are "
+                f"exactly zero, and the pages of the others ({PAGE_BYTES} bytes) hold {self.read_share:.1%} of the "
+                "weights; whole feed-forwards or experts are the better pieces"
             )
         lossy = f"; leaving {self.sparsity:.1%} out would cost {self.allowed:.0%} of perplexity and be another model"
         return (

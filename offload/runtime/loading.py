@@ -72,8 +72,8 @@ def load(
             every budget, batch and number of threads, of our own products. `"fast"`: nothing; with a GPU the CPU then
             computes a share of the experts that are not there. `"auto"`: exact where that is not slower than the
             resident model on this processor, else fixed; `model.offload.report()["arithmetic"]` says which.
-        pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files; of a dense
-            model, its feed-forwards by hidden units (`pack --bundle`).
+        pack: a packed copy of the experts (see write_pack) to read instead of the checkpoint's own files; or a bundle
+            of hidden units (`pack --bundle`), of the experts or of a dense model's feed-forwards.
         depth: of a packed copy in levels, how many of each expert are read: a number, `"all"`, or as many as
             `cpu_memory` holds with all experts in memory (`"auto"`), those first that gain most for their bytes. Or a
             rule that chooses while the model runs, lossy: `"weight"` reads experts that miss in few levels where their
@@ -96,8 +96,8 @@ def load(
         resident_layers: decoder layers that stay in memory, the head counting as one; the others are streamed from the
             checkpoint in order of use. None keeps as many as the budget holds, which are all if it is large enough.
         layers_ahead: streamed layers that are read while one is computed, 0 or more; None chooses up to 2.
-        cache_units: of a bundle of feed-forwards (`pack --bundle`), hidden units of each layer that stay in memory, 0
-            or more, instead of what a budget pays for.
+        cache_units: of a bundle (`pack --bundle`), hidden units of each layer that stay in memory, 0 or more, instead
+            of what a budget pays for; the experts of a layer share them.
         peer_memory: memory of another GPU, such as `"8GiB"`: experts that the first one gives up go there and come back
             from there, before RAM and disk are asked.
         part: the experts that this process computes, where others compute the rest; None has all of the model.

@@ -99,7 +99,9 @@ def train(folder: Path, steps: int, *, width: int, units: int, layers: int, expe
     kind = {"hidden_act": "relu", "max_position_embeddings": 1024}
     if experts:
         chosen = {"num_experts": experts, "num_experts_per_tok": min(TOP_K, experts), "moe_intermediate_size": units}
-        model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, **heads, **kind, **chosen, norm_topk_prob=True))
+        model = AutoModelForCausalLM.from_config(
+            Qwen3MoeConfig(**sizes, **heads, **kind, **chosen, norm_topk_prob=True)
+        )
     else:
         model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads, **kind))
     gates: list[torch.Tensor] = []
@@ -124,7 +126,7 @@ def train(folder: Path, steps: int, *, width: int, units: int, layers: int, expe
 
 
 def check_parity(experts: int) -> None:
-    """On a small model of the same kind, logits by units must be close to the resident model's, before anything is timed.
+    """On a small model of this kind, logits by units must be close to the resident model's, before anything is timed.
 
     Raises:
         RuntimeError: if they are not.
