@@ -77,7 +77,7 @@ def find_expert_banks(model: Any, layers: Sequence[ExpertLayer]) -> tuple[Expert
     """The experts of every layer of a model, as banks of units.
 
     Args:
-        model: the skeleton.
+        model: without weights; its experts modules are asked how they compute.
         layers: where its experts lie.
 
     Raises:

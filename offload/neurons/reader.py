@@ -1,6 +1,6 @@
 """Reads units of a bundle by several threads, neighbours in one piece.
 
-Shapes: m units to read, n rows of the target, W numbers of a unit.
+Shapes: m units to read, n units that the target has room for, W numbers of a unit.
 """
 
 import os

@@ -23,11 +23,11 @@ class UnitLayer(ABC):
     """A feed-forward, or all experts of a layer one after the other.
 
     Args:
-        name: of the module.
+        name: of the module that computes them.
         parts: names of its matrices: the gate first, the one after the activation last.
-        num_units: in all.
+        num_units: of the feed-forward, or of all experts together.
         num_at_once: units that one read brings at most.
-        width: D.
+        width: D, numbers of a row.
         dtype: of the running model.
     """
 
@@ -93,7 +93,7 @@ def expect_zero_below_zero(
     """Refuse a module that needs every unit of every token.
 
     Args:
-        name: of the module.
+        name: of the module, for the message.
         activation: gives what the units are, of the gate's products.
         kind: of the activation, for the message.
 

@@ -244,7 +244,7 @@ def _expect_no_slots(options: LoadOptions, what: str) -> None:
     """Refuse what is said about whole experts where none come: of a dense model, or of one whose experts come by units.
 
     Args:
-        options: of the caller.
+        options: what the caller asked for.
         what: is loaded, and what it lacks, for the message.
     """
     said = {
