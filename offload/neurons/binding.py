@@ -66,6 +66,6 @@ class BundledUnits:
 
 
 def _work(layer: BundledLayer, memory: torch.Tensor) -> torch.Tensor:
-    """[n, W] for what one read may bring, in memory that all layers share."""
-    count = layer.of.num_at_once
+    """[rows, W] for what one call may need, in memory that all layers share."""
+    count = layer.of.rows_at_once
     return memory[: count * layer.of.unit_bytes].view(layer.of.dtype).view(count, -1)

@@ -87,8 +87,8 @@ class Bundle:
 
     @property
     def work_bytes(self) -> int:
-        """Of what one read may bring: a long prompt needs all units of a feed-forward at once."""
-        return max(layer.of.num_at_once * layer.of.unit_bytes for layer in self.layers)
+        """Of what one call has in memory: a long prompt needs all units of a feed-forward at once."""
+        return max(layer.of.rows_at_once * layer.of.unit_bytes for layer in self.layers)
 
     def bounds(self, layer: BundledLayer) -> GateBounds:
         """The bounds of one gate."""

@@ -18,7 +18,7 @@ from ..checkpoint.experts import ExpertLayer, experts_modules, weight_names
 from ..checkpoint.tensors import TensorEntry
 from ..formats.plain import PlainForm
 from ..formats.quantised_parts import is_quantised
-from .unit_layer import UnitLayer, expect_zero_below_zero, stamp, stored_bytes
+from .unit_layer import UnitLayer, expect_zero_below_zero, rounded, stamp, stored_bytes
 
 STAMP_BYTES = 1 << 12
 """Of each expert's beginning, in each tensor: a model has thousands of experts, and each is stamped when it is opened.
@@ -109,7 +109,7 @@ def _bank(model: Any, layer: ExpertLayer, module: Any, top_k: int) -> ExpertBank
         name=name,
         parts=parts,
         num_units=layer.num_experts * F,
-        num_at_once=min(top_k, layer.num_experts) * F,
+        rows_at_once=min(top_k, layer.num_experts) * rounded(F),
         width=D,
         dtype=down.dtype,
         layer=ExpertLayer(name, layer.num_experts, (before, down)),

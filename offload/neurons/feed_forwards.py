@@ -12,7 +12,7 @@ from torch import nn
 
 from ..checkpoint.tensors import TensorEntry
 from ..window.guests import Matches, plain_entry
-from .unit_layer import UnitLayer, expect_zero_below_zero, stamp, stored_bytes
+from .unit_layer import UnitLayer, expect_zero_below_zero, rounded, stamp, stored_bytes
 
 SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj"), ("fc1", "fc2"))
 """Names of the layers of a feed-forward; the first is what the activation is applied to."""
@@ -81,7 +81,7 @@ def _found(name: str, module: nn.Module, entries: Mapping[str, TensorEntry], fou
         stored.append(entry)
     F, D = stored[0].shape
     return FeedForward(
-        name=name, parts=parts, num_units=F, num_at_once=F, width=D, dtype=weight.dtype, entries=tuple(stored)
+        name=name, parts=parts, num_units=F, rows_at_once=rounded(F), width=D, dtype=weight.dtype, entries=tuple(stored)
     )
 
 

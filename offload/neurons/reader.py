@@ -1,6 +1,6 @@
 """Reads units of a bundle by several threads, neighbours in one piece.
 
-Shapes: m units to read, n units that the target has room for, W numbers of a unit.
+Shapes: m units to read, R rows of the target, W numbers of a unit.
 """
 
 import os
@@ -42,14 +42,14 @@ class BundleReader:
             self._descriptor = None
 
     def read(
-        self, layer: BundledLayer, unit_m: NDArray[np.int64], place_m: NDArray[np.int64], target_nW: torch.Tensor
+        self, layer: BundledLayer, unit_m: NDArray[np.int64], place_m: NDArray[np.int64], target_RW: torch.Tensor
     ) -> None:
         """Read units into rows of a target, and wait for them.
 
         Args:
             layer: whose units.
             unit_m, place_m: numbers of units and of rows, both rising.
-            target_nW: contiguous.
+            target_RW: contiguous.
 
         Raises:
             OSError: if the file is shorter than it was, or the disk fails.
@@ -59,7 +59,7 @@ class BundleReader:
             raise RuntimeError("this model was closed; load it again")
         if not len(unit_m):
             return
-        memory = memoryview(target_nW.view(torch.uint8).numpy()).cast("B")
+        memory = memoryview(target_RW.view(torch.uint8).numpy()).cast("B")
         runs = list(_runs(unit_m, place_m, layer.of.unit_bytes))
         # a list of reads for each thread: handing over a hundred short ones takes longer than reading them
         shares = [runs[start :: self._num_threads] for start in range(min(self._num_threads, len(runs)))]

@@ -4,7 +4,7 @@ Each expert chooses its units, and those of as many experts as the memory of one
 these are all that it visits. Sums over a token's experts run in the order of transformers.
 
 Shapes: T tokens, K experts per token, E experts, F hidden units of one, D model width, N = T K routed rows sorted by
-expert, t rows of one expert, n units, W numbers of a unit.
+expert, t rows of one expert, n units, P of them with zeros, W numbers of a unit.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,6 +19,7 @@ from ..compute.routed_rows import ExpertSpans
 from .bounds import GateBounds
 from .expert_banks import ExpertBank, hidden_units
 from .slots import UnitSlots, expect_no_gradient
+from .unit_layer import rounded
 
 Turn = list[tuple[int, torch.Tensor]]
 """Experts that are computed together, each with the numbers of its chosen units."""
@@ -71,32 +72,31 @@ class _RoutedUnits:
     def _turns(self, spans: Mapping[int, tuple[int, int]], x_ND: torch.Tensor) -> Iterator[Turn]:
         """All visited experts and what they choose, as many at a time as the memory of one read holds."""
         turn: Turn = []
-        room = self.slots.most
+        room = self.slots.most_rows
         for expert, (start, stop) in spans.items():
             unit_n = self.bounds_E[expert].may_be_active(x_ND[start:stop], None).nonzero()[:, 0]
-            if len(unit_n) > room:
+            if rounded(len(unit_n)) > room:
                 yield turn
-                turn, room = [], self.slots.most
+                turn, room = [], self.slots.most_rows
             turn.append((expert, unit_n))
-            room -= len(unit_n)
+            room -= rounded(len(unit_n))
         yield turn
 
     def _compute(
         self, turn: Turn, spans: Mapping[int, tuple[int, int]], x_ND: torch.Tensor, out_ND: torch.Tensor
     ) -> None:
         """Write what some experts give, with their units in memory at once."""
-        unit_n = torch.cat([expert * self.bank.expert_units + chosen_n for expert, chosen_n in turn])
+        pieces = [(expert * self.bank.expert_units + chosen_n).numpy() for expert, chosen_n in turn]
         self.slots.counters.visited += len(turn) * self.bank.expert_units
-        weight_nW = self.slots.gather(unit_n.numpy())
+        gathered = self.slots.gather(pieces)
         number = self.slots.reader.turn
-        pieces = weight_nW.split([len(chosen_n) for _, chosen_n in turn])
-        for (expert, _), piece_nW in zip(turn, pieces, strict=True):
+        for (expert, _), weight_PW in zip(turn, gathered, strict=True):
             start, stop = spans[expert]
-            out_ND[start:stop] = self._expert(x_ND[start:stop], piece_nW)
+            out_ND[start:stop] = self._expert(x_ND[start:stop], weight_PW)
         self.slots.expect_turn(number)
 
-    def _expert(self, x_tD: torch.Tensor, weight_nW: torch.Tensor) -> torch.Tensor:
-        *row_nD, column_nD = weight_nW.split(self.bank.width, dim=1)
-        hidden_tn = hidden_units(self.module, [linear(x_tD, each_nD) for each_nD in row_nD])
-        self.slots.counters.active += int((hidden_tn != 0).any(dim=0).sum())
-        return hidden_tn @ column_nD
+    def _expert(self, x_tD: torch.Tensor, weight_PW: torch.Tensor) -> torch.Tensor:
+        *row_PD, column_PD = weight_PW.split(self.bank.width, dim=1)
+        hidden_tP = hidden_units(self.module, [linear(x_tD, each_PD) for each_PD in row_PD])  # of zeros it is zero
+        self.slots.counters.active += int((hidden_tP != 0).any(dim=0).sum())
+        return hidden_tP @ column_PD

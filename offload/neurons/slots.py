@@ -5,9 +5,11 @@ and columns. There the window is a number of tokens; here it is as many as the s
 
 The experts of a layer share its slots: which of them need many is up to the text.
 
-Shapes: F hidden units of the layer, C slots, n units of a call, W = parts times D numbers of a unit.
+Shapes: F hidden units of the layer, C slots, n units of a call, m of them that were not there, R rows of the work
+memory, P of them for one piece of a call, W = parts times D numbers of a unit.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,10 @@ from numpy.typing import NDArray
 
 from .bundle import BundledLayer
 from .reader import BundleReader
+from .unit_layer import rounded
+
+COPIED_BYTES = 1 << 20
+"""Of rows that are copied at once: torch has them in memory twice, and these stay in the caches."""
 
 
 def expect_no_gradient(*tensors: torch.Tensor) -> None:
@@ -51,19 +57,19 @@ class UnitSlots:
         layer: where its units are.
         reader: reads them.
         num_slots: units that stay; 0 reads all that a call needs.
-        work_nW: memory for the units of one call, in order of their numbers, shared by all layers.
+        work_RW: memory for the units of one call, shared by all layers.
     """
 
-    def __init__(self, layer: BundledLayer, reader: BundleReader, num_slots: int, work_nW: torch.Tensor) -> None:
-        self.layer, self.reader, self._work_nW = layer, reader, work_nW
-        self._unit_CW = torch.zeros(num_slots, work_nW.shape[1], dtype=work_nW.dtype)
+    def __init__(self, layer: BundledLayer, reader: BundleReader, num_slots: int, work_RW: torch.Tensor) -> None:
+        self.layer, self.reader, self._work_RW = layer, reader, work_RW
+        self._unit_CW = torch.zeros(num_slots, work_RW.shape[1], dtype=work_RW.dtype)
         self.counters = UnitCounters()
         self.clear()
 
     @property
-    def most(self) -> int:
-        """Units of one call at most."""
-        return len(self._work_nW)
+    def most_rows(self) -> int:
+        """Of the work memory: pieces of a call take a round number each."""
+        return len(self._work_RW)
 
     def clear(self) -> None:
         """Forget all units."""
@@ -73,11 +79,12 @@ class UnitSlots:
         self._time = 0
         self._is_whole = True
 
-    def gather(self, unit_n: NDArray[np.int64]) -> torch.Tensor:
-        """[n, W]: units by number, in memory that the next call of any layer overwrites.
+    def gather(self, pieces: Sequence[NDArray[np.int64]]) -> list[torch.Tensor]:
+        """[P, W] for each piece: its units, then zeros; the next call of any layer overwrites them.
 
         Args:
-            unit_n: rising, no more than `most`.
+            pieces: numbers of units, rising from the first of the first piece to the last of the last. Rounded, they
+                are no more than `most_rows` together.
 
         Raises:
             OSError: if reading fails.
@@ -87,18 +94,29 @@ class UnitSlots:
         self._is_whole = False
         self._time += 1
         self.reader.turn += 1
-        slot_n, gathered_nW = self._slot_F[unit_n], self._work_nW[: len(unit_n)]
-        is_here_n = slot_n >= 0
-        here_n, missing_n = np.flatnonzero(is_here_n), np.flatnonzero(~is_here_n)
-        gathered_nW[here_n] = self._unit_CW[slot_n[here_n]]
-        self._used_C[slot_n[here_n]] = self._time
-        self.reader.read(self.layer, unit_n[missing_n], missing_n, gathered_nW)
-        self._keep(unit_n[missing_n], gathered_nW[missing_n])
+        rows = [rounded(len(piece)) for piece in pieces]
+        padded_PW = list(self._work_RW[: sum(rows)].split(rows))
+        starts = np.cumsum([0, *rows[:-1]])
+        unit_n = np.concatenate(pieces)
+        row_n = np.concatenate([start + np.arange(len(piece)) for start, piece in zip(starts, pieces, strict=True)])
+        missing_n = self._copy_those_here(unit_n, row_n)
+        self.reader.read(self.layer, unit_n[missing_n], row_n[missing_n], self._work_RW)
+        self._keep(unit_n[missing_n], row_n[missing_n])
+        for piece, one_PW in zip(pieces, padded_PW, strict=True):
+            one_PW[len(piece) :].zero_()
         self.counters.calls += 1
         self.counters.chosen += len(unit_n)
         self.counters.read += len(missing_n)
         self._is_whole = True
-        return gathered_nW
+        return padded_PW
+
+    def _copy_those_here(self, unit_n: NDArray[np.int64], row_n: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Copy units from their slots into the work memory; gives which of them have none."""
+        slot_n = self._slot_F[unit_n]
+        is_here_n = slot_n >= 0
+        _copy_rows(self._unit_CW, slot_n[is_here_n], self._work_RW, row_n[is_here_n])
+        self._used_C[slot_n[is_here_n]] = self._time
+        return np.flatnonzero(~is_here_n)
 
     def expect_turn(self, turn: int) -> None:
         """Refuse memory that another call has overwritten since it was gathered.
@@ -112,13 +130,13 @@ class UnitSlots:
         if turn != self.reader.turn:
             raise RuntimeError("a model with bundled units was called within another of its calls; call it in turn")
 
-    def _keep(self, unit_m: NDArray[np.int64], read_mW: torch.Tensor) -> None:
+    def _keep(self, unit_m: NDArray[np.int64], row_m: NDArray[np.int64]) -> None:
         """Give slots to what was read: those of units that were not used for longest, none that is used now."""
         slot_m = self._oldest(len(unit_m))
         unit_m = unit_m[: len(slot_m)]
         gone_m = self._unit_C[slot_m]
         self._slot_F[gone_m[gone_m >= 0]] = -1
-        self._unit_CW[slot_m] = read_mW[: len(slot_m)]
+        _copy_rows(self._work_RW, row_m[: len(slot_m)], self._unit_CW, slot_m)
         self._unit_C[slot_m], self._slot_F[unit_m], self._used_C[slot_m] = unit_m, slot_m, self._time
 
     def _oldest(self, count: int) -> NDArray[np.int64]:
@@ -131,3 +149,13 @@ class UnitSlots:
     def report(self) -> dict[str, Any]:
         """Counts, JSON-serialisable."""
         return {"slots": len(self._unit_C), **vars(self.counters)}
+
+
+def _copy_rows(
+    source_RW: torch.Tensor, from_m: NDArray[np.int64], target_RW: torch.Tensor, to_m: NDArray[np.int64]
+) -> None:
+    """Copy rows of one memory to rows of another, a few at a time."""
+    few = max(1, COPIED_BYTES // (source_RW.shape[1] * source_RW.itemsize))
+    source_m, target_m = torch.from_numpy(from_m), torch.from_numpy(to_m)
+    for start in range(0, len(from_m), few):
+        target_RW[target_m[start : start + few]] = source_RW[source_m[start : start + few]]

@@ -14,6 +14,9 @@ from pathlib import Path
 import torch
 from xxhash import xxh3_64_hexdigest
 
+ROUND = 64
+"""Rows of a product are a multiple of it. oneDNN compiles one for every number of rows and keeps up to 1,024 of them, of
+about half a megabyte each, which no budget counts."""
 TRIED = (-1e-6, -0.5, -3.0, -1e4)
 """Inputs at which an activation has to be zero."""
 
@@ -26,7 +29,7 @@ class UnitLayer(ABC):
         name: of the module that computes them.
         parts: names of its matrices: the gate first, the one after the activation last.
         num_units: of the feed-forward, or of all experts together.
-        num_at_once: units that one read brings at most.
+        rows_at_once: of units, and of zeros that make them a round number, that a call has in memory at most.
         width: D, numbers of a row.
         dtype: of the running model.
     """
@@ -34,7 +37,7 @@ class UnitLayer(ABC):
     name: str
     parts: tuple[str, ...]
     num_units: int
-    num_at_once: int
+    rows_at_once: int
     width: int
     dtype: torch.dtype
 
@@ -60,6 +63,11 @@ class UnitLayer(ABC):
     @abstractmethod
     def matrices(self) -> Iterator[tuple[torch.Tensor, ...]]:
         """Of each feed-forward in it: its gate [F, D], more rows [F, D] if there are, and columns [D, F]."""
+
+
+def rounded(count: int) -> int:
+    """The rows of a product with so many units."""
+    return -(-count // ROUND) * ROUND
 
 
 def stored_bytes(file: Path, offset: int, nbytes: int, name: str) -> bytearray:

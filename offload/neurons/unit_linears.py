@@ -4,7 +4,8 @@ The layer before the activation chooses. Of units that it does not choose it giv
 that is not positive: both become zero by the activation. The layers after it compute with the same units. So every
 module around them, and every order of calls, stays the model's own.
 
-Shapes: T tokens, F hidden units, D model width, n chosen units, W numbers of a unit.
+Shapes: T tokens, F hidden units, D model width, n chosen units, P of them with zeros, W
+numbers of a unit.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from .bounds import GateBounds
 from .slots import UnitSlots, expect_no_gradient
@@ -44,25 +45,25 @@ class _Units:
     width: int
     bias_F: torch.Tensor | None
     unit_n: torch.Tensor | None = None
-    weight_nW: torch.Tensor | None = None
+    weight_PW: torch.Tensor | None = None
     turn: int = -1
 
     def choose(self, x_TD: torch.Tensor) -> None:
         """What a call may make active."""
         self.unit_n = self.bounds.may_be_active(x_TD, self.bias_F).nonzero()[:, 0]
         self.slots.counters.visited += self.slots.layer.num_units
-        self.weight_nW = self.slots.gather(self.unit_n.numpy())
+        self.weight_PW = self.slots.gather([self.unit_n.numpy()])[0]
         self.turn = self.slots.reader.turn
 
     def part(self, place: int) -> torch.Tensor:
-        """[n, D]: rows of one matrix of the chosen units, or columns of the last.
+        """[P, D]: rows of one matrix of the chosen units, or columns of the last, then zeros.
 
         Raises:
             RuntimeError: if another call has taken the memory meanwhile.
         """
         self.slots.expect_turn(self.turn)
-        assert self.weight_nW is not None
-        return self.weight_nW[:, place * self.width : (place + 1) * self.width]
+        assert self.weight_PW is not None
+        return self.weight_PW[:, place * self.width : (place + 1) * self.width]
 
 
 @dataclass(eq=False)
@@ -93,8 +94,9 @@ class _UnitLinear:
     def _before(self, x_TD: torch.Tensor) -> torch.Tensor:
         unit_n, bias_F = self.units.unit_n, self.module.bias
         assert unit_n is not None
-        out_TF = x_TD.new_zeros(len(x_TD), self.module.out_features)
-        out_TF[:, unit_n] = linear(x_TD, self.units.part(self.place), None if bias_F is None else bias_F[unit_n])
+        out_TF, part_PD = x_TD.new_zeros(len(x_TD), self.module.out_features), self.units.part(self.place)
+        bias_P = None if bias_F is None else pad(bias_F[unit_n], (0, len(part_PD) - len(unit_n)))
+        out_TF[:, unit_n] = linear(x_TD, part_PD, bias_P)[:, : len(unit_n)]
         return out_TF
 
     def _after(self, hidden_TF: torch.Tensor) -> torch.Tensor:
@@ -102,5 +104,6 @@ class _UnitLinear:
         assert unit_n is not None
         hidden_Tn = hidden_TF[:, unit_n]
         self.units.slots.counters.active += int((hidden_Tn != 0).any(dim=0).sum())
-        out_TD = hidden_Tn @ self.units.part(self.place)
+        part_PD = self.units.part(self.place)
+        out_TD = pad(hidden_Tn, (0, len(part_PD) - len(unit_n))) @ part_PD
         return out_TD if self.module.bias is None else out_TD + self.module.bias

@@ -143,7 +143,7 @@ def open_checkpoint(
     if not experts_modules(sketch.skeleton):
         _expect_no_slots(options, f"model {folder}: {DENSE}")
     elif options.pack is not None and is_bundle(Path(options.pack)):
-        _expect_no_slots(options, f"bundle {options.pack}: {BY_UNITS}")
+        _expect_no_slots(options, f"bundle {options.pack}: {BY_UNITS}", may_be_part=False)
     headers = _opened_sketch(sketch, entries, options.pack, is_multiplied)
     headers = _with_part(headers, options.part)
     if headers.bundle is not None and options.resident_layers is not None:
@@ -240,19 +240,20 @@ def _open_gguf(file: Path, options: LoadOptions, is_multiplied: IsMultiplied) ->
     return OpenedCheckpoint(model=model, forms=forms, checksums=None, process_bytes=process_bytes, stored=stored)
 
 
-def _expect_no_slots(options: LoadOptions, what: str) -> None:
+def _expect_no_slots(options: LoadOptions, what: str, *, may_be_part: bool = True) -> None:
     """Refuse what is said about whole experts where none come: of a dense model, or of one whose experts come by units.
 
     Args:
         options: what the caller asked for.
         what: is loaded, and what it lacks, for the message.
+        may_be_part: whether other processes can compute a share of its experts.
     """
     said = {
         "record_trace": options.record_trace,
         "cache_experts": options.cache_experts is not None,
         "plan": options.plan is not None,
         "prefetch": options.prefetch not in ("auto", "off"),
-        "part": options.part is not None and what.endswith(BY_UNITS),
+        "part": options.part is not None and not may_be_part,
         "device": options.device not in ("auto", "cpu") or options.gpu_memory != "auto",
     }
     if wrong := [name for name, is_said in said.items() if is_said]:
