@@ -17,6 +17,19 @@ is told. Each array of some hundred rows would cost page faults otherwise: 12 M 
 in a step of 1,024 tokens through 768 experts."""
 
 
+PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Environment variables of how many products oneDNN keeps compiled, and how many torch keeps beside it; each 1,024."""
+KEPT_PRODUCTS = 32
+"""Every number of rows is a product of its own for every shape of weights, and takes about a megabyte: prompts of 400
+lengths took 1.2 GB that no budget counts, and 45 MB with this bound. The shapes of one pass are fewer than these."""
+
+
+def keep_few_products() -> None:
+    """Bound the compiled products of torch on a CPU, unless a user chose; nothing once it has multiplied."""
+    for name in PRODUCT_CACHES:
+        os.environ.setdefault(name, str(KEPT_PRODUCTS))
+
+
 def return_large_blocks() -> None:
     """Let glibc give back large blocks as soon as they are free; nothing with other allocators, or if a user chose."""
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:

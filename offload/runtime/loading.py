@@ -13,7 +13,7 @@ from ..compute.adapters import load_adapter
 from ..compute.resident import move_to_huge_pages
 from ..gpu.devices import open_lane
 from ..memory.budget import resident_bytes
-from ..memory.heap import return_free_blocks, return_large_blocks
+from ..memory.heap import keep_few_products, return_free_blocks, return_large_blocks
 from .assembly import assemble
 from .depths import Deepening, with_depth
 from .division import choose_units, choose_window, divide_memory, expect_machine_has, stored_shapes
@@ -137,6 +137,7 @@ def load(
     )
     expect_machine_has(options)
     return_large_blocks()
+    keep_few_products()
     lane = open_lane(options.device, options.gpu_memory, options.gpu_experts)
     choose, is_multiplied = partial(choose_window, options=options), stored_shapes(options)
     opened = with_depth(open_checkpoint(options, choose, is_multiplied), options)
