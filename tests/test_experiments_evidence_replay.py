@@ -23,7 +23,7 @@ def test_routes_as_recorded(trace, tmp_path):
     transformers.logging.disable_progress_bar()
     size = ReplaySize(hidden=128, expert=64)
     build_replay(trace, tmp_path, size)
-    assert check_replay(tmp_path, trace, 50) == 1.0
+    assert check_replay(tmp_path, trace, 1000) == 1.0  # all 50
     stored = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert abs(stored - replay_bytes(trace, size)) < 0.05 * stored
     tokens = torch.arange(50)[None]

@@ -62,7 +62,7 @@ def build_replay(trace: RoutingTrace, folder: Path, size: ReplaySize, *, seed: i
 
 
 def check_replay(folder: Path, trace: RoutingTrace, rows: int) -> float:
-    """Share of the first `rows` rows' experts that an unchanged transformers router would choose."""
+    """Share of the first `rows` rows' experts, or of all, that an unchanged transformers router would choose."""
     from safetensors import safe_open
 
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
@@ -74,7 +74,7 @@ def check_replay(folder: Path, trace: RoutingTrace, rows: int) -> float:
 
     x_TD = read("model.embed_tokens.weight")[:rows]
     x_TD = x_TD * torch.rsqrt(x_TD.pow(2).mean(-1, keepdim=True))
-    right = 0
+    right, rows = 0, len(x_TD)
     for layer in range(trace.num_layers):
         logits_TE = x_TD @ read(f"model.layers.{layer}.mlp.{router}.weight").t()
         chosen = logits_TE.topk(trace.top_k).indices
