@@ -96,21 +96,25 @@ def _rates(
     new_tokens: int,
     repeats: int,
 ) -> list[dict[str, Any]]:
-    """Every number of users in every schedule, in alternation; the answers must be those of each alone."""
+    """Every number of users in every schedule, in alternation; the answers must be those of each alone.
+
+    One user is each of the most users in turn, alone, so that all numbers of users are compared on the same texts.
+    """
     from .clients import user_rows
-    from .measures import rates
+    from .measures import one_by_one, rates
 
     results: list[dict[str, Any]] = []
     alone: dict[int, list[Any]] = {}
     for repeat in range(repeats):
         for count in sorted(users):
             for schedule in schedules if count > 1 else ["turns"]:
-                rows = [user_rows(number, 16 + new_tokens) for number in range(count)]
+                texts = max(users) if count == 1 else count
+                rows = [user_rows(number, 16 + new_tokens) for number in range(texts)]
                 places = count * (max(48, 16 + new_tokens) + GROWTH_PLACES)
                 options = {"schedule": schedule, "longest_wait_s": longest_wait}
                 with _open(checkpoint, load, context=places, **options) as engine:
                     rates(engine, [user_rows(8, 32)], 16)  # experts that are used first, kernels that are compiled
-                    row, answers = rates(engine, rows, new_tokens)
+                    row, answers = (one_by_one if count == 1 else rates)(engine, rows, new_tokens)
                 for number, answer in enumerate(answers):
                     alone.setdefault(number, answer.events)
                 same = all(alone[number] == answer.events for number, answer in enumerate(answers))

@@ -35,6 +35,21 @@ def rates(engine: Engine, rows: Sequence[Sequence[int]], new_tokens: int) -> tup
     return row, answers
 
 
+def one_by_one(engine: Engine, rows: Sequence[Sequence[int]], new_tokens: int) -> tuple[Row, list[Answer]]:
+    """What each of some users gets alone, one after the other: texts differ in what they miss, so all of them count."""
+    found = [rates(engine, [user], new_tokens) for user in rows]
+    each = [row for row, _ in found]
+    row = {
+        "users": 1,
+        "texts": len(rows),
+        "tok_per_s": len(each) / sum(1 / one["tok_per_s"] for one in each),
+        "misses_per_row_and_layer": sum(one["misses_per_row_and_layer"] for one in each) / len(each),
+        "longest_gap_s": max(one["longest_gap_s"] for one in each),
+        **{name: sum(one[name] for one in each) for name in ("prefill_s", "decode_s", "steps")},
+    }
+    return row, [answer for _, answers in found for answer in answers]
+
+
 def second_turn(engine: Engine, rows: Sequence[int], new_tokens: int, said: int = 16) -> Row:
     """Bytes and seconds to the first token of a conversation's second turn: cold, and after the first one.
 
