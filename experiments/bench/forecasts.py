@@ -121,14 +121,14 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _points(
-    place: Path, batches: list[int], steps: int, repeats: int, measured: "Callable[[], StepRates]"
+    place: Path, batches: list[int], steps: int, repeats: int, measured: "Callable[[int], StepRates]"
 ) -> Iterator[dict[str, Any]]:
     context = WARM_STEPS + steps
     for number, shape in enumerate(MODELS):
         checkpoint = place / f"model{number}"
         trace = _build(shape, checkpoint, context * max(batches))
         for share in SHARES:
-            rates = measured()
+            rates = measured(shape.hidden)
             for batch in batches:
                 given = (checkpoint, trace, share, _lanes(context, batch), rates)
                 loads = [_in_a_process(point, *given) for _ in range(repeats)]

@@ -127,15 +127,16 @@ def cached_bandwidth(file: Path, read_bytes: int) -> float:
         os.close(descriptor)
 
 
-def layer_seconds(batch: int = 1, arithmetic: str = "auto") -> float:
+def layer_seconds(batch: int = 1, arithmetic: str = "auto", width: int = WIDTH) -> float:
     """Seconds that a decoder layer costs a step besides reading weights: a small offloaded model, all in memory.
 
     Products of as many bytes are timed in turns with the model's steps and taken off, because rates of shared machines
-    change. Weights are of a usual width: reading them empties the caches that everything else would run from.
+    change. The usual width is as good for most models: reading such weights empties the caches.
 
     Args:
         batch: tokens of a step; each uses all of the layer's `CALIBRATED_EXPERTS`.
         arithmetic: as for `load`.
+        width: of the model, a multiple of 128.
     """
     import torch
     from transformers import AutoModelForCausalLM, OlmoeConfig
@@ -144,8 +145,9 @@ def layer_seconds(batch: int = 1, arithmetic: str = "auto") -> float:
     from ..runtime.loading import load
 
     config = OlmoeConfig(
-        vocab_size=64, hidden_size=WIDTH, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=16,
-        num_key_value_heads=16, num_experts=CALIBRATED_EXPERTS, num_experts_per_tok=CALIBRATED_EXPERTS,
+        vocab_size=64, hidden_size=width, intermediate_size=512, num_hidden_layers=LAYERS,
+        num_attention_heads=width // 128, num_key_value_heads=width // 128,
+        num_experts=CALIBRATED_EXPERTS, num_experts_per_tok=CALIBRATED_EXPERTS,
         eos_token_id=None, pad_token_id=None, dtype="bfloat16",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

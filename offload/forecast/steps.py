@@ -8,7 +8,7 @@ Shapes: A steps, T tokens, L MoE layers, E experts.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +21,7 @@ from routing.traces import RoutingTrace
 
 from ..cache.steps import ReplayedSteps, replay_steps
 from ..memory.cost import layer_call_seconds, miss_seconds
-from .calibrate import Products, calibrate, layer_seconds, square_matrices
+from .calibrate import WIDTH, Products, calibrate, layer_seconds, square_matrices
 from .fit import Fit
 
 WEIGHTS = 24  # matrices of 8 MiB, more than the last cache holds
@@ -114,19 +114,21 @@ def _step_seconds(fitted: Fit, paper: ReplayedSteps, rates: StepRates, batch: in
     return outside + total / len(paper.misses_AL)
 
 
-def measure_step_rates(folder: Path, given: Hardware | None, batches: list[int]) -> StepRates:
+def measure_step_rates(folder: Path, given: Hardware | None, batches: list[int], width: int = WIDTH) -> StepRates:
     """Rates of this machine, those for several rows at all batches.
 
     Args:
         folder: on the disk where models are.
         given: rates for one row, or None to measure them, too.
         batches: rows of a step.
+        width: of the model, a multiple of 128; what a layer costs besides weights is measured at that width.
     """
-    machine = given or calibrate(folder)
+    machine, alone_s = given or calibrate(folder), layer_seconds(1, "exact", width)
+    if width != WIDTH:
+        machine = replace(machine, layer_s=alone_s)
     rates = StepRates(machine, _row_ratios(batches), {})
-    alone_s = layer_seconds(arithmetic="exact")
     for batch in batches:
-        together_s = alone_s if batch == 1 else layer_seconds(batch, "exact")
+        together_s = alone_s if batch == 1 else layer_seconds(batch, "exact", width)
         rates.call_s[batch] = max(together_s - alone_s, 0.0)
     return rates
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
@@ -65,8 +66,9 @@ def _own_folder() -> Path:
 def _compile(command: list[str], sources: Sequence[Path], work: Path) -> Path:
     """The library, linked with torch's own OpenMP if that is visible: two pools of threads would disturb each other."""
     built, compiled = work / "native.so", [str(work / f"{source.stem}.o") for source in sources]
-    for source, target in zip(sources, compiled, strict=True):
-        _run([*command, "-c", str(source), "-o", target])
+    calls = [[*command, "-c", str(source), "-o", target] for source, target in zip(sources, compiled, strict=True)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(_run, calls))
     for openmp in ((), ("-fopenmp",)):
         _run([command[0], "-shared", *openmp, *compiled, "-lm", "-o", str(built)])
         try:

@@ -98,7 +98,8 @@ def _rates(
 ) -> list[dict[str, Any]]:
     """Every number of users in every schedule, in alternation; the answers must be those of each alone.
 
-    One user is each of the most users in turn, alone, so that all numbers of users are compared on the same texts.
+    One user is each of the most users in turn, alone. So all numbers of users are compared on the same texts, and on an
+    engine with as many places and slots.
     """
     from .clients import user_rows
     from .measures import one_by_one, rates
@@ -110,7 +111,7 @@ def _rates(
             for schedule in schedules if count > 1 else ["turns"]:
                 texts = max(users) if count == 1 else count
                 rows = [user_rows(number, 16 + new_tokens) for number in range(texts)]
-                places = count * (max(48, 16 + new_tokens) + GROWTH_PLACES)
+                places = max(users) * (max(48, 16 + new_tokens) + GROWTH_PLACES)
                 options = {"schedule": schedule, "longest_wait_s": longest_wait}
                 with _open(checkpoint, load, context=places, **options) as engine:
                     rates(engine, [user_rows(8, 32)], 16)  # experts that are used first, kernels that are compiled
