@@ -12,7 +12,7 @@ from experiments.evidence.resident import load_resident
 from offload.checkpoint.model_folder import skeleton_of
 from offload.finetune.examples import NO_LOSS
 from offload.finetune.methods import directions
-from offload.finetune.methods.directions import Direction, moved, perturbed
+from offload.finetune.methods.directions import Direction, moved, perturbed, visit
 from offload.finetune.methods.forward_only import RESIDENT
 from offload.finetune.run import read_log
 from offload.formats.catalogue import form_in_place
@@ -107,24 +107,32 @@ class ResidentZo:
 
 
 @pytest.mark.parametrize("size", [1e-3, 3e-8, 7.0, 0.0])
-def test_steps_in_c_have_the_bits_of_torch(size, monkeypatch):
-    """Of numbers of all magnitudes, and in numbers that fill no byte of signs and no vector."""
+def test_a_visit_in_c_has_the_bits_of_torch(size, monkeypatch):
+    """Of numbers of all magnitudes, and in numbers that fill no vector, no piece and no block."""
     generator = torch.Generator().manual_seed(0)
     weights = [
         torch.randn(count, generator=generator).mul(10.0**power).bfloat16()
-        for power, count in ((-30, 7), (-3, 1000), (0, 641), (3, 33))
+        for power, count in ((-30, 7), (-3, 1000), (0, 641), (3, 33), (-1, directions.BLOCK + 515))
     ]
     weights[0][0] = 0.0
 
-    def steps():
-        signs = [Direction(5, 2, (1, 3)).of(weight) for weight in weights]
-        nearest = [perturbed(weight, sign, size) for weight, sign in zip(weights, signs, strict=True)]
-        return [*signs, *nearest, *moved(weights, Direction(5, 2, (1, 3)), size)]
+    def rooms():
+        return [torch.empty_like(weight) for weight in weights]
 
-    found = steps()
+    def visited():
+        moves = [(Direction(5, step, (1, 3)), size * step) for step in (1, 2)]
+        slot, copies, sides = [weight.clone() for weight in weights], rooms(), [rooms(), rooms()]
+        visit(slot, moves, copies, Direction(5, 3, (1, 3)), size, sides)
+        only_minus = rooms()
+        visit([weight.clone() for weight in weights], (), None, Direction(5, 3, (1, 3)), size, ((), only_minus))
+        signs = Direction(5, 2, (1, 3))
+        return [*(signs.of(weight) for weight in weights), *slot, *copies, *sides[0], *sides[1], *only_minus]
+
+    found = visited()
     monkeypatch.setattr(directions, "_kernels", lambda: None)
-    assert all(torch.equal(ours, torchs) for ours, torchs in zip(found, steps(), strict=True))
-    assert all(set(sign.tolist()) <= {1, -1} for sign in found[:4])
+    assert all(torch.equal(ours, torchs) for ours, torchs in zip(found, visited(), strict=True))
+    assert all(set(sign.tolist()) <= {1, -1} for sign in found[:5])
+    assert abs(found[4].float().mean()) < 0.02
 
 
 def test_bit_equal_to_the_resident_model_at_every_number_of_slots(folder):

@@ -25,7 +25,7 @@ from ..runtime.opening import OpenedCheckpoint, open_headers
 from ..runtime.options import LoadOptions
 from .methods.adapters import adapter_bytes
 from .methods.all_parameters import GRADIENT_BYTES, held_bytes
-from .methods.forward_only import versions_bytes
+from .methods import forward_only
 from .methods.record_layout import RecordLayout
 from .options import TuneOptions
 from .passing.opening import KEPT_ARRAYS, divide_for_tuning, layer_activation_bytes
@@ -210,7 +210,7 @@ def _activations(opened: OpenedCheckpoint, options: TuneOptions) -> list[UnitCos
 
 def _kept(options: TuneOptions) -> Callable[[OpenedCheckpoint], int]:
     kept: dict[str, Callable[[OpenedCheckpoint], int]] = {
-        "zo": versions_bytes,
+        "zo": forward_only.held_bytes,
         "full": lambda opened: held_bytes(opened, options),
         "lora": lambda opened: adapter_bytes(opened, options),
     }

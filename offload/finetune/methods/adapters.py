@@ -122,9 +122,6 @@ class Adapters:
         seen = Seen(stored, self.of_experts.factors(layer, expert))
         return lambda number: seen
 
-    def leave(self) -> None:
-        """Nothing of an expert is waited for."""
-
     def take(self, layer: int, expert: int, seen: Sequence[Seen]) -> None:
         self.of_experts.take(layer, expert, seen[0].adapters)
 

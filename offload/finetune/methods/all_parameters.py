@@ -17,7 +17,7 @@ and Qian 2025, arXiv:2512.17570.
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ GRADIENT_BYTES = 1 << 30
 
 READS_AHEAD = 2
 """Records of the next experts that are on their way: the disk has something to do while one read ends."""
-PASSING = READS_AHEAD + 2
-"""Rooms for records: besides those that are read, one is stepped and one written."""
+NUM_ROOMS = READS_AHEAD + 3
+"""Rooms for records: besides those that are read, one is stepped, and two are written or wait for it."""
 
 
 class AllParameters(WholeModel):
@@ -56,7 +56,7 @@ class AllParameters(WholeModel):
     """
 
     def __init__(self, source: str | Path, out: Path, options: TuneOptions, rows: PackedRows, **memory: Any) -> None:
-        super().__init__(source, out, options, rows, **sizes_of(options), **memory)
+        super().__init__(source, out, options, rows, num_rooms=NUM_ROOMS, **sizes_of(options), **memory)
         self._layouts = [RecordLayout(form, options.state_bits) for form in self._tuned.forms]
         self.experts.method = self
         self._adamw = AdamW(options.rate_at, options.beta1, options.beta2, options.weight_decay)
@@ -127,68 +127,72 @@ class AllParameters(WholeModel):
             parameter.grad = None
 
     def _step_experts(self, scale: float) -> None:
-        """Step every touched expert: the next ones are read and the last one is written meanwhile."""
-        keys, size = self._kept.keys, max(layout.nbytes for layout in self._layouts)
-        rooms = cycle([torch.empty(size, dtype=torch.uint8) for _ in range(PASSING)])
+        """Step every touched expert: the next ones are read and the last ones are written meanwhile."""
+        keys = self._kept.keys
         with ThreadPoolExecutor(READS_AHEAD, thread_name_prefix="expertier-record") as readers:
-            reading = deque(readers.submit(self._read, key, next(rooms)) for key in keys[:READS_AHEAD])
+            reading = deque(readers.submit(self._records.read, *key, self._records.room()) for key in keys[:READS_AHEAD])
             for key, following in zip_longest(keys, keys[READS_AHEAD:]):
-                vector = reading.popleft().result()
+                room = reading.popleft().result()
                 if following is not None:
-                    reading.append(readers.submit(self._read, following, next(rooms)))
-                self.experts.visits.traffic.bytes_read += self._layouts[key[0]].nbytes
+                    reading.append(readers.submit(self._records.read, *following, self._records.room()))
+                layout = self._layouts[key[0]]
+                self.experts.visits.traffic.bytes_read += layout.nbytes
+                vector = layout.vector(room)
                 self._adamw.step(vector, self._kept.take(key).mul_(scale), self._step)
-                self._wait_for_writes()
-                self._write_behind(self._write_vector, *key, vector, self._step)
-        self._wait_for_writes()
-
-    def _read(self, key: Key, room: torch.Tensor) -> AdamVector:
-        return self._vector(*key, room)
+                self._write_vector(*key, vector, room, self._step)
+        self._records.wait()
 
     def enter(self, number: int) -> None:
         """All passes see the same model."""
 
     def seen(self, layer: int, expert: int, stored: Weights) -> Callable[[int], Seen]:
         """An expert after all earlier steps, with a gradient of its own for each pass."""
-        vector = self._caught_up(layer, expert, stored, self._step - 1)
-        if vector is not None:
-            self._write_vector(layer, expert, vector, self._step - 1)
+        caught_up = self._caught_up(layer, expert, stored, self._step - 1)
+        if caught_up is not None:
+            self._write_vector(layer, expert, *caught_up, self._step - 1)
         return lambda number: Seen({name: value.detach().requires_grad_() for name, value in stored.items()})
 
     def take(self, layer: int, expert: int, seen: Sequence[Seen]) -> None:
         """Keep the sum of all passes' gradients."""
-        form, total = self._form(layer), torch.zeros(0)
-        for each in seen:
-            grads = [weight.grad for weight in form.ordered(each.weights)]
-            flat = torch.cat([grad.float().reshape(-1) for grad in grads if grad is not None])
-            total = flat if not len(total) else total + flat
+        total = torch.empty(self._layouts[layer].num_elements)
+        parts = self._layouts[layer].split(total)
+        for number, each in enumerate(seen):
+            for part, weight in zip(parts, self._form(layer).ordered(each.weights), strict=True):
+                assert weight.grad is not None
+                if number:
+                    part += weight.grad
+                else:
+                    part.copy_(weight.grad)
         self._kept.keep((layer, expert), total)
 
-    def _caught_up(self, layer: int, expert: int, stored: Weights, upto: int) -> AdamVector | None:
-        """An expert after the steps that it missed, begun with the checkpoint's weights; None if its record is that."""
-        place = self._records.place(layer, expert)
+    def _caught_up(
+        self, layer: int, expert: int, stored: Weights, upto: int
+    ) -> tuple[AdamVector, torch.Tensor] | None:
+        """An expert after the steps that it missed, begun with the checkpoint's weights, and the room of its record.
+
+        None if its record is that already.
+        """
+        place, layout = self._records.place(layer, expert), self._layouts[layer]
         if place is not None and place.step >= upto:
             return None
-        vector = self._begun(layer, stored) if place is None else self._vector(layer, expert)
-        if place is not None:
-            self.experts.visits.traffic.bytes_read += self._layouts[layer].nbytes
+        room = self._records.room()
+        if place is None:
+            vector = layout.begin(self._form(layer).ordered(stored), room)
+        else:
+            vector = layout.vector(self._records.read(layer, expert, room))
+            self.experts.visits.traffic.bytes_read += layout.nbytes
         if place is not None or self._options.weight_decay:
             self._adamw.catch_up(vector, 0 if place is None else place.step, upto)
-        return vector
+        return vector, room
 
-    def _begun(self, layer: int, stored: Weights) -> AdamVector:
-        return AdamVector.begun(torch.cat([weight.float().reshape(-1) for weight in self._form(layer).ordered(stored)]))
-
-    def _vector(self, layer: int, expert: int, room: torch.Tensor | None = None) -> AdamVector:
-        """An expert's weights and moments as of the last step that is in its record, in a room that is used again."""
-        return self._layouts[layer].vector(self._records.read(layer, expert, room))
-
-    def _write_vector(self, layer: int, expert: int, vector: AdamVector, step: int) -> None:
-        """Write an expert's record, and its new weights into its slot if it is in one."""
-        self._write(layer, expert, self._layouts[layer].parts(vector), step)
+    def _write_vector(self, layer: int, expert: int, vector: AdamVector, room: torch.Tensor, step: int) -> None:
+        """Write an expert's record behind, and its new weights into its slot if it is in one."""
+        layout = self._layouts[layer]
+        layout.store(vector, room)
+        self._write_behind(layer, expert, room, step)
         if (held := self.experts.visits.held(layer, expert)) is not None:
-            for name, weight in self._layouts[layer].matrices(vector.value).items():
-                held[name].copy_(weight)
+            for matrix, part in zip(self._form(layer).ordered(held), layout.split(vector.value), strict=True):
+                matrix.copy_(part)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Float32 copies and moments of everything outside experts, and the table of records."""
@@ -214,10 +218,13 @@ class AllParameters(WholeModel):
     def _finish(self, layer: int, expert: int, stored: Weights) -> None:
         if self._records.place(layer, expert) is None and not self._options.weight_decay:
             return
-        vector = self._caught_up(layer, expert, stored, self._options.steps)
-        if vector is not None:
-            for name, weight in self._layouts[layer].matrices(vector.value).items():
-                stored[name].copy_(weight)
+        caught_up = self._caught_up(layer, expert, stored, self._options.steps)
+        if caught_up is None:
+            return
+        vector, room = caught_up
+        for matrix, part in zip(self._form(layer).ordered(stored), self._layouts[layer].split(vector.value), strict=True):
+            matrix.copy_(part)
+        self._records.give_back(room)
 
 
 def sizes_of(options: TuneOptions) -> dict[str, Any]:
@@ -237,4 +244,4 @@ def held_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int:
     passing = max(layout.nbytes + 12 * layout.num_elements for layout in layouts)
     # once, gradients with exact activations beside those with coded ones
     of_one = 16 if options.activation_bits is None else 20
-    return of_one * resident + min(GRADIENT_BYTES, gradients) + PASSING * passing
+    return of_one * resident + min(GRADIENT_BYTES, gradients) + NUM_ROOMS * passing

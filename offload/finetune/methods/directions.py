@@ -1,11 +1,16 @@
 """Random directions of signs, drawn from seeds, and steps of weights along them.
 
-In bfloat16 our C does both, bit-identical to torch's operations one after the other.
+Numbers come from SFC64 generators (Doty-Humphrey, PractRand; numpy's SFC64). Eight run side by side, because a vector
+of our C holds eight; each block of numbers has eight of its own, because then any thread may draw it.
+
+`perturbed` and `moved` say what a step is, in torch's operations. `visit` does all that an expert's weights need in
+their slot; of bfloat16 weights our C does it in one pass, with the same bits.
 """
 
 import ctypes
 import functools
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -15,10 +20,17 @@ from ...native.library import library
 
 PIECE = 1 << 18
 """Numbers at a time: 1 MiB in float32, which stays in a core's cache from one operation to the next. Not tuned."""
+LANES, WARM_UP, BLOCK = 8, 18, 1 << 16
+"""Generators of a block; numbers that each draws in vain at first, as in PractRand; and signs, or chances, of a block.
+As in directions.c."""
+SIGNS_OF_WORD, CHANCES_OF_WORD = 64, 4
+"""A sign takes one bit of 64, a chance 16."""
+Move = tuple["Direction", float]
+"""A step: along which direction, against it, and how far."""
 
 
 class Direction:
-    """One random direction of one step for some tensors, drawn once, one tensor after the other.
+    """One random direction of one step for some tensors, drawn one tensor after the other.
 
     Args:
         seed: the run's, 0 or more.
@@ -27,34 +39,57 @@ class Direction:
     """
 
     def __init__(self, seed: int, step: int, owner: tuple[int, int]) -> None:
-        self._generator = np.random.SFC64(np.random.SeedSequence([seed, step, *owner]))
+        self.key = np.random.SeedSequence([seed, step, *owner]).generate_state(3, np.uint64)
+        self._blocks = [0, 0]
+        """Of signs and of chances that are drawn."""
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Signs, 1 or -1 in int8, of the shape of a tensor."""
-        count, kernels = tensor.numel(), _kernels()
-        bits = self._raw(-(-count // 64)).view(np.uint8)
-        if kernels is None:
-            return torch.from_numpy(np.unpackbits(bits, count=count).view(np.int8)).mul_(2).sub_(1).view(tensor.shape)
-        found = torch.empty(tensor.shape, dtype=torch.int8)
-        kernels.expertier_signs(bits.ctypes.data, count, found.data_ptr())
-        return found
+        count = tensor.numel()
+        bits = self._drawn(0, count, SIGNS_OF_WORD).view(np.uint8)
+        signs = np.unpackbits(bits, count=count, bitorder="little").view(np.int8)
+        return torch.from_numpy(signs).mul_(2).sub_(1).view(tensor.shape)
 
     def chances(self, count: int) -> torch.Tensor:
-        """Numbers of 16 bits with a sign, each as likely."""
-        return torch.from_numpy(self._raw(-(-count // 4)).view(np.int16)[:count])
+        """Numbers of 16 bits with a sign, each as likely, for as many weights."""
+        return torch.from_numpy(self._drawn(1, count, CHANCES_OF_WORD).view(np.int16)[:count])
 
-    def _raw(self, count: int) -> np.ndarray:
-        found: np.ndarray = self._generator.random_raw(count)
+    def _drawn(self, kind: int, count: int, of_word: int) -> np.ndarray:
+        """Numbers of 64 bits for a tensor."""
+        first = self._blocks[kind]
+        self._blocks[kind] += num_blocks(count)
+        words, in_block, kernels = -(-count // of_word), BLOCK // of_word, _kernels()
+        if kernels is None:
+            pieces = range(0, words, in_block)
+            blocks = [self._block(2 * (first + n) + kind, in_block) for n, _ in enumerate(pieces)]
+            return np.concatenate(blocks)[:words] if blocks else np.empty(0, np.uint64)
+        found = np.empty(words, np.uint64)
+        kernels.expertier_draw(self.key.ctypes.data, first, kind, in_block, words, found.ctypes.data)
         return found
+
+    def _block(self, stream: int, words: int) -> np.ndarray:
+        """A block's numbers, those of its generators in turn."""
+        lanes = [self._generator(stream * LANES + lane).random_raw(words // LANES) for lane in range(LANES)]
+        return np.stack(lanes, axis=1).reshape(-1)
+
+    def _generator(self, number: int) -> np.random.SFC64:
+        """One of the generators that share the key: its number is added to the last word."""
+        found = np.random.SFC64(0)
+        last = np.uint64((int(self.key[2]) + number) % 2**64)
+        words = np.array([self.key[0], self.key[1], last, 1], np.uint64)
+        found.state = {"bit_generator": "SFC64", "state": {"state": words}, "has_uint32": 0, "uinteger": 0}
+        found.random_raw(WARM_UP)
+        return found
+
+
+def num_blocks(count: int) -> int:
+    """Blocks that the numbers of a tensor take: the next tensor's begin with a block of their own."""
+    return -(-count // BLOCK)
 
 
 def perturbed(weight: torch.Tensor, direction: torch.Tensor, epsilon: float) -> torch.Tensor:
     """A weight at a distance along a direction, in its own dtype."""
     found = torch.empty(weight.shape, dtype=weight.dtype)
-    if (kernels := _kernels_for(weight)) is not None:
-        given = (weight.data_ptr(), direction.data_ptr(), epsilon, weight.numel(), found.data_ptr())
-        kernels.expertier_perturb(*given)
-        return found
     pieces = zip(*(tensor.reshape(-1).split(PIECE) for tensor in (found, weight, direction)), strict=True)
     for to, of, along in pieces:
         to.copy_(of.float().add_(along, alpha=epsilon))
@@ -64,8 +99,8 @@ def perturbed(weight: torch.Tensor, direction: torch.Tensor, epsilon: float) -> 
 def moved(weights: Sequence[torch.Tensor], by: Direction, size: float) -> list[torch.Tensor]:
     """Weights after a step of some size against its direction; all of an owner together, in their order.
 
-    In bfloat16 they are rounded up or down by chance, which is drawn after the directions. A step changes far less
-    than a bfloat16's last bit, and would be lost if it were rounded to the nearest. By chance it arrives on average.
+    In bfloat16 they are rounded up or down by chance. A step changes far less than a bfloat16's last bit, and would be
+    lost if it were rounded to the nearest. By chance it arrives on average.
     """
     directions = [by.of(weight) for weight in weights]
     if weights[0].dtype != torch.bfloat16:
@@ -73,10 +108,6 @@ def moved(weights: Sequence[torch.Tensor], by: Direction, size: float) -> list[t
     found = [torch.empty(weight.shape, dtype=weight.dtype) for weight in weights]
     for new, weight, direction in zip(found, weights, directions, strict=True):
         chance = by.chances(weight.numel())
-        if (kernels := _kernels_for(weight)) is not None:
-            given = (weight.data_ptr(), direction.data_ptr(), chance.data_ptr(), -size, weight.numel(), new.data_ptr())
-            kernels.expertier_move(*given)
-            continue
         pieces = zip(*(tensor.reshape(-1).split(PIECE) for tensor in (new, weight, direction, chance)), strict=True)
         for to, of, along, odds in pieces:
             bits = of.float().add_(along, alpha=-size).view(torch.int32)
@@ -86,9 +117,77 @@ def moved(weights: Sequence[torch.Tensor], by: Direction, size: float) -> list[t
     return found
 
 
-def _kernels_for(weight: torch.Tensor) -> Any:
-    """The library where it takes a weight as it is, else None."""
-    is_taken = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
+def visit(
+    weights: Sequence[torch.Tensor],
+    moves: Sequence[Move],
+    copies: Sequence[torch.Tensor] | None = None,
+    direction: Direction | None = None,
+    epsilon: float = 0.0,
+    sides: Sequence[Sequence[torch.Tensor]] = ((), ()),
+) -> None:
+    """Move weights where they lie, copy them, and show them at both ends of a direction.
+
+    Args:
+        weights: all of an owner, in their order; changed by `moves`, one after the other.
+        moves: fresh directions, and how far to go.
+        copies: where the moved weights go as well.
+        direction: a fresh one; None shows nothing.
+        epsilon: the distance of both ends.
+        sides: where what is seen at the plus and at the minus end goes; nothing for an end that nobody looks at.
+    """
+    if (kernels := _kernels_for(weights)) is None:
+        _visit_by_torch(weights, moves, copies, direction, epsilon, sides)
+        return
+    steps = (_Along * len(moves))(*(_Along.of(by, -size) for by, size in moves))
+    seen = None if direction is None else ctypes.byref(_Along.of(direction, epsilon))
+    firsts = accumulate((num_blocks(weight.numel()) for weight in weights), initial=0)
+    for number, (weight, first) in enumerate(zip(weights, firsts, strict=False)):
+        copy, plus, minus = (_address(tensors, number) for tensors in (copies, *sides))
+        kernels.expertier_visit(
+            *(weight.data_ptr(), weight.numel(), first, steps, len(moves), copy, seen, plus, minus),
+        )
+
+
+def _visit_by_torch(
+    weights: Sequence[torch.Tensor],
+    moves: Sequence[Move],
+    copies: Sequence[torch.Tensor] | None,
+    direction: Direction | None,
+    epsilon: float,
+    sides: Sequence[Sequence[torch.Tensor]],
+) -> None:
+    for by, size in moves:
+        for weight, new in zip(weights, moved(weights, by, size), strict=True):
+            weight.copy_(new)
+    for copy, weight in zip(copies or (), weights, strict=False):
+        copy.copy_(weight)
+    if direction is None:
+        return
+    signs = [direction.of(weight) for weight in weights]
+    for side, size in zip(sides, (epsilon, -epsilon), strict=True):
+        for to, weight, sign in zip(side, weights, signs, strict=False):
+            to.copy_(perturbed(weight, sign, size))
+
+
+class _Along(ctypes.Structure):
+    """`struct along` of native/tuning/directions.c."""
+
+    _fields_ = (("key", ctypes.c_uint64 * 3), ("size", ctypes.c_float))
+
+    @classmethod
+    def of(cls, direction: Direction, size: float) -> "_Along":
+        return cls((ctypes.c_uint64 * 3)(*direction.key.tolist()), size)
+
+
+def _address(tensors: Sequence[torch.Tensor] | None, number: int) -> int | None:
+    return tensors[number].data_ptr() if tensors else None
+
+
+def _kernels_for(weights: Sequence[torch.Tensor]) -> Any:
+    """The library where it takes weights as they are, else None."""
+    is_taken = all(
+        weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous() for weight in weights
+    )
     return _kernels() if is_taken else None
 
 
@@ -99,10 +198,9 @@ def _kernels() -> Any:
         found = library()
     except OSError:
         return None
-    pointer, number, size = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    found.expertier_signs.argtypes = [pointer, number, pointer]
-    found.expertier_perturb.argtypes = [pointer, pointer, size, number, pointer]
-    found.expertier_move.argtypes = [pointer, pointer, pointer, size, number, pointer]
-    for function in (found.expertier_signs, found.expertier_perturb, found.expertier_move):
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    found.expertier_draw.argtypes = [pointer, number, ctypes.c_int, number, number, pointer]
+    found.expertier_visit.argtypes = [pointer, number, number, pointer, number, *([pointer] * 4)]
+    for function in (found.expertier_draw, found.expertier_visit):
         function.restype = None
     return found

@@ -34,7 +34,7 @@ from ..passing.losses import learnt_tokens, share_of_loss
 from ..passing.rows import Seen, Weights
 from ..peers import Alone, Peers
 from ..storage.records import Key
-from .directions import Direction, moved, perturbed
+from .directions import Direction, visit
 from .whole_model import WholeModel
 
 ALONE = Alone()
@@ -42,6 +42,8 @@ Pass = tuple[int, int]
 """Which side of the weights, 0 or 1, and which micro-batch."""
 RESIDENT = 0
 """In place of a layer's number, which counts from 1 here, in the seeds of everything outside experts."""
+NUM_ROOMS = 4
+"""Records that are written behind at a time. Not tuned."""
 
 
 class ForwardOnly(WholeModel):
@@ -72,7 +74,8 @@ class ForwardOnly(WholeModel):
             options,
             rows,
             record_bytes=lambda form: form.layer.plain_bytes,
-            kept_bytes=versions_bytes,
+            kept_bytes=held_bytes,
+            num_rooms=NUM_ROOMS,
             number=peers.number,
             **memory,
         )
@@ -81,7 +84,11 @@ class ForwardOnly(WholeModel):
         self.experts.method = self
         self.experts.lockstep.enter = self.enter
         self._base = [parameter.data for parameter in self._parameters]
-        self._versions: list[list[torch.Tensor]] = []
+        self._versions = [[torch.empty_like(weight) for weight in self._base] for _ in (0, 1)]
+        """Everything outside experts on both sides, as long as a step lasts."""
+        most = max(form.layer.plain_bytes for form in self._tuned.forms)
+        self._sides = [torch.empty(most, dtype=torch.uint8) for _ in (0, 1)]
+        """The expert that is computed, on both sides."""
         self._entered = -1
         self._touched: set[Key] = set()
         self._pending: dict[Key, list[int]] = {}
@@ -132,56 +139,42 @@ class ForwardOnly(WholeModel):
             self._entered = sign
 
     def _perturb_resident(self) -> None:
-        self._versions = [[], []]
         for number, weight in enumerate(self._base):
-            direction = Direction(self._options.seed, self._step, (RESIDENT, number)).of(weight)
-            for version, epsilon in zip(self._versions, self._epsilons, strict=True):
-                version.append(perturbed(weight, direction, epsilon))
+            direction = Direction(self._options.seed, self._step, (RESIDENT, number))
+            sides = [[version[number]] for version in self._versions]
+            visit([weight], (), None, direction, self._options.epsilon, sides)
 
     def _move_resident(self) -> None:
-        self._versions, self._entered = [], -1
-        size = self._sizes[self._step]
-        for number, parameter in enumerate(self._parameters):
-            by = Direction(self._options.seed, self._step, (RESIDENT, number))
-            self._base[number] = parameter.data = moved([self._base[number]], by, size)[0]
-
-    @property
-    def _epsilons(self) -> tuple[float, float]:
-        return self._options.epsilon, -self._options.epsilon
+        self._entered, size = -1, self._sizes[self._step]
+        for number, (parameter, weight) in enumerate(zip(self._parameters, self._base, strict=True)):
+            visit([weight], [(Direction(self._options.seed, self._step, (RESIDENT, number)), size)])
+            parameter.data = weight
 
     def seen(self, layer: int, expert: int, stored: Weights) -> Callable[[int], Seen]:
-        """An expert in its slot: brought up to date there, then perturbed in both ways."""
-        if (step := self._bring_up_to_date(layer, expert, stored)) is not None:
-            self._write_behind(self._write, layer, expert, self._form(layer).ordered(stored), step)
-        self._touched.add((layer, expert))
-        direction = Direction(self._options.seed, self._step, (layer + 1, expert))
-        form = self._form(layer)
-        drawn = [direction.of(weight) for weight in form.ordered(stored)]
-        made: dict[int, Seen] = {}
-
-        def of_pass(number: int) -> Seen:
-            sign, _ = self._passes[number]
-            if sign not in made:
-                pairs = zip(form.parameters, drawn, strict=True)
-                names = {parameter.name: z for parameter, z in pairs}
-                epsilon = self._epsilons[sign]
-                made[sign] = Seen({name: perturbed(stored[name], z, epsilon) for name, z in names.items()})
-            return made[sign]
-
-        return of_pass
-
-    def _bring_up_to_date(self, layer: int, expert: int, stored: Weights) -> int | None:
-        """Give an expert in its slot the updates that it has yet to get; the last one's step, None without any."""
+        """An expert in its slot: brought up to date there, and perturbed in both ways."""
+        form, seed = self._form(layer), self._options.seed
         steps = self._pending.pop((layer, expert), [])
-        weights = self._form(layer).ordered(stored)
-        for step in steps:
-            by = Direction(self._options.seed, step, (layer + 1, expert))
-            for weight, new in zip(weights, moved(weights, by, self._sizes[step]), strict=True):
-                weight.copy_(new)
-        return steps[-1] if steps else None
+        room = self._records.room() if steps else None
+        visit(
+            form.ordered(stored),
+            [(Direction(seed, step, (layer + 1, expert)), self._sizes[step]) for step in steps],
+            None if room is None else form.matrices(room),
+            Direction(seed, self._step, (layer + 1, expert)),
+            self._options.epsilon,
+            sides := [form.matrices(side) for side in self._sides],
+        )
+        if room is not None:
+            self._write_behind(layer, expert, room, steps[-1])
+        self._touched.add((layer, expert))
+        names = [parameter.name for parameter in form.parameters]
+        seen = [Seen(dict(zip(names, matrices, strict=True))) for matrices in sides]
+        return lambda number: seen[self._passes[number][0]]
 
     def _finish(self, layer: int, expert: int, stored: Weights) -> None:
-        self._bring_up_to_date(layer, expert, stored)
+        steps = self._pending.pop((layer, expert), [])
+        owner = (layer + 1, expert)
+        moves = [(Direction(self._options.seed, step, owner), self._sizes[step]) for step in steps]
+        visit(self._form(layer).ordered(stored), moves)
 
     def take(self, layer: int, expert: int, seen: Sequence[Seen]) -> None:
         raise AssertionError("a method without a backward pass takes no gradients")
@@ -218,6 +211,7 @@ def own_passes(options: TuneOptions, number: int) -> list[Pass]:
     return sorted(order[number * options.own_passes :][: options.own_passes])
 
 
-def versions_bytes(opened: OpenedCheckpoint) -> int:
-    """What the method holds besides the model: both perturbed versions of everything outside experts."""
-    return 2 * weight_bytes(opened.model)
+def held_bytes(opened: OpenedCheckpoint) -> int:
+    """What the method holds besides the model: both perturbed versions of everything outside experts and of the expert
+    that is computed, and rooms for records."""
+    return 2 * weight_bytes(opened.model) + (2 + NUM_ROOMS) * max(opened.slot_bytes_L)

@@ -1,12 +1,13 @@
 """What an expert's record holds when all parameters are trained, in bytes and as tensors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import torch
 
 from ...formats.form import Form
 from ..storage.byte_moments import MEAN, SQUARE, num_blocks
+from ..storage.overlay import matrices_in
 from .adamw import AdamVector
 
 
@@ -44,34 +45,49 @@ class RecordLayout:
         count = self.num_elements
         return (4 * count, 4 * count) if self.state_bits == 32 else (4 * num_blocks(count),) * 2 + (count, count)
 
-    def matrices(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Flat float32 weights as the matrices of the model, in the order in which a record has them."""
-        sizes = [parameter.nbytes // parameter.dtype.itemsize for parameter in self.form.parameters]
-        return {
-            parameter.name: part.to(parameter.dtype).view(parameter.shape)
-            for parameter, part in zip(self.form.parameters, value.split(sizes), strict=True)
-        }
+    def begin(self, matrices: Sequence[torch.Tensor], data: torch.Tensor) -> AdamVector:
+        """Parameters that no step has changed, in a record's bytes.
 
-    def parts(self, vector: AdamVector) -> list[torch.Tensor]:
-        """The tensors of a record, one after the other its bytes."""
-        copies = list(self.matrices(vector.value).values()) if self._copy_bytes else []
-        if self.state_bits == 32:
-            return [*copies, vector.value, vector.mean, vector.square]
-        (mean, mean_scale), (square, square_scale) = MEAN.encode(vector.mean), SQUARE.encode(vector.square)
-        return [*copies, vector.value, mean_scale, square_scale, mean, square]
+        Args:
+            matrices: in the order in which a record has them.
+            data: the record's room.
+        """
+        vector = self.vector(data[: self.nbytes].zero_())
+        for matrix, part in zip(matrices, self.split(vector.value), strict=True):
+            part.copy_(matrix)
+        return vector
+
+    def split(self, value: torch.Tensor) -> list[torch.Tensor]:
+        """Flat numbers as the matrices of the model, in the order in which a record has them."""
+        parameters = self.form.parameters
+        parts = value.split([parameter.nbytes // parameter.dtype.itemsize for parameter in parameters])
+        return [part.view(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]
+
+    def store(self, vector: AdamVector, data: torch.Tensor) -> None:
+        """Bring a record's bytes up to date after a vector from `vector` has changed."""
+        if self._copy_bytes:
+            for matrix, part in zip(matrices_in(data, self.form.parameters), self.split(vector.value), strict=True):
+                matrix.copy_(part)
+        if self.state_bits == 8:
+            moments = zip((MEAN, SQUARE), (vector.mean, vector.square), strict=True)
+            (mean, mean_scale), (square, square_scale) = (coder.encode(moment) for coder, moment in moments)
+            for place, part in zip(self._moments(data), (mean_scale, square_scale, mean, square), strict=True):
+                place.copy_(part.view(torch.uint8))
+
+    def _moments(self, data: torch.Tensor) -> list[torch.Tensor]:
+        sizes = self._moment_sizes
+        return list(data[self.nbytes - sum(sizes) : self.nbytes].split(sizes))
 
     def vector(self, data: torch.Tensor) -> AdamVector:
         """Weights and moments of a record's bytes, in their place where they are stored as float32."""
-        sizes = (self._copy_bytes, 4 * self.num_elements, *self._moment_sizes)
-        starts = accumulate(sizes, initial=0)
-        _, value, *moments = (data[start:stop] for start, stop in pairwise(starts))
-        numbers = value.view(torch.float32)
+        value = data[self._copy_bytes :][: 4 * self.num_elements].view(torch.float32)
+        moments = self._moments(data)
         if self.state_bits == 32:
             mean, square = (part.view(torch.float32) for part in moments)
-            return AdamVector(numbers, mean, square)
+            return AdamVector(value, mean, square)
         mean_scale, square_scale, mean, square = moments
         return AdamVector(
-            numbers,
+            value,
             MEAN.decode(mean, mean_scale.view(torch.float32)),
             SQUARE.decode(square, square_scale.view(torch.float32)),
         )

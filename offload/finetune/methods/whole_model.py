@@ -1,9 +1,7 @@
 """What methods share that change every weight: experts in records on the disk, everything else in memory."""
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,8 @@ class WholeModel(ABC):
         options: the run's settings.
         rows: what to learn.
         record_bytes: of one expert's record, from its form.
-        kept_bytes: what the method holds besides the model.
+        kept_bytes: what the method holds besides the model, rooms for records included.
+        num_rooms: records that are on their way to the disk or from it at a time.
         number: of this process among those that do the run; each has records of its own.
         memory: `cache_experts` or `cpu_memory`, as `open_tuned` takes them.
     """
@@ -46,6 +45,7 @@ class WholeModel(ABC):
         *,
         record_bytes: Callable[[Form], int],
         kept_bytes: Callable[[OpenedCheckpoint], int],
+        num_rooms: int,
         number: int = 0,
         **memory: Any,
     ) -> None:
@@ -61,12 +61,10 @@ class WholeModel(ABC):
         self._model, self.experts = self._tuned.model, self._tuned.experts
         self._parameters = [value for value in self._model.parameters() if value.is_floating_point()]
         self._step = 0
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="expertier-record")
-        self._writing: deque[Future[None]] = deque()
+        self._records.make_rooms(num_rooms, is_direct=self.experts.visits.is_direct)
 
     def close(self) -> None:
         """End threads, close files."""
-        self._writer.shutdown(cancel_futures=True)
         self._tuned.close()
         self._records.close()
 
@@ -75,28 +73,10 @@ class WholeModel(ABC):
         assert isinstance(form, OverlaidForm)
         return form
 
-    def _write_behind(self, write: Callable[..., None], *given: Any) -> None:
-        """Write a record in a thread of its own; what is given has to stay until `_wait_for_writes`."""
-        self._writing.append(self._writer.submit(write, *given))
-
-    def _wait_for_writes(self, most: int = 0) -> None:
-        """Let all records be written but the last `most`.
-
-        Raises:
-            OSError: if one could not be.
-        """
-        while len(self._writing) > most:
-            self._writing.popleft().result()
-
-    def leave(self) -> None:
-        """An expert's slot is not given up before its record is written."""
-        self._wait_for_writes()
-
-    def _write(self, layer: int, expert: int, parts: Sequence[torch.Tensor], step: int) -> None:
-        """Write an expert's record and count its bytes."""
-        before = self._records.bytes_written
-        self._records.write(layer, expert, parts, step)
-        self.experts.visits.traffic.bytes_written += self._records.bytes_written - before
+    def _write_behind(self, layer: int, expert: int, room: torch.Tensor, step: int) -> None:
+        """Let the record in a room be written, and count its bytes."""
+        self._records.write_behind(layer, expert, room, step)
+        self.experts.visits.traffic.bytes_written += self._records.record_bytes(layer)
 
     def committed(self) -> None:
         self._records.commit()

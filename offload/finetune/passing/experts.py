@@ -35,10 +35,6 @@ class Method(Protocol):
         """An expert in its slot: called once per visit, gives what each pass sees."""
         ...
 
-    def leave(self) -> None:
-        """The expert that was seen last is computed; once this returns, its slot may hold another one."""
-        ...
-
     def take(self, layer: int, expert: int, seen: Sequence[Seen]) -> None:
         """The gradients of one expert are there, in what each pass that used it has seen."""
         ...
@@ -163,7 +159,6 @@ class TunedExperts:
         for expert, stored in self.visits(layer, needed):
             numbers = [number for number, span in enumerate(spans) if expert in span.of]
             yield expert, self.method.seen(layer, expert, stored), numbers
-            self.method.leave()
 
     def _rows(self, layer: int, expert: int, number: int, seen: Seen, x_nD: torch.Tensor) -> torch.Tensor:
         """What an expert gives for the rows of pass `number`."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...checkpoint.experts import Parameter
 from ...formats.form import Extent, Form, PartReader
 from ...formats.plain import PlainForm
 from .records import ExpertRecords
@@ -57,15 +58,24 @@ class OverlaidForm(PlainForm):
         if entry is None:
             super().convert(expert, slot, model, read)
             return
-        views, start = self.views(slot, (0,) * len(self.regions)), entry.offset
-        for parameter in self.parameters:
-            raw = read(entry, start, parameter.nbytes, (parameter.nbytes,))
-            views[parameter.name].copy_(raw.view(parameter.dtype).view(parameter.shape))
-            start += parameter.nbytes
+        raw = read(entry, entry.offset, self.expert_bytes, (self.expert_bytes,))
+        for to, matrix in zip(self.ordered(self.views(slot, (0,) * len(self.regions))), self.matrices(raw), strict=True):
+            to.copy_(matrix)
+
+    def matrices(self, data: torch.Tensor) -> list[torch.Tensor]:
+        """`matrices_in` a record of this layer."""
+        return matrices_in(data, self.parameters)
 
     def ordered(self, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """An expert's matrices in the order in which a record has them."""
         return [weights[parameter.name] for parameter in self.parameters]
+
+
+def matrices_in(data: torch.Tensor, parameters: Sequence[Parameter]) -> list[torch.Tensor]:
+    """The matrices at the beginning of a record's bytes, where they lie and in their order."""
+    sizes = [parameter.nbytes for parameter in parameters]
+    pairs = zip(data[: sum(sizes)].split(sizes), parameters, strict=True)
+    return [part.view(parameter.dtype).view(parameter.shape) for part, parameter in pairs]
 
 
 def expect_plain(forms: Sequence[Form], method: str) -> list[PlainForm]:

@@ -2,10 +2,14 @@
 
 A record is written to a place that the last commit does not use. So a commit stays whole whatever happens after it:
 a process that is killed, a disk that is full. Places that a commit no longer uses are free from then on.
+
+Records may be written behind, by a thread, from rooms that are used again. Whoever asks for one of those waits for it.
 """
 
 import os
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from ...checkpoint.tensors import TensorEntry, read_into
 from ...formats.form import BLOCK_BYTES
+from ...store.store import Slots
 
 Key = tuple[int, int]
 """(MoE layer, expert)."""
@@ -36,6 +41,8 @@ class _LayerFile:
     nbytes: int
     """Of one record."""
     stride: int
+    direct: int | None = None
+    """The same file past the page cache."""
     count: int = 0
     """Places that the file has."""
     free: list[int] = field(default_factory=list)
@@ -55,29 +62,52 @@ class ExpertRecords:
         force_to_disk(folder)
         self._now: dict[Key, Place] = {}
         self._committed: dict[Key, Place] = {}
-        self.bytes_written = 0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="expertier-record")
+        self._writing: dict[Key, Future[None]] = {}
+        self._rooms: deque[tuple[torch.Tensor, Future[None] | None]] = deque()
+
+    def make_rooms(self, count: int, *, is_direct: bool) -> None:
+        """Take memory for records that are read and written in place.
+
+        Args:
+            count: records that are on their way at a time, at least 1.
+            is_direct: read and write them past the page cache, on file systems that can.
+        """
+        slots = Slots(count, max(file.stride for file in self._files))
+        self._rooms = deque((slots.slot(number), None) for number in range(count))
+        for file in self._files if is_direct else ():
+            file.direct = os.open(file.path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
 
     def close(self) -> None:
-        """Close the files."""
+        """End the thread, close the files."""
+        self._writer.shutdown(cancel_futures=True)
         for file in self._files:
             os.close(file.descriptor)
+            if file.direct is not None:
+                os.close(file.direct)
 
     def paths(self, layer: int) -> set[Path]:
         """The files of a layer."""
         return {self._files[layer].path}
 
+    def record_bytes(self, layer: int) -> int:
+        """Of one record of a layer."""
+        return self._files[layer].nbytes
+
     def place(self, layer: int, expert: int) -> Place | None:
         """Where an expert's record is; None if it has not changed."""
+        self._settle((layer, expert))
         return self._now.get((layer, expert))
 
     @property
     def keys(self) -> list[Key]:
         """Every expert that has a record."""
+        self.wait()
         return sorted(self._now)
 
     def entry(self, layer: int, expert: int) -> TensorEntry | None:
         """An expert's record as the bytes of a file; None if it has none."""
-        found = self._now.get((layer, expert))
+        found = self.place(layer, expert)
         if found is None:
             return None
         file = self._files[layer]
@@ -96,38 +126,93 @@ class ExpertRecords:
         Raises:
             OSError: if the disk is full, or cannot be written to.
         """
-        file, key = self._files[layer], (layer, expert)
+        self._settle((layer, expert))
         pieces = [memoryview(part.detach().reshape(-1).view(torch.uint8).numpy()) for part in parts]
-        assert sum(map(len, pieces)) == file.nbytes
+        assert sum(map(len, pieces)) == self._files[layer].nbytes
+        self._write(layer, expert, pieces, step)
+
+    def room(self) -> torch.Tensor:
+        """A room for any record, as bytes; it is the caller's until it is given to `write_behind`.
+
+        Raises:
+            OSError: if the record that was in it could not be written.
+        """
+        room, write = self._rooms.popleft()
+        if write is not None:
+            write.result()
+        return room
+
+    def write_behind(self, layer: int, expert: int, room: torch.Tensor, step: int) -> None:
+        """Write an expert's record from the beginning of its room, in a thread; otherwise as `write`."""
+        self._settle((layer, expert))
+        found = self._writer.submit(self._write_room, layer, expert, room, step)
+        self._writing[layer, expert] = found
+        self._rooms.append((room, found))
+
+    def give_back(self, room: torch.Tensor) -> None:
+        """A room is not written after all."""
+        self._rooms.append((room, None))
+
+    def wait(self) -> None:
+        """Let all records be written.
+
+        Raises:
+            OSError: if one could not be.
+        """
+        while self._writing:
+            self._settle(next(iter(self._writing)))
+
+    def _settle(self, key: Key) -> None:
+        """Let one record be written."""
+        if (found := self._writing.get(key)) is not None:
+            found.result()
+            self._writing.pop(key, None)
+
+    def _write_room(self, layer: int, expert: int, room: torch.Tensor, step: int) -> None:
+        self._write(layer, expert, [memoryview(room.numpy())[: self._files[layer].nbytes]], step, room)
+
+    def _write(
+        self, layer: int, expert: int, pieces: Sequence[memoryview], step: int, room: torch.Tensor | None = None
+    ) -> None:
+        """Write a record's pieces, past the page cache if they are the beginning of a room of whole blocks."""
+        file, key = self._files[layer], (layer, expert)
         before, committed = self._now.get(key), self._committed.get(key)
         is_ours = before is not None and before != committed
         number = before.number if before is not None and is_ours else self._take(file)
         found = xxh3_64()
         for piece in pieces:
             found.update(piece)
-        _write_at(file, number * file.stride, pieces)
+        if room is not None and file.direct is not None:
+            write_all(file.direct, memoryview(room.numpy())[: file.stride], number * file.stride)
+        else:
+            _write_at(file, number * file.stride, pieces)
         self._now[key] = Place(number, step, found.hexdigest())
-        self.bytes_written += file.nbytes
 
     def read(self, layer: int, expert: int, into: torch.Tensor | None = None) -> torch.Tensor:
         """The bytes of an expert's record, checked.
 
         Args:
             layer, expert: whose.
-            into: bytes to be used again, at least as many; None for new ones.
+            into: a room; None for new memory.
 
         Raises:
             OSError: if they are not those that were written.
         """
+        self._settle((layer, expert))
         file, place = self._files[layer], self._now[layer, expert]
-        data = torch.empty(file.nbytes, dtype=torch.uint8) if into is None else into[: file.nbytes]
-        read_into(file.path, file.descriptor, place.number * file.stride, memoryview(data.numpy()))
+        data, descriptor, count = into, file.direct, file.stride
+        if data is None or descriptor is None:
+            descriptor, count = file.descriptor, file.nbytes
+            data = torch.empty(count, dtype=torch.uint8) if data is None else data
+        read_into(file.path, descriptor, place.number * file.stride, memoryview(data.numpy())[:count])
+        data = data[: file.nbytes]
         if (found := xxh3_64_hexdigest(data.numpy())) != place.checksum:
             raise OSError(f"{file.path}: expert {expert} has checksum {found} instead of {place.checksum}: damaged")
         return data
 
     def secure(self) -> dict[str, list[Any]]:
         """Force every record to the disk; the table that a commit has to keep."""
+        self.wait()
         for file in self._files:
             os.fsync(file.descriptor)
         return {f"{layer}.{expert}": [p.number, p.step, p.checksum] for (layer, expert), p in self._now.items()}

@@ -71,6 +71,11 @@ class ExpertVisits:
         """Seconds in which nothing was computed for want of an expert."""
 
     @property
+    def is_direct(self) -> bool:
+        """Whether experts are read past the page cache."""
+        return self._store.is_direct
+
+    @property
     def disk_busy_s(self) -> float:
         """Seconds in which an expert was on its way."""
         return self._store.busy_s
