@@ -63,12 +63,22 @@ class FusedExperts:
             return False
         if self._matvecs.arithmetic != "exact":
             return True
+        return all(orders is not None for orders in self.tried_orders(several, room).values())
+
+    def tried_orders(self, rows: Iterable[int], room: Mapping[str, torch.Tensor]) -> dict[int, Orders | None]:
+        """The orders for experts with so many rows each, None where torch's is not known; in `exact`.
+
+        Args:
+            rows: numbers of rows, which are tried against torch when they first occur.
+            room: room for an expanded expert, which a trial may write to.
+        """
+        counts, known = set(rows), self._several_rows
         rooms = [
             room[name].t() if self._module.is_transposed else room[name] for name in (self.up_name, self.down_name)
         ]
-        for count, orders in self._matvecs.rows_orders(rooms, several - self._several_rows.keys()).items():
-            self._several_rows[count] = None if orders is None else tuple(orders)
-        return all(self._several_rows[count] is not None for count in several)
+        for count, orders in self._matvecs.rows_orders(rooms, counts - known.keys() - {1}).items():
+            known[count] = None if orders is None else tuple(orders)
+        return {count: self.one_row if count == 1 else known[count] for count in counts}
 
     def orders_of(self, rows: int) -> Orders:
         """The orders of summation for an expert with so many rows, which `can_compute` has allowed."""

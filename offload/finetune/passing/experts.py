@@ -9,16 +9,17 @@ Shapes: T tokens, K experts per token, N routed rows sorted by expert, n rows of
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from math import inf
 from typing import Any, Protocol
 
 import torch
 
+from ...compute.matvec import Matvecs
 from ...compute.routed_rows import ExpertSpans
-from ...memory.heap import return_free_blocks_beyond
+from ...memory.heap import KeptBlocks
 from ..storage.activations import SpilledActivations
 from ..storage.units import UNIT
 from ..storage.visits import ExpertVisits
+from .exact import ExactExperts, exact_experts
 from .frozen import FrozenExperts, frozen_experts
 from .lockstep import Lockstep
 from .rows import Call, RowGradients, Seen, Weights, expert_rows, filled_rows
@@ -51,13 +52,13 @@ class TunedExperts:
         modules: the experts modules, in the order of the layers; their `forward` is replaced.
         visits: where their experts are.
         lockstep: runs the passes, and carries what they ask.
-        memory_bytes: of the process, beyond which freed blocks go back to the system.
+        blocks: that are free, and go back to the system where passes meet; None leaves them to the allocator.
     """
 
     def __init__(
-        self, modules: Sequence[Any], visits: ExpertVisits, lockstep: Lockstep, memory_bytes: float = inf
+        self, modules: Sequence[Any], visits: ExpertVisits, lockstep: Lockstep, blocks: KeptBlocks | None = None
     ) -> None:
-        self.visits, self.lockstep, self._memory_bytes = visits, lockstep, memory_bytes
+        self.visits, self.lockstep, self._blocks = visits, lockstep, blocks
         self.method: Method | None = None
         self.count_LE = [torch.zeros(form.layer.num_experts, dtype=torch.int64) for form in visits.forms]
         """Rows that each expert computed; whoever reads the counts sets them to 0."""
@@ -65,6 +66,8 @@ class TunedExperts:
         """Takes outputs for decoder layers that are computed again."""
         self._modules = list(modules)
         self._kernels: dict[int, FrozenExperts | None] = {}
+        self._exact: dict[int, ExactExperts | None] = {}
+        self._matvecs = Matvecs("exact")
         # whatever needs a gradient further down, a layer's own experts may have parameters of their own
         self._anchor = torch.zeros((), requires_grad=True)
         for layer, module in enumerate(modules):
@@ -102,7 +105,8 @@ class TunedExperts:
     def answer(self, place: Any, calls: Sequence[Call]) -> Sequence[Any]:
         """What all passes get at one experts module: outputs, or the gradients of inputs and weights."""
         assert self.method is not None
-        return_free_blocks_beyond(self._memory_bytes)
+        if self._blocks is not None:
+            self._blocks.trim()
         layer, is_backward = place
         tokens = [len(call.x_TD) for call in calls]
         asked = [_joined(calls)] if self.method.joins_passes else calls
@@ -118,10 +122,14 @@ class TunedExperts:
         spans = [ExpertSpans(call.expert_TK, num_experts) for call in calls]
         x = [call.x_TD[span.token_N] for call, span in zip(calls, spans, strict=True)]
         outs: list[torch.Tensor | None] = [None] * len(calls)
+        exact = self._exact_kernel(layer, calls[0].expert_TK.shape[1])
+        if exact is not None:
+            exact.expect({count for span in spans for count in span.num_rows.values()})
         for expert, seen, numbers in self._visit(layer, spans):
-            for number in numbers:
+            given = [x[number][slice(*spans[number].of[expert])] for number in numbers]
+            found = self._rows(layer, expert, numbers, [seen(number) for number in numbers], given, exact)
+            for number, rows in zip(numbers, found, strict=True):
                 start, stop = spans[number].of[expert]
-                rows = self._rows(layer, expert, number, seen(number), x[number][start:stop])
                 out = outs[number]
                 if out is None:
                     outs[number] = out = rows.new_zeros(len(x[number]), rows.shape[1])
@@ -160,11 +168,34 @@ class TunedExperts:
             numbers = [number for number, span in enumerate(spans) if expert in span.of]
             yield expert, self.method.seen(layer, expert, stored), numbers
 
-    def _rows(self, layer: int, expert: int, number: int, seen: Seen, x_nD: torch.Tensor) -> torch.Tensor:
-        """What an expert gives for the rows of pass `number`."""
-        if (kernel := self._kernel(layer, seen)) is not None:
-            return kernel.outputs(expert, seen, x_nD)
-        return self._entered(number, self._rows_of(), self._modules[layer], expert, seen, x_nD)
+    def _rows(
+        self,
+        layer: int,
+        expert: int,
+        numbers: Sequence[int],
+        seen: Sequence[Seen],
+        x: Sequence[torch.Tensor],
+        exact: ExactExperts | None,
+    ) -> list[torch.Tensor]:
+        """What an expert gives for the rows of some passes."""
+        if (kernel := self._kernel(layer, seen[0])) is not None:
+            return [kernel.outputs(expert, of_pass, x_nD) for of_pass, x_nD in zip(seen, x, strict=True)]
+        found: list[torch.Tensor | None] = [None] * len(x) if exact is None else exact.outputs(seen, x)
+        module, compute = self._modules[layer], self._rows_of()
+        return [
+            self._entered(number, compute, module, expert, of_pass, x_nD) if out is None else out
+            for number, of_pass, x_nD, out in zip(numbers, seen, x, found, strict=True)
+        ]
+
+    def _exact_kernel(self, layer: int, top_k: int) -> ExactExperts | None:
+        """What computes an expert without torch, where its bits are promised."""
+        assert self.method is not None
+        if self.method.joins_passes:
+            return None
+        if layer not in self._exact:
+            form, module = self.visits.forms[layer], self._modules[layer]
+            self._exact[layer] = exact_experts(module, form, top_k, self._matvecs)
+        return self._exact[layer]
 
     def _kernel(self, layer: int, seen: Seen) -> FrozenExperts | None:
         """What computes an expert without torch, where no bits of torch are promised."""

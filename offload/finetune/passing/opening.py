@@ -11,7 +11,7 @@ from routing.ground.quantity import format_size
 from ...checkpoint.experts import ExpertLayer, experts_modules
 from ...formats.form import Form
 from ...memory.budget import MemoryPlan, expect_budgets, plan_memory, sufficient_size
-from ...memory.heap import reuse_blocks
+from ...memory.heap import KeptBlocks, reuse_blocks
 from ...runtime.division import cpu_limit, expect_machine_has
 from ...runtime.needs import memory_needs
 from ...runtime.opening import OpenedCheckpoint, open_checkpoint
@@ -30,7 +30,7 @@ from .lockstep import Lockstep
 Overlay = Callable[[Sequence[Form]], list[Form]]
 
 GAPS_BYTES = 400 << 20
-"""What the allocator may keep of freed blocks: what is beyond goes back to the system wherever passes meet."""
+"""What the limit has for freed blocks: they go back to the system where passes meet, once there are many."""
 KEPT_ARRAYS = 24
 """Arrays of [T, D] that autograd keeps of one layer outside experts: an estimate from Qwen3-MoE's modules."""
 LEAST_SLOTS = 4
@@ -103,7 +103,8 @@ def open_tuned(
     sweeps = Sweeps(len(forms), is_round_trip=has_backward, crosses_steps=options.method != "full")
     visits = ExpertVisits(store, sum(plan.num_slots), sweeps)
     modules = list(experts_modules(opened.model).values())
-    experts = TunedExperts(modules, visits, Lockstep(options.own_passes), plan.limit_bytes - GAPS_BYTES)
+    blocks = KeptBlocks(plan.limit_bytes - GAPS_BYTES, GAPS_BYTES)
+    experts = TunedExperts(modules, visits, Lockstep(options.own_passes), blocks)
     opened.model.eval().requires_grad_(False)
     return TunedModel(opened.model, experts, forms, plan)
 
