@@ -154,16 +154,8 @@ class AllParameters(WholeModel):
 
     def take(self, layer: int, expert: int, seen: Sequence[Seen]) -> None:
         """Keep the sum of all passes' gradients."""
-        total = torch.empty(self._layouts[layer].num_elements)
-        parts = self._layouts[layer].split(total)
-        for number, each in enumerate(seen):
-            for part, weight in zip(parts, self._form(layer).ordered(each.weights), strict=True):
-                assert weight.grad is not None
-                if number:
-                    part += weight.grad
-                else:
-                    part.copy_(weight.grad)
-        self._kept.keep((layer, expert), total)
+        matrices = zip(*(self._form(layer).ordered(each.weights) for each in seen), strict=True)
+        self._kept.keep((layer, expert), [[weight.grad for weight in weights] for weights in matrices])
 
     def _caught_up(
         self, layer: int, expert: int, stored: Weights, upto: int

@@ -1,18 +1,27 @@
 """The gradients of experts between the backward pass and the step, in memory up to a limit, beyond it on the disk.
 
 The step has to wait: it is scaled by the norm of all gradients together, and the last one is not known before the
-first layer's backward pass.
+first layer's backward pass. What is kept is summed over the passes by a thread of its own meanwhile.
 """
 
+import ctypes
+import functools
 import tempfile
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...checkpoint.tensors import read_into
+from ...native.library import library
 from .records import Key, write_all
 
 OPENED = "kept gradients"
+MOST_WAITING = 2
+"""Experts whose gradients wait to be summed; each pass has one of its own. Not tuned."""
 
 
 class KeptGradients:
@@ -31,25 +40,46 @@ class KeptGradients:
         self._there: dict[Key, tuple[int, int]] = {}
         self._held_bytes = self._end = 0
         self._squares: dict[Key, float] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="expertier-gradient")
+        self._waiting: deque[Future[None]] = deque()
 
     def close(self) -> None:
         """Give memory and disk back."""
+        self._thread.shutdown(cancel_futures=True)
         self._file.close()
         self._here.clear()
 
     def clear(self) -> None:
         """Forget every gradient."""
+        self._wait()
         self._here.clear()
         self._there.clear()
         self._squares.clear()
         self._held_bytes = self._end = 0
 
-    def keep(self, key: Key, grad: torch.Tensor) -> None:
-        """Keep an expert's gradient.
+    def keep(self, key: Key, grads: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Keep an expert's gradient: the sum over all passes, in their order.
+
+        Args:
+            key: whose.
+            grads: of each matrix, one for each pass; left alone from now on.
 
         Raises:
-            OSError: if the disk is full.
+            OSError: if the disk is full; perhaps from a later call only.
         """
+        self._wait(MOST_WAITING)
+        self._waiting.append(self._thread.submit(self._keep, key, grads))
+
+    def _wait(self, most: int = 0) -> None:
+        """Let all but the last `most` be summed."""
+        while len(self._waiting) > most:
+            self._waiting.popleft().result()
+
+    def _keep(self, key: Key, grads: Sequence[Sequence[torch.Tensor]]) -> None:
+        sizes = [of_matrix[0].numel() for of_matrix in grads]
+        grad = torch.empty(sum(sizes))
+        for part, of_matrix in zip(grad.split(sizes), grads, strict=True):
+            sum_into(part, of_matrix)
         self._squares[key] = grad.double().square_().sum().item()
         if self._held_bytes + grad.nbytes <= self._limit_bytes:
             self._here[key] = grad
@@ -63,6 +93,7 @@ class KeptGradients:
     @property
     def keys(self) -> list[Key]:
         """Whose gradients are kept, in the order of layers and experts."""
+        self._wait()
         return sorted(self._squares)
 
     def square(self) -> float:
@@ -82,3 +113,33 @@ class KeptGradients:
         if not self._there:
             self._end = 0
         return grad
+
+
+def sum_into(total: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
+    """Add one gradient after the other, at least one, in float32.
+
+    Args:
+        total: flat, float32; written.
+        grads: as many numbers each; of bfloat16, our C adds them, with the bits of torch.
+    """
+    kernels = _kernels()
+    if kernels is not None and all(grad.dtype == torch.bfloat16 and grad.is_contiguous() for grad in grads):
+        addresses = (ctypes.c_void_p * len(grads))(*(grad.data_ptr() for grad in grads))
+        kernels.expertier_sum_gradients(addresses, len(grads), total.numel(), total.data_ptr())
+        return
+    total.copy_(grads[0].reshape(-1))
+    for grad in grads[1:]:
+        total += grad.reshape(-1)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The library with the types of native/tuning/gradients.c set; None without a C compiler."""
+    try:
+        found = library()
+    except OSError:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    found.expertier_sum_gradients.argtypes = [pointer, number, number, pointer]
+    found.expertier_sum_gradients.restype = None
+    return found
