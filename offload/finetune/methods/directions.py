@@ -92,7 +92,8 @@ def perturbed(weight: torch.Tensor, direction: torch.Tensor, epsilon: float) -> 
     found = torch.empty(weight.shape, dtype=weight.dtype)
     pieces = zip(*(tensor.reshape(-1).split(PIECE) for tensor in (found, weight, direction)), strict=True)
     for to, of, along in pieces:
-        to.copy_(of.float().add_(along, alpha=epsilon))
+        # not in place: float32 weights are their own float32 copy
+        to.copy_(of.float().add(along, alpha=epsilon))
     return found
 
 
