@@ -65,7 +65,9 @@ class AllParameters(WholeModel):
         self._resident = [AdamVector.begun(value.detach().float().clone()) for value in self._parameters]
         self._spilled = spilled_activations(self._tuned, out, options)
         self._is_first = True
-        self._kept = KeptGradients(GRADIENT_BYTES, out / "experts")
+        most = max(layout.num_elements for layout in self._layouts)
+        num_experts = sum(layout.form.layer.num_experts for layout in self._layouts)
+        self._kept = KeptGradients(GRADIENT_BYTES, out / "experts", most, num_experts)
 
     def close(self) -> None:
         super().close()
@@ -141,6 +143,7 @@ class AllParameters(WholeModel):
                 self._adamw.step(vector, self._kept.take(key).mul_(scale), self._step)
                 self._write_vector(*key, vector, room, self._step)
         self._records.wait()
+        self._kept.clear()
 
     def enter(self, number: int) -> None:
         """All passes see the same model."""

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from ...checkpoint.tensors import read_into
+from ...formats.form import BLOCK_BYTES
 from ...native.library import library
+from ...store.store import Slots
 from .records import Key, write_all
 
 OPENED = "kept gradients"
@@ -28,17 +30,24 @@ class KeptGradients:
     """One flat float32 gradient for each expert that a step touches.
 
     Args:
-        limit_bytes: in memory at most.
+        limit_bytes: in memory at most, which is taken at once: fresh memory for each would cost page faults.
         folder: where the rest goes, into a file without a name.
+        num_elements: of one gradient, at most.
+        num_experts: of all layers.
     """
 
-    def __init__(self, limit_bytes: int, folder: Path) -> None:
+    def __init__(self, limit_bytes: int, folder: Path, num_elements: int, num_experts: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._limit_bytes, self._folder = limit_bytes, folder
+        self._folder = folder
+        room_bytes = -(-4 * num_elements // BLOCK_BYTES) * BLOCK_BYTES
+        count = min(limit_bytes // room_bytes, num_experts)
+        rooms = Slots(count, room_bytes)
+        self._rooms = [rooms.slot(number).view(torch.float32) for number in range(count)]
+        self._free = list(self._rooms)
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  lives as long as the run
         self._here: dict[Key, torch.Tensor] = {}
         self._there: dict[Key, tuple[int, int]] = {}
-        self._held_bytes = self._end = 0
+        self._end = 0
         self._squares: dict[Key, float] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="expertier-gradient")
         self._waiting: deque[Future[None]] = deque()
@@ -48,6 +57,7 @@ class KeptGradients:
         self._thread.shutdown(cancel_futures=True)
         self._file.close()
         self._here.clear()
+        self._rooms, self._free = [], []
 
     def clear(self) -> None:
         """Forget every gradient."""
@@ -55,7 +65,7 @@ class KeptGradients:
         self._here.clear()
         self._there.clear()
         self._squares.clear()
-        self._held_bytes = self._end = 0
+        self._free, self._end = list(self._rooms), 0
 
     def keep(self, key: Key, grads: Sequence[Sequence[torch.Tensor]]) -> None:
         """Keep an expert's gradient: the sum over all passes, in their order.
@@ -77,13 +87,13 @@ class KeptGradients:
 
     def _keep(self, key: Key, grads: Sequence[Sequence[torch.Tensor]]) -> None:
         sizes = [of_matrix[0].numel() for of_matrix in grads]
-        grad = torch.empty(sum(sizes))
+        is_held = bool(self._free)
+        grad = (self._free.pop() if is_held else torch.empty(sum(sizes)))[: sum(sizes)]
         for part, of_matrix in zip(grad.split(sizes), grads, strict=True):
             sum_into(part, of_matrix)
         self._squares[key] = grad.double().square_().sum().item()
-        if self._held_bytes + grad.nbytes <= self._limit_bytes:
+        if is_held:
             self._here[key] = grad
-            self._held_bytes += grad.nbytes
             return
         data = memoryview(grad.contiguous().numpy()).cast("B")
         write_all(self._file.fileno(), data, self._end)
@@ -101,12 +111,13 @@ class KeptGradients:
         return sum(self._squares[key] for key in self.keys)
 
     def take(self, key: Key) -> torch.Tensor:
-        """An expert's gradient, which is not kept any more."""
+        """An expert's gradient, which is not kept any more; it stays what it is until others are kept.
+
+        `clear` comes before that.
+        """
         del self._squares[key]
         if key in self._here:
-            grad = self._here.pop(key)
-            self._held_bytes -= grad.nbytes
-            return grad
+            return self._here.pop(key)
         offset, nbytes = self._there.pop(key)
         grad = torch.empty(nbytes // 4, dtype=torch.float32)
         read_into(self._folder / OPENED, self._file.fileno(), offset, memoryview(grad.numpy()).cast("B"))
