@@ -110,12 +110,17 @@ def test_a_record_that_could_not_be_written_is_told_to_whoever_waits(tmp_path, m
 
 def test_blocks_go_back_once_many_are_free(monkeypatch):
     """By hand: 1,000 bytes are expected, and 400 are beside them."""
-    sizes, returned = [], []
+    sizes, returned, left = [], [], iter((1005, 1109, 900, 0))
+
+    def give_back():
+        returned.append(sizes[-1])
+        sizes.append(next(left))
+
     monkeypatch.setattr(heap, "resident_bytes", lambda: sizes[-1])
-    monkeypatch.setattr(heap, "return_free_blocks", lambda: (returned.append(sizes[-1]), sizes.append(left))[0])
+    monkeypatch.setattr(heap, "return_free_blocks", give_back)
     blocks = KeptBlocks(1000, 400)
-    for before, left in ((1000, 0), (1010, 1005), (1100, 0), (1110, 1109), (1200, 0), (1201, 900), (1000, 0), (1001, 0)):
-        sizes.append(before)
+    for size in (1000, 1010, 1100, 1110, 1200, 1201, 1000, 1001):
+        sizes.append(size)
         blocks.trim()
     # beyond 1,000; then beyond 1,105; then at the latest beyond 1,200; after it had shrunk, beyond 1,000 again
     assert returned == [1010, 1110, 1201, 1001]

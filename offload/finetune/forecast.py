@@ -23,12 +23,12 @@ from ..formats.form import Form
 from ..memory.budget import MemoryPlan
 from ..runtime.opening import OpenedCheckpoint, open_headers
 from ..runtime.options import LoadOptions
+from .methods import forward_only
 from .methods.adapters import adapter_bytes
 from .methods.all_parameters import GRADIENT_BYTES, held_bytes
-from .methods import forward_only
 from .methods.record_layout import RecordLayout
 from .options import TuneOptions
-from .passing.opening import KEPT_ARRAYS, divide_for_tuning, layer_activation_bytes
+from .passing.opening import divide_for_tuning, kept_arrays, layer_activation_bytes
 from .storage.activation_plan import StepLoad, UnitCost, choose
 from .storage.units import Choice
 
@@ -204,7 +204,7 @@ def _activations(opened: OpenedCheckpoint, options: TuneOptions) -> list[UnitCos
         return []
     nbytes = layer_activation_bytes(opened, options)
     # what goes into the layer, and what its experts give
-    unit = UnitCost(nbytes=nbytes, held_bytes=2 * nbytes / KEPT_ARRAYS, rerun_s=0.0)
+    unit = UnitCost(nbytes=nbytes, held_bytes=2 * nbytes / kept_arrays(opened, options), rerun_s=0.0)
     return [unit] * (options.own_passes * int(opened.config.get_text_config().num_hidden_layers))
 
 

@@ -30,7 +30,6 @@ from ..passing.losses import backward_passes, relative_error
 from ..passing.opening import spilled_activations
 from ..passing.rows import Seen, Weights
 from ..storage.gradients import KeptGradients
-from ..storage.records import Key
 from .adamw import AdamVector, AdamW
 from .record_layout import RecordLayout
 from .whole_model import WholeModel
@@ -132,7 +131,9 @@ class AllParameters(WholeModel):
         """Step every touched expert: the next ones are read and the last ones are written meanwhile."""
         keys = self._kept.keys
         with ThreadPoolExecutor(READS_AHEAD, thread_name_prefix="expertier-record") as readers:
-            reading = deque(readers.submit(self._records.read, *key, self._records.room()) for key in keys[:READS_AHEAD])
+            reading = deque(
+                readers.submit(self._records.read, *key, self._records.room()) for key in keys[:READS_AHEAD]
+            )
             for key, following in zip_longest(keys, keys[READS_AHEAD:]):
                 room = reading.popleft().result()
                 if following is not None:
@@ -160,9 +161,7 @@ class AllParameters(WholeModel):
         matrices = zip(*(self._form(layer).ordered(each.weights) for each in seen), strict=True)
         self._kept.keep((layer, expert), [[weight.grad for weight in weights] for weights in matrices])
 
-    def _caught_up(
-        self, layer: int, expert: int, stored: Weights, upto: int
-    ) -> tuple[AdamVector, torch.Tensor] | None:
+    def _caught_up(self, layer: int, expert: int, stored: Weights, upto: int) -> tuple[AdamVector, torch.Tensor] | None:
         """An expert after the steps that it missed, begun with the checkpoint's weights, and the room of its record.
 
         None if its record is that already.
@@ -217,7 +216,9 @@ class AllParameters(WholeModel):
         if caught_up is None:
             return
         vector, room = caught_up
-        for matrix, part in zip(self._form(layer).ordered(stored), self._layouts[layer].split(vector.value), strict=True):
+        for matrix, part in zip(
+            self._form(layer).ordered(stored), self._layouts[layer].split(vector.value), strict=True
+        ):
             matrix.copy_(part)
         self._records.give_back(room)
 

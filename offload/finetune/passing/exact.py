@@ -67,6 +67,7 @@ class ExactExperts:
                 found[number] = out_nD
         return found
 
+
 def exact_experts(module: Any, form: Form, top_k: int, matvecs: Matvecs) -> ExactExperts | None:
     """The kernel of a layer's experts; None where torch has to compute them, or their biases differ by pass.
 

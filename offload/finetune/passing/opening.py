@@ -6,6 +6,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from routing.ground.quantity import format_size
 
 from ...checkpoint.experts import ExpertLayer, experts_modules
@@ -26,13 +28,15 @@ from ..storage.visits import ExpertVisits
 from .decoder_layers import divide_layers
 from .experts import TunedExperts
 from .lockstep import Lockstep
+from .low_rank import MOST_RANK, summing_order
 
 Overlay = Callable[[Sequence[Form]], list[Form]]
 
 GAPS_BYTES = 400 << 20
 """What the limit has for freed blocks: they go back to the system where passes meet, once there are many."""
-KEPT_ARRAYS = 24
-"""Arrays of [T, D] that autograd keeps of one layer outside experts: an estimate from Qwen3-MoE's modules."""
+KEPT_ARRAYS, KEPT_ARRAYS_BY_C = 24, 12
+"""Arrays of [T, D] that autograd keeps of one layer outside experts, and where our C computes linear layers and norms,
+with room for families that keep more. Qwen3-MoE was seen to keep 18 and 9, OLMoE 19 and 10."""
 LEAST_SLOTS = 4
 """An expert that is computed, and three on their way. Fewer are taken where `cache_experts` says so."""
 
@@ -166,9 +170,8 @@ def divide_for_tuning(
 def kept_activation_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int:
     """What all passes hold between two experts modules: hidden states; with gradients, what autograd keeps, too.
 
-    Of each layer autograd keeps about 16 arrays of the model's width (norms in float32, projections, residuals) and
-    the attention's queries, keys and values. Logits are in float32 with their gradient, of one pass at a time: each
-    is through with its own before the next one goes on.
+    Of each layer autograd keeps `kept_arrays`: norms in float32, projections, residuals, attention. Logits are in
+    float32 with their gradient, of one pass at a time: each is through with its own before the next one goes on.
     """
     config = opened.config.get_text_config()
     tokens = options.batch_size * options.sequence_length
@@ -178,7 +181,7 @@ def kept_activation_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> int
     once = rows + 3 * 4 * tokens * int(config.vocab_size)
     if options.method == "zo":
         return options.own_passes * tokens * width * item * 2 + once
-    one_layer = options.own_passes * tokens * width * item * KEPT_ARRAYS
+    one_layer = options.own_passes * tokens * width * item * kept_arrays(opened, options)
     kept = options.own_passes * layer_activation_bytes(opened, options) * int(config.num_hidden_layers)
     if options.activation_bytes is not None or options.activation_bits is not None:
         # of the layer that is computed, everything is in memory, with its gradients
@@ -191,4 +194,10 @@ def layer_activation_bytes(opened: OpenedCheckpoint, options: TuneOptions) -> in
     """What autograd keeps of one micro-batch in one decoder layer."""
     width, item = int(opened.config.get_text_config().hidden_size), opened.model.dtype.itemsize
     in_bytes = item if options.activation_bits is None else min(BYTES_PER_NUMBER, item)
-    return int(options.batch_size * options.sequence_length * width * in_bytes * KEPT_ARRAYS)
+    return int(options.batch_size * options.sequence_length * width * in_bytes * kept_arrays(opened, options))
+
+
+def kept_arrays(opened: OpenedCheckpoint, options: TuneOptions) -> int:
+    """How many arrays of the model's width autograd keeps of a layer."""
+    is_small = options.method == "lora" and options.rank <= MOST_RANK and opened.model.dtype == torch.bfloat16
+    return KEPT_ARRAYS_BY_C if is_small and summing_order() is not None else KEPT_ARRAYS

@@ -59,7 +59,9 @@ class OverlaidForm(PlainForm):
             super().convert(expert, slot, model, read)
             return
         raw = read(entry, entry.offset, self.expert_bytes, (self.expert_bytes,))
-        for to, matrix in zip(self.ordered(self.views(slot, (0,) * len(self.regions))), self.matrices(raw), strict=True):
+        for to, matrix in zip(
+            self.ordered(self.views(slot, (0,) * len(self.regions))), self.matrices(raw), strict=True
+        ):
             to.copy_(matrix)
 
     def matrices(self, data: torch.Tensor) -> list[torch.Tensor]:
