@@ -1,4 +1,4 @@
-"""Experts of several passes in one call of our C, with the bits of torch's products.
+"""Experts of several passes in one call of our C, bit-identical to torch's products.
 
 torch brings a matrix into an order of its own for every product anew. Ours read it as it lies, once for all passes
 that see it. Each number of rows is tried against torch's product when it first occurs; those that differ are torch's.

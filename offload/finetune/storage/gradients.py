@@ -131,7 +131,7 @@ def sum_into(total: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
 
     Args:
         total: flat, float32; written.
-        grads: as many numbers each; of bfloat16, our C adds them, with the bits of torch.
+        grads: as many numbers each; of bfloat16, our C adds them, bit-identical to torch.
     """
     kernels = _kernels()
     if kernels is not None and all(grad.dtype == torch.bfloat16 and grad.is_contiguous() for grad in grads):
