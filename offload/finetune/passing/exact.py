@@ -74,7 +74,7 @@ def exact_experts(module: Any, form: Form, top_k: int, matvecs: Matvecs) -> Exac
     Args:
         module: the experts module.
         form: how its experts are stored.
-        top_k: K.
+        top_k: K; not every K leaves an activation without a remainder.
         matvecs: finds torch's orders of summation, in `exact`.
     """
     fused = None if module.has_bias else fuse_experts(module, form, top_k, matvecs)
