@@ -3,7 +3,7 @@
 torch brings a matrix into an order of its own for every product anew. Ours read it as it lies, once for all passes
 that see it. Each number of rows is tried against torch's product when it first occurs; those that differ are torch's.
 
-Shapes: n rows of one expert in one pass, N rows of one call, D model width.
+Shapes: n rows of one expert in one pass, N routed rows of one call, D model width.
 """
 
 from collections.abc import Mapping, Sequence
