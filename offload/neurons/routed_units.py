@@ -4,7 +4,7 @@ Each expert chooses its units, and those of as many experts as the memory of one
 these are all that it visits. Sums over a token's experts run in the order of transformers.
 
 Shapes: T tokens, K experts per token, E experts, F hidden units of one, D model width, N = T K routed rows sorted by
-expert, t rows of one expert, n units, P of them with zeros, W numbers of a unit.
+expert, t rows of one expert, n units, P units with zeros, W numbers of a unit.
 """
 
 from collections.abc import Iterator, Mapping

@@ -5,8 +5,8 @@ and columns. There the window is a number of tokens; here it is as many as the s
 
 The experts of a layer share its slots: which of them need many is up to the text.
 
-Shapes: F hidden units of the layer, C slots, n units of a call, m of them that were not there, R rows of the work
-memory, P of them for one piece of a call, W = parts times D numbers of a unit.
+Shapes: F hidden units of the layer, C slots, n units of a call, m units that were not there, R rows of the work memory,
+P units of one piece of a call with zeros, W = parts times D numbers of a unit.
 """
 
 from collections.abc import Sequence

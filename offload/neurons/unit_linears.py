@@ -4,7 +4,7 @@ The layer before the activation chooses. Of units that it does not choose it giv
 that is not positive: both become zero by the activation. The layers after it compute with the same units. So every
 module around them, and every order of calls, stays the model's own.
 
-Shapes: T tokens, F hidden units, D model width, n chosen units, P of them with zeros, W
+Shapes: T tokens, F hidden units, D model width, n chosen units, P units with zeros, W
 numbers of a unit.
 """
 
