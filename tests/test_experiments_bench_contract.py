@@ -218,7 +218,8 @@ def redden_serve(monkeypatch):
         return {}, [SimpleNamespace(events=[next(numbers)]) for _ in rows]
 
     monkeypatch.setattr(serving, "_open", lambda *given, **options: nullcontext())
-    monkeypatch.setattr(measures, "rates", answers)
+    for measure in ("rates", "one_by_one"):
+        monkeypatch.setattr(measures, measure, answers)
 
 
 def redden_train(monkeypatch):
