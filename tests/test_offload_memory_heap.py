@@ -31,4 +31,4 @@ def test_what_a_user_chose_stays(monkeypatch):
     monkeypatch.setenv(PRODUCT_CACHES[0], "7")
     monkeypatch.delenv(PRODUCT_CACHES[1], raising=False)
     keep_few_products()
-    assert [os.environ[name] for name in PRODUCT_CACHES] == ["7", "32"]
+    assert [os.environ[name] for name in PRODUCT_CACHES] == ["7", "16"]

@@ -42,6 +42,8 @@ Pass = tuple[int, int]
 """Which side of the weights, 0 or 1, and which micro-batch."""
 RESIDENT = 0
 """In place of a layer's number, which counts from 1 here, in the seeds of everything outside experts."""
+DRAWS = "eight generators of a block"
+"""How directions are drawn: a commit that was drawn otherwise would be brought up to date along others."""
 NUM_ROOMS = 4
 """Records that are written behind at a time. Not tuned."""
 
@@ -182,6 +184,7 @@ class ForwardOnly(WholeModel):
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Weights outside experts; for each process the table of records, and what experts have yet to get."""
         own = {
+            "draws": DRAWS,
             "records": self._records.secure(),
             "pending": {f"{layer}.{expert}": steps for (layer, expert), steps in self._pending.items()},
             "sizes": {str(step): size for step, size in self._sizes.items()},
@@ -196,6 +199,8 @@ class ForwardOnly(WholeModel):
             KeyError, ValueError: if it is of another model.
         """
         own = facts["processes"][self._peers.number]
+        if own.get("draws") != DRAWS:
+            raise ValueError("this run draws directions as an earlier version did; begin it anew with another --out")
         self._restore([tensors[str(number)] for number in range(len(self._parameters))], own["records"])
         self._sizes = {int(step): float(size) for step, size in own["sizes"].items()}
         self._pending = {
