@@ -1,6 +1,7 @@
 """Forward-only fine-tuning: bit-equal to the same method on a resident model, at every number of slots."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from offload.checkpoint.model_folder import skeleton_of
 from offload.finetune.examples import NO_LOSS
 from offload.finetune.methods import directions
 from offload.finetune.methods.directions import Direction, moved, perturbed, visit
-from offload.finetune.methods.forward_only import RESIDENT
+from offload.finetune.methods.forward_only import RESIDENT, ForwardOnly
 from offload.finetune.run import read_log
 from offload.formats.catalogue import form_in_place
 from tests.small_tuning import LENGTH, rows_of, save_examples, save_model
@@ -168,3 +169,9 @@ def test_continues_bit_by_bit_after_its_last_commit(folder):
     tune(folder, "killed", cache_experts=5, resume=True)
     expected = weights_of(folder / "whole")
     assert all(torch.equal(value, expected[name]) for name, value in weights_of(folder / "killed").items())
+
+
+def test_a_run_whose_directions_were_drawn_otherwise_is_refused():
+    begun = SimpleNamespace(_peers=SimpleNamespace(number=0))
+    with pytest.raises(ValueError, match="begin it anew"):
+        ForwardOnly.restore(begun, {}, {"processes": [{"records": {}, "pending": {}, "sizes": {}}]})
