@@ -1,6 +1,7 @@
 """The engine: each request has the answer that it would have alone, and nobody harms another."""
 
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -278,6 +279,18 @@ def test_closing_lets_running_requests_finish_and_cancels_the_queue(folder):
     engine.close()
     assert collect(queued)[1].message == "the server is shutting down"
     assert collect(running)[1].reason == "length"
+
+
+def test_a_closed_engine_keeps_its_counts_but_not_the_model(folder):
+    models = []
+    engine = serve(folder, prepare=lambda model: models.append(weakref.ref(model)))
+    stream = engine.submit(ask([5, 6], 4, ignore_end=True))
+    assert collect(stream)[1].reason == "length"
+    misses = engine.counters().misses_L
+    engine.close()
+    assert models[0]() is None
+    assert engine.counters().misses_L == misses
+    assert sum(misses) > 0
 
 
 def test_closing_cancels_what_runs_longer_than_the_grace(folder):

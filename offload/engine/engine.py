@@ -1,5 +1,6 @@
 """The engine: one thread owns the model, others submit requests and read their streams."""
 
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class Engine:
         self._state: EngineState = "loading"
         self._failure: Exception | None = None
         self._loop: Loop | None = None
+        self._last_moment: dict[str, Any] = {}
         self._info: ModelInfo | None = None
         self._tally = Tally()
         self._refused = self._left_queue = self._starting = 0
@@ -128,7 +130,7 @@ class Engine:
                 queued=len(self._waiting) + self._starting,
                 refused_total=self._refused,
                 **grown,
-                **({} if loop is None else loop.moment()),
+                **(self._last_moment if loop is None else loop.moment()),
             )
 
     def close(self, grace_s: float = 30.0) -> None:
@@ -186,6 +188,8 @@ class Engine:
             self._failure = error
         finally:
             self._end(model)
+            del model
+            gc.collect()  # modules and their hooks refer to each other; who closed an engine wants its memory back
 
     def _let_in(self, loop: Loop) -> bool:
         """Start what can start, and wait until there is something to do; False when all is done and no more comes."""
@@ -225,6 +229,8 @@ class Engine:
             sequence.finish("error", self._why_not_ready())
         if self._loop is not None:
             self._loop.close()
+            with self._changed:
+                self._last_moment, self._loop = self._loop.moment(), None
         if model is not None:
             model.offload.close()
 
