@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from queue import SimpleQueue
 
 import pytest
@@ -21,6 +22,17 @@ def test_demand_goes_before_what_may_be_needed_later():
     for _ in range(4):
         landed.get(timeout=5)
     assert order == [3, 1, 2]
+    threads.close()
+
+
+def test_a_read_under_way_is_counted_before_it_ends():
+    threads, landed, begun, gate = ReadingThreads(1), SimpleQueue(), threading.Event(), threading.Event()
+    threads.submit(Ticket(0, 0, 0, 1, landed), [lambda: (begun.set(), gate.wait())])
+    begun.wait(5)
+    earlier = threads.busy_s
+    time.sleep(0.02)
+    assert threads.busy_s - earlier >= 0.02
+    gate.set()
     threads.close()
 
 

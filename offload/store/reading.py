@@ -200,8 +200,8 @@ class ReadingThreads:
 
     @property
     def busy_s(self) -> float:
-        """Seconds in which at least one read was on its way."""
-        return self._state.busy_s
+        """Seconds in which at least one read was on its way, until now."""
+        return self._state.busy_until_now()
 
     def submit(
         self, ticket: Ticket, jobs: list[Callable[[], None]], *, is_demand: bool = True, urgency: float = inf
@@ -249,6 +249,11 @@ class _Queues:
         """Whether a job waits or runs."""
         with self.lock:
             return bool(self.demand or self.ahead or self.running)
+
+    def busy_until_now(self) -> float:
+        """Seconds with a job under way: layers that are streamed keep one so, without a pause, for many tokens."""
+        with self.lock:
+            return self.busy_s + (time.perf_counter() - self._since_s if self.running else 0.0)
 
     def waiting_tickets(self) -> list[Ticket]:
         """Of the jobs that wait, one for each; the caller holds the lock."""

@@ -344,7 +344,7 @@ class ExpertStore:
         """Read whole blocks into this thread's own buffer and copy the wanted part out."""
         # one for each thread, because several read at the same time; a mapping, because it begins at a page
         if not hasattr(self._bounce, "buffer"):
-            self._bounce.buffer = memoryview(mmap.mmap(-1, self.read_bytes + BLOCK_BYTES))
+            self._bounce.buffer = Slots(1, self.read_bytes + BLOCK_BYTES).raw(0)
         length = -(-(stop - start) // BLOCK_BYTES) * BLOCK_BYTES
         buffer = self._bounce.buffer[:length]
         _read_blocks(extent.entry.file, descriptor, start, buffer, stop - start)
