@@ -25,6 +25,8 @@ BLOCK_BYTES = 4096
 
 MEASURED_BYTES = 512 << 20
 """Of the file that is read; larger ones take longer to write first. Other sizes have no record."""
+ROOM_BYTES = 256 << 20
+"""That is read into, place after place: more than caches hold."""
 SETTLE_S, READING_S = 1.0, 2.0
 """Shared disks give bursts at a rate that they do not keep. One read 1 MiB at 1.50 GB/s and, right after it, 16 MiB at
 0.94. Half a second of reading therefore says too much. Longer times were not tried."""
@@ -43,8 +45,9 @@ def disk_bandwidth(
 ) -> float:
     """Bytes per second of O_DIRECT reads of `file`, from its begin to its end again and again, once bursts are over.
 
-    Reads go into slots, as experts do. Into ordinary pages a virtual disk may read at little more than half the rate:
-    each of them is a descriptor of its own.
+    Reads go where experts go: into huge pages, and into memory that no cache holds. A virtual disk is read at little more
+    than half the rate into ordinary pages, each of which is a descriptor of its own. Into the same few megabytes
+    again and again it is read a third faster, because its copies then stay in the cache.
 
     Args:
         file: read in pieces, of which each thread takes every num_threads-th.
@@ -60,18 +63,20 @@ def disk_bandwidth(
     pieces = range(0, size - read_bytes + 1, read_bytes)
     if not pieces:
         raise ValueError(f"{file} is too small to measure with reads of {read_bytes} bytes")
-    descriptor, rooms = os.open(file, os.O_RDONLY | os.O_DIRECT), [_room(read_bytes) for _ in range(num_threads)]
+    room, places = _room(max(ROOM_BYTES, read_bytes)), itertools.count()
+    num_places, descriptor = len(room) // read_bytes, os.open(file, os.O_RDONLY | os.O_DIRECT)
     started = time.perf_counter()
     counted_from, until = started + settle_s, started + settle_s + seconds
 
     def read(first: int) -> float:
         """Bytes of this thread that landed in the time that counts; of the read at either edge, a part."""
-        buffer, done, mine = rooms[first], 0.0, pieces[first::num_threads] or pieces
+        done, mine = 0.0, pieces[first::num_threads] or pieces
         for offset in itertools.cycle(mine):
+            place = next(places) % num_places * read_bytes
             begun = time.perf_counter()
             if begun >= until:
                 return done
-            os.preadv(descriptor, [buffer], offset)
+            os.preadv(descriptor, [room[place : place + read_bytes]], offset)
             landed = time.perf_counter()
             inside = min(landed, until) - max(begun, counted_from)
             done += read_bytes * max(inside, 0.0) / (landed - begun)
