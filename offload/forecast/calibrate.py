@@ -45,8 +45,8 @@ def disk_bandwidth(
 ) -> float:
     """Bytes per second of O_DIRECT reads of `file`, from its begin to its end again and again, once bursts are over.
 
-    Reads go where experts go: into huge pages, and into memory that no cache holds. A virtual disk is read at little more
-    than half the rate into ordinary pages, each of which is a descriptor of its own. Into the same few megabytes
+    Reads go where experts go: into huge pages, and into memory that no cache holds. A virtual disk is read at little
+    more than half the rate into ordinary pages, each of which is a descriptor of its own. Into the same few megabytes
     again and again it is read a third faster, because its copies then stay in the cache.
 
     Args:
