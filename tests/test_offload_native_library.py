@@ -1,5 +1,6 @@
 """Instruction sets that are forbidden: every order that is left computes the same products, and `exact` stays exact."""
 
+import ctypes
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from offload.native import library
 from offload.native.library import FORBIDDING, SOURCES, WITHOUT
 
 ROOT = Path(__file__).parent.parent
@@ -114,9 +116,24 @@ def test_every_source_is_right_for_processors_without_some_sets(forbidden):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_set_that_is_not_known_is_refused():
-    from offload.native import library
+def test_two_callers_do_not_set_each_others_types(monkeypatch):
+    first = library.c_function("expertier_sum", library.POINTER, library.NUMBER, result=ctypes.c_float)
+    if first is None:
+        pytest.skip("no C compiler")
+    values = (ctypes.c_float * 3)(1, 2, 4)
+    library.c_function("expertier_sum", library.NUMBER)
+    assert first(values, 3) == 7
+    with pytest.raises(AttributeError):
+        library.c_function("expertier_of_nowhere")
 
+    def none():
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(library, "library", none)
+    assert library.c_function("expertier_sum", library.NUMBER) is None
+
+
+def test_a_set_that_is_not_known_is_refused():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FORBIDDING, "avx1024")
         with pytest.raises(ValueError, match="avx1024"):

@@ -74,6 +74,29 @@ def test_an_empty_variable_is_none(source, monkeypatch, tmp_path):
     assert not os.path.exists("expertier")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("this is no C", "could not be compiled"),
+        ("int missing(void);\nint answer(void) { return missing(); }", "undefined symbol"),
+    ],
+)
+def test_what_failed_once_is_not_compiled_again(source, monkeypatch, text, said):
+    """Neither what does not compile nor what cannot be loaded; other sources are."""
+    calls, run = [], c_library._run
+    monkeypatch.setattr(c_library, "_run", lambda command: (calls.append(command), run(command)))
+    source.write_text(text)
+    with pytest.raises(OSError, match=said) as first:
+        compile_library([source])
+    tried = len(calls)
+    with pytest.raises(OSError, match=said) as again:
+        compile_library([source])
+    assert str(again.value) == str(first.value)
+    assert len(calls) == tried
+    source.write_text(SOURCE % 45)
+    assert compile_library([source]).answer() == 45
+
+
 def test_tiles_of_a_user_without_a_home_folder(monkeypatch):
     tuned = pytest.importorskip("moe.kernels.launching.tuned")
     no_home(monkeypatch)

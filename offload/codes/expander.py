@@ -3,11 +3,12 @@
 import ctypes
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
 
 from ..native.kernel_matrix import PARTS, KernelMatrix
-from ..native.library import library
+from ..native.library import NUMBER, POINTER, c_function
 from .encoding import ITEM_BYTES, Encoding
 
 NIBBLES, BYTES, FEW_BITS = 2, 3, 5
@@ -127,15 +128,9 @@ def has_exact_kernel(encoding: Encoding) -> bool:
 
 
 @cache
-def _function() -> "ctypes._NamedFuncPointer | None":
-    try:
-        found = library()
-    except OSError:
-        return None
-    function = found.expertier_expand_stored
-    function.argtypes = [ctypes.c_int, Parts, Parameters, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
-    function.restype = None
-    return function
+def _function() -> Any:
+    types = (ctypes.c_int, Parts, Parameters, NUMBER, NUMBER, POINTER, ctypes.c_int)
+    return c_function("expertier_expand_stored", *types)
 
 
 assert set(SCALE_KINDS) < set(ITEM_BYTES)

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from functools import cache
 from itertools import combinations, islice
 from math import ceil, comb, log
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..native.kernel_matrix import TERNARY, KernelMatrix
-from ..native.library import library
+from ..native.library import NUMBER, POINTER, c_function
 
 WORDS = 1 << 16
 """Runs that have a word, as in QMoE: their table takes half a megabyte, which the second cache of a core holds."""
@@ -190,15 +191,9 @@ def expand(number: int, parts: Mapping[str, torch.Tensor], out: torch.Tensor, *,
 
 
 @cache
-def _function() -> "ctypes._NamedFuncPointer | None":
-    try:
-        function = library().expertier_expand_ternary
-    except OSError:
-        return None
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, pointer, pointer, pointer, count, pointer, count, count, pointer, ctypes.c_int]
-    function.restype = None
-    return function
+def _function() -> Any:
+    types = (*([POINTER] * 4), NUMBER, POINTER, NUMBER, NUMBER, POINTER, ctypes.c_int)
+    return c_function("expertier_expand_ternary", *types)
 
 
 def _stored(value_R: torch.Tensor) -> torch.Tensor:

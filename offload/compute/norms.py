@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..native import library as native
+from ..native.library import NUMBER, POINTER, c_function
 from .matvec import is_in_memory
 
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
@@ -38,8 +38,8 @@ def quicken_norms(model: nn.Module) -> None:
 
 def find_norm(module: nn.Module) -> "TokenNorm | None":
     """How our kernel computes what a module does, bit by bit; None if it does not."""
-    kernels, epsilon = _kernels(), _epsilon(module)
-    if kernels is None or epsilon is None or not _sums_like_torch(kernels, module.weight.shape[0]):
+    epsilon = _epsilon(module)
+    if epsilon is None or not _sums_like_torch(module.weight.shape[0]):
         return None
     candidates = (TokenNorm(module, rounds_first, epsilon, module.forward) for rounds_first in (True, False))
     return next((norm for norm in candidates if _are_bit_identical(module, norm.forward)), None)
@@ -60,27 +60,25 @@ class TokenNorm:
         # compilers and exporters record torch's own operations
         if rest or torch.compiler.is_compiling() or not (is_in_memory(x) and is_in_memory(weight_D)):
             return self.otherwise(x, *rest)
-        kernels, width = _kernels(), weight_D.shape[0]
+        width = weight_D.shape[0]
         learns = torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad)
         fits = x.dtype == weight_D.dtype == torch.bfloat16 and x.numel() <= MOST_ELEMENTS and x.is_contiguous()
-        if kernels is None or learns or not fits or x.shape[-1] != width:
+        if _rms_norm() is None or learns or not fits or x.shape[-1] != width:
             return self.otherwise(x)
         return self.normed(x)
 
     def normed(self, x: torch.Tensor) -> torch.Tensor:
         """What our kernel computes of any number of rows, bfloat16 and contiguous."""
-        kernels, out, weight_D = _kernels(), torch.empty_like(x), self.module.weight
-        assert kernels is not None
+        out, weight_D = torch.empty_like(x), self.module.weight
         addresses = (x.data_ptr(), weight_D.data_ptr(), self.epsilon, out.data_ptr())
-        kernels.expertier_rms_norm(self.rounds_first, *addresses, x.numel() // len(weight_D), len(weight_D))
+        _rms_norm()(self.rounds_first, *addresses, x.numel() // len(weight_D), len(weight_D))
         return out
 
     def passed_back(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of the inputs from that of the outputs; both bfloat16 and contiguous."""
-        kernels, out, weight_D = _kernels(), torch.empty_like(x), self.module.weight
-        assert kernels is not None
+        out, weight_D = torch.empty_like(x), self.module.weight
         addresses = (x.data_ptr(), weight_D.data_ptr(), self.epsilon, grad.data_ptr(), out.data_ptr())
-        kernels.expertier_rms_norm_back(*addresses, x.numel() // len(weight_D), len(weight_D))
+        _rms_norm_back()(*addresses, x.numel() // len(weight_D), len(weight_D))
         return out
 
 
@@ -110,27 +108,28 @@ def _are_bit_identical(module: nn.Module, norm: Forward) -> bool:
 
 
 @functools.cache
-def _sums_like_torch(kernels: ctypes.CDLL, width: int) -> bool:
-    """Whether float32 sums are bit-identical to torch's; a norm in bfloat16 would show a difference too rarely."""
+def _sums_like_torch(width: int) -> bool:
+    """Whether float32 sums of our C are torch's; a norm in bfloat16 would show a difference too rarely."""
+    if (add := _sum()) is None:
+        return False
     value_TD = torch.randn(TRIED_SUMS, width, generator=torch.Generator().manual_seed(0)).square()
-    found = [kernels.expertier_sum(row_D.data_ptr(), width) for row_D in value_TD]
+    found = [add(row_D.data_ptr(), width) for row_D in value_TD]
     return torch.equal(value_TD.sum(-1), torch.tensor(found))
 
 
 @functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    """The library with the types of what norms.c has set; None without a C compiler."""
-    try:
-        library = native.library()
-    except OSError:
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.expertier_sum.argtypes = [pointer, number]
-    library.expertier_sum.restype = ctypes.c_float
-    library.expertier_rms_norm.argtypes = [
-        ctypes.c_int, pointer, pointer, ctypes.c_float, pointer, number, number,
-    ]  # fmt: skip
-    library.expertier_rms_norm.restype = None
-    library.expertier_rms_norm_back.argtypes = [pointer, pointer, ctypes.c_float, pointer, pointer, number, number]
-    library.expertier_rms_norm_back.restype = None
-    return library
+def _sum() -> Any:
+    """`expertier_sum`; None without a C compiler, as both below."""
+    return c_function("expertier_sum", POINTER, NUMBER, result=ctypes.c_float)
+
+
+@functools.cache
+def _rms_norm() -> Any:
+    types = (ctypes.c_int, POINTER, POINTER, ctypes.c_float, POINTER, NUMBER, NUMBER)
+    return c_function("expertier_rms_norm", *types)
+
+
+@functools.cache
+def _rms_norm_back() -> Any:
+    types = (POINTER, POINTER, ctypes.c_float, POINTER, POINTER, NUMBER, NUMBER)
+    return c_function("expertier_rms_norm_back", *types)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..native.kernel_matrix import KernelMatrix
-from ..native.library import library
+from ..native.library import NUMBER, POINTER, c_function, library
 
 AMX_BLOCK = 32
 """Rows and columns that AMX takes at a time: two tiles of 16 rows, a tile row holds 32 bfloat16 numbers."""
@@ -162,33 +162,21 @@ def orders() -> tuple[Order, ...]:
 
 @functools.cache
 def _multiply() -> Any:
-    function = library().expertier_multiply
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [
-        *(ctypes.c_int, number, ctypes.c_int, pointer, pointer, number),
-        *(pointer, pointer, number, number, pointer, pointer, number),
-    ]
-    function.restype = None
-    return function
+    matrices = (ctypes.c_int, NUMBER, ctypes.c_int, POINTER, POINTER, NUMBER)
+    return c_function("expertier_multiply", *matrices, POINTER, POINTER, NUMBER, NUMBER, POINTER, POINTER, NUMBER)
 
 
 @functools.cache
 def _multiply_turned() -> Any:
-    function = library().expertier_multiply_turned
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [ctypes.c_int, pointer, number, pointer, number, number, pointer]
-    return function
+    types = (ctypes.c_int, POINTER, NUMBER, POINTER, NUMBER, NUMBER, POINTER)
+    return c_function("expertier_multiply_turned", *types, result=ctypes.c_int)
 
 
 @functools.cache
 def experts_function() -> Any:
     """`expertier_experts` of products.c."""
-    function = library().expertier_experts
-    weights, tables = ctypes.POINTER(ExpertWeights), ctypes.POINTER(GatingTables)
-    number = ctypes.c_int64
-    function.argtypes = [ctypes.c_int, number, number, weights, tables, number, *([ctypes.c_void_p] * 5)]
-    function.restype = None
-    return function
+    experts = (ctypes.POINTER(ExpertWeights), ctypes.POINTER(GatingTables), NUMBER)
+    return c_function("expertier_experts", ctypes.c_int, NUMBER, NUMBER, *experts, *([POINTER] * 5))
 
 
 def pointers(numbers: Sequence[int]) -> Any:

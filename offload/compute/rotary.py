@@ -3,14 +3,13 @@
 Shapes: H heads of queries, J heads of keys, W head width, A angles (W, or W/2 where both halves share them).
 """
 
-import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ..native import library as native
+from ..native.library import NUMBER, POINTER, c_function
 from .matvec import is_in_memory
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -84,12 +83,5 @@ def _rotate(q_1H1W: torch.Tensor, k_1J1W: torch.Tensor, cos_11A: torch.Tensor, s
 
 @functools.cache
 def _kernel() -> Any:
-    """`expertier_rotate` with its types set; None without a C compiler."""
-    try:
-        kernel = native.library().expertier_rotate
-    except OSError:
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    kernel.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
-    kernel.restype = None
-    return kernel
+    """`expertier_rotate`; None without a C compiler."""
+    return c_function("expertier_rotate", POINTER, POINTER, NUMBER, NUMBER, POINTER, POINTER, NUMBER)

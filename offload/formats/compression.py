@@ -17,13 +17,15 @@ Source: that exponents of bfloat16 weights carry 2.6 bits is DFloat11's observat
 codes, of 11 bits a weight on average.
 """
 
+import functools
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
 from ..native.kernel_matrix import COMPRESSED, KernelMatrix
-from ..native.library import compression_kernels
+from ..native.library import NUMBER, POINTER, c_function
 
 # the format, as drawn above: other numbers are another format, and the C code has the same ones
 BLOCK_ROWS, SEGMENT_COLUMNS, GROUP = 32, 64, 8
@@ -77,14 +79,12 @@ def compress(weight_RC: torch.Tensor, others_at: int | None = None) -> tuple[tor
     Returns:
         Heads and segments (uint8, `CompressedShape.others_at` bytes), and the exponents without a code (uint8).
     """
-    shape, kernels = CompressedShape(*weight_RC.shape), compression_kernels()
+    shape, by_c = CompressedShape(*weight_RC.shape), _compress()
     others_at = shape.others_at if others_at is None else others_at
-    if kernels is None:
+    if by_c is None:
         return _compress_plainly(weight_RC, shape, others_at)
     whole, others = torch.zeros(shape.others_at, dtype=torch.uint8), torch.empty(weight_RC.numel(), dtype=torch.uint8)
-    count = kernels.expertier_compress(
-        weight_RC.data_ptr(), shape.rows, shape.columns, others_at, whole.data_ptr(), others.data_ptr()
-    )
+    count = by_c(weight_RC.data_ptr(), shape.rows, shape.columns, others_at, whole.data_ptr(), others.data_ptr())
     return whole, others[:count]
 
 
@@ -95,11 +95,22 @@ def expand(compressed: torch.Tensor, out_RC: torch.Tensor) -> None:
         compressed: uint8, contiguous, from the first head to beyond the last exponent without a code.
         out_RC: bfloat16, contiguous; its shape is the matrix's.
     """
-    kernels = compression_kernels()
-    if kernels is None:
+    by_c = _expand()
+    if by_c is None:
         _expand_plainly(compressed, out_RC)
     else:
-        kernels.expertier_expand(compressed.data_ptr(), *out_RC.shape, out_RC.data_ptr())
+        by_c(compressed.data_ptr(), *out_RC.shape, out_RC.data_ptr())
+
+
+@functools.cache
+def _compress() -> Any:
+    """`expertier_compress`; None without a C compiler, as the other."""
+    return c_function("expertier_compress", POINTER, NUMBER, NUMBER, NUMBER, POINTER, POINTER, result=NUMBER)
+
+
+@functools.cache
+def _expand() -> Any:
+    return c_function("expertier_expand", POINTER, NUMBER, NUMBER, POINTER)
 
 
 class CompressedMatrix:

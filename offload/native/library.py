@@ -5,6 +5,7 @@ import functools
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 from routing import compile_library
 from routing.ground.expect import expect_name
@@ -19,6 +20,9 @@ SOURCES = tuple(
     )
 )
 HEADERS = tuple(sorted(FOLDER.rglob("*.h")))
+
+POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
+"""Types of arguments: an address, and a count, a size or a stride."""
 
 FORBIDDING = "EXPERTIER_WITHOUT"
 """Environment variable: instruction sets, separated by commas, that our C must not use."""
@@ -52,16 +56,20 @@ def _forbidden_flags() -> list[str]:
     return [flag for name in names for flag in WITHOUT[name] if is_x86]
 
 
-@functools.cache
-def compression_kernels() -> ctypes.CDLL | None:
-    """The library with the types of `expertier_compress` and `expertier_expand` set; None without a C compiler."""
+def c_function(name: str, *types: Any, result: Any = None) -> Any:
+    """A function of the library; None on a machine without a C compiler, or where it fails.
+
+    Args:
+        name: of the function in C.
+        types: of its arguments, as ctypes has them.
+        result: likewise, of what it returns; None for void.
+
+    Raises:
+        ValueError: if an instruction set is forbidden that is not known.
+    """
     try:
-        found = library()
+        function = library()[name]  # an object of its own at each call, so that nobody else sets its types
     except OSError:
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.expertier_compress.argtypes = [pointer, number, number, number, pointer, pointer]
-    found.expertier_compress.restype = number
-    found.expertier_expand.argtypes = [pointer, number, number, pointer]
-    found.expertier_expand.restype = None
-    return found
+    function.argtypes, function.restype = types, result
+    return function

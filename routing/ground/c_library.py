@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
+FAILED: dict[str, str] = {}
+"""What the compiler said, by a library's key: this process does not try it again, which would take many seconds."""
 
 
 def compile_library(sources: Sequence[Path], *, headers: Sequence[Path] = (), flags: Sequence[str] = ()) -> ctypes.CDLL:
@@ -25,7 +27,7 @@ def compile_library(sources: Sequence[Path], *, headers: Sequence[Path] = (), fl
         flags: of the compiler, besides `FLAGS`.
 
     Raises:
-        OSError: if there is no C compiler, or it fails.
+        OSError: if there is no C compiler, or it fails or has failed for them in this process.
     """
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
@@ -40,9 +42,20 @@ def compile_library(sources: Sequence[Path], *, headers: Sequence[Path] = (), fl
         folder = _own_folder()
     target = folder / name
     if not target.is_file():
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            _compile(command, sources, Path(work)).replace(target)
+        _make(command, sources, target, key)
     return ctypes.CDLL(str(target))
+
+
+def _make(command: list[str], sources: Sequence[Path], target: Path, key: str) -> None:
+    """Compile a library, unless that has failed before."""
+    if key in FAILED:
+        raise OSError(FAILED[key])
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent) as work:
+            _compile(command, sources, Path(work)).replace(target)
+    except OSError as error:
+        FAILED[key] = str(error)
+        raise
 
 
 def _kept_folder() -> Path | None:

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...native import library as native
 from ...native.kernel_matrix import PARTS
+from ...native.library import NUMBER, POINTER, c_function
 from ..fused_experts import FusedExperts, KernelMatrices
 from ..orders import ExpertWeights, GatingTables
-from .structs import NUMBER, POINTER
 
 TRIED_ROWS = 32
 """Sums of experts that are compared with torch's, each as wide as the model."""
@@ -138,19 +137,14 @@ class TokenExperts:
 @functools.cache
 def _routed_experts() -> Any:
     """`expertier_routed_experts`."""
-    function = native.library().expertier_routed_experts
-    function.argtypes = [ctypes.POINTER(RoutedExperts), *([POINTER] * 6)]
-    function.restype = ctypes.c_int
-    return function
+    types = (ctypes.POINTER(RoutedExperts), *([POINTER] * 6))
+    return c_function("expertier_routed_experts", *types, result=ctypes.c_int)
 
 
 @functools.cache
 def _combine() -> Any:
     """`expertier_combine`."""
-    function = native.library().expertier_combine
-    function.argtypes = [ctypes.c_int, POINTER, POINTER, NUMBER, NUMBER, POINTER, POINTER]
-    function.restype = None
-    return function
+    return c_function("expertier_combine", ctypes.c_int, POINTER, POINTER, NUMBER, NUMBER, POINTER, POINTER)
 
 
 @functools.cache

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 
 from ...formats.resident.stored_weight import kernel_matrix
-from ...native import library as native
+from ...native.library import NUMBER, POINTER, c_function
 from ..norms import TokenNorm
 from ..orders import Order, part_addresses, pointers
-
-POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 
 class Norm(ctypes.Structure):
@@ -97,49 +95,35 @@ def siblings_struct(
 
 @functools.cache
 def begin_attention() -> Any:
-    """`expertier_begin_attention`.
-
-    Raises:
-        OSError: if there is no C compiler, or it fails.
-    """
-    function = native.library().expertier_begin_attention
+    """`expertier_begin_attention`; None without a C compiler, as all of these."""
     place = ctypes.POINTER(Place)
-    function.argtypes = [ctypes.POINTER(Layer), POINTER, POINTER, POINTER, NUMBER, POINTER, place, place]
-    function.restype = None
-    return function
+    types = (ctypes.POINTER(Layer), POINTER, POINTER, POINTER, NUMBER, POINTER, place, place)
+    return c_function("expertier_begin_attention", *types)
 
 
 @functools.cache
 def end_attention() -> Any:
     """`expertier_end_attention`."""
-    function = native.library().expertier_end_attention
-    function.argtypes = [ctypes.POINTER(Layer), *([POINTER] * 7)]
-    function.restype = ctypes.c_int
-    return function
+    return c_function("expertier_end_attention", ctypes.POINTER(Layer), *([POINTER] * 7), result=ctypes.c_int)
 
 
 @functools.cache
 def whole_attention() -> Any:
     """`expertier_attention`."""
-    function, place = native.library().expertier_attention, ctypes.POINTER(Place)
-    function.argtypes = [ctypes.POINTER(Layer), *([POINTER] * 3), NUMBER, place, place, NUMBER, *([POINTER] * 7)]
-    function.restype = ctypes.c_int
-    return function
+    place = ctypes.POINTER(Place)
+    types = (ctypes.POINTER(Layer), *([POINTER] * 3), NUMBER, place, place, NUMBER, *([POINTER] * 7))
+    return c_function("expertier_attention", *types, result=ctypes.c_int)
 
 
 @functools.cache
 def attend() -> Any:
     """`expertier_attend`."""
-    function, place = native.library().expertier_attend, ctypes.POINTER(Place)
-    function.argtypes = [ctypes.POINTER(Heads), NUMBER, POINTER, place, place, POINTER]
-    function.restype = ctypes.c_int
-    return function
+    place = ctypes.POINTER(Place)
+    types = (ctypes.POINTER(Heads), NUMBER, POINTER, place, place, POINTER)
+    return c_function("expertier_attend", *types, result=ctypes.c_int)
 
 
 @functools.cache
 def choose_experts() -> Any:
     """`expertier_choose`."""
-    function = native.library().expertier_choose
-    function.argtypes = [ctypes.POINTER(Choice), POINTER, POINTER, POINTER]
-    function.restype = ctypes.c_int
-    return function
+    return c_function("expertier_choose", ctypes.POINTER(Choice), POINTER, POINTER, POINTER, result=ctypes.c_int)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...native.library import library
+from ...native.library import NUMBER, POINTER, c_function
 
 PIECE = 1 << 18
 """Numbers at a time: 1 MiB in float32, which stays in a core's cache from one operation to the next. Not tuned."""
@@ -58,13 +58,13 @@ class Direction:
         """Numbers of 64 bits for a tensor."""
         first = self._blocks[kind]
         self._blocks[kind] += num_blocks(count)
-        words, in_block, kernels = -(-count // of_word), BLOCK // of_word, _kernels()
-        if kernels is None:
+        words, in_block, draw = -(-count // of_word), BLOCK // of_word, _draw()
+        if draw is None:
             pieces = range(0, words, in_block)
             blocks = [self._block(2 * (first + n) + kind, in_block) for n, _ in enumerate(pieces)]
             return np.concatenate(blocks)[:words] if blocks else np.empty(0, np.uint64)
         found = np.empty(words, np.uint64)
-        kernels.expertier_draw(self.key.ctypes.data, first, kind, in_block, words, found.ctypes.data)
+        draw(self.key.ctypes.data, first, kind, in_block, words, found.ctypes.data)
         return found
 
     def _block(self, stream: int, words: int) -> np.ndarray:
@@ -136,7 +136,7 @@ def visit(
         epsilon: the distance of both ends.
         sides: where what is seen at the plus and at the minus end goes; nothing for an end that nobody looks at.
     """
-    if (kernels := _kernels_for(weights)) is None:
+    if (visit_one := _visit_for(weights)) is None:
         _visit_by_torch(weights, moves, copies, direction, epsilon, sides)
         return
     steps = (_Along * len(moves))(*(_Along.of(by, -size) for by, size in moves))
@@ -144,9 +144,7 @@ def visit(
     firsts = accumulate((num_blocks(weight.numel()) for weight in weights), initial=0)
     for number, (weight, first) in enumerate(zip(weights, firsts, strict=False)):
         copy, plus, minus = (_address(tensors, number) for tensors in (copies, *sides))
-        kernels.expertier_visit(
-            *(weight.data_ptr(), weight.numel(), first, steps, len(moves), copy, seen, plus, minus),
-        )
+        visit_one(weight.data_ptr(), weight.numel(), first, steps, len(moves), copy, seen, plus, minus)
 
 
 def _visit_by_torch(
@@ -184,24 +182,20 @@ def _address(tensors: Sequence[torch.Tensor] | None, number: int) -> int | None:
     return tensors[number].data_ptr() if tensors else None
 
 
-def _kernels_for(weights: Sequence[torch.Tensor]) -> Any:
-    """The library where it takes weights as they are, else None."""
+def _visit_for(weights: Sequence[torch.Tensor]) -> Any:
+    """Our C where it takes weights as they are, else None."""
     is_taken = all(
         weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous() for weight in weights
     )
-    return _kernels() if is_taken else None
+    return _visit() if is_taken else None
 
 
 @functools.cache
-def _kernels() -> Any:
-    """The library with the types of native/tuning/directions.c set; None without a C compiler."""
-    try:
-        found = library()
-    except OSError:
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.expertier_draw.argtypes = [pointer, number, ctypes.c_int, number, number, pointer]
-    found.expertier_visit.argtypes = [pointer, number, number, pointer, number, *([pointer] * 4)]
-    for function in (found.expertier_draw, found.expertier_visit):
-        function.restype = None
-    return found
+def _draw() -> Any:
+    """`expertier_draw`; None without a C compiler, as the other."""
+    return c_function("expertier_draw", POINTER, NUMBER, ctypes.c_int, NUMBER, NUMBER, POINTER)
+
+
+@functools.cache
+def _visit() -> Any:
+    return c_function("expertier_visit", POINTER, NUMBER, NUMBER, POINTER, NUMBER, *([POINTER] * 4))

@@ -16,7 +16,7 @@ import torch
 from ...checkpoint.experts import ExpertLayer, weight_names
 from ...compute.gating import Gating, Slopes, find_gating, find_slopes
 from ...compute.orders import Order
-from ...native.library import library
+from ...native.library import NUMBER, POINTER, c_function
 from .low_rank import MOST_RANK, add, inner, pass_back, product, summing_order
 from .rows import Seen
 
@@ -28,6 +28,10 @@ class GateTables(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("gate", "gate_slope", "linear", "linear_slope")),
         *((name, ctypes.c_int) for name in ("is_gated", "is_interleaved")),
     )
+
+
+GATE_TYPES = (ctypes.POINTER(GateTables), POINTER, NUMBER, NUMBER, POINTER, POINTER)
+"""Of the arguments that both functions of gates.c take first."""
 
 
 def frozen_experts(module: Any, layer: ExpertLayer) -> "FrozenExperts | None":
@@ -94,7 +98,7 @@ class FrozenExperts:
             weighted_nF = self._hidden(up_nO, weight_n)
             pass_back(low, weighted_nF, inner(weighted_nF, low.a_rI), grad_nD, grad_nF)
         grad_n = torch.empty(len(x_nD))
-        _gates().expertier_gate_back(
+        _gate_back()(
             *(self._tables, up_nO.data_ptr(), len(x_nD), self._width),
             *(weight_n.data_ptr(), grad_nF.data_ptr(), grad_n.data_ptr()),
         )
@@ -109,9 +113,7 @@ class FrozenExperts:
     def _hidden(self, up_nO: torch.Tensor, weight_n: torch.Tensor | None) -> torch.Tensor:
         """What goes into the last product, weighted if weights are given."""
         hidden_nF = up_nO.new_empty(len(up_nO), self._width)
-        _gates().expertier_gate(
-            *(self._tables, up_nO.data_ptr(), len(up_nO), self._width), _address(weight_n), hidden_nF.data_ptr()
-        )
+        _gate()(*(self._tables, up_nO.data_ptr(), len(up_nO), self._width), _address(weight_n), hidden_nF.data_ptr())
         return hidden_nF
 
     def _matrix(self, seen: Seen, name: str) -> torch.Tensor:
@@ -142,12 +144,10 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 
 @functools.cache
-def _gates() -> Any:
-    """The library with the types of native/tuning/gates.c set."""
-    found, pointer, number = library(), ctypes.c_void_p, ctypes.c_int64
-    given = (ctypes.POINTER(GateTables), pointer, number, number, pointer, pointer)
-    found.expertier_gate.argtypes = [*given]
-    found.expertier_gate_back.argtypes = [*given, pointer]
-    for function in (found.expertier_gate, found.expertier_gate_back):
-        function.restype = None
-    return found
+def _gate() -> Any:
+    return c_function("expertier_gate", *GATE_TYPES)
+
+
+@functools.cache
+def _gate_back() -> Any:
+    return c_function("expertier_gate_back", *GATE_TYPES, POINTER)

@@ -14,8 +14,10 @@ import torch
 from ...compute.adapters import LowRank
 from ...compute.orders import SUMMING_ROWS, Order, orders
 from ...native.kernel_matrix import plain_matrix
-from ...native.library import library
+from ...native.library import NUMBER, POINTER, c_function
 
+ROWS = (POINTER, NUMBER, NUMBER)
+"""Types of the arguments that every function of low_rank.c takes first: rows, how many, how wide."""
 MOST_RANK = 16
 """Of adapters that our C computes: it takes time in proportion to the rank, and tiles of torch's products do not. Not
 tuned."""
@@ -60,9 +62,7 @@ def inner(x_nI: torch.Tensor, factor_rI: torch.Tensor) -> torch.Tensor:
     """`x @ factor.t()` in float32."""
     rows, columns, rank = *x_nI.shape, len(factor_rI)
     found_nr = torch.empty(rows, rank)
-    _low_rank().expertier_low_rank_inner(
-        x_nI.data_ptr(), rows, columns, factor_rI.data_ptr(), rank, found_nr.data_ptr()
-    )
+    _inner()(x_nI.data_ptr(), rows, columns, factor_rI.data_ptr(), rank, found_nr.data_ptr())
     return found_nr
 
 
@@ -70,7 +70,7 @@ def add(to_nO: torch.Tensor, inner_nr: torch.Tensor, factor_rO: torch.Tensor, sc
     """`to += scale * inner @ factor`, rounded once."""
     rows, columns, rank = *to_nO.shape, len(factor_rO)
     given = (inner_nr.data_ptr(), factor_rO.data_ptr(), rank, scale)
-    _low_rank().expertier_low_rank_add(to_nO.data_ptr(), rows, columns, *given)
+    _add()(to_nO.data_ptr(), rows, columns, *given)
 
 
 def outer(x_nI: torch.Tensor, inner_nr: torch.Tensor, scale: float) -> torch.Tensor:
@@ -78,18 +78,20 @@ def outer(x_nI: torch.Tensor, inner_nr: torch.Tensor, scale: float) -> torch.Ten
     rows, columns, rank = *x_nI.shape, inner_nr.shape[1]
     found_rI = torch.empty(rank, columns)
     given = (inner_nr.data_ptr(), rank, scale, found_rI.data_ptr())
-    _low_rank().expertier_low_rank_outer(x_nI.data_ptr(), rows, columns, *given)
+    _outer()(x_nI.data_ptr(), rows, columns, *given)
     return found_rI
 
 
 @functools.cache
-def _low_rank() -> Any:
-    """The library with the types of native/tuning/low_rank.c set."""
-    found, pointer, number = library(), ctypes.c_void_p, ctypes.c_int64
-    rows = (pointer, number, number)
-    found.expertier_low_rank_inner.argtypes = [*rows, pointer, number, pointer]
-    found.expertier_low_rank_add.argtypes = [*rows, pointer, pointer, number, ctypes.c_float]
-    found.expertier_low_rank_outer.argtypes = [*rows, pointer, number, ctypes.c_float, pointer]
-    for function in (found.expertier_low_rank_inner, found.expertier_low_rank_add, found.expertier_low_rank_outer):
-        function.restype = None
-    return found
+def _inner() -> Any:
+    return c_function("expertier_low_rank_inner", *ROWS, POINTER, NUMBER, POINTER)
+
+
+@functools.cache
+def _add() -> Any:
+    return c_function("expertier_low_rank_add", *ROWS, POINTER, POINTER, NUMBER, ctypes.c_float)
+
+
+@functools.cache
+def _outer() -> Any:
+    return c_function("expertier_low_rank_outer", *ROWS, POINTER, NUMBER, ctypes.c_float, POINTER)

@@ -17,7 +17,7 @@ import torch
 
 from ...checkpoint.tensors import read_into
 from ...formats.form import BLOCK_BYTES
-from ...native.library import library
+from ...native.library import NUMBER, POINTER, c_function
 from ...store.store import Slots
 from .records import Key, write_all
 
@@ -133,10 +133,10 @@ def sum_into(total: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
         total: flat, float32; written.
         grads: as many numbers each; of bfloat16, our C adds them, bit-identical to torch.
     """
-    kernels = _kernels()
-    if kernels is not None and all(grad.dtype == torch.bfloat16 and grad.is_contiguous() for grad in grads):
+    add = _add()
+    if add is not None and all(grad.dtype == torch.bfloat16 and grad.is_contiguous() for grad in grads):
         addresses = (ctypes.c_void_p * len(grads))(*(grad.data_ptr() for grad in grads))
-        kernels.expertier_sum_gradients(addresses, len(grads), total.numel(), total.data_ptr())
+        add(addresses, len(grads), total.numel(), total.data_ptr())
         return
     total.copy_(grads[0].reshape(-1))
     for grad in grads[1:]:
@@ -144,13 +144,6 @@ def sum_into(total: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
 
 
 @functools.cache
-def _kernels() -> Any:
-    """The library with the types of native/tuning/gradients.c set; None without a C compiler."""
-    try:
-        found = library()
-    except OSError:
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.expertier_sum_gradients.argtypes = [pointer, number, number, pointer]
-    found.expertier_sum_gradients.restype = None
-    return found
+def _add() -> Any:
+    """`expertier_sum_gradients`; None without a C compiler."""
+    return c_function("expertier_sum_gradients", POINTER, NUMBER, NUMBER, POINTER)

@@ -9,7 +9,7 @@ import torch
 
 from ...checkpoint.gguf.library import gguf_library
 from ...checkpoint.tensors import TensorEntry, read_into
-from ...native.library import library
+from ...native.library import NUMBER, POINTER, c_function
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 """Types that hold numbers as they are."""
@@ -83,12 +83,7 @@ def kernel_parameter(kind: str) -> Any:
 @cache
 def _expander(kind: str) -> Any:
     """Our C for a type; None if it has none, or there is no C compiler."""
-    try:
-        found = library()
-    except OSError:
+    knows = c_function("expertier_expands_gguf", ctypes.c_int, result=ctypes.c_int)
+    if knows is None or not knows(gguf_library().GGMLQuantizationType[kind].value):
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.expertier_expand_gguf.argtypes = [ctypes.c_int, pointer, number, number, pointer, number]
-    found.expertier_expand_gguf.restype = None
-    is_known = found.expertier_expands_gguf(gguf_library().GGMLQuantizationType[kind].value)
-    return found.expertier_expand_gguf if is_known else None
+    return c_function("expertier_expand_gguf", ctypes.c_int, POINTER, NUMBER, NUMBER, POINTER, NUMBER)
