@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import offload
+import offload.members.members as members_module
 from offload.members.choosing import Chooser, NaiveBayes, Rules
 from offload.members.file import read_members
 from tests.test_offload_runtime_families import _small_config
@@ -140,6 +141,55 @@ def test_interrupts_while_switching(group):
             assert torch.equal(logits(members.models[each]), expected[each])
     signal.signal(signal.SIGALRM, before)
     assert cut > 2
+    members.close()
+
+
+@pytest.fixture(scope="module")
+def bundled_group(tmp_path_factory):
+    """A dense member and a mixture with ReLU by their hidden units, and one as it is, with their resident logits."""
+    folder, expected, rows = tmp_path_factory.mktemp("bundled"), {}, []
+    for name, (model_type, depth) in FAMILIES.items():
+        torch.manual_seed(len(name))
+        changes = {"num_hidden_layers": depth, "vocab_size": 256, "hidden_act": "relu"}
+        AutoModelForCausalLM.from_config(_small_config(model_type, changes)).save_pretrained(folder / name)
+        expected[name] = logits(AutoModelForCausalLM.from_pretrained(folder / name, dtype="auto").eval())
+        rows.append({"name": name, "model": name})
+        if name != "poems":
+            offload.pack_units(folder / name, folder / f"{name}.units")
+            rows[-1]["pack"] = f"{name}.units"
+    file = folder / "members.yaml"
+    file.write_text(json.dumps({"members": rows}))
+    return file, expected
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_members_by_hidden_units_divide_the_room_with_the_pool(bundled_group, share, monkeypatch):
+    file, expected = bundled_group
+    everything = 3 << 20  # more than all layers and all units take
+    monkeypatch.setattr(members_module, "room_besides", lambda *_: everything)
+    whole = offload.load_members(file, context=64)
+    layers = whole.pool.num_blocks * 4096
+    units = {name: model.offload.runtime.units for name, model in whole.models.items()}
+    assert units["poems"] is None
+    nbytes = sum(each.bundle.nbytes for each in units.values() if each)
+    least = max(one.offload.runtime.window.plan.ring_bytes for one in whole.models.values())
+    assert layers + nbytes < everything
+    assert all(each.report()["slots_per_layer"] == each.report()["units_per_layer"] for each in units.values() if each)
+    names = whole.models["code"].offload.runtime.window.plan.names
+    assert not [name for name in names if ".mlp." in name], "what is in the bundle is not streamed besides"
+    whole.close()
+    monkeypatch.setattr(members_module, "room_besides", lambda *_: max(int(share * (layers + nbytes)), least))
+    members = offload.load_members(file, context=64)
+    for name in ("code", "sums", "poems", "code", "sums"):
+        members.choose("", name)
+        torch.testing.assert_close(logits(members.models[name]), expected[name], rtol=1e-4, atol=1e-4)
+    report = members.report()
+    for name in ("code", "sums"):
+        found = report[name]["units"]
+        kept = sum(found["slots_per_layer"]) / sum(found["units_per_layer"])
+        assert kept == pytest.approx(share, abs=0.05)
+        assert found["bytes_read"] > 0
+    assert "units" not in report["poems"]
     members.close()
 
 

@@ -1,5 +1,11 @@
 """Feed-forwards by units: bounds that leave out no active unit, slots that read the difference, the model's logits."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -177,3 +183,59 @@ def test_what_is_not_sparse_or_of_another_model_is_refused(saved, bundled, run, 
     assert run("pack", saved["opt"], "--out", tmp_path / "other", "--bundle") == 2
     assert not is_zero_below_zero(torch.nn.LeakyReLU())
     assert not is_zero_below_zero(torch.nn.Sigmoid())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import transformers
+from offload.neurons.packing import pack_units
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+folder, out = map(Path, sys.argv[1:])
+for moment in (1, 2, 3):
+    if not os.fork():
+        pack_units(folder, out, lambda done, total: done * 3 < moment * total or os.kill(os.getpid(), signal.SIGKILL))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL
+    print(*sorted(path.name for path in out.parent.iterdir()))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_pack_leaves_nothing_that_loads_and_the_next_one_succeeds(saved, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(saved["opt"]), str(tmp_path / "units")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    left = [line.split() for line in done.stdout.splitlines()]
+    assert [len(names) for names in left] == [1, 1, 1], "each run removes what the killed one before it left"
+    (part,) = tmp_path.iterdir()
+    assert part.name in left[2]
+    whole = tmp_path / "units"
+    offload.pack_units(saved["opt"], whole)
+    assert list(tmp_path.iterdir()) == [whole]
+
+
+def test_ctrl_c_while_a_bundle_is_written_leaves_what_was_there(saved, run, tmp_path, monkeypatch):
+    made, of = [], GateBounds.of
+
+    def interrupt(gate_FD):
+        made.append(gate_FD)
+        if len(made) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return of(gate_FD)
+
+    monkeypatch.setattr(GateBounds, "of", interrupt)
+    assert run("pack", saved["opt"], "--out", tmp_path / "units", "--bundle") == 130
+    assert not list(tmp_path.iterdir())
+    assert run("pack", saved["opt"], "--out", tmp_path / "units", "--bundle") == 0
+    before = (tmp_path / "units").read_bytes()
+    made.clear()
+    assert run("pack", saved["opt"], "--out", tmp_path / "units", "--bundle") == 130
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]

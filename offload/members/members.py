@@ -12,8 +12,8 @@ from ..compute.resident import move_to_huge_pages
 from ..memory.budget import Needs, plan_memory, room_besides, sufficient_size
 from ..memory.heap import return_free_blocks, return_large_blocks
 from ..runtime.assembly import assemble
-from ..runtime.division import Division, cpu_limit, expect_machine_has
-from ..runtime.needs import memory_needs
+from ..runtime.division import Division, cpu_limit, expect_machine_has, with_unit_room
+from ..runtime.needs import memory_needs, unit_bytes
 from ..runtime.opening import OpenedCheckpoint, open_checkpoint
 from ..runtime.options import LoadOptions
 from ..window.planning import WindowPlan, smallest_window
@@ -56,10 +56,17 @@ class Members:
         return chosen
 
     def report(self) -> dict[str, Any]:
-        """Of each member: its popularity, and what its window has done; JSON-serialisable."""
-        reports = {name: model.offload.report()["window"] for name, model in self.models.items()}
+        """Of each member: its popularity, what its window has done, and its hidden units; JSON-serialisable."""
+        reports = {name: model.offload.report() for name, model in self.models.items()}
         popularity = dict(zip(self.models, self.pool.popularity, strict=True))
-        return {name: {"popularity": popularity[name], **report} for name, report in reports.items()}
+        return {
+            name: {
+                "popularity": popularity[name],
+                **report["window"],
+                **({"units": report["units"]} if "units" in report else {}),
+            }
+            for name, report in reports.items()
+        }
 
     def close(self) -> None:
         """Stop all reading threads and give the pool's memory back; no member can run afterwards."""
@@ -105,7 +112,9 @@ def load_members(
     opened = [_open(one) for one in options]
     needs = [memory_needs(one, each) for one, each in zip(opened, options, strict=True)]
     room = _room(opened, needs, cpu_limit(shared), is_shared=is_shared)
-    pool = Pool(room, len(opened))
+    opened, pool_bytes = _divide(opened, room)
+    needs = [memory_needs(one, each) for one, each in zip(opened, options, strict=True)]
+    pool = Pool(pool_bytes, len(opened))
     models = {
         row.name: _assemble(one, need, each, pool, member)
         for member, (row, one, need, each) in enumerate(zip(described.members, opened, needs, options, strict=True))
@@ -134,7 +143,7 @@ def _all_streamed(headers: OpenedCheckpoint, options: LoadOptions) -> WindowPlan
 
 
 def _room(opened: list[OpenedCheckpoint], needs: list[Needs], limit: int, *, is_shared: bool) -> int:
-    """What a budget leaves for the pool.
+    """What a budget leaves for layers and hidden units.
 
     Raises:
         ValueError: if that is less than the largest layer of a member.
@@ -147,18 +156,32 @@ def _room(opened: list[OpenedCheckpoint], needs: list[Needs], limit: int, *, is_
         kv_bytes=kept(each.kv_bytes for each in needs),
         activation_bytes=max(each.activation_bytes for each in needs),
         staging_bytes=sum(each.staging_bytes for each in needs),
-        window_bytes=sum(one.window.row_bytes for one in opened if one.window),
+        window_bytes=sum(one.window.row_bytes + unit_bytes(one) for one in opened if one.window),
     )
     experts = sum(_least_slots(one) for one in opened)
     room = room_besides(limit, together, (), (), 0) - experts
-    least = max(one.window.ring_bytes for one in opened if one.window)
+    least = _largest_layer(opened)
     if room < least:
         raise ValueError(
             f"{format_size(limit)} is too small for {len(opened)} members: their largest layer takes "
             f"{format_size(least)} and {format_size(max(room, 0))} are left; give at least "
             f"{sufficient_size(limit + least - room)}"
         )
-    return min(room, sum(guest.form.slot_bytes for one in opened for guest in one.guests.passing))
+    return room
+
+
+def _largest_layer(opened: list[OpenedCheckpoint]) -> int:
+    return max(one.window.ring_bytes for one in opened if one.window)
+
+
+def _divide(opened: list[OpenedCheckpoint], room: int) -> tuple[list[OpenedCheckpoint], int]:
+    """Members with as many of their hidden units as fit, and the size of the pool: of both the same share."""
+    layers = sum(guest.form.slot_bytes for one in opened for guest in one.guests.passing)
+    units = sum(one.bundle.nbytes for one in opened if one.bundle)
+    pool_bytes = min(layers, max(_largest_layer(opened), room * layers // (layers + units)))
+    left = room - pool_bytes
+    divided = [with_unit_room(one, left * one.bundle.nbytes // units) if one.bundle else one for one in opened]
+    return divided, pool_bytes
 
 
 def _least_slots(opened: OpenedCheckpoint) -> int:

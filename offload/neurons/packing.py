@@ -1,6 +1,7 @@
 """Which units of a model can come from a bundle, and the bundle of a model in a folder."""
 
 from collections.abc import Callable, Mapping, Sequence
+from glob import escape
 from pathlib import Path
 
 from ..checkpoint.experts import ExpertLayer
@@ -36,6 +37,8 @@ def pack_units(
 ) -> None:
     """Copy the feed-forwards of a dense model, or the experts of a mixture, into one file, by hidden units.
 
+    What an earlier run left that was killed is removed; so one process at a time writes a file.
+
     Args:
         path_or_id: a model folder, or a model id.
         out: the file; it appears when it is whole.
@@ -48,4 +51,6 @@ def pack_units(
     expect_replaceable(out)
     sketch, entries = sketch_of(local_folder(path_or_id), "auto", needs_experts=False)
     expect_plain_weights(sketch.folder, sketch.skeleton, entries, sketch.found)
+    for left in out.parent.glob(f".{escape(out.name)}.????????.part"):
+        left.unlink()
     write_bundle(out, find_units(sketch, entries, sketch.layers(entries)), progress)

@@ -169,12 +169,18 @@ def choose_units(opened: OpenedCheckpoint, options: LoadOptions) -> OpenedCheckp
         if options.cache_units is not None:
             raise ValueError("cache_units is about the units of a bundle; give pack= a file of `pack --bundle`")
         return opened
-    counts = [layer.num_units for layer in opened.bundle.layers]
     if options.cache_units is not None:
-        return replace(opened, unit_slots=tuple(min(options.cache_units, count) for count in counts))
+        slots = (min(options.cache_units, layer.num_units) for layer in opened.bundle.layers)
+        return replace(opened, unit_slots=tuple(slots))
     room = room_besides(cpu_limit(options), memory_needs(opened, options), (), (), 0)
+    return with_unit_room(opened, room)
+
+
+def with_unit_room(opened: OpenedCheckpoint, room: int) -> OpenedCheckpoint:
+    """The same checkpoint, with as many of its units in memory as so many bytes hold, of each layer the same share."""
+    assert opened.bundle is not None
     share = min(max(room, 0) / opened.bundle.nbytes, 1.0)
-    return replace(opened, unit_slots=tuple(int(share * count) for count in counts))
+    return replace(opened, unit_slots=tuple(int(share * layer.num_units) for layer in opened.bundle.layers))
 
 
 def choose_window(opened: OpenedCheckpoint, options: LoadOptions) -> WindowPlan | None:

@@ -45,15 +45,22 @@ def with_window(needs: Needs, window: WindowPlan | None) -> Needs:
 
 
 def _with_units(needs: Needs, opened: OpenedCheckpoint) -> Needs:
-    """What is needed if units come one by one: the bounds of their gates, those that stay, and those of one read."""
+    """What is needed if units come one by one."""
     bundle = opened.bundle
     if bundle is None:
         return needs
-    slots = zip(opened.unit_slots, bundle.layers, strict=False)
-    held = bundle.bounds_bytes + bundle.work_bytes + sum(count * layer.of.unit_bytes for count, layer in slots)
     # of experts, which no model holds here, nothing is saved
     saved = sum(weight.nbytes for name, weight in opened.model.named_parameters() if name in bundle.weight_names)
-    return replace(needs, weight_bytes=needs.weight_bytes - saved, window_bytes=needs.window_bytes + held)
+    weights, window = needs.weight_bytes - saved, needs.window_bytes + unit_bytes(opened)
+    return replace(needs, weight_bytes=weights, window_bytes=window)
+
+
+def unit_bytes(opened: OpenedCheckpoint) -> int:
+    """Memory of a bundle's units: the bounds of their gates, those that stay, and those of one read."""
+    if (bundle := opened.bundle) is None:
+        return 0
+    slots = zip(opened.unit_slots, bundle.layers, strict=False)
+    return bundle.bounds_bytes + bundle.work_bytes + sum(count * layer.of.unit_bytes for count, layer in slots)
 
 
 def _needs_of_all(opened: OpenedCheckpoint, options: LoadOptions) -> Needs:

@@ -203,7 +203,7 @@ def _opened_sketch(
         forms=forms,
         checksums=checksums,
         process_bytes=process_bytes,
-        guests=find_guests(sketch.skeleton, entries, sketch.found),
+        guests=find_guests(sketch.skeleton, entries, sketch.found, bundle.weight_names if bundle else frozenset()),
         packed=packed,
         bundle=bundle,
         stored=_hold_on_meta(

@@ -104,7 +104,9 @@ class Guests:
         return sum(guest.nbytes for guest in (*tables, *self.passing))
 
 
-def find_guests(model: Any, entries: Mapping[str, TensorEntry], found: Matches) -> Guests:
+def find_guests(
+    model: Any, entries: Mapping[str, TensorEntry], found: Matches, elsewhere: frozenset[str] = frozenset()
+) -> Guests:
     """What can be streamed of a model.
 
     Weights that two layers share stay in memory, and so do those that the checkpoint stores as codes or in pieces.
@@ -113,6 +115,7 @@ def find_guests(model: Any, entries: Mapping[str, TensorEntry], found: Matches) 
         model: on the meta device, in the dtype it will run in, without its experts' weights.
         entries: the checkpoint's tensors.
         found: what `match_checkpoint` says of the two.
+        elsewhere: full names of parameters that come from another file, such as a bundle of hidden units.
 
     Returns:
         Nothing for a model that writes to its weights while it computes.
@@ -123,7 +126,8 @@ def find_guests(model: Any, entries: Mapping[str, TensorEntry], found: Matches) 
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(name)
     looked_up = {name: module for name, module in model.named_modules() if is_row_reader(module)}
-    locate = _Locator(entries, found, owners, frozenset(id(module.table) for module in looked_up.values()))
+    tables_inside = frozenset(id(module.table) for module in looked_up.values())
+    locate = _Locator(entries, found, owners, tables_inside, elsewhere)
     layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
     inner = tuple(f"{name}." for name in layers)
     guests = [locate.layer(name, module) for name, module in layers.items() if not name.startswith(inner)]
@@ -219,6 +223,7 @@ class _Locator:
     owners: Mapping[int, set[str]]
     looked_up: frozenset[int]
     """Tables within layers that are read by their rows."""
+    elsewhere: frozenset[str]
 
     def layer(self, name: str, module: nn.Module) -> Guest | None:
         """A decoder layer's matrices that belong to it alone; None if it has none that can be streamed."""
@@ -228,6 +233,7 @@ class _Locator:
             if parameter.dim() > 1
             and len(self.owners[id(parameter)]) == 1
             and id(parameter) not in self.looked_up
+            and f"{name}.{inside}" not in self.elsewhere
             and self._stored(parameter)
         }
         least = SMALL_SHARE * sum(parameter.nbytes for parameter in own.values())
