@@ -3,8 +3,7 @@
 Selection runs over a few tokens at a time and without gradient; the scores of what was selected are then computed anew,
 with gradient, from the selected keys only. Nothing of size T times N, or T times M, is ever held.
 
-Shapes: T tokens, D model width, H heads, K experts per head, M = sqrt(N) rows and columns, A = width of a sub-key, P
-pairs of ranks.
+Shapes: T tokens, D model width, H heads, K experts per head, M = sqrt(N) rows and columns, A = width of a sub-key.
 """
 
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ...choice.grid_best import best_of_grid, side_scores
 from ...choice.table_rows import slices
-from ...choice.top_k import top_experts
 from ...contract.assignment import Routing
 from ...contract.context import RoutingContext
 from ...contract.module import RouterModule, drop_padding
@@ -35,6 +34,7 @@ class Selection:
     Args:
         row_THK, column_THK: int64 places of the chosen experts in the grid.
         score_THK: their scores, without gradient.
+        part: what these are made of, [2, ranks, T * H, K].
         probability_R: mean softmax over rows, then columns, halved.
         entropy: mean over tokens, heads, rows and columns.
     """
@@ -42,6 +42,7 @@ class Selection:
     row_THK: Tensor
     column_THK: Tensor
     score_THK: Tensor
+    part: Tensor
     probability_R: Tensor
     entropy: Tensor
 
@@ -49,8 +50,8 @@ class Selection:
 class GridRouter(RouterModule):
     """What routers over a square grid of experts share: sizes, chunked selection, statistics of rows and columns.
 
-    A subclass says what the scores of rows and columns are (`first_stage`), which pairs of the best ones can be among
-    the best places (`pairs`), and what a pair's score is (`second_stage`).
+    A subclass says what the scores of rows and columns are made of (`parts`, `proxy`), which pairs of the best ones can
+    be among the best places (`paired_columns`), and what a pair's score is (`pair_form`).
 
     Args:
         sizes: D, N as the number of experts, K per head.
@@ -106,44 +107,40 @@ class GridRouter(RouterModule):
         """Per head: the root of N, as many as there are rows."""
         return self.num_rows
 
-    def first_stage(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of some tokens: scores of rows and columns [t, H, M], and what the second stage needs, [t, H, ranks, M]."""
+    def parts(self, query: Tensor) -> Tensor:
+        """What scores are made of: of rows, then of columns, [2, ranks, n, M] of the n = t H queries of t tokens."""
         raise NotImplementedError
 
-    def pairs(self, k: int) -> list[tuple[int, int]]:
-        """Ranks of the row and of the column, best first from 0, of each pair that the second stage scores."""
-        return [(row, column) for row in range(k) for column in range(k)]
+    def proxy(self, dtype: torch.dtype) -> Tensor | None:
+        """Weights [2, ranks] of the parts in the scores by which rows and columns are chosen; None of a single part."""
+        return None
 
-    def second_stage(self, row: Tensor, column: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
-        """Scores [t, H, P] of the pairs, from the first-stage parts [t, H, ranks, K] of the K best rows and columns.
+    def pair_form(self, dtype: torch.dtype) -> Tensor | None:
+        """The bilinear form [ranks, ranks] of the parts of a row and a column; None if a pair's score is their sum."""
+        return None
 
-        Args:
-            row, column: those parts, best first.
-            first_P, second_P: `pairs(K)`: ranks of rows, and of columns.
-        """
-        raise NotImplementedError
+    def paired_columns(self, k: int) -> list[int]:
+        """With how many of the K best columns each of the K best rows is paired, the best row first."""
+        return [k] * k
 
     @torch.no_grad()
     def select(self, query: Tensor, k: int, is_valid_T: Tensor | None) -> Selection:
         """The K best pairs of every token and head, a few tokens at a time."""
-        best, sums = [], []
-        rank_2P = torch.tensor(self.pairs(k), device=query.device).T
+        best, heads = [], (len(query), self.num_heads)
+        columns = self.paired_columns(k)
+        proxy, form = self.proxy(query.dtype), self.pair_form(query.dtype)
         for part in slices(len(query), self.num_heads * max(2 * self.num_rows * (1 + self.ranks), k * k)):
-            row_score, column_score, *parts = self.first_stage(query[part])
-            places = [_best_places(score, k) for score in (row_score, column_score)]
-            best.append(self._best_pairs(parts, places, rank_2P, k))
-            valid = slice(None) if is_valid_T is None else is_valid_T[part]
-            sides = zip((row_score, column_score), places, strict=True)
-            sums.append([_total_and_entropy(score[valid], place[valid][..., :1]) for score, place in sides])
-        rows, columns, scores = (torch.cat(found) for found in zip(*best, strict=True))
+            is_valid_n = None if is_valid_T is None else is_valid_T[part].repeat_interleave(self.num_heads)
+            best.append(best_of_grid(self.parts(query[part]), proxy, form, columns, is_valid_n))
         num_valid = len(query) if is_valid_T is None else int(is_valid_T.sum())
         share = 1 / max(num_valid * self.num_heads * 2, 1)
         return Selection(
-            row_THK=rows,
-            column_THK=columns,
-            score_THK=scores,
-            probability_R=torch.stack([torch.cat([total for total, _ in both]) for both in sums]).sum(dim=0) * share,
-            entropy=torch.stack([entropy for both in sums for _, entropy in both]).sum() * share,
+            row_THK=_joined([each.row_nK for each in best]).unflatten(0, heads),
+            column_THK=_joined([each.column_nK for each in best]).unflatten(0, heads),
+            score_THK=_joined([each.score_nK for each in best]).unflatten(0, heads),
+            part=_joined([each.part_2rnK for each in best], dim=2),
+            probability_R=torch.stack([each.probability_2M for each in best]).sum(dim=0).flatten() * share,
+            entropy=torch.stack([each.entropy for each in best]).sum() * share,
         )
 
     def grid_stats(self, query: Tensor, found: Selection, context: RoutingContext) -> MarginalStats:
@@ -169,45 +166,17 @@ class GridRouter(RouterModule):
         expert_TK = (found.row_THK * self.num_rows + found.column_THK).flatten(1)
         return drop_padding(self.routing(expert_TK, weight_TK), context)
 
-    def _best_pairs(
-        self, parts: Sequence[Tensor], places: Sequence[Tensor], rank_2P: Tensor, k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, columns and scores of the K best pairs, from the best rows and columns of some tokens."""
-        picked = (_pick(part, place) for part, place in zip(parts, places, strict=True))
-        score = self.second_stage(*picked, *rank_2P)
-        pair = _best_places(score, k)
-        row, column = (place.gather(-1, ranks[pair]) for place, ranks in zip(places, rank_2P, strict=True))
-        return row, column, score.gather(-1, pair)
-
     def _mean_probability(self, query: Tensor) -> Tensor:
         """With gradient; each run of tokens is computed again in the backward pass instead of being kept."""
 
         def total(part: Tensor) -> Tensor:
-            row_score, column_score, _, _ = self.first_stage(part)
-            return torch.cat([row_score.softmax(dim=-1), column_score.softmax(dim=-1)], dim=-1).sum(dim=(0, 1))
+            return side_scores(self.parts(part), self.proxy(part.dtype)).softmax(dim=-1).sum(dim=1).flatten()
 
         parts = slices(len(query), self.num_heads * 2 * self.num_rows * (1 + self.ranks))
         sums = [checkpoint(total, query[part], use_reentrant=False) for part in parts]
         return torch.stack(sums).sum(dim=0) / max(len(query) * self.num_heads * 2, 1)
 
 
-def _best_places(score: Tensor, k: int) -> Tensor:
-    """The places [t, H, K] of the K highest of scores [t, H, M], best first."""
-    return top_experts(score.flatten(0, 1), k).unflatten(0, score.shape[:2])
-
-
-def _total_and_entropy(score: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """Of scores [t, H, M]: the summed distributions [M], and their summed entropies, with one exponential per score.
-
-    Args:
-        score: of rows or columns.
-        best: the place [t, H, 1] of each highest score.
-    """
-    share = score.softmax(dim=-1)
-    logsumexp = score.gather(-1, best) - share.gather(-1, best).log()
-    return share.sum(dim=(0, 1)), logsumexp.sum() - torch.dot(share.flatten(), score.flatten())
-
-
-def _pick(part: Tensor, place: Tensor) -> Tensor:
-    """The entries [t, H, ranks, K] of [t, H, ranks, M] at places [t, H, K]."""
-    return part.gather(-1, place[:, :, None].expand(-1, -1, part.shape[2], -1))
+def _joined(runs: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """What several runs of tokens gave; that of a single run as it is."""
+    return runs[0] if len(runs) == 1 else torch.cat(list(runs), dim=dim)

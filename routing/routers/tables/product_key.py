@@ -77,16 +77,13 @@ class ProductKeyRouter(GridRouter):
             stats = self.grid_stats(query, found, context)
         return self.experts(found, weight_THK.flatten(1), context), carry, stats
 
-    def first_stage(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        row, column = (query[:, :, half] @ self.keys[half].T.to(query.dtype) for half in (0, 1))
-        return row, column, row[:, :, None], column[:, :, None]
+    def parts(self, query: Tensor) -> Tensor:
+        """[2, 1, n, M]: the scores themselves."""
+        return (query.flatten(0, 1).transpose(0, 1) @ self.keys.mT.to(query.dtype))[:, None]
 
-    def pairs(self, k: int) -> list[tuple[int, int]]:
+    def paired_columns(self, k: int) -> list[int]:
         """A pair is beaten by all pairs of better rows and columns, so K of them leave it no place; K ln K stay."""
-        return [(row, column) for row in range(k) for column in range(k // (row + 1))]
-
-    def second_stage(self, row: Tensor, column: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
-        return row[:, :, 0].index_select(-1, first_P) + column[:, :, 0].index_select(-1, second_P)
+        return [k // (row + 1) for row in range(k)]
 
     def notes(self) -> list[Tensor]:
         return list(self._seen or ())

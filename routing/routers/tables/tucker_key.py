@@ -85,8 +85,8 @@ class TuckerKeyRouter(GridRouter):
         return routing, carry.put(**{self.CORE_WEIGHT: core_score}), stats
 
     @torch.no_grad()
-    def proxy(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Leading singular vectors u and v of the summed cores, of the sign that continues the last step's.
+    def proxy(self, dtype: torch.dtype) -> Tensor:
+        """Leading singular vectors u and v, [2, r], of the summed cores, of the sign that continues the last step's.
 
         Both could as well be negated, which would select the lowest rows and columns instead of the highest.
         """
@@ -94,37 +94,40 @@ class TuckerKeyRouter(GridRouter):
         u, v = left[:, 0], right[0]
         agrees = (u * self.proxy_sign[0]).sum() + (v * self.proxy_sign[1]).sum() >= 0
         sign = 1.0 if agrees else -1.0
-        return (sign * u).to(dtype), (sign * v).to(dtype)
+        return (sign * torch.stack([u, v])).to(dtype)
 
-    def first_stage(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        keys = self._keys(query.dtype)
-        row, column = (torch.einsum("thra,rma->thrm", query[:, :, half], keys[half]) for half in (0, 1))
-        u, v = self.proxy(query.dtype)
-        return torch.einsum("r,thrm->thm", u, row), torch.einsum("r,thrm->thm", v, column), row, column
+    def pair_form(self, dtype: torch.dtype) -> Tensor:
+        """The summed cores."""
+        return self.core.sum(dim=0).to(dtype)
 
-    def second_stage(self, row: Tensor, column: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
-        weighed = row.transpose(-1, -2) @ self.core.sum(dim=0).to(row.dtype)
-        return (weighed @ column).flatten(-2)
+    def parts(self, query: Tensor) -> Tensor:
+        """[2, r, n, M]: queries of each rank times its keys."""
+        sides = query.flatten(0, 1).flatten(1, 2).transpose(0, 1)
+        return (sides @ self._keys(query.dtype).flatten(0, 1).mT).unflatten(0, (2, self.ranks))
 
     @torch.no_grad()
     def post_step(self, count_R: Tensor, num_tokens: int) -> None:
         """Remember the signs of this step's proxy, for the next one to continue."""
-        self.proxy_sign.copy_(torch.stack(self.proxy(torch.float32)))
+        self.proxy_sign.copy_(self.proxy(torch.float32))
 
     def _keys(self, dtype: torch.dtype) -> Tensor:
         return rms_norm(self.keys.to(dtype), (self.half_width,), self.key_gain.to(dtype), EPSILON)
 
     def _core_scores(self, query: Tensor, found: Selection) -> Tensor:
-        """[T, H * K, c] with gradient, from the keys of the selected rows and columns only."""
+        """[T, H * K, c], with gradient from the keys of the selected rows and columns only."""
+        row, column = self._parts_anew(query, found) if torch.is_grad_enabled() else found.part
+        # one product for all cores and slots: a bilinear form of two numbers per slot would be as many small products
+        pair = torch.stack([(one * other).flatten() for one in row for other in column])
+        score = self.core.to(query.dtype).flatten(1) @ pair
+        return score.view(len(self.core), len(query), -1).permute(1, 2, 0)
+
+    def _parts_anew(self, query: Tensor, found: Selection) -> list[list[Tensor]]:
+        """The parts of the selected rows, and columns, with gradient."""
         keys = self._keys(query.dtype)
-        row, column = (
+        return [
             [
                 gather_dot(query[:, :, half, rank].flatten(0, 1), keys[half, rank], place.flatten(0, 1))
                 for rank in range(self.ranks)
             ]
             for half, place in enumerate((found.row_THK, found.column_THK))
-        )
-        # one product for all cores and slots: a bilinear form of two numbers per slot would be as many small products
-        pair = torch.stack([(one * other).flatten() for one in row for other in column])
-        score = self.core.to(query.dtype).flatten(1) @ pair
-        return score.view(len(self.core), len(query), -1).permute(1, 2, 0)
+        ]
