@@ -97,14 +97,17 @@ class Shuffle(nn.Module):
 
     def forward(self, place: Tensor) -> Tensor:
         num_rows = self.move.shape[-1]
-        # sums stay below one period more in each round; a table of so many is cheaper than remainders of integers
-        period = self.move.repeat(1, 1, SHUFFLE_ROUNDS + 1)
-        row = place.flatten() // num_rows
-        column = place.flatten() - row * num_rows
+        # sums stay below one period more in each round; a table of so many is cheaper than remainders of integers, and
+        # 32 bits are cheaper than 64, whose sums torch does one by one. A quotient of float64 is never rounded up to
+        # the next number, for grids of up to 2^50 places
+        period = self.move.int().repeat(1, 1, SHUFFLE_ROUNDS + 1)
+        within = torch.arange(num_rows, device=place.device).repeat(SHUFFLE_ROUNDS + 1)
+        row = (place.flatten().double() / num_rows).int()
+        column = (place.flatten() - row.long() * num_rows).int()
         for by_column, by_row in period:
             row = row + by_column.index_select(0, column)
             column = column + by_row.index_select(0, row)
-        return (row % num_rows * num_rows + column % num_rows).view(place.shape)
+        return (within.index_select(0, row) * num_rows).add_(within.index_select(0, column)).view(place.shape)
 
 
 class UltraMemLayer(RoutedLayer):
