@@ -3,8 +3,10 @@
 On a CPU, C takes a query's scores once: it finds the best rows, columns and pairs, and sums their softmax. Torch takes
 a dozen operations, each of which writes and reads all scores.
 
-Shapes: n queries, one for each head of a token, r ranks of a score, M rows of the grid and as many columns, K slots per
-head, P pairs of a ranked row and a ranked column.
+Each head of a token has a query of its own.
+
+Shapes: n queries, r ranks of a score, M rows of the grid (it has as many columns), K slots per head, P pairs of a
+ranked row and a ranked column.
 """
 
 import ctypes
