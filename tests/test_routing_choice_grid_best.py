@@ -1,8 +1,13 @@
 """The best places of a grid: C against torch and against every place, the same sums for any number of threads."""
 
+import ctypes
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 
+from routing import compile_library
 from routing.choice import grid_best
 from routing.choice.grid_best import best_of_grid, side_scores
 from routing.choice.library import routing_kernels
@@ -84,3 +89,21 @@ def test_other_dtypes_and_programs_that_are_traced_are_computed_by_torch():
     found, expected = best_of_grid(*double, None), best_of_grid(*inputs, None)
     assert found.score_nK.dtype == torch.float64
     torch.testing.assert_close(found.score_nK.float(), expected.score_nK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("levels", [None, 2])
+def test_processors_without_wide_registers_find_the_same_places(levels, monkeypatch):
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("flags of another kind of processor")
+    sources = [Path(grid_best.__file__).with_name(f"{name}.c") for name in ("top_k", "grid_best")]
+    plain = compile_library(sources, flags=["-mno-avx512f"])
+    plain.expertier_grid_best.argtypes, plain.expertier_grid_block.restype = [ctypes.c_void_p], ctypes.c_int64
+    inputs = [given(*sizes, levels=levels) for sizes in CASES]
+    expected = [best_of_grid(*each, None) for each in inputs]
+    monkeypatch.setattr(grid_best, "routing_kernels", lambda: plain)
+    for each, wide in zip(inputs, expected, strict=True):
+        found = best_of_grid(*each, None)
+        assert torch.equal(found.row_nK.sort(-1).values, wide.row_nK.sort(-1).values)
+        torch.testing.assert_close(found.score_nK, wide.score_nK, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.probability_2M, wide.probability_2M, atol=1e-5, rtol=1e-5)
