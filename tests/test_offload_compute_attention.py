@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.glm import modeling_glm
+from transformers.models.glm4_moe import modeling_glm4_moe
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
@@ -16,6 +17,8 @@ from offload.compute.attention import Repeated, SharedProducts, quicken_attentio
 from offload.compute.rotary import TokenRotary
 
 HALVES, SHARED_ANGLES = modeling_qwen3_moe.apply_rotary_pos_emb, modeling_gpt_oss.apply_rotary_pos_emb
+
+FIRST_COLUMNS = modeling_glm4_moe.apply_rotary_pos_emb
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +48,11 @@ def counted(monkeypatch, owner, name):
     return calls
 
 
-@pytest.mark.parametrize(("function", "share"), [(HALVES, 1), (SHARED_ANGLES, 2)], ids=["halves", "shared angles"])
+@pytest.mark.parametrize(
+    ("function", "share"),
+    [(HALVES, 1), (SHARED_ANGLES, 2), (FIRST_COLUMNS, 2)],
+    ids=["halves", "shared angles", "first"],
+)
 @pytest.mark.parametrize("width", [8, 64, 80, 128])
 def test_rotary_bits_are_those_of_torch(function, share, width, monkeypatch):
     if rotary._kernel() is None:

@@ -32,8 +32,8 @@ LAYERS, PROMPT, STEPS = 2, 5, 8
 SIZES = {
     "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
     "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "num_hidden_layers": LAYERS,
-    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 128,
-    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "n_routed_experts": 4,
+    "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
 FAMILIES = {
     "llama": {},
@@ -43,8 +43,14 @@ FAMILIES = {
     "qwen2_moe": {"decoder_sparse_step": 1, "num_attention_heads": 2},
     "qwen3_moe": {},
     "gpt_oss": {"sliding_window": 8},
+    "glm4_moe": {"use_qk_norm": True},  # which rotates half of a head's columns
+    "minimax_m2": {},
+    "dots1": {"n_shared_experts": 1},
+    "hy_v3": {},
+    "exaone_moe": {"sliding_window": 8},
+    "solar_open": {},
 }
-USUAL = ("mixtral, window", "qwen3_moe", "gpt_oss")
+USUAL = ("mixtral, window", "gpt_oss", "glm4_moe")
 # scaled sums, further norms, a branch beside attention
 OTHERS = {"granitemoe": {"residual_multiplier": 0.5}, "gemma2": {}, "gpt_neox": {}}
 
@@ -78,7 +84,7 @@ def quickened(model, arithmetic="fixed"):
         quicken_norms(copied)
         quicken_attention(copied)
         found.append(copied)
-        count = quicken_layers(copied, matvecs) if is_whole else 0
+        count = quicken_layers(copied, matvecs).whole_layers if is_whole else 0
     return (*found, count)
 
 

@@ -13,8 +13,11 @@ import offload
 from experiments.evidence.resident import load_resident
 from offload.compute.kv_cache import grow_in_place
 from offload.compute.layers import trial
-from offload.compute.layers.choice import choose, find_choice
+from offload.compute.layers.choice import as_struct, choose, find_choice
+from offload.compute.layers.operations import Questioned
+from offload.compute.layers.routed_block import find_router
 from offload.compute.layers.routed_experts import ExpertAddresses, TokenExperts, combines_like_torch
+from offload.compute.layers.rules import SIGMOID_FIRST, Rule
 from offload.compute.linears import quicken_linears
 from offload.compute.matvec import Matvecs
 from offload.compute.orders import orders
@@ -29,15 +32,30 @@ SIZES = {
     "num_experts": EXPERTS, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "max_position_embeddings": 128,
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
+GROUPS = {"n_routed_experts": EXPERTS, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 0}
+LATENT = {
+    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 16, "head_dim": 8,
+}  # fmt: skip
 FAMILIES = {
     "olmoe": {},
     "mixtral": {},
     "qwen3_moe": {"norm_topk_prob": True, "num_experts_per_tok": 3},
     "gpt_oss": {"num_experts_per_tok": 4},
     "qwen2_moe": {"decoder_sparse_step": 1},
-}
+    "deepseek_v3": {**GROUPS, **LATENT, "n_shared_experts": 1, "num_experts_per_tok": 3},
+    "deepseek_v2": {**GROUPS, **LATENT, "topk_method": "group_limited_greedy", "n_shared_experts": 2},
+    "glm4_moe": {**GROUPS, "n_shared_experts": 1},
+    "minimax_m2": {},
+    "dots1": {**GROUPS, "n_shared_experts": 2},
+    "hy_v3": {"num_shared_experts": 1, "mlp_layer_types": ["sparse"] * LAYERS},
+    "ernie4_5_moe": {
+        "moe_num_experts": EXPERTS, "moe_k": 3, "moe_num_shared_experts": 1, "moe_layer_start_index": 0,
+        "moe_layer_interval": 1,
+    },
+}  # fmt: skip
+USUAL = ("qwen2_moe", "deepseek_v3")
 FUSED = FAMILIES.keys() - {"gpt_oss"}  # whose plain weights are stored transposed
-WHOLE = FAMILIES.keys() - {"qwen2_moe"}  # which adds an expert that every token uses
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +70,12 @@ def _compiler(several_threads):
 def made(family, **more):
     config_class = transformers.CONFIG_MAPPING[family]
     known = config_class().to_dict().keys() | getattr(config_class, "attribute_map", {}).keys()
-    sizes = {**SIZES, **FAMILIES[family], **more}
+    sizes = {**SIZES, **FAMILIES.get(family, {}), **more}
     config = config_class(**{name: value for name, value in sizes.items() if name in known})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for tensor in (*model.parameters(), *(each for name, each in model.named_buffers() if name.endswith("bias"))):
+        tensor.add_(torch.randn_like(tensor), alpha=0.1)
     return model
 
 
@@ -100,48 +118,81 @@ def slow_unless(usual, names):
     return [name if name in usual else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def quickened_router(family, **more):
-    model = made(family, num_hidden_layers=1, **more)
+def questioned(family, **more):
+    """A feed-forward of a family that our C may stand for, and its router."""
+    model = made(family, **more)
     quicken_linears(model, Matvecs("fixed"))
-    block = model.model.layers[0].mlp
-    return block.gate if hasattr(block, "gate") else block.router
+    layer = model.model.layers[-1]
+    block = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+    router, weight_ED = find_router(block)
+    return Questioned(block, "experts", router, weight_ED), router
 
 
-@pytest.mark.parametrize("normalises", [False, True])
-@pytest.mark.parametrize(("family", "experts", "top_k"), [("olmoe", 64, 8), ("mixtral", 8, 2), ("gpt_oss", 32, 4)])
-def test_choices_are_those_of_the_router_ties_and_all(family, experts, top_k, normalises):
-    sizes = {"num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": top_k}
-    router = quickened_router(family, **sizes, norm_topk_prob=normalises)
-    how = find_choice(router)
-    assert how is not None, "torch chooses in another way on this processor"
-    x_1D, generator = torch.zeros(1, SIZES["hidden_size"]).bfloat16(), torch.Generator().manual_seed(3)
+def sized(experts, top_k, **more):
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return {**dict.fromkeys(names, experts), "num_experts_per_tok": top_k, "moe_k": top_k, **more}
+
+
+CHOICES = {
+    "olmoe": sized(64, 8, norm_topk_prob=False),
+    "olmoe, normalised": sized(64, 8, norm_topk_prob=True),
+    "mixtral": sized(8, 2),
+    "gpt_oss": sized(32, 4),
+    "deepseek_v3": sized(256, 8, n_group=8, topk_group=4, routed_scaling_factor=2.5),
+    "deepseek_v2": sized(160, 6, n_group=8, topk_group=3, routed_scaling_factor=16.0),
+    "deepseek_v2, greedy": sized(64, 6, topk_method="greedy"),
+    "glm4_moe": sized(160, 8, n_group=1, topk_group=1),
+    "minimax_m2": sized(256, 8),
+    "hy_v3": sized(72, 8),
+    "ernie4_5_moe": sized(64, 6),
+    "granitemoe": sized(64, 8),
+}
+FEW_CHOICES = ("olmoe, normalised", "gpt_oss", "deepseek_v3", "hy_v3", "granitemoe")
+
+
+@pytest.mark.parametrize("case", slow_unless(FEW_CHOICES, CHOICES))
+def test_choices_are_those_of_the_router_ties_and_all(case):
+    block, _ = questioned(case.partition(",")[0], **CHOICES[case])
+    found = find_choice(block)
+    assert found is not None, "torch chooses in another way on this processor"
+    generator = torch.Generator().manual_seed(3)
     for row in range(60):
-        logit_1E = torch.randn(1, experts, generator=generator) * 10.0 ** (row % 4 - 1)
-        logit_1E = (logit_1E.round() if row % 3 else logit_1E).bfloat16()
-        with router.weight.known(x_1D, logit_1E):
-            _, weight_1K, expert_1K = router(x_1D)
-        found_1K, found_weight_1K = choose(how, logit_1E)
-        assert torch.equal(found_1K, expert_1K)
-        assert torch.equal(found_weight_1K, weight_1K)
+        logit_1E = torch.randn(1, block.num_experts, generator=generator) * 10.0 ** (row % 4 - 1)
+        answer = block.answer(logit_1E.round() if row % 3 else logit_1E)
+        found_1K, found_weight_1K = choose(found.how, answer.product.made)
+        assert torch.equal(found_1K, answer.chosen[0])
+        assert torch.equal(found_weight_1K, answer.chosen[1])
+
+
+def test_a_choice_by_hand():
+    """Two groups of two: the best is that of the largest sum, and the bias counts there alone."""
+    rule = Rule(
+        experts=4, rule=SIGMOID_FIRST, is_wide=True, chosen=1, groups=2, kept_groups=1, best_of_group=2, scale=2.0,
+        is_unbiased=True,
+    )  # fmt: skip
+    bias_E = torch.tensor([0.0, 0.0, 0.5, 0.0])
+    expert_1K, weight_1K = choose(as_struct(rule, 8, bias_E), torch.tensor([[3.0, -9.0, 0.0, 0.0]]))
+    assert (expert_1K.tolist(), weight_1K.tolist()) == ([[2]], [[1.0]])  # 0.953 alone against 1.0 + 0.5
+    assert choose(as_struct(rule, 8, None), torch.tensor([[3.0, 1.0, 0.0, 0.0]]))[0].tolist() == [[0]]
 
 
 def test_what_is_left_to_torch():
-    how = find_choice(quickened_router("olmoe"))
+    how = find_choice(questioned("olmoe")[0]).how
     assert choose(how, torch.full((1, EXPERTS), torch.nan).bfloat16()) is None
     assert choose(how, torch.full((1, EXPERTS), torch.inf).bfloat16()) is None
     for experts, top_k in ((128, 2), (32, 16)):
-        sizes = {"num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": top_k}
-        assert find_choice(quickened_router("olmoe", **sizes)) is None
-    router = quickened_router("olmoe")
+        assert find_choice(questioned("olmoe", **sized(experts, top_k))[0]) is None
+    block, router = questioned("olmoe")
+    forward = type(router).forward
     for change in (
         lambda logits, weight, expert: (logits, weight * 2, expert),
         lambda logits, weight, expert: (logits, weight, expert.flip(-1)),
         lambda logits, weight, expert: (logits, weight.double(), expert),
         lambda logits, weight, expert: (logits, weight),
     ):
-        changed, forward = copy.copy(router), router.forward
-        changed.forward = lambda x, change=change, forward=forward: change(*forward(x))
-        assert find_choice(changed) is None
+        changed = type("Changed", (type(router),), {"forward": lambda self, x, of=change: of(*forward(self, x))})
+        block._twin._modules["gate"].__class__ = changed
+        assert find_choice(block) is None
 
 
 def test_experts_of_a_token_are_added_in_torchs_order():
@@ -169,7 +220,7 @@ def test_addresses_of_experts_come_and_go():
     assert (found.known, found.first, found._address_EM.any()) == (set(), first, False)
 
 
-@pytest.mark.parametrize("family", slow_unless({"qwen3_moe"}, FAMILIES))
+@pytest.mark.parametrize("family", slow_unless(USUAL, FAMILIES))
 def test_bits_are_the_same_in_memory_with_few_slots_and_by_the_modules(family, folders, monkeypatch):
     exact = offload.load(folders[family], cache_experts=4, arithmetic="exact")
     assert torch.equal(decoded(exact), decoded(load_resident(folders[family]).eval()))
@@ -178,7 +229,7 @@ def test_bits_are_the_same_in_memory_with_few_slots_and_by_the_modules(family, f
         with monkeypatch.context() as patched:
             if cache_experts == 3:
                 patched.setattr(OffloadRuntime, "token_step", lambda *_: None)
-                patched.setattr(trial, "find_routed_block", lambda *_: None)
+                patched.setattr(trial, "find_routed_block", lambda *_, **__: None)
             done = counted(patched, TokenExperts, "__call__")
             whole = counted(patched, OffloadRuntime, "forward_token")
             with torch.inference_mode(cache_experts == 5):  # which changes what operations are called by
@@ -186,7 +237,8 @@ def test_bits_are_the_same_in_memory_with_few_slots_and_by_the_modules(family, f
             found.append(decoded(model))
             assert any(done) == (cache_experts > 3 and family in FUSED)
             assert all(done[-LAYERS:]) or cache_experts < EXPERTS
-            assert bool(whole) == (cache_experts > 3 and family in WHOLE)
+            assert bool(whole) == (cache_experts > 3)
+            assert model.offload.report()["arithmetic"]["whole_blocks"] == LAYERS * (cache_experts > 3)
             model.offload.close()
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -280,26 +332,49 @@ def test_known_addresses_are_those_of_experts_in_slots(folders):
     assert not any(slots.addresses.known for slots in runtime.layers)
 
 
-def test_listeners_and_replaced_modules_are_called(folders, monkeypatch):
-    model = offload.load(folders["olmoe"], cache_experts=EXPERTS, arithmetic="fixed")
+@pytest.mark.parametrize("family", slow_unless({"deepseek_v3"}, ["olmoe", "deepseek_v3", "qwen2_moe"]))
+def test_listeners_and_replaced_modules_are_called(family, folders, monkeypatch):
+    model = offload.load(folders[family], cache_experts=EXPERTS, arithmetic="fixed")
     expected, layer, seen = decoded(model), model.model.layers[0].mlp, []
     done = counted(monkeypatch, OffloadRuntime, "forward_token")
-    for module in (layer, layer.gate, layer.experts):
+    modules = [layer, *(module for name, module in layer.named_modules() if name and not name.startswith("experts."))]
+    is_whole = "forward" not in vars(layer)
+    for module in modules:
         done.clear()
         handle = module.register_forward_hook(lambda *_: seen.append(1))
         assert torch.equal(decoded(model), expected)
         handle.remove()
-        assert len(done) == (LAYERS - 1) * (TOKENS - 3)
-    assert len(seen) == 3 * (TOKENS - 2)
-    layer.forward = lambda x: torch.zeros_like(x)
-    changed = decoded(model)
-    del layer.forward
-    assert not torch.equal(changed, expected)
+        assert len(done) == (LAYERS - (module is not layer or is_whole)) * (TOKENS - 3)
+    assert len(seen) == len(modules) * (TOKENS - 2)
     layer.gate = copy.copy(layer.gate)
     done.clear()
     assert torch.equal(decoded(model), expected)
     assert len(done) == (LAYERS - 1) * (TOKENS - 3)
     assert torch.equal(decoded(copy.deepcopy(model)), expected)
+    forward = vars(layer).get("forward")
+    layer.forward = lambda x: torch.zeros_like(x)
+    assert not torch.equal(decoded(model), expected)
+    if forward is not None:
+        layer.forward = forward
     model.offload.close()
     with pytest.raises(RuntimeError, match="closed"):
         decoded(model)
+
+
+def test_exchanged_weights_gradients_and_numbers_that_are_none_go_to_the_modules(folders, monkeypatch):
+    model = offload.load(folders["deepseek_v3"], cache_experts=EXPERTS, arithmetic="fixed")
+    decoded(model)
+    layer, done = model.model.layers[0].mlp, counted(monkeypatch, OffloadRuntime, "forward_token")
+    own, x_11D = layer.forward.__self__._otherwise, torch.randn(1, 1, SIZES["hidden_size"]).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(layer(x_11D), own(x_11D))
+        assert len(done) == 1
+        layer.gate.e_score_correction_bias.mul_(-3)  # in place
+        assert torch.equal(layer(x_11D), own(x_11D))
+        assert len(done) == 2
+        for x in (x_11D * torch.nan, torch.cat([x_11D, x_11D], dim=1)):
+            torch.testing.assert_close(layer(x), own(x), rtol=0, atol=0, equal_nan=True)
+        layer.shared_experts.down_proj.weight = torch.nn.Parameter(layer.shared_experts.down_proj.weight * 2)
+        assert torch.equal(layer(x_11D), own(x_11D))
+    assert len(done) == 2
+    model.offload.close()

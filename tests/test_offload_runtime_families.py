@@ -14,6 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import offload
 from experiments.evidence.resident import load_resident
+from offload.compute.layers.trial import Quickened
+from offload.runtime import assembly
 from tests.resident import bits_follow_addresses
 
 SMALL = {
@@ -58,6 +60,11 @@ REFUSES_GENERIC_SIZES = {
 OUTER = {"dots3_note": {"vision_config": {"adapter_out_dim": 64}, "audio_config": {"adapter_out_dim": 64}}}
 QUICK = ("deepseek_v2", "gpt_oss", "granitemoe", "nemotron_h", "qwen3_next", "aria_text", "mixtral")
 NOT_OFFLOADABLE: dict[str, str] = {}
+BY_MODULES = {
+    "axk1", "cohere2_moe", "deepseek_v4", "gemma4", "gemma4_text", "inkling_text", "kolibri1", "lfm2_moe",
+    "minimax_m3_vl_text", "nemotron_h", "phimoe", "zaya",
+}  # fmt: skip
+"""Families whose feed-forwards do more than choose experts, compute them, and add a shared expert."""
 
 
 def _families():
@@ -170,3 +177,26 @@ def test_every_family(model_type, dtype, tmp_path):
             offload.load(tmp_path, cache_experts=2)
     else:
         _check(model_type, tmp_path, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", _families())
+@pytest.mark.filterwarnings("ignore")
+def test_every_family_token_by_token(model_type, tmp_path, monkeypatch):
+    """Our C in the place of feed-forwards gives the bits of their modules, and which families it stands for."""
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    _small_model(model_type, torch.bfloat16, WIDE).save_pretrained(tmp_path)
+    found, counted = [], []
+    for is_quick in (True, False):
+        with monkeypatch.context() as patched:
+            if not is_quick:
+                patched.setattr(assembly, "quicken_layers", lambda *_: Quickened(0, 0))
+            model = offload.load(tmp_path, cache_experts=8, arithmetic="fixed")
+        with torch.no_grad():
+            found.append([model(torch.tensor([[token]]), use_cache=False).logits for token in range(3, 12)])
+        counted.append(model.offload.report()["arithmetic"]["whole_blocks"])
+        num_layers = len(model.offload.plan.num_slots)
+        model.offload.close()
+    assert all(map(torch.equal, *found))
+    assert counted == [0 if model_type in BY_MODULES else num_layers, 0]

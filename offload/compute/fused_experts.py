@@ -120,12 +120,12 @@ class FusedExperts:
         pieces = [matrix[self.up_name] for matrix in matrices]
         firsts, width = [piece[0] for piece in pieces], self._width
         if self._gating.is_interleaved or not self._gating.is_gated:
-            gate = linear = _matrices(firsts, 0, firsts[0].rows)
+            gate = linear = matrices_struct(firsts, 0, firsts[0].rows)
         elif len(pieces[0]) == 1:
-            gate, linear = _matrices(firsts, 0, width), _matrices(firsts, width, width)
+            gate, linear = matrices_struct(firsts, 0, width), matrices_struct(firsts, width, width)
         else:
-            gate, linear = _matrices(firsts, 0, width), _matrices([piece[1] for piece in pieces], 0, width)
-        down = _matrices([matrix[self.down_name][0] for matrix in matrices], 0, model_width)
+            gate, linear = matrices_struct(firsts, 0, width), matrices_struct([piece[1] for piece in pieces], 0, width)
+        down = matrices_struct([matrix[self.down_name][0] for matrix in matrices], 0, model_width)
         up_bias, down_bias = self.biases(self.up_bias, experts), self.biases(self.down_bias, experts)
         found = ExpertWeights(gate, linear, down, _address(up_bias), _address(down_bias))
         found.keeps = (gate, linear, down, up_bias, down_bias)  # addresses alone do not keep what they point to
@@ -145,7 +145,7 @@ class FusedExperts:
         return pointers([bias_EF.data_ptr() + expert * bias_EF.stride(0) * bias_EF.itemsize for expert in experts])
 
 
-def _matrices(matrices: Sequence[KernelMatrix], first: int, count: int) -> Matrices:
+def matrices_struct(matrices: Sequence[KernelMatrix], first: int, count: int) -> Matrices:
     """Some rows of matrices of one form and shape, as C takes them."""
     one = matrices[0]
     parts = part_addresses(matrices)

@@ -1,6 +1,7 @@
 """Rotary positions of single tokens: one call of C for queries and keys, bit-identical to torch's thirteen operations.
 
-Shapes: H heads of queries, J heads of keys, W head width, A angles (W, or W/2 where both halves share them).
+Shapes: H heads of queries, J heads of keys, W head width, A angles. Of each head R columns are rotated, the first ones:
+A = R, or R/2 where both halves share angles.
 """
 
 import functools
@@ -27,7 +28,7 @@ class TokenRotary:
 
     def __init__(self, otherwise: Callable[..., Any]) -> None:
         self._otherwise = otherwise
-        self._tried: dict[tuple[int, int], bool] = {}
+        self._tried: dict[tuple[int, int], int | None] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Rotated queries and keys; anything but single tokens in memory by the family's function."""
@@ -35,12 +36,14 @@ class TokenRotary:
             return self._otherwise(*args, **kwargs)
         widths = (args[0].shape[-1], args[2].shape[-1])
         if widths not in self._tried:
-            self._tried[widths] = self._equals(*widths)
-        return _rotate(*args) if self._tried[widths] else self._otherwise(*args)
+            candidates = rotated_columns(*widths)
+            self._tried[widths] = next((each for each in candidates if self._equals(*widths, each)), None)
+        rotated = self._tried[widths]
+        return self._otherwise(*args) if rotated is None else _rotate(*args, rotated)
 
-    def _equals(self, width: int, angles: int) -> bool:
+    def _equals(self, width: int, angles: int, rotated: int) -> bool:
         """Whether our kernel is bit-identical to the family's function."""
-        if _kernel() is None or width % 2 or angles not in (width, width // 2):
+        if _kernel() is None:
             return False
         generator = torch.Generator().manual_seed(0)
         q, k, cos, sin = (
@@ -49,10 +52,15 @@ class TokenRotary:
         )
         try:
             expected_q, expected_k = self._otherwise(q, k, cos, sin)
-            found_q, found_k = _rotate(q, k, cos, sin)
+            found_q, found_k = _rotate(q, k, cos, sin, rotated)
             return torch.equal(found_q, expected_q) and torch.equal(found_k, expected_k)
         except Exception:  # of a function that is something else
             return False
+
+
+def rotated_columns(width: int, angles: int) -> list[int]:
+    """How many columns of a head may be rotated by so many angles: twice as many, or as many."""
+    return [rotated for rotated in (2 * angles, angles) if rotated <= width and rotated % 2 == 0]
 
 
 def _fits(q_1H1W: Any, k_1J1W: Any, cos_11A: Any, sin_11A: Any) -> bool:
@@ -70,18 +78,20 @@ def _fits(q_1H1W: Any, k_1J1W: Any, cos_11A: Any, sin_11A: Any) -> bool:
     )
 
 
-def _rotate(q_1H1W: torch.Tensor, k_1J1W: torch.Tensor, cos_11A: torch.Tensor, sin_11A: torch.Tensor) -> Pair:
+def _rotate(
+    q_1H1W: torch.Tensor, k_1J1W: torch.Tensor, cos_11A: torch.Tensor, sin_11A: torch.Tensor, rotated: int
+) -> Pair:
     kernel = _kernel()
     assert kernel is not None
     rotated_q, rotated_k = torch.empty_like(q_1H1W), torch.empty_like(k_1J1W)
     angles = (cos_11A.data_ptr(), sin_11A.data_ptr(), cos_11A.shape[-1])
-    width = q_1H1W.shape[3]
-    kernel(q_1H1W.data_ptr(), rotated_q.data_ptr(), q_1H1W.shape[1], width, *angles)
-    kernel(k_1J1W.data_ptr(), rotated_k.data_ptr(), k_1J1W.shape[1], width, *angles)
+    columns = (q_1H1W.shape[3], rotated)
+    kernel(q_1H1W.data_ptr(), rotated_q.data_ptr(), q_1H1W.shape[1], *columns, *angles)
+    kernel(k_1J1W.data_ptr(), rotated_k.data_ptr(), k_1J1W.shape[1], *columns, *angles)
     return rotated_q, rotated_k
 
 
 @functools.cache
 def _kernel() -> Any:
     """`expertier_rotate`; None without a C compiler."""
-    return c_function("expertier_rotate", POINTER, POINTER, NUMBER, NUMBER, POINTER, POINTER, NUMBER)
+    return c_function("expertier_rotate", POINTER, POINTER, NUMBER, NUMBER, NUMBER, POINTER, POINTER, NUMBER)

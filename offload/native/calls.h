@@ -11,6 +11,6 @@ void expertier_multiply(enum order order, int64_t block, int form, const void *c
                         const int64_t *rows, int64_t columns);
 void expertier_rms_norm(int rounds_first, const uint16_t *x, const uint16_t *w, float eps, uint16_t *y, int64_t rows,
                         int64_t columns);
-void expertier_rotate(const uint16_t *x, uint16_t *y, int64_t rows, int64_t columns, const uint16_t *cos, const uint16_t *sin,
-                      int64_t angles);
+void expertier_rotate(const uint16_t *x, uint16_t *y, int64_t rows, int64_t columns, int64_t rotated, const uint16_t *cos,
+                      const uint16_t *sin, int64_t angles);
 float expertier_sum(const float *value, int64_t count);

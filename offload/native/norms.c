@@ -40,7 +40,17 @@ static void add_steps(const float *square, int64_t steps, float sums[CHAINS][LAN
     memcpy(sums, level[0], sizeof level[0]);
 }
 
+/* Fewer numbers than lanes: four chains of single ones. */
+static float add_few(const float *value, int64_t count) {
+    float sums[CHAINS] = {0};
+    int64_t whole = count / CHAINS * CHAINS;
+    for (int64_t i = 0; i < count; i++) sums[i < whole ? i % CHAINS : 0] += value[i];
+    for (int chain = 1; chain < CHAINS; chain++) sums[0] += sums[chain];
+    return sums[0];
+}
+
 float expertier_sum(const float *value, int64_t count) {
+    if (count < LANES) return add_few(value, count);
     float sums[CHAINS][LANES], total = 0;
     int64_t vectors = count / LANES, steps = vectors / CHAINS;
     add_steps(value, steps, sums);
@@ -92,12 +102,12 @@ void expertier_rms_norm_back(const uint16_t *x, const uint16_t *w, float eps, co
     }
 }
 
-/* y = x * cos + (-second half of x, first half of x) * sin for each row, each product and the sum rounded.
-   Both halves of a row share the angles if there are only `columns` / 2 of them. */
-void expertier_rotate(const uint16_t *x, uint16_t *y, int64_t rows, int64_t columns, const uint16_t *cos, const uint16_t *sin,
-                      int64_t angles) {
-    int64_t half = columns / 2, second = angles == columns ? half : 0;
-    for (int64_t row = 0; row < rows; row++, x += columns, y += columns)
+/* y = x * cos + (-second half of x, first half of x) * sin for the first `rotated` columns of each row, each product and the sum
+   rounded; the other columns stay. Both halves share the angles if there are only `rotated` / 2 of them. */
+void expertier_rotate(const uint16_t *x, uint16_t *y, int64_t rows, int64_t columns, int64_t rotated, const uint16_t *cos,
+                      const uint16_t *sin, int64_t angles) {
+    int64_t half = rotated / 2, second = angles == rotated ? half : 0;
+    for (int64_t row = 0; row < rows; row++, x += columns, y += columns) {
         for (int64_t i = 0; i < half; i++) {
             float low = load_bf16(x[i]), high = load_bf16(x[half + i]);
             float low_cos = load_bf16(round_bf16(low * load_bf16(cos[i])));
@@ -107,4 +117,6 @@ void expertier_rotate(const uint16_t *x, uint16_t *y, int64_t rows, int64_t colu
             y[i] = round_bf16(low_cos + high_sin);
             y[half + i] = round_bf16(high_cos + low_sin);
         }
+        memcpy(y + rotated, x + rotated, (size_t)(columns - rotated) * sizeof *y);
+    }
 }

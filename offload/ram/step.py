@@ -14,6 +14,7 @@ import torch
 
 from ..compute.fused_experts import FusedRows
 from ..compute.layers.routed_experts import TokenExperts
+from ..compute.layers.structs import EndingTerms
 from ..compute.routed_rows import RoutedRows
 from ..store.reading import Ticket, next_landed
 from .counters import Counters
@@ -63,15 +64,17 @@ class TokenStep:
     def __init__(self, slots: LayerSlots, counters: Counters, experts: TokenExperts) -> None:
         self._slots, self._counters, self.experts = slots, counters, experts
 
-    def __call__(self, x: int, expert_1K: torch.Tensor, weight: int, added_to: int | None, out: int) -> bool:
+    def __call__(
+        self, x: int, expert_1K: torch.Tensor, weight: int, ending: EndingTerms | None, added_to: int | None, out: int
+    ) -> bool:
         """Whether the token is computed; else nothing is done.
 
         Args:
-            x, weight, added_to, out: as for `TokenExperts`.
+            x, weight, ending, added_to, out: as for `TokenExperts`.
             expert_1K: the token's experts.
         """
         started, slots, counters = time.perf_counter(), self._slots, self._counters
-        if not slots.is_settled or not self.experts(x, expert_1K.data_ptr(), weight, added_to, out):
+        if not slots.is_settled or not self.experts(x, expert_1K.data_ptr(), weight, ending, added_to, out):
             return False
         if not slots.has_all:
             slots.use(expert_1K[0].tolist())

@@ -92,7 +92,7 @@ def assemble(
         quicken_linears(model, matvecs)
         quicken_norms(model)
         quicken_attention(model)
-        running.whole_layers = quicken_layers(model, matvecs)
+        running.quickened = quicken_layers(model, matvecs)
     else:
         _add_gpu_tier(opened, division, lane, running)
     if window is not None:

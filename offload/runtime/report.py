@@ -127,7 +127,7 @@ class Offload:
             ),
             **self._floor(),
             "policy": self.policy,
-            "arithmetic": {**described(self._runtime.matvecs), "whole_layers": self._runtime.whole_layers},
+            "arithmetic": {**described(self._runtime.matvecs), **self._runtime.quickened._asdict()},
             **({} if self._preference is None else {"prefer_cached": self._preference.report()}),
             "slots_per_layer": list(self.plan.num_slots),
             "is_direct": self._runtime.store.is_direct,

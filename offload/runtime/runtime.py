@@ -14,8 +14,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..compute.adapters import adapted_of
 from ..compute.fused_experts import FusedExperts, FusedRows, fuse_experts
+from ..compute.layers.ending import Ending
 from ..compute.layers.routed_block import PLACE
 from ..compute.layers.routed_experts import WEIGHT_TYPES, TokenExperts, combines_like_torch
+from ..compute.layers.trial import Quickened
 from ..compute.matvec import Matvecs
 from ..compute.routed_rows import RoutedRows, eager_forward
 from ..gpu.tier import GpuTier
@@ -71,8 +73,8 @@ class OffloadRuntime:
         self.guests: LentGuests | None = None
         """What modules ask for their streamed weights."""
         self.units: BundledUnits | None = None
-        self.whole_layers = 0
-        """Decoder layers that our C computes for one token."""
+        self.quickened = Quickened(0, 0)
+        """What our C computes for one token, besides experts."""
         self.changes = Changes(self._clear)
         self.ahead = ReadingAhead(self.layers, self.changes)
 
@@ -203,7 +205,7 @@ class OffloadRuntime:
         if step is None or self.prefetcher is not None or not step.experts.takes(x_1D, expert_1K, weight_1K):
             return None
         out_1D = torch.empty_like(x_1D)
-        return out_1D if step(x_1D.data_ptr(), expert_1K, weight_1K.data_ptr(), None, out_1D.data_ptr()) else None
+        return out_1D if step(x_1D.data_ptr(), expert_1K, weight_1K.data_ptr(), None, None, out_1D.data_ptr()) else None
 
     @property
     def listens(self) -> bool:
@@ -243,10 +245,11 @@ class OffloadRuntime:
         x_1D: torch.Tensor,
         expert_1K: torch.Tensor,
         weight_1K: torch.Tensor,
-        added_to: torch.Tensor,
+        ending: Ending,
+        added_to: torch.Tensor | None,
         out: torch.Tensor,
     ) -> None:
-        """What `forward` gives for one token that nobody `listens` to, added to other numbers.
+        """What a feed-forward makes of one token that nobody `listens` to, added to other numbers.
 
         Args:
             step: that of the layer, from `token_step`.
@@ -255,18 +258,19 @@ class OffloadRuntime:
             x_1D: hidden numbers, contiguous and bfloat16.
             expert_1K: ids, contiguous.
             weight_1K: combine weights, contiguous.
-            added_to: D bfloat16 numbers.
+            ending: what the feed-forward does with what `forward` gives.
+            added_to: D bfloat16 numbers; or None.
             out: room for as many; written.
         """
         self.changes.enter_process()
         with self.changes.lock:
             self.changes.begin()
-            weights_and_sums = (weight_1K.data_ptr(), added_to.data_ptr(), out.data_ptr())
-            if step is None or not step(x_1D.data_ptr(), expert_1K, *weights_and_sums):
+            x, sums = x_1D.data_ptr(), None if added_to is None else added_to.data_ptr()
+            if step is None or not step(x, expert_1K, weight_1K.data_ptr(), ending.terms, sums, out.data_ptr()):
                 with torch.no_grad():
                     slots = self.layers[layer]
                     given = slots.begin(x_1D, expert_1K, weight_1K)
-                    torch.add(added_to, self._computed(slots, module, x_1D, given, weight_1K), out=out)
+                    ending.finish(self._computed(slots, module, x_1D, given, weight_1K), x, sums, out)
                     slots.end()
             self.store.expect_open()
             self.changes.finish()

@@ -17,6 +17,7 @@ from ...native.kernel_matrix import PARTS
 from ...native.library import NUMBER, POINTER, c_function
 from ..fused_experts import FusedExperts, KernelMatrices
 from ..orders import ExpertWeights, GatingTables
+from .structs import EndingTerms
 
 TRIED_ROWS = 32
 """Sums of experts that are compared with torch's, each as wide as the model."""
@@ -119,32 +120,35 @@ class TokenExperts:
         is_contiguous = x_1D.is_contiguous() and expert_1K.is_contiguous() and weight_1K.is_contiguous()
         return is_contiguous and types == (torch.bfloat16, torch.int64, self.weight_type)
 
-    def __call__(self, x: int, expert: int, weight: int, added_to: int | None, out: int) -> bool:
+    def __call__(
+        self, x: int, expert: int, weight: int, ending: EndingTerms | None, added_to: int | None, out: int
+    ) -> bool:
         """The weighted sum over the token's experts; False, and nothing is done, if one is not known or is there twice.
 
         Args:
             x: address of D hidden numbers.
             expert, weight: addresses of K ids and weights.
-            added_to: address of D bfloat16 numbers that the rounded sum is added to; or None.
+            ending: what becomes of the rounded sum; None if nothing does.
+            added_to: address of D bfloat16 numbers that the result is added to; or None.
             out: address of the result, D bfloat16 numbers; written.
         """
         first = self._addresses.first
         if first is None or (self._held and self._fused.bias_addresses != self._held):
             return False
-        return bool(self._compute(self._struct, first, x, expert, weight, added_to, out))
+        return bool(self._compute(self._struct, first, x, expert, weight, ending, added_to, out))
 
 
 @functools.cache
 def _routed_experts() -> Any:
     """`expertier_routed_experts`."""
-    types = (ctypes.POINTER(RoutedExperts), *([POINTER] * 6))
+    types = (ctypes.POINTER(RoutedExperts), *([POINTER] * 4), ctypes.POINTER(EndingTerms), POINTER, POINTER)
     return c_function("expertier_routed_experts", *types, result=ctypes.c_int)
 
 
 @functools.cache
 def _combine() -> Any:
     """`expertier_combine`."""
-    return c_function("expertier_combine", ctypes.c_int, POINTER, POINTER, NUMBER, NUMBER, POINTER, POINTER)
+    return c_function("expertier_combine", ctypes.c_int, POINTER, POINTER, NUMBER, NUMBER, POINTER)
 
 
 @functools.cache
@@ -166,7 +170,7 @@ def combines_like_torch(top_k: int, model_width: int, weight_type: torch.dtype, 
         made_KD[half : 2 * half], weight_K[half : 2 * half] = -made_KD[:half].flip(0), weight_K[:half].flip(0)
         expected_1D = (made_KD * weight_K.unsqueeze(-1))[None].sum(dim=1).to(made_KD.dtype)
         found_1D = torch.empty_like(expected_1D)
-        pointers = (made_KD.data_ptr(), weight_K.data_ptr(), top_k, model_width, None, found_1D.data_ptr())
+        pointers = (made_KD.data_ptr(), weight_K.data_ptr(), top_k, model_width, found_1D.data_ptr())
         _combine()(weight_type == torch.bfloat16, *pointers)
         if not torch.equal(found_1D, expected_1D):
             return False

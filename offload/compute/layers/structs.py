@@ -10,7 +10,7 @@ import torch
 from ...formats.resident.stored_weight import kernel_matrix
 from ...native.library import NUMBER, POINTER, c_function
 from ..norms import TokenNorm
-from ..orders import Order, part_addresses, pointers
+from ..orders import ExpertWeights, GatingTables, Order, part_addresses, pointers
 
 
 class Norm(ctypes.Structure):
@@ -33,8 +33,27 @@ class Choice(ctypes.Structure):
     """`struct choice`: how a router chooses experts for one token; nothing is chosen if `chosen` is 0."""
 
     _fields_ = (
-        *(("experts", NUMBER), ("chosen", NUMBER)),
+        *((name, NUMBER) for name in ("experts", "chosen", "groups", "kept_groups", "best_of_group")),
+        ("bias", POINTER),
+        *((name, ctypes.c_float) for name in ("masked", "added", "least", "scale")),
         *((name, ctypes.c_int) for name in ("rule", "normalises", "is_rounded", "lanes")),
+        *((name, ctypes.c_int) for name in ("is_wide", "is_bias_wide", "is_sorted", "is_unbiased")),
+    )
+
+
+class Router(ctypes.Structure):
+    """`struct router`; without matrices, logits come from elsewhere."""
+
+    _fields_ = (("product", Siblings), ("choice", Choice))
+
+
+class EndingTerms(ctypes.Structure):
+    """`struct ending`."""
+
+    _fields_ = (
+        *(("scale", ctypes.c_float), ("has_shared", ctypes.c_int), ("order", ctypes.c_int)),
+        *(("up_block", NUMBER), ("down_block", NUMBER)),
+        *(("shared", ExpertWeights), ("gating", GatingTables), ("gate", Siblings)),
     )
 
 
@@ -48,9 +67,9 @@ class Layer(ctypes.Structure):
     """`struct decoder_layer`."""
 
     _fields_ = (
-        *(("width", NUMBER), ("heads", Heads)),
+        *(("width", NUMBER), ("rotated", NUMBER), ("heads", Heads)),
         *(("before", Norm), ("query", Norm), ("key", Norm), ("after", Norm)),
-        *(("inputs", Siblings), ("output", Siblings), ("router", Siblings), ("choice", Choice)),
+        *(("inputs", Siblings), ("output", Siblings), ("router", Router)),
     )
 
 
@@ -127,3 +146,15 @@ def attend() -> Any:
 def choose_experts() -> Any:
     """`expertier_choose`."""
     return c_function("expertier_choose", ctypes.POINTER(Choice), POINTER, POINTER, POINTER, result=ctypes.c_int)
+
+
+@functools.cache
+def route() -> Any:
+    """`expertier_route`."""
+    return c_function("expertier_route", ctypes.POINTER(Router), *([POINTER] * 4), result=ctypes.c_int)
+
+
+@functools.cache
+def end_block() -> Any:
+    """`expertier_end_block`."""
+    return c_function("expertier_end_block", ctypes.POINTER(EndingTerms), POINTER, NUMBER, POINTER, POINTER)

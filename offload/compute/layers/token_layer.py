@@ -4,27 +4,28 @@ Shapes: D model width, H heads of queries, J heads of keys and values, W head wi
 """
 
 import copy
-from collections.abc import Callable, Mapping
-from operator import is_
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...formats.resident.stored_weight import stored_bytes
 from ..attention import EAGER
 from ..kv_cache import can_extend
 from ..linears import TokenWeight, plain_weight
-from ..matvec import Matvecs, is_in_memory
+from ..matvec import Matvecs
 from ..rebinding import ReboundForward
 from .attending import attends_like_torch
+from .held import Held, is_read
 from .parts import LayerParts
 from .routed_block import RoutedBlock
 from .structs import (
+    Choice,
     Heads,
     Layer,
     Place,
+    Router,
     Siblings,
     begin_attention,
     end_attention,
@@ -42,6 +43,18 @@ MOST_SHARED_WIDTH = 256
 """Widest heads for which transformers lets torch share keys between heads of queries, rather than repeat them."""
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+class Rotation(NamedTuple):
+    """Which columns of a head rotary positions rotate.
+
+    Args:
+        angles: A, cosines of a position.
+        rotated: R, the first columns, which are as many or twice as many.
+    """
+
+    angles: int
+    rotated: int
 
 
 class Token(NamedTuple):
@@ -78,13 +91,13 @@ class Seen:
         """Whether our C reads a token of this width."""
         if x is self._made and not torch.is_grad_enabled():
             return x.shape[2] == width
-        return x.shape == (1, 1, width) and _is_read(x)
+        return x.shape == (1, 1, width) and is_read(x)
 
     def are_read(self, embeddings: Any) -> bool:
         """Whether our C reads both, `[1, 1, A]` each."""
         if embeddings is self._checked is not None:
             return True
-        if not isinstance(embeddings, tuple) or len(embeddings) != 2 or not all(map(_is_read, embeddings)):
+        if not isinstance(embeddings, tuple) or len(embeddings) != 2 or not all(map(is_read, embeddings)):
             return False
         cos, sin = embeddings
         is_one = cos.shape == sin.shape and cos.shape[:-1] == (1, 1)
@@ -98,7 +111,7 @@ class PreparedLayer:
     Args:
         layer: a decoder layer, whose feed-forward is called.
         parts: what it computes with.
-        angles: A, the head width or half of it.
+        rotation: how many columns of a head are rotated, and by how many angles.
         siblings: products of inputs, output and router.
         rooms: memory that all layers of the model share.
     """
@@ -107,19 +120,19 @@ class PreparedLayer:
         self,
         layer: Any,
         parts: LayerParts,
-        angles: int,
+        rotation: Rotation,
         siblings: tuple[Siblings, Siblings, Siblings | None],
         rooms: TokenRooms,
     ) -> None:
-        self.angles = angles
+        self._angles = rotation.angles
         self._layer, self._parts = layer, parts
         width, scale = int(parts.output.out_features), _scale_of_torch(parts)
         heads = Heads(parts.heads, parts.shared_heads, parts.head_width, scale or 0.0)
         before, after = map(norm_struct, parts.norms)
         query, key = map(norm_struct, parts.head_norms)
         inputs, output, router = siblings
-        structs = (before, query, key, after, inputs, output, router or Siblings())
-        self._struct = Layer(width, heads, *structs)
+        routing = Router(router or Siblings(), Choice())
+        self._struct = Layer(width, rotation.rotated, heads, before, query, key, after, inputs, output, routing)
         self._keeps = siblings
         self._router: TokenWeight | None = None if router is None else parts.router.weight
         experts = 0 if self._router is None else self._router.shape[0]
@@ -130,37 +143,18 @@ class PreparedLayer:
         self._config = vars(parts.attention.config)
         self._implementation = self._config.get(IMPLEMENTATION)
         modules = (parts.attention, *parts.attention.children(), *(norm.module for norm in parts.norms))
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        children = [
-            (owner._modules, name, child)
-            for owner in (layer, parts.attention)
-            for name, child in owner.named_children()
-        ]
-        weights = [(module._parameters, name, module._parameters[name]) for module, name in parts.weights()]
-        held: list[tuple[Mapping[str, Any], str, Any]] = [*children, *weights]
-        self._look_ups = [(owner.get, name) for owner, name, _ in held]
-        self._held = [each for _, _, each in held]
-        self._weights = [weight for _, _, weight in weights]
-        self._stored = [stored_bytes(weight) for weight in self._weights]
-        self._addresses = self._places_of_weights()
+        self._held = Held((layer, parts.attention), parts.weights(), modules)
 
     @property
     def is_usable(self) -> bool:
         """Whether nobody listens to a module that would not be called, and attention is the one that was prepared."""
         is_same = self._config.get(IMPLEMENTATION) == self._implementation
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self._weights):
-            return False
-        return is_same and not any(self._hooks) and not self._parts.attention.training
+        return is_same and not (self._held.wants_gradient or self._held.has_listeners or self._parts.attention.training)
 
     @property
     def is_current(self) -> bool:
         """Whether modules and weights are those that were prepared, where they were."""
-        is_held = all(map(is_, [look_up(name) for look_up, name in self._look_ups], self._held))
-        return is_held and self._places_of_weights() == self._addresses
-
-    def _places_of_weights(self) -> list[int]:
-        with torch._C.DisableTorchFunctionSubclass():
-            return [stored.data_ptr() for stored in self._stored]
+        return self._held.is_current
 
     def of(self, twin: Any) -> "PreparedLayer":
         """The same for a module with the same weights and another feed-forward."""
@@ -168,11 +162,19 @@ class PreparedLayer:
         found._layer, found._router, found._routed = twin, None, None
         return found
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the feed-forward's module is not called."""
+        return self._routed is not None
+
     def leave_out(self, routed: RoutedBlock | None) -> None:
         """From now on the experts are chosen here, and the feed-forward's module is not called."""
-        if routed is not None and self._router is not None:
-            self._routed, self._struct.choice = routed, routed.how
-            self._rooms = self._all_rooms.of(self._sizes, routed.how)
+        if routed is None:
+            return
+        self._routed, self._struct.router.choice = routed, routed.how
+        if routed.product.is_wide:
+            self._router = None
+        self._rooms = self._all_rooms.of(self._sizes._replace(experts=routed.how.experts), routed.how)
 
     def __call__(self, token: Token) -> torch.Tensor:
         """What the layer gives, `[1, 1, D]`."""
@@ -180,12 +182,14 @@ class PreparedLayer:
         x, room = token.x_11D, self._rooms.take()
         keys, values = token.cached.extend()
         out_11D = torch.empty_like(x)
-        routed = self._routed if self._routed is not None and self._routed.is_usable else None
+        routed = self._routed
+        if routed is not None and not (routed.is_usable and routed.is_itself):
+            routed = None
         listens = routed is not None and routed.has_listeners
         step = None if routed is None or listens else routed.step()
-        given = (self._struct, x.data_ptr(), token.cos_11A.data_ptr(), token.sin_11A.data_ptr(), self.angles)
+        given = (self._struct, x.data_ptr(), token.cos_11A.data_ptr(), token.sin_11A.data_ptr(), self._angles)
         logits = None if self._router is None else room.logits
-        choice = (None, None) if routed is None else (room.expert, room.weight)
+        choice = (None, None) if routed is None or logits is None else (room.expert, room.weight)
         sums, places = (room.sum, room.normed, logits, *choice), (_last_place(keys), _last_place(values))
         if self._whole is not None and token.mask is None and torch.backends.cuda.flash_sdp_enabled():
             has_chosen = self._whole(*given, *places, keys.shape[2], room.query, room.attended, *sums)
@@ -193,12 +197,14 @@ class PreparedLayer:
             self._begin(*given, room.query, *places)
             attended = self._attend(room.query_1H1W, keys, values, token.mask).contiguous()
             has_chosen = self._end(self._struct, x.data_ptr(), attended.data_ptr(), *sums)
+        if routed is not None and logits is None:
+            has_chosen = routed.choose(room.normed_1D, room)
         if routed is None or not has_chosen:
             torch.add(room.sum_11D, self._fed_forward(room), out=out_11D)
         elif listens:
-            routed.by_module(room, out_11D)
+            routed.by_module(room.normed_1D, room, room.sum_11D, out_11D)
         else:
-            routed.compute(step, room, out_11D)
+            routed.compute(step, room.normed_1D, room, room.sum_11D, out_11D)
         self._rooms.give_back(room)
         return out_11D
 
@@ -245,13 +251,15 @@ def _attention(parts: LayerParts) -> Attend:
     return attend
 
 
-def prepare(layer: Any, parts: LayerParts, angles: int, matvecs: Matvecs, rooms: TokenRooms) -> PreparedLayer | None:
+def prepare(
+    layer: Any, parts: LayerParts, rotation: Rotation, matvecs: Matvecs, rooms: TokenRooms
+) -> PreparedLayer | None:
     """A layer as C takes it; None if our products are not bit-identical to what `matvecs` promises.
 
     Args:
         layer: a decoder layer, whose feed-forward is called.
         parts: what it computes with.
-        angles: A, the head width or half of it.
+        rotation: as for `PreparedLayer`.
         matvecs: chooses orders of summation.
         rooms: memory that all layers of the model share.
     """
@@ -268,7 +276,7 @@ def prepare(layer: Any, parts: LayerParts, angles: int, matvecs: Matvecs, rooms:
         usable = plain.is_contiguous() and plain.shape[1] == parts.output.out_features
         if usable and (order := matvecs.common_order([plain], [bias])) is not None:
             router = siblings_struct(order, [plain], [bias])
-    return PreparedLayer(layer, parts, angles, (found[0], found[1], router), rooms)
+    return PreparedLayer(layer, parts, rotation, (found[0], found[1], router), rooms)
 
 
 class TokenLayer:
@@ -277,7 +285,8 @@ class TokenLayer:
     Args:
         layer: a decoder layer of the common form.
         parts: what it computes with.
-        prepare: gives the layer for a number of threads as C takes it, or None where the modules compute.
+        prepare: gives the layer as C takes it with the number of threads in use and so many angles, or None where the
+            modules compute.
         seen: shared by all layers of the model.
     """
 
@@ -285,12 +294,12 @@ class TokenLayer:
         self,
         layer: nn.Module,
         parts: LayerParts,
-        prepare: Callable[[nn.Module, LayerParts], PreparedLayer | None],
+        prepare: Callable[[nn.Module, LayerParts, int], PreparedLayer | None],
         seen: Seen,
     ) -> None:
         self._layer, self._parts, self._prepare, self._seen = layer, parts, prepare, seen
         self._otherwise = layer.forward
-        self._prepared: dict[int, PreparedLayer | None] = {}
+        self._prepared: dict[tuple[int, int], PreparedLayer | None] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TokenLayer":
         """Addresses are those of the original, so a copy prepares its own."""
@@ -303,22 +312,25 @@ class TokenLayer:
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the layer computes; anything but one token with a cache of ours by its modules."""
         token = None if args or torch.compiler.is_compiling() else self._token(hidden_states, kwargs)
-        prepared = None if token is None else self.prepared()
-        if token is None or prepared is None or token.cos_11A.shape[-1] != prepared.angles or not prepared.is_usable:
+        prepared = None if token is None else self.prepared(token.cos_11A.shape[-1])
+        if token is None or prepared is None or not prepared.is_usable:
             return self._otherwise(hidden_states, *args, **kwargs)
         return self._seen.made(prepared(token))
 
-    def prepared(self) -> PreparedLayer | None:
+    def prepared(self, angles: int) -> PreparedLayer | None:
         """The layer as C takes it with the number of threads in use; tried when it is first asked for.
 
         A layer whose modules or weights were exchanged is left to its modules from then on.
+
+        Args:
+            angles: A, cosines of a position.
         """
-        threads = torch.get_num_threads()
-        if threads not in self._prepared:
-            self._prepared[threads] = self._prepare(self._layer, self._parts)
-        found = self._prepared[threads]
+        key = (torch.get_num_threads(), angles)
+        if key not in self._prepared:
+            self._prepared[key] = self._prepare(self._layer, self._parts, angles)
+        found = self._prepared[key]
         if found is not None and not found.is_current:
-            found = self._prepared[threads] = None
+            found = self._prepared[key] = None
         return found
 
     def _token(self, x: torch.Tensor, options: dict[str, Any]) -> Token | None:
@@ -337,9 +349,3 @@ class TokenLayer:
         if not can_extend(layers[number], shape):
             return None
         return Token(x, *embeddings, layers[number], options.get("attention_mask"))
-
-
-def _is_read(states: torch.Tensor) -> bool:
-    """Whether our C reads numbers where they lie, and nobody wants their gradient."""
-    is_plain = is_in_memory(states) and states.dtype == torch.bfloat16 and states.is_contiguous()
-    return is_plain and not (torch.is_grad_enabled() and states.requires_grad)

@@ -8,7 +8,7 @@ Shapes: D model width, J heads of keys and values, W head width, A angles.
 
 import copy
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,12 +16,16 @@ from transformers import DynamicCache
 
 from ..kv_cache import grow_in_place
 from ..matvec import Matvecs
+from ..rotary import rotated_columns
 from .parts import LayerParts, find_parts
-from .routed_block import find_routed_block
+from .routed_block import PLACE, find_routed_block
 from .structs import begin_attention
-from .token_layer import PreparedLayer, Seen, Token, TokenLayer, prepare
+from .token_block import TokenBlock
+from .token_layer import PreparedLayer, Rotation, Seen, Token, TokenLayer, prepare
 from .token_room import TokenRooms
 
+FREQUENCIES = "inv_freq"
+"""How the names of buffers end that hold a model's rotary frequencies."""
 TRIED_POSITIONS = 5
 """Positions in the cache of a trial; how attention sums is tried by itself, at other lengths."""
 TRIED_SCALES = (1.0, 0.1, 30.0)
@@ -30,8 +34,22 @@ TRIED_SCALES = (1.0, 0.1, 30.0)
 Only the first layer of a class is tried with all of them."""
 
 
-def quicken_layers(model: nn.Module, matvecs: Matvecs) -> int:
+class Quickened(NamedTuple):
+    """What our C computes for single tokens.
+
+    Args:
+        whole_layers: decoder layers as a whole.
+        whole_blocks: feed-forwards of routed experts without their modules, in those layers and in others.
+    """
+
+    whole_layers: int
+    whole_blocks: int
+
+
+def quicken_layers(model: nn.Module, matvecs: Matvecs) -> Quickened:
     """Let the decoder layers of a model compute single tokens by our C, where it gives the same bits.
+
+    Of layers that are of another form, the feed-forward with routed experts.
 
     Norms, linear layers and attention have been quickened before.
 
@@ -40,41 +58,56 @@ def quicken_layers(model: nn.Module, matvecs: Matvecs) -> int:
         matvecs: chooses orders of summation.
 
     Returns:
-        How many layers are computed so.
+        How many are computed so.
     """
     if begin_attention() is None:
-        return 0
-    config, count = model.config.get_text_config(), 0
+        return Quickened(0, 0)
+    config, layers, blocks = model.config.get_text_config(), 0, 0
+    whole: set[nn.Module] = set()
     known: set[type] = set()
     rooms = TokenRooms()
-    seen = Seen()
+    seen, likely = Seen(), _likely_angles(model)
     for layer in list(model.modules()):
         if (parts := find_parts(layer)) is None:
             continue
         tried = partial(_tried, config=config, matvecs=matvecs, known=known, rooms=rooms)
         token_layer = TokenLayer(layer, parts, tried, seen)
-        if token_layer.prepared() is not None:
+        tries = map(token_layer.prepared, likely or (parts.head_width,))
+        if (prepared := next((each for each in tries if each is not None), None)) is not None:
             layer.forward = token_layer.forward
-            count += 1
-    return count
+            whole.add(layer._modules[parts.feed_forward])  # type: ignore[arg-type]
+            layers, blocks = layers + 1, blocks + prepared.leaves_out
+    for block in list(model.modules()):
+        is_own = block not in whole and "forward" not in vars(block)
+        if is_own and any(hasattr(child, PLACE) for child in block.children()):
+            token_block = TokenBlock(block, partial(find_routed_block, matvecs=matvecs), rooms)
+            if token_block.prepared() is not None:
+                block.forward = token_block.forward
+                blocks += 1
+    return Quickened(layers, blocks)
+
+
+def _likely_angles(model: nn.Module) -> list[int]:
+    """Cosines of a position: mostly two for each frequency that a model has, else one."""
+    frequencies = [len(buffer) for name, buffer in model.named_buffers() if name.endswith(FREQUENCIES) and buffer.dim()]
+    return list(dict.fromkeys([*(2 * count for count in frequencies), *frequencies]))
 
 
 @torch.no_grad()
 def _tried(
-    layer: nn.Module, parts: LayerParts, config: Any, matvecs: Matvecs, known: set[type], rooms: TokenRooms
+    layer: nn.Module, parts: LayerParts, angles: int, config: Any, matvecs: Matvecs, known: set[type], rooms: TokenRooms
 ) -> PreparedLayer | None:
     """A layer as C takes it, if it is bit-identical to its modules; its class is known then."""
     scales = TRIED_SCALES[:1] if type(layer) in known else TRIED_SCALES
-    for angles in (parts.head_width, parts.head_width // 2):
+    for rotated in rotated_columns(parts.head_width, angles):
         for is_pair in (False, True):
             try:
-                if (prepared := prepare(layer, parts, angles, matvecs, rooms)) is None:
+                if (prepared := prepare(layer, parts, Rotation(angles, rotated), matvecs, rooms)) is None:
                     return None
                 twin = _twin(layer, parts, is_pair)
                 if all(_agrees(twin, prepared.of(twin), parts, config, angles, scale) for scale in scales):
                     known.add(type(layer))
-                    block = layer._modules[parts.feed_forward]
-                    prepared.leave_out(find_routed_block(block, parts.router, parts.output.out_features))
+                    prepared.leave_out(find_routed_block(layer._modules[parts.feed_forward], matvecs))
                     return prepared
             except Exception:  # of a layer that is something else, which fails in its own way
                 continue

@@ -1,6 +1,6 @@
-/* See choice.h. Sources of the orders, of PyTorch: aten/src/ATen/native/cpu/SoftMaxKernel.cpp (softmax), TopKImpl.h (which of
-   equal scores are chosen), ATen/cpu/vec (exp to 20 units in the last place); and of the GNU C++ library: bits/stl_algo.h
-   (nth_element). This file must be compiled without contraction of products and sums. */
+/* See choice.h. Sources of the orders, of PyTorch: aten/src/ATen/native/cpu/SoftMaxKernel.cpp (softmax), UnaryOpsKernel.cpp and
+   Loops.h (sigmoid), TopKImpl.h (which of equal scores are chosen), ATen/cpu/vec (exp); and of the GNU C++ library:
+   bits/stl_algo.h (nth_element). This file must be compiled without contraction of products and sums. */
 
 #include "choice.h"
 
@@ -9,7 +9,7 @@
 
 #include <math.h>
 
-/* --- softmax ------------------------------------------------------------------------------------------------------ */
+/* --- scores ------------------------------------------------------------------------------------------------------- */
 
 static inline float power_of_two(int32_t power) {
     uint32_t bits = (uint32_t)(power + 127) << 23;
@@ -28,8 +28,8 @@ static inline float vector_exp(float x) {
     y = fmaf(y, rest, 0.166666671633720397949219f);
     y = fmaf(y, rest, 0.5f);
     y = 1.0f + fmaf(rest * rest, y, rest);
-    int32_t whole = (int32_t)fmaxf(n, -160.0f), half = whole >> 1;
-    return x < -104.0f ? 0.0f : y * power_of_two(half) * power_of_two(whole - half);
+    int32_t whole = (int32_t)fminf(fmaxf(n, -160.0f), 160.0f), half = whole >> 1;
+    return x < -104.0f ? 0.0f : x > 100.0f ? INFINITY : y * power_of_two(half) * power_of_two(whole - half);
 }
 
 static float largest_of(const float *value, int64_t count) {
@@ -64,6 +64,13 @@ static void softmax_of_few(float *value, int64_t count) {
     float most = largest_of(value, count), sum = 0;
     for (int64_t i = 0; i < count; i++) sum += value[i] = expf(value[i] - most);
     for (int64_t i = 0; i < count; i++) value[i] = load_bf16(round_bf16(value[i] / sum));
+}
+
+/* Whole pairs of registers are computed side by side, and the rest one by one. */
+static void sigmoid(float *value, int64_t count, int lanes) {
+    int64_t whole = count - count % (2 * lanes);
+    for (int64_t i = 0; i < whole; i++) value[i] = 1.0f / (1.0f + vector_exp(0.0f - value[i]));
+    for (int64_t i = whole; i < count; i++) value[i] = 1.0f / (1.0f + expf(-value[i]));
 }
 
 /* --- the largest -------------------------------------------------------------------------------------------------- */
@@ -108,7 +115,7 @@ static int64_t part(struct scored *at, int64_t first, int64_t last, float pivot)
 }
 
 /* The largest come first, in torch's order of equal ones. 0 if the parts do not get small soon, where torch would go on otherwise. */
-static int bring_largest(struct scored *at, int64_t count, int64_t chosen) {
+static int bring_largest(struct scored *at, int64_t count, int64_t chosen, int is_sorted) {
     int64_t first = 0, last = count;
     int turns = 2 * (63 - __builtin_clzll((uint64_t)count));
     while (last - first > 3) {
@@ -121,33 +128,74 @@ static int bring_largest(struct scored *at, int64_t count, int64_t chosen) {
             last = cut;
     }
     sort_few(at + first, last - first);
-    sort_few(at, chosen - 1);
+    if (is_sorted) sort_few(at, chosen - 1);
+    return 1;
+}
+
+static float best_of(const float *score, int64_t count, int64_t best) {
+    float first = -INFINITY, second = -INFINITY;
+    for (int64_t i = 0; i < count; i++)
+        if (score[i] > first)
+            second = first, first = score[i];
+        else if (score[i] > second)
+            second = score[i];
+    return best == 1 ? first : first + second;
+}
+
+/* Scores outside the best groups become `masked`; 0 as above. */
+static int mask_groups(const struct choice *how, float *score) {
+    int64_t groups = how->groups, size = how->experts / groups;
+    struct scored order[groups];
+    for (int64_t g = 0; g < groups; g++) order[g] = (struct scored){best_of(score + g * size, size, how->best_of_group), (int32_t)g};
+    if (!bring_largest(order, groups, how->kept_groups, 0)) return 0;
+    for (int64_t i = how->kept_groups; i < groups; i++)
+        for (int64_t e = 0; e < size; e++) score[order[i].expert * size + e] = how->masked;
     return 1;
 }
 
 /* --- the choice --------------------------------------------------------------------------------------------------- */
 
-/* The experts, best first, and their weights; 0 if torch has to choose: there are scores that are no numbers, or see above. */
-int expertier_choose(const struct choice *how, const uint16_t *logits, int64_t *expert, void *weight) {
-    int64_t experts = how->experts, chosen = how->chosen;
-    float score[experts], found[MOST_CHOSEN];
-    struct scored order[experts];
-    for (int64_t i = 0; i < experts; i++) score[i] = load_bf16(logits[i]);
+/* The scores of a token's logits, and the numbers that are compared; 0 if one is no number. */
+static int score_experts(const struct choice *how, const void *logits, float *score, float *compared) {
+    int64_t experts = how->experts;
+    for (int64_t i = 0; i < experts; i++)
+        score[i] = how->is_wide ? ((const float *)logits)[i] : load_bf16(((const uint16_t *)logits)[i]);
     if (how->rule == SOFTMAX_FIRST) softmax(score, experts, how->lanes);
+    if (how->rule == SIGMOID_FIRST) sigmoid(score, experts, how->lanes);
     for (int64_t i = 0; i < experts; i++) {
-        if (isnan(score[i])) return 0;
-        order[i] = (struct scored){score[i], (int32_t)i};
+        float bias = !how->bias ? 0 : how->is_bias_wide ? ((const float *)how->bias)[i] : load_bf16(((const uint16_t *)how->bias)[i]);
+        compared[i] = how->bias ? score[i] + bias : score[i];
+        if (isnan(compared[i])) return 0;
     }
-    if (!bring_largest(order, experts, chosen)) return 0;
-    for (int64_t k = 0; k < chosen; k++) {
-        expert[k] = order[k].expert;
-        found[k] = order[k].score;
-    }
+    return 1;
+}
+
+static void weigh(const struct choice *how, float *found) {
+    int64_t chosen = how->chosen;
     if (how->rule == LARGEST_FIRST) softmax_of_few(found, chosen);
+    if (how->rule == LARGEST_FIRST_WIDE) softmax(found, chosen, how->lanes);
     if (how->normalises) {
-        float sum = expertier_sum(found, chosen);
+        float sum = expertier_sum(found, chosen) + how->added;
+        if (sum < how->least) sum = how->least;
         for (int64_t k = 0; k < chosen; k++) found[k] /= sum;
     }
+    for (int64_t k = 0; k < chosen; k++) found[k] *= how->scale;
+}
+
+/* The experts and their weights; 0 if torch has to choose: there are scores that are no numbers, or see above. */
+int expertier_choose(const struct choice *how, const void *logits, int64_t *expert, void *weight) {
+    int64_t experts = how->experts, chosen = how->chosen;
+    float score[experts], compared[experts], found[MOST_CHOSEN];
+    struct scored order[experts];
+    if (!score_experts(how, logits, score, compared)) return 0;
+    if (how->kept_groups < how->groups && !mask_groups(how, compared)) return 0;
+    for (int64_t i = 0; i < experts; i++) order[i] = (struct scored){compared[i], (int32_t)i};
+    if (!bring_largest(order, experts, chosen, how->is_sorted)) return 0;
+    for (int64_t k = 0; k < chosen; k++) {
+        expert[k] = order[k].expert;
+        found[k] = how->is_unbiased ? score[expert[k]] : order[k].score;
+    }
+    weigh(how, found);
     for (int64_t k = 0; k < chosen; k++)
         if (how->is_rounded)
             ((uint16_t *)weight)[k] = round_bf16(found[k]);

@@ -4,6 +4,7 @@
 
 #include "attend.h"
 #include "choice.h"
+#include "siblings.h"
 
 #include "../bfloat16.h"
 #include "../calls.h"
@@ -19,25 +20,19 @@ struct norm {
     int rounds_first;
 };
 
-/* Matrices of one width and form that are multiplied with the same row; see `expertier_multiply`. */
-struct siblings {
-    enum order order;
-    int form;
-    int64_t block, num, columns;
-    const void *const *part;
-    const int32_t *parameter;
-    const uint16_t *const *bias;
-    const int64_t *rows;
+/* How a router comes to its choice: by logits, which are bfloat16. */
+struct router {
+    struct siblings product; /* no matrix if logits come from elsewhere */
+    struct choice choice;
 };
 
 struct decoder_layer {
-    int64_t width;
+    int64_t width, rotated; /* `rotated` columns of each head, as in `expertier_rotate` */
     struct heads heads;
     struct norm before, query, key, after;
     struct siblings inputs; /* queries, keys, values */
     struct siblings output;
-    struct siblings router;
-    struct choice choice;
+    struct router router;
 };
 
 /* Where a layer's keys or values of the new token go: heads lie `stride` numbers apart. */
@@ -48,10 +43,6 @@ struct place {
 
 static void norm_rows(const struct norm *norm, const uint16_t *x, uint16_t *y, int64_t count) {
     expertier_rms_norm(norm->rounds_first, x, norm->weight, norm->epsilon, y, count / norm->width, norm->width);
-}
-
-static void multiply(const struct siblings *w, const uint16_t *x, uint16_t *const *y) {
-    expertier_multiply(w->order, w->block, w->form, w->part, w->parameter, w->num, w->bias, x, 1, 0, y, w->rows, w->columns);
 }
 
 static void put_heads(const uint16_t *from, int64_t heads, int64_t width, const struct place *to) {
@@ -67,26 +58,31 @@ void expertier_begin_attention(const struct decoder_layer *layer, const uint16_t
     uint16_t normed[layer->width], made[2 * queries + 3 * keys];
     uint16_t *q = made, *k = q + queries, *v = k + keys, *normed_q = v + keys, *normed_k = normed_q + queries;
     norm_rows(&layer->before, x, normed, layer->width);
-    multiply(&layer->inputs, normed, (uint16_t *const[]){q, k, v});
+    multiply_siblings(&layer->inputs, normed, (uint16_t *const[]){q, k, v});
     if (layer->query.weight) norm_rows(&layer->query, q, normed_q, queries), q = normed_q;
     if (layer->key.weight) norm_rows(&layer->key, k, normed_k, keys), k = normed_k;
-    expertier_rotate(q, query, layer->heads.heads, width, cos, sin, angles);
+    expertier_rotate(q, query, layer->heads.heads, width, layer->rotated, cos, sin, angles);
     uint16_t *rotated = k == normed_k ? made + queries : normed_k;
-    expertier_rotate(k, rotated, layer->heads.shared_heads, width, cos, sin, angles);
+    expertier_rotate(k, rotated, layer->heads.shared_heads, width, layer->rotated, cos, sin, angles);
     put_heads(rotated, layer->heads.shared_heads, width, key);
     put_heads(v, layer->heads.shared_heads, width, value);
 }
 
+/* What a router says of the row x. Whether experts were chosen by that: their numbers and weights are then in `expert` and `weight`,
+   which are NULL if there is no choice. */
+int expertier_route(const struct router *router, const uint16_t *x, uint16_t *logits, int64_t *expert, void *weight) {
+    multiply_siblings(&router->product, x, (uint16_t *const[]){logits});
+    return expert && expertier_choose(&router->choice, logits, expert, weight);
+}
+
 /* From what the heads attended to: `sum` is x with the layer's own contribution, `normed` what its feed-forward reads, `logits` what
-   its router says if that is not NULL; all but `logits` have the layer's width. Whether experts were chosen by those logits: their
-   numbers and weights are then in `expert` and `weight`. */
+   its router says if that is not NULL; all but `logits` have the layer's width. The rest is as for `expertier_route`. */
 int expertier_end_attention(const struct decoder_layer *layer, const uint16_t *x, const uint16_t *attended, uint16_t *sum,
                             uint16_t *normed, uint16_t *logits, int64_t *expert, void *weight) {
-    multiply(&layer->output, attended, (uint16_t *const[]){sum});
+    multiply_siblings(&layer->output, attended, (uint16_t *const[]){sum});
     for (int64_t i = 0; i < layer->width; i++) sum[i] = round_bf16(load_bf16(x[i]) + load_bf16(sum[i]));
     norm_rows(&layer->after, sum, normed, layer->width);
-    if (logits) multiply(&layer->router, normed, (uint16_t *const[]){logits});
-    return expert && expertier_choose(&layer->choice, logits, expert, weight);
+    return logits && expertier_route(&layer->router, normed, logits, expert, weight);
 }
 
 /* Both of the above, with attention to `positions` tokens between them, the new one included; `query` and `attended` are rooms. */

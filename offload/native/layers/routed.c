@@ -1,7 +1,8 @@
 /* The experts that a router chose for one token, from the addresses that are known of a layer's experts to their weighted sum. */
 
+#include "ending.h"
+
 #include "../bfloat16.h"
-#include "../experts.h"
 #include "../stored_matrix.h"
 
 #include <stdlib.h>
@@ -18,9 +19,8 @@ struct routed_experts {
     const uint16_t *const *up_bias, *const *down_bias; /* of all experts; NULL if there are none */
 };
 
-/* y = sum_k weight[k] made[k], added in float32 from the first to the last, and rounded; then added to `residual` if there is one. */
-void expertier_combine(int is_rounded, const uint16_t *made, const void *weight, int64_t chosen, int64_t width,
-                       const uint16_t *residual, uint16_t *y) {
+/* y = sum_k weight[k] made[k], added in float32 from the first to the last, and rounded. */
+void expertier_combine(int is_rounded, const uint16_t *made, const void *weight, int64_t chosen, int64_t width, uint16_t *y) {
     float sum[width];
     memset(sum, 0, sizeof sum);
     for (int64_t k = 0; k < chosen; k++, made += width) {
@@ -31,8 +31,6 @@ void expertier_combine(int is_rounded, const uint16_t *made, const void *weight,
             for (int64_t i = 0; i < width; i++) sum[i] += load_bf16(made[i]) * by;
     }
     for (int64_t i = 0; i < width; i++) y[i] = round_bf16(sum[i]);
-    if (!residual) return;
-    for (int64_t i = 0; i < width; i++) y[i] = round_bf16(load_bf16(residual[i]) + load_bf16(y[i]));
 }
 
 /* Whether all experts are different, and are there. */
@@ -45,10 +43,10 @@ static int are_there(const struct routed_experts *of, const void *const *address
     return 1;
 }
 
-/* y = what the chosen experts make of the row x, as in `expertier_combine`; 0, and nothing is done, if one is not there. `address`
-   has a row for each expert, which begins with 0 while the expert is not there. */
+/* y = what the chosen experts make of the row x, as in `expertier_combine`, and then `expertier_end_block` of it; 0, and nothing is
+   done, if an expert is not there. `address` has a row for each expert, which begins with 0 while the expert is not there. */
 int expertier_routed_experts(const struct routed_experts *of, const void *const *address, const uint16_t *x, const int64_t *expert,
-                             const void *weight, const uint16_t *residual, uint16_t *y) {
+                             const void *weight, const struct ending *ending, const uint16_t *residual, uint16_t *y) {
     if (!are_there(of, address, expert)) return 0;
     int64_t chosen = of->chosen, hidden_width = of->like.down.columns, width = of->like.down.count;
     const void *gate[chosen][PARTS], *linear[chosen][PARTS], *down[chosen][PARTS];
@@ -70,7 +68,8 @@ int expertier_routed_experts(const struct routed_experts *of, const void *const 
     weights.up_bias = of->up_bias ? up_bias : NULL, weights.down_bias = of->down_bias ? down_bias : NULL;
     expertier_experts(of->order, of->up_block, of->down_block, &weights, &of->gating, chosen, x, token, start,
                       made + chosen * width, out);
-    expertier_combine(of->is_rounded, made, weight, chosen, width, residual, y);
+    expertier_combine(of->is_rounded, made, weight, chosen, width, y);
+    expertier_end_block(ending, x, width, residual, y);
     free(made);
     return 1;
 }
