@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload.compute.linears import SiblingLinears, quicken_linears
+from offload.compute.linears import SiblingLinears, TokenWeight, quicken_linears
 from offload.compute.matvec import Matvecs
 
 
@@ -142,3 +142,29 @@ def test_weights_that_modules_multiply_with_themselves():
     assert type(gate.weight.float()) is torch.Tensor
     assert torch.equal(gate.weight + 1, gate.weight.data + 1)
     assert torch.equal(nn.functional.linear(x_TD[:1], weight=gate.weight), single)
+
+
+def test_float32_products_of_bfloat16_weights_do_not_depend_on_the_number_of_rows(several_threads):
+    """In the order of native/layers/router.c: column c goes to sum c % 64, and halves are added."""
+    several_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    weight_FD, x_nD = torch.randn(40, 200, generator=generator).bfloat16(), torch.randn(5, 200, generator=generator)
+    weight = TokenWeight(weight_FD, Matvecs("fixed"))
+    sums_nFC = torch.zeros(5, 40, 64)
+    for columns in range(0, 200, 64):
+        terms = x_nD[:, None, columns : columns + 64] * weight_FD[None, :, columns : columns + 64].float()
+        sums_nFC[..., : terms.shape[2]] += terms
+    while sums_nFC.shape[2] > 1:
+        sums_nFC = sums_nFC[..., : sums_nFC.shape[2] // 2] + sums_nFC[..., sums_nFC.shape[2] // 2 :]
+    expected_nF = sums_nFC[..., 0]
+    for wide in (weight.float(), weight.to(torch.float32), weight.type(torch.float32)):
+        assert torch.equal(nn.functional.linear(x_nD, wide), expected_nF)
+        assert torch.equal(nn.functional.linear(x_nD[None, 2:3], wide, None), expected_nF[None, 2:3])
+        assert (wide.dtype, wide.shape) == (torch.float32, (40, 200))
+        assert torch.equal(torch.cat([wide + 1, wide]), torch.cat([weight_FD.float() + 1, weight_FD.float()]))
+        bias_F, learning_nD = torch.ones(40), x_nD.clone().requires_grad_()
+        plain = (bias_F, weight_FD.float())
+        assert torch.equal(nn.functional.linear(x_nD, wide, bias_F), nn.functional.linear(x_nD, plain[1], bias_F))
+        assert nn.functional.linear(learning_nD, wide).requires_grad
+    assert type(TokenWeight(weight_FD, Matvecs("exact")).float()) is torch.Tensor
+    assert type(weight.to(torch.float64)) is torch.Tensor

@@ -3,6 +3,8 @@
 Routers and the like hold a matrix and call `torch.nn.functional.linear` themselves; their weights see to it.
 """
 
+import ctypes
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,9 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ..formats.resident.linears import PLAIN_LINEARS
+from ..native import library as native
 from .matvec import Matvecs, is_in_memory
+
+CONVERTED = (torch.float32,)
+"""The argument of a conversion to float32."""
 
 
 def quicken_linears(model: nn.Module, matvecs: Matvecs) -> None:
@@ -63,6 +70,8 @@ class TokenWeight(nn.Parameter):
                     out = x.new_empty(*x.shape[:-1], len(weight_FD))
                     if weight_FD.matvecs.multiply(x, (weight_FD.data,), (out,), (bias_F,)):
                         return out
+            if _widens(func, args, kwargs) and args[0].matvecs.multiplies_wide(1):
+                return WideWeight(args[0].data, args[0].matvecs)
             return func(*args, **(kwargs or {}))
 
     @contextmanager
@@ -81,6 +90,62 @@ class TokenWeight(nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TokenWeight":
         return TokenWeight(self.data.clone(), self.matvecs)
+
+
+def _widens(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether a `TokenWeight` in memory is converted to float32."""
+    is_asked = func is torch.Tensor.float or (func in (torch.Tensor.to, torch.Tensor.type) and args[1:] == CONVERTED)
+    is_plain = is_asked and not kwargs and isinstance(args[0], TokenWeight) and not torch.compiler.is_compiling()
+    return is_plain and is_in_memory(args[0].data) and args[0].is_contiguous()
+
+
+class WideWeight(torch.Tensor):
+    """A bfloat16 matrix that stands for itself in float32, as routers ask for with every token.
+
+    Products with it are computed by our C, which widens it row by row, in an order that does not depend on the number
+    of tokens. For everything else it is converted.
+    """
+
+    narrow_FD: torch.Tensor
+    matvecs: Matvecs
+
+    def __new__(cls, weight_FD: torch.Tensor, matvecs: Matvecs) -> "WideWeight":
+        wide: WideWeight = torch.Tensor._make_subclass(cls, weight_FD, False)
+        wide.narrow_FD, wide.matvecs = weight_FD, matvecs
+        return wide
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            is_product = func is nn.functional.linear and len(args) in (2, 3) and not kwargs and type(args[1]) is cls
+            is_plain = is_product and (len(args) == 2 or args[2] is None)
+            if is_plain and (out := args[1]._multiplied(args[0])) is not None:
+                return out
+            args, kwargs = tree_map_only(cls, lambda wide: wide.narrow_FD.float(), (tuple(args), kwargs or {}))
+            return func(*args, **kwargs)
+
+    def _multiplied(self, x: torch.Tensor) -> torch.Tensor | None:
+        """`x @ weight.t()`; None if torch is to compute it."""
+        weight_FD, columns = self.narrow_FD, self.narrow_FD.shape[1]
+        if not is_in_memory(x) or x.dtype != torch.float32 or x.shape[-1] != columns or not x.is_contiguous():
+            return None
+        rows = x.numel() // columns
+        if not self.matvecs.multiplies_wide(rows) or (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        out = x.new_empty(*x.shape[:-1], len(weight_FD))
+        _multiply_wide()(x.data_ptr(), rows, weight_FD.data_ptr(), *weight_FD.shape, out.data_ptr())
+        return out
+
+
+@functools.cache
+def _multiply_wide() -> Any:
+    """`expertier_multiply_wide`."""
+    function, number = native.library().expertier_multiply_wide, ctypes.c_int64
+    function.argtypes = [ctypes.c_void_p, number, ctypes.c_void_p, number, number, ctypes.c_void_p]
+    function.restype = None
+    return function
 
 
 def plain_weight(weight: torch.Tensor) -> torch.Tensor:

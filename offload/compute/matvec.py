@@ -161,6 +161,10 @@ class Matvecs:
         """Whether products of so many rows may be ours."""
         return bool(self._orders) and rows > 0 and (rows <= MOST_ROWS or self.is_row_alone)
 
+    def multiplies_wide(self, rows: int) -> bool:
+        """Whether float32 products of so many rows with bfloat16 matrices may be ours, whose order is not torch's."""
+        return self.arithmetic != "exact" and self.accepts(rows)
+
     def _accepts(self, x: torch.Tensor, rows: int, columns: int) -> bool:
         return (
             self.accepts(rows)

@@ -15,7 +15,14 @@ SOURCES = tuple(
     FOLDER / name
     for name in (
         *("products.c", "compress.c", "norms.c", "expand.c", "gguf.c", "ternary.c"),
-        *("layers/layer.c", "layers/attend.c", "layers/choice.c", "layers/routed.c", "layers/ending.c"),
+        *(
+            "layers/layer.c",
+            "layers/attend.c",
+            "layers/choice.c",
+            "layers/routed.c",
+            "layers/ending.c",
+            "layers/router.c",
+        ),
         *("tuning/low_rank.c", "tuning/gates.c", "tuning/directions.c", "tuning/gradients.c"),
     )
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..linears import plain_weight
+from ..linears import TokenWeight, plain_weight
 from ..matvec import Matvecs, is_in_memory
 from .choice import find_choice
 from .ending import Ending, find_ending
@@ -34,13 +34,20 @@ class RouterProduct:
     Args:
         weight_ED, bias_E: the router's.
         is_wide: whether token and weight are converted to float32 first.
-        siblings: the same product as C takes it; None if that is torch's.
+        siblings: a bfloat16 product as C takes it; None if that is torch's.
+        wide: address of the weight of a float32 product that C computes; or None.
     """
 
     weight_ED: torch.Tensor
     bias_E: torch.Tensor | None
     is_wide: bool
     siblings: Siblings | None
+    wide: int | None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether our C computes it."""
+        return self.siblings is not None or self.wide is not None
 
     def by_torch(self, x_1D: torch.Tensor) -> torch.Tensor:
         """The logits of a token, `[1, E]`."""
@@ -77,7 +84,7 @@ class RoutedBlock:
         self.how, self.product, self.keeps_shape = how, product, keeps_shape
         self._block, self._experts, self._ending, self._held = block, experts, ending, held
         self._forward = vars(experts).get("forward")
-        self._router = Router(product.siblings or Siblings(), how)
+        self.router = Router(product.siblings or Siblings(), product.wide, self.width, how)
 
     @property
     def is_usable(self) -> bool:
@@ -119,8 +126,8 @@ class RoutedBlock:
             x_1D: hidden numbers, contiguous and bfloat16.
             room: for the choice.
         """
-        if self.product.siblings is not None:
-            return bool(route()(self._router, x_1D.data_ptr(), room.logits, room.expert, room.weight))
+        if self.product.is_ours:
+            return bool(route()(self.router, x_1D.data_ptr(), room.logits, room.expert, room.weight))
         logit_1E = self.product.by_torch(x_1D)
         return bool(choose_experts()(self.how, logit_1E.data_ptr(), room.expert, room.weight))
 
@@ -181,7 +188,9 @@ def _product(called: Call, weight_ED: torch.Tensor, matvecs: Matvecs) -> RouterP
     plain_ED = plain_weight(weight_ED)
     order = None if is_wide else matvecs.common_order([plain_ED], [bias_E])
     siblings = None if order is None else siblings_struct(order, [plain_ED], [bias_E])
-    return RouterProduct(weight_ED, bias_E, is_wide, siblings)
+    is_widened = is_wide and bias_E is None and isinstance(weight_ED, TokenWeight) and plain_ED.is_contiguous()
+    wide = plain_ED.data_ptr() if is_widened and matvecs.multiplies_wide(1) else None
+    return RouterProduct(weight_ED, bias_E, is_wide, siblings, wide)
 
 
 def _places(modules: Iterable[nn.Module], read: Sequence[torch.Tensor]) -> list[tuple[nn.Module, str]] | None:

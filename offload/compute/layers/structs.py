@@ -44,7 +44,7 @@ class Choice(ctypes.Structure):
 class Router(ctypes.Structure):
     """`struct router`; without matrices, logits come from elsewhere."""
 
-    _fields_ = (("product", Siblings), ("choice", Choice))
+    _fields_ = (("product", Siblings), ("wide", POINTER), ("width", NUMBER), ("choice", Choice))
 
 
 class EndingTerms(ctypes.Structure):

@@ -131,7 +131,7 @@ class PreparedLayer:
         before, after = map(norm_struct, parts.norms)
         query, key = map(norm_struct, parts.head_norms)
         inputs, output, router = siblings
-        routing = Router(router or Siblings(), Choice())
+        routing = Router(router or Siblings(), None, width, Choice())
         self._struct = Layer(width, rotation.rotated, heads, before, query, key, after, inputs, output, routing)
         self._keeps = siblings
         self._router: TokenWeight | None = None if router is None else parts.router.weight
@@ -171,7 +171,7 @@ class PreparedLayer:
         """From now on the experts are chosen here, and the feed-forward's module is not called."""
         if routed is None:
             return
-        self._routed, self._struct.router.choice = routed, routed.how
+        self._routed, self._struct.router = routed, routed.router
         if routed.product.is_wide:
             self._router = None
         self._rooms = self._all_rooms.of(self._sizes._replace(experts=routed.how.experts), routed.how)
@@ -188,7 +188,8 @@ class PreparedLayer:
         listens = routed is not None and routed.has_listeners
         step = None if routed is None or listens else routed.step()
         given = (self._struct, x.data_ptr(), token.cos_11A.data_ptr(), token.sin_11A.data_ptr(), self._angles)
-        logits = None if self._router is None else room.logits
+        has_logits = self._router is not None or (routed is not None and routed.product.is_ours)
+        logits = room.logits if has_logits else None
         choice = (None, None) if routed is None or logits is None else (room.expert, room.weight)
         sums, places = (room.sum, room.normed, logits, *choice), (_last_place(keys), _last_place(values))
         if self._whole is not None and token.mask is None and torch.backends.cuda.flash_sdp_enabled():

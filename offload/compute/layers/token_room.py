@@ -42,7 +42,8 @@ class TokenRoom:
             self.attended_1H1W = empty(1, sizes.heads, 1, sizes.head_width)
             self.sum_11D, self.normed_11D = empty(1, 1, sizes.model_width), empty(1, 1, sizes.model_width)
             self.normed_1D = self.normed_11D[0]
-            self.logit_1E, top_k = empty(1, sizes.experts), 0 if how is None else how.chosen
+            logit_type = torch.float32 if how and how.is_wide else torch.bfloat16
+            self.logit_1E, top_k = empty(1, sizes.experts, dtype=logit_type), 0 if how is None else how.chosen
             self.expert_1K = empty(1, top_k, dtype=torch.int64)
             self.weight_1K = empty(1, top_k, dtype=torch.float32 if how and not how.is_rounded else torch.bfloat16)
         self.query, self.attended = self.query_1H1W.data_ptr(), self.attended_1H1W.data_ptr()
@@ -81,7 +82,7 @@ class TokenRooms:
 
     def of(self, sizes: RoomSizes, how: Choice | None) -> FreeRooms:
         """Those for layers of these sizes, which choose so many experts."""
-        key = (*sizes, *((0, 0) if how is None else (how.chosen, how.is_rounded)))
+        key = (*sizes, *((0, 0, 0) if how is None else (how.chosen, how.is_rounded, how.is_wide)))
         return self._of.setdefault(key, FreeRooms(sizes, how))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TokenRooms":

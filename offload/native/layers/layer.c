@@ -3,8 +3,7 @@
    Sums, roundings and their order are those of `expertier_multiply`, `expertier_rms_norm` and `expertier_rotate`. */
 
 #include "attend.h"
-#include "choice.h"
-#include "siblings.h"
+#include "router.h"
 
 #include "../bfloat16.h"
 #include "../calls.h"
@@ -18,12 +17,6 @@ struct norm {
     int64_t width;
     float epsilon;
     int rounds_first;
-};
-
-/* How a router comes to its choice: by logits, which are bfloat16. */
-struct router {
-    struct siblings product; /* no matrix if logits come from elsewhere */
-    struct choice choice;
 };
 
 struct decoder_layer {
@@ -68,17 +61,10 @@ void expertier_begin_attention(const struct decoder_layer *layer, const uint16_t
     put_heads(v, layer->heads.shared_heads, width, value);
 }
 
-/* What a router says of the row x. Whether experts were chosen by that: their numbers and weights are then in `expert` and `weight`,
-   which are NULL if there is no choice. */
-int expertier_route(const struct router *router, const uint16_t *x, uint16_t *logits, int64_t *expert, void *weight) {
-    multiply_siblings(&router->product, x, (uint16_t *const[]){logits});
-    return expert && expertier_choose(&router->choice, logits, expert, weight);
-}
-
 /* From what the heads attended to: `sum` is x with the layer's own contribution, `normed` what its feed-forward reads, `logits` what
    its router says if that is not NULL; all but `logits` have the layer's width. The rest is as for `expertier_route`. */
 int expertier_end_attention(const struct decoder_layer *layer, const uint16_t *x, const uint16_t *attended, uint16_t *sum,
-                            uint16_t *normed, uint16_t *logits, int64_t *expert, void *weight) {
+                            uint16_t *normed, void *logits, int64_t *expert, void *weight) {
     multiply_siblings(&layer->output, attended, (uint16_t *const[]){sum});
     for (int64_t i = 0; i < layer->width; i++) sum[i] = round_bf16(load_bf16(x[i]) + load_bf16(sum[i]));
     norm_rows(&layer->after, sum, normed, layer->width);
@@ -88,7 +74,7 @@ int expertier_end_attention(const struct decoder_layer *layer, const uint16_t *x
 /* Both of the above, with attention to `positions` tokens between them, the new one included; `query` and `attended` are rooms. */
 int expertier_attention(const struct decoder_layer *layer, const uint16_t *x, const uint16_t *cos, const uint16_t *sin,
                         int64_t angles, const struct place *key, const struct place *value, int64_t positions, uint16_t *query,
-                        uint16_t *attended, uint16_t *sum, uint16_t *normed, uint16_t *logits, int64_t *expert, void *weight) {
+                        uint16_t *attended, uint16_t *sum, uint16_t *normed, void *logits, int64_t *expert, void *weight) {
     int64_t before = (positions - 1) * layer->heads.width;
     const struct cached keys = {key->first - before, key->stride}, values = {value->first - before, value->stride};
     expertier_begin_attention(layer, x, cos, sin, angles, query, key, value);
