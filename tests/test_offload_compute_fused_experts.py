@@ -213,6 +213,7 @@ def test_prompts_have_the_bits_of_the_path_for_many_tokens(is_oss):
 def test_tables_of_gates():
     usual, oss = find_gating(Experts(), 128), find_gating(OssExperts(128, 96), 128)
     assert (usual.linear, usual.is_interleaved, usual.is_gated) == (None, False, True)
+    assert find_gating(Experts(), 64).gate is usual.gate  # one table for all layers
     assert oss.is_interleaved
     assert oss.linear is not None
     plain = find_gating(Experts("relu2", has_gate=False), 128)

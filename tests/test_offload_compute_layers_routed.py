@@ -42,7 +42,7 @@ FAMILIES = {
     "mixtral": {},
     "qwen3_moe": {"norm_topk_prob": True, "num_experts_per_tok": 3},
     "gpt_oss": {"num_experts_per_tok": 4},
-    "qwen2_moe": {"decoder_sparse_step": 1},
+    "qwen2_moe": {"decoder_sparse_step": 1, "shared_expert_intermediate_size": 128},
     "deepseek_v3": {**GROUPS, **LATENT, "n_shared_experts": 2, "num_experts_per_tok": 3},
     "deepseek_v2": {**GROUPS, **LATENT, "topk_method": "group_limited_greedy", "n_shared_experts": 2},
     "glm4_moe": {**GROUPS, "n_shared_experts": 1},

@@ -31,12 +31,20 @@ SIZES = {
     "num_experts": 32, "num_local_experts": 32, "num_experts_per_tok": 4,
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
-# what a family needs besides: keys that eight heads share, as in GPT-OSS
+GROUPS = {"n_routed_experts": 32, "n_shared_experts": 2, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 0}
+# what a family needs besides: keys that eight heads share, as in GPT-OSS; groups of experts and latent keys, as in
+# DeepSeek-V3; shared experts, all of a width that torch's order is known for
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "mixtral": {},
     "gpt_oss": {"head_dim": 64, "num_attention_heads": 64, "num_key_value_heads": 8},
-}
+    "qwen2_moe": {"shared_expert_intermediate_size": 128, "decoder_sparse_step": 1},
+    "glm4_moe": {**GROUPS, "num_key_value_heads": 8},
+    "deepseek_v3": {
+        **GROUPS, "head_dim": 64, "q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "v_head_dim": 128,
+    },
+}  # fmt: skip
 
 
 def bench_step(

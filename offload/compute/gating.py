@@ -4,8 +4,9 @@ A gate of bfloat16 numbers that is a product of two functions, one of each part,
 are made by the gate itself: where one function is a power of two, the other is what is left.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ NEUTRAL = (1.0, 0.0)
 """Linear parts whose function may be 1: that of a plain product, and that of gates that add 1."""
 POWERS = (1.0, 2.0, 0.5, 4.0, 0.25, 8.0)
 """Powers of two that the activation may have; with 1 nothing can overflow."""
+
+_TABLES: dict[bytes, torch.Tensor] = {}
+"""Every table in use, by the digest of its results: one for each activation."""
 
 Apply = Callable[[torch.Tensor], torch.Tensor]
 
@@ -58,7 +62,17 @@ def find_gating(module: Any, width: int) -> Gating | None:
     """
     apply: Apply = module._apply_gate if module.has_gate else module.act_fn
     candidates = _gates(apply) if module.has_gate else iter([_activation(apply)])
-    return next((found for found in candidates if found is not None and _agrees(found, apply, width)), None)
+    found = next((found for found in candidates if found is not None and _agrees(found, apply, width)), None)
+    return None if found is None else replace(found, gate=_one_of_equal(found.gate))
+
+
+def _one_of_equal(table: torch.Tensor) -> torch.Tensor:
+    """The first of equal tables; a layer with one of its own would push those of others out of the caches."""
+    key = hashlib.blake2b(table.view(torch.int16).numpy().tobytes()).digest()
+    if key not in _TABLES:
+        with torch.inference_mode(False):  # whoever is the first: tensors of inference mode are of use there alone
+            _TABLES[key] = table.clone()
+    return _TABLES[key]
 
 
 @dataclass(frozen=True)

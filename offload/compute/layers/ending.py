@@ -19,7 +19,7 @@ from ..gating import find_gating
 from ..matvec import Matvecs
 from ..orders import ExpertWeights, GatingTables, Order
 from .operations import Answer, Call, Questioned
-from .structs import EndingTerms, Siblings, end_block, siblings_struct
+from .structs import EndingTerms, end_block, siblings_struct
 
 CASTS = "_to_copy"
 """To float32 for a sum, and back: such a sum is bit-identical to one in bfloat16."""
@@ -32,14 +32,28 @@ class Ending:
 
     Args:
         terms: as C takes them; None if the sum stays as it is.
-        weights: module and name of each weight whose address C has.
+        weights: module and name of each weight that is read.
+        gate: the matrix of the shared expert's gate, `[1, D]`, where torch multiplies with it; or None.
         keeps: what addresses point to.
     """
 
     def __init__(
-        self, terms: EndingTerms | None = None, weights: Sequence[tuple[nn.Module, str]] = (), keeps: Any = None
+        self,
+        terms: EndingTerms | None = None,
+        weights: Sequence[tuple[nn.Module, str]] = (),
+        gate: torch.Tensor | None = None,
+        keeps: Any = None,
     ) -> None:
-        self.terms, self.weights, self._keeps = terms, weights, keeps
+        self.terms, self.weights, self._gate, self._keeps = terms, weights, gate, keeps
+
+    def of(self, x_1D: torch.Tensor) -> "Ending":
+        """The same for one token, with what torch has to compute of it."""
+        if self._gate is None:
+            return self
+        logit_11 = nn.functional.linear(x_1D, self._gate)
+        terms = EndingTerms.from_buffer_copy(self.terms)
+        terms.gate_logit = logit_11.data_ptr()
+        return Ending(terms, keeps=(logit_11, self))
 
     def finish(self, made_1D: torch.Tensor, x: int, added_to: int | None, out_1D: torch.Tensor) -> None:
         """Write what the feed-forward gives.
@@ -69,19 +83,33 @@ def find_ending(block: nn.Module, questioned: Questioned, answer: Answer, matvec
     if not names and scale == 1:
         is_all = not answer.after and answer.result.data_ptr() == questioned.routed_1D.data_ptr()
         return Ending() if is_all else None
-    shared = None if not names else _shared_terms(block.get_submodule(names[0]), matvecs)
-    gate = None if len(names) < 2 else _gate_terms(block.get_submodule(names[1]), matvecs)
-    if (names and shared is None) or (len(names) > 1 and gate is None):
+    if (found := _terms(block, scale, names, matvecs)) is None:
         return None
-    terms, weights = EndingTerms(scale=scale), list[tuple[nn.Module, str]]()
-    if shared is not None:
+    return found if _agrees(found, questioned) else None
+
+
+def _terms(block: nn.Module, scale: float, names: Sequence[str], matvecs: Matvecs) -> Ending | None:
+    """An ending as C takes it, with a shared expert and its gate where these are named; None if it does not."""
+    terms, weights, gate_1D = EndingTerms(scale=scale), list[tuple[nn.Module, str]](), None
+    keeps: list[Any] = []
+    if names:
+        if (shared := _shared_terms(block.get_submodule(names[0]), matvecs)) is None:
+            return None
+        keeps.append(shared)
         terms.has_shared, terms.order, terms.up_block, terms.down_block, terms.shared, terms.gating = shared[0]
         weights += shared[1]
-    if gate is not None:
-        terms.gate = gate
-        weights.append((block.get_submodule(names[1]), "weight"))
-    ending = Ending(terms, weights, (shared, gate))
-    return ending if _agrees(ending, questioned) else None
+    if len(names) > 1:
+        linear: Any = block.get_submodule(names[1])
+        if type(linear) not in PLAIN_LINEARS or linear.bias is not None:
+            return None
+        weights.append((linear, "weight"))
+        if (order := _order([linear.weight], matvecs)) is None:
+            gate_1D = linear.weight
+        else:
+            gate = siblings_struct(order, [linear.weight], [None])
+            terms.gate = gate
+            keeps.append(gate)  # which a field of a struct does not
+    return Ending(terms, weights, gate_1D, keeps)
 
 
 def _read(questioned: Questioned, answer: Answer) -> tuple[float, list[str]] | None:
@@ -134,13 +162,6 @@ def _gated(activation: Any, rows: torch.Tensor) -> torch.Tensor:
     return gated
 
 
-def _gate_terms(linear: Any, matvecs: Matvecs) -> Siblings | None:
-    if type(linear) not in PLAIN_LINEARS or linear.bias is not None:
-        return None
-    order = _order([linear.weight], matvecs)
-    return None if order is None else siblings_struct(order, [linear.weight], [None])
-
-
 def _order(weights_FD: Sequence[torch.Tensor], matvecs: Matvecs) -> Order | None:
     return matvecs.common_order(weights_FD, [None] * len(weights_FD))
 
@@ -150,7 +171,7 @@ def _agrees(ending: Ending, questioned: Questioned) -> bool:
     for scale in TRIED_SCALES:
         x_11D, routed_1D = questioned.x_11D * scale, questioned.routed_1D
         expected, found_1D = questioned.ended(x_11D), torch.empty_like(routed_1D)
-        ending.finish(routed_1D, x_11D.data_ptr(), None, found_1D)
+        ending.of(x_11D[0]).finish(routed_1D, x_11D.data_ptr(), None, found_1D)
         if expected is None or not torch.equal(expected.view(1, -1), found_1D):
             return False
     return True

@@ -145,12 +145,12 @@ class RoutedBlock:
         """
         runtime, layer = vars(self._experts)[PLACE]
         chosen = (room.expert_1K, room.weight_1K)
-        runtime.forward_token(step, layer, self._experts, x_1D, *chosen, self._ending, added_to, out)
+        runtime.forward_token(step, layer, self._experts, x_1D, *chosen, self._ending.of(x_1D), added_to, out)
 
     def by_module(self, x_1D: torch.Tensor, room: TokenRoom, added_to: torch.Tensor | None, out: torch.Tensor) -> None:
         """The same with the experts computed by their module, whose listeners may keep what they are given."""
         made_1D = self._experts(*(each.clone() for each in (x_1D, room.expert_1K, room.weight_1K)))
-        self._ending.finish(made_1D, x_1D.data_ptr(), None if added_to is None else added_to.data_ptr(), out)
+        self._ending.of(x_1D).finish(made_1D, x_1D.data_ptr(), None if added_to is None else added_to.data_ptr(), out)
 
 
 @torch.inference_mode(False)  # within it, operations are not called by the names of what they are made of

@@ -53,7 +53,7 @@ class EndingTerms(ctypes.Structure):
     _fields_ = (
         *(("scale", ctypes.c_float), ("has_shared", ctypes.c_int), ("order", ctypes.c_int)),
         *(("up_block", NUMBER), ("down_block", NUMBER)),
-        *(("shared", ExpertWeights), ("gating", GatingTables), ("gate", Siblings)),
+        *(("shared", ExpertWeights), ("gating", GatingTables), ("gate", Siblings), ("gate_logit", POINTER)),
     )
 
 

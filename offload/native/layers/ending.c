@@ -8,9 +8,12 @@
 #include <stdlib.h>
 
 /* The sigmoid of a token's product with one row. */
-static float gate_of(const struct siblings *gate, const uint16_t *x) {
+static float gate_of(const struct ending *of, const uint16_t *x) {
     uint16_t logit;
-    multiply_siblings(gate, x, (uint16_t *const[]){&logit});
+    if (of->gate_logit)
+        logit = *of->gate_logit;
+    else
+        multiply_siblings(&of->gate, x, (uint16_t *const[]){&logit});
     return load_bf16(round_bf16(1.0f / (1.0f + expf(-load_bf16(logit)))));
 }
 
@@ -20,8 +23,8 @@ static void add_shared(const struct ending *of, const uint16_t *x, int64_t width
     uint16_t *hidden = malloc((size_t)(hidden_width + width) * sizeof *hidden), *made = hidden + hidden_width;
     expertier_experts(of->order, of->up_block, of->down_block, &of->shared, &of->gating, 1, x, (const int64_t[]){0},
                       (const int64_t[]){0, 1}, hidden, (uint16_t *const[]){made});
-    if (of->gate.num) {
-        float by = gate_of(&of->gate, x);
+    if (of->gate.num || of->gate_logit) {
+        float by = gate_of(of, x);
         for (int64_t i = 0; i < width; i++) made[i] = round_bf16(load_bf16(made[i]) * by);
     }
     for (int64_t i = 0; i < width; i++) y[i] = round_bf16(load_bf16(y[i]) + load_bf16(made[i]));

@@ -14,7 +14,8 @@ struct ending {
     int64_t up_block, down_block;
     struct expert_weights shared;
     struct gating gating;
-    struct siblings gate; /* one row; no matrix if there is no gate */
+    struct siblings gate;       /* one row, or no matrix */
+    const uint16_t *gate_logit; /* its product, if that comes from elsewhere; NULL as well if there is no gate */
 };
 
 void expertier_end_block(const struct ending *of, const uint16_t *x, int64_t width, const uint16_t *residual, uint16_t *y);
