@@ -10,6 +10,7 @@ import torch
 
 import offload
 from offload.cache.depth import DepthChoice, Heat, hottest_first
+from offload.compute.orders import most_integer_rows
 from offload.ram.depth_rules import ByWeight
 from offload.runtime.options import LoadOptions
 from offload.store.reading import ReadingThreads, Ticket
@@ -97,6 +98,19 @@ def test_urgent_reads_come_first_among_those_that_nothing_needs():
         landed.get(timeout=10)
     threads.close()
     assert order == [5, 3, 2, 4, 1]
+
+
+def test_free_bits_are_sums_of_integers_and_close(model):
+    """Of single tokens, whole and by routing weight, where experts of one call have planes or none."""
+    exact, fast = (loaded(model, cache_experts=EXPERTS, arithmetic=level) for level in ("fixed", "fast"))
+    shallow = loaded(model, cache_experts=EXPERTS, arithmetic="fast", depth="weight")
+    for tokens in TOKENS[0, 1:5, None, None]:
+        expected, found = logits_of(exact, tokens), logits_of(fast, tokens)
+        assert (found - expected).norm() < 0.02 * expected.norm()
+        assert logits_of(shallow, tokens).isfinite().all()
+    if most_integer_rows():
+        assert "integers" in fast.offload.report()["arithmetic"]["computed_by"].values()
+    assert "integers" not in exact.offload.report()["arithmetic"]["computed_by"].values()
 
 
 @pytest.mark.parametrize(

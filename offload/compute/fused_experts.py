@@ -41,6 +41,7 @@ class FusedExperts:
 
     def __init__(self, orders: Sequence[Order], module: Any, gating: Gating, width: int, matvecs: Matvecs) -> None:
         self.one_row, self._several_rows = tuple(orders), dict[int, Orders | None]()
+        self._free: dict[int, Order | None] = {}
         self._gating, self._width, self._matvecs = gating, width, matvecs
         tables = (gating.gate.data_ptr(), None if gating.linear is None else gating.linear.data_ptr())
         self.tables = GatingTables(*tables, gating.is_gated, gating.is_interleaved)
@@ -80,8 +81,18 @@ class FusedExperts:
             known[count] = None if orders is None else tuple(orders)
         return {count: self.one_row if count == 1 else known[count] for count in counts}
 
-    def orders_of(self, rows: int) -> Orders:
-        """The orders of summation for an expert with so many rows, which `can_compute` has allowed."""
+    def orders_of(self, rows: int, matrices: KernelMatrices) -> Orders:
+        """The orders of summation for an expert with so many rows, which `can_compute` has allowed.
+
+        Args:
+            rows: of x.
+            matrices: of the expert, or of any other of its layer.
+        """
+        if rows not in self._free:
+            pieces = [piece for name in (self.up_name, self.down_name) for piece in matrices[name]]
+            self._free[rows] = self._matvecs.free_order(pieces, rows)
+        if (free := self._free[rows]) is not None:
+            return free, free
         return self._several_rows.get(rows) or self.one_row
 
     def __call__(
@@ -193,7 +204,8 @@ class FusedRows:
         matrices_of, num_rows = dict(zip(experts, matrices, strict=True)), self.num_rows
         alike: dict[Orders, list[int]] = {}
         for expert in experts:
-            alike.setdefault(self._fused.orders_of(num_rows[expert]), []).append(expert)
+            orders = self._fused.orders_of(num_rows[expert], matrices_of[expert])
+            alike.setdefault(orders, []).append(expert)
         for orders, some in alike.items():
             rows = {expert: num_rows[expert] for expert in some}
             outs = [self._out_ND[slice(*self._spans.of[expert])] for expert in some]

@@ -6,7 +6,7 @@ three promises:
     exact   the bits of torch: each shape is tried against torch's product when it first occurs, with the number of rows
             and threads then in use; a shape that fails is left to torch
     fixed   the bits of our own C: one order of summation for each shape, whatever else is computed beside it
-    fast    no promise; what is quickest
+    fast    no promise; what is quickest: codes of few bits in sums of integers, whose weights are not rounded
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,17 @@ from torch import nn
 
 from ..formats.resident.stored_weight import expanded, kernel_matrix, stored_bytes
 from ..native.kernel_matrix import KernelMatrix, plain_matrix
-from .orders import AMX_BLOCK, BLOCKS, Order, Shape, any_given, orders
+from .orders import (
+    AMX_BLOCK,
+    BLOCKS,
+    Order,
+    Shape,
+    any_given,
+    has_integers,
+    integers_order,
+    most_integer_rows,
+    orders,
+)
 
 TRIALS = 4
 """Random inputs, 0.01 to 10 in size, that an order is tried on with the given weight. They need not be many: the sums
@@ -58,6 +68,7 @@ class Matvecs:
         self.arithmetic = arithmetic
         self._chosen: dict[tuple[int, int, int, int, bool], Order | None] = {}
         self._chosen_of_rows: dict[tuple[Shape, int, bool], dict[int, Order | None]] = {}
+        self._in_integers: dict[Shape, Order] = {}
         try:
             self._orders = orders()
         except OSError as error:
@@ -85,7 +96,10 @@ class Matvecs:
         if not (self._accepts(x_nD, rows, columns) and _are_usable(biases_F)):
             return False
         has_bias = any_given(biases_F)
-        if (matrices := _matrices(weights_FD)) is None or (order := self._common(weights_FD, rows, has_bias)) is None:
+        if (matrices := _matrices(weights_FD)) is None:
+            return False
+        order = self.free_order(matrices, rows) or self._common(weights_FD, rows, has_bias)
+        if order is None:
             return False
         order.multiply(x_nD, matrices, outs_nF, biases=biases_F)
         return True
@@ -96,7 +110,9 @@ class Matvecs:
         """`outs[m] = weights[m] @ x[m]`: one row for each of N matrices; otherwise as `multiply`."""
         if not self._accepts(x_ND, len(weights_FD), weights_FD[0].shape[-1]):
             return False
-        if (matrices := _matrices(weights_FD)) is None or (order := self._common(weights_FD, 1)) is None:
+        if (matrices := _matrices(weights_FD)) is None:
+            return False
+        if (order := self.free_order(matrices, 1) or self._common(weights_FD, 1)) is None:
             return False
         order.multiply(x_ND, matrices, outs_F, is_row_each=True)
         return True
@@ -110,9 +126,23 @@ class Matvecs:
             weights_FD: matrices that `multiply` would take together.
             biases_F: as there.
         """
-        if not self._orders or not _are_usable(biases_F) or _matrices(weights_FD) is None:
+        if not self._orders or not _are_usable(biases_F) or (matrices := _matrices(weights_FD)) is None:
             return None
-        return self._common(weights_FD, 1, any_given(biases_F))
+        return self.free_order(matrices, 1) or self._common(weights_FD, 1, any_given(biases_F))
+
+    def free_order(self, matrices: Sequence[KernelMatrix], rows: int) -> Order | None:
+        """The order of integers where nothing is promised and it is quickest for all of these matrices; else None.
+
+        Args:
+            matrices: that are multiplied by one rule.
+            rows: rows of x.
+        """
+        if self.arithmetic != "fast" or not self._orders or rows > most_integer_rows():
+            return None
+        if not all(map(has_integers, matrices)):
+            return None
+        self._in_integers |= {(matrix.rows, matrix.columns): integers_order() for matrix in matrices}
+        return integers_order()
 
     def experts_orders(self, shapes: Sequence[Shape]) -> list[Order] | None:
         """The order of each product of a whole expert, if our C computes them all by the same rule; else None.
@@ -152,10 +182,11 @@ class Matvecs:
     @property
     def names(self) -> dict[str, str]:
         """What computes each shape met so far, for the report; shapes of several rows of x say how many."""
-        return {
+        chosen = {
             f"{rows}x{columns}" + (f" times {n}" if n > 1 else ""): "torch" if order is None else order.name
             for (rows, columns, n, _, _), order in self._chosen.items()
         }
+        return chosen | {f"{rows}x{columns}": order.name for (rows, columns), order in self._in_integers.items()}
 
     def accepts(self, rows: int) -> bool:
         """Whether products of so many rows may be ours."""

@@ -5,6 +5,7 @@
     avx512_bf16   pairs of columns from left to right, a fresh sum every `block` columns: that of oneDNN without AMX
     avx512, avx2, neon, c
                   16 sums, column c in sum c % 16: our own, for every other processor
+    integers      x in fixed point, sums of integers: our own, for codes of few bits where bits are free
 
 Shapes: n rows of x, D model width, F hidden width.
 """
@@ -28,6 +29,9 @@ ONE_ROW_BLOCK = 512
 BLOCKS = (ONE_ROW_BLOCK, 1024, 0, 256, 384, 768, 2048)
 """What is tried where oneDNN's blocks are not known; 1,024 is what it takes for several rows. All are multiples of the
 64 columns that our C adds before it may begin afresh; 0 is one block for all."""
+AMX_INTEGER_ROWS, MOST_INTEGER_ROWS = 2, 16
+"""Rows of x that are multiplied in integers with AMX, and without. Each row takes its time anew, while the tiles of AMX
+take 16 rows in the time of one. Without it these are all rows that are multiplied by our C at all."""
 MOST_PACKED = 1 << 15
 """Matrices whose addresses are kept as C takes them: three for each expert of 80 layers of 128. To convert them anew
 for each product would take longer than a small product."""
@@ -158,6 +162,30 @@ def orders() -> tuple[Order, ...]:
     amx = (Order("amx", 0, alignment=AMX_BLOCK),) if found.expertier_has_amx() else ()
     pairs = (Order("avx512_bf16", 1, block=ONE_ROW_BLOCK),) if found.expertier_has_pairs() else ()
     return (*amx, *pairs, Order(found.expertier_lanes().decode(), 2))
+
+
+@functools.cache
+def integers_order() -> Order:
+    """The order whose bits are free: it is no torch's, and has its own for matrices that `has_integers` knows.
+
+    Raises:
+        OSError: if there is no C compiler, or it fails.
+    """
+    library()
+    return Order("integers", 3)
+
+
+def has_integers(matrix: KernelMatrix) -> bool:
+    """Whether a matrix can be multiplied by `integers_order`: codes of two and three bits, with planes or without."""
+    return bool(library().expertier_has_integers(matrix.form, matrix.parameter, ctypes.c_int64(matrix.columns)))
+
+
+@functools.cache
+def most_integer_rows() -> int:
+    """Rows of x up to which `integers_order` is quickest; 0 if it has no instructions of its own here."""
+    if not library().expertier_has_quick_integers():
+        return 0
+    return AMX_INTEGER_ROWS if library().expertier_has_amx() else MOST_INTEGER_ROWS
 
 
 @functools.cache

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-enum order { ORDER_AMX, ORDER_PAIRS, ORDER_LANES };
+enum order { ORDER_AMX, ORDER_PAIRS, ORDER_LANES, ORDER_INTEGERS };
 
 void expertier_multiply(enum order order, int64_t block, int form, const void *const *part, const int32_t *parameter, int64_t num,
                         const uint16_t *const *bias, const uint16_t *x, int64_t x_rows, int64_t x_step, uint16_t *const *y,

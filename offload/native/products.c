@@ -1,24 +1,48 @@
 /* Products of a few rows of x with matrices in any stored form, and whole experts, at the speed of memory.
 
    y[i][r] = sum_c w[r][c] * x[i][c], accumulated in float32, rounded to bfloat16 once. The order of a sum depends on the order
-   that was asked for and on the number of columns. It does not depend on threads, on the rows beside, or on the stored form. */
+   that was asked for and on the number of columns. It does not depend on threads, on the rows beside, or on the stored form; but for
+   the order of integers, which only some forms have, and whose weights are not rounded. */
 
 #include <omp.h>
 
 #include "calls.h"
 #include "experts.h"
 #include "orders/amx.h"
+#include "orders/integers.h"
 #include "orders/lanes.h"
 #include "orders/pairs.h"
 #include "orders/panels.h"
 
 enum { MOST_STRIPS_AT_ONCE = 16, TASKS_OF_A_THREAD = 4 };
 
-/* An order of summation; `block` is that of `pairs_strip` and `amx_strip`. */
+/* An order of summation; `block` is that of `pairs_strip` and `amx_strip`, and the columns of a group for `integers_strip`. */
 struct summation {
     enum order order;
     int64_t block;
 };
+
+static inline struct summation summation(enum order order, int64_t block, const int32_t *parameter) {
+    return (struct summation){order, order == ORDER_INTEGERS ? parameter[GROUP_COLUMNS] : block};
+}
+
+/* Whether the order of integers has instructions of its own here. */
+int expertier_has_quick_integers(void) {
+#ifdef HAS_QUICK_INTEGERS
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* Whether matrices of a form can be multiplied in the order of integers. */
+int expertier_has_integers(int form, const int32_t *parameter, int64_t columns) {
+    struct stored_matrix m = {.form = form, .columns = columns};
+    if (form != FEW_BITS) return 0;
+    memcpy(m.parameter, parameter, sizeof m.parameter);
+    measure(&m);
+    return has_integers(&m);
+}
 
 struct worker {
     struct amx amx;
@@ -39,8 +63,17 @@ static void end_work(struct worker *worker, const struct summation *by) {
     free(worker->room.strip);
 }
 
+/* Bytes of the rows of x as an order reads them, whole groups of rows. */
+static inline size_t packed_bytes(const struct summation *by, int64_t rows, int64_t columns) {
+    int64_t row = padded(columns) * (int64_t)(by->order == ORDER_LANES ? sizeof(float) : sizeof(uint16_t));
+    if (by->order == ORDER_INTEGERS) row = integers_row_bytes(columns, by->block);
+    return (size_t)((rows + X_ROWS - 1) / X_ROWS * X_ROWS * row);
+}
+
 static inline void pack(const struct summation *by, const struct inputs *x, int64_t group) {
-    if (by->order == ORDER_LANES)
+    if (by->order == ORDER_INTEGERS)
+        pack_integers(x, group, by->block);
+    else if (by->order == ORDER_LANES)
         pack_lanes(x, group);
     else
         pack_pairs(x, group);
@@ -48,6 +81,10 @@ static inline void pack(const struct summation *by, const struct inputs *x, int6
 
 static inline void multiply_strip(struct worker *worker, const struct summation *by, const struct stored_matrix *m, int64_t row,
                                   const uint16_t *bias, const struct inputs *x, uint16_t *y, int64_t y_stride) {
+    if (by->order == ORDER_INTEGERS) {
+        integers_strip(m, row, bias, x, y, y_stride);
+        return;
+    }
     struct strip s = begin_strip(m, row, bias);
     if (by->order == ORDER_AMX)
         amx_strip(&worker->amx, by->block, &s, x, &worker->room, y, y_stride);
@@ -87,17 +124,17 @@ static struct stored_matrix matrix_of(const struct matrices *of, int64_t n) {
 
 /* y[n] = x[n] w[n]^T for n = 0 .. num - 1: w[n] has rows[n] rows, x[n] has `x_rows` rows and begins x_step numbers after x[n - 1]
    (0: all are one), y[n] is [x_rows, rows[n]]. A bias is added to each sum before it is rounded; `bias` or one of its elements may
-   be NULL. For AMX, rows and columns are multiples of 32. */
+   be NULL. For AMX, rows and columns are multiples of 32; for integers, `expertier_has_integers` says yes. */
 void expertier_multiply(enum order order, int64_t block, int form, const void *const *part, const int32_t *parameter, int64_t num,
                         const uint16_t *const *bias, const uint16_t *x, int64_t x_rows, int64_t x_step, uint16_t *const *y,
                         const int64_t *rows, int64_t columns) {
-    const struct summation by = {order, block};
+    const struct summation by = summation(order, block, parameter);
     struct inputs input[num];
     int64_t inputs = x_step ? num : 1, strips = 0;
     for (int64_t n = 0; n < num; n++) strips += num_strips(rows[n]);
     for (int64_t n = 0; n < inputs; n++) {
         input[n] = (struct inputs){x + n * x_step, NULL, x_rows, columns, NULL};
-        input[n].packed = aligned_alloc(64, packed_bytes(&input[n], order == ORDER_LANES));
+        input[n].packed = aligned_alloc(64, packed_bytes(&by, x_rows, columns));
     }
     int64_t groups = num_groups(&input[0]);
     struct tasks tasks = {strips, 0};
@@ -155,21 +192,18 @@ int expertier_multiply_turned(enum order order, const uint16_t *x, int64_t rows,
 /* --- whole experts ------------------------------------------------------------------------------------------------ */
 
 /* The rows of each expert are `token[start[n]]` to `token[start[n + 1] - 1]`; its inputs, packed one after the other. */
-static void expert_inputs(struct inputs *input, int64_t num, const uint16_t *x, const int64_t *token, const int64_t *start,
-                          int64_t columns, int is_wide, uint8_t *packed) {
+static void expert_inputs(const struct summation *by, struct inputs *input, int64_t num, const uint16_t *x, const int64_t *token,
+                          const int64_t *start, int64_t columns, uint8_t *packed) {
     for (int64_t n = 0; n < num; n++) {
         const uint16_t *from = token ? x : x + start[n] * columns;
         input[n] = (struct inputs){from, token ? token + start[n] : NULL, start[n + 1] - start[n], columns, packed};
-        packed += packed_bytes(&input[n], is_wide);
+        packed += packed_bytes(by, input[n].rows, columns);
     }
 }
 
-static size_t experts_packed_bytes(int64_t num, const int64_t *start, int64_t columns, int is_wide) {
+static size_t experts_packed_bytes(const struct summation *by, int64_t num, const int64_t *start, int64_t columns) {
     size_t bytes = 0;
-    for (int64_t n = 0; n < num; n++) {
-        const struct inputs x = {.rows = start[n + 1] - start[n], .columns = columns};
-        bytes += packed_bytes(&x, is_wide);
-    }
+    for (int64_t n = 0; n < num; n++) bytes += packed_bytes(by, start[n + 1] - start[n], columns);
     return bytes;
 }
 
@@ -217,17 +251,16 @@ static void up_strip(struct worker *worker, const struct summation *by, const st
 void expertier_experts(enum order order, int64_t up_block, int64_t down_block, const struct expert_weights *w,
                        const struct gating *gating, int64_t num, const uint16_t *x, const int64_t *token, const int64_t *start,
                        uint16_t *hidden, uint16_t *const *y) {
-    const struct summation up_by = {order, up_block}, down_by = {order, down_block};
+    const struct summation up_by = summation(order, up_block, w->gate.parameter), down_by = summation(order, down_block, w->down.parameter);
     int64_t width = w->down.columns, model_width = w->down.count, most = 1;
     int64_t up_strips = num_strips(w->gate.count), down_strips = num_strips(model_width);
     for (int64_t n = 0; n < num; n++) most = start[n + 1] - start[n] > most ? start[n + 1] - start[n] : most;
     int64_t groups = (most + X_ROWS - 1) / X_ROWS, widest = width > model_width ? width : model_width;
-    int is_wide = order == ORDER_LANES;
     struct inputs input[num], inner[num];
-    size_t input_bytes = experts_packed_bytes(num, start, model_width, is_wide);
-    uint8_t *packed = aligned_alloc(64, input_bytes + experts_packed_bytes(num, start, width, is_wide));
-    expert_inputs(input, num, x, token, start, model_width, is_wide, packed);
-    expert_inputs(inner, num, hidden, NULL, start, width, is_wide, packed + input_bytes);
+    size_t input_bytes = experts_packed_bytes(&up_by, num, start, model_width);
+    uint8_t *packed = aligned_alloc(64, input_bytes + experts_packed_bytes(&down_by, num, start, width));
+    expert_inputs(&up_by, input, num, x, token, start, model_width, packed);
+    expert_inputs(&down_by, inner, num, hidden, NULL, start, width, packed + input_bytes);
     struct tasks up_tasks = {num * up_strips, 0}, down_tasks = {num * down_strips, 0};
 #pragma omp parallel
     {

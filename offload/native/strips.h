@@ -1,6 +1,7 @@
 /* Strips of a matrix: up to 32 rows of it, made bfloat16 from left to right, a span of columns at a time.
 
-   Every order of summation reads strips, so a stored form is known here and nowhere else. */
+   Orders of summation read strips, so a stored form is known here and nowhere else; but orders/integers.h, which has no numbers to
+   read, knows codes of few bits. */
 
 #pragma once
 

@@ -97,7 +97,7 @@ class TokenExperts:
         weight_type: torch.dtype,
     ) -> None:
         self._addresses, self.top_k, self.weight_type = addresses, top_k, weight_type
-        up, down = fused.one_row
+        up, down = fused.orders_of(1, example)
         like = fused.weights([0], [example], model_width)
         at, place = {}, 0
         for name, pieces in example.items():

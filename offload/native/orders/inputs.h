@@ -10,7 +10,7 @@ struct inputs {
     const uint16_t *x;    /* bfloat16, `columns` a row */
     const int64_t *token; /* which rows of x; the first ones if NULL */
     int64_t rows, columns;
-    void *packed; /* see `pack_pairs` and `pack_lanes` */
+    void *packed; /* see `pack_pairs`, `pack_lanes` and `pack_integers` */
 };
 
 static inline int64_t padded(int64_t columns) { return (columns + 63) / 64 * 64; }
@@ -59,9 +59,4 @@ static void pack_lanes(const struct inputs *x, int64_t group) {
         for (int64_t c = 0; c < x->columns; c++) out[c] = load_bf16(row[c]);
         for (int64_t c = x->columns; c < padded(x->columns); c++) out[c] = 0;
     }
-}
-
-/* Room for either: numbers of `pack_lanes` are wide. */
-static inline size_t packed_bytes(const struct inputs *x, int is_wide) {
-    return (size_t)(num_groups(x) * X_ROWS * padded(x->columns)) * (is_wide ? sizeof(float) : sizeof(uint16_t));
 }
