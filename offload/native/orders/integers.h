@@ -1,12 +1,13 @@
 /* The order of summation of codes of few bits, where bits are free: sums of products of integers, scaled once for 16 columns.
 
    The 16 columns of a lane share a unit, a power of two, which makes their numbers of x integers below 2^14. Numbers from 1/64 of the
-   largest on are exact, the others err by half a unit: 2^-14 of the largest at most. Units are 2^-126 or more. A lane with a number that is not
-   finite has the unit NaN. Weights are not rounded to bfloat16: a weight is (code - zero) scale + sum of sign size, in real numbers.
+   largest on are exact, the others err by half a unit: 2^-14 of the largest at most. Units are 2^-126 or more. A lane with a number
+   that is not finite has the unit NaN. Weights are not rounded to bfloat16: a weight is (code - zero) scale + sum of sign size.
 
    Sums of a lane are exact. In float32, and each rounded once, the sum of a lane is multiplied with its scale, those of planes are
    added with their sizes, and the total times the unit is added to sums of the lanes of all spans, from left to right. These sums
-   begin with what zeros and signs take away, group g in sum g % 16, and are added as a tree. So bits do not depend on instruction
+   begin with what zeros and signs take away, group g in sum g % 16 (of groups with more than 256 columns, all in the first), and are
+   added as a tree. So bits do not depend on instruction
    sets. A row of x has the same sums however many others are multiplied with it. */
 
 #pragma once
@@ -15,7 +16,8 @@
 #include "inputs.h"
 #include "lanes.h"
 
-enum { LANE_COLUMNS = FEW_SPAN / LANE_COUNT, UNIT_BITS = 13, LEAST_EXPONENT = UNIT_BITS + 1, INTEGER_ROWS = 4 };
+/* Rows follow each other, so what is asked for CODES_AHEAD bytes before it is read may be of a later row. */
+enum { LANE_COLUMNS = FEW_SPAN / LANE_COUNT, UNIT_BITS = 13, LEAST_EXPONENT = UNIT_BITS + 1, INTEGER_ROWS = 4, CODES_AHEAD = 2048 };
 
 /* 256 columns of a row of x, as 256 high + low units, in the places of `few_integers`. */
 struct integer_span {
@@ -275,6 +277,9 @@ static inline __attribute__((always_inline)) void add_span(const int bits, const
                                                            const uint8_t *const signs[MOST_PLANES], lanes16 scales,
                                                            const lanes16 sizes[MOST_PLANES], const int32_t place[LANE_COUNT],
                                                            const struct integer_span *x, int64_t x_bytes, lanes16 sum[INTEGER_ROWS]) {
+    __builtin_prefetch(codes + CODES_AHEAD, 0, 3);
+#pragma GCC unroll 3
+    for (int plane = 0; plane < planes; plane++) __builtin_prefetch(signs[plane] + CODES_AHEAD / 2, 0, 3);
     const struct few_integers code = few_codes(bits, codes);
     const lanes16 scale = spread(scales, place);
     lanes16 total[INTEGER_ROWS];
