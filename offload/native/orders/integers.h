@@ -7,8 +7,7 @@
    Sums of a lane are exact. In float32, and each rounded once, the sum of a lane is multiplied with its scale, those of planes are
    added with their sizes, and the total times the unit is added to sums of the lanes of all spans, from left to right. These sums
    begin with what zeros and signs take away, group g in sum g % 16 (of groups with more than 256 columns, all in the first), and are
-   added as a tree. So bits do not depend on instruction
-   sets. A row of x has the same sums however many others are multiplied with it. */
+   added as a tree. So bits do not depend on instruction sets. A row of x has the same sums however many others are multiplied with it. */
 
 #pragma once
 
