@@ -10,7 +10,7 @@ from offload.compute.matvec import Matvecs
 from offload.compute.orders import Order, orders
 from offload.native.kernel_matrix import plain_matrix
 
-SHAPES = [(1, 1), (3, 31), (5, 33), (64, 128), (17, 300), (96, 2048), (2688, 2048), (2048, 1344)]
+SHAPES = [(64, 24), (40, 1000), (1, 1), (3, 31), (5, 33), (64, 128), (17, 300), (96, 2048), (2688, 2048), (2048, 1344)]
 
 
 def operands(shape, seed=0, rows=1):

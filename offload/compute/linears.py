@@ -3,7 +3,6 @@
 Routers and the like hold a matrix and call `torch.nn.functional.linear` themselves; their weights see to it.
 """
 
-import ctypes
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from ..formats.resident.linears import PLAIN_LINEARS
-from ..native import library as native
+from ..native.library import NUMBER, POINTER, c_function
 from .matvec import Matvecs, is_in_memory
 
 CONVERTED = (torch.float32,)
@@ -142,10 +141,7 @@ class WideWeight(torch.Tensor):
 @functools.cache
 def _multiply_wide() -> Any:
     """`expertier_multiply_wide`."""
-    function, number = native.library().expertier_multiply_wide, ctypes.c_int64
-    function.argtypes = [ctypes.c_void_p, number, ctypes.c_void_p, number, number, ctypes.c_void_p]
-    function.restype = None
-    return function
+    return c_function("expertier_multiply_wide", POINTER, NUMBER, POINTER, NUMBER, NUMBER, POINTER)
 
 
 def plain_weight(weight: torch.Tensor) -> torch.Tensor:

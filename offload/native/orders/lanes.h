@@ -142,7 +142,7 @@ static void lanes_group(struct strip s, const struct inputs *x, int64_t group, s
     float *sums = room->sums;
     memset(sums, 0, (size_t)(STRIP_ROWS * n * LANE_COUNT) * sizeof(float));
     if (s.m->form == PLAIN && s.rows == STRIP_ROWS) {
-        c = columns / LANE_COUNT * LANE_COUNT;
+        c = columns / CHUNK * CHUNK; /* what is left begins where `read_chunk` reads */
         add_strip(plain_row(&s, 0), columns, lanes_of(x, first), padded(columns), n, c, sums);
     }
     for (; c < columns; c += CHUNK) {
