@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import offload
@@ -128,6 +129,8 @@ def test_tracers_are_refused(model):
         expected = logits(model, length)
         with torch.no_grad(), pytest.raises(RuntimeError, match=r"cannot be recorded by torch\.jit\.trace"):
             torch.jit.trace(Logits(), (IDS[:, :length],), check_trace=False)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="make_fx"):
+            make_fx(Logits())(IDS[:, :length])
         assert torch.equal(logits(model, length), expected)
 
 

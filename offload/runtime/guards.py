@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..compute.layers.held import is_recorded
+
 
 def expect_no_gradient(*tensors: torch.Tensor) -> None:
     """Refuse a call that would have to pass gradients through experts.
@@ -28,7 +30,7 @@ def expect_numbers_in_memory(*tensors: torch.Tensor) -> None:
         RuntimeError: for fake tensors of exporters, tensors that vmap or another transform has wrapped, and calls that
             `torch.jit.trace` or `make_fx` records: what C writes would not be in the recording.
     """
-    if torch.jit.is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    if is_recorded():
         raise RuntimeError(
             "products of offloaded experts cannot be recorded by torch.jit.trace or make_fx; trace the resident model"
         )

@@ -56,8 +56,15 @@ class Held:
             return [stored.data_ptr() for stored in self._stored]
 
 
+def is_recorded() -> bool:
+    """Whether `torch.jit.trace` or `make_fx` records what is computed: what C writes would not be in the recording."""
+    return torch.jit.is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 def is_read(states: torch.Tensor) -> bool:
-    """Whether our C reads numbers where they lie, and nobody wants their gradient."""
+    """Whether our C reads numbers where they lie, and nobody wants their gradient or records what is computed."""
+    if is_recorded():
+        return False
     is_plain = is_in_memory(states) and states.dtype == torch.bfloat16 and states.is_contiguous()
     return is_plain and not (torch.is_grad_enabled() and states.requires_grad)
 
