@@ -18,17 +18,7 @@ from offload.codes.levels import LevelledScheme
 from offload.compute.orders import orders
 from offload.formats.lossy.levelled import joined
 from offload.native.kernel_matrix import BLOCKS, PARTS, KernelMatrix, plain_matrix
-
-
-def random_parts(encoding, rows, columns, chance):
-    parts = {
-        role: torch.randint(256, (nbytes,), dtype=torch.uint8, generator=chance)
-        for role, nbytes in encoding.part_bytes(rows, columns).items()
-    }
-    for role in parts.keys() - {"codes"}:
-        numbers = torch.randn(len(parts[role]) // 2, generator=chance) * (0.02 if role == "scales" else 1)
-        parts[role] = numbers.bfloat16().view(torch.uint8)
-    return parts
+from tests.random_codes import random_parts
 
 
 @pytest.mark.parametrize("bits", [2, 3])

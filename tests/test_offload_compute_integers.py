@@ -17,6 +17,7 @@ from offload.compute.orders import has_integers, integers_order, most_integer_ro
 from offload.formats.lossy.levelled import joined
 from offload.native.kernel_matrix import KernelMatrix, plain_matrix
 from offload.native.library import FORBIDDING
+from tests.random_codes import random_parts
 
 SPAN, LANE = 256, 16
 
@@ -88,13 +89,7 @@ def make_codes(bits, zero, rows, columns, group, chance):
     encoding = Encoding(
         codes=f"offset{bits}", group_rows=1, group_columns=group, scale="BF16", product=product, zero=zero
     )
-    parts = {
-        role: torch.randint(256, (nbytes,), dtype=torch.uint8, generator=chance)
-        for role, nbytes in encoding.part_bytes(rows, columns).items()
-    }
-    for role in parts.keys() - {"codes"}:
-        numbers = torch.randn(len(parts[role]) // 2, generator=chance) * (0.02 if role == "scales" else 1)
-        parts[role] = numbers.bfloat16().view(torch.uint8)
+    parts = random_parts(encoding, rows, columns, chance)
     scales = floats(parts["scales"], rows)
     zeros = rounded(2 ** (bits - 1) + (floats(parts["zeros"], rows) if zero == "floats" else 0 * scales))
     weight = bits_of(parts["codes"], rows, columns, bits), scales, zeros, [], group or columns
